@@ -1,0 +1,1 @@
+"""What users touch: capture, planning, compilation, commands and reports."""

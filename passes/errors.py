@@ -1,0 +1,54 @@
+"""The one tree of exceptions of Bactrian."""
+
+from __future__ import annotations
+
+
+class BactrianError(Exception):
+    """Base of every error that Bactrian raises on purpose.
+
+    Args:
+        message: what can't be done, with numbers; lower case, no full stop.
+        where: the user's ``file:line``, the name stack, or the op.
+        why: who or what constrained it.
+        fix: what to do about it.
+    """
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, where: str = "", why: str = "", fix: str = "") -> None:
+        self.message, self.where, self.why, self.fix = message, where, why, fix
+        lines = [message]
+        for label, text in (("where", where), ("why", why), ("fix", fix)):
+            if text:
+                lines.append(f"  {label}: {text}")
+        super().__init__("\n".join(lines))
+
+
+class ProgramError(BactrianError):
+    """The user's program can't be parallelized as it is."""
+
+    exit_code = 3
+
+
+class ConfigError(BactrianError):
+    """An option, environment or configuration is wrong."""
+
+    exit_code = 3
+
+
+class InfeasiblePlanError(BactrianError):
+    """No plan satisfies the constraints."""
+
+    exit_code = 4
+
+
+class PassError(BactrianError):
+    """A pass failed or produced invalid IR: our bug, with a reproducer."""
+
+    exit_code = 5
+
+
+class RuntimeFault(BactrianError):
+    """A peer was lost, or a step could not be carried out."""
+
+    exit_code = 6

@@ -1,0 +1,1 @@
+"""The frame around the passes: base class, registry, pipelines, diagnostics, reproducers."""

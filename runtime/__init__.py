@@ -1,0 +1,1 @@
+"""What ranks run: instruction lists, transports, the executor and its traces."""
