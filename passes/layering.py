@@ -133,7 +133,7 @@ def cut(
     if not table.feasible(limit, num_groups):
         limit = table.least_limit(limit, num_groups)
     positions, cost = table.solve(limit, num_groups)
-    low, high = share, limit
+    low, high = 0.0, limit  # a heavy op in a group of its own leaves less than an even share to the others
     while high - low > 1e-3 * share:
         middle = (low + high) / 2
         tighter = table.solve(middle, num_groups) if table.feasible(middle, num_groups) else None
