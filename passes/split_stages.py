@@ -223,7 +223,7 @@ class _Emitter:
                 value = through.get(read, read)
                 if value in local:
                     replace_reads(op, flow.values[read], local[value])
-            for name in ("phase", "stage", "layer", "round", "accumulate"):
+            for name in ("phase", "stage", "layer", "round", "accumulate", "partial"):
                 if f"bactrian.{name}" in op.attributes:
                     del op.attributes[f"bactrian.{name}"]
         with ir.InsertionPoint(block), self._main.location:
