@@ -135,10 +135,10 @@ class StageRule:
                 continue
             partial = PARTIAL in op.attributes
             again = not partial and all(known[value] for value in flow.operands[index])
-            if again and string_attribute(op, "bactrian.phase") == UPDATE:
-                again = all(sizes[value] <= small_bytes for value in flow.results[index]) or not flow.operands[index]
+            update = string_attribute(op, "bactrian.phase") == UPDATE
+            small = not update or not flow.operands[index]
             for result in flow.results[index]:
-                known[result] = again or partial
+                known[result] = (again or partial) and (small or sizes[result] <= small_bytes)
             if again:
                 self._allowed.add(op)
 
