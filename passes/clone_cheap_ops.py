@@ -18,7 +18,9 @@ from bactrian.passes.cloning import (
 )
 from bactrian.passes.frame.base import Pass, PassContext, Statistic, option
 from bactrian.passes.program import (
+    MICROBATCH_INDEX,
     Dataflow,
+    custom_call_target,
     main_function,
     phase_of,
     required_integer,
@@ -100,7 +102,7 @@ class _ResidualRule:
         self._allowed: dict[ir.Operation, bool] = {}
         for index, op in enumerate(flow.ops):
             reads = flow.operands[index]
-            elementwise = is_elementwise(op)
+            elementwise = is_elementwise(op) or custom_call_target(op) == MICROBATCH_INDEX
             nothing = elementwise and all(independent[value] for value in reads)
             for result in flow.results[index]:
                 independent[result] = nothing

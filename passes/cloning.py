@@ -20,6 +20,8 @@ from bactrian.passes.program import (
     value_bytes,
 )
 
+PARTIAL = "bactrian.partial"  # an op that ends one stage's part of a regrouped fold
+
 # Ops that cost about what writing their result costs.
 _ELEMENTWISE = frozenset(
     f"stablehlo.{name}"
@@ -116,27 +118,30 @@ def copy_stage(clone: ir.Operation, reader: ir.Operation) -> None:
 class StageRule:
     """Which ops may be computed again on another stage.
 
-    ``free`` ops depend on small arguments and constants only; ``small`` update ops read and write small values only.
+    ``free`` forward and backward ops depend on small arguments and constants only. ``shared`` values of the update are
+    small and computed from small arguments, constants and the partial results of regrouped folds (``PARTIAL``), which
+    are sent once and end there.
     """
 
     def __init__(self, main: ir.Operation, small_bytes: int) -> None:
         flow = Dataflow.of(main)
         roles = argument_roles(main)
         sizes = [value_bytes(value) for value in flow.values]
-        free = [roles[i] != "batch" and sizes[i] <= small_bytes for i in range(flow.num_arguments)]
-        free += [False] * (len(flow.values) - flow.num_arguments)
-        self._allowed: dict[ir.Operation, bool] = {}
+        known = [roles[i] != "batch" and sizes[i] <= small_bytes for i in range(flow.num_arguments)]
+        known += [False] * (len(flow.values) - flow.num_arguments)
+        self._allowed: set[ir.Operation] = set()
         for index, op in enumerate(flow.ops):
-            outside = is_boundary_or_return(op)
-            depends = all(free[value] for value in flow.operands[index])
-            is_free = depends and not outside and op.name not in _NEVER
+            if is_boundary_or_return(op) or op.name in _NEVER:
+                continue
+            partial = PARTIAL in op.attributes
+            again = not partial and all(known[value] for value in flow.operands[index])
+            update = string_attribute(op, "bactrian.phase") == UPDATE
+            small = not update or not flow.operands[index]
             for result in flow.results[index]:
-                free[result] = is_free
-            small = not outside and string_attribute(op, "bactrian.phase") == UPDATE
-            small = small and op.name not in _NEVER
-            small = small and all(sizes[v] <= small_bytes for v in (*flow.operands[index], *flow.results[index]))
-            self._allowed[op] = is_free or small
+                known[result] = (again or partial) and (small or sizes[result] <= small_bytes)
+            if again:
+                self._allowed.add(op)
 
     def __call__(self, op: ir.Operation, key: Hashable) -> bool:
         """Whether a reader in group ``key`` may have its own copy."""
-        return self._allowed.get(op, False)
+        return op in self._allowed

@@ -161,7 +161,7 @@ def nested_operands(op: ir.Operation) -> Iterator[tuple[ir.Operation, int, ir.Va
             operation = nested.operation
             for number, value in enumerate(operation.operands):
                 owner = value.owner
-                home = owner if isinstance(owner, ir.Block) else owner.block
+                home = owner if isinstance(owner, ir.Block) else owner.operation.block
                 if home not in inside:
                     yield operation, number, value
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from jaxlib.mlir import ir
 
+from bactrian.passes.cloning import PARTIAL
 from bactrian.passes.program import (
     BOUNDARY,
     UPDATE,
@@ -168,10 +169,18 @@ def _rewrite(root: ir.Operation, fold: _Fold, groups: dict[int, list[ir.Value]])
         partials: list[ir.Value] = []
         for stage, leaves in groups.items():
             scalars = [_scalar(leaf, stage) for leaf in leaves] if root.name == "stablehlo.reduce" else leaves
-            partials.append(_chain(fold.kind, scalars, stage))
+            partials.append(_mark(_chain(fold.kind, scalars, stage)))
         total = _chain(fold.kind, partials, next(iter(groups)))
     root.results[0].replace_all_uses_with(total)
     _erase_dead(root)
+
+
+def _mark(partial: ir.Value) -> ir.Value:
+    """Say on the op that ends a stage's part of a fold that its value is what the stages exchange."""
+    owner = partial.owner
+    if not isinstance(owner, ir.Block) and phase_of(owner.operation) == UPDATE:
+        owner.operation.attributes[PARTIAL] = ir.UnitAttr.get()
+    return partial
 
 
 def _erase_dead(root: ir.Operation) -> None:
