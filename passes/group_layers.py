@@ -215,8 +215,12 @@ def _cut_forward(
     position = {op: place for place, op in enumerate(ops)}
     model = CostModel()
     flops = [model.flops(flow.ops[i]) for i in ops]
-    crossing = layering.cut_bytes(len(ops), _lifetimes(program, position))
+    lifetimes = [(place, last, program.bytes[value]) for value, place, last in _lifetimes(program, position)]
+    crossing = layering.cut_bytes(len(ops), lifetimes)
     allowed = _marker_positions([program.marker[i] for i in ops], weighty)
+    kept = _kept_positions(program, position) if allowed is None else None
+    if kept is not None and layering.cut(flops, weighty, crossing, num_layers, epsilon, kept) is not None:
+        allowed = kept
     layers: list[int | None] = [None] * len(flow.ops)
     if num_layers > 1:
         cut = _checked_cut(flops, weighty, crossing, num_layers, epsilon, allowed, kind, module, ctx)
@@ -243,8 +247,28 @@ def _order(program: _Program, ops: list[int], weighty: list[bool]) -> list[int]:
     return layering.normalized_order(operands, anchors)
 
 
+def _kept_positions(program: _Program, position: dict[int, int]) -> list[int] | None:
+    """Where every value that crosses is kept for the backward phase; None if the program recomputes nothing.
+
+    `jax.checkpoint` computes forward ops again in the backward phase, behind an optimization barrier. A cut inside of
+    such a part would have its beginning computed again on the layer of its end, because backward edges go down.
+    """
+    recomputes = any(
+        phase == BACKWARD and op.name == "stablehlo.optimization_barrier"
+        for op, phase in zip(program.flow.ops, program.phases, strict=True)
+    )
+    if not recomputes:
+        return None
+    inner = [
+        (place, last, 1)
+        for value, place, last in _lifetimes(program, position)
+        if not any(program.phases[reader] == BACKWARD for reader in program.readers[value])
+    ]
+    return [place for place, count in enumerate(layering.cut_bytes(len(position), inner).tolist()) if count == 0]
+
+
 def _lifetimes(program: _Program, position: dict[int, int]) -> list[tuple[int, int, int]]:
-    """(position of the producer, position of the last forward reader, bytes) of each forward value."""
+    """(value, position of its producer, position of its last forward reader) of each forward value read there."""
     lifetimes: list[tuple[int, int, int]] = []
     for op, place in position.items():
         if program.marker[op]:
@@ -252,7 +276,7 @@ def _lifetimes(program: _Program, position: dict[int, int]) -> list[tuple[int, i
         for value in program.flow.results[op]:
             last = max((position.get(reader, -1) for reader in program.readers[value]), default=-1)
             if last > place:
-                lifetimes.append((place, last, program.bytes[value]))
+                lifetimes.append((value, place, last))
     return lifetimes
 
 
