@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import bisect
+import itertools
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import sdy
 
@@ -77,7 +78,7 @@ class AssignStages(Pass):
         starts = self._given()
         if starts is None:
             return
-        if starts[:1] != [0] or any(a >= b for a, b in zip(starts, starts[1:], strict=False)):
+        if starts[:1] != [0] or any(a >= b for a, b in itertools.pairwise(starts)):
             raise ConfigError(f"boundaries {self.boundaries!r} must begin with 0 and grow", fix='as in "0,3,5"')
         if self.num_stages not in (1, len(starts)):
             raise ConfigError(f"boundaries {self.boundaries!r} name {len(starts)} stages, num-stages is {self.num_stages}")
@@ -107,9 +108,10 @@ class AssignStages(Pass):
                 fix="boundaries name the first layer of each stage, layers count from 0",
             )
             return
+        stages = [integer(bisect.bisect_right(starts, layer) - 1) for layer in range(num_layers)]
         for op, layer in zip(flow.ops, layers, strict=True):
             if layer is not None:
-                op.attributes["bactrian.stage"] = integer(int(np.searchsorted(starts, layer, side="right")) - 1)
+                op.attributes["bactrian.stage"] = stages[layer]
         module.operation.attributes["bactrian.num_stages"] = integer(len(starts))
         _make_meshes(module, len(starts))
         ctx.count("cut-bytes", sum(crossing[start] for start in starts[1:]))
@@ -131,10 +133,13 @@ class AssignStages(Pass):
 def _layer_costs(
     flow: Dataflow, roles: list[str], layers: list[int | None], num_layers: int
 ) -> tuple[list[float], list[int]]:
-    """Forward and backward flops of each layer, and the bytes of batch-dependent values across each layer's start."""
+    """Forward and backward flops of each layer, and the bytes across each layer's start.
+
+    Only what depends on the batch counts: the rest is cloned, or computed once.
+    """
     model = CostModel()
     flops = [0.0] * num_layers
-    change = np.zeros(num_layers + 1, dtype=np.int64)
+    change = [0] * (num_layers + 1)
     tainted = [role == "batch" for role in roles] + [False] * (len(flow.values) - flow.num_arguments)
     phases = [phase_of(op) for op in flow.ops]
     users = flow.users()
@@ -142,15 +147,16 @@ def _layer_costs(
         own = layers[index]
         if own is None or phases[index] not in (FORWARD, BACKWARD):
             continue
-        flops[own] += model.flops(op)
         if not any(tainted[value] for value in flow.operands[index]):
             continue
+        flops[own] += model.flops(op)
         for value, size in zip(flow.results[index], model.result_bytes(op), strict=True):
             tainted[value] = True
-            ends = [own, *(layer for user in users[value] if phases[user] == phases[index] and (layer := layers[user]) is not None)]
+            readers = [layers[user] for user in users[value] if phases[user] == phases[index]]
+            ends = [own, *(layer for layer in readers if layer is not None)]
             change[min(ends) + 1] += size
             change[max(ends) + 1] -= size
-    return flops, np.cumsum(change)[:num_layers].tolist()
+    return flops, list(itertools.accumulate(change[:num_layers]))
 
 
 def _make_meshes(module: ir.Module, num_stages: int) -> None:

@@ -31,7 +31,8 @@ def normalized_order(operands: Sequence[Sequence[int]], anchors: Sequence[bool])
 
     Tracing order puts parameter casts, masks and position embeddings wherever the user wrote them. Anchors (ops that
     carry the model's weight) keep their order; an op that some anchor depends on comes as late as possible, right
-    before the first anchor that needs it; the others come as early as possible, after their last operand.
+    before the first anchor that needs it; the others come as early as possible, after their last operand; of these, ops
+    that depend on no anchor (what is made of labels) stand before their first reader.
 
     Args:
         operands: for each op, the ops that it reads, all of them earlier in the list.
@@ -49,13 +50,23 @@ def normalized_order(operands: Sequence[Sequence[int]], anchors: Sequence[bool])
         for read in operands[op]:
             needed[read] = min(needed[read], needed[op])
     keys: list[tuple[int, int]] = []
+    light: list[bool] = []
     for op in range(num_ops):
+        light.append(not anchors[op] and all(light[read] for read in operands[op]))
         if anchors[op]:
             keys.append((rank[op], 1))
         elif needed[op] < none:
             keys.append((needed[op], 0))
         else:
             keys.append(max((keys[read] for read in operands[op]), default=(0, 0)))
+    waiting = [light[op] and needed[op] == none for op in range(num_ops)]
+    first: dict[int, tuple[int, int]] = {}
+    for op in range(num_ops - 1, -1, -1):
+        if waiting[op]:
+            keys[op] = first.get(op, keys[op])
+        for read in operands[op]:
+            if waiting[read]:
+                first[read] = min(first.get(read, keys[op]), keys[op])
     return sorted(range(num_ops), key=keys.__getitem__)
 
 
