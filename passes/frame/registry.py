@@ -71,7 +71,10 @@ def load(name: str) -> type[Pass]:
         raise unknown_name(name)
     target = PASSES.get(name) or _third_party()[name]
     module, _, attribute = target.partition(":")
-    cls = getattr(importlib.import_module(module), attribute)
+    try:
+        cls = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"cannot load pass {name!r} from {target}", why=str(error)) from error
     if not (isinstance(cls, type) and issubclass(cls, Pass) and cls.name == name):
         raise ConfigError(f"{target} is not a pass named {name!r}", fix="subclass Pass and set its name")
     return cls

@@ -45,7 +45,7 @@ def write(operation: ir.Operation, pipeline: str, error: str, folder: str | None
     handle, path = tempfile.mkstemp(suffix=SUFFIX, prefix="failure-", dir=folder)
     lines = [_HEADER, *(f"// error: {line}" for line in error.splitlines())]
     lines += [f"// {name}: {number}" for name, number in versions().items()]
-    lines += [_PIPELINE + pipeline, operation.get_asm(enable_debug_info=True)]
+    lines += [_PIPELINE + pipeline, str(operation.get_asm(enable_debug_info=True))]
     with os.fdopen(handle, "w", encoding="utf-8") as file:
         file.write("\n".join(lines))
     return path
