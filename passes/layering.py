@@ -184,9 +184,7 @@ class _Table:
         # is the earliest start that leaves it only one.
         last = np.searchsorted(count, count, side="left") - 1
         lone = np.searchsorted(count, count - 1, side="left")
-        return cls(
-            positions, flops_before, anchors_before, crossing[positions], lone, last, float(flops_before[-1])
-        )
+        return cls(positions, flops_before, anchors_before, crossing[positions], lone, last, float(flops_before[-1]))
 
     def first(self, limit: float) -> Ints:
         """The earliest start of a group that ends at each candidate, under a limit of flops."""
@@ -423,8 +421,7 @@ def balance(weights: Sequence[float], crossing: Sequence[int], num_groups: int) 
     worst[0, 0] = 0.0
     for k in range(1, num_groups + 1):
         for end in range(k, size + 1):
-            starts = slice(k - 1, end)
-            worst[k, end] = np.maximum(worst[k - 1, starts], before[end] - before[starts]).min()
+            worst[k, end] = np.maximum(worst[k - 1, k - 1 : end], before[end] - before[k - 1 : end]).min()
     limit = float(worst[num_groups, size]) * (1 + 1e-9)
     spent: list[list[tuple[float, int]]] = [[(np.inf, 0)] * (size + 1) for _ in range(num_groups + 1)]
     spent[0][0] = (0.0, 0)
