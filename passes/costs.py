@@ -23,12 +23,10 @@ def _ops(names: str) -> frozenset[str]:
 
 _FREE = _ops(
     "after_all bitcast_convert broadcast broadcast_in_dim concatenate constant copy create_token dynamic_slice "
-    "dynamic_update_slice gather get_tuple_element iota optimization_barrier pad partition_id replica_id reshape return "
-    "reverse slice transpose tuple"
+    "dynamic_update_slice gather get_tuple_element iota optimization_barrier pad partition_id replica_id reshape "
+    "return reverse slice transpose tuple"
 )
-_NO_TRAFFIC = _ops(
-    "after_all bitcast_convert create_token get_tuple_element optimization_barrier reshape return tuple"
-)
+_NO_TRAFFIC = _ops("after_all bitcast_convert create_token get_tuple_element optimization_barrier reshape return tuple")
 _TRANSCENDENTAL = _ops(
     "atan2 cbrt cosine exponential exponential_minus_one log log_plus_one logistic power rsqrt sine sqrt tan tanh"
 )

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -392,7 +393,8 @@ def _least_cut(tails: Ints, heads: Ints, prices: Ints, low: Ints, high: Ints) ->
     source, sink = size, size + 1
     ups, downs = np.flatnonzero(gain > 0), np.flatnonzero(gain < 0)
     solver = max_flow.SimpleMaxFlow()
-    solver.add_arcs_with_capacity(
+    add_arcs: Any = solver.add_arcs_with_capacity  # its stub takes the dtype for the shape
+    add_arcs(
         np.concatenate([tails[same], np.full(len(ups), source), downs, [source]]),
         np.concatenate([heads[same], ups, np.full(len(downs), sink), [sink]]),
         np.concatenate([prices[same], gain[ups], -gain[downs], [0]]),

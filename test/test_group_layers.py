@@ -16,8 +16,8 @@ from jaxlib.mlir import ir
 from bactrian.passes.assign_stages import AssignStages
 from bactrian.passes.errors import ConfigError, ProgramError
 from bactrian.passes.frame.base import PassContext
-from bactrian.passes.frame.documentation import example
 from bactrian.passes.frame.context import make_context
+from bactrian.passes.frame.documentation import example
 from bactrian.passes.group_layers import GroupLayers
 from bactrian.passes.program import BACKWARD, FORWARD, UPDATE, Dataflow, argument_roles, main_function, result_updates
 
@@ -256,23 +256,24 @@ def _language_model(model, tx=None):
 
 @pytest.mark.parametrize("remat", [False, True])
 def test_gpt_blocks_are_alike(remat):
-    grouped = Grouped(*_language_model(Gpt(6, remat)), num_layers=6)
+    grouped = Grouped(*_language_model(Gpt(4, remat)), num_layers=4)
     grouped.check_updates()
     dots = grouped.count(FORWARD, "dot_general")
-    assert dots == [8, 8, 8, 8, 8, 9]
+    assert dots == [8, 8, 8, 9]
     backward = grouped.count(BACKWARD)
     assert len(set(backward[1:-1])) == 1
     assert len(set(grouped.count(UPDATE)[1:-1])) == 1
-    assert grouped.ctx.counts["cut-bytes"] == 5 * 4 * 16 * 64 * 4
-    largest = [a for a, role in enumerate(grouped.roles) if role == "state" and grouped.home(a) >= {0, 5}]
+    assert grouped.ctx.counts["cut-bytes"] == 3 * 4 * 16 * 64 * 4
+    largest = [a for a, role in enumerate(grouped.roles) if role == "state" and grouped.home(a) >= {0, 3}]
     assert len(largest) == 1, "the tied embedding is read by the first and the last layer"
 
 
 def test_an_encoder_decoder_sends_its_memory_on():
-    grouped = Grouped(*_language_model(EncoderDecoder()), num_layers=4)
+    grouped = Grouped(*_language_model(EncoderDecoder()), num_layers=4, epsilon=0.3)
     grouped.check_updates()
     memory = 4 * 16 * 64 * 4
-    assert grouped.ctx.counts["cut-bytes"] <= 6 * memory
+    # The encoder's stream, then memory and the decoder's stream, then that stream alone.
+    assert grouped.ctx.counts["cut-bytes"] == (1 + 2 + 1) * memory
 
 
 def test_a_conv_net_with_batch_statistics():
@@ -307,7 +308,8 @@ def test_the_result_does_not_depend_on_the_run():
 
 
 def test_stages_take_consecutive_layers():
-    grouped = Grouped(*_language_model(Gpt(6)), num_layers=6)
+    step, state = _train(*_mlp(6))
+    grouped = Grouped(step, state, _shape(32, 64), num_layers=6)
     _run(AssignStages(num_stages=3), grouped.module)
     stages = [Grouped._attribute(op, "bactrian.stage") for op in grouped.flow.ops]
     pairs = {(layer, stage) for layer, stage in zip(grouped.layers, stages, strict=True) if layer is not None}
@@ -336,6 +338,7 @@ def test_the_documented_example_is_true(one_pass):
         assert str(module) == str(ir.Module.parse(after))
 
 
+@pytest.mark.slow
 def test_a_large_train_step_takes_about_a_second():
     module = lowered.lower(*_language_model(Gpt(24)))
     begin = time.process_time()
