@@ -41,7 +41,7 @@ class Decisions:
         """The passes up to ``assign-stages``."""
         boundaries = f" boundaries={','.join(map(str, self.first_layers))}" if self.first_layers else ""
         return (
-            "builtin.module(flatten-calls,verify-program,infer-phases,"
+            "builtin.module(flatten-calls,verify-program,canonicalize,cse,infer-phases,"
             f"group-layers{{num-layers={self.num_layers}}},"
             f"assign-stages{{num-stages={self.num_stages}{boundaries}}})"
         )
