@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import pytest
+from jaxlib.mlir import ir
+
 from bactrian.passes.errors import ConfigError, PassError, ProgramError
 from bactrian.passes.frame import pipeline, reproducer
 from bactrian.passes.frame.base import Pass, PassContext, Statistic, option
 from bactrian.passes.frame.context import make_context
-from jaxlib.mlir import ir
 
 MODULE = """
 func.func public @main(%arg0: tensor<f32>) -> tensor<f32> {
