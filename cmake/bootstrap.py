@@ -47,7 +47,7 @@ def run_all(commands: list[list[str]], programs: Path) -> int:
 
 def main(words: list[str]) -> int:
     """The command; returns the exit code."""
-    if sys.version_info < (3, 11):
+    if sys.version_info < (3, 11):  # noqa: UP036 - the point is to say so
         print(f"bactrian needs Python 3.11 or newer, this is {sys.version.split()[0]}", file=sys.stderr)
         return 2
     action, rest = (words[0], words[1:]) if words else ("", [])
