@@ -120,9 +120,7 @@ def flatten(closed: core.ClosedJaxpr) -> Dataflow:
             fix="add the losses up inside one function, or use jax.grad for the inner ones",
         )
     index = next(op.outputs[0] for op in inliner.operations if is_call(op.equation, MICROBATCH_INDEX))
-    return Dataflow(
-        len(inputs), inliner.constants, tuple(inliner.operations), tuple(outputs), boundaries[0], index
-    )
+    return Dataflow(len(inputs), inliner.constants, tuple(inliner.operations), tuple(outputs), boundaries[0], index)
 
 
 def is_call(equation: Any, target: str) -> bool:

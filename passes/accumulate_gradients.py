@@ -169,8 +169,7 @@ def _parts(value: ir.Value, kind: str, reduction: str, boundary: ir.Operation) -
         if op is not None and op.name == "stablehlo.add":
             stack.extend(reversed(list(op.operands)))
         else:
-            stage = value_stage(leaf)
-            leaves.setdefault(0 if stage is None else stage, []).append(leaf)
+            leaves.setdefault(_origin_stage(leaf), []).append(leaf)
     if len(leaves) < 2:
         return whole
     owner = value_stage(value) or 0
@@ -182,6 +181,21 @@ def _parts(value: ir.Value, kind: str, reduction: str, boundary: ir.Operation) -
                 total = _add(total, leaf, BACKWARD, stage)
         parts.append(total)
     return _Operand(kind, reduction, parts, shape_ops, owner)
+
+
+def _origin_stage(leaf: ir.Value) -> int:
+    """The stage that computes a part of a sum; shape ops between it and the sum are moved there."""
+    shape_ops: list[ir.Operation] = []
+    source = leaf
+    while (op := _private_producer(source)) is not None and op.name in _SHAPE_OPS:
+        shape_ops.append(op)
+        source = op.operands[0]
+    stage = value_stage(source)
+    if stage is None:
+        return value_stage(leaf) or 0
+    for op in shape_ops:
+        op.attributes["bactrian.stage"] = integer(stage)
+    return stage
 
 
 def _private_producer(value: ir.Value) -> ir.Operation | None:

@@ -62,9 +62,8 @@ def layer_range(stage: StagePlan) -> str:
 
 
 def mesh_text(stage: StagePlan) -> str:
-    """``data 2 × model 4``; axes of size 1 only when there is no other."""
-    axes = [(name, size) for name, size in stage.mesh if size > 1] or list(stage.mesh[:1])
-    return " × ".join(f"{name} {size}" for name, size in axes)
+    """``data=2 model=4``; axes of size 1 are left out, and a mesh of nothing else is ``1 device``."""
+    return " ".join(f"{name}={size}" for name, size in stage.mesh if size > 1) or "1 device"
 
 
 def module_names(plan: Plan, stage: StagePlan) -> list[str]:
@@ -140,7 +139,7 @@ def _stage_table(plan: Plan) -> Table:
         ("sent ←", lambda s: _sent(s.sent_bytes_backward), human_bytes(add_known(*(s.sent_bytes_backward for s in stages)))),
     ]
     for header, _, total in columns:
-        table.add_column(header, total, justify="left" if header in ("layers", "mesh") else "right", no_wrap=True)
+        table.add_column(header, total, justify="left" if header in ("layers", "mesh") else "right", no_wrap=header != "mesh")
     table.add_column("share", "", no_wrap=True)
     for run in _runs(plan):
         first, last = run[0], run[-1]
@@ -171,8 +170,8 @@ def _bar(share: float | None, shares: Sequence[float | None], cells: int, color:
 
     if share is None:
         return Text(_UNKNOWN, style=_QUIET)
-    eighths = round(share / max(s or 0.0 for s in shares) * cells * 8)
-    bar = "█" * (eighths // 8) + ("", "▏", "▎", "▍", "▌", "▋", "▊", "▉")[eighths % 8]
+    halves = round(share / max(s or 0.0 for s in shares) * cells * 2)
+    bar = "━" * (halves // 2) + "╸" * (halves % 2)
     text = Text(bar.ljust(cells + 1) if cells else "", style=color)
     return text.append(f"{100 * share:4.1f} %" + (" each" if each else ""), style="default")
 
@@ -227,7 +226,7 @@ def stage_reasons(plan: Plan, stage: StagePlan) -> list[str]:
         where = "the mean load" if abs(off) < 0.05 else f"{abs(off):.1f} % {'above' if off > 0 else 'below'} the mean load"
         busy = f", busy {human_seconds(stage.predicted_seconds)} per step" if stage.predicted_seconds is not None else ""
         slowest = share == max(s or 0.0 for s in plan.time_shares()) and plan.num_stages > 1 and off >= 0.05
-        lines.append(f"balance  {100 * share:.1f} % of the work, {where}{busy}" + (": the step waits for this stage" if slowest else ""))
+        lines.append(f"balance  {100 * share:.1f} % of the work, {where}{busy}" + (": the slowest stage" if slowest else ""))
     sent = [
         f"{human_bytes(value)} {towards}"
         for value, towards in (

@@ -5,9 +5,10 @@ from __future__ import annotations
 import time
 
 import pytest
+from jaxlib.mlir import ir
+
 from bactrian.passes.frame.context import make_context
 from bactrian.passes.frame.location import is_user_file, name_stack, user_location
-from jaxlib.mlir import ir
 
 CASES = [
     ('"jit(f)/tanh"(callsite("layer"("model.py":4:11) at "f"("train.py":9:3)))', "model.py:4", "jit(f)/tanh"),

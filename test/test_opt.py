@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+
 from bactrian.driver import opt
 from bactrian.passes.frame.pipeline import Element
 from bactrian.passes.frame.verify_diagnostics import parse_expectations
@@ -90,7 +91,7 @@ def test_errors_name_the_file_and_the_line(tmp_path, capfd) -> None:
     assert f"{path}:5:1: error: program has no gradient boundary" in err
     path.write_text("func.func @x(\n  nonsense")
     assert opt.main([str(path)]) == 3
-    assert f"{path}:2:3: error: " in capfd.readouterr().err
+    assert f"{path}:1:14: error: " in capfd.readouterr().err
 
 
 def test_verify_diagnostics_complains_about_both_sides(tmp_path, capfd) -> None:

@@ -8,16 +8,18 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import pytest
+from jaxlib.mlir import ir
+
 from bactrian.passes.errors import ConfigError, PassError, ProgramError
 from bactrian.passes.frame import pipeline, reproducer
 from bactrian.passes.frame.base import Pass, PassContext, Statistic, option
 from bactrian.passes.frame.context import make_context
-from jaxlib.mlir import ir
 
 MODULE = """
 func.func public @main(%arg0: tensor<f32>) -> tensor<f32> {
   %0 = stablehlo.tanh %arg0 : tensor<f32> loc("jit(f)/late"("user.py":30:1))
-  %1 = stablehlo.tanh %0 : tensor<f32> loc("jit(f)/early"(callsite("g"("/x/site-packages/lib.py":9:9) at "f"("user.py":4:1))))
+  %1 = stablehlo.tanh %0 : tensor<f32>
+    loc("jit(f)/early"(callsite("g"("/x/site-packages/lib.py":9:9) at "f"("user.py":4:1))))
   return %1 : tensor<f32>
 }
 """
