@@ -153,6 +153,8 @@ def test_a_crash_leaves_a_reproducer_that_crashes_again(source, tmp_path, capfd,
     assert opt.main([source, *words]) == 5
     err = capfd.readouterr().err
     assert "pass crash failed\n  why: IndexError: off by one" in err
+    assert opt.main([source, "--crash", "--verify-diagnostics"]) == 5
+    assert "off by one" in capfd.readouterr().err
     (path,) = folder.iterdir()
     assert f"--run-reproducer {path}" in err
     assert "call @" not in path.read_text()
