@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import inspect
 import re
 from pathlib import Path
 
 import pytest
 
+from bactrian.passes.errors import ConfigError
 from bactrian.passes.frame import documentation, registry
 from bactrian.passes.frame.base import Pass
 
@@ -60,3 +62,21 @@ def test_the_reference_is_up_to_date() -> None:
     assert (ROOT / "docs" / "passes.md").read_text() == documentation.markdown(), (
         "docs/passes.md is stale: bactrian-opt --list-passes=markdown > docs/passes.md"
     )
+
+
+def test_other_distributions_can_add_passes(monkeypatch) -> None:
+    points = [
+        importlib.metadata.EntryPoint("other-pass", "bactrian.passes.flatten_calls:FlattenCalls", "bactrian.passes"),
+        importlib.metadata.EntryPoint("lost-pass", "no_such_module:Pass", "bactrian.passes"),
+    ]
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: points)
+    registry._third_party.cache_clear()
+    try:
+        assert registry.names()[-2:] == ["lost-pass", "other-pass"]
+        with pytest.raises(ConfigError, match="is not a pass named 'other-pass'"):
+            registry.load("other-pass")
+        with pytest.raises(ConfigError, match="cannot load pass 'lost-pass'"):
+            registry.load("lost-pass")
+        assert "cannot load pass 'lost-pass'" in documentation.help_text()
+    finally:
+        registry._third_party.cache_clear()
