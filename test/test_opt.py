@@ -52,7 +52,17 @@ def test_a_pipeline_string_does_the_same(source, capfd) -> None:
 
 def test_input_from_stdin_and_output_to_a_file(source, tmp_path) -> None:
     out = tmp_path / "out.mlir"
-    command = [sys.executable, "-m", "bactrian.driver.opt", "-", "-o", str(out), "--flatten-calls", "--mlir-timing"]
+    command = [
+        sys.executable,
+        "-m",
+        "bactrian.driver.opt",
+        "-",
+        "-o",
+        str(out),
+        "--flatten-calls",
+        "--cse",
+        "--mlir-timing",
+    ]
     done = subprocess.run(command, input=MODULE, capture_output=True, text=True, check=True)
     assert done.stdout == "" and "FlattenCalls" in done.stderr
     assert "stablehlo.tanh" in out.read_text()
