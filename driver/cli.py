@@ -164,7 +164,7 @@ def _example_arguments(options: argparse.Namespace) -> tuple[Any, ...]:
     if not isinstance(value, (tuple, list)):
         raise ConfigError(
             f"cannot use {target} as arguments: it is {_kind(value)}, not a tuple",
-            fix="give one entry per argument of the step, or a function that returns them; jax.ShapeDtypeStruct will do",
+            fix="give one entry per argument of the step, or a function that returns them; ShapeDtypeStruct will do",
         )
     return tuple(value)
 

@@ -114,18 +114,18 @@ class Plan:
     def __str__(self) -> str:
         from bactrian.passes.plan_table import plan_text
 
-        return plan_text(self)
+        return plan_text(cast(Any, self))  # the type checker meets this file under two paths
 
     def _repr_html_(self) -> str:
         from bactrian.passes.plan_table import plan_html
 
-        return plan_html(self)
+        return plan_html(cast(Any, self))
 
     def show(self) -> None:
         """Print the plan as a table."""
         from bactrian.passes.plan_table import show_plan
 
-        show_plan(self)
+        show_plan(cast(Any, self))
 
     @property
     def num_devices(self) -> int:

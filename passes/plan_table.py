@@ -22,7 +22,7 @@ _STAGE_COLORS = ("#b5651d", "#3a7d7c")  # neighbours differ
 
 
 def human_bytes(value: float | None) -> str:
-    """``18.4 GiB``; three significant digits at least, ``–`` for unknown. 1,536 gives ``1.50 KiB`` and 1,000 gives ``0.98 KiB``."""
+    """``18.4 GiB``, ``1.50 KiB``: three significant digits, ``–`` for unknown. 1,000 bytes are ``0.98 KiB``."""
     return _human(value, 1024.0, ("B", "KiB", "MiB", "GiB", "TiB", "PiB"))
 
 
@@ -230,13 +230,11 @@ def _counted(count: int, noun: str, plural: str = "s") -> str:
 
 
 def _option_text(value: Option) -> str:
-    return (
-        {True: "true", False: "false", None: "none"}[value] if value is None or isinstance(value, bool) else str(value)
-    )
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 
 def render_explanation(plan: Plan) -> Group:
-    """The plan, then each stage in words: which layers, how far from the mean load, what its cut sends, what it holds."""
+    """The plan, then each stage in words: its layers, its load against the mean, what its cut sends, what it holds."""
     from rich.console import Group
     from rich.text import Text
 
@@ -282,13 +280,13 @@ def stage_reasons(plan: Plan, stage: StagePlan) -> list[str]:
     ]
     if sent:
         per_step = add_known(stage.sent_bytes_forward or 0, stage.sent_bytes_backward or 0) or 0
-        lines.append(
-            f"cut      sends {' and '.join(sent)} per microbatch, {human_bytes(per_step * plan.num_microbatches)} per step"
-        )
+        in_all = human_bytes(per_step * plan.num_microbatches)
+        lines.append(f"cut      sends {' and '.join(sent)} per microbatch, {in_all} per step")
     if stage.update_sent_bytes:
         lines.append(f"update   sends {human_bytes(stage.update_sent_bytes)} per step")
     if stage.memory_bytes is not None:
-        kept = f"{human_bytes(stage.activation_bytes)} kept for each of {_counted(stage.microbatches_in_flight or 0, 'microbatch', 'es')}"
+        in_flight = _counted(stage.microbatches_in_flight or 0, "microbatch", "es")
+        kept = f"{human_bytes(stage.activation_bytes)} kept for each of {in_flight}"
         lines.append(
             f"memory   {human_bytes(stage.memory_bytes)}: state {human_bytes(stage.state_bytes)}, {kept} in flight"
         )
