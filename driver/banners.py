@@ -10,12 +10,13 @@ _SINGLE = re.compile(
     rb"^(Abort\(\d+\) on node \d+|application called MPI_Abort\(|\[proxy:|\[mpiexec@|YOUR APPLICATION TERM)"
 )
 _MOST_LINES = 40
+_FIRST_LINES = 4  # of a block, the rule included: here a banner says whose it is
 
 
 class BannerFilter:
     """Passes bytes on as they come, but holds what may be a banner: from one long rule to the next.
 
-    A block is dropped when it speaks of mpirun, and passed on otherwise. What was dropped is in ``dropped``.
+    A block is dropped when its first lines speak of mpirun, and passed on otherwise. What was dropped is in ``dropped``.
     """
 
     def __init__(self) -> None:
@@ -36,13 +37,14 @@ class BannerFilter:
         return passed
 
     def release(self) -> bytes:
-        """What was held and has not become a banner; call it when nothing has come for a while."""
-        if len(self._block) == 1 or not self._block:  # a block under way has its end on the way
-            passed = b"".join(self._block) + self._line
-            self._begun = self._begun if not self._line and not self._block else bool(self._line)
-            self._block, self._line = [], b""
-            return passed
-        return b""
+        """What was held and is no banner so far; call it when nothing has come for a while."""
+        if self._is_banner():
+            return b""
+        passed = b"".join(self._block) + self._line
+        if passed:
+            self._begun = bool(self._line)
+        self._block, self._line = [], b""
+        return passed
 
     def finish(self) -> bytes:
         """What is left at the end."""
@@ -56,7 +58,8 @@ class BannerFilter:
             return line
         if self._block:
             self._block.append(line)
-            if _RULE.match(line) or len(self._block) > _MOST_LINES:
+            ended = _RULE.match(line) or len(self._block) > _MOST_LINES
+            if ended or (len(self._block) >= _FIRST_LINES and not self._is_banner()):
                 block, self._block = b"".join(self._block), []
                 return self._sort(block)
             return b""
@@ -65,8 +68,12 @@ class BannerFilter:
             return b""
         return self._sort(line) if _SINGLE.match(line) else line
 
+    def _is_banner(self) -> bool:
+        return any(phrase in line for line in self._block[:_FIRST_LINES] for phrase in _PHRASES)
+
     def _sort(self, block: bytes) -> bytes:
-        if _SINGLE.match(block) or (_RULE.match(block.split(b"\n")[0]) and any(phrase in block for phrase in _PHRASES)):
+        lines = block.split(b"\n")[:_FIRST_LINES]
+        if _SINGLE.match(block) or (_RULE.match(lines[0]) and any(p in line for line in lines for p in _PHRASES)):
             self.dropped += block
             return b""
         return block
