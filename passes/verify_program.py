@@ -216,7 +216,7 @@ def _check_boundaries(main: ir.Operation, boundaries: list[ir.Operation], ctx: P
 
 
 def _segment_texts(boundary: ir.Operation, key: str) -> list[str] | None:
-    config = boundary.attributes["mhlo.backend_config"] if "mhlo.backend_config" in boundary.attributes else None
+    config = boundary.attributes.get("mhlo.backend_config")
     if not isinstance(config, ir.DictAttr) or key not in config:
         return None
     text = config[key]

@@ -16,8 +16,7 @@ from jaxlib.mlir import ir, passmanager
 from ..errors import BactrianError, ConfigError, PassError
 from . import registry, reproducer
 from .base import Pass, PassContext
-from .diagnostics import Diagnostic
-from .location import describe, user_place
+from .diagnostics import Diagnostic, from_mlir
 
 ANCHOR = "builtin.module"
 
@@ -347,10 +346,7 @@ class _Runner:
 
     def _keep(self, error: ir.MLIRError) -> str:
         """Keep MLIR's diagnostics in the report; return their text."""
-        found = [
-            Diagnostic("error", d.message, describe(d.location), user_place(d.location))
-            for d in error.error_diagnostics
-        ]
+        found = from_mlir(error)
         self.report.diagnostics += found
         return "; ".join(f"{d.where}: {d.message}" if d.where else d.message for d in found) or str(error)
 
