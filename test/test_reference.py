@@ -151,7 +151,7 @@ def test_jitted_step_clip_and_scalars(num_microbatches):
         value, g = bactrian.value_and_grad(loss)(params)
         updates, opt = tx.update(g, opt, params)
         updates = jax.tree.map(lambda u: jnp.where(jnp.isfinite(value), u * rate, 0), updates)
-        return optax.apply_updates(params, updates), opt, {"loss": value, "rate": rate, "norm": optax.global_norm(g)}
+        return optax.apply_updates(params, updates), opt, {"loss": value, "rate": rate, "norm": optax.tree.norm(g)}
 
     params = {"w": jnp.asarray(RNG.normal(size=(5, 2)), jnp.float32), "unused": jnp.zeros(3)}
     captured = check(step, params, BATCH, tx.init(params), 0.5, scale="one", num_microbatches=num_microbatches)
