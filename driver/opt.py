@@ -15,8 +15,7 @@ from jaxlib.mlir import ir
 from bactrian.passes.errors import BactrianError, ConfigError, PassError, ProgramError
 from bactrian.passes.frame import documentation, pipeline, reproducer, verify_diagnostics
 from bactrian.passes.frame.context import make_context
-from bactrian.passes.frame.diagnostics import Diagnostic, sort_key
-from bactrian.passes.frame.location import describe, user_place
+from bactrian.passes.frame.diagnostics import from_mlir, sort_key
 
 _SPLIT = re.compile(r"^// -----.*\n?", re.MULTILINE)
 _BUFFER = "-"  # what MLIR calls a text that was parsed from memory
@@ -113,10 +112,7 @@ def _run_part(text: str, steps: list[pipeline.Step], args: argparse.Namespace) -
         try:
             module = ir.Module.parse(text)
         except ir.MLIRError as error:
-            result.report.diagnostics += [
-                Diagnostic("error", d.message, describe(d.location), user_place(d.location))
-                for d in error.error_diagnostics
-            ]
+            result.report.diagnostics += from_mlir(error)
             result.error = ProgramError("input is not valid MLIR")
             return result
         try:
@@ -171,6 +167,9 @@ def _run(args: argparse.Namespace, elements: list[pipeline.Element]) -> int:
             for problem in verify_diagnostics.compare(part, result.report.diagnostics, [_BUFFER]):
                 print(f"{args.input}:{problem}", file=sys.stderr)
                 code = 1
+            if result.error is not None and all(d.severity != "error" for d in result.report.diagnostics):
+                print(f"error: {result.error}", file=sys.stderr)  # a crash can't be expected
+                code = result.error.exit_code
             continue
         _print_diagnostics(result, args.input)
         if result.error is not None:

@@ -14,6 +14,8 @@ from .frame.base import Pass, PassContext, Statistic
 from .frame.location import name_stack
 
 ENTRY = "main"
+_COMPOSITES = "builtin.module(func.func(stablehlo-legalize-composite-to-call))"
+_CHLO = "builtin.module(func.func(chlo-legalize-to-stablehlo))"
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class FlattenCalls(Pass):
 
     def apply(self, module: ir.Module, ctx: PassContext) -> None:
         if _count(module, "stablehlo.composite"):
-            passmanager.PassManager.parse("builtin.module(stablehlo-legalize-composite-to-call)").run(module.operation)
+            passmanager.PassManager.parse(_COMPOSITES).run(module.operation)
         functions = _functions(module)
         if ENTRY not in functions:
             raise ProgramError(f"module has no function @{ENTRY}", where=", ".join(sorted(functions)) or "empty module")
@@ -80,7 +82,7 @@ class FlattenCalls(Pass):
         num_chlo = _count(module, "chlo.")
         if num_chlo:
             ctx.count("num-chlo-ops", num_chlo)
-            passmanager.PassManager.parse("builtin.module(func.func(chlo-legalize-to-stablehlo))").run(module.operation)
+            passmanager.PassManager.parse(_CHLO).run(module.operation)
 
 
 def _functions(module: ir.Module) -> dict[str, ir.Operation]:

@@ -134,7 +134,8 @@ def _check_signature(main: ir.Operation, ctx: PassContext) -> None:
     roles = _roles(main)
     for index, (argument, role) in enumerate(zip(arguments, roles, strict=True)):
         if role not in ROLES:
-            ctx.error(argument, f"argument {index} has role {role!r}, needs one of {', '.join(ROLES)}")
+            got = f"bactrian.role {role!r}" if role else "no bactrian.role"
+            ctx.error(argument, f"argument {index} has {got}, needs one of {', '.join(ROLES)}")
     results = ir.FunctionType(ir.TypeAttr(main.attributes["function_type"]).value).results
     owner: dict[int, int] = {}
     for index, (kind, attrs) in enumerate(zip(results, _attribute_dicts(main, "res_attrs", len(results)), strict=True)):
@@ -216,7 +217,7 @@ def _check_boundaries(main: ir.Operation, boundaries: list[ir.Operation], ctx: P
 
 
 def _segment_texts(boundary: ir.Operation, key: str) -> list[str] | None:
-    config = boundary.attributes["mhlo.backend_config"] if "mhlo.backend_config" in boundary.attributes else None
+    config = boundary.attributes.get("mhlo.backend_config")
     if not isinstance(config, ir.DictAttr) or key not in config:
         return None
     text = config[key]

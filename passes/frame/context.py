@@ -6,7 +6,7 @@ import functools
 
 from jaxlib.mlir import ir
 from jaxlib.mlir._mlir_libs import _jax_mlir_ext
-from jaxlib.mlir.dialects import mpmd, stablehlo
+from jaxlib.mlir.dialects import chlo, mhlo, mpmd, sdy, stablehlo
 
 
 @functools.cache
@@ -30,7 +30,9 @@ def make_context() -> ir.Context:
     """
     context = ir.Context()
     context.append_dialect_registry(_registry())
-    mpmd.register_dialect(context)
+    for dialect in (sdy, mpmd, chlo, stablehlo):
+        dialect.register_dialect(context)
+    mhlo.register_mhlo_dialect(context)
     context.load_all_available_dialects()
     _register_passes()
     return context

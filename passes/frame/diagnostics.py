@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from jaxlib.mlir import ir
+
 from ..errors import ProgramError
-from .location import Place
+from .location import Place, describe, user_place
 
 Severity = Literal["error", "warning", "remark", "note"]
 
@@ -58,3 +60,13 @@ def merge_errors(errors: list[Diagnostic], limit: int) -> ProgramError:
         more += f"\n{len(ordered) - limit} more errors not shown"
     error.args = (f"{error}{more}",)
     return error
+
+
+def from_mlir(error: ir.MLIRError) -> list[Diagnostic]:
+    """What MLIR itself reported (its parser, its verifier, its passes), with its notes as the why."""
+    found: list[Diagnostic] = []
+    for info in error.error_diagnostics:
+        location = ir.Location.from_attr(info.location.attr)  # the location of a diagnostic is not downcast
+        notes = "; ".join(note.message for note in info.notes)
+        found.append(Diagnostic("error", info.message, describe(location), user_place(location), notes))
+    return found
