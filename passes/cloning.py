@@ -34,11 +34,9 @@ _ELEMENTWISE = frozenset(
     ).split()
 )
 
-
-_NEVER = frozenset(
+NEVER_CLONED = frozenset(
     f"stablehlo.{name}" for name in ("dot_general", "dot", "convolution", "fft", "cholesky", "triangular_solve", "sort")
 )
-
 
 
 def is_elementwise(op: ir.Operation) -> bool:
@@ -131,7 +129,7 @@ class StageRule:
         known += [False] * (len(flow.values) - flow.num_arguments)
         self._allowed: set[ir.Operation] = set()
         for index, op in enumerate(flow.ops):
-            if is_boundary_or_return(op) or op.name in _NEVER:
+            if is_boundary_or_return(op) or op.name in NEVER_CLONED:
                 continue
             partial = PARTIAL in op.attributes
             again = not partial and all(known[value] for value in flow.operands[index])

@@ -22,6 +22,7 @@ from bactrian.passes.program import (
     main_function,
     make_boundary,
     replace_reads,
+    top_level,
 )
 
 _FORWARD_KINDS = ("loss", "aux", "output")
@@ -78,6 +79,7 @@ class InferPhases(Pass):
     def apply(self, module: ir.Module, ctx: PassContext) -> None:
         """Write ``bactrian.phase`` and order the ops around the boundary."""
         main = main_function(module)
+        _hoist_microbatch_index(main)
         _drop_unused_results(main, ctx)
         boundary = find_boundary(main)
         flow = Dataflow.of(main)
@@ -117,13 +119,28 @@ class InferPhases(Pass):
                     tainted[result] = True
             elif below[index]:
                 sound = False
+                source_name = "the microbatch's number" if is_index else "a value computed from the batch"
                 ctx.error(
                     op,
-                    "a value computed from the batch is used after the gradients without passing the boundary",
+                    f"{source_name} is used after the gradients without passing the boundary",
                     why="what stands below the gradient boundary runs once per step, not once per microbatch",
                     fix="return it as an aux output of the function given to bactrian.value_and_grad",
                 )
         return sound
+
+
+def _hoist_microbatch_index(main: ir.Operation) -> None:
+    """Take the microbatch's number out of loops and branches, so that it is a value like any other."""
+    nested: list[ir.Operation] = []
+
+    def visit(op: ir.Operation) -> ir.WalkResult:
+        if custom_call_target(op) == MICROBATCH_INDEX and op.block != body(main):
+            nested.append(op)
+        return ir.WalkResult.ADVANCE
+
+    main.walk(visit)
+    for op in nested:
+        op.move_before(top_level(op, body(main)))
 
 
 def _drop_unused_results(main: ir.Operation, ctx: PassContext) -> None:

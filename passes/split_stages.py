@@ -182,9 +182,8 @@ class _Emitter:
         number = self._staging.functions.index(function)
         ins = [self._types[value] for value in function.inputs]
         outs = [self._types[value] for value in function.outputs]
-        index_type = ir.RankedTensorType.get([], ir.IntegerType.get_signless(32))
         if function.index_ops:
-            ins.append(index_type)
+            ins.append(ir.Type.parse("tensor<i32>"))
         with ir.InsertionPoint(self._module.body), self._main.location:
             operation = func.FuncOp(function.key.symbol, (ins, outs), visibility="private")
         block = operation.add_entry_block(self._input_locations(function))

@@ -263,7 +263,7 @@ def check(text: str, count: int, num_stages: int, schedule: str, rng: random.Ran
     """Stage a program and compare two steps of it with the captured one; returns the staged module."""
     header = f'bactrian.num_microbatches = {count} : i64, bactrian.schedule = "{schedule}"'
     source = f"module attributes {{{header}, bactrian.num_stages = {num_stages} : i64}} {{\n{text}\n}}"
-    with make_context() as context, ir.Location.unknown():
+    with make_context() as context:
         captured = ir.Module.parse(source, context)
         staged = ir.Module.parse(source, context)
         run_pipeline(staged, "infer-phases")
