@@ -21,7 +21,7 @@ from jax.extend import core
 from jaxlib.mlir import ir
 
 from bactrian.driver import boundary, dataflow
-from bactrian.driver.source import line_here, line_of_equation, line_of_error
+from bactrian.driver.source import line_here, line_of_error
 from bactrian.driver.state import Part, match_state
 from bactrian.passes.errors import BactrianError, ConfigError, ProgramError
 from bactrian.passes.frame.context import make_context
@@ -116,7 +116,7 @@ class Captured:
     @property
     def text(self) -> str:
         """The module as text, with locations."""
-        return self.module().operation.get_asm(enable_debug_info=True)
+        return str(self.module().operation.get_asm(enable_debug_info=True))
 
     def flatten(self, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> list[Any]:
         """The array leaves of a call, in the order of ``arguments``.
@@ -213,12 +213,6 @@ def capture(
     traced = step.trace(avals)
     closed = traced.jaxpr.replace(jaxpr=dataflow.without_stage_boundaries(traced.jaxpr.jaxpr))
     flow = dataflow.flatten(closed)
-    if forward_only and set(flow.kinds) != {"output"}:
-        raise ProgramError(
-            "a forward-only function takes a gradient",
-            where=line_of_equation(flow.boundary.equation),
-            fix="drop forward_only=True, or return the loss without bactrian.value_and_grad",
-        )
     results = _results(step, flow, closed)
     _refuse_unreduced(flow, arguments, results)
     if not forward_only:
@@ -271,7 +265,7 @@ class _Step:
 
     def trace(self, avals: Sequence[jax.ShapeDtypeStruct]) -> Any:
         """Traces to a jaxpr; errors of JAX that mean "not traceable" get the user's line."""
-        with boundary.capturing(self.num_microbatches) as mode:
+        with boundary.capturing(self.num_microbatches, self.forward_only) as mode:
 
             def flat(*leaves: Any) -> list[Any]:
                 return self._run(mode, leaves)
@@ -437,10 +431,10 @@ def _refuse_unreduced(
             if below.intersection(operation.inputs):
                 below.update(operation.outputs)
                 if tainted.intersection(operation.inputs):
-                    line = line_of_equation(operation.equation)
+                    line = operation.line
                     break
         if not line and value in by:
-            line = line_of_equation(by[value].equation)
+            line = by[value].line
         raise ProgramError(
             f"{info.path} depends on the batch other than through the gradient boundary",
             where=line,
@@ -537,7 +531,7 @@ def _annotated(
             if dicts:
                 main.attributes[name] = ir.ArrayAttr.get([ir.DictAttr.get(d) for d in dicts])
         _drop_noise(ours, block)
-        text = ours.operation.get_asm(enable_debug_info=False)
+        text = str(ours.operation.get_asm(enable_debug_info=False))
         bytecode = io.BytesIO()
         ours.operation.write_bytecode(bytecode)
     return bytecode.getvalue(), hashlib.sha256(text.encode()).hexdigest()
@@ -569,7 +563,7 @@ def _drop_noise(module: ir.Module, main: ir.Block) -> None:
     for op in constraints:
         op.results[0].replace_all_uses_with(op.operands[0])
         op.erase()
-    text = module.operation.get_asm(enable_debug_info=False, large_elements_limit=0)
+    text = str(module.operation.get_asm(enable_debug_info=False, large_elements_limit=0))
     for op, prefix in zip(meshes, prefixes, strict=True):
         if text.count(prefix.removeprefix("#sdy.sharding<").removesuffix(",")) == 1:
             op.erase()
@@ -584,7 +578,7 @@ def _remarks(step: _Step, flow: dataflow.Dataflow, num_microbatches: int) -> tup
         return ()
     for operation in flow.above():
         equation = operation.equation
-        inner = (e for jaxpr in dataflow.nested_jaxprs(equation) for e in dataflow.equations(jaxpr))
+        inner = (e for jaxpr in dataflow.nested_jaxprs(equation) for e, _ in dataflow.equations(jaxpr))
         if any(_RANDOM.search(e.primitive.name) for e in (equation, *inner)):
             return (
                 f"every microbatch gets the same random bits ({line_of_equation(equation)}): "

@@ -362,7 +362,7 @@ def test_the_batch_index_below_the_boundary():
 
 
 def test_a_gradient_in_a_forward_only_function():
-    refused(sgd, W, X, forward_only=True, message="boundar")
+    refused(sgd, W, X, forward_only=True, message="forward-only function takes a gradient")
 
 
 def test_errors_of_the_user_s_function_come_through():
