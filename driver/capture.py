@@ -581,7 +581,7 @@ def _remarks(step: _Step, flow: dataflow.Dataflow, num_microbatches: int) -> tup
         inner = (e for jaxpr in dataflow.nested_jaxprs(equation) for e, _ in dataflow.equations(jaxpr))
         if any(_RANDOM.search(e.primitive.name) for e in (equation, *inner)):
             return (
-                f"every microbatch gets the same random bits ({line_of_equation(equation)}): "
+                f"every microbatch gets the same random bits ({operation.line}): "
                 "fold bactrian.microbatch_index() into the key if they should differ",
             )
     return ()

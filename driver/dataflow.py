@@ -20,7 +20,7 @@ _MAX_LINES_REPORTED = 5
 
 @dataclass(frozen=True)
 class Operation:
-    """One equation, reading and writing numbered values; ``callers`` are the calls it was opened from, innermost first."""
+    """One equation on numbered values; ``callers`` are the calls it was opened from, innermost first."""
 
     equation: Any
     inputs: tuple[int, ...]
@@ -256,7 +256,7 @@ def _refuse_effects(jaxpr: core.Jaxpr) -> None:
         raise ProgramError(
             f"the step has {len(culprits)} side effect{'s' * (len(culprits) > 1)} or host callback"
             f"{'s' * (len(culprits) > 1)}",
-            where="; ".join(lines),
+            where="; ".join(lines[:_MAX_LINES_REPORTED]),
             why="parts of a step run on different machines, in another order, and more than once",
             fix="return the values (as aux of bactrian.value_and_grad) and print or save them after the step",
         )
