@@ -190,8 +190,10 @@ def tree_reductions(tree: Any, words: Any, option: str) -> list[str]:
     """One reduction per array leaf of ``tree``, from one word or a prefix tree of words.
 
     Raises:
+        ConfigError: an unknown word.
         ProgramError: the words do not fit the tree, or a leaf can't be reduced that way.
     """
+    _check_words(words)
     try:
         spread = jax.tree.map(lambda word, part: jax.tree.map(lambda _: word, part), words, tree)
     except ValueError as error:

@@ -48,6 +48,7 @@ class ArgumentInfo:
     argnum: int | None
     key_impl: Any = None
     updated_by: int | None = None
+    weak_type: bool = False
 
     @property
     def physical(self) -> jax.ShapeDtypeStruct:
@@ -65,6 +66,7 @@ class ResultInfo:
     dtype: Any
     key_impl: Any = None
     updates: int | None = None
+    weak_type: bool = False
 
     @property
     def physical(self) -> jax.ShapeDtypeStruct:
@@ -85,7 +87,7 @@ class Call:
     @functools.cached_property
     def signature(self) -> tuple[Any, ...]:
         """Equal for calls that the same captured program serves; hashable."""
-        return self.tree, tuple((x.shape, x.dtype, x.weak_type) for x in map(abstract, self.leaves)), self.statics
+        return self.tree, tuple(map(_aval_key, self.leaves)), self.statics
 
 
 @dataclass(frozen=True, eq=False)
@@ -312,11 +314,21 @@ class _Step:
 
 def abstract(leaf: Any) -> jax.ShapeDtypeStruct:
     """Shape, dtype (as JAX has it: 32 bits unless x64 is on) and weak type of a data leaf."""
+    shape, dtype, weak_type = _aval_key(leaf)
+    return jax.ShapeDtypeStruct(shape, dtype, weak_type=weak_type)
+
+
+def _aval_key(leaf: Any) -> tuple[tuple[int, ...], Any, bool]:
+    """``abstract`` as a tuple; runs for every leaf of every call."""
     if isinstance(leaf, (bool, int, float, complex)):
-        number = jnp.asarray(leaf)
-        return jax.ShapeDtypeStruct((), number.dtype, weak_type=not isinstance(leaf, bool))
-    dtype = leaf.dtype if _is_key(leaf.dtype) else jax.dtypes.canonicalize_dtype(leaf.dtype)
-    return jax.ShapeDtypeStruct(tuple(leaf.shape), dtype, weak_type=bool(getattr(leaf, "weak_type", False)))
+        return (), jnp.asarray(leaf).dtype, not isinstance(leaf, bool)
+    weak_type = bool(getattr(leaf, "weak_type", False))
+    return tuple(leaf.shape), _canonical_dtype(leaf.dtype, jax.config.read("jax_enable_x64")), weak_type
+
+
+@functools.lru_cache(maxsize=256)
+def _canonical_dtype(dtype: Any, _x64: bool) -> Any:
+    return dtype if _is_key(dtype) else jax.dtypes.canonicalize_dtype(dtype)
 
 
 def _is_key(dtype: Any) -> bool:
@@ -366,7 +378,10 @@ def _arguments(call: Call, batch: set[int], parameters: inspect.Signature | None
         role = "batch" if argnum in batch else "constant"
         key_impl = jax.random.key_impl(_example_key(aval.dtype)) if _is_key(aval.dtype) else None
         text = name + jax.tree_util.keystr(path[2:])
-        infos.append(ArgumentInfo(len(infos), text, aval.shape, aval.dtype, role, argnum, key_impl))
+        weak_type = bool(aval.weak_type)
+        infos.append(
+            ArgumentInfo(len(infos), text, aval.shape, aval.dtype, role, argnum, key_impl, weak_type=weak_type)
+        )
     return infos
 
 
@@ -409,7 +424,7 @@ def _microbatch_aval(info: ArgumentInfo, leaf: Any, num_microbatches: int) -> ja
 
 def _results(step: _Step, flow: dataflow.Dataflow, closed: core.ClosedJaxpr) -> list[ResultInfo]:
     infos = [
-        ResultInfo(i, path, tuple(aval.shape), aval.dtype, key_impl)
+        ResultInfo(i, path, tuple(aval.shape), aval.dtype, key_impl, weak_type=getattr(aval, "weak_type", False))
         for i, (path, aval, key_impl) in enumerate(zip(step.out_paths, closed.out_avals, step.key_impls, strict=True))
     ]
     assert len(infos) == len(flow.outputs)
