@@ -75,7 +75,7 @@ def _identify(path: str) -> Mpirun:
         ) from None
     text = run.stdout + run.stderr
     version = next((line.strip() for line in text.splitlines() if line.strip()), "")
-    if any(word in text for word in ("Open MPI", "OpenRTE", "PRTE")):
+    if any(word in text for word in ("Open MPI", "OpenRTE", "PRTE", "PRRTE")):
         return Mpirun(path, "openmpi", version)
     if any(word in text for word in ("HYDRA", "MPICH", "Intel(R) MPI")):
         return Mpirun(path, "mpich", version)
