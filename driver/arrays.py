@@ -259,7 +259,7 @@ def put(tree: Any, step: PlacedStep, *, argnum: int | None = None) -> Any:
 def _to_host(leaf: Any) -> Any:
     if isinstance(leaf, DistributedArray):
         leaf.check_usable()
-        data = _physical_values(leaf)
+        data = physical_values(leaf)
         if leaf.placement.key_impl is None:
             return data
         return jax.random.wrap_key_data(jnp.asarray(data), impl=leaf.placement.key_impl)
@@ -268,7 +268,7 @@ def _to_host(leaf: Any) -> Any:
     return leaf
 
 
-def _physical_values(array: DistributedArray) -> np.ndarray[Any, Any]:
+def physical_values(array: DistributedArray) -> np.ndarray[Any, Any]:
     """The values of the first stage's copy, on every rank."""
     comm, stage = array.communicator, array.stages[0]
     ranks = array.placement.ranks.get(stage, (0,))

@@ -7,7 +7,7 @@ custom call that says which values are loss, aux and gradients, and how each is 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -42,7 +42,7 @@ _active = jax.make_user_context(default_value=None)
 
 
 @contextmanager
-def capturing(num_microbatches: int) -> Iterator[CaptureMode]:
+def capturing(num_microbatches: int) -> Generator[CaptureMode]:
     """Makes the functions of this module mark the program that is being traced."""
     mode = CaptureMode(num_microbatches)
     with _active(mode):
@@ -149,15 +149,14 @@ def stage_boundary(x: Any) -> Any:
     return jax.tree.map(lambda leaf: _stage_boundary(leaf) if _is_inexact(leaf) else leaf, x)
 
 
-@jax.custom_jvp
-def _stage_boundary(x: jax.Array) -> jax.Array:
+def _stage_boundary_call(x: Any) -> Any:
     result = jax.ShapeDtypeStruct(x.shape, x.dtype)
     return jax.ffi.ffi_call(STAGE_BOUNDARY, result, vmap_method="broadcast_all")(x)
 
 
-@_stage_boundary.defjvp
-def _stage_boundary_jvp(primals: tuple[Any], tangents: tuple[Any]) -> tuple[Any, Any]:
-    return _stage_boundary(primals[0]), tangents[0]
+# The identity's derivative is the identity: only the forward pass is marked.
+_stage_boundary = jax.custom_jvp(_stage_boundary_call)
+_stage_boundary.defjvps(lambda tangent, _result, _x: tangent)
 
 
 def mark(mode: CaptureMode, leaves: Sequence[Any], kinds: Sequence[str], reductions: Sequence[str]) -> list[Any]:

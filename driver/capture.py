@@ -133,6 +133,11 @@ class Captured:
             )
         return call.leaves
 
+    def flatten_if_same(self, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> list[Any] | None:
+        """The array leaves of a call, or None where it is not one of this program's."""
+        call = flatten_call(self.parameters, args, kwargs or {})
+        return call.leaves if call.signature == self.call_signature else None
+
     def unflatten(self, results: Sequence[Any]) -> Any:
         """The step's result from its array leaves; static leaves are put back."""
         return jax.tree.unflatten(self.out_tree, _merged(list(results), self.out_statics))

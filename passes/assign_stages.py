@@ -39,27 +39,31 @@ class AssignStages(Pass):
     Ensures: ``bactrian.num_stages``; ``bactrian.stage`` on every op that has a layer, growing with the layer; meshes
     ``@stage0``, ``@stage1``, ... at the top of the module.
 
-    Input:
-        module attributes {bactrian.num_layers = 2 : i64} {
-          func.func public @main(%x: tensor<4xf32> {bactrian.role = "batch"}) -> tensor<4xf32> {
-            %y = stablehlo.negate %x {bactrian.layer = 0 : i64, bactrian.phase = "forward"} : tensor<4xf32>
-            %z = stablehlo.negate %y {bactrian.layer = 1 : i64, bactrian.phase = "forward"} : tensor<4xf32>
-            return %z : tensor<4xf32>
-          }
-        }
+    Example: each layer is a stage.
 
-    Output (``num-stages=2``):
-        module attributes {bactrian.num_layers = 2 : i64, bactrian.num_stages = 2 : i64} {
-          sdy.mesh @stage0 = <["data"=1]>
-          sdy.mesh @stage1 = <["data"=1]>
-          func.func public @main(%arg0: tensor<4xf32> {bactrian.role = "batch"}) -> tensor<4xf32> {
-            %0 = stablehlo.negate %arg0 {bactrian.layer = 0 : i64, bactrian.phase = "forward", bactrian.stage = 0 : i64} : tensor<4xf32>
-            %1 = stablehlo.negate %0 {bactrian.layer = 1 : i64, bactrian.phase = "forward", bactrian.stage = 1 : i64} : tensor<4xf32>
-            return %1 : tensor<4xf32>
-          }
-        }
+    ```mlir
+    module attributes {bactrian.num_layers = 2 : i64} {
+      func.func public @main(%x: tensor<4xf32> {bactrian.role = "batch"}) -> tensor<4xf32> {
+        %y = stablehlo.negate %x {bactrian.layer = 0 : i64, bactrian.phase = "forward"} : tensor<4xf32>
+        %z = stablehlo.negate %y {bactrian.layer = 1 : i64, bactrian.phase = "forward"} : tensor<4xf32>
+        return %z : tensor<4xf32>
+      }
+    }
+    ```
 
-    Each layer is a stage.
+    ```mlir
+    module attributes {bactrian.num_layers = 2 : i64, bactrian.num_stages = 2 : i64} {
+      sdy.mesh @stage0 = <["data"=1]>
+      sdy.mesh @stage1 = <["data"=1]>
+      func.func public @main(%x: tensor<4xf32> {bactrian.role = "batch"}) -> tensor<4xf32> {
+        %y = stablehlo.negate %x
+          {bactrian.layer = 0 : i64, bactrian.phase = "forward", bactrian.stage = 0 : i64} : tensor<4xf32>
+        %z = stablehlo.negate %y
+          {bactrian.layer = 1 : i64, bactrian.phase = "forward", bactrian.stage = 1 : i64} : tensor<4xf32>
+        return %z : tensor<4xf32>
+      }
+    }
+    ```
     """
 
     name: ClassVar[str] = "assign-stages"
@@ -68,20 +72,22 @@ class AssignStages(Pass):
         Statistic("cut-bytes", "bytes of forward and backward values, summed over the stage boundaries they cross"),
     )
 
-    num_stages: int = option(1, help="how many stages to make")
+    num_stages: int = option(0, help="how many stages to make; 0: one per layer")
     boundaries: str = option("", help='the first layer of each stage, as in "0,3,5"; found if not given')
 
     def check_options(self) -> None:
-        """At least one stage; boundaries that begin with 0, grow, and are as many as the stages."""
-        if self.num_stages < 1:
-            raise ConfigError(f"num-stages is {self.num_stages}, must be at least 1")
+        """Boundaries begin with 0, grow, and are as many as the stages."""
+        if self.num_stages < 0:
+            raise ConfigError(f"num-stages is {self.num_stages}, must not be negative")
         starts = self._given()
         if starts is None:
             return
         if starts[:1] != [0] or any(a >= b for a, b in itertools.pairwise(starts)):
             raise ConfigError(f"boundaries {self.boundaries!r} must begin with 0 and grow", fix='as in "0,3,5"')
-        if self.num_stages not in (1, len(starts)):
-            raise ConfigError(f"boundaries {self.boundaries!r} name {len(starts)} stages, num-stages is {self.num_stages}")
+        if self.num_stages not in (0, len(starts)):
+            raise ConfigError(
+                f"boundaries {self.boundaries!r} begin {len(starts)} stages, num-stages is {self.num_stages}"
+            )
 
     def _given(self) -> list[int] | None:
         if not self.boundaries.strip():
@@ -127,7 +133,7 @@ class AssignStages(Pass):
                 fix=f"group-layers with num-layers={self.num_stages} or more, or ask for at most {len(flops)} stages",
             )
             return None
-        return list(layering.balance(flops, crossing, self.num_stages))
+        return list(layering.balance(flops, crossing, self.num_stages or len(flops)))
 
 
 def _layer_costs(

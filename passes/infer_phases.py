@@ -20,7 +20,9 @@ from bactrian.passes.program import (
     custom_call_target,
     find_boundary,
     main_function,
+    make_boundary,
     replace_reads,
+    top_level,
 )
 
 _FORWARD_KINDS = ("loss", "aux", "output")
@@ -33,7 +35,8 @@ class InferPhases(Pass):
     The forward phase is what the loss, the aux values and a forward pipeline's outputs depend on. The backward phase is
     everything else above the gradient boundary. The update phase is what the results need apart from the boundary's
     operands; ops that both sides need (a learning rate, a cast parameter) exist twice afterwards, so that the update
-    reads nothing of a microbatch but what went through the boundary. Ops that nothing needs are dropped.
+    reads nothing of a microbatch but what went through the boundary. Ops that nothing needs are dropped, and so are operands of
+    the boundary whose result nothing needs (the gradient of a frozen parameter).
 
     Requires: one straight-line ``@main`` with one gradient boundary (``verify-program``).
     Ensures: ``bactrian.phase`` on every op but the boundary and the return; forward and backward ops stand before the
@@ -76,9 +79,11 @@ class InferPhases(Pass):
     def apply(self, module: ir.Module, ctx: PassContext) -> None:
         """Write ``bactrian.phase`` and order the ops around the boundary."""
         main = main_function(module)
+        _hoist_microbatch_index(main)
+        _drop_unused_results(main, ctx)
         boundary = find_boundary(main)
         flow = Dataflow.of(main)
-        split = next(index for index, op in enumerate(flow.ops) if op == boundary)
+        split = flow.ops.index(boundary)
         kinds = boundary_words(boundary, "kinds")
         reads = flow.operands[split]
         above = flow.ancestors(list(reads))
@@ -114,13 +119,55 @@ class InferPhases(Pass):
                     tainted[result] = True
             elif below[index]:
                 sound = False
+                source_name = "the microbatch's number" if is_index else "a value computed from the batch"
                 ctx.error(
                     op,
-                    "a value computed from the batch is used after the gradients without passing the boundary",
+                    f"{source_name} is used after the gradients without passing the boundary",
                     why="what stands below the gradient boundary runs once per step, not once per microbatch",
                     fix="return it as an aux output of the function given to bactrian.value_and_grad",
                 )
         return sound
+
+
+def _hoist_microbatch_index(main: ir.Operation) -> None:
+    """Take the microbatch's number out of loops and branches, so that it is a value like any other."""
+    nested: list[ir.Operation] = []
+
+    def visit(op: ir.Operation) -> ir.WalkResult:
+        if custom_call_target(op) == MICROBATCH_INDEX and op.block != body(main):
+            nested.append(op)
+        return ir.WalkResult.ADVANCE
+
+    main.walk(visit)
+    for op in nested:
+        op.move_before(top_level(op, body(main)))
+
+
+def _drop_unused_results(main: ir.Operation, ctx: PassContext) -> None:
+    """Drop dead ops of the update, then the boundary's operands whose results nothing reads."""
+    boundary = find_boundary(main)
+    flow = Dataflow.of(main)
+    split = flow.ops.index(boundary)
+    below = _below(flow, split)
+    for index in range(len(flow.ops) - 2, split, -1):
+        if not below[index]:
+            flow.ops[index].erase()
+            ctx.count("dropped")
+    used = [n for n, result in enumerate(boundary.results) if next(iter(result.uses), None) is not None]
+    if len(used) == len(boundary.results):
+        return
+    kinds, reductions = boundary_words(boundary, "kinds"), boundary_words(boundary, "reductions")
+    old = list(boundary.results)
+    with ir.InsertionPoint(boundary), boundary.location:
+        new = make_boundary(
+            [boundary.operands[n] for n in used],
+            [old[n].type for n in used],
+            [kinds[n] for n in used],
+            [reductions[n] for n in used],
+        )
+    for n, result in zip(used, new.results, strict=True):
+        old[n].replace_all_uses_with(result)
+    boundary.erase()
 
 
 def _below(flow: Dataflow, split: int) -> list[bool]:

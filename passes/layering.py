@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -184,9 +185,7 @@ class _Table:
         # is the earliest start that leaves it only one.
         last = np.searchsorted(count, count, side="left") - 1
         lone = np.searchsorted(count, count - 1, side="left")
-        return cls(
-            positions, flops_before, anchors_before, crossing[positions], lone, last, float(flops_before[-1])
-        )
+        return cls(positions, flops_before, anchors_before, crossing[positions], lone, last, float(flops_before[-1]))
 
     def first(self, limit: float) -> Ints:
         """The earliest start of a group that ends at each candidate, under a limit of flops."""
@@ -394,7 +393,8 @@ def _least_cut(tails: Ints, heads: Ints, prices: Ints, low: Ints, high: Ints) ->
     source, sink = size, size + 1
     ups, downs = np.flatnonzero(gain > 0), np.flatnonzero(gain < 0)
     solver = max_flow.SimpleMaxFlow()
-    solver.add_arcs_with_capacity(
+    add_arcs: Any = solver.add_arcs_with_capacity  # its stub takes the dtype for the shape
+    add_arcs(
         np.concatenate([tails[same], np.full(len(ups), source), downs, [source]]),
         np.concatenate([heads[same], ups, np.full(len(downs), sink), [sink]]),
         np.concatenate([prices[same], gain[ups], -gain[downs], [0]]),
@@ -423,8 +423,7 @@ def balance(weights: Sequence[float], crossing: Sequence[int], num_groups: int) 
     worst[0, 0] = 0.0
     for k in range(1, num_groups + 1):
         for end in range(k, size + 1):
-            starts = slice(k - 1, end)
-            worst[k, end] = np.maximum(worst[k - 1, starts], before[end] - before[starts]).min()
+            worst[k, end] = np.maximum(worst[k - 1, k - 1 : end], before[end] - before[k - 1 : end]).min()
     limit = float(worst[num_groups, size]) * (1 + 1e-9)
     spent: list[list[tuple[float, int]]] = [[(np.inf, 0)] * (size + 1) for _ in range(num_groups + 1)]
     spent[0][0] = (0.0, 0)

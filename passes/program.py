@@ -64,6 +64,23 @@ def set_boundary_words(boundary: ir.Operation, kinds: list[str], reductions: lis
     )
 
 
+def make_boundary(
+    values: list[ir.Value], result_types: list[ir.Type], kinds: list[str], reductions: list[str]
+) -> ir.Operation:
+    """A gradient boundary at the current insertion point."""
+    boundary = ir.Operation.create(
+        "stablehlo.custom_call",
+        results=result_types,
+        operands=values,
+        attributes={
+            "call_target_name": ir.StringAttr.get(BOUNDARY),
+            "api_version": ir.IntegerAttr.get(ir.IntegerType.get_signless(32), 4),
+        },
+    )
+    set_boundary_words(boundary, kinds, reductions)
+    return boundary
+
+
 def string_attribute(op: ir.Operation, name: str) -> str | None:
     """A string attribute's value, or None where it is absent."""
     attributes = op.attributes

@@ -10,13 +10,14 @@ from dataclasses import dataclass
 
 from jaxlib.mlir import ir
 
-from bactrian.passes.cloning import PARTIAL
+from bactrian.passes.cloning import NEVER_CLONED, PARTIAL
 from bactrian.passes.program import (
     BOUNDARY,
     UPDATE,
     body,
     custom_call_target,
     integer,
+    nested_operands,
     phase_of,
     stage_of,
     value_bytes,
@@ -25,12 +26,11 @@ from bactrian.passes.program import (
 _ASSOCIATIVE = frozenset(
     f"stablehlo.{name}" for name in ("add", "multiply", "and", "or", "xor", "maximum", "minimum")
 )
-_IDEMPOTENT = frozenset(("stablehlo.maximum", "stablehlo.minimum"))
 
 
 @dataclass(frozen=True)
 class _Fold:
-    """An associative fold: its op, and the small values that it folds, in order."""
+    """An associative fold: its op, and the small values that it folds, in order; scalars or vectors of one element."""
 
     kind: str
     leaves: list[ir.Value]
@@ -47,7 +47,7 @@ def regroup_scalar_reductions(main: ir.Operation, small_bytes: int) -> int:
         fold = _concatenated_fold(op, small_bytes) or _tree_fold(op, small_bytes)
         if fold is None:
             continue
-        groups = _by_stage(fold.leaves)
+        groups = _by_stage(fold.leaves, small_bytes)
         if len(groups) > 1:
             _rewrite(op, fold, groups)
             rewritten += 1
@@ -77,6 +77,23 @@ def _pull_to_sources(main: ir.Operation, small_bytes: int) -> None:
         stages = {stage for value in op.operands if not _is_constant(value) and (stage := value_stage(value)) is not None}
         if len(stages) == 1:
             op.attributes["bactrian.stage"] = integer(stages.pop())
+
+
+def _is_shared(value: ir.Value, small_bytes: int, known: dict[ir.Value, bool]) -> bool:
+    """Whether every stage can compute a small value itself: from arguments, constants and partial results."""
+    owner = value.owner
+    if isinstance(owner, ir.Block):
+        return value_bytes(value) <= small_bytes
+    op = owner.operation
+    if value not in known:
+        reads = [*op.operands, *(read for _, _, read in nested_operands(op))]
+        known[value] = PARTIAL in op.attributes or (
+            phase_of(op) == UPDATE
+            and op.name not in NEVER_CLONED
+            and value_bytes(value) <= small_bytes
+            and all(_is_shared(read, small_bytes, known) for read in reads)
+        )
+    return known[value]
 
 
 def _is_constant(value: ir.Value) -> bool:
@@ -121,17 +138,16 @@ def _concatenated_fold(op: ir.Operation, small_bytes: int) -> _Fold | None:
     concatenate = source.operation
     if concatenate.name != "stablehlo.concatenate" or not _single_use(op.operands[0]):
         return None
-    if value_bytes(op.operands[0]) > small_bytes * 64 or not _is_identity(inner[0].name, op.operands[1]):
+    if value_bytes(op.operands[0]) > small_bytes * 64 or set(inner[0].operands) != set(op.regions[0].blocks[0].arguments):
         return None
     if any(ir.RankedTensorType(value.type).shape != [1] for value in concatenate.operands):
         return None
-    return _Fold(inner[0].name, list(concatenate.operands))
+    init = [] if _is_identity(inner[0].name, op.operands[1]) else [op.operands[1]]
+    return _Fold(inner[0].name, [*concatenate.operands, *init])
 
 
 def _is_identity(kind: str, init: ir.Value) -> bool:
-    """Whether folding ``init`` in more than once changes nothing."""
-    if kind in _IDEMPOTENT:
-        return True
+    """Whether folding ``init`` in changes nothing. In doubt it is one more value to fold."""
     if not _is_constant(init):
         return False
     value = ir.DenseElementsAttr(init.owner.operation.attributes["value"])
@@ -141,19 +157,22 @@ def _is_identity(kind: str, init: ir.Value) -> bool:
         "stablehlo.add": (0, 0.0),
         "stablehlo.or": (0, False),
         "stablehlo.xor": (0, False),
-        "stablehlo.and": (True, -1),
+        "stablehlo.and": (True if "i1" in str(value.type) else -1,),
         "stablehlo.multiply": (1, 1.0),
+        "stablehlo.maximum": (float("-inf"),),
+        "stablehlo.minimum": (float("inf"),),
     }
     return number in expected[kind]
 
 
-def _by_stage(leaves: list[ir.Value]) -> dict[int, list[ir.Value]]:
+def _by_stage(leaves: list[ir.Value], small_bytes: int) -> dict[int, list[ir.Value]]:
     """Leaves by the stage that has them, in stage order; what any stage has joins the first."""
     anywhere: list[ir.Value] = []
+    known: dict[ir.Value, bool] = {}
     groups: dict[int, list[ir.Value]] = {}
     for leaf in leaves:
         stage = value_stage(leaf)
-        if stage is None or _is_constant(leaf):
+        if stage is None or (not _is_partial(leaf) and _is_shared(leaf, small_bytes, known)):
             anywhere.append(leaf)
         else:
             groups.setdefault(stage, []).append(leaf)
@@ -161,6 +180,11 @@ def _by_stage(leaves: list[ir.Value]) -> dict[int, list[ir.Value]]:
     if ordered and anywhere:
         next(iter(ordered.values())).extend(anywhere)
     return ordered
+
+
+def _is_partial(value: ir.Value) -> bool:
+    owner = value.owner
+    return not isinstance(owner, ir.Block) and PARTIAL in owner.operation.attributes
 
 
 def _rewrite(root: ir.Operation, fold: _Fold, groups: dict[int, list[ir.Value]]) -> None:
@@ -196,7 +220,9 @@ def _erase_dead(root: ir.Operation) -> None:
 
 
 def _scalar(value: ir.Value, stage: int) -> ir.Value:
-    """A one-element vector as a scalar."""
+    """A one-element vector as a scalar; a scalar as it is."""
+    if not ir.RankedTensorType(value.type).shape:
+        return value
     element = ir.RankedTensorType(value.type).element_type
     op = ir.Operation.create(
         "stablehlo.reshape", results=[ir.RankedTensorType.get([], element)], operands=[value], attributes=_where(stage)

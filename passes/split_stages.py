@@ -128,7 +128,7 @@ class _Emitter:
         self._flow = staging.flow
         self._num_stages, self._donate = num_stages, donate
         self._types = [value.type for value in staging.flow.values]
-        self._locations = [value.location for value in body(main).arguments]
+        self._locations = [value.location for value in staging.flow.values]
         self._updates = result_updates(main)
         self._arg_attributes = [ir.DictAttr(a) for a in ir.ArrayAttr(main.attributes["arg_attrs"])]
         self._mesh_types: dict[tuple[ir.Type, int], ir.Type] = {}
@@ -169,8 +169,9 @@ class _Emitter:
             if old is None or value < flow.num_arguments or value in taken or (old, stage) in kept:
                 continue
             number = last_reader.get((old, stage))
-            if number is None or staging.functions[number].key != staging.home[value]:
-                continue
+            key = staging.home[value]
+            if number is None or staging.functions[number].key != key or key.phase != UPDATE:
+                continue  # what runs once per microbatch must not use up the state that the next one reads
             if self._types[old] == self._types[value]:
                 aliases[number, old] = value
                 taken.add(value)
@@ -181,9 +182,8 @@ class _Emitter:
         number = self._staging.functions.index(function)
         ins = [self._types[value] for value in function.inputs]
         outs = [self._types[value] for value in function.outputs]
-        index_type = ir.RankedTensorType.get([], ir.IntegerType.get_signless(32))
         if function.index_ops:
-            ins.append(index_type)
+            ins.append(ir.Type.parse("tensor<i32>"))
         with ir.InsertionPoint(self._module.body), self._main.location:
             operation = func.FuncOp(function.key.symbol, (ins, outs), visibility="private")
         block = operation.add_entry_block(self._input_locations(function))
@@ -196,11 +196,7 @@ class _Emitter:
         return operation.operation
 
     def _input_locations(self, function: StageFunction) -> list[ir.Location]:
-        count = self._flow.num_arguments
-        values = [
-            self._locations[value] if value < count else self._flow.values[value].location
-            for value in function.inputs
-        ]
+        values = [self._locations[value] for value in function.inputs]
         return values + [ir.Location.name("microbatch_index")] * bool(function.index_ops)
 
     def _fill(self, function: StageFunction, block: ir.Block) -> None:

@@ -181,26 +181,37 @@ def _result_pieces(
     crossings: dict[Crossing, None],
     outgoing: dict[FunctionKey, set[int]],
 ) -> list[tuple[int, int, int]]:
-    """Where every result is kept: new state on every stage that reads the old one, anything else where it is made."""
-    readers: dict[int, set[int]] = {}
-    for argument, stage in pieces:
-        readers.setdefault(argument, set()).add(stage)
+    """Where every result is kept: new state on every stage that has the old one, anything else where it is made."""
+    updates = result_updates(main)
+    values = [through.get(read, read) for read in flow.operands[-1]]
+    while True:  # a result that is an argument adds a piece of it, which has to be brought up to date in turn
+        known = len(pieces)
+        places = [_places(v, u, flow.num_arguments, home, pieces) for v, u in zip(values, updates, strict=True)]
+        for value, stages in zip(values, places, strict=True):
+            if value < flow.num_arguments:
+                pieces.update((value, stage) for stage in stages)
+        if len(pieces) == known:
+            break
     found: list[tuple[int, int, int]] = []
-    for result, (read, updated) in enumerate(zip(flow.operands[-1], result_updates(main), strict=True)):
-        value = through.get(read, read)
-        made = None if value < flow.num_arguments else home[value].stage
-        wanted = readers.get(updated, set()) if updated is not None else set[int]()
-        if not wanted:
-            wanted = {made} if made is not None else {min(readers.get(value, {0}))}
-        for stage in sorted(wanted):
-            if made is None:
-                pieces.add((value, stage))
-            else:
-                outgoing[home[value]].add(value)
-                if stage != made:
-                    crossings[Crossing(value, made, stage, True)] = None
-            found.append((result, stage, value))
+    for result, (value, stages) in enumerate(zip(values, places, strict=True)):
+        found.extend((result, stage, value) for stage in stages)
+        if value >= flow.num_arguments:
+            source = home[value]
+            outgoing[source].add(value)
+            crossings.update((Crossing(value, source.stage, s, True), None) for s in stages if s != source.stage)
     return found
+
+
+def _places(
+    value: int, updated: int | None, num_arguments: int, home: dict[int, FunctionKey], pieces: set[tuple[int, int]]
+) -> list[int]:
+    """The stages that keep a result with this value, the next one of argument ``updated``."""
+    readers = sorted(stage for argument, stage in pieces if argument == updated)
+    if readers:
+        return readers
+    if value >= num_arguments:
+        return [home[value].stage]
+    return [min((stage for argument, stage in pieces if argument == value), default=0)]
 
 
 def _assign_rounds(main: ir.Operation) -> None:

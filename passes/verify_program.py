@@ -68,7 +68,7 @@ class VerifyProgram(Pass):
     """
 
     name: ClassVar[str] = "verify-program"
-    summary: ClassVar[str] = "Refuse what can't be run as a pipeline, with the user's lines"
+    summary: ClassVar[str] = "refuse what can't be run as a pipeline, with the user's lines"
     statistics: ClassVar[tuple[Statistic, ...]] = (Statistic("num-ops", "Number of ops looked at"),)
 
     def apply(self, module: ir.Module, ctx: PassContext) -> None:
@@ -134,7 +134,8 @@ def _check_signature(main: ir.Operation, ctx: PassContext) -> None:
     roles = _roles(main)
     for index, (argument, role) in enumerate(zip(arguments, roles, strict=True)):
         if role not in ROLES:
-            ctx.error(argument, f"argument {index} has role {role!r}, needs one of {', '.join(ROLES)}")
+            got = f"bactrian.role {role!r}" if role else "no bactrian.role"
+            ctx.error(argument, f"argument {index} has {got}, needs one of {', '.join(ROLES)}")
     results = ir.FunctionType(ir.TypeAttr(main.attributes["function_type"]).value).results
     owner: dict[int, int] = {}
     for index, (kind, attrs) in enumerate(zip(results, _attribute_dicts(main, "res_attrs", len(results)), strict=True)):

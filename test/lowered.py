@@ -7,13 +7,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxlib.mlir import ir
+from jaxlib.mlir.passmanager import PassManager
+
 from bactrian.passes.flatten_calls import FlattenCalls
 from bactrian.passes.frame.base import PassContext
 from bactrian.passes.frame.context import make_context
 from bactrian.passes.infer_phases import InferPhases
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import chlo
-from jaxlib.mlir.passmanager import PassManager
+from bactrian.passes.program import main_function
 
 
 def boundary(loss: Any, grads: Any, aux: Any = ()) -> tuple[Any, Any, Any]:
@@ -43,14 +44,12 @@ stage_boundary.defvjp(lambda x: (_mark(x), None), lambda _, g: (_mark(g),))
 def lower(step: Callable[..., Any], state: Any, batch: Any) -> ir.Module:
     """``new_state, ... = step(state, batch)`` as a module with roles and phases, in a fresh context (entered)."""
     lowered = jax.jit(step, keep_unused=True).lower(state, batch).compiler_ir("stablehlo")
-    context = make_context()
-    chlo.register_dialect(context)
-    module = ir.Module.parse(str(lowered.operation.get_asm(enable_debug_info=True)), context)
+    module = ir.Module.parse(str(lowered.operation.get_asm(enable_debug_info=True)), make_context())
     num_state, num_batch = len(jax.tree.leaves(state)), len(jax.tree.leaves(batch))
     with module.context, ir.Location.unknown():
         FlattenCalls().apply(module, PassContext(FlattenCalls()))
         PassManager.parse("builtin.module(canonicalize,cse,symbol-dce)").run(module.operation)
-        main = next(op.operation for op in module.body.operations if op.operation.attributes["sym_name"].value == "main")
+        main = main_function(module)
         roles = ["state"] * num_state + ["batch"] * num_batch
         main.attributes["arg_attrs"] = ir.ArrayAttr.get(
             [ir.DictAttr.get({"bactrian.role": ir.StringAttr.get(role)}) for role in roles]

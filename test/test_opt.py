@@ -5,10 +5,15 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
+from jaxlib.mlir import ir
 
 from bactrian.driver import opt
+from bactrian.passes.frame import registry
+from bactrian.passes.frame.base import Pass, PassContext
 from bactrian.passes.frame.pipeline import Element
 from bactrian.passes.frame.verify_diagnostics import parse_expectations
 
@@ -47,7 +52,17 @@ def test_a_pipeline_string_does_the_same(source, capfd) -> None:
 
 def test_input_from_stdin_and_output_to_a_file(source, tmp_path) -> None:
     out = tmp_path / "out.mlir"
-    command = [sys.executable, "-m", "bactrian.driver.opt", "-", "-o", str(out), "--flatten-calls", "--mlir-timing"]
+    command = [
+        sys.executable,
+        "-m",
+        "bactrian.driver.opt",
+        "-",
+        "-o",
+        str(out),
+        "--flatten-calls",
+        "--cse",
+        "--mlir-timing",
+    ]
     done = subprocess.run(command, input=MODULE, capture_output=True, text=True, check=True)
     assert done.stdout == "" and "FlattenCalls" in done.stderr
     assert "stablehlo.tanh" in out.read_text()
@@ -128,6 +143,33 @@ def test_a_reproducer_runs(tmp_path, capfd) -> None:
     path.write_text(f"// bactrian-opt reproducer\n// pipeline: builtin.module(flatten-calls)\n{MODULE}")
     assert opt.main(["--run-reproducer", str(path)]) == 0
     assert "call @" not in capfd.readouterr().out
+
+
+@dataclass(frozen=True)
+class Crash(Pass):
+    """Fails as a pass with a bug does."""
+
+    name: ClassVar[str] = "crash"
+    summary: ClassVar[str] = "Fail"
+
+    def apply(self, module: ir.Module, ctx: PassContext) -> None:
+        raise IndexError("off by one")
+
+
+def test_a_crash_leaves_a_reproducer_that_crashes_again(source, tmp_path, capfd, monkeypatch) -> None:
+    monkeypatch.setitem(registry.PASSES, "crash", f"{__name__}:Crash")
+    folder = tmp_path / "reproducers"
+    words = ["--flatten-calls", "--crash", "--cse", f"--reproducer-dir={folder}"]
+    assert opt.main([source, *words]) == 5
+    err = capfd.readouterr().err
+    assert "pass crash failed\n  why: IndexError: off by one" in err
+    assert opt.main([source, "--crash", "--verify-diagnostics"]) == 5
+    assert "off by one" in capfd.readouterr().err
+    (path,) = folder.iterdir()
+    assert f"--run-reproducer {path}" in err
+    assert "call @" not in path.read_text()
+    assert opt.main(["--run-reproducer", str(path), f"--reproducer-dir={folder}"]) == 5
+    assert "off by one" in capfd.readouterr().err
 
 
 def test_the_list_of_passes_and_help(capfd) -> None:

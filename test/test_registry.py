@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import inspect
 import re
 from pathlib import Path
 
 import pytest
 
+from bactrian.passes.errors import ConfigError
 from bactrian.passes.frame import documentation, registry
 from bactrian.passes.frame.base import Pass
 
@@ -35,7 +37,7 @@ def test_each_pass_has_its_file_class_and_lit_files(name: str) -> None:
 def test_each_pass_is_a_documented_frozen_dataclass(name: str) -> None:
     cls = registry.load(name)
     assert issubclass(cls, Pass) and cls.__dataclass_params__.frozen  # type: ignore[attr-defined]
-    assert cls.summary[:1].isupper() and len(cls.summary) <= 80 and not cls.summary.endswith(".")
+    assert cls.summary[:1].islower() and len(cls.summary) <= 80 and not cls.summary.endswith(".")
     text = inspect.getdoc(cls) or ""
     assert "Requires:" in text and "Ensures:" in text
     for field in dataclasses.fields(cls):
@@ -60,3 +62,21 @@ def test_the_reference_is_up_to_date() -> None:
     assert (ROOT / "docs" / "passes.md").read_text() == documentation.markdown(), (
         "docs/passes.md is stale: bactrian-opt --list-passes=markdown > docs/passes.md"
     )
+
+
+def test_other_distributions_can_add_passes(monkeypatch) -> None:
+    points = [
+        importlib.metadata.EntryPoint("other-pass", "bactrian.passes.flatten_calls:FlattenCalls", "bactrian.passes"),
+        importlib.metadata.EntryPoint("lost-pass", "no_such_module:Pass", "bactrian.passes"),
+    ]
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: points)
+    registry._third_party.cache_clear()
+    try:
+        assert registry.names()[-2:] == ["lost-pass", "other-pass"]
+        with pytest.raises(ConfigError, match="is not a pass named 'other-pass'"):
+            registry.load("other-pass")
+        with pytest.raises(ConfigError, match="cannot load pass 'lost-pass'"):
+            registry.load("lost-pass")
+        assert "cannot load pass 'lost-pass'" in documentation.help_text()
+    finally:
+        registry._third_party.cache_clear()

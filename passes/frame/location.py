@@ -13,8 +13,12 @@ from dataclasses import dataclass
 
 from jaxlib.mlir import ir
 
-_OWN_ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
-_OWN_FOLDERS = tuple(os.path.join(_OWN_ROOT, name) + os.sep for name in ("passes", "driver", "runtime", "bactrian"))
+# Where our own code lies: as it was imported (perhaps through the links in bactrian/), and as it lies on the disk.
+_OWN_FOLDERS = tuple(
+    os.path.join(os.path.dirname(os.path.dirname(os.path.dirname(path))), name) + os.sep
+    for path in (os.path.abspath(__file__), os.path.realpath(__file__))
+    for name in ("passes", "driver", "runtime", "bactrian")
+)
 _FOREIGN_PARTS = ("site-packages", "dist-packages")
 _LIBRARY_FOLDERS = ("/jax/_src/", "/jax/experimental/", "/jax/numpy/", "/flax/", "/optax/", "/equinox/")
 _STDLIB = os.path.dirname(os.__file__) + os.sep

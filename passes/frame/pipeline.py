@@ -6,6 +6,7 @@ our pass; everything else is handed to MLIR as it stands.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from jaxlib.mlir import ir, passmanager
 from ..errors import BactrianError, ConfigError, PassError
 from . import registry, reproducer
 from .base import Pass, PassContext
+from .context import make_context
 from .diagnostics import Diagnostic, from_mlir
 
 ANCHOR = "builtin.module"
@@ -183,6 +185,12 @@ def _resolve_element(element: Element) -> Step:
     return str(element)
 
 
+@functools.cache
+def _checking_context() -> ir.Context:
+    """A context to parse in; making one registers MLIR's passes, which jaxlib does no earlier."""
+    return make_context()
+
+
 def _check_mlir(element: Element) -> None:
     """Refuse what MLIR doesn't know: its own parser decides."""
     for child in element.children or ():
@@ -191,7 +199,7 @@ def _check_mlir(element: Element) -> None:
         _check_mlir(child)
     if element.children is not None:
         return
-    with ir.Context():
+    with _checking_context():
         try:
             passmanager.PassManager.parse(f"any({element})")
         except ValueError as error:
