@@ -22,8 +22,8 @@ from typing import IO, Any
 from bactrian.driver.banners import BannerFilter
 from bactrian.driver.rank import REPORT_VARIABLE, TRACEBACK_VARIABLE
 from bactrian.passes.errors import ConfigError
+from bactrian.runtime.launch import JOB_VARIABLE
 
-JOB_VARIABLE = "BACTRIAN_JOB"  # marks every process of one job
 PEER_LOST = 6
 _GRACE_SECONDS = 1.5  # from a failure to SIGTERM for what is left, and again to SIGKILL
 _POLL_SECONDS = 0.1

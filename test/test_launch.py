@@ -39,6 +39,10 @@ atexit.register(fail, "exit")
 for step in range(3):
     if step == 1:
         fail("step")
+        if me == rank and point == "thread":
+            import threading
+            print("failed at", time.time(), flush=True)
+            threading.Thread(target=lambda: [].pop()).start()
         if me == rank and point == "kill":
             print("failed at", time.time(), flush=True)
             os.kill(os.getpid(), signal.SIGKILL)
@@ -163,6 +167,7 @@ def check_exception(tmp_path: Path, rank: int, point: str, n: int = 2) -> None:
         ("message", 1, "no data"),
         ("os_exit", 3, "ended with exit code 3 before the script did"),
         ("config", 4, "  where: "),
+        ("thread", 1, "IndexError: pop from empty list"),
         ("stop", 75, ""),
     ],
 )
