@@ -47,25 +47,31 @@ class AccumulateGradients(Pass):
     have ``bactrian.accumulate``.
 
     Input:
-        module attributes {bactrian.num_microbatches = 2 : i64} {
-          func.func public @main(%x: tensor<4xf32> {bactrian.role = "batch"}) -> tensor<4xf32> {
-            %g = stablehlo.negate %x {bactrian.phase = "backward", bactrian.stage = 0 : i64} : tensor<4xf32>
-            %b = stablehlo.custom_call @bactrian.gradient_boundary(%g) {mhlo.backend_config =
-              {kinds = "gradient", reductions = "sum"}} : (tensor<4xf32>) -> tensor<4xf32>
-            return %b : tensor<4xf32>
-          }
-        }
+
+    ```mlir
+    module attributes {bactrian.num_microbatches = 2 : i64} {
+      func.func public @main(%x: tensor<4xf32> {bactrian.role = "batch"}) -> tensor<4xf32> {
+        %g = stablehlo.negate %x {bactrian.phase = "backward", bactrian.stage = 0 : i64} : tensor<4xf32>
+        %b = stablehlo.custom_call @bactrian.gradient_boundary(%g) {mhlo.backend_config =
+          {kinds = "gradient", reductions = "sum"}} : (tensor<4xf32>) -> tensor<4xf32>
+        return %b : tensor<4xf32>
+      }
+    }
+    ```
 
     Output:
-        module attributes {bactrian.num_microbatches = 2 : i64} {
-          func.func public @main(%arg0: tensor<4xf32> {bactrian.role = "batch"}) -> tensor<4xf32> {
-            %0 = stablehlo.negate %arg0 {bactrian.phase = "backward", bactrian.stage = 0 : i64} : tensor<4xf32>
-            %cst = stablehlo.constant {bactrian.phase = "initialize", bactrian.stage = 0 : i64} dense<0.000000e+00> : tensor<4xf32>
-            %1 = stablehlo.add %cst, %0 {bactrian.accumulate, bactrian.phase = "backward", bactrian.stage = 0 : i64} : tensor<4xf32>
-            %2 = stablehlo.custom_call @bactrian.gradient_boundary(%1) {mhlo.backend_config = {kinds = "gradient", reductions = "accumulated"}} : (tensor<4xf32>) -> tensor<4xf32>
-            return %2 : tensor<4xf32>
-          }
-        }
+
+    ```mlir
+    module attributes {bactrian.num_microbatches = 2 : i64} {
+      func.func public @main(%arg0: tensor<4xf32> {bactrian.role = "batch"}) -> tensor<4xf32> {
+        %0 = stablehlo.negate %arg0 {bactrian.phase = "backward", bactrian.stage = 0 : i64} : tensor<4xf32>
+        %cst = stablehlo.constant {bactrian.phase = "initialize", bactrian.stage = 0 : i64} dense<0.000000e+00> : tensor<4xf32>
+        %1 = stablehlo.add %cst, %0 {bactrian.accumulate, bactrian.phase = "backward", bactrian.stage = 0 : i64} : tensor<4xf32>
+        %2 = stablehlo.custom_call @bactrian.gradient_boundary(%1) {mhlo.backend_config = {kinds = "gradient", reductions = "accumulated"}} : (tensor<4xf32>) -> tensor<4xf32>
+        return %2 : tensor<4xf32>
+      }
+    }
+    ```
 
     The gradient is added to what the microbatch before left.
     """
