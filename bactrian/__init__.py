@@ -26,8 +26,6 @@ _PUBLIC: dict[str, str] = {
     "RuntimeFault": "bactrian.passes.errors",
 }
 
-__all__ = ["__version__", *_PUBLIC]
-
 
 def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
@@ -38,4 +36,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted(["__version__", *_PUBLIC])

@@ -16,7 +16,8 @@ from jax.sharding import Sharding
 from bactrian.runtime.transport import Handle
 
 _ALIGNMENT = 64  # XLA takes host memory without a copy only when it is aligned so
-_NAP_SECONDS = 50e-6
+_FIRST_NAP_SECONDS = 20e-6  # naps double from here: short waits end soon, long ones leave the core to XLA
+_NAP_SECONDS = 200e-6
 
 
 class BufferPool:
@@ -120,11 +121,13 @@ class MpiTransport:
         """Wait, looking after all other messages meanwhile. Naps leave the core to XLA."""
         if not handle.done:
             self._waiting = True
+            nap = min(_FIRST_NAP_SECONDS, self._nap)
             try:
                 while not handle.done:
                     self.poll()
                     if not handle.done:
-                        time.sleep(self._nap)
+                        time.sleep(nap)
+                        nap = min(2 * nap, self._nap)
             finally:
                 self._waiting = False
         if isinstance(handle, _Receive) and handle.array is None:
@@ -139,7 +142,7 @@ class MpiTransport:
             raise self._error
         with self._lock:
             for destination, queue in self._unsent.items():
-                while queue and (source := queue[0].source) is not None and source.is_ready():
+                while queue and (source := queue[0].source) is not None and _is_ready(source):
                     send = queue.popleft()
                     data = np.ascontiguousarray(np.asarray(source)).reshape(-1).view(np.uint8)
                     self._requests.append(self.comm.Isend([data, self._mpi.BYTE], dest=destination, tag=send.tag))
@@ -172,7 +175,7 @@ class MpiTransport:
                     continue
                 if not self._waiting:
                     self.poll()
-                time.sleep(4 * self._nap)
+                time.sleep(self._nap)
         except BaseException as error:  # shown by the thread that next asks for a message
             self._error = error
 
@@ -191,3 +194,7 @@ class MpiTransport:
             if self._helper:
                 self._helper.join()
             self.comm.Free()
+
+
+def _is_ready(array: Any) -> bool:
+    return array.is_ready()  # public, but missing in jax's type stubs

@@ -1,0 +1,119 @@
+"""One rank of ``bactrian run -n N``: takes its cores, runs the script, and tells the launcher how it ended.
+
+The launcher starts ``python -m bactrian.driver.rank script.py args...`` under mpirun. A rank talks to it over one TCP
+connection, one JSON record per line: ``started``, then ``failed`` or ``done``. A connection that closes without either
+is a lost rank.
+"""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import faulthandler
+import json
+import os
+import signal
+import socket
+import sys
+from typing import Any
+
+from bactrian.driver.script import describe_failure, exit_status, run_script
+from bactrian.runtime.launch import abort_job, exit_code_of, install_abort_hook, pin_cores, rank_environment
+
+REPORT_VARIABLE = "BACTRIAN_REPORT"  # host:port:token of the launcher
+TRACEBACK_VARIABLE = "BACTRIAN_TRACEBACK"  # "1": tracebacks for users' errors too
+STOPPED = 75  # a checkpoint was made after a stop signal: every rank leaves by itself
+_PR_SET_PDEATHSIG = 1
+
+
+class Reporter:
+    """The connection to the launcher; without one, failures go to stderr."""
+
+    def __init__(self) -> None:
+        self._socket: socket.socket | None = None
+        self.closed = False
+        address = os.environ.get(REPORT_VARIABLE)
+        if address:
+            host, port, token = address.rsplit(":", 2)
+            try:
+                self._socket = socket.create_connection((host, int(port)), timeout=5)
+            except OSError:
+                return
+            place = rank_environment()
+            self.send(kind="started", token=token, rank=place.rank, host=socket.gethostname(), pid=os.getpid())
+
+    def send(self, **record: Any) -> bool:
+        """Send one record; false if it could not be sent."""
+        if self._socket is None:
+            return False
+        try:
+            self._socket.sendall(json.dumps(record).encode() + b"\n")
+        except OSError:
+            return False
+        return True
+
+    def fail(self, code: int, text: str) -> None:
+        """Tell why this rank ends the job, and end it."""
+        self.closed = True
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        if not self.send(kind="failed", code=code, text=text):
+            sys.stderr.write(text)
+        abort_job(code)
+
+    def done(self, code: int) -> None:
+        """Tell that this rank ended by itself."""
+        if not self.closed:
+            self.send(kind="done", code=code)
+
+
+def main() -> None:
+    """Run ``sys.argv[1]`` with the arguments after it."""
+    script, arguments = sys.argv[1], sys.argv[2:]
+    _die_with_launcher()
+    pin_cores()
+    install_abort_hook()
+    faulthandler.enable()
+    reporter = Reporter()
+    codes = [0]
+    atexit.register(lambda: reporter.done(codes[0]))  # first in, so last out
+    _fail_at_exit(reporter, script)
+    try:
+        run_script(script, arguments)
+    except SystemExit as error:
+        codes[0], text = exit_status(error)
+        if codes[0] not in (0, STOPPED):
+            reporter.fail(codes[0], text)
+        raise
+    except BaseException as error:
+        reporter.fail(exit_code_of(error), describe_failure(error, script, full=_full()))
+
+
+def _full() -> bool:
+    return os.environ.get(TRACEBACK_VARIABLE) == "1"
+
+
+def _fail_at_exit(reporter: Reporter, script: str) -> None:
+    """An exception in an exit handler ends the job as well; Python alone would print it and go on."""
+    usual = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        if "atexit" in (unraisable.err_msg or "") and unraisable.exc_value is not None:
+            error: BaseException = unraisable.exc_value
+            reporter.fail(exit_code_of(error), describe_failure(error, script, full=_full()))
+        usual(unraisable)
+
+    sys.unraisablehook = hook
+
+
+def _die_with_launcher() -> None:
+    """Ask Linux to kill this rank when the process that started it dies."""
+    if sys.platform == "linux":
+        parent = os.getppid()
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it died in between
+            os._exit(6)
+
+
+if __name__ == "__main__":
+    main()
