@@ -215,7 +215,7 @@ def _import(name: str) -> Any:
 
 
 def _kind(value: Any) -> str:
-    return "None" if value is None else f"a {type(value).__name__}"
+    return "None" if value is None else f"of type {type(value).__name__}"
 
 
 def _explain(options: argparse.Namespace) -> int:

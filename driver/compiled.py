@@ -77,15 +77,15 @@ class Compiled:
             leaf = leaves[number]
             if isinstance(leaf, DistributedArray):
                 self._take(leaf, placement, pieces)
-                donated.append(leaf)
+                if self.captured.arguments[number].role == "state":
+                    donated.append(leaf)
             else:
                 self._put(leaf, placement, pieces)
         batch = {number: _physical(leaves[number]) for number in self._batch}
         if donated and self.session.staged.donate:
             where = line_here()
             for leaf in donated:
-                if self.captured.arguments[leaf.placement.argument].role == "state":
-                    leaf.donate(where)
+                leaf.donate(where)
         return self._wrap(self.session.run(pieces, batch))
 
     def observe(self, *, trace: bool = False, meter: bool = False) -> None:

@@ -1,4 +1,7 @@
-"""What a rank does before jax starts: find out which rank it is, take its cores, and end the job if it fails."""
+"""Start-up and end of a rank: who am I, which cores are mine, and that one rank's failure ends them all.
+
+Nothing here imports jax; `prepare` must run before anything else does, since XLA takes every core that it may use.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,9 @@ from typing import Any
 from bactrian.passes.errors import BactrianError
 from bactrian.runtime import faults
 
+JOB_VARIABLE = "BACTRIAN_JOB"  # set by `bactrian run`, which leaves binding to the ranks
+STOPPED = 75  # a checkpoint was made after a stop signal: every rank leaves by itself
+
 # Launcher -> its variables for rank, size, local rank and local size.
 _LAUNCHERS: dict[str, tuple[str, str, str, str]] = {
     "Open MPI": (
@@ -27,12 +33,12 @@ _LAUNCHERS: dict[str, tuple[str, str, str, str]] = {
     "MPICH": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
     "Slurm": ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE"),
 }
-_THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+_THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 
 @dataclass(frozen=True)
 class RankEnvironment:
-    """Which process of the job this is, as its launcher says."""
+    """This process's place among the ranks, as its launcher says."""
 
     launcher: str  # "" without one
     rank: int
@@ -48,9 +54,8 @@ def rank_environment(environment: Mapping[str, str] | None = None) -> RankEnviro
         rank, size, local_rank, local_size = (environment.get(name, "") for name in names)
         if rank.isdecimal() and size.isdecimal():
             local = int(local_rank) if local_rank.isdecimal() else int(rank)
-            return RankEnvironment(
-                launcher, int(rank), int(size), local, int(local_size) if local_size.isdecimal() else int(size)
-            )
+            count = int(local_size) if local_size.isdecimal() else int(size)
+            return RankEnvironment(launcher, int(rank), int(size), local, count)
     return RankEnvironment("", 0, 1, 0, 1)
 
 
@@ -66,43 +71,44 @@ def share_of_cores(cores: list[int], local_rank: int, local_size: int) -> list[i
     return cores[start : start + each + (local_rank < extra)]
 
 
+_cores: list[int] | None = None
+
+
 def pin_cores() -> list[int]:
-    """Take this rank's share of the cores that the process may use, and as many threads. Call it before jax starts.
+    """Take this rank's share of the cores, and as many threads; once, and before jax starts. Gives the cores.
 
-    What the launcher bound this rank to is its share already.
+    Under a bare mpirun that has bound the rank to some of the cores already, they are its share.
     """
-    if not hasattr(os, "sched_getaffinity"):
-        return []  # macOS has no affinity
+    global _cores
+    if _cores is None:
+        if not hasattr(os, "sched_getaffinity"):
+            return list(range(os.cpu_count() or 1))  # macOS has no affinity
+        place, allowed = rank_environment(), sorted(os.sched_getaffinity(0))
+        bound = JOB_VARIABLE not in os.environ and len(allowed) < (os.cpu_count() or 1)
+        _cores = allowed if bound else share_of_cores(allowed, place.local_rank, place.local_size)
+        if _cores != allowed:
+            os.sched_setaffinity(0, _cores)
+        for name in _THREADS:
+            os.environ.setdefault(name, str(len(_cores)))
+    return _cores
+
+
+def prepare() -> RankEnvironment | None:
+    """Everything a rank needs before jax starts: cores, threads, and the abort hook.
+
+    Under no launcher nothing is changed.
+    """
     place = rank_environment()
-    cores = sorted(os.sched_getaffinity(0))
-    if not _bound_by_launcher(set(cores)):
-        cores = share_of_cores(cores, place.local_rank, place.local_size)
-        os.sched_setaffinity(0, cores)
-    for name in _THREAD_VARIABLES:
-        os.environ.setdefault(name, str(len(cores)))
-    return cores
-
-
-def _bound_by_launcher(cores: set[int]) -> bool:
-    """Whether this process may use fewer cores than the one that started it."""
-    try:
-        return cores < os.sched_getaffinity(os.getppid())
-    except OSError:
-        return False
-
-
-def prepare() -> RankEnvironment:
-    """Everything a rank needs before jax starts: its cores and the abort hook. Alone, nothing is changed."""
-    place = rank_environment()
-    if place.size > 1:
-        install_abort_hook()
-        pin_cores()
+    if not place.launcher:
+        return None
+    install_abort_hook()
+    pin_cores()
     faults.at("import")
     return place
 
 
 def start_mpi() -> Any:
-    """Initialize MPI with the abort hook in place; gives the communicator of all ranks."""
+    """Initialize MPI, for use by any thread at any time; gives the communicator of all ranks."""
     install_abort_hook()
     from mpi4py import MPI
 
@@ -110,64 +116,63 @@ def start_mpi() -> Any:
     return MPI.COMM_WORLD
 
 
-def exit_code_of(error: BaseException) -> int:
-    """The exit code of the job that this error ends."""
-    return error.exit_code if isinstance(error, BactrianError) else 130 if isinstance(error, KeyboardInterrupt) else 1
-
-
-def abort_job(code: int) -> None:
-    """End every rank of the job, this one included, now."""
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):  # closed, or its reader is gone
-            stream.flush()
-    mpi = sys.modules.get("mpi4py.MPI")
-    if mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized():
-        mpi.COMM_WORLD.Abort(code)
-    os._exit(code)
-
-
-_STOPPED = 75  # a checkpoint was made after a stop signal: every rank leaves by itself
-
-
-class _Hook:
-    """What ends the job when this rank fails. Signals need nothing: the launcher sees a rank that one ended."""
-
-    def __init__(self) -> None:
-        self.exit_code = 0
-        self._usual_exit = sys.exit
-        sys.excepthook = self.on_exception
-        threading.excepthook = self.on_thread_exception
-        sys.exit = self.exit
-        atexit.register(self.on_exit)
-
-    def on_exception(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        """Nobody caught it on the main thread."""
-        traceback.print_exception(kind, error, trace)
-        abort_job(exit_code_of(error))
-
-    def on_thread_exception(self, args: threading.ExceptHookArgs) -> None:
-        """Nobody caught it on another thread."""
-        if args.exc_value is not None and not isinstance(args.exc_value, SystemExit):
-            self.on_exception(args.exc_type, args.exc_value, args.exc_traceback)
-
-    def exit(self, status: Any = None, /) -> Any:
-        """`sys.exit` that lets `on_exit` see whether the exit is an error; Python tells exit handlers nothing."""
-        if threading.current_thread() is threading.main_thread():
-            self.exit_code = 0 if status is None else status if isinstance(status, int) else 1
-        self._usual_exit(status)
-
-    def on_exit(self) -> None:
-        """The interpreter ends, before MPI does: with an error, the others would wait in MPI's own end."""
-        faults.at("exit")
-        if self.exit_code not in (0, _STOPPED):
-            abort_job(self.exit_code)
-
-
-_hook: list[_Hook] = []
+_installed = False
+_exit_code: int | None = None
 
 
 def install_abort_hook() -> None:
-    """Make an uncaught exception on any thread, or an exit with an error code, end the whole job: the other ranks would
-    wait for ever."""
-    if not _hook:
-        _hook.append(_Hook())
+    """From now on an exception that nobody catches, on any thread, ends all ranks, as does an exit with an error code.
+
+    Signals need nothing: a rank that one ends, ends the job through its launcher.
+    """
+    global _installed
+    if _installed:
+        return
+    _installed = True
+    sys.excepthook = _on_exception
+    threading.excepthook = _on_thread_exception
+    sys.exit = _noting_exit
+    atexit.register(_on_exit)
+
+
+def exit_code_of(error: BaseException) -> int:
+    """The process's exit code for an exception: 1 is our bug or the user's, 3 to 6 are said by Bactrian's errors."""
+    if isinstance(error, KeyboardInterrupt):
+        return 130
+    return error.exit_code if isinstance(error, BactrianError) else 1
+
+
+def _on_exception(kind: type[BaseException], error: BaseException, where: TracebackType | None) -> None:
+    traceback.print_exception(kind, error, where)
+    abort(exit_code_of(error))
+
+
+def _on_thread_exception(args: threading.ExceptHookArgs) -> None:
+    if args.exc_value is None or isinstance(args.exc_value, SystemExit):
+        return
+    traceback.print_exception(args.exc_type, args.exc_value, args.exc_traceback)
+    abort(exit_code_of(args.exc_value))
+
+
+def _noting_exit(status: Any = None, /) -> Any:
+    """`sys.exit` that lets `_on_exit` see whether the exit is an error."""
+    global _exit_code
+    _exit_code = 0 if status is None else status if isinstance(status, int) else 1
+    raise SystemExit(status)
+
+
+def _on_exit() -> None:
+    faults.at("exit")
+    if _exit_code not in (None, 0, STOPPED):
+        abort(_exit_code)
+
+
+def abort(code: int) -> None:
+    """End every rank of the job, this one included, now."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, absent, or its reader is gone
+            stream.flush()
+    module = sys.modules.get("mpi4py.MPI")
+    if module is not None and module.Is_initialized() and not module.Is_finalized() and module.COMM_WORLD.size > 1:
+        module.COMM_WORLD.Abort(code)
+    os._exit(code)

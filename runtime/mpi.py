@@ -67,8 +67,8 @@ class MpiTransport:
     """Non-blocking sends and receives on a communicator of our own.
 
     A value is sent once XLA has made it. Whoever waits looks after all messages; while nobody waits, a helper thread
-    does (``helper=False``: only waiting and `poll` do). All MPI calls are made under one lock, so any thread level from
-    ``MPI_THREAD_SERIALIZED`` up will do.
+    does. The helper needs ``MPI_THREAD_MULTIPLE``, since the main thread may be in another MPI call; without it (or with
+    ``helper=False``) a step ends only when its messages have left.
     """
 
     def __init__(self, comm: Any = None, *, helper: bool = True, nap_seconds: float = _NAP_SECONDS) -> None:
@@ -79,7 +79,8 @@ class MpiTransport:
         self.rank: int = self.comm.Get_rank()
         self._nap = nap_seconds
         self._pool = BufferPool()
-        self._unsent: dict[int, deque[_Send]] = defaultdict(deque)  # made or being made, in order per destination
+        # By destination: values made or being made, in order.
+        self._unsent: list[deque[_Send]] = [deque() for _ in range(self.comm.Get_size())]
         self._requests: list[Any] = []
         self._handles: list[Any] = []
         self._lock = threading.Lock()
@@ -87,6 +88,7 @@ class MpiTransport:
         self._waiting = False
         self._closed = False
         self._error: BaseException | None = None
+        helper = helper and MPI.Query_thread() == MPI.THREAD_MULTIPLE
         self._helper = threading.Thread(target=self._help, name="bactrian-mpi", daemon=True) if helper else None
         if self._helper:
             self._helper.start()
@@ -109,6 +111,7 @@ class MpiTransport:
         with self._lock:
             self._requests.append(self.comm.Irecv([handle.buffer, self._mpi.BYTE], source=source, tag=tag))
             self._handles.append(handle)
+        self._work.set()
         return handle
 
     def test(self, handle: Handle) -> bool:
@@ -141,7 +144,7 @@ class MpiTransport:
         if self._error is not None:
             raise self._error
         with self._lock:
-            for destination, queue in self._unsent.items():
+            for destination, queue in enumerate(self._unsent):
                 while queue and (source := queue[0].source) is not None and _is_ready(source):
                     send = queue.popleft()
                     data = np.ascontiguousarray(np.asarray(source)).reshape(-1).view(np.uint8)
@@ -162,7 +165,8 @@ class MpiTransport:
 
     def busy(self) -> bool:
         """Whether any message is under way."""
-        return bool(self._requests) or any(self._unsent.values())
+        with self._lock:
+            return bool(self._requests) or any(self._unsent)
 
     def _help(self) -> None:
         """Look after the messages while the main thread is not waiting for one."""
@@ -178,6 +182,11 @@ class MpiTransport:
                 time.sleep(self._nap)
         except BaseException as error:  # shown by the thread that next asks for a message
             self._error = error
+
+    def end_step(self) -> None:
+        """Without a helper nobody would look after what is left."""
+        if self._helper is None:
+            self.flush()
 
     def flush(self) -> None:
         """Wait until every message is done."""

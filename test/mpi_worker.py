@@ -32,7 +32,8 @@ def main() -> None:
     lists = build_lists(program, tuple(s % comm.Get_size() for s in range(stages)))
     check_lists(lists)
     faults.at("compile")
-    transport = MpiTransport(comm)
+    transport = MpiTransport(comm, helper="--poll" not in sys.argv)
+    sys.argv = [a for a in sys.argv if a != "--poll"]
     tracer = Tracer() if len(sys.argv) > 4 else None
     run = Executor(
         lists[comm.Get_rank()], chain_functions(stages), lambda slot: jax.devices()[0], transport, tracer=tracer

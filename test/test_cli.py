@@ -85,12 +85,12 @@ def test_plan_prints_json(program: str, capsys: pytest.CaptureFixture[str]) -> N
 @pytest.mark.parametrize(
     ("step", "args", "message"),
     [
-        ("{}:number", None, "it is a int, not a parallelized function"),
+        ("{}:number", None, "it is of type int, not a parallelized function"),
         ("{}:stepp", None, "did you mean step"),
         ("{}", None, "no script and name in it"),
         ("nowhere.py:step", None, "no such script: nowhere.py"),
         ("no.such.module:step", None, "cannot find the module no.such.module"),
-        ("{}:step", "{}:number", "as arguments: it is a int, not a tuple"),
+        ("{}:step", "{}:number", "as arguments: it is of type int, not a tuple"),
         ("{}:step", "{}:missing", "cannot find 'missing'"),
     ],
 )
@@ -196,7 +196,8 @@ def test_a_missing_script_is_a_configuration_error() -> None:
 
 
 def test_the_command_starts_without_jax_mpi_or_rich() -> None:
-    code = "import sys, bactrian.driver.cli as c; c._parser(); print({'jax', 'mpi4py', 'rich', 'numpy'} & sys.modules.keys())"
+    heavy = "{'jax', 'mpi4py', 'rich', 'numpy'}"
+    code = f"import sys, bactrian.driver.cli as cli; cli._parser(); print({heavy} & sys.modules.keys())"
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert run.stdout == "set()\n"
 

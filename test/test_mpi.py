@@ -41,9 +41,9 @@ def survivors(marker: str) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("stages, ranks", [(2, 2), (4, 2)])
-def test_steps_over_mpi_equal_the_serial_ones(stages: int, ranks: int) -> None:
-    done = mpirun(stages, 4, 3, ranks=ranks)
+@pytest.mark.parametrize("stages, ranks, options", [(2, 2, ()), (4, 2, ()), (3, 3, ("--poll",))])
+def test_steps_over_mpi_equal_the_serial_ones(stages: int, ranks: int, options: tuple[str, ...]) -> None:
+    done = mpirun(stages, 4, 3, *options, ranks=ranks)
     assert done.returncode == 0, done.stderr
     assert sorted(done.stdout.split("\n"))[1:] == [f"rank {r} done" for r in range(ranks)]
 
