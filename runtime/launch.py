@@ -163,8 +163,13 @@ def _noting_exit(status: Any = None, /) -> Any:
 
 def _on_exit() -> None:
     faults.at("exit")
-    if _exit_code not in (None, 0, STOPPED):
-        abort(_exit_code)
+    if failing():
+        abort(_exit_code or 1)
+
+
+def failing() -> bool:
+    """Whether this process is on its way out with an error code."""
+    return _exit_code not in (None, 0, STOPPED)
 
 
 def abort(code: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import sys
 import threading
 import time
@@ -13,6 +14,7 @@ import ml_dtypes
 import numpy as np
 from jax.sharding import Sharding
 
+from bactrian.runtime import launch
 from bactrian.runtime.transport import Handle
 
 _ALIGNMENT = 64  # XLA takes host memory without a copy only when it is aligned so
@@ -67,8 +69,8 @@ class MpiTransport:
     """Non-blocking sends and receives on a communicator of our own.
 
     A value is sent once XLA has made it. Whoever waits looks after all messages; while nobody waits, a helper thread
-    does. The helper needs ``MPI_THREAD_MULTIPLE``, since the main thread may be in another MPI call; without it (or with
-    ``helper=False``) a step ends only when its messages have left.
+    does. The helper needs ``MPI_THREAD_MULTIPLE``, since the main thread may be in another MPI call; without it (or
+    with ``helper=False``) a step ends only when its messages have left.
     """
 
     def __init__(self, comm: Any = None, *, helper: bool = True, nap_seconds: float = _NAP_SECONDS) -> None:
@@ -92,6 +94,7 @@ class MpiTransport:
         self._helper = threading.Thread(target=self._help, name="bactrian-mpi", daemon=True) if helper else None
         if self._helper:
             self._helper.start()
+        atexit.register(self._finish)
 
     def send(self, array: jax.Array, destination: int, tag: int, *, move: bool = False) -> Handle:
         """Queue the array; it leaves when it is ready and what was queued before it has left."""
@@ -197,12 +200,20 @@ class MpiTransport:
     def close(self) -> None:
         """Finish all messages, stop the helper, free the communicator (collective)."""
         if not self._closed:
-            self.flush()
-            self._closed = True
-            self._work.set()
-            if self._helper:
-                self._helper.join()
+            self._finish()
             self.comm.Free()
+
+    def _finish(self) -> None:
+        """Before MPI ends: what is under way leaves, unless this rank's failure is about to end the job."""
+        if self._closed:
+            return
+        if not launch.failing():
+            self.flush()
+        self._closed = True
+        self._work.set()
+        if self._helper:
+            self._helper.join()
+        atexit.unregister(self._finish)
 
 
 def _is_ready(array: Any) -> bool:

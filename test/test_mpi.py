@@ -48,6 +48,11 @@ def test_steps_over_mpi_equal_the_serial_ones(stages: int, ranks: int, options: 
     assert sorted(done.stdout.split("\n"))[1:] == [f"rank {r} done" for r in range(ranks)]
 
 
+def test_the_interpreters_end_closes_the_transport() -> None:
+    done = mpirun(2, 4, 2)
+    assert done.returncode == 0, done.stderr
+
+
 def test_trace_of_two_ranks(tmp_path: Path) -> None:
     done = mpirun(2, 3, 2, tmp_path / "trace.json")
     assert done.returncode == 0, done.stderr
