@@ -51,7 +51,7 @@ def parse(text: str) -> Fault | None:
     """
     if not text.strip():
         return None
-    pairs = dict(part.strip().split("=", 1) if "=" in part else (part.strip(), "") for part in text.split(","))
+    pairs = {key.strip(): value.strip() for key, _, value in (part.partition("=") for part in text.split(","))}
     unknown = sorted(set(pairs) - {"rank", "step", "point", "action", "seconds"})
     if unknown:
         _refuse(text, f"unknown key {unknown[0]!r}", "keys are rank, step, point, action, seconds")
@@ -79,9 +79,13 @@ def own_rank() -> int:
     return 0
 
 
-ACTIVE: Fault | None = parse(os.environ.get("BACTRIAN_FAULTS", ""))
-if ACTIVE is not None and ACTIVE.rank != own_rank():
-    ACTIVE = None
+def own_fault() -> Fault | None:
+    """The fault that the environment asks of this rank."""
+    fault = parse(os.environ.get("BACTRIAN_FAULTS", ""))
+    return fault if fault is not None and fault.rank == own_rank() else None
+
+
+ACTIVE: Fault | None = own_fault()
 
 _step = 0
 
@@ -100,7 +104,9 @@ def at(point: str) -> None:
     fault.done = True
     match fault.action:
         case "raise":
-            raise InjectedFault(f"fault injected on rank {fault.rank} at {point}, step {_step}")
+            raise InjectedFault(
+                f"fault injected on rank {fault.rank} at {point}, step {_step}, unix time {time.time():.3f}"
+            )
         case "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         case "stop":
