@@ -134,7 +134,7 @@ def _split_sums(main: ir.Operation) -> int:
     results = iter(new.results)
     with ir.InsertionPoint(boundary):
         for operand, result in zip(operands, old, strict=True):
-            parts = [next(results) for _ in operand.parts]
+            parts: list[ir.Value] = [next(results) for _ in operand.parts]
             result.replace_all_uses_with(_join(operand, parts, boundary.location))
     dead = [v.owner.operation for v in boundary.operands if not isinstance(v.owner, ir.Block)]
     boundary.erase()
