@@ -286,9 +286,12 @@ def _zeros(type_: ir.Type, stage: int) -> ir.Value:
 
 
 def _sum(zeros: ir.Value, value: ir.Value, phase: str, stage: int) -> ir.Value:
-    total = _add(zeros, value, phase, stage)
-    total.owner.operation.attributes["bactrian.accumulate"] = ir.UnitAttr.get()
-    return total
+    return ir.Operation.create(
+        "stablehlo.add",
+        results=[zeros.type],
+        operands=[zeros, value],
+        attributes={**_where(phase, stage), "bactrian.accumulate": ir.UnitAttr.get()},
+    ).results[0]
 
 
 def _concat(zeros: ir.Value, value: ir.Value, phase: str, stage: int) -> ir.Value:
