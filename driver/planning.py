@@ -41,7 +41,7 @@ class Decisions:
         """The passes up to ``assign-stages``."""
         boundaries = f" boundaries={','.join(map(str, self.first_layers))}" if self.first_layers else ""
         return (
-            "builtin.module(flatten-calls,verify-program,infer-phases,"
+            "builtin.module(flatten-calls,verify-program,canonicalize,cse,infer-phases,"
             f"group-layers{{num-layers={self.num_layers}}},"
             f"assign-stages{{num-stages={self.num_stages}{boundaries}}})"
         )
@@ -58,8 +58,8 @@ class Staged:
 
     plan: Plan
     module: ir.Module
+    donate: bool
     diagnostics: tuple[Diagnostic, ...] = ()
-    seconds: dict[str, float] = field(default_factory=dict[str, float])
 
     @cached_property
     def program(self) -> StagedProgram:
@@ -118,7 +118,7 @@ def stage_program(
         peak_memory_bytes=max((s.memory_bytes or 0 for s in stages), default=0),
         options=plan.options if plan is not None else (),
     )
-    return Staged(made, module, (*first.diagnostics, *second.diagnostics))
+    return Staged(made, module, decisions.donate, (*first.diagnostics, *second.diagnostics))
 
 
 @dataclass

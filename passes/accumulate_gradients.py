@@ -47,25 +47,31 @@ class AccumulateGradients(Pass):
     have ``bactrian.accumulate``.
 
     Input:
-        module attributes {bactrian.num_microbatches = 2 : i64} {
-          func.func public @main(%x: tensor<4xf32> {bactrian.role = "batch"}) -> tensor<4xf32> {
-            %g = stablehlo.negate %x {bactrian.phase = "backward", bactrian.stage = 0 : i64} : tensor<4xf32>
-            %b = stablehlo.custom_call @bactrian.gradient_boundary(%g) {mhlo.backend_config =
-              {kinds = "gradient", reductions = "sum"}} : (tensor<4xf32>) -> tensor<4xf32>
-            return %b : tensor<4xf32>
-          }
-        }
+
+    ```mlir
+    module attributes {bactrian.num_microbatches = 2 : i64} {
+      func.func public @main(%x: tensor<4xf32> {bactrian.role = "batch"}) -> tensor<4xf32> {
+        %g = stablehlo.negate %x {bactrian.phase = "backward", bactrian.stage = 0 : i64} : tensor<4xf32>
+        %b = stablehlo.custom_call @bactrian.gradient_boundary(%g) {mhlo.backend_config =
+          {kinds = "gradient", reductions = "sum"}} : (tensor<4xf32>) -> tensor<4xf32>
+        return %b : tensor<4xf32>
+      }
+    }
+    ```
 
     Output:
-        module attributes {bactrian.num_microbatches = 2 : i64} {
-          func.func public @main(%arg0: tensor<4xf32> {bactrian.role = "batch"}) -> tensor<4xf32> {
-            %0 = stablehlo.negate %arg0 {bactrian.phase = "backward", bactrian.stage = 0 : i64} : tensor<4xf32>
-            %cst = stablehlo.constant {bactrian.phase = "initialize", bactrian.stage = 0 : i64} dense<0.000000e+00> : tensor<4xf32>
-            %1 = stablehlo.add %cst, %0 {bactrian.accumulate, bactrian.phase = "backward", bactrian.stage = 0 : i64} : tensor<4xf32>
-            %2 = stablehlo.custom_call @bactrian.gradient_boundary(%1) {mhlo.backend_config = {kinds = "gradient", reductions = "accumulated"}} : (tensor<4xf32>) -> tensor<4xf32>
-            return %2 : tensor<4xf32>
-          }
-        }
+
+    ```mlir
+    module attributes {bactrian.num_microbatches = 2 : i64} {
+      func.func public @main(%arg0: tensor<4xf32> {bactrian.role = "batch"}) -> tensor<4xf32> {
+        %0 = stablehlo.negate %arg0 {bactrian.phase = "backward", bactrian.stage = 0 : i64} : tensor<4xf32>
+        %cst = stablehlo.constant {bactrian.phase = "initialize", bactrian.stage = 0 : i64} dense<0.000000e+00> : tensor<4xf32>
+        %1 = stablehlo.add %cst, %0 {bactrian.accumulate, bactrian.phase = "backward", bactrian.stage = 0 : i64} : tensor<4xf32>
+        %2 = stablehlo.custom_call @bactrian.gradient_boundary(%1) {mhlo.backend_config = {kinds = "gradient", reductions = "accumulated"}} : (tensor<4xf32>) -> tensor<4xf32>
+        return %2 : tensor<4xf32>
+      }
+    }
+    ```
 
     The gradient is added to what the microbatch before left.
     """
@@ -160,8 +166,7 @@ def _parts(value: ir.Value, kind: str, reduction: str, boundary: ir.Operation) -
         if op is not None and op.name == "stablehlo.add":
             stack.extend(reversed(list(op.operands)))
         else:
-            stage = value_stage(leaf)
-            leaves.setdefault(0 if stage is None else stage, []).append(leaf)
+            leaves.setdefault(_origin_stage(leaf), []).append(leaf)
     if len(leaves) < 2:
         return whole
     owner = value_stage(value) or 0
@@ -173,6 +178,21 @@ def _parts(value: ir.Value, kind: str, reduction: str, boundary: ir.Operation) -
                 total = _add(total, leaf, BACKWARD, stage)
         parts.append(total)
     return _Operand(kind, reduction, parts, shape_ops, owner)
+
+
+def _origin_stage(leaf: ir.Value) -> int:
+    """The stage that computes a part of a sum; shape ops between it and the sum are moved there."""
+    shape_ops: list[ir.Operation] = []
+    source = leaf
+    while (op := _private_producer(source)) is not None and op.name in _SHAPE_OPS:
+        shape_ops.append(op)
+        source = op.operands[0]
+    stage = value_stage(source)
+    if stage is None:
+        return value_stage(leaf) or 0
+    for op in shape_ops:
+        op.attributes["bactrian.stage"] = integer(stage)
+    return stage
 
 
 def _private_producer(value: ir.Value) -> ir.Operation | None:

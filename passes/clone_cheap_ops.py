@@ -42,25 +42,31 @@ class CloneCheapOps(Pass):
     Ensures: no value of these kinds crosses stages, or is kept from forward to backward.
 
     Input:
-        module attributes {bactrian.num_stages = 2 : i64} {
-          func.func public @main(%x: tensor<4xf32> {bactrian.role = "batch"}) -> tensor<4xf32> {
-            %c = stablehlo.constant {bactrian.phase = "forward", bactrian.stage = 0 : i64} dense<2.0> : tensor<4xf32>
-            %y = stablehlo.multiply %x, %c {bactrian.phase = "forward", bactrian.stage = 0 : i64} : tensor<4xf32>
-            %z = stablehlo.add %y, %c {bactrian.phase = "forward", bactrian.stage = 1 : i64} : tensor<4xf32>
-            return %z : tensor<4xf32>
-          }
-        }
+
+    ```mlir
+    module attributes {bactrian.num_stages = 2 : i64} {
+      func.func public @main(%x: tensor<4xf32> {bactrian.role = "batch"}) -> tensor<4xf32> {
+        %c = stablehlo.constant {bactrian.phase = "forward", bactrian.stage = 0 : i64} dense<2.0> : tensor<4xf32>
+        %y = stablehlo.multiply %x, %c {bactrian.phase = "forward", bactrian.stage = 0 : i64} : tensor<4xf32>
+        %z = stablehlo.add %y, %c {bactrian.phase = "forward", bactrian.stage = 1 : i64} : tensor<4xf32>
+        return %z : tensor<4xf32>
+      }
+    }
+    ```
 
     Output:
-        module attributes {bactrian.num_stages = 2 : i64} {
-          func.func public @main(%arg0: tensor<4xf32> {bactrian.role = "batch"}) -> tensor<4xf32> {
-            %cst = stablehlo.constant {bactrian.phase = "forward", bactrian.stage = 0 : i64} dense<2.000000e+00> : tensor<4xf32>
-            %cst_0 = stablehlo.constant {bactrian.phase = "forward", bactrian.stage = 1 : i64} dense<2.000000e+00> : tensor<4xf32>
-            %0 = stablehlo.multiply %arg0, %cst {bactrian.phase = "forward", bactrian.stage = 0 : i64} : tensor<4xf32>
-            %1 = stablehlo.add %0, %cst_0 {bactrian.phase = "forward", bactrian.stage = 1 : i64} : tensor<4xf32>
-            return %1 : tensor<4xf32>
-          }
-        }
+
+    ```mlir
+    module attributes {bactrian.num_stages = 2 : i64} {
+      func.func public @main(%arg0: tensor<4xf32> {bactrian.role = "batch"}) -> tensor<4xf32> {
+        %cst = stablehlo.constant {bactrian.phase = "forward", bactrian.stage = 1 : i64} dense<2.000000e+00> : tensor<4xf32>
+        %cst_0 = stablehlo.constant {bactrian.phase = "forward", bactrian.stage = 0 : i64} dense<2.000000e+00> : tensor<4xf32>
+        %0 = stablehlo.multiply %arg0, %cst_0 {bactrian.phase = "forward", bactrian.stage = 0 : i64} : tensor<4xf32>
+        %1 = stablehlo.add %0, %cst {bactrian.phase = "forward", bactrian.stage = 1 : i64} : tensor<4xf32>
+        return %1 : tensor<4xf32>
+      }
+    }
+    ```
 
     Each stage has the constant that it reads.
     """

@@ -117,8 +117,8 @@ class StageRule:
     """Which ops may be computed again on another stage.
 
     ``free`` forward and backward ops depend on small arguments and constants only. ``shared`` values of the update are
-    small and computed from small arguments, constants and the partial results of regrouped folds (``PARTIAL``), which
-    are sent once and end there.
+    computed from small arguments, constants and the partial results of regrouped folds (``PARTIAL``), which are sent
+    once and end there; large ones only by elementwise ops.
     """
 
     def __init__(self, main: ir.Operation, small_bytes: int) -> None:
@@ -134,9 +134,9 @@ class StageRule:
             partial = PARTIAL in op.attributes
             again = not partial and all(known[value] for value in flow.operands[index])
             update = string_attribute(op, "bactrian.phase") == UPDATE
-            small = not update or not flow.operands[index]
+            cheap = not update or is_elementwise(op)
             for result in flow.results[index]:
-                known[result] = (again or partial) and (small or sizes[result] <= small_bytes)
+                known[result] = (again or partial) and (cheap or sizes[result] <= small_bytes)
             if again:
                 self._allowed.add(op)
 

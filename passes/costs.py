@@ -16,23 +16,19 @@ from jaxlib.mlir.dialects import stablehlo
 HEAVY = frozenset({"stablehlo.dot_general", "stablehlo.dot", "stablehlo.convolution"})
 """Ops that a model's weight is counted in."""
 
-_FREE = frozenset(
-    f"stablehlo.{name}"
-    for name in (
-        "after_all bitcast_convert broadcast broadcast_in_dim concatenate constant copy create_token dynamic_slice "
-        "dynamic_update_slice gather get_tuple_element iota optimization_barrier pad partition_id replica_id reshape "
-        "return reverse slice transpose tuple"
-    ).split()
+
+def _ops(names: str) -> frozenset[str]:
+    return frozenset(f"stablehlo.{name}" for name in names.split())
+
+
+_FREE = _ops(
+    "after_all bitcast_convert broadcast broadcast_in_dim concatenate constant copy create_token dynamic_slice "
+    "dynamic_update_slice gather get_tuple_element iota optimization_barrier pad partition_id replica_id reshape "
+    "return reverse slice transpose tuple"
 )
-_NO_TRAFFIC = frozenset(
-    f"stablehlo.{name}"
-    for name in "after_all bitcast_convert create_token get_tuple_element optimization_barrier reshape return tuple".split()
-)
-_TRANSCENDENTAL = frozenset(
-    f"stablehlo.{name}"
-    for name in (
-        "atan2 cbrt cosine exponential exponential_minus_one log log_plus_one logistic power rsqrt sine sqrt tan tanh"
-    ).split()
+_NO_TRAFFIC = _ops("after_all bitcast_convert create_token get_tuple_element optimization_barrier reshape return tuple")
+_TRANSCENDENTAL = _ops(
+    "atan2 cbrt cosine exponential exponential_minus_one log log_plus_one logistic power rsqrt sine sqrt tan tanh"
 )
 _TRANSCENDENTAL_FLOPS = 8  # about what a vectorized polynomial costs; XLA's own estimate on CPU is of that size
 
@@ -157,7 +153,8 @@ class CostModel:
 
     def branch_cost(self, op: ir.Operation) -> OpCost:
         """The most expensive branch of a ``case`` or ``if``."""
-        return max((self.block_cost(region.blocks[0]) for region in op.regions), key=lambda cost: (cost.flops, cost.bytes))
+        branches = [self.block_cost(region.blocks[0]) for region in op.regions]
+        return max(branches, key=lambda cost: (cost.flops, cost.bytes))
 
     def inline_cost(self, op: ir.Operation) -> OpCost:
         """A region that runs once: a composite or a named computation."""
@@ -197,10 +194,11 @@ def trip_count(op: ir.Operation) -> int | None:
     """
     condition, body = op.regions[0].blocks[0], op.regions[1].blocks[0]
     last = condition.operations[len(condition.operations) - 1].operation
-    test = last.operands[0].owner
-    if isinstance(test, ir.Block) or test.name != "stablehlo.compare":
+    owner = last.operands[0].owner
+    if isinstance(owner, ir.Block) or owner.operation.name != "stablehlo.compare":
         return None
-    if "LT" not in str(test.attributes["comparison_direction"]):
+    test = owner.operation
+    if stablehlo.ComparisonDirectionAttr(test.attributes["comparison_direction"]).value != "LT":
         return None
     counter = next((n for n, argument in enumerate(condition.arguments) if argument == test.operands[0]), None)
     limit = _scalar(test.operands[1], op, condition)
@@ -208,7 +206,9 @@ def trip_count(op: ir.Operation) -> int | None:
         return None
     start = _scalar(op.operands[counter], op, None)
     step_op = body.operations[len(body.operations) - 1].operation.operands[counter].owner
-    if isinstance(step_op, ir.Block) or step_op.name != "stablehlo.add" or step_op.operands[0] != body.arguments[counter]:
+    if isinstance(step_op, ir.Block) or step_op.operation.name != "stablehlo.add":
+        return None
+    if step_op.operation.operands[0] != body.arguments[counter]:
         return None
     step = _scalar(step_op.operands[1], op, body)
     if start is None or not step or step < 0:
@@ -227,9 +227,9 @@ def _scalar(value: ir.Value, loop: ir.Operation, block: ir.Block | None) -> int 
         end = returned[len(returned) - 1].operation
         unchanged = end.operands[number] == loop.regions[1].blocks[0].arguments[number]
         return _scalar(loop.operands[number], loop, None) if unchanged else None
-    if owner.name != "stablehlo.constant":
+    if owner.operation.name != "stablehlo.constant":
         return None
-    attribute = owner.attributes["value"]
+    attribute = owner.operation.attributes["value"]
     if not isinstance(attribute, ir.DenseIntElementsAttr):
         return None
     return int(attribute[0])
@@ -249,9 +249,7 @@ def _dot_general(
     return 2.0 * result.elements * contracted, traffic, operands[0].dtype
 
 
-def _dot(
-    op: ir.Operation, operands: list[TensorSize], result: TensorSize, traffic: float
-) -> tuple[float, float, str]:
+def _dot(op: ir.Operation, operands: list[TensorSize], result: TensorSize, traffic: float) -> tuple[float, float, str]:
     contracted = operands[0].shape[-1] if operands[0].shape else 1
     return 2.0 * result.elements * contracted, traffic, operands[0].dtype
 
@@ -314,21 +312,20 @@ def _dynamic_update_slice(
 def _select_and_scatter(
     op: ir.Operation, operands: list[TensorSize], result: TensorSize, traffic: float
 ) -> tuple[float, float, str]:
-    window = math.prod(ir.DenseI64ArrayAttr(op.attributes["window_dimensions"])) if "window_dimensions" in op.attributes else 1
+    """Every window looks for its element, and adds one update."""
+    attributes = op.attributes
+    given = "window_dimensions" in attributes
+    window = math.prod(ir.DenseI64ArrayAttr(attributes["window_dimensions"])) if given else 1
     return float(operands[1].elements * (window + 1)), traffic, result.dtype
 
 
-def _sort(
-    op: ir.Operation, operands: list[TensorSize], result: TensorSize, traffic: float
-) -> tuple[float, float, str]:
+def _sort(op: ir.Operation, operands: list[TensorSize], result: TensorSize, traffic: float) -> tuple[float, float, str]:
     """n log2 n comparisons along the sorted dim."""
     length = operands[0].shape[ir.IntegerAttr(op.attributes["dimension"]).value] if operands[0].shape else 1
     return float(operands[0].elements * math.ceil(math.log2(max(2, length)))), traffic, result.dtype
 
 
-def _fft(
-    op: ir.Operation, operands: list[TensorSize], result: TensorSize, traffic: float
-) -> tuple[float, float, str]:
+def _fft(op: ir.Operation, operands: list[TensorSize], result: TensorSize, traffic: float) -> tuple[float, float, str]:
     """5 n log2 n, the usual count for a complex transform."""
     length = max(2, math.prod(ir.DenseI64ArrayAttr(op.attributes["fft_length"])))
     return 5.0 * max(operands[0].elements, result.elements) * math.log2(length), traffic, result.dtype

@@ -53,7 +53,7 @@ class FlattenCalls(Pass):
     """
 
     name: ClassVar[str] = "flatten-calls"
-    summary: ClassVar[str] = "Turn every call into straight-line code and leave one function"
+    summary: ClassVar[str] = "turn every call into straight-line code and leave one function"
     statistics: ClassVar[tuple[Statistic, ...]] = (
         Statistic("num-inlined", "Number of calls replaced by their function's ops"),
         Statistic("num-functions-dropped", "Number of functions that are gone"),

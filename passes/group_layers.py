@@ -38,7 +38,7 @@ class GroupLayers(Pass):
     The forward ops are cut into ``num-layers`` contiguous groups of about equal flops, where the fewest bytes cross. If
     the program has stage boundaries, cuts are made only there; the boundaries are removed. Backward and update ops may
     stand anywhere, so they go where the bytes times the layers that they travel are least: a residual is free
-    from the layer that makes it to the last that reads it in the forward phase, a parameter is free where the forward
+    from the layer that makes it to the last that reads it in the forward phase, an argument is free where the forward
     phase reads it, an optimizer's state goes along with what updates it. What depends on neither the batch nor a large
     argument (constants, masks, random bits) is cheap to clone later and goes to its lowest reader (in the backward
     phase to its highest).
@@ -47,27 +47,37 @@ class GroupLayers(Pass):
     Ensures: ``bactrian.num_layers`` on the module and ``bactrian.layer`` on every op with a phase. Forward edges never
     go to a lower layer, backward edges never to a higher one. No stage boundary is left.
 
-    Input:
-        func.func public @main(%v: tensor<16x16xf32> {bactrian.role = "state"},
-            %w: tensor<16x16xf32> {bactrian.role = "state"}, %x: tensor<4x16xf32> {bactrian.role = "batch"})
-            -> tensor<4x16xf32> {
-          %y = stablehlo.dot_general %x, %v, contracting_dims = [1] x [0] {bactrian.phase = "forward"}
-            : (tensor<4x16xf32>, tensor<16x16xf32>) -> tensor<4x16xf32>
-          %z = stablehlo.dot_general %y, %w, contracting_dims = [1] x [0] {bactrian.phase = "forward"}
-            : (tensor<4x16xf32>, tensor<16x16xf32>) -> tensor<4x16xf32>
-          return %z : tensor<4x16xf32>
-        }
+    Example: the boundary is where the second layer begins, and it is gone.
 
-    Output (``num-layers=2``):
-        module attributes {bactrian.num_layers = 2 : i64} {
-          func.func public @main(%arg0: tensor<16x16xf32> {bactrian.role = "state"}, %arg1: tensor<16x16xf32> {bactrian.role = "state"}, %arg2: tensor<4x16xf32> {bactrian.role = "batch"}) -> tensor<4x16xf32> {
-            %0 = stablehlo.dot_general %arg2, %arg0, contracting_dims = [1] x [0] {bactrian.layer = 0 : i64, bactrian.phase = "forward"} : (tensor<4x16xf32>, tensor<16x16xf32>) -> tensor<4x16xf32>
-            %1 = stablehlo.dot_general %0, %arg1, contracting_dims = [1] x [0] {bactrian.layer = 1 : i64, bactrian.phase = "forward"} : (tensor<4x16xf32>, tensor<16x16xf32>) -> tensor<4x16xf32>
-            return %1 : tensor<4x16xf32>
-          }
-        }
+    ```mlir
+    func.func public @main(%v: tensor<16x16xf32> {bactrian.role = "state"},
+        %w: tensor<16x16xf32> {bactrian.role = "state"}, %x: tensor<4x16xf32> {bactrian.role = "batch"})
+        -> tensor<4x16xf32> {
+      %y = stablehlo.dot_general %x, %v, contracting_dims = [1] x [0] {bactrian.phase = "forward"}
+        : (tensor<4x16xf32>, tensor<16x16xf32>) -> tensor<4x16xf32>
+      %m = stablehlo.custom_call @bactrian.stage_boundary(%y) {bactrian.phase = "forward"}
+        : (tensor<4x16xf32>) -> tensor<4x16xf32>
+      %z = stablehlo.dot_general %m, %w, contracting_dims = [1] x [0] {bactrian.phase = "forward"}
+        : (tensor<4x16xf32>, tensor<16x16xf32>) -> tensor<4x16xf32>
+      return %z : tensor<4x16xf32>
+    }
+    ```
 
-    The two products weigh the same, so each is a layer.
+    ```mlir
+    module attributes {bactrian.num_layers = 2 : i64} {
+      func.func public @main(%v: tensor<16x16xf32> {bactrian.role = "state"},
+          %w: tensor<16x16xf32> {bactrian.role = "state"}, %x: tensor<4x16xf32> {bactrian.role = "batch"})
+          -> tensor<4x16xf32> {
+        %y = stablehlo.dot_general %x, %v, contracting_dims = [1] x [0]
+          {bactrian.layer = 0 : i64, bactrian.phase = "forward"}
+          : (tensor<4x16xf32>, tensor<16x16xf32>) -> tensor<4x16xf32>
+        %z = stablehlo.dot_general %y, %w, contracting_dims = [1] x [0]
+          {bactrian.layer = 1 : i64, bactrian.phase = "forward"}
+          : (tensor<4x16xf32>, tensor<16x16xf32>) -> tensor<4x16xf32>
+        return %z : tensor<4x16xf32>
+      }
+    }
+    ```
     """
 
     name: ClassVar[str] = "group-layers"
@@ -79,14 +89,14 @@ class GroupLayers(Pass):
         Statistic("markers", "stage boundaries removed"),
     )
 
-    num_layers: int = option(1, help="how many layers to make")
+    num_layers: int = option(0, help="how many layers to make; 0: one more than there are stage boundaries")
     epsilon: float = option(0.1, help="by how much a layer's flops may exceed an even share")
     small_bytes: int = option(256, help="an argument of at most this many bytes is read anywhere for free")
 
     def check_options(self) -> None:
-        """At least one layer; a slack that is not negative."""
-        if self.num_layers < 1:
-            raise ConfigError(f"num-layers is {self.num_layers}, must be at least 1")
+        """Neither the number of layers nor the slack is negative."""
+        if self.num_layers < 0:
+            raise ConfigError(f"num-layers is {self.num_layers}, must not be negative")
         if self.epsilon < 0:
             raise ConfigError(f"epsilon is {self.epsilon}, must not be negative")
 
@@ -96,17 +106,18 @@ class GroupLayers(Pass):
         layers = _cut_forward(program, self.num_layers, self.epsilon, module, ctx)
         if layers is None:
             return
+        num_layers = 1 + max((layer for layer in layers if layer is not None), default=0)
         _place_free(program, layers, FORWARD)
         microbatches = integer_attribute(module.operation, "bactrian.num_microbatches") or 1
-        placed = _place(program, layers, self.num_layers, microbatches)
+        placed = _place(program, layers, num_layers, microbatches)
         for phase in (UPDATE, BACKWARD):
             _place_free(program, layers, phase)
-        attributes = [integer(layer) for layer in range(self.num_layers)]
+        attributes = [integer(layer) for layer in range(num_layers)]
         for index, op in enumerate(program.flow.ops):
             layer = layers[index]
             if layer is not None and not program.marker[index]:
                 op.attributes["bactrian.layer"] = attributes[layer]
-        module.operation.attributes["bactrian.num_layers"] = integer(self.num_layers)
+        module.operation.attributes["bactrian.num_layers"] = integer(num_layers)
         _remove_markers(program)
         ctx.count("free", sum(program.free))
         ctx.count("placed", placed)
@@ -215,11 +226,17 @@ def _cut_forward(
     position = {op: place for place, op in enumerate(ops)}
     model = CostModel()
     flops = [model.flops(flow.ops[i]) for i in ops]
-    crossing = layering.cut_bytes(len(ops), _lifetimes(program, position))
+    lifetimes = [(place, last, program.bytes[value]) for value, place, last in _lifetimes(program, position)]
+    crossing = layering.cut_bytes(len(ops), lifetimes)
     allowed = _marker_positions([program.marker[i] for i in ops], weighty)
+    num_layers = num_layers or len(allowed or ()) + 1
+    limited = "at stage boundaries" if allowed is not None else ""
+    kept = _kept_positions(program, position) if allowed is None else None
+    if kept is not None and layering.cut(flops, weighty, crossing, num_layers, epsilon, kept) is not None:
+        allowed, limited = kept, "between parts that are computed again"
     layers: list[int | None] = [None] * len(flow.ops)
     if num_layers > 1:
-        cut = _checked_cut(flops, weighty, crossing, num_layers, epsilon, allowed, kind, module, ctx)
+        cut = _checked_cut(flops, weighty, crossing, num_layers, epsilon, allowed, (kind, limited), module, ctx)
         if cut is None:
             return None
         groups = cut.group_of(len(ops))
@@ -243,8 +260,28 @@ def _order(program: _Program, ops: list[int], weighty: list[bool]) -> list[int]:
     return layering.normalized_order(operands, anchors)
 
 
+def _kept_positions(program: _Program, position: dict[int, int]) -> list[int] | None:
+    """Where every value that crosses is kept for the backward phase; None if the program recomputes nothing.
+
+    `jax.checkpoint` computes forward ops again in the backward phase, behind an optimization barrier. A cut inside of
+    such a part would have its beginning computed again on the layer of its end, because backward edges go down.
+    """
+    recomputes = any(
+        phase == BACKWARD and op.name == "stablehlo.optimization_barrier"
+        for op, phase in zip(program.flow.ops, program.phases, strict=True)
+    )
+    if not recomputes:
+        return None
+    inner = [
+        (place, last, 1)
+        for value, place, last in _lifetimes(program, position)
+        if not any(program.phases[reader] == BACKWARD for reader in program.readers[value])
+    ]
+    return [place for place, count in enumerate(layering.cut_bytes(len(position), inner).tolist()) if count == 0]
+
+
 def _lifetimes(program: _Program, position: dict[int, int]) -> list[tuple[int, int, int]]:
-    """(position of the producer, position of the last forward reader, bytes) of each forward value."""
+    """(value, position of its producer, position of its last forward reader) of each forward value read there."""
     lifetimes: list[tuple[int, int, int]] = []
     for op, place in position.items():
         if program.marker[op]:
@@ -252,7 +289,7 @@ def _lifetimes(program: _Program, position: dict[int, int]) -> list[tuple[int, i
         for value in program.flow.results[op]:
             last = max((position.get(reader, -1) for reader in program.readers[value]), default=-1)
             if last > place:
-                lifetimes.append((place, last, program.bytes[value]))
+                lifetimes.append((value, place, last))
     return lifetimes
 
 
@@ -282,16 +319,20 @@ def _checked_cut(
     num_layers: int,
     epsilon: float,
     allowed: list[int] | None,
-    kind: str,
+    words: tuple[str, str],
     module: ir.Module,
     ctx: PassContext,
 ) -> layering.Cut | None:
-    """The cut; an error if there is none, a remark if it is less balanced than asked."""
+    """The cut; an error if there is none, a remark if it is less balanced than asked.
+
+    ``words`` say what weight is, and where cuts may be (empty: anywhere).
+    """
+    kind, limited = words
     weight = sum(weighty)
     if allowed is not None and num_layers > len(allowed) + 1:
         ctx.error(
             module.operation,
-            f"cannot cut a program with {len(allowed)} stage boundaries into {num_layers} layers",
+            f"cannot cut at {_count(len(allowed), 'stage boundary', 'stage boundaries')} into {num_layers} layers",
             why="where a program has stage boundaries, layers are cut only there",
             fix=f"ask for at most {len(allowed) + 1} layers, or add stage boundaries",
         )
@@ -299,7 +340,7 @@ def _checked_cut(
     if weight < num_layers:
         ctx.error(
             module.operation,
-            f"cannot cut {weight} forward ops {kind} into {num_layers} layers",
+            f"cannot cut {_count(weight, 'forward op', 'forward ops')} {kind} into {num_layers} layers",
             why="every layer needs a product or convolution" if kind == "with weight" else "every layer needs one",
             fix=f"ask for at most {max(1, weight)} layers",
         )
@@ -310,9 +351,13 @@ def _checked_cut(
         ctx.remark(
             module.operation,
             f"the largest of {num_layers} layers has {cut.largest / cut.share:.2f} times an even share of the "
-            f"forward flops; no cut comes within {1 + epsilon:.2f} times",
+            f"forward flops; no cut {limited or 'at all'} comes within {1 + epsilon:.2f} times",
         )
     return cut
+
+
+def _count(number: int, one: str, many: str) -> str:
+    return f"{number} {one if number == 1 else many}"
 
 
 def _place_free(program: _Program, layers: list[int | None], phase: str) -> None:
@@ -347,11 +392,13 @@ def _place(program: _Program, layers: list[int | None], num_layers: int, microba
 
 
 def _homes(program: _Program, layers: list[int | None], problem: layering.Placement) -> dict[int, list[int]]:
-    """Where each argument lives, as ends of payments: the lowest and highest layer that read it forward, else a node."""
+    """Where each argument lives: the lowest and highest layer that read it forward, else a variable.
+
+    A batch argument lives there as well: other stages could load it, too, but then the gradient of the first layer's
+    weight would be computed on the second whenever it is smaller than the cotangent.
+    """
     homes: dict[int, list[int]] = {}
-    for argument, role in enumerate(program.roles):
-        if role == "batch":
-            continue
+    for argument in range(len(program.roles)):
         forward = [
             layer
             for reader in program.readers[argument]
@@ -374,15 +421,14 @@ def _pay_for_value(
     if program.same[value] != value:
         return
     op = program.flow.producer[value]
-    if op == program.boundary and op >= 0 or op >= 0 and program.free[op]:
+    if op >= 0 and (op == program.boundary or program.free[op]):
         return
     size = program.bytes[value]
     backward = [nodes[r] for r in program.readers[value] if program.phases[r] == BACKWARD and r in nodes]
     update = _update_ends(program, nodes, homes, value)
     if op < 0:
-        if value in homes:
-            problem.pay_span([*homes[value], *backward], size * microbatches)
-            problem.pay_span([*homes[value], *update], size)
+        problem.pay_span([*homes[value], *backward], size * microbatches)
+        problem.pay_span([*homes[value], *update], size)
     elif program.phases[op] == FORWARD:
         own = layers[op]
         assert own is not None

@@ -43,25 +43,31 @@ class InferPhases(Pass):
     boundary, update ops after it.
 
     Input:
-        func.func public @main(%w: tensor<4xf32> {bactrian.role = "state"}, %x: tensor<4xf32> {bactrian.role = "batch"})
-            -> (tensor<4xf32> {bactrian.updates = 0 : i64}) {
-          %y = stablehlo.multiply %w, %x : tensor<4xf32>
-          %g = stablehlo.negate %x : tensor<4xf32>
-          %b:2 = stablehlo.custom_call @bactrian.gradient_boundary(%y, %g) {mhlo.backend_config =
-            {kinds = "aux,gradient", reductions = "last,mean"}}
-            : (tensor<4xf32>, tensor<4xf32>) -> (tensor<4xf32>, tensor<4xf32>)
-          %n = stablehlo.subtract %w, %b#1 : tensor<4xf32>
-          return %n : tensor<4xf32>
-        }
+
+    ```mlir
+    func.func public @main(%w: tensor<4xf32> {bactrian.role = "state"}, %x: tensor<4xf32> {bactrian.role = "batch"})
+        -> (tensor<4xf32> {bactrian.updates = 0 : i64}, tensor<4xf32>) {
+      %y = stablehlo.multiply %w, %x : tensor<4xf32>
+      %g = stablehlo.negate %x : tensor<4xf32>
+      %b:2 = stablehlo.custom_call @bactrian.gradient_boundary(%y, %g) {mhlo.backend_config =
+        {kinds = "aux,gradient", reductions = "last,mean"}}
+        : (tensor<4xf32>, tensor<4xf32>) -> (tensor<4xf32>, tensor<4xf32>)
+      %n = stablehlo.subtract %w, %b#1 : tensor<4xf32>
+      return %n, %b#0 : tensor<4xf32>, tensor<4xf32>
+    }
+    ```
 
     Output:
-        func.func public @main(%arg0: tensor<4xf32> {bactrian.role = "state"}, %arg1: tensor<4xf32> {bactrian.role = "batch"}) -> (tensor<4xf32> {bactrian.updates = 0 : i64}) {
-          %0 = stablehlo.multiply %arg0, %arg1 {bactrian.phase = "forward"} : tensor<4xf32>
-          %1 = stablehlo.negate %arg1 {bactrian.phase = "backward"} : tensor<4xf32>
-          %2:2 = stablehlo.custom_call @bactrian.gradient_boundary(%0, %1) {mhlo.backend_config = {kinds = "aux,gradient", reductions = "last,mean"}} : (tensor<4xf32>, tensor<4xf32>) -> (tensor<4xf32>, tensor<4xf32>)
-          %3 = stablehlo.subtract %arg0, %2#1 {bactrian.phase = "update"} : tensor<4xf32>
-          return %3 : tensor<4xf32>
-        }
+
+    ```mlir
+    func.func public @main(%arg0: tensor<4xf32> {bactrian.role = "state"}, %arg1: tensor<4xf32> {bactrian.role = "batch"}) -> (tensor<4xf32> {bactrian.updates = 0 : i64}, tensor<4xf32>) {
+      %0 = stablehlo.multiply %arg0, %arg1 {bactrian.phase = "forward"} : tensor<4xf32>
+      %1 = stablehlo.negate %arg1 {bactrian.phase = "backward"} : tensor<4xf32>
+      %2:2 = stablehlo.custom_call @bactrian.gradient_boundary(%0, %1) {mhlo.backend_config = {kinds = "aux,gradient", reductions = "last,mean"}} : (tensor<4xf32>, tensor<4xf32>) -> (tensor<4xf32>, tensor<4xf32>)
+      %3 = stablehlo.subtract %arg0, %2#1 {bactrian.phase = "update"} : tensor<4xf32>
+      return %3, %2#0 : tensor<4xf32>, tensor<4xf32>
+    }
+    ```
 
     The aux value's op is forward, the gradient's is backward, and the new state's is update.
     """

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,7 +32,8 @@ def normalized_order(operands: Sequence[Sequence[int]], anchors: Sequence[bool])
 
     Tracing order puts parameter casts, masks and position embeddings wherever the user wrote them. Anchors (ops that
     carry the model's weight) keep their order; an op that some anchor depends on comes as late as possible, right
-    before the first anchor that needs it; the others come as early as possible, after their last operand.
+    before the first anchor that needs it; the others come as early as possible, after their last operand; of these, ops
+    that depend on no anchor (what is made of labels) stand before their first reader.
 
     Args:
         operands: for each op, the ops that it reads, all of them earlier in the list.
@@ -49,13 +51,23 @@ def normalized_order(operands: Sequence[Sequence[int]], anchors: Sequence[bool])
         for read in operands[op]:
             needed[read] = min(needed[read], needed[op])
     keys: list[tuple[int, int]] = []
+    light: list[bool] = []
     for op in range(num_ops):
+        light.append(not anchors[op] and all(light[read] for read in operands[op]))
         if anchors[op]:
             keys.append((rank[op], 1))
         elif needed[op] < none:
             keys.append((needed[op], 0))
         else:
             keys.append(max((keys[read] for read in operands[op]), default=(0, 0)))
+    waiting = [light[op] and needed[op] == none for op in range(num_ops)]
+    first: dict[int, tuple[int, int]] = {}
+    for op in range(num_ops - 1, -1, -1):
+        if waiting[op]:
+            keys[op] = first.get(op, keys[op])
+        for read in operands[op]:
+            if waiting[read]:
+                first[read] = min(first.get(read, keys[op]), keys[op])
     return sorted(range(num_ops), key=keys.__getitem__)
 
 
@@ -173,9 +185,7 @@ class _Table:
         # is the earliest start that leaves it only one.
         last = np.searchsorted(count, count, side="left") - 1
         lone = np.searchsorted(count, count - 1, side="left")
-        return cls(
-            positions, flops_before, anchors_before, crossing[positions], lone, last, float(flops_before[-1])
-        )
+        return cls(positions, flops_before, anchors_before, crossing[positions], lone, last, float(flops_before[-1]))
 
     def first(self, limit: float) -> Ints:
         """The earliest start of a group that ends at each candidate, under a limit of flops."""
@@ -383,7 +393,8 @@ def _least_cut(tails: Ints, heads: Ints, prices: Ints, low: Ints, high: Ints) ->
     source, sink = size, size + 1
     ups, downs = np.flatnonzero(gain > 0), np.flatnonzero(gain < 0)
     solver = max_flow.SimpleMaxFlow()
-    solver.add_arcs_with_capacity(
+    add_arcs: Any = solver.add_arcs_with_capacity  # its stub takes the dtype for the shape
+    add_arcs(
         np.concatenate([tails[same], np.full(len(ups), source), downs, [source]]),
         np.concatenate([heads[same], ups, np.full(len(downs), sink), [sink]]),
         np.concatenate([prices[same], gain[ups], -gain[downs], [0]]),
@@ -412,8 +423,7 @@ def balance(weights: Sequence[float], crossing: Sequence[int], num_groups: int) 
     worst[0, 0] = 0.0
     for k in range(1, num_groups + 1):
         for end in range(k, size + 1):
-            starts = slice(k - 1, end)
-            worst[k, end] = np.maximum(worst[k - 1, starts], before[end] - before[starts]).min()
+            worst[k, end] = np.maximum(worst[k - 1, k - 1 : end], before[end] - before[k - 1 : end]).min()
     limit = float(worst[num_groups, size]) * (1 + 1e-9)
     spent: list[list[tuple[float, int]]] = [[(np.inf, 0)] * (size + 1) for _ in range(num_groups + 1)]
     spent[0][0] = (0.0, 0)

@@ -114,18 +114,18 @@ class Plan:
     def __str__(self) -> str:
         from bactrian.passes.plan_table import plan_text
 
-        return plan_text(self)
+        return plan_text(cast(Any, self))  # the type checker meets this file under two paths
 
     def _repr_html_(self) -> str:
         from bactrian.passes.plan_table import plan_html
 
-        return plan_html(self)
+        return plan_html(cast(Any, self))
 
     def show(self) -> None:
         """Print the plan as a table."""
         from bactrian.passes.plan_table import show_plan
 
-        show_plan(self)
+        show_plan(cast(Any, self))
 
     @property
     def num_devices(self) -> int:
@@ -169,7 +169,9 @@ class Plan:
         except RecursionError:
             raise ConfigError(f"cannot read plan {source}: nested too deeply") from None
         except ValueError as error:
-            raise ConfigError(f"cannot read plan {source}: not JSON: {error}", fix="restore or remake the plan") from None
+            raise ConfigError(
+                f"cannot read plan {source}: not JSON: {error}", fix="restore or remake the plan"
+            ) from None
         data = _as_mapping(data, "plan", source)
         version = data.get("version")
         if type(version) is not int or version != VERSION:
@@ -191,7 +193,9 @@ class Plan:
                 _write(folder / STAGED_FILE, staged_text)
             _write(folder / PLAN_FILE, self.to_json())
         except OSError as error:
-            raise ConfigError(f"cannot save the plan in {folder}: {error.strerror}", fix="name a folder that can be written") from error
+            raise ConfigError(
+                f"cannot save the plan in {folder}: {error.strerror}", fix="name a folder that can be written"
+            ) from error
 
     @classmethod
     def load(cls, directory: str | Path) -> Plan:
@@ -370,7 +374,9 @@ def _check_decisions(plan: Plan) -> None:
             problems.append(f"stages[{position}] is called stage {stage.stage}")
         if stage.first_layer != following or stage.last_layer < stage.first_layer:
             layers = f"{stage.first_layer} to {stage.last_layer}"
-            problems.append(f"stage {position} has layers {layers}, should begin at layer {following} and have at least one")
+            problems.append(
+                f"stage {position} has layers {layers}, should begin at layer {following} and have at least one"
+            )
         if not stage.mesh or any(size < 1 for _, size in stage.mesh):
             problems.append(f"stage {position} has a mesh without devices: {_show(stage.mesh)}")
         following = stage.last_layer + 1
@@ -409,9 +415,13 @@ def _decode(kind: type, data: dict[str, Any], where: str, source: str) -> Any:
     for name, value in data.items():
         place, field_kind = f"{where}.{name}", str(known[name].type)
         if field_kind in _RECORDS:
-            entries: list[Any] = cast(list[Any], value) if isinstance(value, list) else _wrong(source, place, "a list", value)
+            entries: list[Any] = (
+                cast(list[Any], value) if isinstance(value, list) else _wrong(source, place, "a list", value)
+            )
             records = [_as_mapping(entry, f"{place}[{i}]", source) for i, entry in enumerate(entries)]
-            value = tuple(_decode(_RECORDS[field_kind], entry, f"{place}[{i}]", source) for i, entry in enumerate(records))
+            value = tuple(
+                _decode(_RECORDS[field_kind], entry, f"{place}[{i}]", source) for i, entry in enumerate(records)
+            )
         else:
             value = _decode_field(field_kind, value, place, source)
         arguments[name] = value
@@ -465,7 +475,9 @@ def _read(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise ConfigError(f"cannot read plan {path}: {reason}", fix="name a folder that `bactrian plan --save` wrote") from error
+        raise ConfigError(
+            f"cannot read plan {path}: {reason}", fix="name a folder that `bactrian plan --save` wrote"
+        ) from error
 
 
 def _write(path: Path, text: str) -> None:

@@ -22,7 +22,7 @@ _STAGE_COLORS = ("#b5651d", "#3a7d7c")  # neighbours differ
 
 
 def human_bytes(value: float | None) -> str:
-    """``18.4 GiB``; three significant digits at least, ``–`` for unknown. 1,536 gives ``1.50 KiB`` and 1,000 gives ``0.98 KiB``."""
+    """``18.4 GiB``, ``1.50 KiB``: three significant digits, ``–`` for unknown. 1,000 bytes are ``0.98 KiB``."""
     return _human(value, 1024.0, ("B", "KiB", "MiB", "GiB", "TiB", "PiB"))
 
 
@@ -62,15 +62,16 @@ def layer_range(stage: StagePlan) -> str:
 
 
 def mesh_text(stage: StagePlan) -> str:
-    """``data 2 × model 4``; axes of size 1 only when there is no other."""
-    axes = [(name, size) for name, size in stage.mesh if size > 1] or list(stage.mesh[:1])
-    return " × ".join(f"{name} {size}" for name, size in axes)
+    """``data=2 model=4``; axes of size 1 are left out, and a mesh of nothing else is ``1 device``."""
+    return " ".join(f"{name}={size}" for name, size in stage.mesh if size > 1) or "1 device"
 
 
 def module_names(plan: Plan, stage: StagePlan) -> list[str]:
     """The user's module names of a stage's layers, in order, each once."""
     layers = plan.layers[stage.first_layer : stage.last_layer + 1]
-    return list(dict.fromkeys(name for layer in layers for name in layer.modules or ((layer.first_op,) * bool(layer.first_op))))
+    return list(
+        dict.fromkeys(name for layer in layers for name in layer.modules or ((layer.first_op,) * bool(layer.first_op)))
+    )
 
 
 def plan_lines(plan: Plan) -> list[str]:
@@ -101,9 +102,18 @@ def render_plan(plan: Plan) -> Group:
     if plan.fingerprint:
         title.append(f"  of program {plan.fingerprint[:12]}", style=_QUIET)
     decided, *predicted = plan_lines(plan)
-    parts: list[Text | Table] = [title, Text(decided, style="bold"), *(Text(line) for line in predicted), _stage_table(plan)]
+    parts: list[Text | Table] = [
+        title,
+        Text(decided, style="bold"),
+        *(Text(line) for line in predicted),
+        _stage_table(plan),
+    ]
     if not any(share is None for share in plan.time_shares()):
-        measure = "predicted time" if all(s.predicted_seconds is not None for s in plan.stages) else "flops (no time predicted)"
+        measure = (
+            "predicted time"
+            if all(s.predicted_seconds is not None for s in plan.stages)
+            else "flops (no time predicted)"
+        )
         notes = f"flops, kept and sent per microbatch · share of {measure}"
     else:
         notes = "flops, kept and sent per microbatch"
@@ -111,7 +121,9 @@ def render_plan(plan: Plan) -> Group:
         notes += f" · update sends {human_bytes(add_known(*(s.update_sent_bytes or 0 for s in plan.stages)))} a step"
     parts.append(Text(notes, style=_QUIET))
     if plan.options:
-        parts.append(Text("options: " + "  ".join(f"{name}={_option_text(value)}" for name, value in plan.options), style=_QUIET))
+        parts.append(
+            Text("options: " + "  ".join(f"{name}={_option_text(value)}" for name, value in plan.options), style=_QUIET)
+        )
     return Group(*parts)
 
 
@@ -133,14 +145,28 @@ def _stage_table(plan: Plan) -> Table:
         cells_of_bar = 0  # no room for both
     columns += [
         ("flops", lambda s: human_count(s.flops), human_count(add_known(*(s.flops for s in stages)))),
-        ("params", lambda s: human_count(s.num_parameters), human_count(add_known(*(s.num_parameters for s in stages)))),
+        (
+            "params",
+            lambda s: human_count(s.num_parameters),
+            human_count(add_known(*(s.num_parameters for s in stages))),
+        ),
         ("state", lambda s: human_bytes(s.state_bytes), human_bytes(add_known(*(s.state_bytes for s in stages)))),
         ("kept", _kept, human_bytes(add_known(*(_all_kept(s) for s in stages)))),
-        ("sent →", lambda s: _sent(s.sent_bytes_forward), human_bytes(add_known(*(s.sent_bytes_forward for s in stages)))),
-        ("sent ←", lambda s: _sent(s.sent_bytes_backward), human_bytes(add_known(*(s.sent_bytes_backward for s in stages)))),
+        (
+            "sent →",
+            lambda s: _sent(s.sent_bytes_forward),
+            human_bytes(add_known(*(s.sent_bytes_forward for s in stages))),
+        ),
+        (
+            "sent ←",
+            lambda s: _sent(s.sent_bytes_backward),
+            human_bytes(add_known(*(s.sent_bytes_backward for s in stages))),
+        ),
     ]
     for header, _, total in columns:
-        table.add_column(header, total, justify="left" if header in ("layers", "mesh") else "right", no_wrap=True)
+        table.add_column(
+            header, total, justify="left" if header in ("layers", "mesh") else "right", no_wrap=header != "mesh"
+        )
     table.add_column("share", "", no_wrap=True)
     for run in _runs(plan):
         first, last = run[0], run[-1]
@@ -158,7 +184,14 @@ def _runs(plan: Plan) -> list[list[StagePlan]]:
     if plan.num_stages <= 16:
         return [[stage] for stage in plan.stages]
     shown = [
-        (s.num_layers, s.mesh, human_count(s.flops), human_count(s.num_parameters), human_bytes(s.state_bytes), _kept(s))
+        (
+            s.num_layers,
+            s.mesh,
+            human_count(s.flops),
+            human_count(s.num_parameters),
+            human_bytes(s.state_bytes),
+            _kept(s),
+        )
         + (_sent(s.sent_bytes_forward), _sent(s.sent_bytes_backward))
         for s in plan.stages
     ]
@@ -171,8 +204,8 @@ def _bar(share: float | None, shares: Sequence[float | None], cells: int, color:
 
     if share is None:
         return Text(_UNKNOWN, style=_QUIET)
-    eighths = round(share / max(s or 0.0 for s in shares) * cells * 8)
-    bar = "█" * (eighths // 8) + ("", "▏", "▎", "▍", "▌", "▋", "▊", "▉")[eighths % 8]
+    halves = round(share / max(s or 0.0 for s in shares) * cells * 2)
+    bar = "━" * (halves // 2) + "╸" * (halves % 2)
     text = Text(bar.ljust(cells + 1) if cells else "", style=color)
     return text.append(f"{100 * share:4.1f} %" + (" each" if each else ""), style="default")
 
@@ -197,11 +230,11 @@ def _counted(count: int, noun: str, plural: str = "s") -> str:
 
 
 def _option_text(value: Option) -> str:
-    return {True: "true", False: "false", None: "none"}[value] if value is None or isinstance(value, bool) else str(value)
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 
 def render_explanation(plan: Plan) -> Group:
-    """The plan, then each stage in words: which layers, how far from the mean load, what its cut sends, what it holds."""
+    """The plan, then each stage in words: its layers, its load against the mean, what its cut sends, what it holds."""
     from rich.console import Group
     from rich.text import Text
 
@@ -209,7 +242,10 @@ def render_explanation(plan: Plan) -> Group:
     for stage in plan.stages:
         color = _STAGE_COLORS[stage.stage % len(_STAGE_COLORS)]
         heading = Text(f"\nstage {stage.stage}", style=f"bold {color}")
-        heading.append(f"  {'layer' if stage.num_layers == 1 else 'layers'} {layer_range(stage)} on {mesh_text(stage)}", style="default")
+        heading.append(
+            f"  {'layer' if stage.num_layers == 1 else 'layers'} {layer_range(stage)} on {mesh_text(stage)}",
+            style="default",
+        )
         parts.append(heading)
         parts += [Text(f"  {line}") for line in stage_reasons(plan, stage)]
     return Group(*parts)
@@ -224,10 +260,16 @@ def stage_reasons(plan: Plan, stage: StagePlan) -> list[str]:
     share = plan.time_shares()[stage.stage]
     if share is not None:
         off = 100 * (share * plan.num_stages - 1)
-        where = "the mean load" if abs(off) < 0.05 else f"{abs(off):.1f} % {'above' if off > 0 else 'below'} the mean load"
-        busy = f", busy {human_seconds(stage.predicted_seconds)} per step" if stage.predicted_seconds is not None else ""
+        where = (
+            "the mean load" if abs(off) < 0.05 else f"{abs(off):.1f} % {'above' if off > 0 else 'below'} the mean load"
+        )
+        busy = (
+            f", busy {human_seconds(stage.predicted_seconds)} per step" if stage.predicted_seconds is not None else ""
+        )
         slowest = share == max(s or 0.0 for s in plan.time_shares()) and plan.num_stages > 1 and off >= 0.05
-        lines.append(f"balance  {100 * share:.1f} % of the work, {where}{busy}" + (": the step waits for this stage" if slowest else ""))
+        lines.append(
+            f"balance  {100 * share:.1f} % of the work, {where}{busy}" + (": the slowest stage" if slowest else "")
+        )
     sent = [
         f"{human_bytes(value)} {towards}"
         for value, towards in (
@@ -238,14 +280,16 @@ def stage_reasons(plan: Plan, stage: StagePlan) -> list[str]:
     ]
     if sent:
         per_step = add_known(stage.sent_bytes_forward or 0, stage.sent_bytes_backward or 0) or 0
-        lines.append(
-            f"cut      sends {' and '.join(sent)} per microbatch, {human_bytes(per_step * plan.num_microbatches)} per step"
-        )
+        in_all = human_bytes(per_step * plan.num_microbatches)
+        lines.append(f"cut      sends {' and '.join(sent)} per microbatch, {in_all} per step")
     if stage.update_sent_bytes:
         lines.append(f"update   sends {human_bytes(stage.update_sent_bytes)} per step")
     if stage.memory_bytes is not None:
-        kept = f"{human_bytes(stage.activation_bytes)} kept for each of {_counted(stage.microbatches_in_flight or 0, 'microbatch', 'es')}"
-        lines.append(f"memory   {human_bytes(stage.memory_bytes)}: state {human_bytes(stage.state_bytes)}, {kept} in flight")
+        in_flight = _counted(stage.microbatches_in_flight or 0, "microbatch", "es")
+        kept = f"{human_bytes(stage.activation_bytes)} kept for each of {in_flight}"
+        lines.append(
+            f"memory   {human_bytes(stage.memory_bytes)}: state {human_bytes(stage.state_bytes)}, {kept} in flight"
+        )
     return lines or ["nothing was predicted for it"]
 
 
@@ -280,4 +324,11 @@ def _console(record: bool) -> Console:
 
     from rich.console import Console
 
-    return Console(file=io.StringIO(), width=WIDTH, record=record, highlight=False, force_terminal=record, color_system="truecolor" if record else None)
+    return Console(
+        file=io.StringIO(),
+        width=WIDTH,
+        record=record,
+        highlight=False,
+        force_terminal=record,
+        color_system="truecolor" if record else None,
+    )

@@ -35,26 +35,32 @@ class ScheduleMicrobatches(Pass):
     Ensures: ``bactrian.order`` on the module, one list of ``F<m>``, ``B<m>`` or ``FB<m>`` per stage.
 
     Input:
-        module attributes {bactrian.num_microbatches = 2 : i64, bactrian.num_stages = 1 : i64, bactrian.schedule = "gpipe"} {
-          func.func @main(%x: !mpmd.mesh_tensor<"stage0", tensor<4xf32>>) -> !mpmd.mesh_tensor<"stage0", tensor<4xf32>> attributes {topology = #mpmd.topology<<"stage0" : <["data"=1]>>>} {
-            %y = mpmd.fragment_call<mesh="stage0", origin=["forward"]> @stage0.forward(%x) {bactrian.phase = "forward", bactrian.stage = 0 : i64} : (!mpmd.mesh_tensor<"stage0", tensor<4xf32>>) -> !mpmd.mesh_tensor<"stage0", tensor<4xf32>>
-            return %y : !mpmd.mesh_tensor<"stage0", tensor<4xf32>>
-          }
-          func.func private @stage0.forward(%x: tensor<4xf32>) -> tensor<4xf32> attributes {mesh_shape = #sdy.mesh<["data"=1]>} {
-            return %x : tensor<4xf32>
-          }
-        }
+
+    ```mlir
+    module attributes {bactrian.num_microbatches = 2 : i64, bactrian.num_stages = 1 : i64, bactrian.schedule = "gpipe"} {
+      func.func @main(%x: !mpmd.mesh_tensor<"stage0", tensor<4xf32>>) -> !mpmd.mesh_tensor<"stage0", tensor<4xf32>> attributes {topology = #mpmd.topology<<"stage0" : <["data"=1]>>>} {
+        %y = mpmd.fragment_call<mesh="stage0", origin=["forward"]> @stage0.forward(%x) {bactrian.phase = "forward", bactrian.stage = 0 : i64} : (!mpmd.mesh_tensor<"stage0", tensor<4xf32>>) -> !mpmd.mesh_tensor<"stage0", tensor<4xf32>>
+        return %y : !mpmd.mesh_tensor<"stage0", tensor<4xf32>>
+      }
+      func.func private @stage0.forward(%x: tensor<4xf32>) -> tensor<4xf32> attributes {mesh_shape = #sdy.mesh<["data"=1]>} {
+        return %x : tensor<4xf32>
+      }
+    }
+    ```
 
     Output:
-        module attributes {bactrian.num_microbatches = 2 : i64, bactrian.num_stages = 1 : i64, bactrian.order = [["F0", "F1"]], bactrian.schedule = "gpipe"} {
-          func.func @main(%arg0: !mpmd.mesh_tensor<"stage0", tensor<4xf32>>) -> !mpmd.mesh_tensor<"stage0", tensor<4xf32>> attributes {topology = #mpmd.topology<<"stage0" : <["data"=1]>>>} {
-            %0 = mpmd.fragment_call<mesh="stage0", origin=["forward"]> @stage0.forward(%arg0) {bactrian.phase = "forward", bactrian.stage = 0 : i64} : (!mpmd.mesh_tensor<"stage0", tensor<4xf32>>) -> !mpmd.mesh_tensor<"stage0", tensor<4xf32>>
-            return %0 : !mpmd.mesh_tensor<"stage0", tensor<4xf32>>
-          }
-          func.func private @stage0.forward(%arg0: tensor<4xf32>) -> tensor<4xf32> attributes {mesh_shape = #sdy.mesh<["data"=1]>} {
-            return %arg0 : tensor<4xf32>
-          }
-        }
+
+    ```mlir
+    module attributes {bactrian.num_microbatches = 2 : i64, bactrian.num_stages = 1 : i64, bactrian.order = [["F0", "F1"]], bactrian.schedule = "gpipe"} {
+      func.func @main(%arg0: !mpmd.mesh_tensor<"stage0", tensor<4xf32>>) -> !mpmd.mesh_tensor<"stage0", tensor<4xf32>> attributes {topology = #mpmd.topology<<"stage0" : <["data"=1]>>>} {
+        %0 = mpmd.fragment_call<mesh="stage0", origin=["forward"]> @stage0.forward(%arg0) {bactrian.phase = "forward", bactrian.stage = 0 : i64} : (!mpmd.mesh_tensor<"stage0", tensor<4xf32>>) -> !mpmd.mesh_tensor<"stage0", tensor<4xf32>>
+        return %0 : !mpmd.mesh_tensor<"stage0", tensor<4xf32>>
+      }
+      func.func private @stage0.forward(%arg0: tensor<4xf32>) -> tensor<4xf32> attributes {mesh_shape = #sdy.mesh<["data"=1]>} {
+        return %arg0 : tensor<4xf32>
+      }
+    }
+    ```
 
     The stage has a forward function only, which runs for each of the two microbatches.
     """

@@ -37,33 +37,39 @@ class SplitStages(Pass):
     Ensures: the staged form of ``docs/ir.md``; accumulators and state are aliased with the results that replace them.
 
     Input:
-        module attributes {bactrian.num_microbatches = 1 : i64, bactrian.num_stages = 2 : i64, bactrian.schedule = "gpipe"} {
-          func.func public @main(%x: tensor<4xf32> {bactrian.role = "batch"}) -> tensor<4xf32> {
-            %y = stablehlo.negate %x {bactrian.phase = "forward", bactrian.stage = 0 : i64} : tensor<4xf32>
-            %z = stablehlo.cosine %y {bactrian.phase = "forward", bactrian.stage = 1 : i64} : tensor<4xf32>
-            %b = stablehlo.custom_call @bactrian.gradient_boundary(%z) {mhlo.backend_config =
-              {kinds = "output", reductions = "accumulated"}} : (tensor<4xf32>) -> tensor<4xf32>
-            return %b : tensor<4xf32>
-          }
-        }
+
+    ```mlir
+    module attributes {bactrian.num_microbatches = 1 : i64, bactrian.num_stages = 2 : i64, bactrian.schedule = "gpipe"} {
+      func.func public @main(%x: tensor<4xf32> {bactrian.role = "batch"}) -> tensor<4xf32> {
+        %y = stablehlo.negate %x {bactrian.phase = "forward", bactrian.stage = 0 : i64} : tensor<4xf32>
+        %z = stablehlo.cosine %y {bactrian.phase = "forward", bactrian.stage = 1 : i64} : tensor<4xf32>
+        %b = stablehlo.custom_call @bactrian.gradient_boundary(%z) {mhlo.backend_config =
+          {kinds = "output", reductions = "accumulated"}} : (tensor<4xf32>) -> tensor<4xf32>
+        return %b : tensor<4xf32>
+      }
+    }
+    ```
 
     Output:
-        module attributes {bactrian.num_microbatches = 1 : i64, bactrian.num_stages = 2 : i64, bactrian.schedule = "gpipe"} {
-          func.func public @main(%arg0: !mpmd.mesh_tensor<"stage0", tensor<4xf32>> {bactrian.argument = 0 : i64, bactrian.role = "batch"}) -> (!mpmd.mesh_tensor<"stage1", tensor<4xf32>> {bactrian.result = 0 : i64}) attributes {topology = #mpmd.topology<<"stage0" : <["data"=1]>>, <"stage1" : <["data"=1]>>>} {
-            %0 = mpmd.fragment_call<mesh="stage0", origin=["forward"]> @stage0.forward(%arg0) {bactrian.phase = "forward", bactrian.stage = 0 : i64} : (!mpmd.mesh_tensor<"stage0", tensor<4xf32>>) -> !mpmd.mesh_tensor<"stage0", tensor<4xf32>>
-            %1 = mpmd.transfer %0 : (!mpmd.mesh_tensor<"stage0", tensor<4xf32>>) -> !mpmd.mesh_tensor<"stage1", tensor<4xf32>>
-            %2 = mpmd.fragment_call<mesh="stage1", origin=["forward"]> @stage1.forward(%1) {bactrian.phase = "forward", bactrian.stage = 1 : i64} : (!mpmd.mesh_tensor<"stage1", tensor<4xf32>>) -> !mpmd.mesh_tensor<"stage1", tensor<4xf32>>
-            return %2 : !mpmd.mesh_tensor<"stage1", tensor<4xf32>>
-          }
-          func.func private @stage0.forward(%arg0: tensor<4xf32>) -> tensor<4xf32> attributes {mesh_shape = #sdy.mesh<["data"=1]>} {
-            %0 = stablehlo.negate %arg0 : tensor<4xf32>
-            return %0 : tensor<4xf32>
-          }
-          func.func private @stage1.forward(%arg0: tensor<4xf32>) -> tensor<4xf32> attributes {mesh_shape = #sdy.mesh<["data"=1]>} {
-            %0 = stablehlo.cosine %arg0 : tensor<4xf32>
-            return %0 : tensor<4xf32>
-          }
-        }
+
+    ```mlir
+    module attributes {bactrian.num_microbatches = 1 : i64, bactrian.num_stages = 2 : i64, bactrian.schedule = "gpipe"} {
+      func.func public @main(%arg0: !mpmd.mesh_tensor<"stage0", tensor<4xf32>> {bactrian.argument = 0 : i64, bactrian.role = "batch"}) -> (!mpmd.mesh_tensor<"stage1", tensor<4xf32>> {bactrian.result = 0 : i64}) attributes {topology = #mpmd.topology<<"stage0" : <["data"=1]>>, <"stage1" : <["data"=1]>>>} {
+        %0 = mpmd.fragment_call<mesh="stage0", origin=["forward"]> @stage0.forward(%arg0) {bactrian.phase = "forward", bactrian.stage = 0 : i64} : (!mpmd.mesh_tensor<"stage0", tensor<4xf32>>) -> !mpmd.mesh_tensor<"stage0", tensor<4xf32>>
+        %1 = mpmd.transfer %0 : (!mpmd.mesh_tensor<"stage0", tensor<4xf32>>) -> !mpmd.mesh_tensor<"stage1", tensor<4xf32>>
+        %2 = mpmd.fragment_call<mesh="stage1", origin=["forward"]> @stage1.forward(%1) {bactrian.phase = "forward", bactrian.stage = 1 : i64} : (!mpmd.mesh_tensor<"stage1", tensor<4xf32>>) -> !mpmd.mesh_tensor<"stage1", tensor<4xf32>>
+        return %2 : !mpmd.mesh_tensor<"stage1", tensor<4xf32>>
+      }
+      func.func private @stage0.forward(%arg0: tensor<4xf32>) -> tensor<4xf32> attributes {mesh_shape = #sdy.mesh<["data"=1]>} {
+        %0 = stablehlo.negate %arg0 : tensor<4xf32>
+        return %0 : tensor<4xf32>
+      }
+      func.func private @stage1.forward(%arg0: tensor<4xf32>) -> tensor<4xf32> attributes {mesh_shape = #sdy.mesh<["data"=1]>} {
+        %0 = stablehlo.cosine %arg0 : tensor<4xf32>
+        return %0 : tensor<4xf32>
+      }
+    }
+    ```
 
     Each op is in its stage's function, and the activation that crosses is a transfer.
     """

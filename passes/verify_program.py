@@ -68,7 +68,7 @@ class VerifyProgram(Pass):
     """
 
     name: ClassVar[str] = "verify-program"
-    summary: ClassVar[str] = "Refuse what can't be run as a pipeline, with the user's lines"
+    summary: ClassVar[str] = "refuse what can't be run as a pipeline, with the user's lines"
     statistics: ClassVar[tuple[Statistic, ...]] = (Statistic("num-ops", "Number of ops looked at"),)
 
     def apply(self, module: ir.Module, ctx: PassContext) -> None:

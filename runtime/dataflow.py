@@ -1,4 +1,4 @@
-"""The step unrolled: which task, for which microbatch, reads and writes which value; and one global order of all tasks."""
+"""The step unrolled: which task reads and writes which value for which microbatch; one global order of all tasks."""
 
 from __future__ import annotations
 

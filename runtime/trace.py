@@ -23,14 +23,15 @@ class Tracer:
 
     def __init__(self) -> None:
         self.events: list[Event] = []
-        self._messages: dict[int, Recv] = {}  # slot -> its receive
+        self._counts: dict[tuple[str, str], int] = {}
+        self._messages: dict[tuple[int, int], Recv] = {}  # (rank, slot) -> its receive
 
     def traced(
         self, rank_list: RankList, instruction: Instruction, operation: Callable[[list[Any]], None]
     ) -> Callable[[list[Any]], None]:
         """The operation with its times recorded."""
         if isinstance(instruction, Recv):
-            self._messages[instruction.slot] = instruction
+            self._messages[rank_list.rank, instruction.slot] = instruction
         if not isinstance(instruction, Run | Send | Arrive):
             return operation
 
@@ -53,26 +54,22 @@ class Tracer:
             name = f"SEND to rank {instruction.destination}"
             flow = ("s", f"{rank_list.rank}>{instruction.destination}:{instruction.tag}")
         else:
-            spec, recv = rank_list.slots[instruction.slot], self._messages[instruction.slot]
+            spec, recv = rank_list.slots[instruction.slot], self._messages[rank_list.rank, instruction.slot]
             stage, microbatch = spec.stage, spec.microbatch
             name = f"RECV from rank {recv.source}"
             flow = ("f", f"{recv.source}>{rank_list.rank}:{recv.tag}")
         label = f"{name} m{microbatch}" if microbatch >= 0 else name
         row: Event = {"pid": rank_list.rank, "tid": stage}
-        self.events.append({**row, "name": label, "ph": "X", "ts": begin, "dur": end - begin, "cat": _kind(instruction)})
+        bar = {"name": label, "ph": "X", "ts": begin, "dur": end - begin, "cat": type(instruction).__name__.lower()}
+        self.events.append({**row, **bar})
         if flow is not None:
             # Bound to the end of the receive's bar, to the beginning of the send's.
             when = begin if flow[0] == "s" else end
             extra = {"bp": "e"} if flow[0] == "f" else {}
-            count = sum(e.get("key") == flow[1] for e in self.events)
-            self.events.append(
-                {**row, "name": "message", "cat": "message", "ph": flow[0], "ts": when, "key": flow[1], **extra}
-                | {"id": f"{flow[1]}#{count}"}
-            )
-
-
-def _kind(instruction: Run | Send | Arrive) -> str:
-    return {Run: "run", Send: "send", Arrive: "recv"}[type(instruction)]
+            # The n-th message with a tag, step by step: both ends count alike.
+            count = self._counts[flow] = self._counts.get(flow, -1) + 1
+            event = {**row, "name": "message", "cat": "message", "ph": flow[0], "ts": when}
+            self.events.append({**event, "id": f"{flow[1]}#{count}", **extra})
 
 
 def gather_traces(tracer: Tracer, comm: Any = None) -> list[Event]:
@@ -115,5 +112,5 @@ def write_trace(path: str | Path, events: list[Event]) -> None:
         {"ph": "M", "name": "thread_name", "pid": rank, "tid": stage, "args": {"name": f"stage {stage}"}}
         for rank, stage in rows
     ]
-    shown = [{k: v for k, v in event.items() if k != "key"} | {"ts": event["ts"] - first} for event in events]
+    shown = [{**event, "ts": event["ts"] - first} for event in events]
     Path(path).write_text(json.dumps({"traceEvents": names + sorted(shown, key=lambda e: e["ts"])}))

@@ -7,11 +7,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxlib.mlir import ir
+from jaxlib.mlir.passmanager import PassManager
+
+from bactrian.passes.flatten_calls import FlattenCalls
 from bactrian.passes.frame.base import PassContext
 from bactrian.passes.frame.context import make_context
 from bactrian.passes.infer_phases import InferPhases
-from jaxlib.mlir import ir
-from jaxlib.mlir.passmanager import PassManager
+from bactrian.passes.program import main_function
 
 
 def boundary(loss: Any, grads: Any, aux: Any = ()) -> tuple[Any, Any, Any]:
@@ -40,12 +43,13 @@ stage_boundary.defvjp(lambda x: (_mark(x), None), lambda _, g: (_mark(g),))
 
 def lower(step: Callable[..., Any], state: Any, batch: Any) -> ir.Module:
     """``new_state, ... = step(state, batch)`` as a module with roles and phases, in a fresh context (entered)."""
-    text = str(jax.jit(step, keep_unused=True).lower(state, batch).compiler_ir("stablehlo").operation.get_asm(enable_debug_info=True))
-    module = ir.Module.parse(text, make_context())
+    lowered = jax.jit(step, keep_unused=True).lower(state, batch).compiler_ir("stablehlo")
+    module = ir.Module.parse(str(lowered.operation.get_asm(enable_debug_info=True)), make_context())
     num_state, num_batch = len(jax.tree.leaves(state)), len(jax.tree.leaves(batch))
     with module.context, ir.Location.unknown():
-        _flatten(module)
-        main = next(op.operation for op in module.body.operations if op.operation.attributes["sym_name"].value == "main")
+        FlattenCalls().apply(module, PassContext(FlattenCalls()))
+        PassManager.parse("builtin.module(canonicalize,cse,symbol-dce)").run(module.operation)
+        main = main_function(module)
         roles = ["state"] * num_state + ["batch"] * num_batch
         main.attributes["arg_attrs"] = ir.ArrayAttr.get(
             [ir.DictAttr.get({"bactrian.role": ir.StringAttr.get(role)}) for role in roles]
@@ -60,30 +64,6 @@ def lower(step: Callable[..., Any], state: Any, batch: Any) -> ir.Module:
         )
         InferPhases().apply(module, PassContext(InferPhases()))
     return module
-
-
-def _flatten(module: ir.Module) -> None:
-    pipeline = "sdy-import-func-calls,func.func(sdy-sink-data-flow-edges),canonicalize,cse,symbol-dce"
-    PassManager.parse(f"builtin.module({pipeline})").run(module.operation)
-    calls: list[ir.Operation] = []
-
-    def found(op: ir.Operation) -> ir.WalkResult:
-        if op.name == "sdy.named_computation":
-            calls.append(op)
-        return ir.WalkResult.ADVANCE
-
-    module.operation.walk(found)
-    for call in calls:
-        block = call.regions[0].blocks[0]
-        for argument, operand in zip(list(block.arguments), list(call.operands), strict=True):
-            argument.replace_all_uses_with(operand)
-        *inner, end = [view.operation for view in block.operations]
-        for op in inner:
-            op.move_before(call)
-        for result, operand in zip(list(call.results), list(end.operands), strict=True):
-            result.replace_all_uses_with(operand)
-        call.erase()
-    PassManager.parse("builtin.module(func.func(chlo-legalize-to-stablehlo),canonicalize,cse,symbol-dce)").run(module.operation)
 
 
 def sgd(params: Any, grads: Any) -> Any:

@@ -7,6 +7,7 @@ import random
 import time
 
 import numpy as np
+
 from bactrian.passes import layering
 
 

@@ -37,7 +37,7 @@ def test_each_pass_has_its_file_class_and_lit_files(name: str) -> None:
 def test_each_pass_is_a_documented_frozen_dataclass(name: str) -> None:
     cls = registry.load(name)
     assert issubclass(cls, Pass) and cls.__dataclass_params__.frozen  # type: ignore[attr-defined]
-    assert cls.summary[:1].isupper() and len(cls.summary) <= 80 and not cls.summary.endswith(".")
+    assert cls.summary[:1].islower() and len(cls.summary) <= 80 and not cls.summary.endswith(".")
     text = inspect.getdoc(cls) or ""
     assert "Requires:" in text and "Ensures:" in text
     for field in dataclasses.fields(cls):

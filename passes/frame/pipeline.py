@@ -338,7 +338,8 @@ class _Runner:
             context = PassContext(step)
             start = time.perf_counter()
             try:
-                step.apply(self._module, context)
+                with ir.Location.unknown():
+                    step.apply(self._module, context)
                 context.fail_if_errors()
             except BaseException as error:  # an exception must not unwind MLIR's frames
                 self._exception = error
