@@ -17,6 +17,8 @@ _PUBLIC: dict[str, str] = {
     "gather": "bactrian.driver.arrays",
     "put": "bactrian.driver.arrays",
     "DistributedArray": "bactrian.driver.arrays",
+    "is_main_rank": "bactrian.driver.progress",
+    "progress": "bactrian.driver.progress",
     "Plan": "bactrian.passes.plan",
     "BactrianError": "bactrian.passes.errors",
     "ProgramError": "bactrian.passes.errors",
@@ -25,8 +27,6 @@ _PUBLIC: dict[str, str] = {
     "PassError": "bactrian.passes.errors",
     "RuntimeFault": "bactrian.passes.errors",
 }
-
-__all__ = ["__version__", *_PUBLIC]
 
 
 def __getattr__(name: str) -> Any:
@@ -38,4 +38,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted(["__version__", *_PUBLIC])

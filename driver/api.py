@@ -1,0 +1,325 @@
+"""``bactrian.parallelize`` and the steps between a train step and its run: trace, plan, compile, call."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, overload
+
+from bactrian.driver.arrays import gather
+from bactrian.driver.capture import Captured, capture, flatten_call, parameters_of
+from bactrian.driver.compiled import Compiled
+from bactrian.driver.planning import Decisions, Staged, stage_program
+from bactrian.driver.reference import reference
+from bactrian.driver.session import World, open_session, stage_ranks
+from bactrian.passes.errors import ConfigError
+from bactrian.passes.frame.reproducer import versions
+from bactrian.passes.plan import Plan
+from bactrian.passes.schedules import SCHEDULES
+
+_log = logging.getLogger("bactrian")
+
+
+@overload
+def parallelize(fun: Callable[..., Any], **options: Any) -> Parallelized: ...
+@overload
+def parallelize(fun: None = None, **options: Any) -> Callable[[Callable[..., Any]], Parallelized]: ...
+def parallelize(
+    fun: Callable[..., Any] | None = None,
+    *,
+    num_stages: int | None = None,
+    num_microbatches: int = 1,
+    schedule: str = "1f1b",
+    batch_argnums: int | Sequence[int] = (1,),
+    state: Mapping[int, int | None] | None = None,
+    cluster: Any = None,
+    plan: Plan | str | Path | None = None,
+    donate: bool = True,
+    forward_only: bool = False,
+    out_reduction: Any = "concat",
+) -> Parallelized | Callable[[Callable[..., Any]], Parallelized]:
+    """Run a train step as a pipeline over the ranks of this job.
+
+    A decorator, with or without arguments. The step takes state and batch and returns the next state and whatever else;
+    its gradients come from ``bactrian.value_and_grad`` or ``bactrian.grad``.
+
+    Args:
+        fun: the train step.
+        num_stages: pipeline stages; by default one per rank, or one in a single process.
+        num_microbatches: the batch is cut into this many parts along dim 0.
+        schedule: ``1f1b`` or ``gpipe``.
+        batch_argnums: positional arguments whose leaves have the batch as dim 0.
+        state: for some arguments, the index of the result that is the next value; the rest is matched by tree, shapes
+            and dtypes.
+        cluster: description of the machines; not used yet, must be None.
+        plan: a `Plan`, or the folder or file of a saved one; its decisions are applied instead of found.
+        donate: let the step reuse the buffers of the state that it is given.
+        forward_only: ``fun`` takes no gradient and is run as a forward pipeline.
+        out_reduction: for ``forward_only``, how results are put together over the microbatches: one word or a prefix
+            tree of ``concat``, ``mean``, ``sum``, ``last``.
+
+    Returns:
+        A `Parallelized`, to be called like ``fun``.
+
+    Raises:
+        ConfigError: an option is wrong.
+    """
+    options = _Options(
+        num_stages,
+        num_microbatches,
+        schedule,
+        (batch_argnums,) if isinstance(batch_argnums, int) else tuple(batch_argnums),
+        state,
+        cluster,
+        plan if plan is None or isinstance(plan, Plan) else Plan.load(plan),
+        donate,
+        forward_only,
+        out_reduction,
+    )
+    if fun is None:
+        return lambda function: Parallelized(function, options)
+    return Parallelized(fun, options)
+
+
+class _Options:
+    """The checked options of ``parallelize``."""
+
+    def __init__(
+        self,
+        num_stages: int | None,
+        num_microbatches: int,
+        schedule: str,
+        batch_argnums: tuple[int, ...],
+        state: Mapping[int, int | None] | None,
+        cluster: Any,
+        plan: Plan | None,
+        donate: bool,
+        forward_only: bool,
+        out_reduction: Any,
+    ) -> None:
+        if num_stages is not None and num_stages < 1:
+            raise ConfigError(f"num_stages is {num_stages}", fix="give a number of 1 or more, or None")
+        if num_microbatches < 1:
+            raise ConfigError(f"num_microbatches is {num_microbatches}", fix="give a number of 1 or more")
+        if schedule not in SCHEDULES:
+            raise ConfigError(f"unknown schedule {schedule!r}", fix=f"use one of {', '.join(sorted(SCHEDULES))}")
+        if cluster is not None:
+            raise ConfigError(
+                "cluster descriptions are not read yet",
+                why="stages run on one device each, balanced by flops",
+                fix="leave cluster=None",
+            )
+        if plan is not None:
+            if num_stages not in (None, plan.num_stages):
+                raise ConfigError(f"num_stages is {num_stages}, but the plan has {plan.num_stages} stages")
+            num_microbatches, schedule = _of_plan(plan, num_microbatches, schedule)
+        self.num_stages = num_stages if plan is None else plan.num_stages
+        self.num_microbatches, self.schedule = num_microbatches, schedule
+        self.batch_argnums, self.state, self.plan = batch_argnums, state, plan
+        self.donate, self.forward_only, self.out_reduction = donate, forward_only, out_reduction
+
+
+def _of_plan(plan: Plan, num_microbatches: int, schedule: str) -> tuple[int, str]:
+    """What the plan decides; an option that was given and says otherwise is refused."""
+    if num_microbatches not in (1, plan.num_microbatches):
+        raise ConfigError(
+            f"num_microbatches is {num_microbatches}, but the plan has {plan.num_microbatches}",
+            fix="leave it out, or make the plan again",
+        )
+    if schedule not in ("1f1b", plan.schedule):
+        raise ConfigError(f"schedule is {schedule}, but the plan has {plan.schedule}", fix="leave it out")
+    return plan.num_microbatches, plan.schedule
+
+
+class Parallelized:
+    """A train step that runs as a pipeline. Call it like the step itself.
+
+    The first call with new shapes traces, plans and compiles; `trace` does the same one step at a time.
+    """
+
+    def __init__(self, fun: Callable[..., Any], options: _Options) -> None:
+        functools.update_wrapper(self, fun)
+        self.fun, self.options = fun, options
+        self._parameters = parameters_of(fun)
+        self._compiled: dict[Any, Compiled] = {}
+        self._captured: dict[Any, Captured] = {}
+        self._last: Compiled | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """One step."""
+        last = self._last
+        if last is not None and (leaves := last.flatten_if_same(args, kwargs)) is not None:
+            return last.call_leaves(leaves)
+        signature = flatten_call(self._parameters, args, kwargs).signature
+        if signature not in self._compiled:
+            if self._compiled:
+                _log.warning("%s is traced again for new shapes, dtypes or static arguments", self.__name__)
+            self._compiled[signature] = self.trace(*args, **kwargs).plan().compile()
+        self._last = self._compiled[signature]
+        return self._last(*args, **kwargs)
+
+    def trace(self, *args: Any, **kwargs: Any) -> Traced:
+        """Trace the step at microbatch size; arguments may be abstract (``jax.ShapeDtypeStruct``). Needs no device."""
+        return Traced(self._capture(args, kwargs), self.options)
+
+    def reference(self, *args: Any, **kwargs: Any) -> Any:
+        """The same step as plain JAX on one device, one microbatch after another: the oracle.
+
+        Takes host or distributed arguments (then all ranks must call it), donates nothing, returns local arrays.
+        """
+        args, kwargs = gather((args, kwargs))
+        return reference(self._capture(args, kwargs), args, kwargs)
+
+    @property
+    def compiled(self) -> Compiled:
+        """The compiled step of the last call.
+
+        Raises:
+            ConfigError: it was not called yet.
+        """
+        if self._last is None:
+            raise ConfigError(f"{self.__name__} was not called yet", fix="call it, or trace(...).plan().compile()")
+        return self._last
+
+    def __repr__(self) -> str:
+        o = self.options
+        stages = "one stage per rank" if o.num_stages is None else f"{o.num_stages} stages"
+        return f"<bactrian step {self.__name__}: {stages}, {o.num_microbatches} microbatches, {o.schedule}>"
+
+    def _capture(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Captured:
+        o = self.options
+        signature = flatten_call(self._parameters, args, kwargs).signature
+        if signature not in self._captured:
+            captured = capture(
+                self.fun,
+                args,
+                kwargs,
+                batch_argnums=o.batch_argnums,
+                num_microbatches=o.num_microbatches,
+                schedule=o.schedule,
+                state=o.state,
+                forward_only=o.forward_only,
+                out_reduction=o.out_reduction,
+            )
+            for remark in captured.remarks:
+                _log.warning("%s", remark)
+            self._captured[signature] = captured
+        return self._captured[signature]
+
+
+class Traced:
+    """A traced step. `plan` cuts it into stages."""
+
+    def __init__(self, captured: Captured, options: _Options) -> None:
+        self.captured, self.options = captured, options
+
+    @property
+    def text(self) -> str:
+        """The captured module, with locations."""
+        return self.captured.text
+
+    @property
+    def fingerprint(self) -> str:
+        """What identifies the program: equal for equal programs, whatever the process."""
+        return self.captured.fingerprint
+
+    def __str__(self) -> str:
+        return self.text
+
+    def plan(
+        self,
+        cluster: Any = None,
+        *,
+        num_stages: int | None = None,
+        num_layers: int | None = None,
+        plan: Plan | None = None,
+    ) -> Planned:
+        """Cut the program into stages; needs no device.
+
+        Args:
+            cluster: not used yet, must be None.
+            num_stages: overrides what ``parallelize`` was told.
+            num_layers: groups of forward ops that stages are made of; as many as stages by default.
+            plan: decisions to apply.
+
+        Raises:
+            ProgramError: the program can't be cut so; the plan was made for another program.
+        """
+        if cluster is not None:
+            raise ConfigError("cluster descriptions are not read yet", fix="leave cluster=None")
+        plan = plan or self.options.plan
+        if plan is not None:
+            plan.check_program(self.captured.fingerprint)
+            self._check_plan(plan)
+            decisions = Decisions.of_plan(plan, self.options.donate)
+        else:
+            stages = num_stages or self.options.num_stages or World.current().num_ranks
+            decisions = Decisions(stages, num_layers or stages, donate=self.options.donate)
+        staged = stage_program(
+            self.captured.module(),
+            decisions,
+            fingerprint=self.captured.fingerprint,
+            platform=self.captured.platform,
+            schedule=self.captured.schedule,
+            num_microbatches=self.captured.num_microbatches,
+            plan=plan,
+        )
+        return Planned(self.captured, staged)
+
+    def _check_plan(self, plan: Plan) -> None:
+        mine = (self.captured.num_microbatches, self.captured.schedule)
+        if (plan.num_microbatches, plan.schedule) != mine:
+            raise ConfigError(
+                f"the plan has {plan.num_microbatches} microbatches and schedule {plan.schedule}, "
+                f"the step was traced with {mine[0]} and {mine[1]}",
+                fix="give the plan to parallelize(plan=...)",
+            )
+
+
+class Planned:
+    """A step cut into stages: the plan and the staged module."""
+
+    def __init__(self, captured: Captured, staged: Staged) -> None:
+        self.captured, self.staged = captured, staged
+
+    @property
+    def plan(self) -> Plan:
+        """The decisions and their predictions."""
+        return self.staged.plan
+
+    @property
+    def staged_text(self) -> str:
+        """The staged module as text."""
+        return self.staged.text
+
+    def __str__(self) -> str:
+        return str(self.plan)
+
+    def _repr_html_(self) -> str:
+        return self.plan._repr_html_()  # pyright: ignore[reportPrivateUsage]
+
+    def show(self) -> None:
+        """Print the table of stages."""
+        self.plan.show()
+
+    def save(self, directory: str | Path) -> None:
+        """Write ``plan.json`` and ``staged.mlir`` into a folder."""
+        self.staged.save(directory)
+
+    def compile(self) -> Compiled:
+        """Compile this process's stages (collective: all ranks call it).
+
+        Raises:
+            ConfigError: the ranks do not fit the plan, or run different programs.
+        """
+        world = World.current()
+        stage_ranks(self.plan.num_stages, world.num_ranks)
+        own = {
+            "versions": ", ".join(f"{name} {version}" for name, version in sorted(versions().items())),
+            "the program": self.captured.fingerprint,
+            "the plan": self.plan.to_json(),
+        }
+        world.check_equal(own)
+        return Compiled(self.captured, open_session(self.staged, world))

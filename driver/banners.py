@@ -1,0 +1,79 @@
+"""mpirun's own banners, taken out of the stderr that it relays."""
+
+from __future__ import annotations
+
+import re
+
+_RULE = re.compile(rb"^(-{60,}|={60,})\s*$")
+_PHRASES = (b"MPI_ABORT was invoked", b"prterun", b"mpirun", b"PRTE", b"mpiexec", b"BAD TERMINATION", b"Primary job")
+_SINGLE = re.compile(
+    rb"^(Abort\(\d+\) on node \d+|application called MPI_Abort\(|\[proxy:|\[mpiexec@|YOUR APPLICATION TERM)"
+)
+_MOST_LINES = 40
+_FIRST_LINES = 4  # of a block, the rule included: here a banner says whose it is
+
+
+class BannerFilter:
+    """Passes bytes on as they come, but holds what may be a banner: from one long rule to the next.
+
+    A block is dropped when its first lines speak of mpirun, else passed on. What was dropped is in ``dropped``.
+    """
+
+    def __init__(self) -> None:
+        self.dropped = b""
+        self._line = b""  # begun, not passed on
+        self._begun = False  # the beginning of the present line has been passed on
+        self._block: list[bytes] = []
+
+    def feed(self, data: bytes) -> bytes:
+        """What may be printed now."""
+        passed = b""
+        *lines, rest = (self._line + data).split(b"\n")
+        for line in lines:
+            passed += self._take(line + b"\n")
+        self._line = rest
+        if rest and not self._block and not rest.startswith((b"-", b"=", b"[", b"A", b"a", b"Y")):
+            passed, self._line, self._begun = passed + rest, b"", True  # a prompt or a progress bar
+        return passed
+
+    def release(self) -> bytes:
+        """What was held and is no banner so far; call it when nothing has come for a while."""
+        if self._is_banner():
+            return b""
+        passed = b"".join(self._block) + self._line
+        if passed:
+            self._begun = bool(self._line)
+        self._block, self._line = [], b""
+        return passed
+
+    def finish(self) -> bytes:
+        """What is left at the end."""
+        block, self._block = b"".join(self._block) + self._line, []
+        self._line = b""
+        return self._sort(block) if block else b""
+
+    def _take(self, line: bytes) -> bytes:
+        if self._begun:
+            self._begun = False
+            return line
+        if self._block:
+            self._block.append(line)
+            ended = _RULE.match(line) or len(self._block) > _MOST_LINES
+            if ended or (len(self._block) >= _FIRST_LINES and not self._is_banner()):
+                block, self._block = b"".join(self._block), []
+                return self._sort(block)
+            return b""
+        if _RULE.match(line):
+            self._block = [line]
+            return b""
+        return self._sort(line) if _SINGLE.match(line) else line
+
+    def _is_banner(self) -> bool:
+        return any(phrase in line for line in self._block[:_FIRST_LINES] for phrase in _PHRASES)
+
+    def _sort(self, block: bytes) -> bytes:
+        lines = block.split(b"\n")[:_FIRST_LINES]
+        if _SINGLE.match(block) or (_RULE.match(lines[0]) and any(p in line for line in lines for p in _PHRASES)):
+            self.dropped += block
+            return b""
+        return block

@@ -1,0 +1,174 @@
+"""A compiled step: host values and distributed state in, results out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import SingleDeviceSharding
+
+from bactrian.driver.arrays import MPI, Communicator, DistributedArray, Placement, SingleProcess, physical_values
+from bactrian.driver.capture import ArgumentInfo, Captured, ResultInfo
+from bactrian.driver.session import Session
+from bactrian.driver.source import line_here
+from bactrian.passes.plan import Plan
+
+
+class Compiled:
+    """A step ready to run. Call it like the step that it was made from."""
+
+    def __init__(self, captured: Captured, session: Session) -> None:
+        self.captured, self.session = captured, session
+        self.communicator: Communicator = (
+            SingleProcess() if session.world.comm is None else MPI(session.world.comm)
+        )
+        program = session.staged.program
+        arguments: dict[int, list[int]] = {}
+        for piece in program.arguments:
+            arguments.setdefault(piece.argument, []).append(program.values[piece.value].stage)
+        results: dict[int, list[int]] = {}
+        for piece in program.results:
+            results.setdefault(piece.result, []).append(program.values[piece.value].stage)
+        self._batch = [info.number for info in captured.arguments if info.role == "batch"]
+        self._held = {
+            info.number: self._placement(info, tuple(sorted(arguments.get(info.number, ()))))
+            for info in captured.arguments
+            if info.role != "batch"
+        }
+        self._kept = {
+            info.number: self._placement(
+                captured.arguments[info.updates], tuple(sorted(results.get(info.number, ())))
+            )
+            for info in captured.results
+            if info.updates is not None
+        }
+        self._home = jax.local_devices()[0]
+
+    @property
+    def plan(self) -> Plan:
+        """The plan that it was compiled from."""
+        return self.session.staged.plan
+
+    @property
+    def placements(self) -> Sequence[Placement]:
+        """Where each argument that is not batch lives, by argument number."""
+        return [self._held[number] for number in sorted(self._held)]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """One step.
+
+        Raises:
+            ProgramError: the arguments are not those that it was traced with, or a donated one is used again.
+        """
+        return self.call_leaves(self.captured.flatten(args, kwargs))
+
+    def flatten_if_same(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any] | None:
+        """The array leaves of a call, or None if it is not one of this program's."""
+        return self.captured.flatten_if_same(args, kwargs)
+
+    def call_leaves(self, leaves: Sequence[Any]) -> Any:
+        """One step on the array leaves of its arguments."""
+        pieces: dict[tuple[int, int], jax.Array] = {}
+        donated: list[DistributedArray] = []
+        for number, placement in self._held.items():
+            leaf = leaves[number]
+            if isinstance(leaf, DistributedArray):
+                self._take(leaf, placement, pieces)
+                if self.captured.arguments[number].role == "state":
+                    donated.append(leaf)
+            else:
+                self._put(leaf, placement, pieces)
+        batch = {number: _physical(leaves[number]) for number in self._batch}
+        if donated and self.session.staged.donate:
+            where = line_here()
+            for leaf in donated:
+                leaf.donate(where)
+        return self._wrap(self.session.run(pieces, batch))
+
+    def observe(self, *, trace: bool = False, meter: bool = False) -> None:
+        """Record times or held buffers from the next step on (slower); both off goes back to full speed."""
+        self.session.observe(trace=trace, meter=meter)
+
+    def write_trace(self, path: str | Path) -> None:
+        """Write the recorded steps as one Chrome trace: one row per rank, arrows from send to receive (collective)."""
+        self.session.write_trace(path)
+
+    def _placement(self, info: ArgumentInfo, stages: tuple[int, ...]) -> Placement:
+        devices = self.session.devices
+        ranks = {rank_list.rank: rank_list.stages for rank_list in self.session.lists}
+        alone = self.session.world.comm is None
+        return Placement(
+            argument=info.number,
+            argnum=info.argnum,
+            path=info.path,
+            shape=info.shape,
+            dtype=info.dtype,
+            stages=stages,
+            shardings={stage: SingleDeviceSharding(devices[stage]) for stage in stages if stage in devices},
+            ranks={
+                stage: tuple(rank if not alone else 0 for rank, own in ranks.items() if stage in own)
+                for stage in stages
+            },
+            layout="whole on one device of each",
+            key_impl=info.key_impl,
+        )
+
+    def _take(
+        self, leaf: DistributedArray, placement: Placement, pieces: dict[tuple[int, int], jax.Array]
+    ) -> None:
+        """The pieces of a distributed array, moved where this step's plan places it otherwise (collective)."""
+        leaf.check_usable()
+        if leaf.placement.stages == placement.stages and leaf.pieces.keys() == placement.shardings.keys():
+            for stage, piece in leaf.pieces.items():
+                pieces[placement.argument, stage] = piece
+            return
+        for stage in placement.stages:
+            if stage in leaf.placement.stages:
+                if stage in placement.shardings:
+                    pieces[placement.argument, stage] = leaf.pieces[stage]
+                continue
+            values = physical_values(leaf)
+            if stage in placement.shardings:
+                pieces[placement.argument, stage] = jax.device_put(values, placement.shardings[stage])
+
+    def _put(self, leaf: Any, placement: Placement, pieces: dict[tuple[int, int], jax.Array]) -> None:
+        """A host value to the stages that read it; state is copied, since the step will consume the copy."""
+        if not placement.shardings:
+            return
+        value = _physical(leaf)
+        wanted = self.captured.arguments[placement.argument].physical.dtype
+        if not isinstance(value, jax.Array):
+            value = np.asarray(value, dtype=wanted)
+        state = self.captured.arguments[placement.argument].role == "state"
+        for stage, sharding in placement.shardings.items():
+            pieces[placement.argument, stage] = jax.device_put(value, sharding, may_alias=False if state else None)
+
+    def _wrap(self, outputs: Mapping[tuple[int, int], Any]) -> Any:
+        """The step's result: state as distributed arrays, everything else as local arrays."""
+        by_result: dict[int, dict[int, Any]] = {}
+        for (result, stage), value in outputs.items():
+            by_result.setdefault(result, {})[stage] = value
+        leaves: list[Any] = []
+        for info in self.captured.results:
+            values = by_result.get(info.number, {})
+            if info.updates is not None:
+                leaves.append(DistributedArray(self._kept[info.number], values, self.communicator))
+            else:
+                leaves.append(self._local(next(iter(values.values())), info))
+        return self.captured.unflatten(leaves)
+
+    def _local(self, value: jax.Array, info: ResultInfo) -> jax.Array:
+        value = jax.device_put(value, self._home)
+        return value if info.key_impl is None else jax.random.wrap_key_data(value, impl=info.key_impl)
+
+
+def _physical(leaf: Any) -> Any:
+    """A typed key as its words; anything else as it is."""
+    dtype = getattr(leaf, "dtype", None)
+    if dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key):
+        return jax.random.key_data(leaf)
+    return leaf
+

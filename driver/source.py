@@ -1,0 +1,88 @@
+"""The user's file and line, for errors: from the stack, from an exception, or from an equation of a jaxpr."""
+
+from __future__ import annotations
+
+import os
+import sys
+import sysconfig
+from collections.abc import Iterable, Iterator
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import jax
+import jax.extend.source_info_util
+import jaxlib
+
+
+class Frame(NamedTuple):
+    """One line of a stack."""
+
+    file: str
+    line: int
+    function: str
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line} ({self.function})"
+
+
+def _package_directory(file: str | None) -> str:
+    return os.path.dirname(os.path.abspath(file or "")) + os.sep
+
+
+# The import package and, in a checkout, the folder that its links lead to.
+_OURS = (_package_directory(os.path.dirname(os.path.abspath(__file__))), _package_directory(os.path.realpath(__file__)))
+_NEVER_THE_USER = (*_OURS, _package_directory(jax.__file__), _package_directory(jaxlib.__file__))
+_LIBRARIES = (sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), sysconfig.get_path("stdlib"))
+
+# JAX then blames the user's call of `bactrian.grad`, not our frame inside it, in every MLIR location.
+jax.extend.source_info_util.register_exclusion(_package_directory(__file__))
+
+
+def user_line(frames: Iterable[Frame]) -> str:
+    """The innermost frame of the user's own code; else of a library that is not JAX; else nothing.
+
+    Args:
+        frames: innermost first.
+    """
+    fallback = ""
+    for frame in frames:
+        if frame.file.startswith(_NEVER_THE_USER) or frame.file.startswith("<"):
+            continue
+        if not frame.file.startswith(_LIBRARIES):
+            return str(frame)
+        fallback = fallback or str(frame)
+    return fallback
+
+
+def line_here() -> str:
+    """The user's line that is calling us now."""
+    return user_line(_stack())
+
+
+def line_of_error(error: BaseException) -> str:
+    """The user's line that raised ``error``."""
+    frames = list(_traceback(error.__traceback__))
+    return user_line(reversed(frames))
+
+
+def line_of_equation(equation: Any) -> str:
+    """The user's line and the name stack of an equation of a jaxpr."""
+    info = equation.source_info
+    frames = info.traceback.frames if info.traceback else ()
+    line = user_line(Frame(f.file_name, f.line_num, f.function_name) for f in frames)
+    names = str(info.name_stack)
+    return f"{line}, in {names}" if names else line
+
+
+def _stack() -> Iterator[Frame]:
+    frame = sys._getframe(1)  # pyright: ignore[reportPrivateUsage]
+    while frame is not None:
+        yield Frame(frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name)
+        frame = frame.f_back
+
+
+def _traceback(traceback: TracebackType | None) -> Iterator[Frame]:
+    while traceback is not None:
+        code = traceback.tb_frame.f_code
+        yield Frame(code.co_filename, traceback.tb_lineno, code.co_name)
+        traceback = traceback.tb_next

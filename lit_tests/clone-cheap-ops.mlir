@@ -1,0 +1,167 @@
+// RUN: bactrian-opt %s --clone-cheap-ops --split-input-file | FileCheck %s
+
+// CHECK-LABEL: module @constant_goes_to_each_stage
+module @constant_goes_to_each_stage {
+  func.func public @main(%x: tensor<4xf32> {bactrian.role = "batch"}) -> tensor<4xf32> {
+    // CHECK-DAG: %[[C0:.*]] = stablehlo.constant {bactrian.phase = "forward", bactrian.stage = 0 : i64}
+    // CHECK-DAG: %[[C1:.*]] = stablehlo.constant {bactrian.phase = "forward", bactrian.stage = 1 : i64}
+    %c = stablehlo.constant {bactrian.phase = "forward", bactrian.stage = 0 : i64} dense<2.0> : tensor<4xf32>
+    // CHECK: %[[Y:.*]] = stablehlo.multiply %{{.*}}, %[[C0]]
+    %y = stablehlo.multiply %x, %c {bactrian.phase = "forward", bactrian.stage = 0 : i64} : tensor<4xf32>
+    // CHECK: stablehlo.add %[[Y]], %[[C1]]
+    %z = stablehlo.add %y, %c {bactrian.phase = "forward", bactrian.stage = 1 : i64} : tensor<4xf32>
+    return %z : tensor<4xf32>
+  }
+}
+
+// -----
+
+// A causal mask: every op of it exists once per stage, in order.
+// CHECK-LABEL: module @mask_goes_to_each_stage
+module @mask_goes_to_each_stage {
+  func.func public @main(%x: tensor<64x64xf32> {bactrian.role = "batch"}) -> tensor<64x64xf32> {
+    // CHECK-DAG: %[[R0:.*]] = stablehlo.iota dim = 0 {bactrian.phase = "forward", bactrian.stage = 0 : i64}
+    // CHECK-DAG: %[[R1:.*]] = stablehlo.iota dim = 0 {bactrian.phase = "forward", bactrian.stage = 1 : i64}
+    %r = stablehlo.iota dim = 0 {bactrian.phase = "forward", bactrian.stage = 0 : i64} : tensor<64x64xi32>
+    // CHECK-DAG: %[[C0:.*]] = stablehlo.iota dim = 1 {bactrian.phase = "forward", bactrian.stage = 0 : i64}
+    // CHECK-DAG: %[[C1:.*]] = stablehlo.iota dim = 1 {bactrian.phase = "forward", bactrian.stage = 1 : i64}
+    %c = stablehlo.iota dim = 1 {bactrian.phase = "forward", bactrian.stage = 0 : i64} : tensor<64x64xi32>
+    // CHECK-DAG: %[[M0:.*]] = stablehlo.compare GE, %[[R0]], %[[C0]] {{.*}}bactrian.stage = 0 : i64
+    // CHECK-DAG: %[[M1:.*]] = stablehlo.compare GE, %[[R1]], %[[C1]] {{.*}}bactrian.stage = 1 : i64
+    %m = stablehlo.compare GE, %r, %c {bactrian.phase = "forward", bactrian.stage = 0 : i64}
+      : (tensor<64x64xi32>, tensor<64x64xi32>) -> tensor<64x64xi1>
+    // CHECK: %[[Y:.*]] = stablehlo.select %[[M0]], %[[X:.*]], %[[X]]
+    %y = stablehlo.select %m, %x, %x {bactrian.phase = "forward", bactrian.stage = 0 : i64}
+      : tensor<64x64xi1>, tensor<64x64xf32>
+    // CHECK: stablehlo.select %[[M1]], %[[Y]], %[[X]]
+    %z = stablehlo.select %m, %y, %x {bactrian.phase = "forward", bactrian.stage = 1 : i64}
+      : tensor<64x64xi1>, tensor<64x64xf32>
+    return %z : tensor<64x64xf32>
+  }
+}
+
+// -----
+
+// Bits drawn from a key are drawn again on the other stage, but the backward phase keeps the forward's.
+// CHECK-LABEL: module @random_bits_across_stages_not_across_phases
+module @random_bits_across_stages_not_across_phases {
+  // CHECK: func.func public @main(%[[KEY:[^:]*]]:
+  func.func public @main(%key: tensor<2xui64> {bactrian.role = "state"}, %x: tensor<512xui32> {bactrian.role = "batch"})
+      -> (tensor<512xui32>, tensor<512xui32>) {
+    // CHECK-DAG: %{{.*}}, %[[BITS0:.*]] = stablehlo.rng_bit_generator %[[KEY]], {{.*}}bactrian.stage = 0 : i64
+    // CHECK-DAG: %{{.*}}, %[[BITS1:.*]] = stablehlo.rng_bit_generator %[[KEY]], {{.*}}bactrian.stage = 1 : i64
+    %next, %bits = stablehlo.rng_bit_generator %key, algorithm = THREE_FRY
+      {bactrian.phase = "forward", bactrian.stage = 0 : i64} : (tensor<2xui64>) -> (tensor<2xui64>, tensor<512xui32>)
+    // CHECK-NOT: stablehlo.rng_bit_generator
+    // CHECK: %[[Y:.*]] = stablehlo.xor %{{.*}}, %[[BITS0]]
+    %y = stablehlo.xor %x, %bits {bactrian.phase = "forward", bactrian.stage = 0 : i64} : tensor<512xui32>
+    // CHECK: %[[Z:.*]] = stablehlo.xor %[[Y]], %[[BITS1]]
+    %z = stablehlo.xor %y, %bits {bactrian.phase = "forward", bactrian.stage = 1 : i64} : tensor<512xui32>
+    // CHECK: stablehlo.xor %[[Z]], %[[BITS0]] {bactrian.phase = "backward", bactrian.stage = 0 : i64}
+    %g = stablehlo.xor %z, %bits {bactrian.phase = "backward", bactrian.stage = 0 : i64} : tensor<512xui32>
+    return %z, %g : tensor<512xui32>, tensor<512xui32>
+  }
+}
+
+// -----
+
+// A broadcast is larger than what it is made from: the backward phase makes it again.
+// CHECK-LABEL: module @broadcast_is_no_residual
+module @broadcast_is_no_residual {
+  func.func public @main(%x: tensor<8xf32> {bactrian.role = "batch"}, %y: tensor<8x64xf32> {bactrian.role = "batch"})
+      -> (tensor<8x64xf32>, tensor<8x64xf32>) {
+    // CHECK: %[[S:.*]] = stablehlo.sine %{{.*}} {bactrian.phase = "forward"
+    %s = stablehlo.sine %x {bactrian.phase = "forward", bactrian.stage = 0 : i64} : tensor<8xf32>
+    // CHECK-DAG: %[[F:.*]] = stablehlo.broadcast_in_dim %[[S]], dims = [0] {bactrian.phase = "forward"
+    // CHECK-DAG: %[[B:.*]] = stablehlo.broadcast_in_dim %[[S]], dims = [0] {bactrian.phase = "backward"
+    %b = stablehlo.broadcast_in_dim %s, dims = [0] {bactrian.phase = "forward", bactrian.stage = 0 : i64}
+      : (tensor<8xf32>) -> tensor<8x64xf32>
+    // CHECK: %[[Z:.*]] = stablehlo.multiply %{{.*}}, %[[F]] {bactrian.phase = "forward"
+    %z = stablehlo.multiply %y, %b {bactrian.phase = "forward", bactrian.stage = 0 : i64} : tensor<8x64xf32>
+    // CHECK: stablehlo.multiply %{{.*}}, %[[B]] {bactrian.phase = "backward"
+    %g = stablehlo.multiply %y, %b {bactrian.phase = "backward", bactrian.stage = 0 : i64} : tensor<8x64xf32>
+    return %z, %g : tensor<8x64xf32>, tensor<8x64xf32>
+  }
+}
+
+// -----
+
+// CHECK-LABEL: module @dot_of_constants_is_sent
+module @dot_of_constants_is_sent {
+  func.func public @main(%x: tensor<4x4xf32> {bactrian.role = "batch"}) -> tensor<4x4xf32> {
+    %c = stablehlo.constant {bactrian.phase = "forward", bactrian.stage = 0 : i64} dense<2.0> : tensor<4x4xf32>
+    // CHECK: %[[D:.*]] = stablehlo.dot_general
+    %d = stablehlo.dot_general %c, %c, contracting_dims = [1] x [0] {bactrian.phase = "forward", bactrian.stage = 0 : i64}
+      : (tensor<4x4xf32>, tensor<4x4xf32>) -> tensor<4x4xf32>
+    // CHECK-NOT: stablehlo.dot_general
+    // CHECK: stablehlo.multiply %{{.*}}, %[[D]]
+    %y = stablehlo.multiply %x, %d {bactrian.phase = "forward", bactrian.stage = 0 : i64} : tensor<4x4xf32>
+    // CHECK: stablehlo.add %{{.*}}, %[[D]]
+    %z = stablehlo.add %y, %d {bactrian.phase = "forward", bactrian.stage = 1 : i64} : tensor<4x4xf32>
+    return %z : tensor<4x4xf32>
+  }
+}
+
+// -----
+
+// The learning rate of a step is computed on every stage; a large value of the update is sent.
+// CHECK-LABEL: module @update_scalars_are_cloned_large_values_not
+module @update_scalars_are_cloned_large_values_not {
+  // CHECK: func.func public @main(%[[N:[^:]*]]: tensor<f32> {{{.*}}}, %[[V:[^:]*]]: tensor<128xf32>
+  func.func public @main(%n: tensor<f32> {bactrian.role = "state"}, %v: tensor<128xf32> {bactrian.role = "state"})
+      -> (tensor<f32>, tensor<f32>, tensor<128xf32>, tensor<128xf32>) {
+    // CHECK-DAG: %[[R0:.*]] = stablehlo.rsqrt %[[N]] {bactrian.phase = "update", bactrian.stage = 0 : i64}
+    // CHECK-DAG: %[[R1:.*]] = stablehlo.rsqrt %[[N]] {bactrian.phase = "update", bactrian.stage = 1 : i64}
+    %rate = stablehlo.rsqrt %n {bactrian.phase = "update", bactrian.stage = 0 : i64} : tensor<f32>
+    // CHECK: stablehlo.sine %[[R0]]
+    %a = stablehlo.sine %rate {bactrian.phase = "update", bactrian.stage = 0 : i64} : tensor<f32>
+    // CHECK: stablehlo.cosine %[[R1]]
+    %b = stablehlo.cosine %rate {bactrian.phase = "update", bactrian.stage = 1 : i64} : tensor<f32>
+    // CHECK: %[[W:.*]] = stablehlo.rsqrt %[[V]] {bactrian.phase = "update", bactrian.stage = 0 : i64}
+    %w = stablehlo.rsqrt %v {bactrian.phase = "update", bactrian.stage = 0 : i64} : tensor<128xf32>
+    // CHECK-NEXT: stablehlo.sine %[[W]]
+    %c = stablehlo.sine %w {bactrian.phase = "update", bactrian.stage = 0 : i64} : tensor<128xf32>
+    // CHECK-NEXT: stablehlo.cosine %[[W]]
+    %d = stablehlo.cosine %w {bactrian.phase = "update", bactrian.stage = 1 : i64} : tensor<128xf32>
+    return %a, %b, %c, %d : tensor<f32>, tensor<f32>, tensor<128xf32>, tensor<128xf32>
+  }
+}
+
+// -----
+
+// CHECK-LABEL: module @batch_value_is_sent
+module @batch_value_is_sent {
+  func.func public @main(%x: tensor<f32> {bactrian.role = "batch"}) -> (tensor<f32>, tensor<f32>) {
+    // CHECK: %[[S:.*]] = stablehlo.sine
+    %s = stablehlo.sine %x {bactrian.phase = "forward", bactrian.stage = 0 : i64} : tensor<f32>
+    // CHECK-NEXT: stablehlo.cosine %[[S]]
+    %y = stablehlo.cosine %s {bactrian.phase = "forward", bactrian.stage = 0 : i64} : tensor<f32>
+    // CHECK-NEXT: stablehlo.tanh %[[S]]
+    %z = stablehlo.tanh %s {bactrian.phase = "forward", bactrian.stage = 1 : i64} : tensor<f32>
+    return %y, %z : tensor<f32>, tensor<f32>
+  }
+}
+
+// -----
+
+// An op with several results is cloned whole; a branch that captures a cloned value reads its own stage's clone.
+// CHECK-LABEL: module @captured_constant_goes_to_each_stage
+module @captured_constant_goes_to_each_stage {
+  func.func public @main(%i: tensor<i32> {bactrian.role = "batch"}) -> (tensor<f32>, tensor<f32>) {
+    // CHECK-DAG: %[[C0:.*]] = stablehlo.constant {bactrian.phase = "forward", bactrian.stage = 0 : i64}
+    // CHECK-DAG: %[[C1:.*]] = stablehlo.constant {bactrian.phase = "forward", bactrian.stage = 1 : i64}
+    %c = stablehlo.constant {bactrian.phase = "forward", bactrian.stage = 0 : i64} dense<2.0> : tensor<f32>
+    // CHECK-DAG: %[[D0:.*]]:2 = stablehlo.optimization_barrier {{.*}}%[[C0]], %[[C0]]
+    // CHECK-DAG: %[[D1:.*]]:2 = stablehlo.optimization_barrier {{.*}}%[[C1]], %[[C1]]
+    %d:2 = stablehlo.optimization_barrier {bactrian.phase = "forward", bactrian.stage = 0 : i64} %c, %c
+      : tensor<f32>, tensor<f32>
+    // CHECK: stablehlo.sine %[[D0]]#0
+    %y = stablehlo.sine %d#0 {bactrian.phase = "forward", bactrian.stage = 0 : i64} : tensor<f32>
+    // CHECK: "stablehlo.case"
+    // CHECK-NEXT: stablehlo.return %[[D1]]#1
+    %z = "stablehlo.case"(%i) ({
+      stablehlo.return %d#1 : tensor<f32>
+    }) {bactrian.phase = "forward", bactrian.stage = 1 : i64} : (tensor<i32>) -> tensor<f32>
+    return %y, %z : tensor<f32>, tensor<f32>
+  }
+}

@@ -1,0 +1,54 @@
+// RUN: bactrian-opt %s --infer-phases --split-input-file --verify-diagnostics
+
+module @op_bypasses_the_boundary {
+  func.func public @main(%w: tensor<f32> {bactrian.role = "state"}, %x: tensor<f32> {bactrian.role = "batch"})
+      -> (tensor<f32> {bactrian.updates = 0 : i64}) {
+    %y = stablehlo.sine %x : tensor<f32>
+    %b = stablehlo.custom_call @bactrian.gradient_boundary(%y) {mhlo.backend_config =
+      {kinds = "loss", reductions = "mean"}} : (tensor<f32>) -> tensor<f32>
+    %s = stablehlo.add %w, %b : tensor<f32>
+    // expected-error@+1 {{a value computed from the batch is used after the gradients without passing the boundary}}
+    %n = stablehlo.add %s, %y : tensor<f32>
+    return %n : tensor<f32>
+  }
+}
+
+// -----
+
+module @return_bypasses_the_boundary {
+  func.func public @main(%x: tensor<f32> {bactrian.role = "batch"}) -> (tensor<f32>, tensor<f32>) {
+    %y = stablehlo.sine %x : tensor<f32>
+    %b = stablehlo.custom_call @bactrian.gradient_boundary(%y) {mhlo.backend_config =
+      {kinds = "loss", reductions = "mean"}} : (tensor<f32>) -> tensor<f32>
+    // expected-error@+1 {{a value computed from the batch is used after the gradients without passing the boundary}}
+    return %b, %y : tensor<f32>, tensor<f32>
+  }
+}
+
+// -----
+
+module @microbatch_index_below_the_boundary {
+  func.func public @main(%x: tensor<i32> {bactrian.role = "batch"}) -> (tensor<i32>, tensor<i32>) {
+    %b = stablehlo.custom_call @bactrian.gradient_boundary(%x) {mhlo.backend_config =
+      {kinds = "aux", reductions = "last"}} : (tensor<i32>) -> tensor<i32>
+    // expected-error@+1 {{the microbatch's number is used after the gradients without passing the boundary}}
+    %m = stablehlo.custom_call @bactrian.microbatch_index() : () -> tensor<i32>
+    return %b, %m : tensor<i32>, tensor<i32>
+  }
+}
+
+// -----
+
+// A branch that captures a batch value reads it, too.
+module @captured_value_bypasses_the_boundary {
+  func.func public @main(%i: tensor<i32> {bactrian.role = "constant"}, %x: tensor<i32> {bactrian.role = "batch"})
+      -> (tensor<i32>, tensor<i32>) {
+    %b = stablehlo.custom_call @bactrian.gradient_boundary(%x) {mhlo.backend_config =
+      {kinds = "aux", reductions = "last"}} : (tensor<i32>) -> tensor<i32>
+    // expected-error@+1 {{without passing the boundary}}
+    %c = "stablehlo.case"(%i) ({
+      stablehlo.return %x : tensor<i32>
+    }) : (tensor<i32>) -> tensor<i32>
+    return %b, %c : tensor<i32>, tensor<i32>
+  }
+}

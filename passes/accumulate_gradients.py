@@ -1,0 +1,357 @@
+"""``accumulate-gradients``: what happens once per microbatch, and what can wait for the end of the step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from jaxlib.mlir import ir
+
+from bactrian.passes.cloning import StageRule, clone_into_readers, copy_stage, stage_key
+from bactrian.passes.frame.base import Pass, PassContext, Statistic, option
+from bactrian.passes.program import (
+    BACKWARD,
+    INITIALIZE,
+    MICROBATCH_INDEX,
+    UPDATE,
+    body,
+    boundary_words,
+    find_boundary,
+    integer,
+    main_function,
+    make_boundary,
+    phase_of,
+    required_integer,
+    set_boundary_words,
+    stage_of,
+    top_level,
+)
+from bactrian.passes.regroup import regroup_scalar_reductions, value_stage
+
+_SHAPE_OPS = ("stablehlo.transpose", "stablehlo.reshape")
+
+
+@dataclass(frozen=True)
+class AccumulateGradients(Pass):
+    """Make the accumulation over microbatches explicit, and move work that can wait below the boundary.
+
+    A gradient that is a sum of parts from several stages (a tied embedding) is accumulated in parts, which are added
+    once per step instead of once per microbatch. With more than one microbatch each ``mean`` or ``sum`` gets an
+    accumulator: zeros in the phase ``initialize``, an add after the gradient, and for ``mean`` one division in the
+    update; ``concat`` fills a buffer at the microbatch's index; ``last`` needs nothing. Scalar reductions of the update
+    over values of several stages (a global norm, an all-finite check) become one partial result per stage and a
+    combination that every reader computes for itself.
+
+    Requires: stages assigned (``assign-stages``), ``bactrian.num_microbatches`` on the module.
+    Ensures: every operand of the boundary has its result's type and the reduction ``accumulated``; loop-carried ops
+    have ``bactrian.accumulate``.
+
+    Input:
+
+    ```mlir
+    module attributes {bactrian.num_microbatches = 2 : i64} {
+      func.func public @main(%x: tensor<4xf32> {bactrian.role = "batch"}) -> tensor<4xf32> {
+        %g = stablehlo.negate %x {bactrian.phase = "backward", bactrian.stage = 0 : i64} : tensor<4xf32>
+        %b = stablehlo.custom_call @bactrian.gradient_boundary(%g) {mhlo.backend_config =
+          {kinds = "gradient", reductions = "sum"}} : (tensor<4xf32>) -> tensor<4xf32>
+        return %b : tensor<4xf32>
+      }
+    }
+    ```
+
+    Output:
+
+    ```mlir
+    module attributes {bactrian.num_microbatches = 2 : i64} {
+      func.func public @main(%arg0: tensor<4xf32> {bactrian.role = "batch"}) -> tensor<4xf32> {
+        %0 = stablehlo.negate %arg0 {bactrian.phase = "backward", bactrian.stage = 0 : i64} : tensor<4xf32>
+        %cst = stablehlo.constant {bactrian.phase = "initialize", bactrian.stage = 0 : i64} dense<0.000000e+00> : tensor<4xf32>
+        %1 = stablehlo.add %cst, %0 {bactrian.accumulate, bactrian.phase = "backward", bactrian.stage = 0 : i64} : tensor<4xf32>
+        %2 = stablehlo.custom_call @bactrian.gradient_boundary(%1) {mhlo.backend_config = {kinds = "gradient", reductions = "accumulated"}} : (tensor<4xf32>) -> tensor<4xf32>
+        return %2 : tensor<4xf32>
+      }
+    }
+    ```
+
+    The gradient is added to what the microbatch before left.
+    """
+
+    name: ClassVar[str] = "accumulate-gradients"
+    summary: ClassVar[str] = "accumulate over microbatches; move sums that can wait below the boundary"
+    statistics: ClassVar[tuple[Statistic, ...]] = (
+        Statistic("accumulators", "buffers that live through the whole step"),
+        Statistic("split-sums", "gradients accumulated in parts on several stages"),
+        Statistic("regrouped", "scalar reductions folded per stage first"),
+    )
+
+    small_bytes: int = option(256, help="a value of at most this many bytes is small")
+
+    def apply(self, module: ir.Module, ctx: PassContext) -> None:
+        """Rewrite the boundary, then the update's scalar reductions."""
+        main = main_function(module)
+        count = required_integer(module.operation, "bactrian.num_microbatches", "capture")
+        ctx.count("split-sums", _split_sums(main))
+        boundary = find_boundary(main)
+        if count > 1:
+            ctx.count("accumulators", _accumulate(main, boundary, count))
+        else:
+            kinds = boundary_words(boundary, "kinds")
+            set_boundary_words(boundary, kinds, ["accumulated"] * len(kinds))
+        ctx.count("regrouped", regroup_scalar_reductions(main, self.small_bytes))
+        clone_into_readers(main, stage_key, copy_stage, StageRule(main, self.small_bytes))
+
+
+@dataclass
+class _Operand:
+    """What becomes of one operand of the boundary: its parts, and the shape ops to redo on their sum."""
+
+    kind: str
+    reduction: str
+    parts: list[ir.Value]
+    shape_ops: list[ir.Operation] = field(default_factory=list[ir.Operation])
+    stage: int = 0
+
+
+def _split_sums(main: ir.Operation) -> int:
+    """Accumulate sums over several stages in parts; returns how many there were."""
+    boundary = find_boundary(main)
+    kinds, reductions = boundary_words(boundary, "kinds"), boundary_words(boundary, "reductions")
+    operands = [
+        _parts(value, kind, reduction, boundary)
+        for value, kind, reduction in zip(boundary.operands, kinds, reductions, strict=True)
+    ]
+    split = [operand for operand in operands if len(operand.parts) > 1]
+    if not split:
+        return 0
+    values = [part for operand in operands for part in operand.parts]
+    old = list(boundary.results)
+    result_types = [
+        part.type if len(operand.parts) > 1 else old[index].type
+        for index, operand in enumerate(operands)
+        for part in operand.parts
+    ]
+    with ir.InsertionPoint(boundary), boundary.location:
+        new = make_boundary(
+            values,
+            result_types,
+            [operand.kind for operand in operands for _ in operand.parts],
+            [operand.reduction for operand in operands for _ in operand.parts],
+        )
+    results = iter(new.results)
+    with ir.InsertionPoint(boundary):
+        for operand, result in zip(operands, old, strict=True):
+            parts = [next(results) for _ in operand.parts]
+            result.replace_all_uses_with(_join(operand, parts, boundary.location))
+    dead = [v.owner.operation for v in boundary.operands if not isinstance(v.owner, ir.Block)]
+    boundary.erase()
+    _erase_dead(dead)
+    return len(split)
+
+
+def _parts(value: ir.Value, kind: str, reduction: str, boundary: ir.Operation) -> _Operand:
+    """Split a sum of gradients of several stages into one partial sum per stage."""
+    whole = _Operand(kind, reduction, [value])
+    if reduction not in ("mean", "sum"):
+        return whole
+    shape_ops: list[ir.Operation] = []
+    top = value
+    while (op := _private_producer(top)) is not None and op.name in _SHAPE_OPS:
+        shape_ops.append(op)
+        top = op.operands[0]
+    leaves: dict[int, list[ir.Value]] = {}
+    stack = [top]
+    while stack:
+        leaf = stack.pop()
+        op = _private_producer(leaf)
+        if op is not None and op.name == "stablehlo.add":
+            stack.extend(reversed(list(op.operands)))
+        else:
+            leaves.setdefault(_origin_stage(leaf), []).append(leaf)
+    if len(leaves) < 2:
+        return whole
+    owner = value_stage(value) or 0
+    parts: list[ir.Value] = []
+    for stage in sorted(leaves):
+        total = leaves[stage][0]
+        for leaf in leaves[stage][1:]:
+            with ir.InsertionPoint(boundary), boundary.location:
+                total = _add(total, leaf, BACKWARD, stage)
+        parts.append(total)
+    return _Operand(kind, reduction, parts, shape_ops, owner)
+
+
+def _origin_stage(leaf: ir.Value) -> int:
+    """The stage that computes a part of a sum; shape ops between it and the sum are moved there."""
+    shape_ops: list[ir.Operation] = []
+    source = leaf
+    while (op := _private_producer(source)) is not None and op.name in _SHAPE_OPS:
+        shape_ops.append(op)
+        source = op.operands[0]
+    stage = value_stage(source)
+    if stage is None:
+        return value_stage(leaf) or 0
+    for op in shape_ops:
+        op.attributes["bactrian.stage"] = integer(stage)
+    return stage
+
+
+def _private_producer(value: ir.Value) -> ir.Operation | None:
+    """The backward op that computes a value which nothing else reads."""
+    owner = value.owner
+    if isinstance(owner, ir.Block):
+        return None
+    op = owner.operation
+    uses = iter(value.uses)
+    single = next(uses, None) is not None and next(uses, None) is None
+    return op if single and phase_of(op) == BACKWARD else None
+
+
+def _join(operand: _Operand, parts: list[ir.Value], location: ir.Location) -> ir.Value:
+    """Add the accumulated parts, and redo the shape ops that stood behind the sum."""
+    total = parts[0]
+    with location:
+        for part in parts[1:]:
+            total = _add(total, part, UPDATE, operand.stage)
+    for op in reversed(operand.shape_ops):
+        clone = op.clone().operation
+        clone.operands[0] = total
+        clone.attributes["bactrian.phase"] = ir.StringAttr.get(UPDATE)
+        clone.attributes["bactrian.stage"] = integer(operand.stage)
+        total = clone.results[0]
+    return total
+
+
+def _add(left: ir.Value, right: ir.Value, phase: str, stage: int) -> ir.Value:
+    return ir.Operation.create(
+        "stablehlo.add", results=[left.type], operands=[left, right], attributes=_where(phase, stage)
+    ).results[0]
+
+
+def _where(phase: str, stage: int) -> dict[str, ir.Attribute]:
+    return {"bactrian.phase": ir.StringAttr.get(phase), "bactrian.stage": integer(stage)}
+
+
+def _erase_dead(candidates: list[ir.Operation]) -> None:
+    stack = list(dict.fromkeys(candidates))
+    while stack:
+        op = stack.pop()
+        if any(next(iter(result.uses), None) is not None for result in op.results):
+            continue
+        producers = {v.owner.operation: None for v in op.operands if not isinstance(v.owner, ir.Block)}
+        op.erase()
+        stack.extend(p for p in producers if p not in stack)
+
+
+def _accumulate(main: ir.Operation, boundary: ir.Operation, count: int) -> int:
+    """Give every ``mean``, ``sum`` and ``concat`` of the boundary its accumulator."""
+    kinds, reductions = boundary_words(boundary, "kinds"), boundary_words(boundary, "reductions")
+    after = _next_op(main, boundary)
+    made = 0
+    for number, reduction in enumerate(reductions):
+        if reduction in ("last", "accumulated"):
+            continue
+        value, result = boundary.operands[number], boundary.results[number]
+        phase, stage = _home(value, main)
+        with ir.InsertionPoint(boundary), boundary.location:
+            zeros = _zeros(result.type, stage)
+            accumulate = _concat if reduction == "concat" else _sum
+            boundary.operands[number] = accumulate(zeros, value, phase, stage)
+        if reduction == "mean":
+            with ir.InsertionPoint(after), boundary.location:
+                _divide(result, count, _reader_stage(result, main, stage))
+        made += 1
+    set_boundary_words(boundary, kinds, ["accumulated"] * len(kinds))
+    return made
+
+
+def _next_op(main: ir.Operation, op: ir.Operation) -> ir.Operation:
+    operations = [view.operation for view in body(main).operations]
+    return operations[operations.index(op) + 1]
+
+
+def _home(value: ir.Value, main: ir.Operation) -> tuple[str, int]:
+    """Where a boundary operand is accumulated: with its producer, or with the first reader of an argument."""
+    owner = value.owner
+    if not isinstance(owner, ir.Block):
+        op = owner.operation
+        return phase_of(op) or BACKWARD, stage_of(op) or 0
+    for use in value.uses:
+        reader = top_level(use.owner.operation, body(main))
+        stage, phase = stage_of(reader), phase_of(reader)
+        if stage is not None and phase not in (None, UPDATE):
+            return str(phase), stage
+    return "forward", 0
+
+
+def _reader_stage(result: ir.Value, main: ir.Operation, fallback: int) -> int:
+    """The stage of the update ops that read a boundary result, if they agree."""
+    stages = {stage_of(top_level(use.owner.operation, body(main))) for use in result.uses}
+    stages.discard(None)
+    return stages.pop() or 0 if len(stages) == 1 else fallback
+
+
+def _zeros(type_: ir.Type, stage: int) -> ir.Value:
+    tensor = ir.RankedTensorType(type_)
+    element = tensor.element_type
+    zero = ir.FloatAttr.get(element, 0.0) if isinstance(element, ir.FloatType) else None
+    if zero is None and isinstance(element, ir.IntegerType):
+        zero = ir.IntegerAttr.get(element, 0)
+    if zero is not None:
+        value: ir.Attribute = ir.DenseElementsAttr.get_splat(tensor, zero)
+    else:
+        value = ir.Attribute.parse(f"dense<(0.0, 0.0)> : {tensor}")
+    return ir.Operation.create(
+        "stablehlo.constant", results=[tensor], attributes={"value": value, **_where(INITIALIZE, stage)}
+    ).results[0]
+
+
+def _sum(zeros: ir.Value, value: ir.Value, phase: str, stage: int) -> ir.Value:
+    total = _add(zeros, value, phase, stage)
+    total.owner.operation.attributes["bactrian.accumulate"] = ir.UnitAttr.get()
+    return total
+
+
+def _concat(zeros: ir.Value, value: ir.Value, phase: str, stage: int) -> ir.Value:
+    """Write a microbatch's rows at their place in the full batch's buffer."""
+    where = _where(phase, stage)
+    scalar = ir.RankedTensorType.get([], ir.IntegerType.get_signless(32))
+    tensor = ir.RankedTensorType(value.type)
+    rows = tensor.shape[0]
+    index = ir.Operation.create(
+        "stablehlo.custom_call",
+        results=[scalar],
+        attributes={"call_target_name": ir.StringAttr.get(MICROBATCH_INDEX), **where},
+    ).results[0]
+    step = _constant(scalar, rows, where)
+    start = ir.Operation.create("stablehlo.multiply", results=[scalar], operands=[index, step], attributes=where)
+    zero = _constant(scalar, 0, where)
+    starts = [start.results[0], *[zero] * (len(tensor.shape) - 1)]
+    op = ir.Operation.create(
+        "stablehlo.dynamic_update_slice",
+        results=[zeros.type],
+        operands=[zeros, value, *starts],
+        attributes={**where, "bactrian.accumulate": ir.UnitAttr.get()},
+    )
+    return op.results[0]
+
+
+def _constant(type_: ir.RankedTensorType, value: int, where: dict[str, ir.Attribute]) -> ir.Value:
+    element = type_.element_type
+    number = ir.FloatAttr.get(element, float(value)) if isinstance(element, ir.FloatType) else None
+    splat = ir.DenseElementsAttr.get_splat(type_, number or ir.IntegerAttr.get(element, value))
+    return ir.Operation.create("stablehlo.constant", results=[type_], attributes={"value": splat, **where}).results[0]
+
+
+def _divide(result: ir.Value, count: int, stage: int) -> None:
+    """Divide an accumulated sum by the number of microbatches, for all its readers."""
+    where = _where(UPDATE, stage)
+    tensor = ir.RankedTensorType(result.type)
+    element = tensor.element_type
+    if isinstance(element, ir.ComplexType):
+        value: ir.Attribute = ir.Attribute.parse(f"dense<({float(count)}, 0.0)> : {tensor}")
+        divisor = ir.Operation.create("stablehlo.constant", results=[tensor], attributes={"value": value, **where})
+        right = divisor.results[0]
+    else:
+        right = _constant(tensor, count, where)
+    op = ir.Operation.create("stablehlo.divide", results=[tensor], operands=[result, right], attributes=where)
+    result.replace_all_uses_except(op.results[0], op)

@@ -1,0 +1,178 @@
+"""``assign-stages``: layers become pipeline stages."""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+from dataclasses import dataclass
+from typing import ClassVar
+
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import sdy
+
+from bactrian.passes import layering
+from bactrian.passes.costs import CostModel
+from bactrian.passes.errors import ConfigError
+from bactrian.passes.frame.base import Pass, PassContext, Statistic, option
+from bactrian.passes.program import (
+    BACKWARD,
+    FORWARD,
+    Dataflow,
+    argument_roles,
+    integer,
+    integer_attribute,
+    main_function,
+    phase_of,
+    required_integer,
+)
+
+
+@dataclass(frozen=True)
+class AssignStages(Pass):
+    """Put consecutive layers together into stages.
+
+    The slowest stage sets the pace of a pipeline, so the largest sum of forward and backward flops of a stage is made
+    as small as it can be; among equals, the fewest bytes cross between stages. Or the first layer of each stage is
+    given with ``boundaries``. Every stage gets a mesh of one device; a planner may give it a larger one.
+
+    Requires: ``bactrian.num_layers`` and ``bactrian.layer`` (``group-layers``).
+    Ensures: ``bactrian.num_stages``; ``bactrian.stage`` on every op that has a layer, growing with the layer; meshes
+    ``@stage0``, ``@stage1``, ... at the top of the module.
+
+    Example: each layer is a stage.
+
+    ```mlir
+    module attributes {bactrian.num_layers = 2 : i64} {
+      func.func public @main(%x: tensor<4xf32> {bactrian.role = "batch"}) -> tensor<4xf32> {
+        %y = stablehlo.negate %x {bactrian.layer = 0 : i64, bactrian.phase = "forward"} : tensor<4xf32>
+        %z = stablehlo.negate %y {bactrian.layer = 1 : i64, bactrian.phase = "forward"} : tensor<4xf32>
+        return %z : tensor<4xf32>
+      }
+    }
+    ```
+
+    ```mlir
+    module attributes {bactrian.num_layers = 2 : i64, bactrian.num_stages = 2 : i64} {
+      sdy.mesh @stage0 = <["data"=1]>
+      sdy.mesh @stage1 = <["data"=1]>
+      func.func public @main(%x: tensor<4xf32> {bactrian.role = "batch"}) -> tensor<4xf32> {
+        %y = stablehlo.negate %x
+          {bactrian.layer = 0 : i64, bactrian.phase = "forward", bactrian.stage = 0 : i64} : tensor<4xf32>
+        %z = stablehlo.negate %y
+          {bactrian.layer = 1 : i64, bactrian.phase = "forward", bactrian.stage = 1 : i64} : tensor<4xf32>
+        return %z : tensor<4xf32>
+      }
+    }
+    ```
+    """
+
+    name: ClassVar[str] = "assign-stages"
+    summary: ClassVar[str] = "put consecutive layers together into balanced stages"
+    statistics: ClassVar[tuple[Statistic, ...]] = (
+        Statistic("cut-bytes", "bytes of forward and backward values, summed over the stage boundaries they cross"),
+    )
+
+    num_stages: int = option(0, help="how many stages to make; 0: one per layer")
+    boundaries: str = option("", help='the first layer of each stage, as in "0,3,5"; found if not given')
+
+    def check_options(self) -> None:
+        """Boundaries begin with 0, grow, and are as many as the stages."""
+        if self.num_stages < 0:
+            raise ConfigError(f"num-stages is {self.num_stages}, must not be negative")
+        starts = self._given()
+        if starts is None:
+            return
+        if starts[:1] != [0] or any(a >= b for a, b in itertools.pairwise(starts)):
+            raise ConfigError(f"boundaries {self.boundaries!r} must begin with 0 and grow", fix='as in "0,3,5"')
+        if self.num_stages not in (0, len(starts)):
+            raise ConfigError(
+                f"boundaries {self.boundaries!r} begin {len(starts)} stages, num-stages is {self.num_stages}"
+            )
+
+    def _given(self) -> list[int] | None:
+        if not self.boundaries.strip():
+            return None
+        try:
+            return [int(word) for word in self.boundaries.split(",")]
+        except ValueError:
+            raise ConfigError(f"boundaries {self.boundaries!r} must be integers", fix='as in "0,3,5"') from None
+
+    def apply(self, module: ir.Module, ctx: PassContext) -> None:
+        """Choose the first layer of each stage, write stages and meshes."""
+        num_layers = required_integer(module.operation, "bactrian.num_layers", "group-layers")
+        flow = Dataflow.of(main_function(module))
+        layers = [integer_attribute(op, "bactrian.layer") for op in flow.ops]
+        flops, crossing = _layer_costs(flow, argument_roles(main_function(module)), layers, num_layers)
+        given = self._given()
+        starts = given if given is not None else self._balanced(flops, crossing, module, ctx)
+        if starts is None:
+            return
+        if starts[-1] >= num_layers:
+            ctx.error(
+                module.operation,
+                f"cannot begin a stage at layer {starts[-1]}: the program has {num_layers} layers",
+                fix="boundaries name the first layer of each stage, layers count from 0",
+            )
+            return
+        stages = [integer(bisect.bisect_right(starts, layer) - 1) for layer in range(num_layers)]
+        for op, layer in zip(flow.ops, layers, strict=True):
+            if layer is not None:
+                op.attributes["bactrian.stage"] = stages[layer]
+        module.operation.attributes["bactrian.num_stages"] = integer(len(starts))
+        _make_meshes(module, len(starts))
+        ctx.count("cut-bytes", sum(crossing[start] for start in starts[1:]))
+
+    def _balanced(
+        self, flops: list[float], crossing: list[int], module: ir.Module, ctx: PassContext
+    ) -> list[int] | None:
+        if self.num_stages > len(flops):
+            ctx.error(
+                module.operation,
+                f"cannot make {self.num_stages} stages of {len(flops)} layers",
+                why="a stage has at least one layer",
+                fix=f"group-layers with num-layers={self.num_stages} or more, or ask for at most {len(flops)} stages",
+            )
+            return None
+        return list(layering.balance(flops, crossing, self.num_stages or len(flops)))
+
+
+def _layer_costs(
+    flow: Dataflow, roles: list[str], layers: list[int | None], num_layers: int
+) -> tuple[list[float], list[int]]:
+    """Forward and backward flops of each layer, and the bytes across each layer's start.
+
+    Only what depends on the batch counts: the rest is cloned, or computed once.
+    """
+    model = CostModel()
+    flops = [0.0] * num_layers
+    change = [0] * (num_layers + 1)
+    tainted = [role == "batch" for role in roles] + [False] * (len(flow.values) - flow.num_arguments)
+    phases = [phase_of(op) for op in flow.ops]
+    users = flow.users()
+    for index, op in enumerate(flow.ops):
+        own = layers[index]
+        if own is None or phases[index] not in (FORWARD, BACKWARD):
+            continue
+        if not any(tainted[value] for value in flow.operands[index]):
+            continue
+        flops[own] += model.flops(op)
+        for value, size in zip(flow.results[index], model.result_bytes(op), strict=True):
+            tainted[value] = True
+            readers = [layers[user] for user in users[value] if phases[user] == phases[index]]
+            ends = [own, *(layer for layer in readers if layer is not None)]
+            change[min(ends) + 1] += size
+            change[max(ends) + 1] -= size
+    return flops, list(itertools.accumulate(change[:num_layers]))
+
+
+def _make_meshes(module: ir.Module, num_stages: int) -> None:
+    """One mesh of one device per stage, at the top of the module; meshes that are there already stay."""
+    present = {
+        ir.StringAttr(op.operation.attributes["sym_name"]).value
+        for op in module.body.operations
+        if op.operation.name == "sdy.mesh"
+    }
+    with ir.InsertionPoint.at_block_begin(module.body), ir.Location.unknown():
+        for stage in range(num_stages):
+            if f"stage{stage}" not in present:
+                sdy.MeshOp(f"stage{stage}", sdy.MeshAttr.get([sdy.MeshAxisAttr.get("data", 1)]))

@@ -1,0 +1,162 @@
+"""What a pass is: a frozen dataclass whose fields are its options, with ``apply(module, ctx)``."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, TypeVar
+
+from jaxlib.mlir import ir
+
+from ..errors import ConfigError, ProgramError
+from .diagnostics import Diagnostic, Severity, merge_errors
+from .location import describe, user_place
+
+T = TypeVar("T")
+Locatable = ir.Location | ir.Value | ir.Operation | ir.OpView
+ERROR_LIMIT = 10
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """A counter that a pass reports, in dashes: ``Statistic("num-inlined", "Number of calls inlined")``."""
+
+    name: str
+    help: str
+
+
+def option(default: T, *, help: str) -> T:
+    """A pass option: an ``int``, ``float``, ``str``, ``bool`` or optional one of these, with its help text.
+
+    Its name on the command line is the field's, with dashes for underscores.
+    """
+    return field(default=default, metadata={"help": help})
+
+
+class PassContext:
+    """What a pass gets besides the module: counters and diagnostics.
+
+    Errors are collected, so that one run reports several; they fail the run when the pass ends.
+    """
+
+    def __init__(self, owner: Pass, limit: int = ERROR_LIMIT) -> None:
+        self.counts: dict[str, int] = {statistic.name: 0 for statistic in owner.statistics}
+        self.diagnostics: list[Diagnostic] = []
+        self._limit = limit
+        self._owner = owner.name
+
+    def count(self, statistic_name: str, n: int = 1) -> None:
+        """Add ``n`` to a declared statistic."""
+        assert statistic_name in self.counts, f"{self._owner} declares no statistic {statistic_name!r}"
+        self.counts[statistic_name] += n
+
+    def remark(self, where: Locatable, message: str) -> None:
+        """Tell the user something that is neither wrong nor doubtful."""
+        self._add("remark", where, message)
+
+    def warning(self, where: Locatable, message: str, why: str = "", fix: str = "") -> None:
+        """Tell the user about something doubtful."""
+        self._add("warning", where, message, why, fix)
+
+    def error(self, where: Locatable, message: str, why: str = "", fix: str = "") -> None:
+        """Report an error in the user's program; the pass may go on to find more."""
+        self._add("error", where, message, why, fix)
+
+    def fail_if_errors(self) -> None:
+        """Raise `ProgramError` if any error was reported: for passes that can't go on after some."""
+        errors = [d for d in self.diagnostics if d.severity == "error"]
+        if errors:
+            raise merge_errors(errors, self._limit)
+
+    def fatal(self, where: Locatable, message: str, why: str = "", fix: str = "") -> ProgramError:
+        """Report an error and return the exception to raise: ``raise ctx.fatal(op, "...")``."""
+        self.error(where, message, why, fix)
+        return merge_errors([d for d in self.diagnostics if d.severity == "error"], self._limit)
+
+    def _add(self, severity: Severity, where: Locatable, message: str, why: str = "", fix: str = "") -> None:
+        loc = where if isinstance(where, ir.Location) else where.location
+        text = describe(loc)
+        if not text and isinstance(where, (ir.Operation, ir.OpView)):
+            text = where.operation.name
+        self.diagnostics.append(Diagnostic(severity, message, text, user_place(loc), why, fix))
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Base of every pass: one file, one flag, one pair of lit files.
+
+    A subclass is a frozen dataclass whose fields are made with `option`. It anchors on the module.
+
+    Its docstring becomes its entry in ``docs/passes.md``: a summary, what and why, ``Requires:``, ``Ensures:``, and two
+    ```` ```mlir ```` blocks, a module before and the same module after the pass with default options. A test runs them.
+    """
+
+    name: ClassVar[str] = ""
+    summary: ClassVar[str] = ""
+    statistics: ClassVar[tuple[Statistic, ...]] = ()
+
+    def apply(self, module: ir.Module, ctx: PassContext) -> None:
+        """Rewrite ``module`` in place. Must leave it valid."""
+        raise NotImplementedError
+
+    def check_options(self) -> None:
+        """Raise `ConfigError` when option values don't fit together. Called before the pipeline runs."""
+
+    @classmethod
+    def option_fields(cls) -> tuple[dataclasses.Field[Any], ...]:
+        """The dataclass fields that are options, in order of declaration."""
+        return dataclasses.fields(cls)
+
+    @classmethod
+    def from_options(cls, options: dict[str, str]) -> Pass:
+        """Make a pass from the text of its options.
+
+        Raises:
+            ConfigError: for an unknown option or a value of the wrong type.
+        """
+        hints = typing.get_type_hints(cls)
+        known = {f.name.replace("_", "-"): f.name for f in cls.option_fields()}
+        values: dict[str, Any] = {}
+        for key, text in options.items():
+            name = known.get(key.replace("_", "-"))
+            if name is None:
+                raise ConfigError(
+                    f"pass {cls.name} has no option {key!r}", fix=f"options: {', '.join(known) or 'none'}"
+                )
+            values[name] = _parse_value(cls.name, key, text, hints[name])
+        instance = cls(**values)
+        instance.check_options()
+        return instance
+
+    def option_texts(self) -> dict[str, str]:
+        """The options that differ from their defaults, as text; what `from_options` reads."""
+        return {
+            f.name.replace("_", "-"): _print_value(getattr(self, f.name))
+            for f in self.option_fields()
+            if getattr(self, f.name) != f.default
+        }
+
+
+def _parse_value(owner: str, key: str, text: str, hint: Any) -> Any:
+    kinds = [hint]
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)]
+        if text == "none":
+            return None
+    kind = kinds[0]
+    try:
+        if kind is bool:
+            return {"true": True, "1": True, "": True, "false": False, "0": False}[text.lower()]
+        return kind(text)
+    except (KeyError, ValueError):
+        raise ConfigError(f"option {key!r} of pass {owner} needs {kind.__name__}, got {text!r}") from None
+
+
+def _print_value(value: Any) -> str:
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return str(value)

@@ -1,0 +1,370 @@
+"""Pipelines: MLIR's textual grammar, and a runner on MLIR's own pass manager.
+
+``builtin.module(flatten-calls,group-layers{layers=4},func.func(canonicalize))``: a name that is registered with us is
+our pass; everything else is handed to MLIR as it stands.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from jaxlib.mlir import ir, passmanager
+
+from ..errors import BactrianError, ConfigError, PassError
+from . import registry, reproducer
+from .base import Pass, PassContext
+from .context import make_context
+from .diagnostics import Diagnostic, from_mlir
+
+ANCHOR = "builtin.module"
+
+
+@dataclass(frozen=True)
+class Element:
+    """One entry of a pipeline: a pass with options, or an op name with a nested pipeline.
+
+    Args:
+        name: the pass, or the op that the nested pipeline runs on.
+        options: name and raw text of each option; the text is None for a bare flag.
+        children: the nested pipeline, None for a pass.
+    """
+
+    name: str
+    options: tuple[tuple[str, str | None], ...] = ()
+    children: tuple[Element, ...] | None = None
+
+    def __str__(self) -> str:
+        if self.children is not None:
+            return f"{self.name}({print_pipeline(self.children)})"
+        if not self.options:
+            return self.name
+        words = (key if text is None else f"{key}={quote(text)}" for key, text in self.options)
+        return f"{self.name}{{{' '.join(words)}}}"
+
+
+def quote(text: str) -> str:
+    """An option's text as the grammar wants it: quoted where it has blanks, braces or nothing at all."""
+    balanced = len(text) > 1 and text[0] + text[-1] in ("{}", "[]")
+    if text and (balanced or not any(char.isspace() or char in "{}'\"," for char in text)):
+        return text
+    return f"'{text}'" if '"' in text else f'"{text}"'
+
+
+def print_pipeline(elements: Sequence[Element]) -> str:
+    """The text of a pipeline without its anchor; `parse_pipeline` reads it back."""
+    return ",".join(map(str, elements))
+
+
+def parse_pipeline(text: str) -> tuple[Element, ...]:
+    """Parse a pipeline, with or without ``builtin.module(...)`` around it.
+
+    Raises:
+        ConfigError: with the column, when the text doesn't follow MLIR's grammar.
+    """
+    parser = _Parser(text)
+    elements = parser.elements(end="")
+    if len(elements) == 1 and elements[0].name == ANCHOR and elements[0].children is not None:
+        return elements[0].children
+    return elements
+
+
+class _Parser:
+    def __init__(self, text: str) -> None:
+        self._text, self._at = text, 0
+
+    def elements(self, end: str) -> tuple[Element, ...]:
+        found: list[Element] = []
+        while True:
+            self._skip_blanks()
+            if self._peek() == end:
+                break
+            found.append(self._element())
+            self._skip_blanks()
+            if self._peek() != ",":
+                break
+            self._at += 1
+        if self._peek() != end:
+            raise self._error(f"expected {repr(end) if end else 'the end'}")
+        self._at += len(end)
+        return tuple(found)
+
+    def _element(self) -> Element:
+        start = self._at
+        while (char := self._peek()) and char not in "(){}," and not char.isspace():
+            self._at += 1
+        name = self._text[start : self._at]
+        if not name:
+            raise self._error("expected a pass name")
+        if self._peek() == "(":
+            self._at += 1
+            return Element(name, children=self.elements(end=")"))
+        if self._peek() == "{":
+            self._at += 1
+            return Element(name, options=self._options())
+        return Element(name)
+
+    def _options(self) -> tuple[tuple[str, str | None], ...]:
+        found: list[tuple[str, str | None]] = []
+        while True:
+            self._skip_blanks()
+            if self._peek() == "}":
+                self._at += 1
+                return tuple(found)
+            start = self._at
+            while (char := self._peek()) and char not in "={}" and not char.isspace():
+                self._at += 1
+            key = self._text[start : self._at]
+            if not key:
+                raise self._error("expected an option name or '}'")
+            if self._peek() == "=":
+                self._at += 1
+                found.append((key, self._value()))
+            else:
+                found.append((key, None))
+
+    def _value(self) -> str:
+        """A bare word, a quoted text without its quotes, or balanced braces or brackets."""
+        start, opening = self._at, self._peek()
+        if opening in ("'", '"') and opening:
+            end = self._text.find(opening, start + 1)
+            if end < 0:
+                raise self._error("unterminated string")
+            self._at = end + 1
+            return self._text[start + 1 : end]
+        depth = 0
+        while char := self._peek():
+            if depth == 0 and (char == "}" or char.isspace()):
+                break
+            depth += (char in "{[") - (char in "}]")
+            self._at += 1
+        if depth:
+            raise self._error("unbalanced braces")
+        return self._text[start : self._at]
+
+    def _peek(self) -> str:
+        return self._text[self._at : self._at + 1]
+
+    def _skip_blanks(self) -> None:
+        while self._peek().isspace():
+            self._at += 1
+
+    def _error(self, message: str) -> ConfigError:
+        return ConfigError(
+            f"malformed pass pipeline at column {self._at + 1}: {message}",
+            where=f"{self._text}\n         {' ' * self._at}^",
+        )
+
+
+Step = Pass | str
+Pipeline = str | Sequence[Step]
+
+
+def resolve(pipeline: Pipeline) -> list[Step]:
+    """Turn a pipeline into steps: our passes as objects, everything else as text that MLIR has accepted.
+
+    Raises:
+        ConfigError: for an unknown name (the three nearest are listed) or a wrong option.
+    """
+    if not isinstance(pipeline, str):
+        steps: list[Step] = []
+        for step in pipeline:
+            steps += resolve(step) if isinstance(step, str) else [step]
+        return steps
+    return [_resolve_element(element) for element in parse_pipeline(pipeline)]
+
+
+def _resolve_element(element: Element) -> Step:
+    if element.children is None and registry.is_registered(element.name):
+        cls = registry.load(element.name)
+        return cls.from_options({key: text or "" for key, text in element.options})
+    _check_mlir(element)
+    return str(element)
+
+
+@functools.cache
+def _checking_context() -> ir.Context:
+    """A context to parse in; making one registers MLIR's passes, which jaxlib does no earlier."""
+    return make_context()
+
+
+def _check_mlir(element: Element) -> None:
+    """Refuse what MLIR doesn't know: its own parser decides."""
+    for child in element.children or ():
+        if registry.is_registered(child.name):
+            raise ConfigError(f"pass {child.name} runs on {ANCHOR}, not on {element.name}")
+        _check_mlir(child)
+    if element.children is not None:
+        return
+    with _checking_context():
+        try:
+            passmanager.PassManager.parse(f"any({element})")
+        except ValueError as error:
+            if "does not refer to a registered pass" in str(error):
+                raise registry.unknown_name(element.name) from None
+            raise ConfigError(f"bad options of pass {element.name!r}: {error}") from None
+
+
+def to_element(step: Step) -> Element:
+    """The pipeline element of a step; printed, it makes the same step again."""
+    if isinstance(step, Pass):
+        return Element(step.name, tuple(step.option_texts().items()))
+    (element,) = parse_pipeline(step)
+    return element
+
+
+def pipeline_text(steps: Sequence[Step]) -> str:
+    """The whole pipeline as text, anchor included."""
+    return f"{ANCHOR}({print_pipeline([to_element(step) for step in steps])})"
+
+
+@dataclass(frozen=True)
+class PassRun:
+    """What one of our passes did in a run."""
+
+    step: Pass
+    seconds: float
+    counts: dict[str, int]
+
+
+@dataclass
+class Report:
+    """What a pipeline did: one `PassRun` per pass of ours, in order, and all diagnostics."""
+
+    runs: list[PassRun] = field(default_factory=list[PassRun])
+    diagnostics: list[Diagnostic] = field(default_factory=list[Diagnostic])
+
+    def statistics_text(self) -> str:
+        """The statistics in the layout of MLIR's ``--mlir-pass-statistics``."""
+        bar = f"===-{'-' * 73}-==="
+        lines = [bar, "... Pass statistics report ...".center(len(bar)).rstrip(), bar]
+        for run in self.runs:
+            lines.append(run.step.name)
+            lines += [f"  (S) {run.counts[s.name]:5} {s.name} - {s.help}" for s in run.step.statistics]
+        return "\n".join(lines)
+
+
+def run_pipeline(
+    module: ir.Module,
+    pipeline: Pipeline,
+    *,
+    print_before_all: bool = False,
+    print_after_all: bool = False,
+    print_debuginfo: bool = False,
+    elide_if_larger: int | None = None,
+    timing: bool = False,
+    reproducer_dir: str | None = None,
+    report: Report | None = None,
+) -> Report:
+    """Run passes on a module, in place, verified before the first and after each.
+
+    Args:
+        module: what to rewrite; its context must have every dialect (`make_context`).
+        pipeline: a pipeline string, or passes and strings.
+        print_before_all, print_after_all: dump the IR to standard error around every pass.
+        print_debuginfo: with locations in these dumps.
+        elide_if_larger: leave out constants with more elements than this in these dumps.
+        timing: print MLIR's timing report to standard error.
+        reproducer_dir: where a failing pass of ours leaves its reproducer; None for a temporary folder.
+        report: filled while running, so that it can be read after an exception; made when not given.
+
+    Raises:
+        ProgramError, ConfigError, InfeasiblePlanError: what a pass says about the user's input.
+        PassError: a pass failed or left invalid IR; its text names the reproducer.
+    """
+    runner = _Runner(module, resolve(pipeline), report or Report())
+    with module.context:
+        manager = passmanager.PassManager(ANCHOR)
+        manager.enable_verifier(True)
+        if print_before_all or print_after_all:
+            module.context.enable_multithreading(False)
+            manager.enable_ir_printing(
+                print_before_all=print_before_all,
+                print_after_all=print_after_all,
+                large_elements_limit=elide_if_larger,
+                enable_debug_info=print_debuginfo,
+            )
+        if timing:
+            manager.enable_timing()
+        runner.fill(manager)
+        runner.run(manager, reproducer_dir)
+    return runner.report
+
+
+class _Runner:
+    """One run of a pipeline: keeps the exception that MLIR's pass manager would lose, and the IR to reproduce it."""
+
+    def __init__(self, module: ir.Module, steps: list[Step], report: Report) -> None:
+        self.report = report
+        self._module, self._steps = module, steps
+        self._exception: BaseException | None = None
+        self._last_started = 0
+        self._snapshot: ir.Operation | None = None
+
+    def fill(self, manager: passmanager.PassManager) -> None:
+        for index, step in enumerate(self._steps):
+            if isinstance(step, str):
+                manager.add(step)
+            else:
+                manager.add(self._callable(index, step), name=type(step).__name__, argument=step.name)
+
+    def run(self, manager: passmanager.PassManager, reproducer_dir: str | None) -> None:
+        try:
+            self._module.operation.verify()
+        except ir.MLIRError as error:
+            raise PassError("module is invalid before the first pass", why=self._keep(error)) from None
+        if self._steps:
+            self._snapshot = self._module.operation.clone(ip=False)
+        try:
+            manager.run(self._module.operation)
+        except ir.MLIRError as error:
+            caught = self._exception or error
+            if isinstance(caught, BactrianError) and not isinstance(caught, PassError):
+                raise caught from caught.__cause__
+            if not isinstance(caught, Exception):  # KeyboardInterrupt and the like
+                raise caught from None
+            raise self._failure(caught, reproducer_dir) from caught
+        finally:
+            self._snapshot = None
+
+    def _callable(self, index: int, step: Pass) -> Any:
+        def apply(operation: ir.Operation, handle: passmanager.ExternalPass) -> None:
+            if index:
+                self._snapshot = operation.clone(ip=False)
+            self._last_started = index
+            context = PassContext(step)
+            start = time.perf_counter()
+            try:
+                with ir.Location.unknown():
+                    step.apply(self._module, context)
+                context.fail_if_errors()
+            except BaseException as error:  # an exception must not unwind MLIR's frames
+                self._exception = error
+                if isinstance(error, BactrianError) and not any(d.severity == "error" for d in context.diagnostics):
+                    context.diagnostics.append(
+                        Diagnostic("error", error.message, error.where, why=error.why, fix=error.fix)
+                    )
+                handle.signal_pass_failure()
+            self.report.runs.append(PassRun(step, time.perf_counter() - start, context.counts))
+            self.report.diagnostics += context.diagnostics
+
+        return apply
+
+    def _keep(self, error: ir.MLIRError) -> str:
+        """Keep MLIR's diagnostics in the report; return their text."""
+        found = from_mlir(error)
+        self.report.diagnostics += found
+        return "; ".join(f"{d.where}: {d.message}" if d.where else d.message for d in found) or str(error)
+
+    def _failure(self, error: Exception, reproducer_dir: str | None) -> PassError:
+        why = self._keep(error) if isinstance(error, ir.MLIRError) else f"{type(error).__name__}: {error}"
+        rest = self._steps[self._last_started :]
+        name = to_element(rest[0]).name
+        message = f"pass {name} failed" if self._exception else f"pipeline failed in or after pass {name}"
+        path = ""
+        if self._snapshot is not None:
+            path = reproducer.write(self._snapshot, pipeline_text(rest), f"{message}: {why}", reproducer_dir)
+        return PassError(message, why=why, fix=f"bactrian-opt --run-reproducer {path}" if path else "")

@@ -1,0 +1,222 @@
+"""``infer-phases``: which ops run forward, backward, and once per step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from jaxlib.mlir import ir
+
+from bactrian.passes.frame.base import Pass, PassContext, Statistic
+from bactrian.passes.program import (
+    BACKWARD,
+    FORWARD,
+    MICROBATCH_INDEX,
+    UPDATE,
+    Dataflow,
+    argument_roles,
+    body,
+    boundary_words,
+    custom_call_target,
+    find_boundary,
+    main_function,
+    make_boundary,
+    replace_reads,
+    top_level,
+)
+
+_FORWARD_KINDS = ("loss", "aux", "output")
+
+
+@dataclass(frozen=True)
+class InferPhases(Pass):
+    """Mark every op as forward, backward or update.
+
+    The forward phase is what the loss, the aux values and a forward pipeline's outputs depend on. The backward phase is
+    everything else above the gradient boundary. The update phase is what the results need apart from the boundary's
+    operands; ops that both sides need (a learning rate, a cast parameter) exist twice afterwards, so that the update
+    reads nothing of a microbatch but what went through the boundary. Ops that nothing needs are dropped, and so are operands of
+    the boundary whose result nothing needs (the gradient of a frozen parameter).
+
+    Requires: one straight-line ``@main`` with one gradient boundary (``verify-program``).
+    Ensures: ``bactrian.phase`` on every op but the boundary and the return; forward and backward ops stand before the
+    boundary, update ops after it.
+
+    Input:
+
+    ```mlir
+    func.func public @main(%w: tensor<4xf32> {bactrian.role = "state"}, %x: tensor<4xf32> {bactrian.role = "batch"})
+        -> (tensor<4xf32> {bactrian.updates = 0 : i64}, tensor<4xf32>) {
+      %y = stablehlo.multiply %w, %x : tensor<4xf32>
+      %g = stablehlo.negate %x : tensor<4xf32>
+      %b:2 = stablehlo.custom_call @bactrian.gradient_boundary(%y, %g) {mhlo.backend_config =
+        {kinds = "aux,gradient", reductions = "last,mean"}}
+        : (tensor<4xf32>, tensor<4xf32>) -> (tensor<4xf32>, tensor<4xf32>)
+      %n = stablehlo.subtract %w, %b#1 : tensor<4xf32>
+      return %n, %b#0 : tensor<4xf32>, tensor<4xf32>
+    }
+    ```
+
+    Output:
+
+    ```mlir
+    func.func public @main(%arg0: tensor<4xf32> {bactrian.role = "state"}, %arg1: tensor<4xf32> {bactrian.role = "batch"}) -> (tensor<4xf32> {bactrian.updates = 0 : i64}, tensor<4xf32>) {
+      %0 = stablehlo.multiply %arg0, %arg1 {bactrian.phase = "forward"} : tensor<4xf32>
+      %1 = stablehlo.negate %arg1 {bactrian.phase = "backward"} : tensor<4xf32>
+      %2:2 = stablehlo.custom_call @bactrian.gradient_boundary(%0, %1) {mhlo.backend_config = {kinds = "aux,gradient", reductions = "last,mean"}} : (tensor<4xf32>, tensor<4xf32>) -> (tensor<4xf32>, tensor<4xf32>)
+      %3 = stablehlo.subtract %arg0, %2#1 {bactrian.phase = "update"} : tensor<4xf32>
+      return %3, %2#0 : tensor<4xf32>, tensor<4xf32>
+    }
+    ```
+
+    The aux value's op is forward, the gradient's is backward, and the new state's is update.
+    """
+
+    name: ClassVar[str] = "infer-phases"
+    summary: ClassVar[str] = "mark every op as forward, backward or update"
+    statistics: ClassVar[tuple[Statistic, ...]] = (
+        Statistic("forward", "ops of the forward phase"),
+        Statistic("backward", "ops of the backward phase"),
+        Statistic("update", "ops of the update phase"),
+        Statistic("cloned", "batch-independent ops that both sides of the boundary need"),
+        Statistic("dropped", "ops that no result needs"),
+    )
+
+    def apply(self, module: ir.Module, ctx: PassContext) -> None:
+        """Write ``bactrian.phase`` and order the ops around the boundary."""
+        main = main_function(module)
+        _hoist_microbatch_index(main)
+        _drop_unused_results(main, ctx)
+        boundary = find_boundary(main)
+        flow = Dataflow.of(main)
+        split = flow.ops.index(boundary)
+        kinds = boundary_words(boundary, "kinds")
+        reads = flow.operands[split]
+        above = flow.ancestors(list(reads))
+        forward = flow.ancestors([value for value, kind in zip(reads, kinds, strict=True) if kind in _FORWARD_KINDS])
+        below = _below(flow, split)
+        if not self._check_bypass(flow, main, above, below, ctx):
+            return
+        phases = {name: ir.StringAttr.get(name) for name in (FORWARD, BACKWARD, UPDATE)}
+        _order_update(flow, body(main), split, above, below, phases[UPDATE], ctx)
+        for index, op in enumerate(flow.ops[:-1]):
+            if index != split and above[index]:
+                name = FORWARD if forward[index] else BACKWARD
+                op.attributes["bactrian.phase"] = phases[name]
+                ctx.count(name)
+        for index in range(len(flow.ops) - 2, -1, -1):
+            if index != split and not above[index] and not below[index]:
+                flow.ops[index].erase()
+                ctx.count("dropped")
+
+    def _check_bypass(
+        self, flow: Dataflow, main: ir.Operation, above: list[bool], below: list[bool], ctx: PassContext
+    ) -> bool:
+        """Report ops of the update that read the batch or the microbatch's number around the boundary."""
+        tainted = [role == "batch" for role in argument_roles(main)] + [False] * (len(flow.values) - flow.num_arguments)
+        sound = True
+        for index, op in enumerate(flow.ops):
+            is_index = custom_call_target(op) == MICROBATCH_INDEX
+            source = is_index or any(tainted[value] for value in flow.operands[index])
+            if not source:
+                continue
+            if above[index]:
+                for result in flow.results[index]:
+                    tainted[result] = True
+            elif below[index]:
+                sound = False
+                source_name = "the microbatch's number" if is_index else "a value computed from the batch"
+                ctx.error(
+                    op,
+                    f"{source_name} is used after the gradients without passing the boundary",
+                    why="what stands below the gradient boundary runs once per step, not once per microbatch",
+                    fix="return it as an aux output of the function given to bactrian.value_and_grad",
+                )
+        return sound
+
+
+def _hoist_microbatch_index(main: ir.Operation) -> None:
+    """Take the microbatch's number out of loops and branches, so that it is a value like any other."""
+    nested: list[ir.Operation] = []
+
+    def visit(op: ir.Operation) -> ir.WalkResult:
+        if custom_call_target(op) == MICROBATCH_INDEX and op.block != body(main):
+            nested.append(op)
+        return ir.WalkResult.ADVANCE
+
+    main.walk(visit)
+    for op in nested:
+        op.move_before(top_level(op, body(main)))
+
+
+def _drop_unused_results(main: ir.Operation, ctx: PassContext) -> None:
+    """Drop dead ops of the update, then the boundary's operands whose results nothing reads."""
+    boundary = find_boundary(main)
+    flow = Dataflow.of(main)
+    split = flow.ops.index(boundary)
+    below = _below(flow, split)
+    for index in range(len(flow.ops) - 2, split, -1):
+        if not below[index]:
+            flow.ops[index].erase()
+            ctx.count("dropped")
+    used = [n for n, result in enumerate(boundary.results) if next(iter(result.uses), None) is not None]
+    if len(used) == len(boundary.results):
+        return
+    kinds, reductions = boundary_words(boundary, "kinds"), boundary_words(boundary, "reductions")
+    old = list(boundary.results)
+    with ir.InsertionPoint(boundary), boundary.location:
+        new = make_boundary(
+            [boundary.operands[n] for n in used],
+            [old[n].type for n in used],
+            [kinds[n] for n in used],
+            [reductions[n] for n in used],
+        )
+    for n, result in zip(used, new.results, strict=True):
+        old[n].replace_all_uses_with(result)
+    boundary.erase()
+
+
+def _below(flow: Dataflow, split: int) -> list[bool]:
+    """Ops that the results need, not looking through the boundary."""
+    seen = [False] * len(flow.ops)
+    stack = [flow.producer[value] for value in flow.operands[-1]]
+    while stack:
+        op = stack.pop()
+        if op < 0 or op == split or seen[op]:
+            continue
+        seen[op] = True
+        stack.extend(flow.producer[value] for value in flow.operands[op])
+    seen[-1] = True
+    return seen
+
+
+def _order_update(
+    flow: Dataflow,
+    block: ir.Block,
+    split: int,
+    above: list[bool],
+    below: list[bool],
+    update: ir.Attribute,
+    ctx: PassContext,
+) -> None:
+    """Move update ops behind the boundary; what both sides need is cloned there."""
+    anchor = flow.ops[split + 1]
+    clones: dict[int, ir.Value] = {}
+    for index, op in enumerate(flow.ops):
+        if index == split or not below[index]:
+            continue
+        is_return = index == len(flow.ops) - 1
+        target = op
+        if above[index]:
+            target = op.clone(ip=ir.InsertionPoint(anchor)).operation
+            for old, new in zip(flow.results[index], target.results, strict=True):
+                clones[old] = new
+            ctx.count("cloned")
+        elif index < split:
+            op.move_before(anchor)
+        for value in set(flow.operands[index]):
+            if value in clones:
+                replace_reads(target, flow.values[value], clones[value])
+        if not is_return:
+            target.attributes["bactrian.phase"] = update
+            ctx.count(UPDATE)

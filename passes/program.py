@@ -1,0 +1,273 @@
+"""Reading and editing the captured ``@main``: its boundary, phases, stages and data flow.
+
+Every pass between capture and ``split-stages`` works on one straight-line function. These helpers say once how its
+attributes are spelled (``docs/ir.md``) and how values are followed through regions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from jaxlib.mlir import ir
+
+from bactrian.passes.errors import PassError
+
+BOUNDARY = "bactrian.gradient_boundary"
+MICROBATCH_INDEX = "bactrian.microbatch_index"
+STAGE_BOUNDARY = "bactrian.stage_boundary"
+
+FORWARD, BACKWARD, UPDATE, INITIALIZE = "forward", "backward", "update", "initialize"
+
+
+def main_function(module: ir.Module) -> ir.Operation:
+    """The ``func.func @main`` of a captured or staged module."""
+    for op in module.body.operations:
+        operation = op.operation
+        if operation.name == "func.func" and ir.StringAttr(operation.attributes["sym_name"]).value == "main":
+            return operation
+    raise PassError("the module has no @main", fix="pass the output of capture, or a module with one public @main")
+
+
+def body(main: ir.Operation) -> ir.Block:
+    """The single block of ``@main``."""
+    return main.regions[0].blocks[0]
+
+
+def custom_call_target(op: ir.Operation) -> str | None:
+    """The target of a ``stablehlo.custom_call``, or None for any other op."""
+    if op.name != "stablehlo.custom_call":
+        return None
+    return ir.StringAttr(op.attributes["call_target_name"]).value
+
+
+def find_boundary(main: ir.Operation) -> ir.Operation:
+    """The gradient boundary of ``@main`` (``verify-program`` has checked that there is exactly one)."""
+    for op in body(main).operations:
+        if custom_call_target(op.operation) == BOUNDARY:
+            return op.operation
+    raise PassError("@main has no gradient boundary", fix="run verify-program first")
+
+
+def boundary_words(boundary: ir.Operation, key: str) -> list[str]:
+    """``kinds`` or ``reductions`` of the boundary, one word per operand."""
+    config = ir.DictAttr(boundary.attributes["mhlo.backend_config"])
+    text = ir.StringAttr(config[key]).value
+    return text.split(",") if text else []
+
+
+def set_boundary_words(boundary: ir.Operation, kinds: list[str], reductions: list[str]) -> None:
+    """Write ``kinds`` and ``reductions`` of the boundary."""
+    boundary.attributes["mhlo.backend_config"] = ir.DictAttr.get(
+        {"kinds": ir.StringAttr.get(",".join(kinds)), "reductions": ir.StringAttr.get(",".join(reductions))}
+    )
+
+
+def make_boundary(
+    values: list[ir.Value], result_types: list[ir.Type], kinds: list[str], reductions: list[str]
+) -> ir.Operation:
+    """A gradient boundary at the current insertion point."""
+    boundary = ir.Operation.create(
+        "stablehlo.custom_call",
+        results=result_types,
+        operands=values,
+        attributes={
+            "call_target_name": ir.StringAttr.get(BOUNDARY),
+            "api_version": ir.IntegerAttr.get(ir.IntegerType.get_signless(32), 4),
+        },
+    )
+    set_boundary_words(boundary, kinds, reductions)
+    return boundary
+
+
+def string_attribute(op: ir.Operation, name: str) -> str | None:
+    """A string attribute's value, or None where it is absent."""
+    attributes = op.attributes
+    return ir.StringAttr(attributes[name]).value if name in attributes else None
+
+
+def integer_attribute(op: ir.Operation, name: str) -> int | None:
+    """An integer attribute's value, or None where it is absent."""
+    attributes = op.attributes
+    return ir.IntegerAttr(attributes[name]).value if name in attributes else None
+
+
+def required_integer(op: ir.Operation, name: str, made_by: str) -> int:
+    """An integer attribute that an earlier pass must have written."""
+    value = integer_attribute(op, name)
+    if value is None:
+        raise PassError(f"{name} is missing on {op.name}", where=str(op.location), fix=f"run {made_by} first")
+    return value
+
+
+def integer(value: int) -> ir.Attribute:
+    """``value`` as an ``i64`` attribute (in the current context)."""
+    return ir.IntegerAttr.get(ir.IntegerType.get_signless(64), value)
+
+
+def phase_of(op: ir.Operation) -> str | None:
+    """``bactrian.phase`` of an op."""
+    return string_attribute(op, "bactrian.phase")
+
+
+def stage_of(op: ir.Operation) -> int | None:
+    """``bactrian.stage`` of an op."""
+    return integer_attribute(op, "bactrian.stage")
+
+
+def argument_role(main: ir.Operation, index: int) -> str:
+    """``bactrian.role`` of an argument of ``@main``: ``state``, ``batch`` or ``constant``."""
+    attributes = ir.DictAttr(ir.ArrayAttr(main.attributes["arg_attrs"])[index])
+    return ir.StringAttr(attributes["bactrian.role"]).value
+
+
+def argument_roles(main: ir.Operation) -> list[str]:
+    """The roles of all arguments of ``@main``."""
+    count = len(body(main).arguments)
+    return [argument_role(main, index) for index in range(count)]
+
+
+def result_updates(main: ir.Operation) -> list[int | None]:
+    """For each result of ``@main``, the argument whose next value it is."""
+    count = len(terminator(main).operands)
+    if "res_attrs" not in main.attributes:
+        return [None] * count
+    updates: list[int | None] = []
+    for attribute in ir.ArrayAttr(main.attributes["res_attrs"]):
+        entry = ir.DictAttr(attribute)
+        updates.append(ir.IntegerAttr(entry["bactrian.updates"]).value if "bactrian.updates" in entry else None)
+    return updates
+
+
+def terminator(main: ir.Operation) -> ir.Operation:
+    """The ``return`` of ``@main``."""
+    operations = body(main).operations
+    return operations[len(operations) - 1].operation
+
+
+def value_bytes(value: ir.Value) -> int:
+    """Bytes of a statically shaped tensor value; sub-byte integers count one byte an element."""
+    return type_bytes(value.type)
+
+
+def type_bytes(type_: ir.Type) -> int:
+    """Bytes of a statically shaped tensor type (0 for tokens and other non-tensors)."""
+    if not isinstance(type_, ir.RankedTensorType):
+        return 0
+    element = type_.element_type
+    if isinstance(element, ir.ComplexType):
+        width = 2 * element.element_type.width
+    else:
+        width = getattr(element, "width", 8)
+    return math.prod(type_.shape) * max(1, width // 8)
+
+
+def nested_operands(op: ir.Operation) -> Iterator[tuple[ir.Operation, int, ir.Value]]:
+    """Operands that ops inside ``op``'s regions take from outside: (nested op, operand number, value)."""
+    inside: set[ir.Block] = set()
+    blocks = [block for region in op.regions for block in region.blocks]
+    while blocks:
+        block = blocks.pop()
+        inside.add(block)
+        for nested in block.operations:
+            operation = nested.operation
+            blocks.extend(inner for region in operation.regions for inner in region.blocks)
+    for block in inside:
+        for nested in block.operations:
+            operation = nested.operation
+            for number, value in enumerate(operation.operands):
+                owner = value.owner
+                home = owner if isinstance(owner, ir.Block) else owner.operation.block
+                if home not in inside:
+                    yield operation, number, value
+
+
+def set_operand(op: ir.Operation, number: int, value: ir.Value) -> None:
+    """Replace one operand of an op."""
+    op.operands[number] = value
+
+
+def replace_reads(op: ir.Operation, old: ir.Value, new: ir.Value) -> None:
+    """Make ``op`` (its regions included) read ``new`` where it read ``old``."""
+    for number, value in enumerate(op.operands):
+        if value == old:
+            set_operand(op, number, new)
+    if len(op.regions):
+        for nested, number, value in list(nested_operands(op)):
+            if value == old:
+                set_operand(nested, number, new)
+
+
+def top_level(op: ir.Operation, block: ir.Block) -> ir.Operation:
+    """The ancestor of ``op`` that stands directly in ``block``."""
+    current = op
+    while current.block != block:
+        parent = current.parent
+        if parent is None:
+            raise PassError(f"{op.name} stands outside of @main", where=str(op.location))
+        current = parent.operation
+    return current
+
+
+@dataclass(frozen=True)
+class Dataflow:
+    """A snapshot of the data flow of ``@main``.
+
+    Values are numbered: arguments first, then op results in program order. ``operands[i]`` holds the value numbers that
+    op ``i`` reads, values captured by its regions included; ``results[i]`` the numbers it writes; ``producer[v]`` is
+    the op number of value ``v``, or -1 for an argument.
+    """
+
+    ops: list[ir.Operation]
+    operands: list[tuple[int, ...]]
+    results: list[range]
+    producer: list[int]
+    values: list[ir.Value]
+    num_arguments: int
+
+    @classmethod
+    def of(cls, main: ir.Operation) -> Dataflow:
+        """Read ``@main`` once."""
+        block = body(main)
+        arguments = list(block.arguments)
+        number: dict[ir.Value, int] = {value: index for index, value in enumerate(arguments)}
+        values: list[ir.Value] = list(arguments)
+        producer = [-1] * len(arguments)
+        ops: list[ir.Operation] = []
+        operands: list[tuple[int, ...]] = []
+        results: list[range] = []
+        for index, view in enumerate(block.operations):
+            op = view.operation
+            reads = [number[value] for value in op.operands]
+            if len(op.regions):
+                reads.extend(number[value] for _, _, value in nested_operands(op))
+            first = len(values)
+            for result in op.results:
+                number[result] = len(values)
+                values.append(result)
+                producer.append(index)
+            ops.append(op)
+            operands.append(tuple(reads))
+            results.append(range(first, len(values)))
+        return cls(ops, operands, results, producer, values, len(arguments))
+
+    def ancestors(self, values: list[int]) -> list[bool]:
+        """Which ops the given values depend on, directly or not."""
+        seen = [False] * len(self.ops)
+        stack = [self.producer[value] for value in values]
+        while stack:
+            op = stack.pop()
+            if op < 0 or seen[op]:
+                continue
+            seen[op] = True
+            stack.extend(self.producer[value] for value in self.operands[op])
+        return seen
+
+    def users(self) -> list[list[int]]:
+        """For each value, the ops that read it (each once), in program order."""
+        users: list[list[int]] = [[] for _ in self.values]
+        for index, reads in enumerate(self.operands):
+            for value in dict.fromkeys(reads):
+                users[value].append(index)
+        return users

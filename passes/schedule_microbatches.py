@@ -1,0 +1,100 @@
+"""``schedule-microbatches``: the order of work of every stage."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from jaxlib.mlir import ir
+
+from bactrian.passes.frame.base import Pass, PassContext, Statistic, option
+from bactrian.passes.program import (
+    BACKWARD,
+    FORWARD,
+    body,
+    integer_attribute,
+    main_function,
+    required_integer,
+    string_attribute,
+)
+from bactrian.passes.schedules import SCHEDULES, make_order, parse_token
+from bactrian.passes.staging import FUSED
+
+_TOKEN_PHASE = {"F": FORWARD, "B": BACKWARD, "FB": FUSED}
+
+
+@dataclass(frozen=True)
+class ScheduleMicrobatches(Pass):
+    """Write the order in which each stage works on the microbatches.
+
+    ``gpipe`` runs all forward functions, then all backward functions. ``1f1b`` lets stage ``i`` of ``p`` run ``p - i - 1``
+    forward functions ahead and then alternates, so that at most ``p - i`` microbatches of activations are held; on the
+    last stage forward and backward are one function. Functions that a stage doesn't have are left out.
+
+    Requires: the staged form (``split-stages``).
+    Ensures: ``bactrian.order`` on the module, one list of ``F<m>``, ``B<m>`` or ``FB<m>`` per stage.
+
+    Input:
+
+    ```mlir
+    module attributes {bactrian.num_microbatches = 2 : i64, bactrian.num_stages = 1 : i64, bactrian.schedule = "gpipe"} {
+      func.func @main(%x: !mpmd.mesh_tensor<"stage0", tensor<4xf32>>) -> !mpmd.mesh_tensor<"stage0", tensor<4xf32>> attributes {topology = #mpmd.topology<<"stage0" : <["data"=1]>>>} {
+        %y = mpmd.fragment_call<mesh="stage0", origin=["forward"]> @stage0.forward(%x) {bactrian.phase = "forward", bactrian.stage = 0 : i64} : (!mpmd.mesh_tensor<"stage0", tensor<4xf32>>) -> !mpmd.mesh_tensor<"stage0", tensor<4xf32>>
+        return %y : !mpmd.mesh_tensor<"stage0", tensor<4xf32>>
+      }
+      func.func private @stage0.forward(%x: tensor<4xf32>) -> tensor<4xf32> attributes {mesh_shape = #sdy.mesh<["data"=1]>} {
+        return %x : tensor<4xf32>
+      }
+    }
+    ```
+
+    Output:
+
+    ```mlir
+    module attributes {bactrian.num_microbatches = 2 : i64, bactrian.num_stages = 1 : i64, bactrian.order = [["F0", "F1"]], bactrian.schedule = "gpipe"} {
+      func.func @main(%arg0: !mpmd.mesh_tensor<"stage0", tensor<4xf32>>) -> !mpmd.mesh_tensor<"stage0", tensor<4xf32>> attributes {topology = #mpmd.topology<<"stage0" : <["data"=1]>>>} {
+        %0 = mpmd.fragment_call<mesh="stage0", origin=["forward"]> @stage0.forward(%arg0) {bactrian.phase = "forward", bactrian.stage = 0 : i64} : (!mpmd.mesh_tensor<"stage0", tensor<4xf32>>) -> !mpmd.mesh_tensor<"stage0", tensor<4xf32>>
+        return %0 : !mpmd.mesh_tensor<"stage0", tensor<4xf32>>
+      }
+      func.func private @stage0.forward(%arg0: tensor<4xf32>) -> tensor<4xf32> attributes {mesh_shape = #sdy.mesh<["data"=1]>} {
+        return %arg0 : tensor<4xf32>
+      }
+    }
+    ```
+
+    The stage has a forward function only, which runs for each of the two microbatches.
+    """
+
+    name: ClassVar[str] = "schedule-microbatches"
+    summary: ClassVar[str] = "write the order of work of every stage"
+    statistics: ClassVar[tuple[Statistic, ...]] = (Statistic("tasks", "stage functions run in one step"),)
+
+    schedule: str = option("", help="gpipe or 1f1b; empty: what the module says")
+
+    def apply(self, module: ir.Module, ctx: PassContext) -> None:
+        """Write ``bactrian.order``."""
+        root = module.operation
+        name = self.schedule or string_attribute(root, "bactrian.schedule") or ""
+        if name not in SCHEDULES:
+            ctx.error(
+                main_function(module),
+                f"unknown schedule {name!r}",
+                fix=f"use one of: {', '.join(sorted(SCHEDULES))}",
+            )
+            return
+        num_stages = required_integer(root, "bactrian.num_stages", "assign-stages")
+        count = required_integer(root, "bactrian.num_microbatches", "capture")
+        phases: list[set[str]] = [set() for _ in range(num_stages)]
+        for view in body(main_function(module)).operations:
+            stage = integer_attribute(view.operation, "bactrian.stage")
+            if stage is not None:
+                phases[stage].add(string_attribute(view.operation, "bactrian.phase") or "")
+        whole = make_order(name, num_stages, count, fuse_last=any(FUSED in present for present in phases))
+        order = [
+            [token for token in tokens if _TOKEN_PHASE[parse_token(token)[0]] in present]
+            for tokens, present in zip(whole, phases, strict=True)
+        ]
+        ctx.count("tasks", sum(len(tokens) for tokens in order))
+        root.attributes["bactrian.order"] = ir.ArrayAttr.get(
+            [ir.ArrayAttr.get([ir.StringAttr.get(token) for token in tokens]) for tokens in order]
+        )

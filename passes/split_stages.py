@@ -1,0 +1,334 @@
+"""``split-stages``: one function per stage and phase, and every transfer between stages in sight."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import func
+
+from bactrian.passes.frame.base import Pass, PassContext, Statistic, option
+from bactrian.passes.program import (
+    UPDATE,
+    body,
+    boundary_words,
+    find_boundary,
+    integer,
+    main_function,
+    replace_reads,
+    required_integer,
+    result_updates,
+    string_attribute,
+)
+from bactrian.passes.staging import Crossing, StageFunction, Staging, analyze
+
+
+@dataclass(frozen=True)
+class SplitStages(Pass):
+    """Cut ``@main`` into stage functions and explicit transfers.
+
+    Each stage gets a function per phase; under 1F1B the last stage's forward and backward of a microbatch follow each
+    other at once and are one function. Residuals stay on their stage, as results of the forward and operands of the
+    backward function. A value that another stage reads is one ``mpmd.transfer`` per reading stage. The update is cut into
+    rounds where it needs values of other stages. The new ``@main`` is the data flow of one microbatch on
+    ``!mpmd.mesh_tensor`` types, so that the verifier refuses a value used on the wrong mesh.
+
+    Requires: accumulators explicit (``accumulate-gradients``).
+    Ensures: the staged form of ``docs/ir.md``; accumulators and state are aliased with the results that replace them.
+
+    Input:
+
+    ```mlir
+    module attributes {bactrian.num_microbatches = 1 : i64, bactrian.num_stages = 2 : i64, bactrian.schedule = "gpipe"} {
+      func.func public @main(%x: tensor<4xf32> {bactrian.role = "batch"}) -> tensor<4xf32> {
+        %y = stablehlo.negate %x {bactrian.phase = "forward", bactrian.stage = 0 : i64} : tensor<4xf32>
+        %z = stablehlo.cosine %y {bactrian.phase = "forward", bactrian.stage = 1 : i64} : tensor<4xf32>
+        %b = stablehlo.custom_call @bactrian.gradient_boundary(%z) {mhlo.backend_config =
+          {kinds = "output", reductions = "accumulated"}} : (tensor<4xf32>) -> tensor<4xf32>
+        return %b : tensor<4xf32>
+      }
+    }
+    ```
+
+    Output:
+
+    ```mlir
+    module attributes {bactrian.num_microbatches = 1 : i64, bactrian.num_stages = 2 : i64, bactrian.schedule = "gpipe"} {
+      func.func public @main(%arg0: !mpmd.mesh_tensor<"stage0", tensor<4xf32>> {bactrian.argument = 0 : i64, bactrian.role = "batch"}) -> (!mpmd.mesh_tensor<"stage1", tensor<4xf32>> {bactrian.result = 0 : i64}) attributes {topology = #mpmd.topology<<"stage0" : <["data"=1]>>, <"stage1" : <["data"=1]>>>} {
+        %0 = mpmd.fragment_call<mesh="stage0", origin=["forward"]> @stage0.forward(%arg0) {bactrian.phase = "forward", bactrian.stage = 0 : i64} : (!mpmd.mesh_tensor<"stage0", tensor<4xf32>>) -> !mpmd.mesh_tensor<"stage0", tensor<4xf32>>
+        %1 = mpmd.transfer %0 : (!mpmd.mesh_tensor<"stage0", tensor<4xf32>>) -> !mpmd.mesh_tensor<"stage1", tensor<4xf32>>
+        %2 = mpmd.fragment_call<mesh="stage1", origin=["forward"]> @stage1.forward(%1) {bactrian.phase = "forward", bactrian.stage = 1 : i64} : (!mpmd.mesh_tensor<"stage1", tensor<4xf32>>) -> !mpmd.mesh_tensor<"stage1", tensor<4xf32>>
+        return %2 : !mpmd.mesh_tensor<"stage1", tensor<4xf32>>
+      }
+      func.func private @stage0.forward(%arg0: tensor<4xf32>) -> tensor<4xf32> attributes {mesh_shape = #sdy.mesh<["data"=1]>} {
+        %0 = stablehlo.negate %arg0 : tensor<4xf32>
+        return %0 : tensor<4xf32>
+      }
+      func.func private @stage1.forward(%arg0: tensor<4xf32>) -> tensor<4xf32> attributes {mesh_shape = #sdy.mesh<["data"=1]>} {
+        %0 = stablehlo.cosine %arg0 : tensor<4xf32>
+        return %0 : tensor<4xf32>
+      }
+    }
+    ```
+
+    Each op is in its stage's function, and the activation that crosses is a transfer.
+    """
+
+    name: ClassVar[str] = "split-stages"
+    summary: ClassVar[str] = "cut @main into one function per stage and phase, with explicit transfers"
+    statistics: ClassVar[tuple[Statistic, ...]] = (
+        Statistic("functions", "stage functions"),
+        Statistic("transfers", "transfers in the data flow of one microbatch"),
+        Statistic("transfer-bytes", "bytes of these transfers"),
+        Statistic("residuals", "values kept from a forward to a backward function"),
+    )
+
+    donate: bool = option(True, help="let the update reuse the buffers of the old state")
+
+    def apply(self, module: ir.Module, ctx: PassContext) -> None:
+        """Replace the captured ``@main`` by the staged one."""
+        main = main_function(module)
+        if not self._check(module, main, ctx):
+            return
+        num_stages = required_integer(module.operation, "bactrian.num_stages", "assign-stages")
+        schedule = string_attribute(module.operation, "bactrian.schedule")
+        forward_only = set(boundary_words(find_boundary(main), "kinds")) == {"output"}
+        staging = analyze(main, num_stages, fuse_last=schedule == "1f1b" and not forward_only)
+        _Emitter(module, main, staging, num_stages, self.donate).emit()
+        ctx.count("functions", len(staging.functions))
+        ctx.count("transfers", len(staging.crossings))
+        ctx.count("transfer-bytes", sum(staging.sizes[crossing.value] for crossing in staging.crossings))
+        ctx.count("residuals", _count_residuals(staging))
+
+    def _check(self, module: ir.Module, main: ir.Operation, ctx: PassContext) -> bool:
+        boundary = find_boundary(main)
+        pending = [word for word in boundary_words(boundary, "reductions") if word != "accumulated"]
+        if pending:
+            ctx.error(
+                boundary,
+                f"{len(pending)} of the boundary's values have no accumulator yet",
+                fix="run accumulate-gradients first",
+            )
+        return not pending
+
+
+def _count_residuals(staging: Staging) -> int:
+    made = {value: f.key for f in staging.functions for value in f.outputs}
+    return sum(
+        1
+        for function in staging.functions
+        if function.key.phase == "backward"
+        for value in function.inputs
+        if value in made and made[value].phase == "forward" and made[value].stage == function.key.stage
+    )
+
+
+class _Emitter:
+    """Writes the staged module from the analysis."""
+
+    def __init__(
+        self, module: ir.Module, main: ir.Operation, staging: Staging, num_stages: int, donate: bool
+    ) -> None:
+        self._module, self._main, self._staging = module, main, staging
+        self._flow = staging.flow
+        self._num_stages, self._donate = num_stages, donate
+        self._types = [value.type for value in staging.flow.values]
+        self._locations = [value.location for value in staging.flow.values]
+        self._updates = result_updates(main)
+        self._arg_attributes = [ir.DictAttr(a) for a in ir.ArrayAttr(main.attributes["arg_attrs"])]
+        self._mesh_types: dict[tuple[ir.Type, int], ir.Type] = {}
+        self._mesh = ir.Attribute.parse('#sdy.mesh<["data"=1]>')
+        self._aliases = self._find_aliases()
+        self._counters: dict[int, ir.Value] = {}
+        self._crossings: dict[int, list[Crossing]] = {}
+        for crossing in staging.crossings:
+            self._crossings.setdefault(crossing.value, []).append(crossing)
+
+    def emit(self) -> None:
+        """Build the stage functions, then the new ``@main``, and drop the old one."""
+        self._main.attributes["sym_name"] = ir.StringAttr.get("main.captured")
+        bodies = [self._emit_function(function) for function in self._staging.functions]
+        new_main = self._emit_main()
+        self._main.erase()
+        for operation in reversed(bodies):
+            operation.move_after(new_main)
+
+    def _find_aliases(self) -> dict[tuple[int, int], int]:
+        """(function number, input value) -> output value that may take over its buffer."""
+        aliases: dict[tuple[int, int], int] = {}
+        flow, staging = self._flow, self._staging
+        last_reader: dict[tuple[int, int], int] = {}
+        for number, function in enumerate(staging.functions):
+            for index in function.ops:
+                op = flow.ops[index]
+                if "bactrian.accumulate" in op.attributes:
+                    aliases[number, flow.operands[index][0]] = flow.results[index][0]
+            for value in function.inputs:
+                last_reader[value, function.key.stage] = number
+        if not self._donate:
+            return aliases
+        kept = {(value, stage) for _, stage, value in staging.result_pieces if value < flow.num_arguments}
+        taken: set[int] = set()
+        for result, stage, value in staging.result_pieces:
+            old = self._updates[result]
+            if old is None or value < flow.num_arguments or value in taken or (old, stage) in kept:
+                continue
+            number = last_reader.get((old, stage))
+            key = staging.home[value]
+            if number is None or staging.functions[number].key != key or key.phase != UPDATE:
+                continue  # what runs once per microbatch must not use up the state that the next one reads
+            if self._types[old] == self._types[value]:
+                aliases[number, old] = value
+                taken.add(value)
+        return aliases
+
+    def _emit_function(self, function: StageFunction) -> ir.Operation:
+        """Move a function's ops into a ``func.func`` of their own."""
+        number = self._staging.functions.index(function)
+        ins = [self._types[value] for value in function.inputs]
+        outs = [self._types[value] for value in function.outputs]
+        if function.index_ops:
+            ins.append(ir.Type.parse("tensor<i32>"))
+        with ir.InsertionPoint(self._module.body), self._main.location:
+            operation = func.FuncOp(function.key.symbol, (ins, outs), visibility="private")
+        block = operation.add_entry_block(self._input_locations(function))
+        self._fill(function, block)
+        attributes = [self._input_attributes(function, number, value) for value in function.inputs]
+        if function.index_ops:
+            attributes.append(ir.DictAttr.get({"bactrian.microbatch_index": ir.UnitAttr.get()}))
+        operation.attributes["arg_attrs"] = ir.ArrayAttr.get(attributes)
+        operation.attributes["mesh_shape"] = self._mesh
+        return operation.operation
+
+    def _input_locations(self, function: StageFunction) -> list[ir.Location]:
+        values = [self._locations[value] for value in function.inputs]
+        return values + [ir.Location.name("microbatch_index")] * bool(function.index_ops)
+
+    def _fill(self, function: StageFunction, block: ir.Block) -> None:
+        flow = self._flow
+        local = dict(zip(function.inputs, block.arguments, strict=False))
+        through = self._staging.through
+        index_argument = block.arguments[len(function.inputs)] if function.index_ops else None
+        dropped = set(function.index_ops)
+        given: dict[int, ir.Value] = {}
+        for index in function.ops:
+            op = flow.ops[index]
+            if index in dropped:
+                assert index_argument is not None
+                op.results[0].replace_all_uses_with(index_argument)
+                given[flow.results[index][0]] = index_argument
+                op.erase()
+                continue
+            block.append(op)
+            for read in dict.fromkeys(flow.operands[index]):
+                value = through.get(read, read)
+                if value in local:
+                    replace_reads(op, flow.values[read], local[value])
+            for name in ("phase", "stage", "layer", "round", "accumulate", "partial"):
+                if f"bactrian.{name}" in op.attributes:
+                    del op.attributes[f"bactrian.{name}"]
+        with ir.InsertionPoint(block), self._main.location:
+            func.ReturnOp([given[value] if value in given else flow.values[value] for value in function.outputs])
+
+    def _input_attributes(self, function: StageFunction, number: int, value: int) -> ir.DictAttr:
+        alias = self._aliases.get((number, value))
+        if alias is None:
+            return ir.DictAttr.get({})
+        place = ir.IntegerAttr.get(ir.IntegerType.get_signless(32), function.outputs.index(alias))
+        attributes: dict[str, ir.Attribute] = {"tf.aliasing_output": place}
+        if value >= self._flow.num_arguments:
+            attributes["bactrian.accumulator"] = ir.UnitAttr.get()
+        return ir.DictAttr.get(attributes)
+
+    def _mesh_type(self, value: int, stage: int) -> ir.Type:
+        type_ = self._types[value]
+        if (type_, stage) not in self._mesh_types:
+            text = f'!mpmd.mesh_tensor<"stage{stage}", {type_}>'
+            self._mesh_types[type_, stage] = ir.Type.parse(text)
+        return self._mesh_types[type_, stage]
+
+    def _emit_main(self) -> ir.Operation:
+        staging = self._staging
+        ins = [self._mesh_type(argument, stage) for argument, stage in staging.argument_pieces]
+        counters = sorted({function.key.stage for function in staging.functions if function.index_ops})
+        ins += [ir.Type.parse(f'!mpmd.mesh_tensor<"stage{stage}", tensor<i32>>') for stage in counters]
+        outs = [self._mesh_type(value, stage) for _, stage, value in staging.result_pieces]
+        with ir.InsertionPoint.at_block_begin(self._module.body), self._main.location:
+            main = func.FuncOp("main", (ins, outs), visibility="public")
+        anchor = self._first_function()
+        if anchor is not None:
+            main.operation.move_before(anchor)
+        locations = [self._locations[argument] for argument, _ in staging.argument_pieces]
+        locations += [ir.Location.name("microbatch_index")] * len(counters)
+        block = main.add_entry_block(locations)
+        counter = ir.DictAttr.get({"bactrian.role": ir.StringAttr.get("microbatch_index")})
+        pieces = [self._piece(argument) for argument, _ in staging.argument_pieces]
+        main.attributes["arg_attrs"] = ir.ArrayAttr.get(pieces + [counter] * len(counters))
+        main.attributes["res_attrs"] = ir.ArrayAttr.get([self._kept(result) for result, _, _ in staging.result_pieces])
+        meshes = ", ".join(f'<"stage{stage}" : <["data"=1]>>' for stage in range(self._num_stages))
+        main.attributes["topology"] = ir.Attribute.parse(f"#mpmd.topology<{meshes}>")
+        here: dict[tuple[int, int, bool], ir.Value] = {}
+        for (argument, stage), value in zip(staging.argument_pieces, block.arguments, strict=False):
+            here[argument, stage, True] = here[argument, stage, False] = value
+        for stage, value in zip(counters, list(block.arguments)[len(pieces) :], strict=True):
+            self._counters[stage] = value
+        with ir.InsertionPoint(block), self._main.location:
+            for function in staging.functions:
+                self._emit_call(function, here)
+            func.ReturnOp([here[value, stage, True] for _, stage, value in staging.result_pieces])
+        return main.operation
+
+    def _first_function(self) -> ir.Operation | None:
+        for op in self._module.body.operations:
+            if op.operation.name == "func.func" and op.operation != self._main:
+                name = ir.StringAttr(op.operation.attributes["sym_name"]).value
+                if name != "main":
+                    return op.operation
+        return None
+
+    def _piece(self, argument: int) -> ir.DictAttr:
+        old = self._arg_attributes[argument]
+        return ir.DictAttr.get({"bactrian.argument": integer(argument), "bactrian.role": old["bactrian.role"]})
+
+    def _kept(self, result: int) -> ir.DictAttr:
+        attributes: dict[str, ir.Attribute] = {"bactrian.result": integer(result)}
+        updated = self._updates[result]
+        if updated is not None:
+            attributes["bactrian.updates"] = integer(updated)
+        return ir.DictAttr.get(attributes)
+
+    def _emit_call(self, function: StageFunction, here: dict[tuple[int, int, bool], ir.Value]) -> None:
+        """One fragment call, and the transfers of what it gives to other stages."""
+        key = function.key
+        once = key.phase == UPDATE
+        operands = [here[value, key.stage, once] for value in function.inputs]
+        results = [self._mesh_type(value, key.stage) for value in function.outputs]
+        if function.index_ops:
+            operands.append(self._counters[key.stage])
+        call = ir.Operation.create(
+            "mpmd.fragment_call",
+            results=results,
+            operands=operands,
+            attributes={
+                "callee": ir.FlatSymbolRefAttr.get(key.symbol),
+                "mesh_name": ir.StringAttr.get(f"stage{key.stage}"),
+                "origin": ir.ArrayAttr.get([ir.Attribute.parse(f'#mpmd.user_origin<"{key.phase}">')]),
+                "bactrian.phase": ir.StringAttr.get(key.phase),
+                "bactrian.stage": integer(key.stage),
+                **({"bactrian.round": integer(key.round)} if key.round else {}),
+            },
+        )
+        for value, result in zip(function.outputs, call.results, strict=True):
+            here[value, key.stage, True] = here[value, key.stage, False] = result
+            for crossing in self._crossings.get(value, []):
+                here[value, crossing.target, crossing.once] = self._transfer(result, crossing)
+
+    def _transfer(self, value: ir.Value, crossing: Crossing) -> ir.Value:
+        attributes = {"bactrian.phase": ir.StringAttr.get(UPDATE)} if crossing.once else {}
+        return ir.Operation.create(
+            "mpmd.transfer",
+            results=[self._mesh_type(crossing.value, crossing.target)],
+            operands=[value],
+            attributes=attributes,
+        ).results[0]

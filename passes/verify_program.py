@@ -1,0 +1,345 @@
+"""The pass ``verify-program``."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import func
+
+from .errors import ProgramError
+from .frame.base import Pass, PassContext, Statistic
+from .frame.location import describe, name_stack
+
+BOUNDARY = "bactrian.gradient_boundary"
+MICROBATCH_INDEX = "bactrian.microbatch_index"
+KINDS = ("loss", "aux", "gradient", "output")
+REDUCTIONS = ("mean", "sum", "last", "concat")
+ROLES = ("state", "batch", "constant")
+# Custom calls that say they have side effects and have none that matters here.
+PURE_TARGETS = frozenset({"Sharding", "SPMDFullToShardShape", "SPMDShardToFullShape", "annotate_device_placement"})
+_HOST_OPS = {
+    "stablehlo.infeed": "an infeed",
+    "stablehlo.outfeed": "an outfeed",
+    "stablehlo.send": "a send to the host",
+    "stablehlo.recv": "a receive from the host",
+}
+_CALLBACK = re.compile(r"callback|xla_ffi_python", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class VerifyProgram(Pass):
+    """Refuse what can't be run as a pipeline, with the user's lines.
+
+    A step can be split into microbatches and stages only if it has one gradient boundary at its top level, if its ops
+    have no effect but their results, if all shapes are known, and if what comes after the boundary depends on the batch
+    through the boundary only: the boundary is where the microbatches' values become one. All problems are reported
+    together. The module is not changed.
+
+    Requires: one flat function `@main` whose arguments have a `bactrian.role`.
+    Ensures: exactly one well-formed boundary, no effects, no dynamic shapes, no batch value used below the boundary.
+
+    Example: a program that is in order stays as it is.
+
+    ```mlir
+    func.func public @main(%arg0: tensor<f32> {bactrian.role = "state"}, %arg1: tensor<f32> {bactrian.role = "batch"})
+        -> (tensor<f32> {bactrian.updates = 0 : i64}) {
+      %0 = stablehlo.multiply %arg0, %arg1 : tensor<f32>
+      %1 = stablehlo.custom_call @bactrian.gradient_boundary(%0)
+          {mhlo.backend_config = {kinds = "gradient", reductions = "mean"}} : (tensor<f32>) -> tensor<f32>
+      %2 = stablehlo.subtract %arg0, %1 : tensor<f32>
+      return %2 : tensor<f32>
+    }
+    ```
+
+    ```mlir
+    func.func public @main(%arg0: tensor<f32> {bactrian.role = "state"}, %arg1: tensor<f32> {bactrian.role = "batch"})
+        -> (tensor<f32> {bactrian.updates = 0 : i64}) {
+      %0 = stablehlo.multiply %arg0, %arg1 : tensor<f32>
+      %1 = stablehlo.custom_call @bactrian.gradient_boundary(%0)
+          {mhlo.backend_config = {kinds = "gradient", reductions = "mean"}} : (tensor<f32>) -> tensor<f32>
+      %2 = stablehlo.subtract %arg0, %1 : tensor<f32>
+      return %2 : tensor<f32>
+    }
+    ```
+    """
+
+    name: ClassVar[str] = "verify-program"
+    summary: ClassVar[str] = "refuse what can't be run as a pipeline, with the user's lines"
+    statistics: ClassVar[tuple[Statistic, ...]] = (Statistic("num-ops", "Number of ops looked at"),)
+
+    def apply(self, module: ir.Module, ctx: PassContext) -> None:
+        main = _main(module)
+        _check_signature(main, ctx)
+        boundaries: list[ir.Operation] = []
+        for op in _walk(main):
+            ctx.count("num-ops")
+            _check_op(op, ctx)
+            if _target(op) == BOUNDARY:
+                boundaries.append(op)
+        boundary = _check_boundaries(main, boundaries, ctx)
+        if boundary is not None:
+            _check_segments(module, boundary, ctx)
+            _check_leaks(main, boundary, ctx)
+
+
+def _main(module: ir.Module) -> ir.Operation:
+    """The one function of a flat module."""
+    functions = [op.operation for op in module.body.operations if isinstance(op, func.FuncOp)]
+    names = [ir.StringAttr(function.attributes["sym_name"]).value for function in functions]
+    if names != ["main"] or len(functions[0].regions[0].blocks) != 1:
+        raise ProgramError(
+            f"module is not flat: functions {', '.join(names) or 'none'}; needs @main only, of one block",
+            fix="run flatten-calls first",
+        )
+    return functions[0]
+
+
+def _walk(main: ir.Operation) -> list[ir.Operation]:
+    """Every op of the function, also in regions, in order, without the function itself."""
+    found: list[ir.Operation] = []
+
+    def visit(op: ir.Operation) -> ir.WalkResult:
+        found.append(op)
+        return ir.WalkResult.ADVANCE
+
+    main.walk(visit, ir.WalkOrder.PRE_ORDER)
+    return found[1:]
+
+
+def _target(op: ir.Operation) -> str:
+    """The target of a custom call; "" for other ops."""
+    if op.name != "stablehlo.custom_call":
+        return ""
+    return ir.StringAttr(op.attributes["call_target_name"]).value
+
+
+def _attribute_dicts(main: ir.Operation, key: str, count: int) -> list[dict[str, ir.Attribute]]:
+    if key not in main.attributes:
+        return [{} for _ in range(count)]
+    return [{entry.name: entry.attr for entry in ir.DictAttr(item)} for item in ir.ArrayAttr(main.attributes[key])]
+
+
+def _roles(main: ir.Operation) -> list[str]:
+    dicts = _attribute_dicts(main, "arg_attrs", len(main.regions[0].blocks[0].arguments))
+    return [ir.StringAttr(d["bactrian.role"]).value if "bactrian.role" in d else "" for d in dicts]
+
+
+def _check_signature(main: ir.Operation, ctx: PassContext) -> None:
+    """Every argument has a role; every next value belongs to one state and has its type."""
+    arguments = list(main.regions[0].blocks[0].arguments)
+    roles = _roles(main)
+    for index, (argument, role) in enumerate(zip(arguments, roles, strict=True)):
+        if role not in ROLES:
+            got = f"bactrian.role {role!r}" if role else "no bactrian.role"
+            ctx.error(argument, f"argument {index} has {got}, needs one of {', '.join(ROLES)}")
+    results = ir.FunctionType(ir.TypeAttr(main.attributes["function_type"]).value).results
+    owner: dict[int, int] = {}
+    for index, (kind, attrs) in enumerate(zip(results, _attribute_dicts(main, "res_attrs", len(results)), strict=True)):
+        if "bactrian.updates" not in attrs:
+            continue
+        number = ir.IntegerAttr(attrs["bactrian.updates"]).value
+        if not (0 <= number < len(arguments) and roles[number] == "state"):
+            ctx.error(main, f"result {index} updates argument {number}, which is no state")
+        elif number in owner:
+            ctx.error(main, f"results {owner[number]} and {index} both update argument {number}")
+        elif arguments[number].type != kind:
+            ctx.error(
+                arguments[number],
+                f"state {_name(arguments[number])} changes its type from {arguments[number].type} to {kind}",
+                fix="return the state with the shape and dtype that it came with",
+            )
+        owner.setdefault(number, index)
+
+
+def _check_op(op: ir.Operation, ctx: PassContext) -> None:
+    """No effects, no calls to the host, no dynamic shapes."""
+    target = _target(op)
+    if op.name in _HOST_OPS:
+        ctx.error(op, f"cannot run {_HOST_OPS[op.name]} in a pipeline", fix="move it out of the train step")
+    elif _CALLBACK.search(target):
+        ctx.error(
+            op,
+            f"cannot call back to Python from a pipeline: custom call {target}",
+            why="stages run on devices that don't share a Python process, once per microbatch",
+            fix="remove jax.debug.print, pure_callback or io_callback from the step; return the value as aux instead",
+        )
+    elif target not in PURE_TARGETS and _has_side_effect(op):
+        ctx.error(
+            op,
+            f"cannot run an op with side effects in a pipeline: custom call {target}",
+            why="has_side_effect = true: it can be neither moved nor repeated",
+            fix="move it out of the train step",
+        )
+    elif op.name == "func.call":
+        ctx.error(op, "module is not flat: it has a call", fix="run flatten-calls first")
+    for result in op.results:
+        kind = result.type
+        if isinstance(kind, ir.RankedTensorType) and not kind.has_static_shape:
+            ctx.error(op, f"cannot plan for the dynamic shape {kind}", fix="use static shapes: pad or mask instead")
+            break
+
+
+def _has_side_effect(op: ir.Operation) -> bool:
+    return "has_side_effect" in op.attributes and ir.BoolAttr(op.attributes["has_side_effect"]).value
+
+
+def _check_boundaries(main: ir.Operation, boundaries: list[ir.Operation], ctx: PassContext) -> ir.Operation | None:
+    """Exactly one boundary, at the top level."""
+    if not boundaries:
+        ctx.error(
+            main,
+            "program has no gradient boundary",
+            fix="take gradients with bactrian.value_and_grad or bactrian.grad, or pass forward_only=True",
+        )
+        return None
+    for other in boundaries[1:]:
+        ctx.error(
+            other,
+            f"program has {len(boundaries)} gradient boundaries, needs 1",
+            why=f"the first one is at {describe(boundaries[0].location) or 'an unknown place'}",
+            fix="compute all gradients with one bactrian.value_and_grad",
+        )
+    for boundary in boundaries:
+        parent = boundary.parent
+        if parent is not None and parent != main:
+            ctx.error(
+                boundary,
+                f"gradient boundary is inside {parent.name}",
+                why="everything below the boundary runs once per step, which the body of a loop or branch can't",
+                fix="call bactrian.value_and_grad at the top level of the step, not in scan, cond, while or remat",
+            )
+            return None
+    return boundaries[0] if len(boundaries) == 1 else None
+
+
+def _segment_texts(boundary: ir.Operation, key: str) -> list[str] | None:
+    config = boundary.attributes.get("mhlo.backend_config")
+    if not isinstance(config, ir.DictAttr) or key not in config:
+        return None
+    text = config[key]
+    if not isinstance(text, ir.StringAttr):
+        return None
+    return text.value.split(",") if text.value else []
+
+
+def _check_segments(module: ir.Module, boundary: ir.Operation, ctx: PassContext) -> None:
+    """Each operand has a known kind and a reduction that fits its type; each result has the type that follows."""
+    kinds, reductions = _segment_texts(boundary, "kinds"), _segment_texts(boundary, "reductions")
+    count = len(boundary.operands)
+    if kinds is None or reductions is None or not len(kinds) == len(reductions) == count == len(boundary.results):
+        ctx.error(
+            boundary,
+            f"gradient boundary has {count} operands and {len(boundary.results)} results, "
+            f"kinds {kinds} and reductions {reductions}: needs one of each per operand",
+        )
+        return
+    attrs = module.operation.attributes
+    key = "bactrian.num_microbatches"
+    num_microbatches = ir.IntegerAttr(attrs[key]).value if key in attrs else 1
+    for index, (kind, reduction) in enumerate(zip(kinds, reductions, strict=True)):
+        operand = ir.RankedTensorType(boundary.operands[index].type)
+        prefix = f"operand {index} of the gradient boundary ({kind})"
+        if kind not in KINDS:
+            ctx.error(boundary, f"{prefix} has an unknown kind, needs one of {', '.join(KINDS)}")
+        elif reduction not in REDUCTIONS:
+            ctx.error(boundary, f"{prefix} has reduction {reduction!r}, needs one of {', '.join(REDUCTIONS)}")
+        elif reduction == "mean" and isinstance(operand.element_type, ir.IntegerType):
+            ctx.error(
+                boundary,
+                f"{prefix} is {operand}: a mean over microbatches of integers is not defined",
+                fix="reduce it with sum, last or concat, or convert it to float32",
+            )
+        elif reduction == "concat" and operand.rank == 0:
+            ctx.error(
+                boundary, f"{prefix} is a scalar: there is no dim to concatenate", fix="reduce it with mean or sum"
+            )
+        else:
+            _check_segment_type(boundary, index, reduction, num_microbatches, ctx)
+
+
+def _check_segment_type(
+    boundary: ir.Operation, index: int, reduction: str, num_microbatches: int, ctx: PassContext
+) -> None:
+    operand = ir.RankedTensorType(boundary.operands[index].type)
+    wanted = operand
+    if operand.has_static_shape and reduction == "concat":
+        shape = [operand.shape[0] * num_microbatches, *operand.shape[1:]]
+        with boundary.location:
+            wanted = ir.RankedTensorType.get(shape, operand.element_type, operand.encoding)
+    result = boundary.results[index].type
+    if result != wanted:
+        ctx.error(boundary, f"result {index} of the gradient boundary is {result}, {reduction} gives {wanted}")
+
+
+def _reads(op: ir.Operation) -> Iterator[ir.Value]:
+    """The operands of an op and of the ops in its regions: what it may capture from outside."""
+    yield from op.operands
+    for region in op.regions:
+        for block in region.blocks:
+            for inner in block.operations:
+                yield from _reads(inner.operation)
+
+
+def _ancestors(roots: list[ir.Value], producer: dict[ir.Value, int], reads: list[list[ir.Value]]) -> set[int]:
+    """The indices of all ops that the roots are computed from."""
+    found: set[int] = set()
+    todo = [producer[value] for value in roots if value in producer]
+    while todo:
+        index = todo.pop()
+        if index not in found:
+            found.add(index)
+            todo += [producer[value] for value in reads[index] if value in producer]
+    return found
+
+
+def _check_leaks(main: ir.Operation, boundary: ir.Operation, ctx: PassContext) -> None:
+    """Nothing below the boundary may read a batch value but through the boundary.
+
+    Taint flows from the batch arguments and the microbatch's number through every op but the boundary. An op that the
+    result needs and the boundary doesn't is below it: where such an op reads a tainted value of above, that is a leak.
+    """
+    block = main.regions[0].blocks[0]
+    ops = [op.operation for op in block.operations]
+    reads = [list(_reads(op)) for op in ops]
+    producer = {result: index for index, op in enumerate(ops) for result in op.results}
+    above = _ancestors(list(boundary.operands), producer, reads)
+    live = _ancestors(list(ops[-1].operands), producer, reads)
+    sources: dict[ir.Value, frozenset[str]] = {
+        argument: frozenset({f"batch argument {_name(argument)}"})
+        for argument, role in zip(block.arguments, _roles(main), strict=True)
+        if role == "batch"
+    }
+    for index, op in enumerate(ops):
+        leaked: frozenset[str] = frozenset()
+        if _target(op) == MICROBATCH_INDEX:
+            sources[op.results[0]] = frozenset({"bactrian.microbatch_index()"})
+        elif op != boundary and index in above:
+            names = frozenset[str]().union(*(sources.get(value, ()) for value in reads[index]))
+            if names:
+                sources.update(dict.fromkeys(op.results, names))
+        elif op != boundary and index in live:
+            leaked = leaked.union(*(sources.get(value, ()) for value in reads[index]))
+        if leaked:
+            _report_leak(op, f"{op.name} below the gradient boundary", leaked, ctx)
+    for number, value in enumerate(ops[-1].operands):
+        if value in sources:
+            owner = ops[producer[value]] if value in producer else value
+            _report_leak(owner, f"result {number} of the step", sources[value], ctx)
+
+
+def _report_leak(where: ir.Operation | ir.Value, what: str, names: frozenset[str], ctx: PassContext) -> None:
+    ctx.error(
+        where,
+        f"{what} depends on {', '.join(sorted(names))} without passing the boundary",
+        why="above the boundary a value exists once per microbatch, below it once per step",
+        fix="return the value from the differentiated function as aux (has_aux=True) and use that",
+    )
+
+
+def _name(argument: ir.Value) -> str:
+    """The user's name of an argument, its pytree path; else its number."""
+    return name_stack(argument.location) or f"%arg{ir.BlockArgument(argument).arg_number}"

@@ -1,0 +1,304 @@
+"""Walks one rank's instruction list. Instructions are bound to closures once, so that a step is a loop over calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Sharding, SingleDeviceSharding
+
+from bactrian.passes.errors import RuntimeFault
+from bactrian.runtime import faults
+from bactrian.runtime.instructions import (
+    Arrive,
+    Copy,
+    Free,
+    Instruction,
+    Load,
+    RankList,
+    Recv,
+    Run,
+    Send,
+    Slot,
+    Wait,
+    describe,
+)
+from bactrian.runtime.trace import Tracer
+from bactrian.runtime.transport import Handle, Place, Transport, WouldBlock, put
+
+Function = Callable[[list[jax.Array]], Sequence[jax.Array]]
+Environment = list[Any]  # slot -> array, or None
+_Operation = Callable[[Environment], None]
+
+
+class Executor:
+    """One rank's list, ready to run.
+
+    Args:
+        rank_list: what to do.
+        functions: the compiled stage functions by symbol; each takes and gives a list of arrays, and donates what its
+            `Run` says.
+        place: device or sharding of a slot.
+        transport: how values travel.
+        tracer: records times; makes every call wait for its results.
+        meter: counts what is held after every instruction.
+    """
+
+    def __init__(
+        self,
+        rank_list: RankList,
+        functions: Mapping[str, Function],
+        place: Callable[[Slot], Place],
+        transport: Transport,
+        *,
+        tracer: Tracer | None = None,
+        meter: Meter | None = None,
+    ) -> None:
+        self.list, self.functions, self.transport = rank_list, functions, transport
+        self.tracer, self.meter = tracer, meter
+        cache: dict[Place, Sharding] = {}
+
+        def placed(spec: Slot) -> Sharding:
+            where = place(spec)
+            if where not in cache:
+                cache[where] = where if isinstance(where, Sharding) else SingleDeviceSharding(where)
+            return cache[where]
+
+        self.places = tuple(placed(spec) for spec in rank_list.slots)
+        self.at = 0
+        self.num_steps = 0
+        self._env: Environment = []
+        self._batch: dict[int, Any] = {}
+        self._receives: dict[int, Handle] = {}
+        self._sends: dict[int, list[Handle]] = {}
+        self._indices = [(s, jax.device_put(np.int32(m), self.places[s])) for m, s in rank_list.indices]
+        self._donated = {s for x in rank_list.instructions if isinstance(x, Run) for s in x.donated}
+        self._waited = {x.slot for x in rank_list.instructions if isinstance(x, Wait)}
+        self._loaded = {x.argument for x in rank_list.instructions if isinstance(x, Load)}
+        self._operations = [self._wrap(x, self._bind(x)) for x in rank_list.instructions]
+
+    def step(self, pieces: Sequence[jax.Array], batch: Mapping[int, Any]) -> list[jax.Array]:
+        """One step. ``pieces`` go with ``rank_list.arguments``, what it gives with ``rank_list.results``; ``batch``
+        holds the whole array of every batch argument. State pieces that the step consumes are donated."""
+        self.start(pieces, batch)
+        if not self.advance():
+            raise RuntimeFault("a list of several in one process can't run alone", where=self.here())
+        return self.finish()
+
+    def start(self, pieces: Sequence[jax.Array], batch: Mapping[int, Any]) -> None:
+        """Begin a step."""
+        if len(pieces) != len(self.list.arguments):
+            raise RuntimeFault(f"got {len(pieces)} argument pieces, the list has {len(self.list.arguments)}")
+        self._env = [None] * len(self.list.slots)
+        for argument, piece in zip(self.list.arguments, pieces, strict=True):
+            self._env[argument.slot] = piece
+        for slot, index in self._indices:
+            self._env[slot] = index
+        self._batch = {a: _host_view(batch[a]) for a in self._loaded}
+        self._sends = {slot: [] for slot in self._waited}
+        self.at = 0
+        faults.set_step(self.num_steps)
+
+    def advance(self) -> bool:
+        """Go on until the end (true) or until another list of this process has to go first (false)."""
+        operations, env, at = self._operations, self._env, self.at
+        end = len(operations)
+        try:
+            while at < end:
+                operations[at](env)
+                at += 1
+        except WouldBlock:
+            return False
+        finally:
+            self.at = at
+        return True
+
+    def finish(self) -> list[jax.Array]:
+        """The results of the step that has ended."""
+        env = self._env
+        results = [env[r.slot] for r in self.list.results]
+        self._env, self._batch, self._sends = [], {}, {}
+        self.num_steps += 1
+        return results
+
+    def here(self) -> str:
+        """The instruction under way, for messages."""
+        if self.at >= len(self.list.instructions):
+            return f"rank {self.list.rank}, between steps"
+        what = describe(self.list.instructions[self.at])
+        return f"rank {self.list.rank}, step {self.num_steps}, instruction {self.at}: {what}"
+
+    def _wrap(self, instruction: Instruction, operation: _Operation) -> _Operation:
+        """Add what was asked for: faults, times, counting. Nothing asked for: nothing added."""
+        if faults.ACTIVE is not None:
+            operation = _faulty(instruction, operation)
+        if self.tracer is not None:
+            operation = self.tracer.traced(self.list, instruction, operation)
+        meter = self.meter
+        if meter is not None:
+            plain = operation
+
+            def metered(env: Environment) -> None:
+                plain(env)
+                meter.look(self.list, instruction, env)
+
+            return metered
+        return operation
+
+    def _bind(self, instruction: Instruction) -> _Operation:
+        match instruction:
+            case Run():
+                return self._bind_run(instruction)
+            case Load():
+                return self._bind_load(instruction)
+            case Send():
+                return self._bind_send(instruction)
+            case Recv(slot=slot, source=source, tag=tag, shape=shape, dtype=dtype):
+                post, receives, place = self.transport.post_receive, self._receives, self.places[slot]
+
+                def recv(env: Environment) -> None:
+                    receives[slot] = post(source, tag, shape, dtype, place)
+
+                return recv
+            case Arrive(slot=slot):
+                wait, receives = self.transport.wait, self._receives
+
+                def arrive(env: Environment) -> None:
+                    env[slot] = wait(receives[slot])
+                    del receives[slot]
+
+                return arrive
+            case Wait(slot=slot):
+                wait = self.transport.wait
+
+                def drain(env: Environment) -> None:
+                    for handle in self._sends[slot]:
+                        wait(handle)
+
+                return drain
+            case Copy(source=source, target=target, alias=alias):
+                place = self.places[target]
+
+                def copy(env: Environment) -> None:
+                    env[target] = put(env[source], place, alias=alias)
+
+                return copy
+            case Free(slots=slots):
+
+                def free(env: Environment) -> None:
+                    for slot in slots:
+                        env[slot] = None
+
+                return free
+
+    def _bind_run(self, run: Run) -> _Operation:
+        if run.function not in self.functions:
+            raise RuntimeFault(f"stage function {run.function} was not compiled", where=f"rank {self.list.rank}")
+        function, inputs, outputs, donated = self.functions[run.function], run.inputs, run.outputs, run.donated
+
+        def call(env: Environment) -> None:
+            values = function([env[i] for i in inputs])
+            for slot in donated:
+                env[slot] = None
+            for slot, value in zip(outputs, values, strict=True):
+                env[slot] = value
+
+        return call
+
+    def _bind_load(self, load: Load) -> _Operation:
+        argument, microbatch, slot, place = load.argument, load.microbatch, load.slot, self.places[load.slot]
+        num_microbatches, alias = self.list.num_microbatches, load.slot not in self._donated
+        rows = self.list.slots[slot].shape[0]
+
+        def fetch(env: Environment) -> None:
+            array, is_ours = self._batch[argument]
+            if num_microbatches > 1:
+                array = array[microbatch * rows : (microbatch + 1) * rows]
+            if isinstance(array, jax.Array):
+                env[slot] = put(array, place, alias=alias)
+            else:  # memory that its owner may write to is copied
+                env[slot] = jax.device_put(array, place, may_alias=None if is_ours else False)
+
+        return fetch
+
+    def _bind_send(self, send: Send) -> _Operation:
+        slot, destination, tag, move = send.slot, send.destination, send.tag, send.move
+        start = self.transport.send
+        if slot not in self._waited:
+
+            def post(env: Environment) -> None:
+                start(env[slot], destination, tag, move=move)
+
+            return post
+
+        def post_and_keep(env: Environment) -> None:
+            self._sends[slot].append(start(env[slot], destination, tag, move=move))
+
+        return post_and_keep
+
+
+def run_together(
+    executors: Sequence[Executor], pieces: Sequence[Sequence[jax.Array]], batch: Mapping[int, Any]
+) -> list[list[jax.Array]]:
+    """One step of several lists in one process, each in turn as far as it gets.
+
+    Raises:
+        RuntimeFault: no list can go on (`check_lists` proves that this does not happen).
+    """
+    for executor, mine in zip(executors, pieces, strict=True):
+        executor.start(mine, batch)
+    waiting = list(executors)
+    while waiting:
+        before = sum(e.at for e in executors), len(waiting)
+        waiting = [e for e in waiting if not e.advance()]
+        if waiting and before == (sum(e.at for e in executors), len(waiting)):
+            raise RuntimeFault("no rank can go on", where="; ".join(e.here() for e in waiting))
+    return [executor.finish() for executor in executors]
+
+
+class Meter:
+    """Counts the buffers that executors really hold after each instruction. For tests and reports: it looks at all."""
+
+    def __init__(self) -> None:
+        self.in_flight: dict[int, int] = {}  # stage -> most microbatches with live activations
+        self.peak_bytes: dict[int, int] = {}  # rank -> most bytes in slots
+        self._begun: set[tuple[int, int]] = set()
+
+    def look(self, rank_list: RankList, instruction: Instruction, env: Environment) -> None:
+        """Count after one instruction."""
+        if isinstance(instruction, Run) and "forward" in instruction.phase:
+            self._begun.add((instruction.stage, instruction.microbatch))
+        live = [spec for spec, value in zip(rank_list.slots, env, strict=True) if value is not None]
+        held = sum(spec.nbytes for spec in live)
+        self.peak_bytes[rank_list.rank] = max(held, self.peak_bytes.get(rank_list.rank, 0))
+        running = {(s.stage, s.microbatch) for s in live if s.activation} & self._begun
+        for stage in rank_list.stages:
+            count = sum(s == stage for s, _ in running)
+            self.in_flight[stage] = max(count, self.in_flight.get(stage, 0))
+
+
+def _host_view(array: Any) -> tuple[Any, bool]:
+    """A batch argument in the form that is cheapest to slice, and whether its memory never changes.
+
+    Slices of host memory are views; a slice of an array on another device is a computation there.
+    """
+    if not isinstance(array, jax.Array):
+        return np.asarray(array), False
+    if array.is_fully_addressable and all(d.platform == "cpu" for d in array.devices()):
+        return np.asarray(array), True
+    return array, True
+
+
+def _faulty(instruction: Instruction, operation: _Operation) -> _Operation:
+    def guarded(env: Environment) -> None:
+        if isinstance(instruction, Send):
+            faults.at("before_send")
+        elif isinstance(instruction, Run):
+            faults.at("in_step")
+        operation(env)
+        if isinstance(instruction, Arrive):
+            faults.at("after_recv")
+
+    return guarded

@@ -1,0 +1,193 @@
+"""Messages between processes over MPI, started and finished without the compute thread waiting for a send."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections import defaultdict, deque
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+from jax.sharding import Sharding
+
+from bactrian.runtime.transport import Handle
+
+_ALIGNMENT = 64  # XLA takes host memory without a copy only when it is aligned so
+_NAP_SECONDS = 50e-6
+
+
+class BufferPool:
+    """Aligned host buffers, used again once nothing refers to them: XLA keeps a reference for as long as it reads."""
+
+    def __init__(self, keep: int = 8) -> None:
+        self._keep = keep
+        self._buffers: dict[int, list[np.ndarray[Any, Any]]] = defaultdict(list)
+        probe = [np.empty(1, np.uint8)]
+        self._idle = next(sys.getrefcount(raw) for raw in probe)
+
+    def take(self, nbytes: int) -> np.ndarray[Any, Any]:
+        """``nbytes`` bytes that nobody uses."""
+        buffers = self._buffers[nbytes]
+        found = None
+        for raw in buffers:
+            if sys.getrefcount(raw) == self._idle:
+                found = raw
+                break
+        if found is None:
+            found = np.empty(nbytes + _ALIGNMENT, np.uint8)
+            if len(buffers) < self._keep:
+                buffers.append(found)
+        start = -found.ctypes.data % _ALIGNMENT
+        return found[start : start + nbytes]
+
+
+class _Send(Handle):
+    __slots__ = ("source", "tag")
+
+    def __init__(self, source: jax.Array, tag: int) -> None:
+        super().__init__()
+        self.source: jax.Array | None = source
+        self.tag = tag
+
+
+class _Receive(Handle):
+    __slots__ = ("buffer", "dtype", "place", "shape")
+
+    def __init__(self, buffer: np.ndarray[Any, Any], shape: tuple[int, ...], dtype: Any, place: Sharding) -> None:
+        super().__init__()
+        self.buffer: np.ndarray[Any, Any] | None = buffer
+        self.shape, self.dtype, self.place = shape, dtype, place
+
+
+class MpiTransport:
+    """Non-blocking sends and receives on a communicator of our own.
+
+    A value is sent once XLA has made it. Whoever waits looks after all messages; while nobody waits, a helper thread
+    does (``helper=False``: only waiting and `poll` do). All MPI calls are made under one lock, so any thread level from
+    ``MPI_THREAD_SERIALIZED`` up will do.
+    """
+
+    def __init__(self, comm: Any = None, *, helper: bool = True, nap_seconds: float = _NAP_SECONDS) -> None:
+        from mpi4py import MPI
+
+        self._mpi = MPI
+        self.comm = (comm or MPI.COMM_WORLD).Dup()
+        self.rank: int = self.comm.Get_rank()
+        self._nap = nap_seconds
+        self._pool = BufferPool()
+        self._unsent: dict[int, deque[_Send]] = defaultdict(deque)  # made or being made, in order per destination
+        self._requests: list[Any] = []
+        self._handles: list[Any] = []
+        self._lock = threading.Lock()
+        self._work = threading.Event()
+        self._waiting = False
+        self._closed = False
+        self._error: BaseException | None = None
+        self._helper = threading.Thread(target=self._help, name="bactrian-mpi", daemon=True) if helper else None
+        if self._helper:
+            self._helper.start()
+
+    def send(self, array: jax.Array, destination: int, tag: int, *, move: bool = False) -> Handle:
+        """Queue the array; it leaves when it is ready and what was queued before it has left."""
+        del move  # the message is a copy
+        handle = _Send(array, tag)
+        self._unsent[destination].append(handle)
+        self._work.set()
+        return handle
+
+    def post_receive(self, source: int, tag: int, shape: tuple[int, ...], dtype: str, place: Sharding) -> Handle:
+        """Post the receive into a buffer that XLA can take without a copy."""
+        kind = np.dtype(getattr(ml_dtypes, dtype, dtype))
+        size = 1
+        for dim in shape:
+            size *= dim
+        handle = _Receive(self._pool.take(size * kind.itemsize), shape, kind, place)
+        with self._lock:
+            self._requests.append(self.comm.Irecv([handle.buffer, self._mpi.BYTE], source=source, tag=tag))
+            self._handles.append(handle)
+        return handle
+
+    def test(self, handle: Handle) -> bool:
+        """Whether the message has left, or arrived."""
+        if not handle.done:
+            self.poll()
+        return handle.done
+
+    def wait(self, handle: Handle) -> Any:
+        """Wait, looking after all other messages meanwhile. Naps leave the core to XLA."""
+        if not handle.done:
+            self._waiting = True
+            try:
+                while not handle.done:
+                    self.poll()
+                    if not handle.done:
+                        time.sleep(self._nap)
+            finally:
+                self._waiting = False
+        if isinstance(handle, _Receive) and handle.array is None:
+            assert handle.buffer is not None
+            handle.array = jax.device_put(handle.buffer.view(handle.dtype).reshape(handle.shape), handle.place)
+            handle.buffer = None
+        return handle.array
+
+    def poll(self) -> None:
+        """Start the sends whose values are ready; note which messages are done."""
+        if self._error is not None:
+            raise self._error
+        with self._lock:
+            for destination, queue in self._unsent.items():
+                while queue and (source := queue[0].source) is not None and source.is_ready():
+                    send = queue.popleft()
+                    data = np.ascontiguousarray(np.asarray(source)).reshape(-1).view(np.uint8)
+                    self._requests.append(self.comm.Isend([data, self._mpi.BYTE], dest=destination, tag=send.tag))
+                    self._handles.append(send)
+            if not self._requests:
+                return
+            done = self._mpi.Request.Testsome(self._requests)
+            if done:
+                for i in done:
+                    handle = self._handles[i]
+                    if isinstance(handle, _Send):
+                        handle.source = None
+                    handle.done = True
+                finished = set(done)
+                self._requests = [r for i, r in enumerate(self._requests) if i not in finished]
+                self._handles = [h for i, h in enumerate(self._handles) if i not in finished]
+
+    def busy(self) -> bool:
+        """Whether any message is under way."""
+        return bool(self._requests) or any(self._unsent.values())
+
+    def _help(self) -> None:
+        """Look after the messages while the main thread is not waiting for one."""
+        try:
+            while not self._closed:
+                if not self.busy():
+                    self._work.clear()
+                    if not self.busy():
+                        self._work.wait(0.1)
+                    continue
+                if not self._waiting:
+                    self.poll()
+                time.sleep(4 * self._nap)
+        except BaseException as error:  # shown by the thread that next asks for a message
+            self._error = error
+
+    def flush(self) -> None:
+        """Wait until every message is done."""
+        while self.busy():
+            self.poll()
+            time.sleep(self._nap)
+
+    def close(self) -> None:
+        """Finish all messages, stop the helper, free the communicator (collective)."""
+        if not self._closed:
+            self.flush()
+            self._closed = True
+            self._work.set()
+            if self._helper:
+                self._helper.join()
+            self.comm.Free()

@@ -1,0 +1,116 @@
+"""Times of what ranks did, as one Chrome trace: a process per rank, a row per stage, arrows from send to receive."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from bactrian.runtime.instructions import Arrive, Instruction, RankList, Recv, Run, Send
+
+Event = dict[str, Any]
+
+
+class Tracer:
+    """Collects the events of one rank. Times are microseconds of this rank's clock until `gather_traces` aligns them.
+
+    A traced call waits for its results, so that its bar is its work: tracing costs the overlap within a rank.
+    """
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+        self._counts: dict[tuple[str, str], int] = {}
+        self._messages: dict[tuple[int, int], Recv] = {}  # (rank, slot) -> its receive
+
+    def traced(
+        self, rank_list: RankList, instruction: Instruction, operation: Callable[[list[Any]], None]
+    ) -> Callable[[list[Any]], None]:
+        """The operation with its times recorded."""
+        if isinstance(instruction, Recv):
+            self._messages[rank_list.rank, instruction.slot] = instruction
+        if not isinstance(instruction, Run | Send | Arrive):
+            return operation
+
+        def timed(env: list[Any]) -> None:
+            begin = time.perf_counter_ns()
+            operation(env)
+            if isinstance(instruction, Run):
+                jax.block_until_ready([env[s] for s in instruction.outputs])
+            self._record(rank_list, instruction, begin / 1e3, time.perf_counter_ns() / 1e3)
+
+        return timed
+
+    def _record(self, rank_list: RankList, instruction: Run | Send | Arrive, begin: float, end: float) -> None:
+        if isinstance(instruction, Run):
+            stage, microbatch = instruction.stage, instruction.microbatch
+            name, flow = instruction.function, None
+        elif isinstance(instruction, Send):
+            spec = rank_list.slots[instruction.slot]
+            stage, microbatch = spec.stage, spec.microbatch
+            name = f"SEND to rank {instruction.destination}"
+            flow = ("s", f"{rank_list.rank}>{instruction.destination}:{instruction.tag}")
+        else:
+            spec, recv = rank_list.slots[instruction.slot], self._messages[rank_list.rank, instruction.slot]
+            stage, microbatch = spec.stage, spec.microbatch
+            name = f"RECV from rank {recv.source}"
+            flow = ("f", f"{recv.source}>{rank_list.rank}:{recv.tag}")
+        label = f"{name} m{microbatch}" if microbatch >= 0 else name
+        row: Event = {"pid": rank_list.rank, "tid": stage}
+        bar = {"name": label, "ph": "X", "ts": begin, "dur": end - begin, "cat": type(instruction).__name__.lower()}
+        self.events.append({**row, **bar})
+        if flow is not None:
+            # Bound to the end of the receive's bar, to the beginning of the send's.
+            when = begin if flow[0] == "s" else end
+            extra = {"bp": "e"} if flow[0] == "f" else {}
+            # The n-th message with a tag, step by step: both ends count alike.
+            count = self._counts[flow] = self._counts.get(flow, -1) + 1
+            event = {**row, "name": "message", "cat": "message", "ph": flow[0], "ts": when}
+            self.events.append({**event, "id": f"{flow[1]}#{count}", **extra})
+
+
+def gather_traces(tracer: Tracer, comm: Any = None) -> list[Event]:
+    """All ranks' events on rank 0's clock (collective); on other ranks, nothing."""
+    if comm is None or comm.Get_size() == 1:
+        return tracer.events
+    offset = _clock_offset(comm)
+    shifted = [{**event, "ts": event["ts"] + offset} for event in tracer.events]
+    gathered = comm.gather(shifted, root=0)
+    return [event for events in gathered or [] for event in events]
+
+
+def _clock_offset(comm: Any, rounds: int = 20) -> float:
+    """Rank 0's clock minus this rank's, in microseconds: the middle of the quickest of a few round trips."""
+    rank, offset, quickest = comm.Get_rank(), 0.0, float("inf")
+    for peer in range(1, comm.Get_size()):
+        for _ in range(rounds):
+            if rank == 0:
+                comm.recv(source=peer, tag=1)
+                comm.send(time.perf_counter_ns() / 1e3, dest=peer, tag=1)
+            elif rank == peer:
+                begin = time.perf_counter_ns() / 1e3
+                comm.send(None, dest=0, tag=1)
+                there = comm.recv(source=0, tag=1)
+                end = time.perf_counter_ns() / 1e3
+                if end - begin < quickest:
+                    quickest, offset = end - begin, there - (begin + end) / 2
+    return offset
+
+
+def write_trace(path: str | Path, events: list[Event]) -> None:
+    """Write the file that chrome://tracing and Perfetto read; the first event is at time 0."""
+    first = min((event["ts"] for event in events), default=0.0)
+    rows = sorted({(event["pid"], event["tid"]) for event in events})
+    names: list[Event] = [
+        {"ph": "M", "name": "process_name", "pid": rank, "args": {"name": f"rank {rank}"}}
+        for rank in sorted({rank for rank, _ in rows})
+    ]
+    names += [
+        {"ph": "M", "name": "thread_name", "pid": rank, "tid": stage, "args": {"name": f"stage {stage}"}}
+        for rank, stage in rows
+    ]
+    shown = [{**event, "ts": event["ts"] - first} for event in events]
+    Path(path).write_text(json.dumps({"traceEvents": names + sorted(shown, key=lambda e: e["ts"])}))

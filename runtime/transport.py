@@ -1,0 +1,114 @@
+"""How values travel between ranks: the interface, and the transport of lists that share one process."""
+
+from __future__ import annotations
+
+from collections import defaultdict, deque
+from typing import Any, Protocol
+
+import jax
+from jax.sharding import Sharding
+
+Place = jax.Device | Sharding
+
+
+class WouldBlock(Exception):
+    """The cooperative executor has to let another list go on first."""
+
+
+class Handle:
+    """A send or a receive under way. ``array`` is the received value once ``done``."""
+
+    __slots__ = ("array", "done")
+
+    def __init__(self) -> None:
+        self.done = False
+        self.array: jax.Array | None = None
+
+
+class Transport(Protocol):
+    """What an executor asks of a transport. Starting never waits."""
+
+    def send(self, array: jax.Array, destination: int, tag: int, *, move: bool = False) -> Handle:
+        """Start sending; ``move``: the caller drops the array right after."""
+        ...
+
+    def post_receive(self, source: int, tag: int, shape: tuple[int, ...], dtype: str, place: Sharding) -> Handle:
+        """Start receiving a value that is to live at ``place``."""
+        ...
+
+    def test(self, handle: Handle) -> bool:
+        """Whether the send's buffer may be donated, or the received value read."""
+        ...
+
+    def wait(self, handle: Handle) -> Any:
+        """Wait for it. Gives a receive's array. May raise `WouldBlock` in cooperative execution."""
+        ...
+
+    def close(self) -> None:
+        """Finish what is under way and release resources."""
+        ...
+
+
+def put(array: jax.Array, place: Sharding, *, alias: bool) -> jax.Array:
+    """The array at another place, asynchronously. Where it is there already: itself if ``alias``, else a copy."""
+    if array.sharding == place:
+        return array if alias else jax.device_put(array, place, may_alias=False)
+    return jax.device_put(array, place)
+
+
+class LocalNetwork:
+    """The mailboxes of lists that run in one process. ``network.transport(rank)`` is one rank's end."""
+
+    def __init__(self) -> None:
+        self.posted: dict[tuple[int, int, int], deque[tuple[Handle, Sharding]]] = defaultdict(deque)
+        self.sent: dict[tuple[int, int, int], deque[tuple[Handle, jax.Array, bool]]] = defaultdict(deque)
+
+    def transport(self, rank: int) -> InProcessTransport:
+        """The end of one rank."""
+        return InProcessTransport(self, rank)
+
+
+class InProcessTransport:
+    """Messages between virtual devices of one process: asynchronous `jax.device_put` as soon as both ends are there.
+
+    One Python thread runs all lists in turn; a list that would wait raises `WouldBlock` and is taken up again later.
+    """
+
+    def __init__(self, network: LocalNetwork, rank: int) -> None:
+        self.network, self.rank = network, rank
+
+    def send(self, array: jax.Array, destination: int, tag: int, *, move: bool = False) -> Handle:
+        """Copy to the receiver's device if its receive is posted, else leave the array for it to find."""
+        where = self.rank, destination, tag
+        handle = Handle()
+        if self.network.posted[where]:
+            receive, place = self.network.posted[where].popleft()
+            receive.array, receive.done, handle.done = put(array, place, alias=move), True, True
+        else:
+            self.network.sent[where].append((handle, array, move))
+        return handle
+
+    def post_receive(self, source: int, tag: int, shape: tuple[int, ...], dtype: str, place: Sharding) -> Handle:
+        """Take the value if it was sent already."""
+        del shape, dtype  # proved equal to the sender's before launch
+        where = source, self.rank, tag
+        handle = Handle()
+        if self.network.sent[where]:
+            send, array, move = self.network.sent[where].popleft()
+            handle.array, handle.done, send.done = put(array, place, alias=move), True, True
+        else:
+            self.network.posted[where].append((handle, place))
+        return handle
+
+    def test(self, handle: Handle) -> bool:
+        """Whether both ends have met; XLA orders the copy itself."""
+        return handle.done
+
+    def wait(self, handle: Handle) -> Any:
+        """The received array, or `WouldBlock`."""
+        if not handle.done:
+            raise WouldBlock
+        return handle.array
+
+    def close(self) -> None:
+        """Nothing to release."""

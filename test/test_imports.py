@@ -1,0 +1,85 @@
+"""Who may import whom (the folders' contract), read from the source of every file."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from bactrian.passes.frame import registry
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDERS = ("passes", "driver", "runtime")
+FILES = [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))]
+HEAVY = {"jaxlib", "ortools"}
+FORBIDDEN = {
+    "passes": {"jax", "mpi4py", "cupy", "flax", "optax", "equinox", "bactrian.driver", "bactrian.runtime"},
+    "runtime": {"bactrian.driver", "jaxlib.mlir", "flax", "optax", "equinox"},
+    "driver": {"flax", "optax", "equinox"},
+}
+
+
+def _module(path: Path) -> str:
+    parts = ("bactrian", *path.relative_to(ROOT).with_suffix("").parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def _imports(path: Path) -> Iterator[tuple[str, int]]:
+    """Every module that a file imports, anywhere in it, absolute, with its line."""
+    package = _module(path) if path.name == "__init__.py" else _module(path).rpartition(".")[0]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name, node.lineno
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parents = package.split(".")
+                base = ".".join([*parents[: len(parents) - node.level + 1], *filter(None, [base])])
+            yield base, node.lineno
+            for alias in node.names:
+                yield f"{base}.{alias.name}", node.lineno
+
+
+def _touches_ir(module: str) -> bool:
+    """Whether a module of the compiler imports MLIR or a solver, itself or through our other modules."""
+    todo, seen = [module], set[str]()
+    while todo:
+        name = todo.pop()
+        path = ROOT.joinpath(*name.split(".")[1:]).with_suffix(".py")
+        if name in seen or not path.is_file():  # a name in a module, or a package, whose __init__ is lazy
+            continue
+        seen.add(name)
+        imported = [found for found, _ in _imports(path)]
+        if any(_inside(found, HEAVY) for found in imported):
+            return True
+        todo += [found for found in imported if _inside(found, {"bactrian"})]
+    return False
+
+
+def _inside(name: str, roots: set[str]) -> bool:
+    return any(name == root or name.startswith(f"{root}.") for root in roots)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_folders_import_only_what_they_may(path: Path) -> None:
+    folder = path.relative_to(ROOT).parts[0]
+    passes = {target.partition(":")[0] for target in registry.PASSES.values()}
+    for name, line in _imports(path):
+        where = f"{path.relative_to(ROOT)}:{line} imports {name}"
+        assert not _inside(name, FORBIDDEN[folder]), where
+        if folder == "passes":
+            assert not _inside(name, passes - {_module(path)}), f"{where}: no pass imports another pass"
+        if folder == "runtime" and _inside(name, {"bactrian.passes"}):
+            assert not _touches_ir(name), f"{where}: runtime uses only the compiler's plain data"
+
+
+@pytest.mark.parametrize("package", ["", ".passes", ".driver", ".runtime", ".passes.frame"])
+def test_packages_are_lazy(package: str) -> None:
+    program = f"import sys, bactrian{package}; print(*sorted({{m.partition('.')[0] for m in sys.modules}}))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert not {"jax", "jaxlib", "numpy", "mpi4py", "ortools", "rich"} & set(done.stdout.split())

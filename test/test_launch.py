@@ -1,0 +1,278 @@
+"""Jobs of several ranks: how they end, how soon, what stands last, and that nothing stays behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from bactrian.driver.banners import BannerFilter
+from bactrian.runtime.launch import rank_environment, share_of_cores
+
+ROOT = Path(__file__).resolve().parent.parent
+START_SECONDS = 20.0  # a slow machine may take so long to start the ranks
+END_SECONDS = 5.0
+
+# argv: failing rank, point. Prints the time of the failure; the other ranks wait for ever.
+SCRIPT = """
+import os, signal, sys, time
+rank, point = int(sys.argv[1]), sys.argv[2]
+def fail(here):
+    if here == point and rank == int(os.environ.get("OMPI_COMM_WORLD_RANK", os.environ.get("PMI_RANK"))):
+        print("failed at", time.time(), flush=True)
+        raise ValueError("boom at " + point)
+fail("import")
+from mpi4py import MPI
+import atexit
+world = MPI.COMM_WORLD
+me = world.rank
+print("rank", me, "of", world.size, "cores", sorted(os.sched_getaffinity(0)), flush=True)
+atexit.register(fail, "exit")
+for step in range(3):
+    if step == 1:
+        fail("step")
+        if me == rank and point == "thread":
+            import threading
+            print("failed at", time.time(), flush=True)
+            threading.Thread(target=lambda: [].pop()).start()
+        if me == rank and point == "kill":
+            print("failed at", time.time(), flush=True)
+            os.kill(os.getpid(), signal.SIGKILL)
+        if me == rank and point in ("code", "message", "os_exit"):
+            print("failed at", time.time(), flush=True)
+            os._exit(3) if point == "os_exit" else sys.exit(7 if point == "code" else "no data")
+        if me == rank and point == "config":
+            from bactrian.passes.errors import InfeasiblePlanError
+            raise InfeasiblePlanError("cannot place stage 3", fix="use more devices")
+        if point == "stop":
+            print("failed at", time.time(), flush=True)
+            sys.exit(75)
+        if point == "hang":
+            print("ready", flush=True)
+            time.sleep(600)
+    world.Barrier()
+print("rank", me, "done", flush=True)
+"""
+
+
+@dataclass
+class Ended:
+    code: int
+    out: str
+    err: str
+    seconds: float  # from the failure to the end of the command, if the script said when it failed
+    survivors: list[int]
+
+    @property
+    def last(self) -> str:
+        return self.err.rstrip().splitlines()[-1] if self.err.strip() else ""
+
+
+def marked(mark: str) -> list[int]:
+    """The processes that carry the mark in their environment."""
+    found: list[int] = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            if f"TEST_MARK={mark}".encode() in (entry / "environ").read_bytes().split(b"\0"):
+                found.append(int(entry.name))
+        except OSError:
+            continue
+    return found
+
+
+class Command:
+    """``bactrian run`` as a child process with a mark of its own."""
+
+    def __init__(self, tmp_path: Path, *arguments: str, n: int | None = 2, script: str = SCRIPT) -> None:
+        self.mark = uuid.uuid4().hex
+        path = tmp_path / "train.py"
+        path.write_text(script)
+        ranks = () if n is None else ("-n", str(n))
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "bactrian.driver.cli", "run", *ranks, str(path), *arguments],
+            env=os.environ | {"TEST_MARK": self.mark, "PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def ended(self, since: float | None = None) -> Ended:
+        try:
+            out, err = self.process.communicate(timeout=START_SECONDS + END_SECONDS)
+        except subprocess.TimeoutExpired:
+            for pid in marked(self.mark):
+                os.kill(pid, signal.SIGKILL)
+            pytest.fail("the job did not end")
+        now = time.time()
+        for line in out.splitlines():
+            if "failed at" in line:
+                since = since or float(line.split("failed at")[1].split()[0])
+        return Ended(self.process.returncode, out, err, now - since if since else 0.0, marked(self.mark))
+
+    def wait_ready(self, count: int) -> None:
+        """Read stdout until so many ranks said that they are ready."""
+        assert self.process.stdout is not None
+        while count and (line := self.process.stdout.readline()):
+            count -= "ready" in line
+        assert count == 0
+
+
+@pytest.mark.mpi
+def test_a_job_that_ends_well(tmp_path: Path) -> None:
+    job = Command(tmp_path, "-1", "none", n=3).ended()
+    assert (job.code, job.err, job.survivors) == (0, "", [])
+    assert job.out.count("done") == 3
+    assert "rank 2 of 3" in job.out
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize(
+    ("rank", "point"), [(0, "import"), (1, "import"), (0, "step"), (1, "step"), (0, "exit"), (1, "exit")]
+)
+def test_an_exception_ends_the_job_with_its_traceback_last(tmp_path: Path, rank: int, point: str) -> None:
+    check_exception(tmp_path, rank, point)
+
+
+@pytest.mark.mpi
+@pytest.mark.long
+@pytest.mark.parametrize("run", range(200))
+def test_an_exception_ends_the_job_every_time(tmp_path: Path, run: int) -> None:
+    check_exception(tmp_path, run % 4, ("import", "step", "exit")[run // 4 % 3], n=4)
+
+
+def check_exception(tmp_path: Path, rank: int, point: str, n: int = 2) -> None:
+    job = Command(tmp_path, str(rank), point, n=n).ended()
+    assert job.code == 1
+    assert job.last == f"ValueError: boom at {point}"
+    assert f"rank {rank} on " in job.err and "train.py" in job.err and "runpy" not in job.err
+    assert "MPI_ABORT" not in job.err and "prterun" not in job.err
+    assert job.seconds <= END_SECONDS
+    assert job.survivors == []
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize(
+    ("point", "code", "last"),
+    [
+        ("kill", 6, "killed by signal 9 (SIGKILL); the other ranks were ended"),
+        ("code", 7, "called sys.exit(7)"),
+        ("message", 1, "no data"),
+        ("os_exit", 3, "ended with exit code 3 before the script did"),
+        ("config", 4, "  where: "),
+        ("thread", 1, "IndexError: pop from empty list"),
+        ("stop", 75, ""),
+    ],
+)
+def test_other_ends(tmp_path: Path, point: str, code: int, last: str) -> None:
+    job = Command(tmp_path, "1", point).ended()
+    assert job.code == code, job.err
+    assert last in job.last
+    if point == "kill":
+        assert f"lost rank 1 on {os.uname().nodename} (process " in job.err
+    if point == "config":
+        assert "error: cannot place stage 3\n  fix: use more devices\n" in job.err and "Traceback" not in job.err
+    assert job.seconds <= (3.0 if point == "kill" else END_SECONDS)
+    assert job.survivors == []
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_signal_to_the_command_ends_every_rank(tmp_path: Path, number: signal.Signals) -> None:
+    command = Command(tmp_path, "-1", "hang")
+    command.wait_ready(2)
+    since = time.time()
+    command.process.send_signal(number)
+    job = command.ended(since)
+    assert job.seconds <= END_SECONDS
+    if number == signal.SIGKILL:  # nobody is left to wait for them: they end by themselves
+        deadline = time.time() + END_SECONDS
+        while marked(command.mark) and time.time() < deadline:
+            time.sleep(0.1)
+        assert marked(command.mark) == []
+    else:
+        assert job.code == 128 + number
+        assert job.last == f"bactrian: stopped by {number.name}: all 2 ranks were ended"
+        assert job.survivors == []
+
+
+@pytest.mark.parametrize(
+    ("cores", "size", "shares"),
+    [
+        ([0, 1, 2, 3], 2, [[0, 1], [2, 3]]),
+        ([4, 5, 8, 9, 10], 2, [[4, 5, 8], [9, 10]]),
+        ([0, 1], 3, [[0], [1], [0]]),
+        ([7], 1, [[7]]),
+    ],
+)
+def test_cores_are_shared_evenly(cores: list[int], size: int, shares: list[list[int]]) -> None:
+    assert [share_of_cores(cores, rank, size) for rank in range(size)] == shares
+
+
+@pytest.mark.parametrize("cores", range(1, 40))
+@pytest.mark.parametrize("size", range(1, 40))
+def test_no_core_is_left_out_or_given_twice(cores: int, size: int) -> None:
+    shares = [share_of_cores(list(range(cores)), rank, size) for rank in range(size)]
+    given = [core for share in shares for core in share]
+    assert all(shares) and set(given) == set(range(cores))
+    assert len(given) == max(cores, size) and max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_ranks_are_known_from_the_environment() -> None:
+    assert rank_environment({}).size == 1
+    open_mpi = {"OMPI_COMM_WORLD_RANK": "5", "OMPI_COMM_WORLD_SIZE": "8", "OMPI_COMM_WORLD_LOCAL_RANK": "1"}
+    place = rank_environment(open_mpi | {"OMPI_COMM_WORLD_LOCAL_SIZE": "4", "SLURM_PROCID": "0", "SLURM_NTASKS": "1"})
+    assert (place.launcher, place.rank, place.size, place.local_rank, place.local_size) == ("Open MPI", 5, 8, 1, 4)
+    assert rank_environment({"PMI_RANK": "1", "PMI_SIZE": "2"}).launcher == "MPICH"
+
+
+RULE = b"-" * 74 + b"\n"
+BANNER = RULE + b"prterun noticed that process rank 1 with PID 5 on node a exited on\nsignal 9 (Killed).\n" + RULE
+
+
+@pytest.mark.parametrize("size", [1, 7, 4096])
+def test_banners_are_taken_out_and_all_else_passes(size: int) -> None:
+    text = (
+        b"before\n" + BANNER + b"between\n" + RULE + b"a table of the user\n" + RULE + b"Abort(1) on node 3\nno newline"
+    )
+    banners = BannerFilter()
+    passed = b"".join(banners.feed(text[i : i + size]) for i in range(0, len(text), size)) + banners.finish()
+    assert passed == b"before\nbetween\n" + RULE + b"a table of the user\n" + RULE + b"no newline"
+    assert banners.dropped == BANNER + b"Abort(1) on node 3\n"
+
+
+def test_a_prompt_passes_at_once() -> None:
+    banners = BannerFilter()
+    assert banners.feed(b"\rstep 3") == b"\rstep 3"
+    assert banners.feed(b"\rstep 4\nx") == b"\rstep 4\nx"
+    assert banners.feed(b"-----") == b""  # may become a rule
+    assert banners.release() == b"-----"
+    assert banners.feed(b"\n" + RULE) == b"\n"
+    assert banners.release() == RULE
+    assert banners.feed(RULE + b"a\nb\n") == b""
+    assert banners.feed(b"c\n") == RULE + b"a\nb\nc\n"
+    assert banners.feed(BANNER[:-10]) == banners.release() == b""
+    assert banners.finish() == b""
+
+
+def test_one_process_without_n(tmp_path: Path) -> None:
+    script = "import json, os, sys\nprint(json.dumps([__name__, sys.argv[1:], os.environ['XLA_FLAGS'], sys.path[0]]))"
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    path = tmp_path / "train.py"
+    path.write_text(script)
+    run = subprocess.run(
+        [sys.executable, "-m", "bactrian.driver.cli", "run", "--devices", "3", str(path), "-n", "x"],
+        env=environment | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    flags = "--xla_force_host_platform_device_count=3"
+    assert json.loads(run.stdout) == ["__main__", ["-n", "x"], flags, str(tmp_path)]

@@ -1,0 +1,191 @@
+"""The command bactrian-opt."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+from jaxlib.mlir import ir
+
+from bactrian.driver import opt
+from bactrian.passes.frame import registry
+from bactrian.passes.frame.base import Pass, PassContext
+from bactrian.passes.frame.pipeline import Element
+from bactrian.passes.frame.verify_diagnostics import parse_expectations
+
+MODULE = """func.func public @main(%arg0: tensor<f32>) -> tensor<f32> {
+  %0 = call @f(%arg0) : (tensor<f32>) -> tensor<f32>
+  return %0 : tensor<f32>
+}
+func.func private @f(%arg0: tensor<f32>) -> tensor<f32> {
+  %c = stablehlo.constant dense<1.0> : tensor<64xf32>
+  %0 = stablehlo.tanh %arg0 : tensor<f32>
+  return %0 : tensor<f32>
+}
+"""
+BAD = "func.func public @main(%arg0: tensor<f32>) -> tensor<f32> {\n  return %arg0 : tensor<f32>\n}\n"
+
+
+@pytest.fixture
+def source(tmp_path):
+    path = tmp_path / "in.mlir"
+    path.write_text(MODULE)
+    return str(path)
+
+
+def test_flags_run_in_their_order(source, capfd) -> None:
+    assert opt.main([source, "--flatten-calls", "--cse", "--mlir-print-ir-after-all", "--mlir-pass-statistics"]) == 0
+    out, err = capfd.readouterr()
+    assert "stablehlo.tanh" in out and "call @" not in out
+    assert err.index("IR Dump After FlattenCalls: flatten-calls") < err.index("IR Dump After CSEPass")
+    assert "1 num-inlined" in err
+
+
+def test_a_pipeline_string_does_the_same(source, capfd) -> None:
+    assert opt.main([source, "--pass-pipeline=builtin.module(flatten-calls,func.func(cse))"]) == 0
+    assert "call @" not in capfd.readouterr().out
+
+
+def test_input_from_stdin_and_output_to_a_file(source, tmp_path) -> None:
+    out = tmp_path / "out.mlir"
+    command = [
+        sys.executable,
+        "-m",
+        "bactrian.driver.opt",
+        "-",
+        "-o",
+        str(out),
+        "--flatten-calls",
+        "--cse",
+        "--mlir-timing",
+    ]
+    done = subprocess.run(command, input=MODULE, capture_output=True, text=True, check=True)
+    assert done.stdout == "" and "FlattenCalls" in done.stderr
+    assert "stablehlo.tanh" in out.read_text()
+
+
+def test_large_constants_are_left_out(source, capfd) -> None:
+    assert opt.main([source, "--mlir-elide-elementsattrs-if-larger=4", "--mlir-print-debuginfo"]) == 0
+    out = capfd.readouterr().out
+    assert "loc(" in out and "call @f" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "text"),
+    [
+        (["--flaten-calls"], 3, "nearest: flatten-calls"),
+        (["--flatten-calls", "--pass-pipeline=cse"], 3, "not by two of them"),
+        (["--flatten-calls=depth=3"], 3, "pass flatten-calls has no option 'depth'"),
+        (["--verify-program"], 3, "module is not flat"),
+        (["--run-reproducer"], 3, "is no reproducer"),
+    ],
+)
+def test_exit_codes(source, capfd, words: list[str], code: int, text: str) -> None:
+    assert opt.main([source, *words]) == code
+    assert text in capfd.readouterr().err
+
+
+def test_usage_and_missing_files(capfd) -> None:
+    with pytest.raises(SystemExit) as caught:
+        opt.main(["a.mlir", "b.mlir"])
+    assert caught.value.code == 2
+    assert opt.main(["no-such-file.mlir"]) == 3
+    assert "cannot read no-such-file.mlir" in capfd.readouterr().err
+
+
+def test_errors_name_the_file_and_the_line(tmp_path, capfd) -> None:
+    path = tmp_path / "bad.mlir"
+    path.write_text(f"{BAD}// -----\n{BAD}")
+    assert opt.main([str(path), "--split-input-file", "--verify-program"]) == 3
+    err = capfd.readouterr().err
+    assert f"{path}:1:1: error: program has no gradient boundary" in err
+    assert f"{path}:5:1: error: program has no gradient boundary" in err
+    path.write_text("func.func @x(\n  nonsense")
+    assert opt.main([str(path)]) == 3
+    assert f"{path}:1:14: error: " in capfd.readouterr().err
+
+
+def test_verify_diagnostics_complains_about_both_sides(tmp_path, capfd) -> None:
+    path = tmp_path / "bad.mlir"
+    path.write_text(f"// expected-error@+1 {{{{something else}}}}\n{BAD}")
+    assert opt.main([str(path), "--verify-program", "--verify-diagnostics"]) == 1
+    err = capfd.readouterr().err
+    assert "bad.mlir:2: unexpected error: " in err
+    assert "bad.mlir:1: expected error 'something else' at 2 was not produced" in err
+
+
+def test_expectation_places() -> None:
+    text = "op\n// expected-error@above {{a}}\n// expected-warning@-2 {{b}}\n// expected-remark@below {{c}}\n"
+    text += "// expected-error@+1 {{d}} expected-error@unknown {{e}}\nop // expected-remark {{f}}\n"
+    found = [(e.severity, e.line, e.text) for e in parse_expectations(text)]
+    assert found == [
+        ("error", 1, "a"),
+        ("warning", 1, "b"),
+        ("remark", 7, "c"),
+        ("error", 6, "d"),
+        ("error", None, "e"),
+        ("remark", 6, "f"),
+    ]
+
+
+def test_pass_flags_are_taken_out_in_order() -> None:
+    rest, elements = opt.split_pass_flags(["--b=x=1 y=2", "in", "-o", "f", "--a", "--mlir-timing"], ["--mlir-timing"])
+    assert rest == ["in", "-o", "f", "--mlir-timing"]
+    assert elements == [Element("b", (("x", "1"), ("y", "2"))), Element("a")]
+
+
+def test_a_reproducer_runs(tmp_path, capfd) -> None:
+    path = tmp_path / "r.mlir"
+    path.write_text(f"// bactrian-opt reproducer\n// pipeline: builtin.module(flatten-calls)\n{MODULE}")
+    assert opt.main(["--run-reproducer", str(path)]) == 0
+    assert "call @" not in capfd.readouterr().out
+
+
+@dataclass(frozen=True)
+class Crash(Pass):
+    """Fails as a pass with a bug does."""
+
+    name: ClassVar[str] = "crash"
+    summary: ClassVar[str] = "Fail"
+
+    def apply(self, module: ir.Module, ctx: PassContext) -> None:
+        raise IndexError("off by one")
+
+
+def test_a_crash_leaves_a_reproducer_that_crashes_again(source, tmp_path, capfd, monkeypatch) -> None:
+    monkeypatch.setitem(registry.PASSES, "crash", f"{__name__}:Crash")
+    folder = tmp_path / "reproducers"
+    words = ["--flatten-calls", "--crash", "--cse", f"--reproducer-dir={folder}"]
+    assert opt.main([source, *words]) == 5
+    err = capfd.readouterr().err
+    assert "pass crash failed\n  why: IndexError: off by one" in err
+    assert opt.main([source, "--crash", "--verify-diagnostics"]) == 5
+    assert "off by one" in capfd.readouterr().err
+    (path,) = folder.iterdir()
+    assert f"--run-reproducer {path}" in err
+    assert "call @" not in path.read_text()
+    assert opt.main(["--run-reproducer", str(path), f"--reproducer-dir={folder}"]) == 5
+    assert "off by one" in capfd.readouterr().err
+
+
+def test_the_list_of_passes_and_help(capfd) -> None:
+    assert opt.main(["--list-passes"]) == 0
+    assert "--flatten-calls" in capfd.readouterr().out
+    assert opt.main(["--list-passes=json"]) == 0
+    row = json.loads(capfd.readouterr().out)[0]
+    assert row["name"] == "flatten-calls" and row["statistics"][0]["name"] == "num-inlined"
+    with pytest.raises(SystemExit):
+        opt.main(["--help"])
+    assert "--verify-diagnostics" in capfd.readouterr().out
+
+
+def test_it_imports_no_jax_mpi_or_gpu_library(source) -> None:
+    program = (
+        "import sys; from bactrian.driver import opt; code = opt.main(sys.argv[1:]); "
+        "found = {'jax', 'mpi4py', 'cupy'} & set(sys.modules); assert not found, found; sys.exit(code)"
+    )
+    subprocess.run([sys.executable, "-c", program, source, "--flatten-calls"], check=True, stdout=subprocess.DEVNULL)

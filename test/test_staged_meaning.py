@@ -1,0 +1,430 @@
+"""The staged module computes what the captured one computes: random small programs, both run by a numpy evaluator.
+
+The evaluator also plays the part of a careful runtime: a donated buffer is gone, an accumulator is carried from microbatch
+to microbatch, and a state piece lives on from step to step on its stage only.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+from bactrian.passes.frame.context import make_context
+from bactrian.passes.frame.pipeline import run_pipeline
+from bactrian.passes.program import (
+    Dataflow,
+    argument_roles,
+    body,
+    boundary_words,
+    custom_call_target,
+    find_boundary,
+    integer,
+    main_function,
+    phase_of,
+    result_updates,
+)
+from jaxlib.mlir import ir
+
+Array = np.ndarray[Any, Any]
+Env = dict[ir.Value, Array]
+PASSES = "clone-cheap-ops,accumulate-gradients,split-stages{donate=%s},schedule-microbatches"
+
+_BINARY: dict[str, Callable[..., Array]] = {
+    "add": np.add,
+    "subtract": np.subtract,
+    "multiply": np.multiply,
+    "divide": np.divide,
+    "maximum": np.maximum,
+    "minimum": np.minimum,
+    "and": np.bitwise_and,
+    "negate": np.negative,
+    "cosine": np.cos,
+    "transpose": np.transpose,
+}
+
+
+# --- The evaluator ---------------------------------------------------------------------------------------------------
+
+
+def _type(value: ir.Value) -> tuple[tuple[int, ...], Any]:
+    tensor = ir.RankedTensorType(value.type)
+    kinds = {"f64": np.float64, "i32": np.int32, "i1": np.bool_}
+    return tuple(tensor.shape), kinds[str(tensor.element_type)]
+
+
+def _constant(op: ir.Operation) -> Array:
+    shape, kind = _type(op.results[0])
+    attribute = ir.DenseElementsAttr(op.attributes["value"])
+    assert attribute.is_splat
+    return np.full(shape, attribute.get_splat_value().value, kind)
+
+
+def evaluate(op: ir.Operation, env: Env, microbatch: int | None) -> None:
+    """Run one op, its regions included."""
+    args = [env[value] for value in op.operands]
+    name = op.name.removeprefix("stablehlo.")
+    if name in _BINARY:
+        outs = [_BINARY[name](*args)]
+    elif name == "constant":
+        outs = [_constant(op)]
+    elif name == "broadcast_in_dim":
+        outs = [np.broadcast_to(args[0], _type(op.results[0])[0])]
+    elif name == "reshape":
+        outs = [args[0].reshape(_type(op.results[0])[0])]
+    elif name == "concatenate":
+        outs = [np.concatenate(args)]
+    elif name == "reduce":
+        inner = op.regions[0].blocks[0].operations[0].operation.name.removeprefix("stablehlo.")
+        outs = [args[1]]
+        for item in args[0].reshape(-1):
+            outs = [_BINARY[inner](outs[0], item)]
+    elif name == "optimization_barrier":
+        outs = args
+    elif name == "case":
+        branch = op.regions[int(np.clip(args[0], 0, len(op.regions) - 1))].blocks[0]
+        outs = run_block(branch, dict(env), microbatch)
+    elif name == "dynamic_update_slice":
+        place = tuple(slice(int(at), int(at) + size) for at, size in zip(args[2:], args[1].shape, strict=True))
+        outs = [args[0].copy()]
+        outs[0][place] = args[1]
+    elif custom_call_target(op) == "bactrian.microbatch_index":
+        assert microbatch is not None
+        outs = [np.asarray(microbatch, np.int32)]
+    else:
+        raise NotImplementedError(op.name)
+    env.update(zip(op.results, outs, strict=True))
+
+
+def run_block(block: ir.Block, env: Env, microbatch: int | None) -> list[Array]:
+    """Run a straight-line block to its return."""
+    for view in block.operations:
+        if view.operation.name in ("func.return", "stablehlo.return"):
+            return [env[value] for value in view.operation.operands]
+        evaluate(view.operation, env, microbatch)
+    raise AssertionError("no return")
+
+
+def _reduce(how: str, values: list[Array]) -> Array:
+    if how == "concat":
+        return np.concatenate(values)
+    return {"last": values[-1], "sum": sum(values), "mean": sum(values) / len(values)}[how]  # type: ignore[return-value]
+
+
+def run_captured(module: ir.Module, state: dict[int, Array], batches: list[dict[int, Array]]) -> list[Array]:
+    """One step of the captured ``@main``: everything above the boundary once per microbatch."""
+    main = main_function(module)
+    boundary = find_boundary(main)
+    operations = [view.operation for view in body(main).operations]
+    split = operations.index(boundary)
+    arguments = list(body(main).arguments)
+    rows: list[list[Array]] = []
+    env: Env = {}
+    for microbatch, batch in enumerate(batches):
+        env = {arguments[i]: value for i, value in {**state, **batch}.items()}
+        for op in operations[:split]:
+            evaluate(op, env, microbatch)
+        rows.append([env[value] for value in boundary.operands])
+    for number, how in enumerate(boundary_words(boundary, "reductions")):
+        env[boundary.results[number]] = _reduce(how, [row[number] for row in rows])
+    for op in operations[split + 1 : -1]:
+        evaluate(op, env, None)
+    return [env[value] for value in operations[-1].operands]
+
+
+@dataclass
+class StagedRun:
+    """The staged module, run step by step; ``pieces`` is the state, by (argument, stage)."""
+
+    module: ir.Module
+    pieces: dict[tuple[int, int], Array]
+    functions: dict[str, ir.Operation] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for view in self.module.body.operations:
+            if view.operation.name == "func.func":
+                self.functions[ir.StringAttr(view.operation.attributes["sym_name"]).value] = view.operation
+
+    def step(self, batches: list[dict[int, Array]]) -> dict[int, list[Array]]:
+        """Run a step; returns each captured result's pieces, and keeps the next state."""
+        main = self.functions["main"]
+        operations = [view.operation for view in body(main).operations]
+        once: Env = {}
+        per_microbatch: list[tuple[int, ir.Value]] = []
+        for value, entry in zip(body(main).arguments, _entries(main, "arg_attrs"), strict=True):
+            if "bactrian.argument" not in entry:
+                per_microbatch.append((-1, value))
+                continue
+            argument = ir.IntegerAttr(entry["bactrian.argument"]).value
+            if ir.StringAttr(entry["bactrian.role"]).value == "batch":
+                per_microbatch.append((argument, value))
+            else:
+                once[value] = self.pieces[argument, _stage(value)]
+        carried: dict[tuple[str, int], Array] = {}
+        calls = {name: [op for op in operations if phase_of(op) == name] for name in ("initialize", "update")}
+        middle = [op for op in operations[:-1] if phase_of(op) not in calls]
+        for op in calls["initialize"]:
+            self._run(op, once, None, carried)
+        for microbatch, batch in enumerate(batches):
+            for argument, value in per_microbatch:
+                once[value] = np.asarray(microbatch, np.int32) if argument < 0 else batch[argument]
+            for op in middle:
+                self._run(op, once, microbatch, carried)
+        for op in calls["update"]:
+            self._run(op, once, None, carried)
+        return self._finish(main, operations[-1], once)
+
+    def _finish(self, main: ir.Operation, end: ir.Operation, env: Env) -> dict[int, list[Array]]:
+        results: dict[int, list[Array]] = {}
+        fresh: dict[tuple[int, int], Array] = {}
+        updated: set[int] = set()
+        for value, entry in zip(end.operands, _entries(main, "res_attrs"), strict=True):
+            results.setdefault(ir.IntegerAttr(entry["bactrian.result"]).value, []).append(env[value])
+            if "bactrian.updates" in entry:
+                argument = ir.IntegerAttr(entry["bactrian.updates"]).value
+                fresh[argument, _stage(value)] = env[value]
+                updated.add(argument)
+        stages = {(a, s): None for a, s in self.read_pieces(main)}
+        stale = [piece for piece in stages if piece[0] in updated and piece not in fresh]
+        assert not stale, f"pieces that nobody brings up to date: {stale}"
+        self.pieces.update(fresh)
+        return results
+
+    @staticmethod
+    def read_pieces(main: ir.Operation) -> list[tuple[int, int]]:
+        """(argument, stage) of every argument piece."""
+        entries = zip(body(main).arguments, _entries(main, "arg_attrs"), strict=True)
+        return [
+            (ir.IntegerAttr(entry["bactrian.argument"]).value, _stage(value))
+            for value, entry in entries
+            if "bactrian.argument" in entry
+        ]
+
+    def _run(self, op: ir.Operation, env: Env, microbatch: int | None, carried: dict[tuple[str, int], Array]) -> None:
+        if op.name == "mpmd.transfer":
+            env[op.results[0]] = env[op.operands[0]]
+            return
+        symbol = ir.FlatSymbolRefAttr(op.attributes["callee"]).value
+        function = self.functions[symbol]
+        entries = _entries(function, "arg_attrs")
+        inputs = [
+            carried[symbol, number] if (symbol, number) in carried else env[value]
+            for number, value in enumerate(op.operands)
+        ]
+        outputs = run_block(body(function), dict(zip(body(function).arguments, inputs, strict=True)), microbatch)
+        for number, entry in enumerate(entries):
+            if "tf.aliasing_output" not in entry:
+                continue
+            alias = ir.IntegerAttr(entry["tf.aliasing_output"]).value
+            assert body(function).arguments[number].type == op_type(function, alias)
+            env.pop(op.operands[number], None)  # its buffer is gone
+            if "bactrian.accumulator" in entry:
+                carried[symbol, number] = outputs[alias]
+        env.update(zip(op.results, outputs, strict=True))
+
+
+def op_type(function: ir.Operation, number: int) -> ir.Type:
+    """The type of a function's result."""
+    return ir.FunctionType(ir.TypeAttr(function.attributes["function_type"]).value).results[number]
+
+
+def _entries(op: ir.Operation, key: str) -> list[ir.DictAttr]:
+    return [ir.DictAttr(a) for a in ir.ArrayAttr(op.attributes[key])] if key in op.attributes else []
+
+
+def _stage(value: ir.Value) -> int:
+    return int(str(value.type).split('"stage')[1].split('"')[0])
+
+
+# --- Comparing -------------------------------------------------------------------------------------------------------
+
+
+def assign_randomly(module: ir.Module, num_stages: int, rng: random.Random) -> None:
+    """Stages that respect the data flow: forward edges never go down, backward edges never up."""
+    main = main_function(module)
+    flow = Dataflow.of(main)
+    stages = [0] * len(flow.ops)
+    for index, op in enumerate(flow.ops):
+        phase = phase_of(op)
+        if phase is None:
+            continue
+        sources = [flow.producer[v] for v in flow.operands[index] if flow.producer[v] >= 0]
+        same = [stages[source] for source in sources if phase_of(flow.ops[source]) == phase]
+        low = max(same, default=0) if phase == "forward" else 0
+        high = min(same, default=num_stages - 1) if phase == "backward" else num_stages - 1
+        stages[index] = rng.randint(low, high)
+        op.attributes["bactrian.stage"] = integer(stages[index])
+
+
+def check(text: str, count: int, num_stages: int, schedule: str, rng: random.Random, donate: bool = True) -> ir.Module:
+    """Stage a program and compare two steps of it with the captured one; returns the staged module."""
+    header = f'bactrian.num_microbatches = {count} : i64, bactrian.schedule = "{schedule}"'
+    source = f"module attributes {{{header}, bactrian.num_stages = {num_stages} : i64}} {{\n{text}\n}}"
+    with make_context() as context:
+        captured = ir.Module.parse(source, context)
+        staged = ir.Module.parse(source, context)
+        run_pipeline(staged, "infer-phases")
+        if "bactrian.stage =" not in text:
+            assign_randomly(staged, num_stages, rng)
+        run_pipeline(staged, PASSES % str(donate).lower())
+        _compare(captured, staged, count, np.random.default_rng(rng.randint(0, 1 << 30)))
+    return staged
+
+
+def _compare(captured: ir.Module, staged: ir.Module, count: int, draw: np.random.Generator) -> None:
+    main = main_function(captured)
+    shapes = [_type(value)[0] for value in body(main).arguments]
+    roles, updates = argument_roles(main), result_updates(main)
+    state = {i: draw.normal(size=shapes[i]) for i, role in enumerate(roles) if role != "batch"}
+    run = StagedRun(staged, {})
+    run.pieces = {(a, s): state[a] for a, s in run.read_pieces(run.functions["main"]) if a in state}
+    for _ in range(2):
+        batches = [{i: draw.normal(size=shapes[i]) for i, r in enumerate(roles) if r == "batch"} for _ in range(count)]
+        wanted = run_captured(captured, state, batches)
+        found = run.step(batches)
+        assert sorted(found) == list(range(len(wanted)))
+        for number, value in enumerate(wanted):
+            for piece in found[number]:
+                np.testing.assert_allclose(piece, value, rtol=1e-6, atol=1e-6)
+        state |= {updated: wanted[n] for n, updated in enumerate(updates) if updated is not None}
+
+
+# --- Random programs -------------------------------------------------------------------------------------------------
+
+TYPES = ("tensor<f64>", "tensor<4xf64>", "tensor<6x8xf64>")  # the last is no small value
+
+
+class Generator:
+    """Writes a random program; every value is kept bounded by cosines."""
+
+    def __init__(self, rng: random.Random, count: int) -> None:
+        self.rng, self.count = rng, count
+        self.lines: list[str] = []
+        self.types: dict[str, str] = {}
+        self.free: set[str] = set()  # what doesn't depend on the batch
+        self.below = False
+
+    def program(self) -> str:
+        """The text of ``@main``."""
+        rng, header = self.rng, []
+        arguments = [("state", rng.choice(TYPES)) for _ in range(rng.randint(1, 4))]
+        arguments += [("constant", rng.choice(TYPES))] + [("batch", kind) for kind in rng.sample(TYPES, 2)]
+        for number, (role, kind) in enumerate(arguments):
+            header.append(f'%a{number}: {kind} {{bactrian.role = "{role}"}}')
+            self._define(f"%a{number}", kind, free=role != "batch")
+        for _ in range(rng.randint(3, 14)):
+            self._op()
+        self._boundary()
+        self.below = True
+        for _ in range(rng.randint(0, 10)):
+            self._op()
+        results: list[str] = []
+        for number, (role, kind) in enumerate(arguments):
+            if role == "state":
+                results.append(f"{self._pick(kind)} : {kind} {{bactrian.updates = {number} : i64}}")
+        results += [f"{name} : {self.types[name]} {{}}" for name in rng.sample(self._known(), rng.randint(0, 2))]
+        rng.shuffle(results)
+        names = [entry.split(" : ", 1)[0] for entry in results]
+        kinds = [entry.split(" : ", 1)[1] for entry in results]
+        plain = ", ".join(kind.split(" {", maxsplit=1)[0] for kind in kinds)
+        self.lines.append(f"return {', '.join(names)} : {plain}")
+        inner = "\n  ".join(self.lines)
+        return f"func.func public @main({', '.join(header)}) -> ({', '.join(kinds)}) {{\n  {inner}\n}}"
+
+    def _define(self, name: str, kind: str, free: bool) -> str:
+        self.types[name] = kind
+        if free:
+            self.free.add(name)
+        return name
+
+    def _known(self) -> list[str]:
+        return [name for name in self.types if name in self.free or not self.below]
+
+    def _pick(self, kind: str) -> str:
+        """A value of a type, recent ones more often; a new constant where there is none."""
+        found = [name for name in self._known() if self.types[name] == kind]
+        if found and self.rng.random() < 0.95:
+            return found[max(self.rng.randrange(len(found)), self.rng.randrange(len(found)))]
+        return self._emit(f"stablehlo.constant dense<{self.rng.uniform(-1, 1):.3f}> : {kind}", kind, [])
+
+    def _emit(self, text: str, kind: str, reads: list[str], count: int = 1, free: bool = True) -> str:
+        name = f"%v{len(self.lines)}"
+        self.lines.append(f"{name}{f':{count}' * (count > 1)} = {text}")
+        free = free and all(read in self.free for read in reads)
+        if count == 1:
+            return self._define(name, kind, free)
+        return [self._define(f"{name}#{i}", kind, free) for i in range(count)][-1]
+
+    def _op(self) -> None:
+        kind = self.rng.choice(TYPES)
+        a, b = self._pick(kind), self._pick(kind)
+        which = self.rng.randrange(10)
+        if which < 4:
+            name = self.rng.choice(("add", "add", "subtract", "maximum"))
+            value = self._emit(f"stablehlo.{name} {a}, {b} : {kind}", kind, [a, b])
+            self._emit(f"stablehlo.cosine {value} : {kind}", kind, [value])
+        elif which < 6:
+            name = self.rng.choice(("add", "add", "multiply"))
+            self._emit(f"stablehlo.{name} {a}, {b} : {kind}", kind, [a, b])
+        elif which == 6:
+            scalar = self._pick(TYPES[0])
+            self._emit(
+                f"stablehlo.broadcast_in_dim {scalar}, dims = [] : ({TYPES[0]}) -> {kind}", kind, [scalar]
+            )
+        elif which == 7:
+            self._emit(f"stablehlo.optimization_barrier {a}, {b} : {kind}, {kind}", kind, [a, b], count=2)
+        elif which == 8:
+            self._case(kind, a, b)
+        else:
+            self._sum(kind, a)
+
+    def _case(self, kind: str, a: str, b: str) -> None:
+        index = "stablehlo.constant dense<1> : tensor<i32>"
+        if not self.below and self.rng.random() < 0.5:
+            index = "stablehlo.custom_call @bactrian.microbatch_index() : () -> tensor<i32>"
+        number = f"%i{len(self.lines)}"
+        self.lines.append(f"{number} = {index}")
+        end = f"stablehlo.return %r : {kind}"
+        regions = "}, {\n".join(f"%r = stablehlo.{op} {a}, {b} : {kind}\n {end}" for op in ("add", "minimum"))
+        text = f'"stablehlo.case"({number}) ({{\n{regions}}}) : (tensor<i32>) -> {kind}'
+        self._emit(text, kind, [a, b], free="constant" in index)
+
+    def _sum(self, kind: str, a: str) -> None:
+        zero = self._emit("stablehlo.constant dense<0.0> : tensor<f64>", TYPES[0], [])
+        dims = {TYPES[0]: "", TYPES[1]: "0", TYPES[2]: "0, 1"}[kind]
+        text = f"stablehlo.reduce({a} init: {zero}) applies stablehlo.add across dimensions = [{dims}]"
+        total = self._emit(f"{text} : ({kind}, {TYPES[0]}) -> {TYPES[0]}", TYPES[0], [a])
+        self._emit(f"stablehlo.cosine {total} : {TYPES[0]}", TYPES[0], [total])
+
+    def _boundary(self) -> None:
+        names = self.rng.choices([*self.types], k=self.rng.randint(1, 5))
+        kinds = [self.rng.choice(("loss", "aux", "gradient", "gradient")) for _ in names]
+        hows = [self.rng.choice(("mean", "mean", "sum", "last")) for _ in names]
+        types = [self.types[name] for name in names]
+        results = list(types)
+        for number, kind in enumerate(types):
+            if kind == TYPES[1] and self.rng.random() < 0.3:
+                hows[number], results[number] = "concat", f"tensor<{4 * self.count}xf64>"
+        config = f'{{kinds = "{",".join(kinds)}", reductions = "{",".join(hows)}"}}'
+        count = f":{len(names)}" * (len(names) > 1)
+        self.lines.append(
+            f"%b{count} = stablehlo.custom_call @bactrian.gradient_boundary({', '.join(names)}) "
+            f"{{mhlo.backend_config = {config}}} : ({', '.join(types)}) -> ({', '.join(results)})"
+        )
+        for number, kind in enumerate(results):
+            self._define(f"%b#{number}" if count else "%b", kind, free=True)
+
+
+@pytest.mark.parametrize("block", range(4))
+def test_random_programs(block: int) -> None:
+    for seed in range(50 * block, 50 * block + 50):
+        rng = random.Random(seed)
+        count = rng.randint(1, 3)
+        text = Generator(rng, count).program()
+        try:
+            check(text, count, rng.randint(1, 4), rng.choice(("gpipe", "1f1b")), rng, rng.random() < 0.7)
+        except Exception as error:
+            raise AssertionError(f"seed {seed}:\n{text}") from error
