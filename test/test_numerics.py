@@ -32,9 +32,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """The cover, or with ``--long`` the whole product."""
     if "row" in metafunc.fixturenames:
         long = metafunc.config.getoption("--long", default=False)
-        rows = (
-            numerics.product(FACTORS | {"model": tuple(models.MODELS)}) if long else numerics.pairwise_cover(FACTORS)
-        )
+        rows = numerics.product(FACTORS | {"model": tuple(models.MODELS)}) if long else numerics.pairwise_cover(FACTORS)
         metafunc.parametrize("row", rows, ids=[models.train_case(**row).name for row in rows])
 
 
