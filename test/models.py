@@ -673,10 +673,11 @@ def chain(names: str, stages: int, microbatches: int, reduction: str = "mean") -
 def weightless(stages: int) -> Built:
     """The middle stage has neither weights nor a result: with ``stages=2``, only a middle layer."""
     params = matrices("a", "d")
+    rotation = np.linalg.qr(matrices("fixed")["fixed"])[0]
 
     def loss(params: Any, batch: Any) -> jax.Array:
         x = bactrian.stage_boundary(jnp.tanh(batch["x"] @ params["a"]))
-        x = jnp.sin(3.0 * jnp.tanh(x)) * jax.nn.sigmoid(x)
+        x = jnp.sin(3.0 * x @ rotation) * jax.nn.sigmoid(x)
         if stages == 3:
             x = bactrian.stage_boundary(x)
         return squared_error(x @ params["d"], batch["y"])

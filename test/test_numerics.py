@@ -89,10 +89,8 @@ def test_same_gradients_as_the_whole_batch() -> None:
 
 
 BITWISE = [
-    models.train_case(model, "adamw", stages=stages, schedule=schedule)
-    for model, (stages, schedule) in itertools.product(
-        ("mlp/plain", "gpt-tied-dropout/linen"), ((2, "gpipe"), (2, "1f1b"), (4, "1f1b"))
-    )
+    *(models.train_case("mlp/plain", "adamw", stages=s, schedule=x) for s, x in ((2, "gpipe"), (2, "1f1b"), (4, "1f1b"))),
+    models.train_case("gpt-tied-dropout/linen", "adamw", stages=3),
 ]
 
 
@@ -101,13 +99,21 @@ def test_bits_of_the_same_functions_run_serially(case: models.Case) -> None:
     """Whatever the schedule and the timing, the bits are those of the stage functions one after another."""
     built = case.make()
     compiled = bactrian.parallelize(built.step, **built.options).trace(built.state, *built.batches[0]).plan().compile()
-    if not hasattr(compiled, "stage_functions"):
-        pytest.skip("the compiled step does not show its stage functions")
+    program, functions = compiled.session.staged.program, compiled.session.functions
+    homes = {call.function: compiled.session.devices[call.stage] for call in program.calls}
+
+    def alone(symbol: str) -> Any:
+        def call(*inputs: np.ndarray) -> Any:  # on copies, since the function may donate what it gets
+            return functions[symbol]([jax.device_put(x, homes[symbol], may_alias=False) for x in inputs])
+
+        return call
+
     arguments = [np.asarray(x) for x in jax.tree.leaves((built.state, *built.batches[0]))]
-    serial = numerics.run_serially(compiled.program, compiled.stage_functions, arguments)
+    serial = numerics.run_serially(program, {symbol: alone(symbol) for symbol in functions}, arguments)
     ours = jax.tree.leaves(bactrian.gather(compiled(built.state, *built.batches[0])))
+    assert len(serial) == len(ours)
     for number, array in serial.items():
-        np.testing.assert_array_equal(np.asarray(ours[number]).view(np.uint8), np.asarray(array).view(np.uint8))
+        assert np.asarray(ours[number]).tobytes() == array.tobytes()
 
 
 def test_a_run_gives_the_same_bits_twice() -> None:
