@@ -160,6 +160,10 @@ class Parallelized:
         self._last = self._compiled[signature]
         return self._last(*args, **kwargs)
 
+    def with_options(self, **changes: Any) -> Parallelized:
+        """The same step with some options of ``parallelize`` changed, as in ``num_microbatches=8``."""
+        return Parallelized(self.fun, _Options(**{"cluster": None} | vars(self.options) | changes))
+
     def trace(self, *args: Any, **kwargs: Any) -> Traced:
         """Trace the step at microbatch size; arguments may be abstract (``jax.ShapeDtypeStruct``). Needs no device."""
         return Traced(self._capture(args, kwargs), self.options)

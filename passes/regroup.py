@@ -148,16 +148,16 @@ def _concatenated_fold(op: ir.Operation, small_bytes: int) -> _Fold | None:
 
 def _is_identity(kind: str, init: ir.Value) -> bool:
     """Whether folding ``init`` in changes nothing. In doubt it is one more value to fold."""
-    if not _is_constant(init):
+    owner = init.owner
+    if isinstance(owner, ir.Block) or owner.operation.name != "stablehlo.constant":
         return False
-    value = ir.DenseElementsAttr(init.owner.operation.attributes["value"])
-    splat = value.get_splat_value()
-    number = splat.value if hasattr(splat, "value") else None
+    number = getattr(ir.DenseElementsAttr(owner.operation.attributes["value"]).get_splat_value(), "value", None)
+    is_bool = str(ir.RankedTensorType(init.type).element_type) == "i1"
     expected: dict[str, tuple[object, ...]] = {
         "stablehlo.add": (0, 0.0),
         "stablehlo.or": (0, False),
         "stablehlo.xor": (0, False),
-        "stablehlo.and": (True if "i1" in str(value.type) else -1,),
+        "stablehlo.and": (True if is_bool else -1,),
         "stablehlo.multiply": (1, 1.0),
         "stablehlo.maximum": (float("-inf"),),
         "stablehlo.minimum": (float("inf"),),

@@ -11,7 +11,6 @@ from jaxlib.mlir.dialects import func
 from bactrian.passes.frame.base import Pass, PassContext, Statistic, option
 from bactrian.passes.program import (
     UPDATE,
-    body,
     boundary_words,
     find_boundary,
     integer,
@@ -325,7 +324,7 @@ class _Emitter:
                 here[value, crossing.target, crossing.once] = self._transfer(result, crossing)
 
     def _transfer(self, value: ir.Value, crossing: Crossing) -> ir.Value:
-        attributes = {"bactrian.phase": ir.StringAttr.get(UPDATE)} if crossing.once else {}
+        attributes: dict[str, ir.Attribute] = {"bactrian.phase": ir.StringAttr.get(UPDATE)} if crossing.once else {}
         return ir.Operation.create(
             "mpmd.transfer",
             results=[self._mesh_type(crossing.value, crossing.target)],
