@@ -243,11 +243,13 @@ class _Traffic:
     def __init__(self, program: StagedProgram, stage: int) -> None:
         self._program, self._stage = program, stage
         self._phase_of = {value: call.phase for call in program.calls for value in call.outputs}
+        trains = any(call.phase in ("backward", "forward_backward") for call in program.calls)
+        self._roles = ("state",) if trains else ("state", "constant")
         self._calls = [call for call in program.calls if call.stage == stage]
 
     def state_values(self, phase_matches: Callable[[str], bool]) -> list[int]:
-        """State pieces that functions of matching phases read."""
-        state = {piece.value for piece in self._program.arguments if piece.role == "state"}
+        """State pieces that functions of matching phases read; read-only arguments, too, if nothing is trained."""
+        state = {piece.value for piece in self._program.arguments if piece.role in self._roles}
         read = {value for call in self._calls if phase_matches(call.phase) for value in call.inputs}
         here = {value for value in state if self._program.values[value].stage == self._stage}
         return sorted(read & here)
