@@ -86,14 +86,12 @@ class InferPhases(Pass):
         """Write ``bactrian.phase`` and order the ops around the boundary."""
         main = main_function(module)
         _hoist_microbatch_index(main)
+        forward = _forward(main)
         _drop_unused_results(main, ctx)
         boundary = find_boundary(main)
         flow = Dataflow.of(main)
         split = flow.ops.index(boundary)
-        kinds = boundary_words(boundary, "kinds")
-        reads = flow.operands[split]
-        above = flow.ancestors(list(reads))
-        forward = flow.ancestors([value for value, kind in zip(reads, kinds, strict=True) if kind in _FORWARD_KINDS])
+        above = flow.ancestors(list(flow.operands[split]))
         below = _below(flow, split)
         if not self._check_bypass(flow, main, above, below, ctx):
             return
@@ -147,6 +145,17 @@ def _hoist_microbatch_index(main: ir.Operation) -> None:
     main.walk(visit)
     for op in nested:
         op.move_before(top_level(op, body(main)))
+
+
+def _forward(main: ir.Operation) -> list[bool]:
+    """What the loss, aux values and outputs depend on, those that no result reads included: a step may drop its loss.
+
+    Dropping what is unused leaves the positions of the ops above the boundary as they are.
+    """
+    boundary = find_boundary(main)
+    flow = Dataflow.of(main)
+    reads, kinds = flow.operands[flow.ops.index(boundary)], boundary_words(boundary, "kinds")
+    return flow.ancestors([value for value, kind in zip(reads, kinds, strict=True) if kind in _FORWARD_KINDS])
 
 
 def _drop_unused_results(main: ir.Operation, ctx: PassContext) -> None:
