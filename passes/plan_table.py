@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from bactrian.passes.plan import Option, Plan, StagePlan, add_known
 
 if TYPE_CHECKING:
-    from rich.console import Console, Group
+    from rich.console import Console, Group, RenderableType
     from rich.table import Table
     from rich.text import Text
 
@@ -295,9 +295,14 @@ def stage_reasons(plan: Plan, stage: StagePlan) -> list[str]:
 
 def plan_text(plan: Plan) -> str:
     """The plan's table as plain text."""
+    return to_text(render_plan(plan))
+
+
+def to_text(renderable: RenderableType) -> str:
+    """What rich prints, as plain text of at most 100 columns, without spaces at the ends of lines."""
     console = _console(record=False)
     with console.capture() as capture:
-        console.print(render_plan(plan))
+        console.print(renderable)
     return "\n".join(line.rstrip() for line in capture.get().splitlines())
 
 
@@ -311,12 +316,19 @@ def plan_html(plan: Plan) -> str:
 
 
 def show_plan(plan: Plan) -> None:
-    """Print the plan to the terminal, in colour where it has any."""
+    """Print the plan, in colour on a terminal."""
+    show(render_plan(plan))
+
+
+def show(renderable: RenderableType) -> None:
+    """Print to the terminal in colour, to anything else as plain text."""
     from rich.console import Console
 
     console = Console(highlight=False)
-    console = console if console.is_terminal else Console(highlight=False, width=WIDTH)
-    console.print(render_plan(plan))
+    if console.is_terminal:
+        console.print(renderable)
+    else:
+        print(to_text(renderable))
 
 
 def _console(record: bool) -> Console:
