@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -124,7 +125,7 @@ def chain(num_stages: int, num_microbatches: int, schedule: str = "1f1b") -> Sta
     for s in range(num_stages):
         new, total_here, new_shared = b.value(s, (WIDTH, WIDTH)), b.value(s), b.value(s, (WIDTH,))
         args = [weights[s], sums[s], *(b.move(n, s) for n in norms)]
-        extra = {"donated": (0, 1)}
+        extra = {"donated": (0,)}
         outs = [new, total_here]
         if s == 0:
             args, outs = [*args, shared], [*outs, new_shared]
@@ -142,6 +143,7 @@ def out_of(b: Builder, stage: int) -> int:
     return next(c.outputs[0] for c in b.calls if c.stage == stage and c.phase == "forward")
 
 
+@lru_cache
 def chain_functions(num_stages: int, *, donate: bool = True) -> dict[str, Callable[[list[Any]], Sequence[Any]]]:
     """The stage functions of `chain`, jitted; ``donate=False`` for the serial execution."""
     import jax
@@ -191,7 +193,7 @@ def chain_functions(num_stages: int, *, donate: bool = True) -> dict[str, Callab
     }
     for s in range(num_stages):
         functions[f"stage{s}.initialize"] = jitted(zeros_and_loss if s == last else zeros)
-        functions[f"stage{s}.update"], functions[f"stage{s}.update_1"] = norm, jitted(update, 0, 1)
+        functions[f"stage{s}.update"], functions[f"stage{s}.update_1"] = norm, jitted(update, 0)
         if s < last:
             functions[f"stage{s}.forward"], functions[f"stage{s}.backward"] = jitted(forward), jitted(backward, 2, 4)
     return functions

@@ -70,7 +70,7 @@ def test_a_doubled_instruction_is_found(program: StagedProgram, ranks: tuple[int
     lists = build_lists(program, ranks)
     for rank, one in enumerate(lists):
         for i, x in enumerate(one.instructions):
-            with pytest.raises(PassError, match=rf"(?s)rank \d, instruction \d+: |rank \d, at its end"):
+            with pytest.raises(PassError, match=r"(?s)rank \d, instruction \d+: |rank \d, at its end"):
                 check_lists(mutated(lists, rank, [*one.instructions[: i + 1], x, *one.instructions[i + 1 :]]))
 
 
@@ -122,9 +122,8 @@ def test_two_ranks_that_send_before_they_post_deadlock() -> None:
 def test_one_stage_on_one_rank_is_minimal() -> None:
     (only,) = build_lists(chain(1, 2), (0,))
     kinds = [type(x).__name__ for x in only.instructions]
-    assert kinds == ["Run", "Load", "Run", "Free", "Load", "Run", "Free", "Run", "Free", "Run", "Free", "Copy"][
-        : len(kinds)
-    ] or (set(kinds) == {"Run", "Load", "Free", "Copy"} and kinds.count("Run") == 5 and kinds.count("Copy") == 1)
+    microbatch = ["Load", "Run", "Free"]
+    assert kinds == ["Run", *microbatch, *microbatch, "Run", "Run", "Free", "Copy"]
 
 
 @pytest.mark.parametrize("schedule", ["1f1b", "gpipe"])
@@ -179,7 +178,7 @@ def test_an_impossible_order_is_explained() -> None:
 
 def test_a_missing_token_is_explained() -> None:
     program = chain(2, 2)
-    with pytest.raises(PassError, match="stage 1 never runs stage1.forward_backward for microbatch 1"):
+    with pytest.raises(PassError, match=r"stage 1 never runs stage1\.forward_backward for microbatch 1"):
         build_lists(replace(program, order=(program.order[0], ("FB0",))), (0, 1))
 
 
@@ -187,7 +186,7 @@ def test_a_read_across_stages_without_transfer_is_explained() -> None:
     b = Builder()
     w = b.argument(0, "state", 0)
     b.call("stage1.update", [w], [b.value(1)], 1, "update")
-    with pytest.raises(PassError, match="stage1.update reads value 0 of stage 0"):
+    with pytest.raises(PassError, match=r"stage1\.update reads value 0 of stage 0"):
         build_lists(b.program("gpipe", (("F0",), ("F0",)), 1), (0, 1))
 
 
