@@ -17,6 +17,8 @@ _PUBLIC: dict[str, str] = {
     "gather": "bactrian.driver.arrays",
     "put": "bactrian.driver.arrays",
     "DistributedArray": "bactrian.driver.arrays",
+    "is_main_rank": "bactrian.driver.progress",
+    "progress": "bactrian.driver.progress",
     "Plan": "bactrian.passes.plan",
     "BactrianError": "bactrian.passes.errors",
     "ProgramError": "bactrian.passes.errors",

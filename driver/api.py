@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, overload
 
@@ -25,9 +26,35 @@ faults.at("import")
 
 
 @overload
-def parallelize(fun: Callable[..., Any], **options: Any) -> Parallelized: ...
+def parallelize(
+    fun: Callable[..., Any],
+    *,
+    num_stages: int | None = None,
+    num_microbatches: int = 1,
+    schedule: str = "1f1b",
+    batch_argnums: int | Sequence[int] = (1,),
+    state: Mapping[int, int | None] | None = None,
+    cluster: Any = None,
+    plan: Plan | str | Path | None = None,
+    donate: bool = True,
+    forward_only: bool = False,
+    out_reduction: Any = "concat",
+) -> Parallelized: ...
 @overload
-def parallelize(fun: None = None, **options: Any) -> Callable[[Callable[..., Any]], Parallelized]: ...
+def parallelize(
+    fun: None = None,
+    *,
+    num_stages: int | None = None,
+    num_microbatches: int = 1,
+    schedule: str = "1f1b",
+    batch_argnums: int | Sequence[int] = (1,),
+    state: Mapping[int, int | None] | None = None,
+    cluster: Any = None,
+    plan: Plan | str | Path | None = None,
+    donate: bool = True,
+    forward_only: bool = False,
+    out_reduction: Any = "concat",
+) -> Callable[[Callable[..., Any]], Parallelized]: ...
 def parallelize(
     fun: Callable[..., Any] | None = None,
     *,
@@ -68,13 +95,13 @@ def parallelize(
     Raises:
         ConfigError: an option is wrong.
     """
+    _refuse_cluster(cluster)
     options = _Options(
         num_stages,
         num_microbatches,
         schedule,
         (batch_argnums,) if isinstance(batch_argnums, int) else tuple(batch_argnums),
         state,
-        cluster,
         plan if plan is None or isinstance(plan, Plan) else Plan.load(plan),
         donate,
         forward_only,
@@ -85,42 +112,44 @@ def parallelize(
     return Parallelized(fun, options)
 
 
+@dataclass(frozen=True)
 class _Options:
-    """The checked options of ``parallelize``."""
+    """The options of ``parallelize``, checked; a plan's decisions stand in ``num_stages`` and so on."""
 
-    def __init__(
-        self,
-        num_stages: int | None,
-        num_microbatches: int,
-        schedule: str,
-        batch_argnums: tuple[int, ...],
-        state: Mapping[int, int | None] | None,
-        cluster: Any,
-        plan: Plan | None,
-        donate: bool,
-        forward_only: bool,
-        out_reduction: Any,
-    ) -> None:
-        if num_stages is not None and num_stages < 1:
-            raise ConfigError(f"num_stages is {num_stages}", fix="give a number of 1 or more, or None")
-        if num_microbatches < 1:
-            raise ConfigError(f"num_microbatches is {num_microbatches}", fix="give a number of 1 or more")
-        if schedule not in SCHEDULES:
-            raise ConfigError(f"unknown schedule {schedule!r}", fix=f"use one of {', '.join(sorted(SCHEDULES))}")
-        if cluster is not None:
-            raise ConfigError(
-                "cluster descriptions are not read yet",
-                why="stages run on one device each, balanced by flops",
-                fix="leave cluster=None",
-            )
+    num_stages: int | None
+    num_microbatches: int
+    schedule: str
+    batch_argnums: tuple[int, ...]
+    state: Mapping[int, int | None] | None
+    plan: Plan | None
+    donate: bool
+    forward_only: bool
+    out_reduction: Any
+
+    def __post_init__(self) -> None:
+        if self.num_stages is not None and self.num_stages < 1:
+            raise ConfigError(f"num_stages is {self.num_stages}", fix="give a number of 1 or more, or None")
+        if self.num_microbatches < 1:
+            raise ConfigError(f"num_microbatches is {self.num_microbatches}", fix="give a number of 1 or more")
+        if self.schedule not in SCHEDULES:
+            raise ConfigError(f"unknown schedule {self.schedule!r}", fix=f"use one of {', '.join(sorted(SCHEDULES))}")
+        plan = self.plan
         if plan is not None:
-            if num_stages not in (None, plan.num_stages):
-                raise ConfigError(f"num_stages is {num_stages}, but the plan has {plan.num_stages} stages")
-            num_microbatches, schedule = _of_plan(plan, num_microbatches, schedule)
-        self.num_stages = num_stages if plan is None else plan.num_stages
-        self.num_microbatches, self.schedule = num_microbatches, schedule
-        self.batch_argnums, self.state, self.plan = batch_argnums, state, plan
-        self.donate, self.forward_only, self.out_reduction = donate, forward_only, out_reduction
+            if self.num_stages not in (None, plan.num_stages):
+                raise ConfigError(f"num_stages is {self.num_stages}, but the plan has {plan.num_stages} stages")
+            num_microbatches, schedule = _of_plan(plan, self.num_microbatches, self.schedule)
+            object.__setattr__(self, "num_stages", plan.num_stages)
+            object.__setattr__(self, "num_microbatches", num_microbatches)
+            object.__setattr__(self, "schedule", schedule)
+
+
+def _refuse_cluster(cluster: Any) -> None:
+    if cluster is not None:
+        raise ConfigError(
+            "cluster descriptions are not read yet",
+            why="stages run on one device each, balanced by flops",
+            fix="leave cluster=None",
+        )
 
 
 def _of_plan(plan: Plan, num_microbatches: int, schedule: str) -> tuple[int, str]:
@@ -141,8 +170,11 @@ class Parallelized:
     The first call with new shapes traces, plans and compiles; `trace` does the same one step at a time.
     """
 
+    __name__: str
+
     def __init__(self, fun: Callable[..., Any], options: _Options) -> None:
         functools.update_wrapper(self, fun)
+        self.__name__ = getattr(fun, "__name__", type(fun).__name__)
         self.fun, self.options = fun, options
         self._parameters = parameters_of(fun)
         self._compiled: dict[Any, Compiled] = {}
@@ -161,6 +193,10 @@ class Parallelized:
             self._compiled[signature] = self.trace(*args, **kwargs).plan().compile()
         self._last = self._compiled[signature]
         return self._last(*args, **kwargs)
+
+    def with_options(self, **changes: Any) -> Parallelized:
+        """The same step with some options of ``parallelize`` changed, as in ``num_microbatches=8``."""
+        return Parallelized(self.fun, replace(self.options, **changes))
 
     def trace(self, *args: Any, **kwargs: Any) -> Traced:
         """Trace the step at microbatch size; arguments may be abstract (``jax.ShapeDtypeStruct``). Needs no device."""
@@ -249,9 +285,13 @@ class Traced:
         Raises:
             ProgramError: the program can't be cut so; the plan was made for another program.
         """
+<<<<<<< HEAD
         if cluster is not None:
             raise ConfigError("cluster descriptions are not read yet", fix="leave cluster=None")
         faults.at("plan")
+=======
+        _refuse_cluster(cluster)
+>>>>>>> main
         plan = plan or self.options.plan
         if plan is not None:
             plan.check_program(self.captured.fingerprint)

@@ -78,6 +78,7 @@ class Placement:
         ranks: for every stage in ``stages``, the ranks that run it.
         layout: what mesh and sharding to show, for people.
         key_impl: of a typed key, which is carried as its uint32 words.
+        weak_type: JAX's weak type, so that a state that began as a Python number is not traced a second time.
     """
 
     argument: int
@@ -90,6 +91,7 @@ class Placement:
     ranks: Mapping[int, tuple[int, ...]] = field(default_factory=dict[int, tuple[int, ...]])
     layout: str = ""
     key_impl: Any = None
+    weak_type: bool = False
 
 
 class PlacedStep(Protocol):
@@ -133,6 +135,11 @@ class DistributedArray:
     def dtype(self) -> Any:
         """The dtype; a typed key's is its key dtype."""
         return self.placement.dtype
+
+    @property
+    def weak_type(self) -> bool:
+        """Whether the dtype gives way in promotions, as a Python number's does."""
+        return self.placement.weak_type
 
     @property
     def ndim(self) -> int:

@@ -16,7 +16,7 @@ _FIRST_LINES = 4  # of a block, the rule included: here a banner says whose it i
 class BannerFilter:
     """Passes bytes on as they come, but holds what may be a banner: from one long rule to the next.
 
-    A block is dropped when its first lines speak of mpirun, and passed on otherwise. What was dropped is in ``dropped``.
+    A block is dropped when its first lines speak of mpirun, else passed on. What was dropped is in ``dropped``.
     """
 
     def __init__(self) -> None:

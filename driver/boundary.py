@@ -32,6 +32,7 @@ class CaptureMode:
     """One capture under way. ``index`` is the traced number of the microbatch."""
 
     num_microbatches: int
+    forward_only: bool = False
     index: jax.Array | None = None
     index_used: bool = field(default=False, init=False)
 
@@ -42,9 +43,9 @@ _active = jax.make_user_context(default_value=None)
 
 
 @contextmanager
-def capturing(num_microbatches: int) -> Generator[CaptureMode]:
+def capturing(num_microbatches: int, forward_only: bool = False) -> Generator[CaptureMode]:
     """Makes the functions of this module mark the program that is being traced."""
-    mode = CaptureMode(num_microbatches)
+    mode = CaptureMode(num_microbatches, forward_only)
     with _active(mode):
         try:
             yield mode
@@ -189,8 +190,10 @@ def tree_reductions(tree: Any, words: Any, option: str) -> list[str]:
     """One reduction per array leaf of ``tree``, from one word or a prefix tree of words.
 
     Raises:
+        ConfigError: an unknown word.
         ProgramError: the words do not fit the tree, or a leaf can't be reduced that way.
     """
+    _check_words(words)
     try:
         spread = jax.tree.map(lambda word, part: jax.tree.map(lambda _: word, part), words, tree)
     except ValueError as error:
@@ -212,6 +215,12 @@ def tree_reductions(tree: Any, words: Any, option: str) -> list[str]:
 def _mark_gradients(
     mode: CaptureMode, loss: Any, aux: Any, gradients: Any, reduction: str, aux_reduction: Any
 ) -> tuple[Any, Any, Any]:
+    if mode.forward_only:
+        raise ProgramError(
+            "a forward-only function takes a gradient",
+            where=line_here(),
+            fix="drop forward_only=True, or return the loss without bactrian.value_and_grad",
+        )
     aux_reductions = tree_reductions(aux, aux_reduction, "aux_reduction")
     leaves, tree = jax.tree.flatten((loss, aux, gradients))
     positions = [i for i, leaf in enumerate(leaves) if is_array(leaf)]

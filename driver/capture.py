@@ -21,7 +21,7 @@ from jax.extend import core
 from jaxlib.mlir import ir
 
 from bactrian.driver import boundary, dataflow
-from bactrian.driver.source import line_here, line_of_equation, line_of_error
+from bactrian.driver.source import line_here, line_of_error
 from bactrian.driver.state import Part, match_state
 from bactrian.passes.errors import BactrianError, ConfigError, ProgramError
 from bactrian.passes.frame.context import make_context
@@ -48,6 +48,7 @@ class ArgumentInfo:
     argnum: int | None
     key_impl: Any = None
     updated_by: int | None = None
+    weak_type: bool = False
 
     @property
     def physical(self) -> jax.ShapeDtypeStruct:
@@ -65,6 +66,7 @@ class ResultInfo:
     dtype: Any
     key_impl: Any = None
     updates: int | None = None
+    weak_type: bool = False
 
     @property
     def physical(self) -> jax.ShapeDtypeStruct:
@@ -85,7 +87,7 @@ class Call:
     @functools.cached_property
     def signature(self) -> tuple[Any, ...]:
         """Equal for calls that the same captured program serves; hashable."""
-        return self.tree, tuple((x.shape, x.dtype, x.weak_type) for x in map(abstract, self.leaves)), self.statics
+        return self.tree, tuple(map(_aval_key, self.leaves)), self.statics
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,7 +118,7 @@ class Captured:
     @property
     def text(self) -> str:
         """The module as text, with locations."""
-        return self.module().operation.get_asm(enable_debug_info=True)
+        return str(self.module().operation.get_asm(enable_debug_info=True))
 
     def flatten(self, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> list[Any]:
         """The array leaves of a call, in the order of ``arguments``.
@@ -218,12 +220,6 @@ def capture(
     traced = step.trace(avals)
     closed = traced.jaxpr.replace(jaxpr=dataflow.without_stage_boundaries(traced.jaxpr.jaxpr))
     flow = dataflow.flatten(closed)
-    if forward_only and set(flow.kinds) != {"output"}:
-        raise ProgramError(
-            "a forward-only function takes a gradient",
-            where=line_of_equation(flow.boundary.equation),
-            fix="drop forward_only=True, or return the loss without bactrian.value_and_grad",
-        )
     results = _results(step, flow, closed)
     _refuse_unreduced(flow, arguments, results)
     if not forward_only:
@@ -276,7 +272,7 @@ class _Step:
 
     def trace(self, avals: Sequence[jax.ShapeDtypeStruct]) -> Any:
         """Traces to a jaxpr; errors of JAX that mean "not traceable" get the user's line."""
-        with boundary.capturing(self.num_microbatches) as mode:
+        with boundary.capturing(self.num_microbatches, self.forward_only) as mode:
 
             def flat(*leaves: Any) -> list[Any]:
                 return self._run(mode, leaves)
@@ -323,11 +319,21 @@ class _Step:
 
 def abstract(leaf: Any) -> jax.ShapeDtypeStruct:
     """Shape, dtype (as JAX has it: 32 bits unless x64 is on) and weak type of a data leaf."""
+    shape, dtype, weak_type = _aval_key(leaf)
+    return jax.ShapeDtypeStruct(shape, dtype, weak_type=weak_type)
+
+
+def _aval_key(leaf: Any) -> tuple[tuple[int, ...], Any, bool]:
+    """``abstract`` as a tuple; runs for every leaf of every call."""
     if isinstance(leaf, (bool, int, float, complex)):
-        number = jnp.asarray(leaf)
-        return jax.ShapeDtypeStruct((), number.dtype, weak_type=not isinstance(leaf, bool))
-    dtype = leaf.dtype if _is_key(leaf.dtype) else jax.dtypes.canonicalize_dtype(leaf.dtype)
-    return jax.ShapeDtypeStruct(tuple(leaf.shape), dtype, weak_type=bool(getattr(leaf, "weak_type", False)))
+        return (), jnp.asarray(leaf).dtype, not isinstance(leaf, bool)
+    weak_type = bool(getattr(leaf, "weak_type", False))
+    return tuple(leaf.shape), _canonical_dtype(leaf.dtype, jax.config.read("jax_enable_x64")), weak_type
+
+
+@functools.lru_cache(maxsize=256)
+def _canonical_dtype(dtype: Any, _x64: bool) -> Any:
+    return dtype if _is_key(dtype) else jax.dtypes.canonicalize_dtype(dtype)
 
 
 def _is_key(dtype: Any) -> bool:
@@ -377,7 +383,10 @@ def _arguments(call: Call, batch: set[int], parameters: inspect.Signature | None
         role = "batch" if argnum in batch else "constant"
         key_impl = jax.random.key_impl(_example_key(aval.dtype)) if _is_key(aval.dtype) else None
         text = name + jax.tree_util.keystr(path[2:])
-        infos.append(ArgumentInfo(len(infos), text, aval.shape, aval.dtype, role, argnum, key_impl))
+        weak_type = bool(aval.weak_type)
+        infos.append(
+            ArgumentInfo(len(infos), text, aval.shape, aval.dtype, role, argnum, key_impl, weak_type=weak_type)
+        )
     return infos
 
 
@@ -420,7 +429,7 @@ def _microbatch_aval(info: ArgumentInfo, leaf: Any, num_microbatches: int) -> ja
 
 def _results(step: _Step, flow: dataflow.Dataflow, closed: core.ClosedJaxpr) -> list[ResultInfo]:
     infos = [
-        ResultInfo(i, path, tuple(aval.shape), aval.dtype, key_impl)
+        ResultInfo(i, path, tuple(aval.shape), aval.dtype, key_impl, weak_type=getattr(aval, "weak_type", False))
         for i, (path, aval, key_impl) in enumerate(zip(step.out_paths, closed.out_avals, step.key_impls, strict=True))
     ]
     assert len(infos) == len(flow.outputs)
@@ -442,10 +451,10 @@ def _refuse_unreduced(
             if below.intersection(operation.inputs):
                 below.update(operation.outputs)
                 if tainted.intersection(operation.inputs):
-                    line = line_of_equation(operation.equation)
+                    line = operation.line
                     break
         if not line and value in by:
-            line = line_of_equation(by[value].equation)
+            line = by[value].line
         raise ProgramError(
             f"{info.path} depends on the batch other than through the gradient boundary",
             where=line,
@@ -542,7 +551,7 @@ def _annotated(
             if dicts:
                 main.attributes[name] = ir.ArrayAttr.get([ir.DictAttr.get(d) for d in dicts])
         _drop_noise(ours, block)
-        text = ours.operation.get_asm(enable_debug_info=False)
+        text = str(ours.operation.get_asm(enable_debug_info=False))
         bytecode = io.BytesIO()
         ours.operation.write_bytecode(bytecode)
     return bytecode.getvalue(), hashlib.sha256(text.encode()).hexdigest()
@@ -574,7 +583,7 @@ def _drop_noise(module: ir.Module, main: ir.Block) -> None:
     for op in constraints:
         op.results[0].replace_all_uses_with(op.operands[0])
         op.erase()
-    text = module.operation.get_asm(enable_debug_info=False, large_elements_limit=0)
+    text = str(module.operation.get_asm(enable_debug_info=False, large_elements_limit=0))
     for op, prefix in zip(meshes, prefixes, strict=True):
         if text.count(prefix.removeprefix("#sdy.sharding<").removesuffix(",")) == 1:
             op.erase()
@@ -589,10 +598,10 @@ def _remarks(step: _Step, flow: dataflow.Dataflow, num_microbatches: int) -> tup
         return ()
     for operation in flow.above():
         equation = operation.equation
-        inner = (e for jaxpr in dataflow.nested_jaxprs(equation) for e in dataflow.equations(jaxpr))
+        inner = (e for jaxpr in dataflow.nested_jaxprs(equation) for e, _ in dataflow.equations(jaxpr))
         if any(_RANDOM.search(e.primitive.name) for e in (equation, *inner)):
             return (
-                f"every microbatch gets the same random bits ({line_of_equation(equation)}): "
+                f"every microbatch gets the same random bits ({operation.line}): "
                 "fold bactrian.microbatch_index() into the key if they should differ",
             )
     return ()

@@ -136,20 +136,16 @@ def _run(options: argparse.Namespace) -> int:
 
 def _plan(options: argparse.Namespace) -> int:
     step = _load(options.step, "bactrian plan train.py:step")
-    if not callable(getattr(step, "trace", None)):
+    if not callable(getattr(step, "with_options", None)):
         raise ConfigError(
             f"cannot plan {options.step}: it is {_kind(step)}, not a parallelized function",
             fix="decorate the train step with `@bactrian.parallelize(...)` and name that",
         )
-    planned = step.trace(*_example_arguments(options)).plan(
-        **{
-            name: value
-            for name in ("num_stages", "num_microbatches", "schedule")
-            if (value := getattr(options, name)) is not None
-        }
-    )
+    given = {name: getattr(options, name) for name in ("num_stages", "num_microbatches", "schedule")}
+    changes = {name: value for name, value in given.items() if value is not None}
+    planned = step.with_options(**changes).trace(*_example_arguments(options)).plan()
     if options.save:
-        planned.plan.save(options.save, planned.staged_text)
+        planned.save(options.save)
     if options.json:
         sys.stdout.write(planned.plan.to_json())
     else:
@@ -215,7 +211,7 @@ def _import(name: str) -> Any:
 
 
 def _kind(value: Any) -> str:
-    return "None" if value is None else f"a {type(value).__name__}"
+    return "None" if value is None else f"of type {type(value).__name__}"
 
 
 def _explain(options: argparse.Namespace) -> int:
@@ -235,12 +231,13 @@ def _diff(options: argparse.Namespace) -> int:
 def _doctor(options: argparse.Namespace) -> int:
     del options
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in findings():
-        table.add_row(name, value)
+        table.add_row(name, Text(value))  # not read as markup
     return _print(table)
 
 
@@ -288,10 +285,9 @@ def _version(name: str) -> str | None:
 
 
 def _print(renderable: RenderableType) -> int:
-    from rich.console import Console
+    from bactrian.passes.plan_table import show
 
-    console = Console(highlight=False)
-    (console if console.is_terminal else Console(highlight=False, width=100)).print(renderable)
+    show(renderable)
     return 0
 
 

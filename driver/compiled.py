@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 
@@ -22,9 +23,7 @@ class Compiled:
 
     def __init__(self, captured: Captured, session: Session) -> None:
         self.captured, self.session = captured, session
-        self.communicator: Communicator = (
-            SingleProcess() if session.world.comm is None else MPI(session.world.comm)
-        )
+        self.communicator: Communicator = SingleProcess() if session.world.comm is None else MPI(session.world.comm)
         program = session.staged.program
         arguments: dict[int, list[int]] = {}
         for piece in program.arguments:
@@ -39,9 +38,7 @@ class Compiled:
             if info.role != "batch"
         }
         self._kept = {
-            info.number: self._placement(
-                captured.arguments[info.updates], tuple(sorted(results.get(info.number, ())))
-            )
+            info.number: self._placement(captured.arguments[info.updates], tuple(sorted(results.get(info.number, ()))))
             for info in captured.results
             if info.updates is not None
         }
@@ -77,15 +74,15 @@ class Compiled:
             leaf = leaves[number]
             if isinstance(leaf, DistributedArray):
                 self._take(leaf, placement, pieces)
-                donated.append(leaf)
+                if self.captured.arguments[number].role == "state":
+                    donated.append(leaf)
             else:
                 self._put(leaf, placement, pieces)
         batch = {number: _physical(leaves[number]) for number in self._batch}
         if donated and self.session.staged.donate:
             where = line_here()
             for leaf in donated:
-                if self.captured.arguments[leaf.placement.argument].role == "state":
-                    leaf.donate(where)
+                leaf.donate(where)
         return self._wrap(self.session.run(pieces, batch))
 
     def observe(self, *, trace: bool = False, meter: bool = False) -> None:
@@ -116,9 +113,7 @@ class Compiled:
             key_impl=info.key_impl,
         )
 
-    def _take(
-        self, leaf: DistributedArray, placement: Placement, pieces: dict[tuple[int, int], jax.Array]
-    ) -> None:
+    def _take(self, leaf: DistributedArray, placement: Placement, pieces: dict[tuple[int, int], jax.Array]) -> None:
         """The pieces of a distributed array, moved where this step's plan places it otherwise (collective)."""
         leaf.check_usable()
         if leaf.placement.stages == placement.stages and leaf.pieces.keys() == placement.shardings.keys():
@@ -168,7 +163,6 @@ class Compiled:
 def _physical(leaf: Any) -> Any:
     """A typed key as its words; anything else as it is."""
     dtype = getattr(leaf, "dtype", None)
-    if dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key):
+    if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key):
         return jax.random.key_data(leaf)
     return leaf
-

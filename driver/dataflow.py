@@ -20,11 +20,17 @@ _MAX_LINES_REPORTED = 5
 
 @dataclass(frozen=True)
 class Operation:
-    """One equation, reading and writing numbered values."""
+    """One equation on numbered values; ``callers`` are the calls it was opened from, innermost first."""
 
     equation: Any
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
+    callers: tuple[Any, ...] = ()
+
+    @property
+    def line(self) -> str:
+        """The user's line."""
+        return line_of_equation(self.equation, self.callers)
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,7 +118,7 @@ def flatten(closed: core.ClosedJaxpr) -> Dataflow:
             " without gradients",
         )
     if len(boundaries) > 1:
-        lines = sorted({line_of_equation(op.equation) for op in boundaries})
+        lines = sorted({op.line for op in boundaries})
         raise ProgramError(
             f"the step has {len(boundaries)} gradient boundaries",
             where="; ".join(lines),
@@ -138,17 +144,17 @@ def nested_jaxprs(equation: Any) -> Iterator[core.Jaxpr]:
                 yield item
 
 
-def equations(jaxpr: core.Jaxpr) -> Iterator[Any]:
-    """Every equation, outermost first."""
+def equations(jaxpr: core.Jaxpr, callers: tuple[Any, ...] = ()) -> Iterator[tuple[Any, tuple[Any, ...]]]:
+    """Every equation, outermost first, with the equations that it is nested in, innermost first."""
     for equation in jaxpr.eqns:
-        yield equation
+        yield equation, callers
         for inner in nested_jaxprs(equation):
-            yield from equations(inner)
+            yield from equations(inner, (equation, *callers))
 
 
 def without_stage_boundaries(jaxpr: core.Jaxpr) -> core.Jaxpr:
     """The same function with every ``bactrian.stage_boundary`` replaced by its operand."""
-    if not any(is_call(equation, STAGE_BOUNDARY) for equation in equations(jaxpr)):
+    if not any(is_call(equation, STAGE_BOUNDARY) for equation, _ in equations(jaxpr)):
         return jaxpr
     renamed: dict[Any, Any] = {}
 
@@ -191,7 +197,9 @@ class _Inliner:
         self.constants[number] = value
         return number
 
-    def inline(self, jaxpr: core.Jaxpr, consts: Sequence[Any], inputs: Sequence[int]) -> list[int]:
+    def inline(
+        self, jaxpr: core.Jaxpr, consts: Sequence[Any], inputs: Sequence[int], callers: tuple[Any, ...] = ()
+    ) -> list[int]:
         """Appends the operations of ``jaxpr``; returns the numbers of its results."""
         known: dict[Any, int] = dict(zip(jaxpr.constvars, map(self.constant, consts), strict=True))
         known.update(zip(jaxpr.invars, inputs, strict=True))
@@ -203,10 +211,10 @@ class _Inliner:
             operands = [number(v) for v in equation.invars]
             if is_jit(equation):
                 inner = equation.params["jaxpr"]
-                results = self.inline(inner.jaxpr, inner.consts, operands)
+                results = self.inline(inner.jaxpr, inner.consts, operands, (equation, *callers))
             else:
                 results = [self.fresh() for _ in equation.outvars]
-                self.operations.append(Operation(equation, tuple(operands), tuple(results)))
+                self.operations.append(Operation(equation, tuple(operands), tuple(results), callers))
             known.update(zip(equation.outvars, results, strict=True))
         return [number(v) for v in jaxpr.outvars]
 
@@ -223,12 +231,12 @@ def _words(boundary: Operation, name: str) -> tuple[str, ...]:
 def _refuse_hidden_boundaries(operations: Iterable[Operation]) -> None:
     for operation in operations:
         for jaxpr in nested_jaxprs(operation.equation):
-            for inner in equations(jaxpr):
+            for inner, callers in equations(jaxpr, (operation.equation, *operation.callers)):
                 if is_call(inner, GRADIENT_BOUNDARY):
                     outer = operation.equation.primitive.name
                     raise ProgramError(
                         f"the gradient boundary is inside of `{outer}`" + (" or `vmap`" if outer == "scan" else ""),
-                        where=line_of_equation(inner),
+                        where=line_of_equation(inner, callers),
                         why="everything above the boundary runs once per microbatch, everything below once per step",
                         fix="take the gradient at the top level of the step; the microbatches are the loop",
                     )
@@ -236,31 +244,33 @@ def _refuse_hidden_boundaries(operations: Iterable[Operation]) -> None:
 
 def _refuse_effects(jaxpr: core.Jaxpr) -> None:
     culprits = [
-        equation
-        for equation in equations(jaxpr)
+        (equation, callers)
+        for equation, callers in equations(jaxpr)
         if not any(True for _ in nested_jaxprs(equation))
         and ("callback" in equation.primitive.name or (jaxpr.effects and equation.effects))
     ]
     if culprits:
-        lines = sorted({f"{line_of_equation(e)}: {e.primitive.name}" for e in culprits})[:_MAX_LINES_REPORTED]
+        lines = sorted({f"{line_of_equation(e, callers)}: {e.primitive.name}" for e, callers in culprits})[
+            :_MAX_LINES_REPORTED
+        ]
         raise ProgramError(
             f"the step has {len(culprits)} side effect{'s' * (len(culprits) > 1)} or host callback"
             f"{'s' * (len(culprits) > 1)}",
-            where="; ".join(lines),
+            where="; ".join(lines[:_MAX_LINES_REPORTED]),
             why="parts of a step run on different machines, in another order, and more than once",
             fix="return the values (as aux of bactrian.value_and_grad) and print or save them after the step",
         )
 
 
-def _refuse_double_donation(jaxpr: core.Jaxpr) -> None:
+def _refuse_double_donation(jaxpr: core.Jaxpr, callers: tuple[Any, ...] = ()) -> None:
     donated: dict[Any, Any] = {}
     for equation in jaxpr.eqns:
         for var in equation.invars:
             if not isinstance(var, core.Literal) and var in donated:
                 raise ProgramError(
                     "a donated value was used a second time",
-                    where=line_of_equation(equation),
-                    why=f"it was donated at {line_of_equation(donated[var])}",
+                    where=line_of_equation(equation, callers),
+                    why=f"it was donated at {line_of_equation(donated[var], callers)}",
                     fix="drop donate_argnums from functions inside the step: state is donated by Bactrian",
                 )
         if is_jit(equation):
@@ -268,4 +278,4 @@ def _refuse_double_donation(jaxpr: core.Jaxpr) -> None:
             gone = [v for v, flag in zip(equation.invars, flags, strict=True) if flag]
             donated.update((v, equation) for v in gone if not isinstance(v, core.Literal))
         for inner in nested_jaxprs(equation):
-            _refuse_double_donation(inner)
+            _refuse_double_donation(inner, (equation, *callers))

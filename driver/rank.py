@@ -15,14 +15,14 @@ import os
 import signal
 import socket
 import sys
+import threading
 from typing import Any
 
 from bactrian.driver.script import describe_failure, exit_status, run_script
-from bactrian.runtime.launch import abort_job, exit_code_of, install_abort_hook, pin_cores, rank_environment
+from bactrian.runtime.launch import STOPPED, abort, exit_code_of, prepare, rank_environment
 
 REPORT_VARIABLE = "BACTRIAN_REPORT"  # host:port:token of the launcher
 TRACEBACK_VARIABLE = "BACTRIAN_TRACEBACK"  # "1": tracebacks for users' errors too
-STOPPED = 75  # a checkpoint was made after a stop signal: every rank leaves by itself
 _PR_SET_PDEATHSIG = 1
 
 
@@ -59,7 +59,7 @@ class Reporter:
             stream.flush()
         if not self.send(kind="failed", code=code, text=text):
             sys.stderr.write(text)
-        abort_job(code)
+        abort(code)
 
     def done(self, code: int) -> None:
         """Tell that this rank ended by itself."""
@@ -71,14 +71,13 @@ def main() -> None:
     """Run ``sys.argv[1]`` with the arguments after it."""
     script, arguments = sys.argv[1], sys.argv[2:]
     _die_with_launcher()
-    pin_cores()
-    install_abort_hook()
     faulthandler.enable()
     reporter = Reporter()
     codes = [0]
     atexit.register(lambda: reporter.done(codes[0]))  # first in, so last out
-    _fail_at_exit(reporter, script)
     try:
+        prepare()
+        _fail_elsewhere(reporter, script)
         run_script(script, arguments)
     except SystemExit as error:
         codes[0], text = exit_status(error)
@@ -93,17 +92,24 @@ def _full() -> bool:
     return os.environ.get(TRACEBACK_VARIABLE) == "1"
 
 
-def _fail_at_exit(reporter: Reporter, script: str) -> None:
-    """An exception in an exit handler ends the job as well; Python alone would print it and go on."""
+def _fail_elsewhere(reporter: Reporter, script: str) -> None:
+    """An exception on another thread or in an exit handler ends the job too; Python alone would go on."""
     usual = sys.unraisablehook
 
-    def hook(unraisable: Any) -> None:
+    def fail(error: BaseException) -> None:
+        reporter.fail(exit_code_of(error), describe_failure(error, script, full=_full()))
+
+    def on_unraisable(unraisable: Any) -> None:
         if "atexit" in (unraisable.err_msg or "") and unraisable.exc_value is not None:
-            error: BaseException = unraisable.exc_value
-            reporter.fail(exit_code_of(error), describe_failure(error, script, full=_full()))
+            fail(unraisable.exc_value)
         usual(unraisable)
 
-    sys.unraisablehook = hook
+    def on_thread(args: threading.ExceptHookArgs) -> None:
+        if args.exc_value is not None and not isinstance(args.exc_value, SystemExit):
+            fail(args.exc_value)
+
+    sys.unraisablehook = on_unraisable
+    threading.excepthook = on_thread
 
 
 def _die_with_launcher() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from bactrian.driver.planning import Staged
-from bactrian.driver.xla import StageFunction, compile_functions, function_texts
+from bactrian.driver.xla import Device, StageFunction, compile_functions, function_texts
 from bactrian.passes.errors import ConfigError
 from bactrian.runtime import faults
 from bactrian.runtime.check import Report, check_lists
@@ -93,7 +93,7 @@ class Session:
     lists: tuple[RankList, ...]
     report: Report
     executors: tuple[Executor, ...]
-    devices: dict[int, jax.Device]  # stage -> device, stages of this process only
+    devices: dict[int, Device]  # stage -> device, stages of this process only
     functions: dict[str, StageFunction]
     compile_seconds: float
     tracer: Tracer | None = None
@@ -174,8 +174,12 @@ def open_session(staged: Staged, world: World) -> Session:
     return Session(staged, world, lists, report, make(), devices, functions, seconds, _make=make)
 
 
+<<<<<<< HEAD
 def _compile(staged: Staged, devices: Mapping[int, jax.Device]) -> tuple[dict[str, StageFunction], float]:
     faults.at("compile")
+=======
+def _compile(staged: Staged, devices: Mapping[int, Device]) -> tuple[dict[str, StageFunction], float]:
+>>>>>>> main
     begin = time.perf_counter()
     texts = function_texts(staged.module)
     homes = {call.function: devices[call.stage] for call in staged.program.calls if call.stage in devices}

@@ -65,12 +65,17 @@ def line_of_error(error: BaseException) -> str:
     return user_line(reversed(frames))
 
 
-def line_of_equation(equation: Any) -> str:
-    """The user's line and the name stack of an equation of a jaxpr."""
-    info = equation.source_info
-    frames = info.traceback.frames if info.traceback else ()
-    line = user_line(Frame(f.file_name, f.line_num, f.function_name) for f in frames)
-    names = str(info.name_stack)
+def line_of_equation(equation: Any, callers: Iterable[Any] = ()) -> str:
+    """The user's line and the name stack of an equation of a jaxpr.
+
+    Args:
+        equation: an equation.
+        callers: the equations whose nested jaxprs it stands in, innermost first; JAX cuts stacks there.
+    """
+    infos = [each.source_info for each in (equation, *callers)]
+    frames = [frame for info in infos if info.traceback for frame in info.traceback.frames]
+    line = user_line(Frame(frame.file_name, frame.line_num, frame.function_name) for frame in frames)
+    names = "/".join(str(info.name_stack) for info in reversed(infos) if str(info.name_stack))
     return f"{line}, in {names}" if names else line
 
 

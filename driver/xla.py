@@ -15,6 +15,7 @@ from jax._src.interpreters import mlir as jax_mlir  # pyright: ignore
 from jax._src.lib import xla_client  # pyright: ignore
 from jaxlib.mlir import ir
 
+Device = Any  # jax.Device, which its own stubs declare as a variable
 StageFunction = Callable[[Sequence[jax.Array]], list[jax.Array]]
 
 
@@ -51,10 +52,10 @@ def _standalone(op: ir.Operation, symbol: str) -> str:
     i32 = ir.IntegerType.get_signless(32)
     root.attributes["mhlo.num_partitions"] = ir.IntegerAttr.get(i32, 1)
     root.attributes["mhlo.num_replicas"] = ir.IntegerAttr.get(i32, 1)
-    return root.get_asm(enable_debug_info=True)
+    return str(root.get_asm(enable_debug_info=True))
 
 
-def compile_function(text: str, device: jax.Device) -> Any:
+def compile_function(text: str, device: Device) -> Any:
     """Compile one stage function for one device; returns the loaded executable."""
     client = device.client
     devices = np.array([device])
@@ -68,14 +69,14 @@ def compile_function(text: str, device: jax.Device) -> Any:
         )
 
 
-def compile_functions(texts: Mapping[str, str], devices: Mapping[str, jax.Device]) -> dict[str, StageFunction]:
+def compile_functions(texts: Mapping[str, str], devices: Mapping[str, Device]) -> dict[str, StageFunction]:
     """Compile stage functions, each for its stage's device.
 
     Args:
         texts: module text by symbol; equal texts for one device are compiled once.
         devices: the device of each symbol.
     """
-    made: dict[tuple[str, jax.Device], StageFunction] = {}
+    made: dict[tuple[str, Device], StageFunction] = {}
     functions: dict[str, StageFunction] = {}
     for symbol, text in texts.items():
         device = devices[symbol]

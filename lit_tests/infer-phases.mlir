@@ -149,3 +149,24 @@ module @microbatch_index_leaves_branches {
     return %b : tensor<i32>
   }
 }
+
+// -----
+
+// What the loss depends on stays forward, also when nothing reads the loss itself.
+// CHECK-LABEL: module @forward_without_a_loss
+module @forward_without_a_loss {
+  func.func public @main(%w: tensor<4xf32> {bactrian.role = "state"}, %x: tensor<4xf32> {bactrian.role = "batch"})
+      -> (tensor<4xf32> {bactrian.updates = 0 : i64}) {
+    // CHECK: stablehlo.multiply {{.*}} {bactrian.phase = "forward"}
+    %y = stablehlo.multiply %w, %x : tensor<4xf32>
+    // CHECK-NOT: stablehlo.sine
+    %loss = stablehlo.sine %y : tensor<4xf32>
+    // CHECK-NEXT: stablehlo.cosine {{.*}} {bactrian.phase = "backward"}
+    %g = stablehlo.cosine %y : tensor<4xf32>
+    // CHECK-NEXT: stablehlo.custom_call @bactrian.gradient_boundary(%{{[0-9]+}}) {{.*}}kinds = "gradient"
+    %b:2 = stablehlo.custom_call @bactrian.gradient_boundary(%loss, %g) {mhlo.backend_config =
+      {kinds = "loss,gradient", reductions = "mean,mean"}}
+      : (tensor<4xf32>, tensor<4xf32>) -> (tensor<4xf32>, tensor<4xf32>)
+    return %b#1 : tensor<4xf32>
+  }
+}

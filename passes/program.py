@@ -157,7 +157,7 @@ def type_bytes(type_: ir.Type) -> int:
         return 0
     element = type_.element_type
     if isinstance(element, ir.ComplexType):
-        width = 2 * element.element_type.width
+        width = 2 * getattr(element.element_type, "width", 8)
     else:
         width = getattr(element, "width", 8)
     return math.prod(type_.shape) * max(1, width // 8)

@@ -126,9 +126,7 @@ def _count_residuals(staging: Staging) -> int:
 class _Emitter:
     """Writes the staged module from the analysis."""
 
-    def __init__(
-        self, module: ir.Module, main: ir.Operation, staging: Staging, num_stages: int, donate: bool
-    ) -> None:
+    def __init__(self, module: ir.Module, main: ir.Operation, staging: Staging, num_stages: int, donate: bool) -> None:
         self._module, self._main, self._staging = module, main, staging
         self._flow = staging.flow
         self._num_stages, self._donate = num_stages, donate

@@ -99,9 +99,7 @@ def analyze(main: ir.Operation, num_stages: int, fuse_last: bool) -> Staging:
     through = _through_boundary(flow)
     keys = [_key(op, num_stages, fuse_last) for op in flow.ops]
     functions = _collect(flow, keys)
-    home = {
-        value: key for index, key in enumerate(keys) if key is not None for value in flow.results[index]
-    }
+    home = {value: key for index, key in enumerate(keys) if key is not None for value in flow.results[index]}
     pieces: set[tuple[int, int]] = set()
     crossings: dict[Crossing, None] = {}
     outgoing: dict[FunctionKey, set[int]] = {key: set() for key in functions}

@@ -53,7 +53,7 @@ def parse(text: str) -> Fault | None:
     """
     if not text.strip():
         return None
-    pairs = dict(part.strip().split("=", 1) if "=" in part else (part.strip(), "") for part in text.split(","))
+    pairs = {key.strip(): value.strip() for key, _, value in (part.partition("=") for part in text.split(","))}
     unknown = sorted(set(pairs) - {"rank", "step", "point", "action", "seconds"})
     if unknown:
         _refuse(text, f"unknown key {unknown[0]!r}", "keys are rank, step, point, action, seconds")
@@ -81,9 +81,13 @@ def own_rank() -> int:
     return 0
 
 
-ACTIVE: Fault | None = parse(os.environ.get("BACTRIAN_FAULTS", ""))
-if ACTIVE is not None and ACTIVE.rank != own_rank():
-    ACTIVE = None
+def own_fault() -> Fault | None:
+    """The fault that the environment asks of this rank."""
+    fault = parse(os.environ.get("BACTRIAN_FAULTS", ""))
+    return fault if fault is not None and fault.rank == own_rank() else None
+
+
+ACTIVE: Fault | None = own_fault()
 
 _step = 0
 
@@ -104,7 +108,13 @@ def at(point: str) -> None:
     print(f"bactrian: {what}: {fault.action} at {time.time():.3f}", file=sys.stderr, flush=True)
     match fault.action:
         case "raise":
+<<<<<<< HEAD
             raise InjectedFault(what)
+=======
+            raise InjectedFault(
+                f"fault injected on rank {fault.rank} at {point}, step {_step}, unix time {time.time():.3f}"
+            )
+>>>>>>> main
         case "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         case "stop":

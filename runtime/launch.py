@@ -1,16 +1,26 @@
-"""What a rank does before jax starts: find out which rank it is, take its cores, and end the job if it fails."""
+"""Start-up and end of a rank: who am I, which cores are mine, and that one rank's failure ends them all.
+
+Nothing here imports jax; `prepare` must run before anything else does, since XLA takes every core that it may use.
+"""
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import sys
+import threading
 import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import TracebackType
+from typing import Any
 
 from bactrian.passes.errors import BactrianError
+from bactrian.runtime import faults
+
+JOB_VARIABLE = "BACTRIAN_JOB"  # set by `bactrian run`, which leaves binding to the ranks
+STOPPED = 75  # a checkpoint was made after a stop signal: every rank leaves by itself
 
 # Launcher -> its variables for rank, size, local rank and local size.
 _LAUNCHERS: dict[str, tuple[str, str, str, str]] = {
@@ -23,12 +33,12 @@ _LAUNCHERS: dict[str, tuple[str, str, str, str]] = {
     "MPICH": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
     "Slurm": ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE"),
 }
-_THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+_THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 
 @dataclass(frozen=True)
 class RankEnvironment:
-    """Which process of the job this is, as its launcher says."""
+    """This process's place among the ranks, as its launcher says."""
 
     launcher: str  # "" without one
     rank: int
@@ -44,9 +54,8 @@ def rank_environment(environment: Mapping[str, str] | None = None) -> RankEnviro
         rank, size, local_rank, local_size = (environment.get(name, "") for name in names)
         if rank.isdecimal() and size.isdecimal():
             local = int(local_rank) if local_rank.isdecimal() else int(rank)
-            return RankEnvironment(
-                launcher, int(rank), int(size), local, int(local_size) if local_size.isdecimal() else int(size)
-            )
+            count = int(local_size) if local_size.isdecimal() else int(size)
+            return RankEnvironment(launcher, int(rank), int(size), local, count)
     return RankEnvironment("", 0, 1, 0, 1)
 
 
@@ -62,39 +71,113 @@ def share_of_cores(cores: list[int], local_rank: int, local_size: int) -> list[i
     return cores[start : start + each + (local_rank < extra)]
 
 
+_cores: list[int] | None = None
+
+
 def pin_cores() -> list[int]:
-    """Take this rank's share of the cores that the process may use, and as many threads. Call it before jax starts."""
-    if not hasattr(os, "sched_getaffinity"):
-        return []  # macOS has no affinity
+    """Take this rank's share of the cores, and as many threads; once, and before jax starts. Gives the cores.
+
+    Under a bare mpirun that has bound the rank to some of the cores already, they are its share.
+    """
+    global _cores
+    if _cores is None:
+        if not hasattr(os, "sched_getaffinity"):
+            return list(range(os.cpu_count() or 1))  # macOS has no affinity
+        place, allowed = rank_environment(), sorted(os.sched_getaffinity(0))
+        bound = JOB_VARIABLE not in os.environ and len(allowed) < (os.cpu_count() or 1)
+        _cores = allowed if bound else share_of_cores(allowed, place.local_rank, place.local_size)
+        if _cores != allowed:
+            os.sched_setaffinity(0, _cores)
+        for name in _THREADS:
+            os.environ.setdefault(name, str(len(_cores)))
+    return _cores
+
+
+def prepare() -> RankEnvironment | None:
+    """Everything a rank needs before jax starts: cores, threads, and the abort hook.
+
+    Under no launcher nothing is changed.
+    """
     place = rank_environment()
-    cores = share_of_cores(sorted(os.sched_getaffinity(0)), place.local_rank, place.local_size)
-    os.sched_setaffinity(0, cores)
-    for name in _THREAD_VARIABLES:
-        os.environ.setdefault(name, str(len(cores)))
-    return cores
+    if not place.launcher:
+        return None
+    install_abort_hook()
+    pin_cores()
+    faults.at("import")
+    return place
 
 
-def exit_code_of(error: BaseException) -> int:
-    """The exit code of the job that this error ends."""
-    return error.exit_code if isinstance(error, BactrianError) else 130 if isinstance(error, KeyboardInterrupt) else 1
+def start_mpi() -> Any:
+    """Initialize MPI, for use by any thread at any time; gives the communicator of all ranks."""
+    install_abort_hook()
+    from mpi4py import MPI
+
+    faults.at("init")
+    return MPI.COMM_WORLD
 
 
-def abort_job(code: int) -> None:
-    """End every rank of the job, this one included, now."""
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):  # closed, or its reader is gone
-            stream.flush()
-    mpi = sys.modules.get("mpi4py.MPI")
-    if mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized():
-        mpi.COMM_WORLD.Abort(code)
-    os._exit(code)
+_installed = False
+_exit_code: int | None = None
 
 
 def install_abort_hook() -> None:
-    """Make an uncaught exception print its traceback and end the whole job: the other ranks would wait for ever."""
+    """From now on an exception that nobody catches, on any thread, ends all ranks, as does an exit with an error code.
 
-    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        traceback.print_exception(kind, error, trace)
-        abort_job(exit_code_of(error))
+    Signals need nothing: a rank that one ends, ends the job through its launcher.
+    """
+    global _installed
+    if _installed:
+        return
+    _installed = True
+    sys.excepthook = _on_exception
+    threading.excepthook = _on_thread_exception
+    sys.exit = _noting_exit
+    atexit.register(_on_exit)
 
-    sys.excepthook = hook
+
+def exit_code_of(error: BaseException) -> int:
+    """The process's exit code for an exception: 1 is our bug or the user's, 3 to 6 are said by Bactrian's errors."""
+    if isinstance(error, KeyboardInterrupt):
+        return 130
+    return error.exit_code if isinstance(error, BactrianError) else 1
+
+
+def _on_exception(kind: type[BaseException], error: BaseException, where: TracebackType | None) -> None:
+    traceback.print_exception(kind, error, where)
+    abort(exit_code_of(error))
+
+
+def _on_thread_exception(args: threading.ExceptHookArgs) -> None:
+    if args.exc_value is None or isinstance(args.exc_value, SystemExit):
+        return
+    traceback.print_exception(args.exc_type, args.exc_value, args.exc_traceback)
+    abort(exit_code_of(args.exc_value))
+
+
+def _noting_exit(status: Any = None, /) -> Any:
+    """`sys.exit` that lets `_on_exit` see whether the exit is an error."""
+    global _exit_code
+    _exit_code = 0 if status is None else status if isinstance(status, int) else 1
+    raise SystemExit(status)
+
+
+def _on_exit() -> None:
+    faults.at("exit")
+    if failing():
+        abort(_exit_code or 1)
+
+
+def failing() -> bool:
+    """Whether this process is on its way out with an error code."""
+    return _exit_code not in (None, 0, STOPPED)
+
+
+def abort(code: int) -> None:
+    """End every rank of the job, this one included, now."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, absent, or its reader is gone
+            stream.flush()
+    module = sys.modules.get("mpi4py.MPI")
+    if module is not None and module.Is_initialized() and not module.Is_finalized() and module.COMM_WORLD.size > 1:
+        module.COMM_WORLD.Abort(code)
+    os._exit(code)

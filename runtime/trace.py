@@ -24,14 +24,14 @@ class Tracer:
     def __init__(self) -> None:
         self.events: list[Event] = []
         self._counts: dict[tuple[str, str], int] = {}
-        self._messages: dict[int, Recv] = {}  # slot -> its receive
+        self._messages: dict[tuple[int, int], Recv] = {}  # (rank, slot) -> its receive
 
     def traced(
         self, rank_list: RankList, instruction: Instruction, operation: Callable[[list[Any]], None]
     ) -> Callable[[list[Any]], None]:
         """The operation with its times recorded."""
         if isinstance(instruction, Recv):
-            self._messages[instruction.slot] = instruction
+            self._messages[rank_list.rank, instruction.slot] = instruction
         if not isinstance(instruction, Run | Send | Arrive):
             return operation
 
@@ -54,7 +54,7 @@ class Tracer:
             name = f"SEND to rank {instruction.destination}"
             flow = ("s", f"{rank_list.rank}>{instruction.destination}:{instruction.tag}")
         else:
-            spec, recv = rank_list.slots[instruction.slot], self._messages[instruction.slot]
+            spec, recv = rank_list.slots[instruction.slot], self._messages[rank_list.rank, instruction.slot]
             stage, microbatch = spec.stage, spec.microbatch
             name = f"RECV from rank {recv.source}"
             flow = ("f", f"{recv.source}>{rank_list.rank}:{recv.tag}")

@@ -31,7 +31,7 @@ def test_it_says_what_it_is():
     array = distributed()
     assert repr(array) == "DistributedArray(state['w'], float32[2,3], stages 0, 1, data=1)"
     assert (array.shape, array.dtype, array.ndim, array.size, array.stages) == ((2, 3), np.float32, 2, 6, (0, 1))
-    assert jax.tree.leaves({"a": array}) == [array] or jax.tree.leaves({"a": array})[0] is array
+    assert jax.tree.leaves({"a": array})[0] is array
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,6 @@ def test_it_says_what_it_is():
         np.sin,
         lambda a: np.ones((2, 3)) * a,
         lambda a: jnp.ones((2, 3)) * a,
-        lambda a: jax.jit(lambda x: x)(a),
     ],
 )
 def test_it_refuses_to_be_an_array(use):
@@ -143,7 +142,6 @@ class FakeRank:
 
 def test_the_owner_broadcasts():
     sent = []
-    place = placement(stages=(1,))
     place = Placement(0, 0, "w", (2, 3), np.dtype("float32"), (1,), {}, {1: (1,)})
     piece = jnp.arange(6.0).reshape(2, 3)
     owner = bactrian.gather(DistributedArray(place, {1: piece}, FakeRank(1, 2, sent)))

@@ -171,6 +171,18 @@ def ema(params, x, average):
     return params - g, value
 
 
+def test_a_python_number_in_the_state_is_traced_once():
+    def step(state, x):
+        value, g = bactrian.value_and_grad(loss)(state["w"], x)
+        return {"w": state["w"] - g, "n": state["n"] + 1}, value
+
+    captured = capture(step, ({"w": W, "n": 0}, X), num_microbatches=2)
+    info, result = captured.arguments[0], captured.results[0]
+    assert (info.role, info.path, info.weak_type, result.weak_type) == ("state", "state['n']", True, True)
+    placement = Placement(0, 0, info.path, (), info.dtype, (0,), weak_type=result.weak_type)
+    captured.flatten(({"w": W, "n": DistributedArray(placement, {})}, X))
+
+
 def test_ambiguous_state_asks_for_a_mapping():
     error = refused(ema, W, X, W, message="cannot tell the next value of arguments 0 .* 2")
     assert "state={0: 0}" in error.fix
@@ -362,7 +374,12 @@ def test_the_batch_index_below_the_boundary():
 
 
 def test_a_gradient_in_a_forward_only_function():
-    refused(sgd, W, X, forward_only=True, message="boundar")
+    refused(sgd, W, X, forward_only=True, message="forward-only function takes a gradient")
+
+
+def test_an_unknown_out_reduction():
+    options = {"forward_only": True, "out_reduction": "median"}
+    refused(lambda w, x: x @ w, W, X, error=ConfigError, message="unknown reduction 'median'", **options)
 
 
 def test_errors_of_the_user_s_function_come_through():

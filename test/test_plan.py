@@ -237,12 +237,21 @@ def test_tables_fit_and_render_whatever_is_known(seed: int) -> None:
 
 
 def test_the_table_has_every_figure(capsys: pytest.CaptureFixture[str]) -> None:
-    figures = dict(forward_flops=10**9, backward_flops=2 * 10**9, num_parameters=1_230_000, state_bytes=3 << 20)
-    figures |= dict(activation_bytes=1 << 20, microbatches_in_flight=2, sent_bytes_forward=2048, sent_bytes_backward=0)
-    stages = (
-        StagePlan(0, 0, 1, predicted_seconds=0.3, **figures),
-        StagePlan(1, 2, 2, predicted_seconds=0.1, **figures),
+    first = StagePlan(
+        0,
+        0,
+        1,
+        forward_flops=10**9,
+        backward_flops=2 * 10**9,
+        num_parameters=1_230_000,
+        state_bytes=3 << 20,
+        activation_bytes=1 << 20,
+        microbatches_in_flight=2,
+        sent_bytes_forward=2048,
+        sent_bytes_backward=0,
+        predicted_seconds=0.3,
     )
+    stages = (first, dataclasses.replace(first, stage=1, first_layer=2, last_layer=2, predicted_seconds=0.1))
     small(stages=stages, predicted_step_seconds=0.5, peak_memory_bytes=5 << 20).show()
     text = capsys.readouterr().out
     for figure in (

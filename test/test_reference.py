@@ -185,6 +185,26 @@ def test_forward_only():
     close(out, {"y": BATCH["x"] @ w, "mean": BATCH["x"].mean(), "n": np.int32(8), "name": "f"})
 
 
+def test_functions_with_their_own_derivatives():
+    @jax.custom_vjp
+    def double(x):
+        return 2 * x
+
+    double.defvjp(lambda x: (2 * x, None), lambda _, g: (3 * g,))
+
+    def fun(w, x):
+        return double(jax.nn.relu(x @ w)) + jax.lax.map(double, x @ w)
+
+    captured = capture(fun, (jnp.ones((5, 2)), BATCH["x"]), num_microbatches=2, forward_only=True)
+    close(reference(captured, (jnp.ones((5, 2)), BATCH["x"])), fun(jnp.ones((5, 2)), BATCH["x"]))
+
+    def step(w, x):
+        value, g = bactrian.value_and_grad(lambda w: jnp.mean(fun(w, x)))(w)
+        return w - g, value
+
+    check(step, jnp.ones((5, 2)), BATCH["x"], num_microbatches=2)
+
+
 def test_reference_function_is_one_program_and_may_donate():
     def step(w, x):
         value, g = bactrian.value_and_grad(lambda w: jnp.mean((x @ w) ** 2))(w)

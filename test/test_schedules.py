@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import doctest
+from functools import lru_cache
 from itertools import product
 
 import pytest
 
 from bactrian.passes import schedules
 from bactrian.passes.errors import ConfigError
-from bactrian.passes.schedules import make_order, parse_token, peak_in_flight
+from bactrian.passes.schedules import make_order, peak_in_flight
+
+parse_token = lru_cache(maxsize=None)(schedules.parse_token)
 
 
 def check(name: str, stages: int, microbatches: int, fuse: bool) -> None:
@@ -60,8 +63,8 @@ def test_invariants_on_a_sample(name: str, fuse: bool) -> None:
 @pytest.mark.long
 @pytest.mark.parametrize("name", sorted(schedules.SCHEDULES))
 @pytest.mark.parametrize("fuse", [False, True])
-def test_invariants_of_all(name: str, fuse: bool) -> None:
-    for stages, microbatches in product(range(1, 65), range(1, 129)):
+def test_invariants_of_many(name: str, fuse: bool) -> None:
+    for stages, microbatches in product(range(1, 65), (*range(1, 17), *range(17, 129, 8))):
         check(name, stages, microbatches, fuse)
 
 

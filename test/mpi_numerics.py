@@ -1,0 +1,64 @@
+"""Run cases under mpirun, all in one launch: ``bactrian run -n 2 test/mpi_numerics.py CASES.json``.
+
+The file holds ``[row or trap name, …]``. Rank 0 compares with one device and prints one JSON line per case:
+``{"case": …, "error": largest relative error or null, "digest": bits of the last state, "problem": "" or what differs}``.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import models
+import numerics
+
+import bactrian
+
+
+def case_of(entry: str | numerics.Row) -> models.Case:
+    """A trap by name, or a row of the cover."""
+    if isinstance(entry, str):
+        return next(case for case in models.TRAPS if case.name == entry)
+    return models.train_case(**entry)
+
+
+def run(case: models.Case, rank: int) -> dict[str, Any]:
+    """All steps of one case; the reference on rank 0 only."""
+    built = case.make()
+    step = bactrian.parallelize(built.step, **built.options)
+    ours, reference, worst, bits = built.state, built.state, 0.0, ""
+    problems = list[str]()
+    for batch in built.batches:
+        theirs = step.reference(reference, *batch) if rank == 0 else None
+        result = step(ours, *batch)
+        gathered = bactrian.gather(result)  # collective
+        ours, bits = built.next_state(result), numerics.digest(gathered)
+        if rank == 0:
+            reference = built.next_state(theirs)
+            try:
+                worst = max(worst, numerics.assert_equal_step(gathered, theirs, built.zero_gradient_leaves))
+            except AssertionError as difference:
+                problems.append(str(difference))
+    return {"case": case.name, "error": worst, "digest": bits, "problem": "\n".join(problems)}
+
+
+def main() -> None:
+    """Every case of the file, then the word that all ranks reached the end."""
+    from mpi4py import MPI
+
+    rank = MPI.COMM_WORLD.Get_rank()
+    for entry in json.loads(Path(sys.argv[1]).read_text()):
+        line = run(case_of(entry), rank)
+        if rank == 0:
+            print(json.dumps(line), flush=True)
+        jax.clear_caches()
+    MPI.COMM_WORLD.Barrier()
+    if rank == 0:
+        print(json.dumps({"done": MPI.COMM_WORLD.Get_size()}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""What the tests start under mpirun: a few steps of `chain`, one stage or more per rank. Usage: stages microbatches."""
+# ruff: noqa: E402 (paths and cores come before imports)
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+
+from bactrian.runtime.launch import prepare, start_mpi
+
+prepare()
+
+import jax
+import numpy as np
+from staged_programs import chain, chain_arguments, chain_functions, run_serially
+
+from bactrian.runtime import faults
+from bactrian.runtime.check import check_lists
+from bactrian.runtime.executor import Executor
+from bactrian.runtime.lists import build_lists
+from bactrian.runtime.mpi import MpiTransport
+from bactrian.runtime.trace import Tracer, gather_traces, write_trace
+
+
+def main() -> None:
+    comm = start_mpi()
+    stages, microbatches, steps = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+    program = chain(stages, microbatches)
+    faults.at("plan")
+    lists = build_lists(program, tuple(s % comm.Get_size() for s in range(stages)))
+    check_lists(lists)
+    faults.at("compile")
+    transport = MpiTransport(comm, helper="--poll" not in sys.argv)
+    sys.argv = [a for a in sys.argv if a != "--poll"]
+    tracer = Tracer() if len(sys.argv) > 4 else None
+    run = Executor(
+        lists[comm.Get_rank()], chain_functions(stages), lambda slot: jax.devices()[0], transport, tracer=tracer
+    )
+    arguments = list(chain_arguments(stages, microbatches))
+    pieces = [jax.device_put(arguments[a.argument], may_alias=False) for a in run.list.arguments]
+    serial = chain_functions(stages, donate=False)
+    for _ in range(steps):
+        results = run.step(pieces, {stages + 1: arguments[-1]})
+        expected = {result: x for (result, _), x in run_serially(program, serial, arguments).items()}
+        for piece, array in zip(run.list.results, results, strict=True):
+            np.testing.assert_array_equal(np.asarray(array), expected[piece.result], strict=True)
+        states = {(p.updates, p.stage): a for p, a in zip(run.list.results, results, strict=True)}
+        pieces = [states[a.argument, a.stage] for a in run.list.arguments]
+        arguments = [*(expected[i] for i in range(stages + 1)), arguments[-1]]
+    faults.at("save")
+    if tracer is not None or steps != 2:  # else the interpreter's end has to do it
+        transport.close()
+    if tracer is not None:
+        events = gather_traces(tracer, comm)
+        if comm.Get_rank() == 0:
+            write_trace(sys.argv[4], events)
+    print(f"rank {comm.Get_rank()} done", flush=True)
+
+
+main()

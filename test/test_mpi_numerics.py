@@ -1,0 +1,89 @@
+"""A step over several processes equals one device: one launch for each number of ranks, with a deadline."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import models
+import numerics
+import pytest
+
+HERE = Path(__file__).parent
+DEADLINE_SECONDS = {False: 300, True: 3600}
+TRAPS = ("tied-three-stages", "value-read-by-three-layers", "stage-without-output", "aux-outputs", "skip-not-finite")
+
+pytestmark = pytest.mark.skipif(shutil.which("mpirun") is None, reason="mpirun is not installed")
+
+
+def feasible(row: numerics.Row) -> bool:
+    """Each rank has a stage; with two ranks, three and four stages are more stages than ranks."""
+    return row.get("stages", 4) >= row.get("ranks", 2)
+
+
+def entries(ranks: int, long: bool) -> list[Any]:
+    """What one launch runs: the rows of the cover for so many ranks, and some traps."""
+    factors: dict[str, tuple[Any, ...]] = {
+        "model": tuple(models.MODELS) if long else models.SMALL_COVER,
+        "microbatches": (1, 2, 4, 8),
+        "stages": (2, 3, 4),
+        "optimizer": tuple(models.OPTIMIZERS),
+        "loss": ("mean", "sum"),
+        "schedule": ("1f1b", "gpipe"),
+        "ranks": (2, 4),
+    }
+    rows = (numerics.product if long else numerics.pairwise_cover)(factors, feasible)
+    chosen = [{key: row[key] for key in row if key != "ranks"} for row in rows if row["ranks"] == ranks]
+    built = {case.name: case.make() for case in models.TRAPS if case.name in TRAPS}
+    return chosen + [name for name in TRAPS if built[name].options["num_stages"] >= ranks]
+
+
+def launch(arguments: list[str], cases: Path, deadline_seconds: float) -> list[dict[str, Any]]:
+    """Run the script in a child process of its own group, and return its JSON lines."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])}
+    environment.pop("XLA_FLAGS", None)  # the launcher decides
+    command = [sys.executable, "-m", "bactrian", "run", *arguments, str(HERE / "mpi_numerics.py"), str(cases)]
+    process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        out, err = process.communicate(timeout=deadline_seconds)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, 9)
+        out, err = process.communicate()
+        pytest.fail(f"no end after {deadline_seconds} s; the last lines were\n{out[-2000:]}\n{err[-2000:]}")
+    assert process.returncode == 0, f"exit code {process.returncode}\n{out[-2000:]}\n{err[-4000:]}"
+    return [json.loads(line) for line in out.splitlines() if line.startswith("{")]
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_equals_one_device(ranks: int, tmp_path: Path, pytestconfig: pytest.Config) -> None:
+    long = pytestconfig.getoption("--long", default=False)
+    cases = tmp_path / "cases.json"
+    todo = entries(ranks, long)
+    cases.write_text(json.dumps(todo))
+    *lines, last = launch(["-n", str(ranks)], cases, DEADLINE_SECONDS[long])
+    assert last == {"done": ranks}
+    assert len(lines) == len(todo)
+    problems = [f"{line['case']}: {line['problem']}" for line in lines if line["problem"]]
+    assert not problems, "\n".join(problems)
+
+
+def test_bits_do_not_depend_on_the_transport(tmp_path: Path) -> None:
+    """Two processes with messages give the bits of one process with copies."""
+    cases = tmp_path / "cases.json"
+    rows = [
+        {"model": "mlp/plain", "optimizer": "adamw", "stages": stages, "schedule": schedule}
+        for stages in (2, 4)
+        for schedule in ("1f1b", "gpipe")
+    ]
+    cases.write_text(json.dumps(rows))
+    runs = [launch(arguments, cases, DEADLINE_SECONDS[False])[:-1] for arguments in ([], ["-n", "2"])]
+    digests = [{line["case"]: line["digest"] for line in lines} for lines in runs]
+    assert digests[0] == digests[1]
+    assert len(digests[0]) == len(rows)
