@@ -22,7 +22,6 @@ from bactrian.passes.schedules import SCHEDULES
 from bactrian.runtime import faults
 
 _log = logging.getLogger("bactrian")
-faults.at("import")
 
 
 @overload
@@ -285,13 +284,8 @@ class Traced:
         Raises:
             ProgramError: the program can't be cut so; the plan was made for another program.
         """
-<<<<<<< HEAD
-        if cluster is not None:
-            raise ConfigError("cluster descriptions are not read yet", fix="leave cluster=None")
-        faults.at("plan")
-=======
         _refuse_cluster(cluster)
->>>>>>> main
+        faults.at("plan")
         plan = plan or self.options.plan
         if plan is not None:
             plan.check_program(self.captured.fingerprint)

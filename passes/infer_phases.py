@@ -86,20 +86,13 @@ class InferPhases(Pass):
         """Write ``bactrian.phase`` and order the ops around the boundary."""
         main = main_function(module)
         _hoist_microbatch_index(main)
-<<<<<<< HEAD
-        forward = _forward(main)
-=======
         _mark_forward(main)  # before the loss goes: nothing may need it but the gradients
->>>>>>> main
         _drop_unused_results(main, ctx)
         boundary = find_boundary(main)
         flow = Dataflow.of(main)
         split = flow.ops.index(boundary)
         above = flow.ancestors(list(flow.operands[split]))
-<<<<<<< HEAD
-=======
         forward = ["bactrian.phase" in op.attributes for op in flow.ops]
->>>>>>> main
         below = _below(flow, split)
         if not self._check_bypass(flow, main, above, below, ctx):
             return
@@ -155,17 +148,6 @@ def _hoist_microbatch_index(main: ir.Operation) -> None:
         op.move_before(top_level(op, body(main)))
 
 
-<<<<<<< HEAD
-def _forward(main: ir.Operation) -> list[bool]:
-    """What the loss, aux values and outputs depend on, those that no result reads included: a step may drop its loss.
-
-    Dropping what is unused leaves the positions of the ops above the boundary as they are.
-    """
-    boundary = find_boundary(main)
-    flow = Dataflow.of(main)
-    reads, kinds = flow.operands[flow.ops.index(boundary)], boundary_words(boundary, "kinds")
-    return flow.ancestors([value for value, kind in zip(reads, kinds, strict=True) if kind in _FORWARD_KINDS])
-=======
 def _mark_forward(main: ir.Operation) -> None:
     """Write the forward phase on what the loss, the aux values and the outputs depend on."""
     boundary = find_boundary(main)
@@ -176,7 +158,6 @@ def _mark_forward(main: ir.Operation) -> None:
     for op, marked in zip(flow.ops, forward, strict=True):
         if marked:
             op.attributes["bactrian.phase"] = phase
->>>>>>> main
 
 
 def _drop_unused_results(main: ir.Operation, ctx: PassContext) -> None:

@@ -104,17 +104,11 @@ def at(point: str) -> None:
     if fault is None or fault.done or fault.point != point or fault.step not in (None, _step):
         return
     fault.done = True
-    what = f"fault injected on rank {fault.rank} at {point}, step {_step}"
-    print(f"bactrian: {what}: {fault.action} at {time.time():.3f}", file=sys.stderr, flush=True)
+    what = f"fault injected on rank {fault.rank} at {point}, step {_step}, unix time {time.time():.3f}"
+    print(f"bactrian: {fault.action}: {what}", file=sys.stderr, flush=True)
     match fault.action:
         case "raise":
-<<<<<<< HEAD
             raise InjectedFault(what)
-=======
-            raise InjectedFault(
-                f"fault injected on rank {fault.rank} at {point}, step {_step}, unix time {time.time():.3f}"
-            )
->>>>>>> main
         case "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         case "stop":
