@@ -51,7 +51,7 @@ class World:
 
             raise ConfigError(
                 f"{place.launcher} started {place.size} ranks, but MPI sees {comm.Get_size()}",
-                why=f"mpi4py uses {MPI.Get_library_version().splitlines()[0].strip()}",
+                why="mpi4py was loaded with another MPI than the mpirun that started it",
                 fix="install the mpi4py extra that belongs to your mpirun, one of openmpi and mpich",
             )
         return cls(comm.Get_rank(), comm.Get_size(), comm)
