@@ -20,6 +20,7 @@ from bactrian.passes.errors import ConfigError
 from bactrian.passes.frame.reproducer import versions
 from bactrian.passes.plan import Plan
 from bactrian.passes.schedules import SCHEDULES
+from bactrian.runtime import faults
 
 _log = logging.getLogger("bactrian")
 
@@ -304,6 +305,7 @@ class Traced:
             ConfigError: the state was placed by a step with another number of stages.
         """
         _refuse_cluster(cluster)
+        faults.at("plan")
         plan = plan or self.options.plan
         if plan is not None:
             plan.check_program(self.captured.fingerprint)

@@ -16,6 +16,7 @@ from bactrian.driver.arrays import MPI, Communicator, DistributedArray, Placemen
 from bactrian.driver.capture import ArgumentInfo, Captured, ResultInfo
 from bactrian.driver.session import Session
 from bactrian.driver.source import line_here
+from bactrian.passes.errors import ProgramError
 from bactrian.passes.plan import Plan
 from bactrian.passes.plan_table import human_bytes
 
@@ -104,6 +105,7 @@ class Compiled:
         batch = {number: _physical(leaves[number]) for number in self._batch}
         if donated and self.session.staged.donate:
             where = line_here()
+            self._refuse_given_twice(leaves, donated, where)
             for leaf in donated:
                 leaf.donate(where)
         return self._wrap(self.session.run(pieces, batch))
@@ -161,6 +163,21 @@ class Compiled:
             here = stage not in missing
             pieces[placement.argument, stage] = leaf.pieces[stage] if here else jax.device_put(values, sharding)
         return len(missing) * values.nbytes
+
+    def _refuse_given_twice(self, leaves: Sequence[Any], donated: Sequence[DistributedArray], where: str) -> None:
+        """Refuse a value that one call both consumes and reads elsewhere, while nothing is consumed yet."""
+        held = [(id(leaves[number]), placement.path) for number, placement in self._held.items()]
+        if len({key for key, _ in held}) == len(held):
+            return
+        for leaf in donated:
+            paths = [path for key, path in held if key == id(leaf)]
+            if len(paths) > 1:
+                raise ProgramError(
+                    f"a donated value is given {len(paths)} times to one step: {', '.join(paths)}",
+                    where=where,
+                    why="the step consumes its state, so no other argument can be the same array",
+                    fix="give a copy (bactrian.gather, then bactrian.put), or parallelize(..., donate=False)",
+                )
 
     def _put(self, leaf: Any, placement: Placement, pieces: dict[tuple[int, int], jax.Array]) -> None:
         """A host value to the stages that read it; state is copied, since the step will consume the copy."""

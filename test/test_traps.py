@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import subprocess
 import sys
@@ -63,9 +62,9 @@ def sgd_step(loss: Callable[..., Any], **options: Any) -> Callable[..., Any]:
 
 
 def check(
-    function: Callable[..., Any], *args: Any, num_steps: int = 2, stages: int | None = None, **options: Any
+    function: Callable[..., Any], *args: Any, num_steps: int = 1, stages: int | None = None, **options: Any
 ) -> Parallelized:
-    """Run the step twice, each compared with the reference from the same state; returns it."""
+    """Run the step, each time compared with the reference from the same state; returns it."""
     step = bactrian.parallelize(**{"num_stages": 2, **options})(function)
     state, *rest = args
     for _ in range(num_steps):
@@ -90,7 +89,9 @@ def test_the_scale_of_loss_and_gradients(reduction: str, num_microbatches: int) 
         return jnp.mean(squares) if reduction == "mean" else jnp.sum(squares)
 
     params = layers(2)
-    step = check(sgd_step(loss, reduction=reduction), params, X, num_microbatches=num_microbatches, stages=2)
+    step = check(
+        sgd_step(loss, reduction=reduction), params, X, num_microbatches=num_microbatches, stages=2, num_steps=2
+    )
     # The reference itself must not depend on the microbatches.
     value, gradients = jax.value_and_grad(loss)(params, X)
     assert_equal_step(step.reference(params, X), (sgd(params, gradients), value))
@@ -130,7 +131,7 @@ def test_a_value_read_by_layers_of_three_stages(schedule: str) -> None:
         encoded = jnp.tanh(batch["x"] @ params["encoder"])
         x = encoded
         for w, v in zip(params["layers"], params["cross"], strict=True):
-            x = bactrian.stage_boundary(jnp.tanh(x @ w + encoded @ v))
+            x = jnp.tanh(bactrian.stage_boundary(x) @ w + encoded @ v)
         return jnp.mean((x - batch["y"]) ** 2)
 
     params = {"encoder": normal(WIDTH, WIDTH), "layers": layers(3), "cross": layers(3)}
@@ -175,7 +176,7 @@ def test_gradients_alone() -> None:
         value, gradients = bactrian.value_and_grad(mean_loss)(params, batch)
         return {"gradients": gradients}, value
 
-    check(step, layers(2), X, num_microbatches=2, num_steps=1)
+    check(step, layers(2), X, num_microbatches=2)
 
 
 def test_a_parameter_without_gradient() -> None:
@@ -257,23 +258,20 @@ def test_odd_layers_and_few_microbatches(
         num_microbatches=num_microbatches,
         schedule=schedule,
         stages=num_stages,
-        num_steps=1,
     )
 
 
 @pytest.mark.parametrize("place", ["first", "middle", "last"])
 def test_a_layer_without_weights(place: str) -> None:
-    def plain(x: jax.Array) -> jax.Array:
-        return bactrian.stage_boundary(jnp.sin(bactrian.stage_boundary(x)))
-
     def loss(params: Tree, batch: Tree) -> jax.Array:
-        x = plain(batch["x"]) if place == "first" else batch["x"]
+        x = jnp.sin(batch["x"]) if place == "first" else batch["x"]
         x = jnp.tanh(x @ params[0])
-        x = plain(x) if place == "middle" else x
-        x = jnp.tanh(x @ params[1])
-        return jnp.mean(((plain(x) if place == "last" else x) - batch["y"]) ** 2)
+        x = jnp.sin(bactrian.stage_boundary(x)) if place == "middle" else x
+        x = bactrian.stage_boundary(x) @ params[1]
+        x = jnp.sin(bactrian.stage_boundary(x)) if place == "last" else x
+        return jnp.mean((x - batch["y"]) ** 2)
 
-    check(sgd_step(loss), layers(2), X, num_stages=3, num_microbatches=2, num_steps=1)
+    check(sgd_step(loss), layers(2), X, num_microbatches=2)
 
 
 def test_a_stage_without_output() -> None:
@@ -281,8 +279,7 @@ def test_a_stage_without_output() -> None:
 
     def step(params: Tree, batch: Tree, frozen: Any) -> tuple[Tree, jax.Array]:
         def loss(params: Tree) -> jax.Array:
-            x = bactrian.stage_boundary(mlp(params, batch["x"]))
-            return jnp.mean((jnp.tanh(x @ frozen) - batch["y"]) ** 2)
+            return jnp.mean((jnp.tanh(mlp(params, batch["x"]) @ frozen) - batch["y"]) ** 2)
 
         value, gradients = bactrian.value_and_grad(loss)(params)
         return sgd(params, gradients), value
@@ -291,7 +288,7 @@ def test_a_stage_without_output() -> None:
         return step(params, batch, frozen)[0]
 
     for function in (step, without_loss):
-        check(function, layers(1), X, normal(WIDTH, WIDTH), num_microbatches=2, num_steps=1)
+        check(function, layers(1), X, normal(WIDTH, WIDTH), num_microbatches=2)
 
 
 # ---- 7: traffic ----
@@ -300,8 +297,7 @@ def test_a_stage_without_output() -> None:
 @pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])
 @pytest.mark.parametrize("num_stages", [2, 4])
 def test_every_value_travels_once_per_pair(schedule: str, num_stages: int) -> None:
-    """A chain sends one activation down and one gradient up per microbatch and neighbour, and the loss of the step is
-    where it is made; the encoder-like skip value goes to each stage that reads it once."""
+    """A chain sends one activation down and one gradient up per microbatch and pair of neighbours, nothing else."""
     num_microbatches = 4
     step = bactrian.parallelize(num_stages=num_stages, num_microbatches=num_microbatches, schedule=schedule)(
         sgd_step(mean_loss)
@@ -318,10 +314,10 @@ def test_a_value_with_several_readers_travels_once_to_each() -> None:
     def loss(params: Tree, batch: Tree) -> jax.Array:
         first = x = jnp.tanh(batch["x"] @ params[0])
         for w in params[1:]:
-            x = bactrian.stage_boundary(jnp.tanh((x + first) @ w) + first * jnp.sin(first))
+            x = jnp.tanh((bactrian.stage_boundary(x) + first) @ w) + first * jnp.sin(first)
         return jnp.mean((x - batch["y"]) ** 2)
 
-    step = check(sgd_step(loss), layers(4), X, num_stages=4, num_microbatches=2, num_steps=1)
+    step = check(sgd_step(loss), layers(4), X, num_stages=4, num_microbatches=2)
     check_messages(step)
 
 
@@ -408,9 +404,8 @@ def test_the_same_plan_for_a_hundred_hash_seeds() -> None:
 # ---- 12: random numbers ----
 
 
-@MICROBATCHES
-@pytest.mark.parametrize("num_stages", [1, 3])
-def test_keyed_random_numbers(num_microbatches: int, num_stages: int) -> None:
+@pytest.mark.parametrize(("num_stages", "num_microbatches"), [(1, 2), (2, 1), (2, 4)])
+def test_keyed_random_numbers(num_stages: int, num_microbatches: int) -> None:
     """Dropout in layers of different stages, other bits for every microbatch and step."""
 
     def step(state: Tree, batch: Tree) -> tuple[Tree, jax.Array]:
@@ -420,22 +415,13 @@ def test_keyed_random_numbers(num_microbatches: int, num_stages: int) -> None:
         def loss(params: list[Any]) -> jax.Array:
             x = batch["x"]
             for number, w in enumerate(params):
-                keep = jax.random.bernoulli(jax.random.fold_in(now, number), 0.6, x.shape)
-                x = jnp.tanh((x * keep / 0.6) @ w)
+                bits = jax.random.bits(jax.random.fold_in(now, number), x.shape, jnp.uint8)
+                x = jnp.tanh((x * (bits > 100)) @ w)
             return jnp.mean((x - batch["y"]) ** 2)
 
         value, gradients = bactrian.value_and_grad(loss)(state["params"])
         return {"params": sgd(state["params"], gradients), "key": key}, value
 
-    state = {"params": layers(3), "key": jax.random.key(5)}
+    state = {"params": layers(2), "key": jax.random.key(5)}
     made = check(step, state, X, num_stages=num_stages, num_microbatches=num_microbatches)
-    other = made.reference({**state, "key": jax.random.key(6)}, X)
-    assert not np.allclose(other[1], made.reference(state, X)[1])
-
-
-def test_one_call_after_another_in_every_combination() -> None:
-    """The same function at other shapes and stage counts: nothing of one program leaks into the next."""
-    params = layers(4)
-    for rows, num_stages in itertools.product((4, 8), (1, 2)):
-        batch = jax.tree.map(lambda x, rows=rows: x[:rows], X)
-        check(sgd_step(mean_loss), params, batch, num_stages=num_stages, num_microbatches=2, num_steps=1)
+    assert not np.allclose(made({**state, "key": jax.random.key(6)}, X)[1], made(state, X)[1], rtol=1e-3)
