@@ -59,7 +59,7 @@ def worker(*arguments: str, ranks: int | None = None) -> Row:
     """One measurement; with ``ranks``, under mpirun with a core for each."""
     start = [sys.executable]
     if ranks is not None:
-        start += ["-m", "bactrian", "run", "-n", str(ranks)]
+        start += ["-m", "bactrian.driver.cli", "run", "-n", str(ranks)]
     return last_json([*start, str(HERE / "worker.py"), *arguments])
 
 
