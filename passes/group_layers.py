@@ -448,9 +448,7 @@ def _place_free(program: _Program, layers: list[int | None], phase: str) -> None
         layers[index] = choose(own) if own else min(others, default=0)
 
 
-def _place(
-    program: _Program, held: Homes | None, layers: list[int | None], num_layers: int, microbatches: int
-) -> int:
+def _place(program: _Program, held: Homes | None, layers: list[int | None], num_layers: int, microbatches: int) -> int:
     """Place backward and update ops that are not free; returns how many there are.
 
     What happens once per microbatch counts ``microbatches`` times what happens once per step.

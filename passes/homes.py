@@ -78,4 +78,3 @@ class Reads:
         if at_boundaries:
             return place, text + "no cut at the program's stage boundaries"
         return place, text + f"one of {self.homes.num_stages} stages without a product or convolution"
-

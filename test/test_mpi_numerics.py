@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +17,7 @@ HERE = Path(__file__).parent
 DEADLINE_SECONDS = {False: 300, True: 3600}
 TRAPS = ("tied-three-stages", "value-read-by-three-layers", "stage-without-output", "aux-outputs", "skip-not-finite")
 
-pytestmark = pytest.mark.skipif(shutil.which("mpirun") is None, reason="mpirun is not installed")
+pytestmark = pytest.mark.mpi
 
 
 def feasible(row: numerics.Row) -> bool:
@@ -47,7 +46,15 @@ def launch(arguments: list[str], cases: Path, deadline_seconds: float) -> list[d
     """Run the script in a child process of its own group, and return its JSON lines."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])}
     environment.pop("XLA_FLAGS", None)  # the launcher decides
-    command = [sys.executable, "-m", "bactrian", "run", *arguments, str(HERE / "mpi_numerics.py"), str(cases)]
+    command = [
+        sys.executable,
+        "-m",
+        "bactrian.driver.cli",
+        "run",
+        *arguments,
+        str(HERE / "mpi_numerics.py"),
+        str(cases),
+    ]
     process = subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )

@@ -75,7 +75,6 @@ def stages_of(tree):
     return [leaf.stages for leaf in jax.tree.leaves(tree)]
 
 
-
 @pytest.mark.parametrize("num_stages", [2, 3])
 def test_three_functions_share_one_state(num_stages, moves, caplog):
     first, state = make_train(optax.cosine_decay_schedule(1e-2, 10), num_stages=num_stages)
@@ -127,7 +126,9 @@ def test_a_step_is_planned_again_for_state_that_is_elsewhere(moves, caplog):
         for _ in range(2):
             result = evaluate(state["params"], x)
     assert evaluate.compiled is not own and moves == []
-    assert [r.message for r in caplog.records] == ["predict is planned again: its state is where another step placed it"]
+    assert [r.message for r in caplog.records] == [
+        "predict is planned again: its state is where another step placed it"
+    ]
     numerics.assert_equal_step((result,), (evaluate.reference(bactrian.gather(state["params"]), x),))
 
 

@@ -1,0 +1,338 @@
+"""One measurement in processes of its own, started by ``pipeline.py``: rank 0 prints one JSON line.
+
+The hooks into the compiled step are `time_functions` and `replace_functions`; everything else is public.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+Program = tuple[Any, Any, Any]  # parallelized step, state, batch
+
+
+def mlp(width: int = 512, batch: int = 32, length: int = 128, layers: int = 8) -> Program:
+    """``y = x + relu(x W + b)``, mean squared error, SGD with 1e-3: the torch peer's model."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    import bactrian
+
+    random = np.random.default_rng(7)
+    bound = width**-0.5
+    state = [
+        {
+            "w": random.uniform(-bound, bound, (width, width)).astype(np.float32),
+            "b": random.uniform(-bound, bound, width).astype(np.float32),
+        }
+        for _ in range(layers)
+    ]
+    data = tuple(random.standard_normal((2, batch, length, width), dtype=np.float32))
+
+    def loss(layers: Any, batch: Any) -> jax.Array:
+        x, y = batch
+        for layer in layers:
+            x = x + jax.nn.relu(x @ layer["w"] + layer["b"])
+        return jnp.square(x - y).mean()
+
+    def step(state: Any, batch: Any) -> Any:
+        value, gradients = bactrian.value_and_grad(loss)(state, batch)
+        return jax.tree.map(lambda p, g: p - 1e-3 * g, state, gradients), value
+
+    return bactrian.parallelize(step), state, data
+
+
+def gpt(layers: int = 4, width: int = 128, batch: int = 16) -> Program:
+    """The example's GPT with AdamW and dropout."""
+    import jax
+
+    sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+    example = importlib.import_module("train_gpt")
+    args = argparse.Namespace(
+        layers=layers, width=width, heads=4, length=128, batch=batch, dropout=0.1,
+        rate=3e-3, steps=400, seed=0, stages=None, microbatches=8, schedule="1f1b",
+    )  # fmt: skip
+    state, step, _ = example.make_steps(args)
+    text, _ = example.read_text()
+    return step, jax.device_get(state), next(example.batches(text, batch, args.length, 0))
+
+
+PROGRAMS: dict[str, Callable[..., Program]] = {"mlp": mlp, "gpt": gpt}
+
+
+def wait(tree: Any) -> None:
+    """Until every array here, local or distributed, is computed."""
+    import jax
+
+    for leaf in jax.tree.leaves(tree):
+        pieces = getattr(leaf, "pieces", None)
+        jax.block_until_ready(leaf if pieces is None else list(pieces.values()))
+
+
+def barrier() -> None:
+    """All ranks meet; in one process nothing happens."""
+    if int(os.environ.get("OMPI_COMM_WORLD_SIZE", os.environ.get("PMI_SIZE", "1"))) > 1:
+        from mpi4py import MPI
+
+        MPI.COMM_WORLD.Barrier()
+
+
+def time_steps(step: Callable[..., Any], state: Any, batch: Any, count: int) -> tuple[list[float], Any, list[float]]:
+    """Seconds of each of ``count`` steps (over when every rank has its update), the last state, and the losses."""
+    seconds, losses = list[float](), list[Any]()
+    for _ in range(count):
+        barrier()
+        begin = time.perf_counter()
+        state, result = step(state, batch)
+        wait((state, result))
+        barrier()
+        seconds.append(time.perf_counter() - begin)
+        losses.append(result["loss"] if isinstance(result, dict) else result)
+    return seconds, state, [float(loss) for loss in losses]
+
+
+# Hooks
+
+
+@contextmanager
+def replace_functions(compiled: Any, wrap: Callable[[str, Any], Any]) -> Iterator[None]:
+    """Within the block, the executor calls ``wrap(symbol, function)`` in the place of each stage function."""
+    functions: dict[str, Any] = compiled.session.functions
+    originals = dict(functions)
+    functions.update({symbol: wrap(symbol, function) for symbol, function in originals.items()})
+    compiled.observe()  # binds the instructions again
+    try:
+        yield
+    finally:
+        functions.update(originals)
+        compiled.observe()
+
+
+@contextmanager
+def time_functions(compiled: Any) -> Iterator[dict[str, list[float]]]:
+    """Within the block, collect the seconds of each call of a stage function: work only, no waiting for inputs."""
+    import jax
+
+    seconds: dict[str, list[float]] = {}
+
+    def wrap(symbol: str, function: Any) -> Any:
+        def timed(arguments: Any) -> Any:
+            jax.block_until_ready(arguments)
+            begin = time.perf_counter()
+            results = jax.block_until_ready(function(arguments))
+            seconds.setdefault(symbol, []).append(time.perf_counter() - begin)
+            return results
+
+        return timed
+
+    with replace_functions(compiled, wrap):
+        yield seconds
+
+
+# Measurements
+
+
+def ideal_seconds(lists: Sequence[Sequence[Any]], seconds: Mapping[str, float]) -> float:
+    """When a schedule ends if nothing but the stage functions took time.
+
+    Args:
+        lists: for each rank its ``Run`` instructions, in order.
+        seconds: of each stage function.
+
+    Two stages, two microbatches, one second each, fused last stage of two: F0 ends at 1, FB0 at 3, B0 at 4;
+    F1 at 2, FB1 at 5, B1 at 6.
+    """
+    ends = dict[tuple[str, int, int], float]()
+    updates = [x for runs in lists for x in runs if x.phase == "update"]
+    stages = 1 + max(x.stage for runs in lists for x in runs)
+    fused = {x.stage for runs in lists for x in runs if x.phase == "forward_backward"}
+    backward_of = {s: "forward_backward" if s in fused else "backward" for s in range(stages)}
+
+    def needs(run: Any) -> list[tuple[str, int, int]]:
+        key: list[tuple[str, int, int]] = []
+        if run.phase in ("forward", "forward_backward") and run.stage:
+            key.append(("forward", run.stage - 1, run.microbatch))
+        if run.phase == "backward":
+            key.append(("forward", run.stage, run.microbatch))
+            if run.stage + 1 < stages:
+                key.append((backward_of[run.stage + 1], run.stage + 1, run.microbatch))
+        if run.phase == "update" and _round(run.function):
+            key += [(x.function, x.stage, -1) for x in updates if _round(x.function) < _round(run.function)]
+        return key
+
+    at, clock = [0] * len(lists), [0.0] * len(lists)
+    while any(i < len(runs) for i, runs in zip(at, lists, strict=True)):
+        before = list(at)
+        for rank, runs in enumerate(lists):
+            while at[rank] < len(runs) and all(key in ends for key in needs(runs[at[rank]])):
+                run = runs[at[rank]]
+                begin = max([clock[rank], *(ends[key] for key in needs(run))])
+                clock[rank] = begin + seconds[run.function]
+                ends[run.function if run.phase == "update" else run.phase, run.stage, run.microbatch] = clock[rank]
+                at[rank] += 1
+        if at == before:
+            raise ValueError("the lists can't be carried out in this order")
+    return max(clock)
+
+
+def _round(function: str) -> int:
+    """The round of an update: ``stage0.update_2`` is 2."""
+    suffix = function.partition(".update")[2]
+    return int(suffix[1:]) if suffix else 0
+
+
+def measure_pipeline(args: argparse.Namespace) -> dict[str, Any]:
+    """Steps of the pipeline, then steps with each stage function timed, then steps again."""
+    step, state, batch = PROGRAMS[args.model]()
+    step = step.with_options(num_stages=args.stages, num_microbatches=args.microbatches, schedule=args.schedule)
+    _, state, losses = time_steps(step, state, batch, args.warmup)
+    first, state, _ = time_steps(step, state, batch, args.steps)
+    compiled = step.compiled
+    with time_functions(compiled) as seconds:
+        _, state, _ = time_steps(step, state, batch, max(4, args.steps // 2))
+    second, state, later = time_steps(step, state, batch, args.steps)
+    comm = compiled.session.world.comm
+    own = {symbol: median(values) for symbol, values in seconds.items()}
+    merged = {k: v for each in (comm.allgather(own) if comm is not None else [own]) for k, v in each.items()}
+    lists = [[x for x in each.instructions if hasattr(x, "function")] for each in compiled.session.lists]
+    ideal = ideal_seconds(lists, merged)
+    return {
+        "seconds": first + second,
+        "ideal_seconds": ideal,
+        "efficiency": ideal / median(first + second),
+        "function_seconds": merged,
+        "loss_first": losses[0],
+        "loss_last": later[-1],
+    }
+
+
+def measure_solo(args: argparse.Namespace) -> dict[str, Any]:
+    """The reference as one jitted program: a scan over the microbatches and the update."""
+    from bactrian.driver.reference import reference_function
+
+    step, state, batch = PROGRAMS[args.model]()
+    captured = step.with_options(num_microbatches=args.microbatches).trace(state, batch).captured
+    plain = reference_function(captured, donate_state=True)
+    _, state, losses = time_steps(plain, state, batch, args.warmup)
+    seconds, _, later = time_steps(plain, state, batch, args.steps)
+    return {"seconds": seconds, "loss_first": losses[0], "loss_last": later[-1]}
+
+
+def measure_one_stage(args: argparse.Namespace) -> dict[str, Any]:
+    """One stage on one device and the jitted reference, step by step in turn."""
+    from bactrian.driver.reference import reference_function
+
+    step, state, batch = PROGRAMS[args.model]()
+    ours = step.with_options(num_stages=1, num_microbatches=args.microbatches)
+    plain = reference_function(ours.trace(state, batch).captured, donate_state=True)
+    sides: list[Any] = [(ours, state), (plain, state)]
+    times: list[list[float]] = [[], []]
+    for number in range(args.warmup + args.steps):
+        for side in (0, 1) if number % 2 else (1, 0):
+            seconds, new, _ = time_steps(*sides[side], batch, 1)
+            sides[side] = (sides[side][0], new)
+            if number >= args.warmup:
+                times[side] += seconds
+    return {"ours": times[0], "jit": times[1]}
+
+
+def measure_planning(args: argparse.Namespace) -> dict[str, Any]:
+    """From ``step.trace`` to the end of ``split-stages`` for a deep GPT with AdamW; compiles nothing."""
+    import jax
+
+    step, state, batch = gpt(layers=args.layers, width=64)
+    abstract = jax.eval_shape(lambda *x: x, state, batch)
+    begin = time.perf_counter()
+    traced = step.with_options(num_stages=args.stages, num_microbatches=args.microbatches).trace(*abstract)
+    middle = time.perf_counter()
+    planned = traced.plan()
+    end = time.perf_counter()
+    return {
+        "trace_seconds": middle - begin,
+        "plan_seconds": end - middle,
+        "seconds": end - begin,
+        "ops": traced.text.count(" stablehlo."),
+        "stages": planned.plan.num_stages,
+    }
+
+
+def measure_instructions(args: argparse.Namespace) -> dict[str, Any]:
+    """The executor's time per instruction with stage functions that do nothing but hand out ready arrays."""
+    import jax
+    import jax.numpy as jnp
+
+    step, state, batch = mlp(width=8, batch=args.microbatches, length=1)
+    step = step.with_options(num_stages=args.stages, num_microbatches=args.microbatches)
+    _, state, _ = time_steps(step, state, batch, 2)
+    session = step.compiled.session
+    count = sum(len(each.instructions) for each in session.lists)
+
+    def wrap(symbol: str, function: Any) -> Any:
+        made: list[Any] = []
+
+        def hand_out(arguments: Any) -> Any:
+            if not made:
+                made.extend(function([jnp.array(x, copy=True, device=x.sharding) for x in arguments]))
+                jax.block_until_ready(made)
+            return made
+
+        return hand_out
+
+    pieces = {}
+    for leaf in jax.tree.leaves(state):
+        pieces.update({(leaf.placement.argument, stage): piece for stage, piece in leaf.pieces.items()})
+    numbers = [info.number for info in step.compiled.captured.arguments if info.role == "batch"]
+    arrays = dict(zip(numbers, jax.tree.leaves(batch), strict=True))
+    with replace_functions(step.compiled, wrap):
+        session.run(pieces, arrays)
+        seconds = list[float]()
+        for _ in range(args.steps * 10):
+            begin = time.perf_counter()
+            session.run(pieces, arrays)
+            seconds.append(time.perf_counter() - begin)
+    return {"seconds_per_instruction": [x / count for x in seconds], "instructions": count}
+
+
+MEASUREMENTS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
+    "pipeline": measure_pipeline,
+    "solo": measure_solo,
+    "one-stage": measure_one_stage,
+    "planning": measure_planning,
+    "instructions": measure_instructions,
+}
+
+
+def main() -> None:
+    """Read what to measure, pin this process if asked, measure, and print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("measurement", choices=MEASUREMENTS)
+    parser.add_argument("--model", choices=PROGRAMS, default="mlp")
+    parser.add_argument("--stages", type=int, default=2)
+    parser.add_argument("--layers", type=int, default=24)
+    parser.add_argument("--microbatches", type=int, default=8)
+    parser.add_argument("--schedule", default="1f1b")
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--warmup", type=int, default=3)
+    parser.add_argument("--core", type=int, help="pin this process to one core, before jax starts")
+    args = parser.parse_args()
+    if args.core is not None:
+        os.sched_setaffinity(0, {args.core})
+    result = MEASUREMENTS[args.measurement](args)
+    from bactrian import is_main_rank
+
+    if is_main_rank():
+        print(json.dumps(result), flush=True)
+
+
+if __name__ == "__main__":
+    main()
