@@ -139,19 +139,12 @@ class Compiled:
             num_stages=self.plan.num_stages,
         )
 
-<<<<<<< HEAD
-    def _take(self, leaf: DistributedArray, placement: Placement, pieces: dict[tuple[int, int], jax.Array]) -> None:
-        """The pieces of a distributed array, moved where this step's plan places it otherwise (collective)."""
-=======
-    def _take(
-        self, leaf: DistributedArray, placement: Placement, pieces: dict[tuple[int, int], jax.Array]
-    ) -> int:
+    def _take(self, leaf: DistributedArray, placement: Placement, pieces: dict[tuple[int, int], jax.Array]) -> int:
         """The pieces of a distributed array; stages that do not hold it get it from one that does (collective).
 
         Returns:
             How many bytes stages got so.
         """
->>>>>>> refs/heads/homes
         leaf.check_usable()
         if leaf.placement.stages == placement.stages and leaf.pieces.keys() == placement.shardings.keys():
             for stage, piece in leaf.pieces.items():

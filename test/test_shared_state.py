@@ -146,7 +146,7 @@ def test_another_number_of_stages_is_refused():
     train, state = make_train(1e-2, num_stages=2)
     state, _ = train(state, batch())
     evaluate = bactrian.parallelize(predict, num_stages=3, forward_only=True)
-    with pytest.raises(ConfigError, match="num_stages is 3, but .* by a step of 2 stages") as error:
+    with pytest.raises(ConfigError, match=r"num_stages is 3, but .* by a step of 2 stages") as error:
         evaluate(state["params"], batch())
     assert "num_stages=2" in error.value.fix
     with pytest.raises(ConfigError, match="placed by a step of 2 stages"):
@@ -154,7 +154,7 @@ def test_another_number_of_stages_is_refused():
     other, others = make_train(1e-2, num_stages=3)
     others, _ = other(others, batch())
     mixed = [*state["params"][:4], *others["params"][4:]]
-    with pytest.raises(ConfigError, match="by a step of 2 stages, .* by one of 3"):
+    with pytest.raises(ConfigError, match=r"by a step of 2 stages, .* by one of 3"):
         bactrian.parallelize(predict, forward_only=True)(mixed, batch())
 
 
