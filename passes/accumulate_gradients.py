@@ -14,6 +14,8 @@ from bactrian.passes.program import (
     INITIALIZE,
     MICROBATCH_INDEX,
     UPDATE,
+    Dataflow,
+    argument_roles,
     body,
     boundary_words,
     find_boundary,
@@ -98,7 +100,8 @@ class AccumulateGradients(Pass):
             kinds = boundary_words(boundary, "kinds")
             set_boundary_words(boundary, kinds, ["accumulated"] * len(kinds))
         ctx.count("regrouped", regroup_scalar_reductions(main, self.small_bytes))
-        clone_into_readers(main, stage_key, copy_stage, StageRule(main, self.small_bytes))
+        flow = Dataflow.of(main)
+        clone_into_readers(flow, stage_key, copy_stage, StageRule(flow, argument_roles(main), self.small_bytes))
 
 
 @dataclass

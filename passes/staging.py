@@ -14,7 +14,6 @@ from bactrian.passes.cloning import clone_into_readers, is_boundary_or_return, i
 from bactrian.passes.errors import PassError
 from bactrian.passes.program import (
     BACKWARD,
-    BOUNDARY,
     FORWARD,
     INITIALIZE,
     MICROBATCH_INDEX,
@@ -23,11 +22,9 @@ from bactrian.passes.program import (
     custom_call_target,
     integer,
     integer_attribute,
-    phase_of,
     required_integer,
     result_updates,
     string_attribute,
-    value_bytes,
 )
 
 FUSED = "forward_backward"
@@ -94,10 +91,9 @@ class Staging:
 
 def analyze(main: ir.Operation, num_stages: int, fuse_last: bool) -> Staging:
     """Decide which function every op goes to and what crosses."""
-    _assign_rounds(main)
-    flow = Dataflow.of(main)
+    flow = _assign_rounds(main)
     through = _through_boundary(flow)
-    keys = [_key(op, num_stages, fuse_last) for op in flow.ops]
+    keys = _function_keys(flow, num_stages, fuse_last)
     functions = _collect(flow, keys)
     home = {value: key for index, key in enumerate(keys) if key is not None for value in flow.results[index]}
     pieces: set[tuple[int, int]] = set()
@@ -113,7 +109,7 @@ def analyze(main: ir.Operation, num_stages: int, fuse_last: bool) -> Staging:
                     taken.add(value)
                     continue
                 source = home[value]
-                if source == key:
+                if source is key:
                     continue
                 _check_order(flow, value, source, key)
                 taken.add(value)
@@ -124,21 +120,30 @@ def analyze(main: ir.Operation, num_stages: int, fuse_last: bool) -> Staging:
     result_pieces = _result_pieces(flow, main, through, home, pieces, crossings, outgoing)
     for key, function in functions.items():
         function.outputs = sorted(outgoing[key])
-    sizes = [value_bytes(value) for value in flow.values]
     ordered = [functions[key] for key in sorted(functions)]
-    return Staging(flow, ordered, list(crossings), sorted(pieces), result_pieces, home, through, sizes)
+    return Staging(flow, ordered, list(crossings), sorted(pieces), result_pieces, home, through, flow.sizes)
 
 
-def _key(op: ir.Operation, num_stages: int, fuse_last: bool) -> FunctionKey | None:
-    if is_boundary_or_return(op):
-        return None
-    stage = required_integer(op, "bactrian.stage", "assign-stages")
-    phase = phase_of(op)
-    if phase is None:
-        raise PassError(f"{op.name} has no phase", where=str(op.location), fix="run infer-phases first")
-    if fuse_last and stage == num_stages - 1 and phase in (FORWARD, BACKWARD):
-        phase = FUSED
-    return function_key(stage, phase, integer_attribute(op, _ROUND) or 0)
+def _function_keys(flow: Dataflow, num_stages: int, fuse_last: bool) -> list[FunctionKey | None]:
+    """The function of each op, one key object per function; None for the boundary and the return."""
+    known: dict[tuple[int, str, int], FunctionKey] = {}
+    keys: list[FunctionKey | None] = []
+    for op, stage, phase in zip(flow.ops, flow.stages, flow.phases, strict=True):
+        if is_boundary_or_return(op):
+            keys.append(None)
+            continue
+        if stage is None:
+            stage = required_integer(op, "bactrian.stage", "assign-stages")
+        if phase is None:
+            raise PassError(f"{op.name} has no phase", where=str(op.location), fix="run infer-phases first")
+        if fuse_last and stage == num_stages - 1 and phase in (FORWARD, BACKWARD):
+            phase = FUSED
+        round_ = (integer_attribute(op, _ROUND) or 0) if phase == UPDATE else 0
+        place = stage, phase, round_
+        if place not in known:
+            known[place] = function_key(stage, phase, round_)
+        keys.append(known[place])
+    return keys
 
 
 def _collect(flow: Dataflow, keys: list[FunctionKey | None]) -> dict[FunctionKey, StageFunction]:
@@ -146,7 +151,9 @@ def _collect(flow: Dataflow, keys: list[FunctionKey | None]) -> dict[FunctionKey
     for index, key in enumerate(keys):
         if key is None:
             continue
-        function = functions.setdefault(key, StageFunction(key))
+        function = functions.get(key)
+        if function is None:
+            function = functions[key] = StageFunction(key)
         if custom_call_target(flow.ops[index]) == MICROBATCH_INDEX:
             function.index_ops.append(index)
         function.ops.append(index)
@@ -155,10 +162,9 @@ def _collect(flow: Dataflow, keys: list[FunctionKey | None]) -> dict[FunctionKey
 
 def _through_boundary(flow: Dataflow) -> dict[int, int]:
     """Each result of the boundary is the operand it stands for."""
-    for index, op in enumerate(flow.ops):
-        if custom_call_target(op) == BOUNDARY:
-            return dict(zip(flow.results[index], flow.operands[index], strict=True))
-    raise PassError("@main has no gradient boundary", fix="run verify-program first")
+    if flow.boundary < 0:
+        raise PassError("@main has no gradient boundary", fix="run verify-program first")
+    return dict(zip(flow.results[flow.boundary], flow.operands[flow.boundary], strict=True))
 
 
 def _check_order(flow: Dataflow, value: int, source: FunctionKey, reader: FunctionKey) -> None:
@@ -212,15 +218,18 @@ def _places(
     return [min((stage for argument, stage in pieces if argument == value), default=0)]
 
 
-def _assign_rounds(main: ir.Operation) -> None:
+def _assign_rounds(main: ir.Operation) -> Dataflow:
     """Number the update's rounds: an op that needs another stage's update result runs a round later.
 
     As early as possible first, then ops that only feed later rounds sink there, and elementwise ops on values that all
     rounds can read are computed in each round, so that no large intermediate is kept between two rounds.
+
+    Returns:
+        The data flow afterwards.
     """
     flow = Dataflow.of(main)
-    updates = [string_attribute(op, "bactrian.phase") == UPDATE for op in flow.ops]
-    stages = [integer_attribute(op, "bactrian.stage") for op in flow.ops]
+    updates = [phase == UPDATE for phase in flow.phases]
+    stages = flow.stages
     rounds = [0] * len(flow.ops)
     for index, reads in enumerate(flow.operands):
         if updates[index]:
@@ -229,7 +238,7 @@ def _assign_rounds(main: ir.Operation) -> None:
                 if source >= 0 and updates[source]:
                     rounds[index] = max(rounds[index], rounds[source] + (stages[source] != stages[index]))
     if not any(rounds):
-        return
+        return flow
     users = flow.users()
     last = len(flow.ops) - 1
     for index in range(last - 1, -1, -1):
@@ -240,7 +249,8 @@ def _assign_rounds(main: ir.Operation) -> None:
     for index, op in enumerate(flow.ops):
         if updates[index] and rounds[index]:
             op.attributes[_ROUND] = integer(rounds[index])
-    clone_into_readers(main, _round_key, _copy_round, _Recomputable(flow, updates))
+    clone_into_readers(flow, _round_key, _copy_round, _Recomputable(flow, updates))
+    return Dataflow.of(main)
 
 
 def _round_key(op: ir.Operation) -> Hashable:
@@ -261,7 +271,8 @@ class _Recomputable:
 
     def __init__(self, flow: Dataflow, updates: list[bool]) -> None:
         depth = [0] * len(flow.values)
-        self._allowed: set[ir.Operation] = set()
+        self._stages = flow.stages
+        self._allowed = [False] * len(flow.ops)
         for index, op in enumerate(flow.ops):
             if not updates[index]:
                 continue
@@ -270,9 +281,8 @@ class _Recomputable:
                 level = self._MAX_DEPTH + 1
             for result in flow.results[index]:
                 depth[result] = level
-            if level <= self._MAX_DEPTH:
-                self._allowed.add(op)
+            self._allowed[index] = level <= self._MAX_DEPTH
 
-    def __call__(self, op: ir.Operation, key: Hashable) -> bool:
+    def __call__(self, index: int, key: Hashable) -> bool:
         """Whether the op may be computed again in the reader's round, which must be on its own stage."""
-        return isinstance(key, tuple) and key[0] == integer_attribute(op, "bactrian.stage") and op in self._allowed
+        return isinstance(key, tuple) and key[0] == self._stages[index] and self._allowed[index]
