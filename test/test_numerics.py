@@ -89,7 +89,10 @@ def test_same_gradients_as_the_whole_batch() -> None:
 
 
 BITWISE = [
-    *(models.train_case("mlp/plain", "adamw", stages=s, schedule=x) for s, x in ((2, "gpipe"), (2, "1f1b"), (4, "1f1b"))),
+    *(
+        models.train_case("mlp/plain", "adamw", stages=s, schedule=x)
+        for s, x in ((2, "gpipe"), (2, "1f1b"), (4, "1f1b"))
+    ),
     models.train_case("gpt-tied-dropout/linen", "adamw", stages=3),
 ]
 
