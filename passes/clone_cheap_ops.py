@@ -12,9 +12,10 @@ from bactrian.passes.cloning import (
     StageRule,
     clone_into_readers,
     copy_stage,
-    is_boundary_or_return,
     is_elementwise,
+    required_stages,
     stage_key,
+    stage_keys,
 )
 from bactrian.passes.frame.base import Pass, PassContext, Statistic, option
 from bactrian.passes.program import (
@@ -86,15 +87,14 @@ class CloneCheapOps(Pass):
         main = main_function(module)
         flow = Dataflow.of(main)
         rule = StageRule(flow, argument_roles(main), self.small_bytes)
-        ctx.count("across-stages", clone_into_readers(flow, stage_key, copy_stage, rule))
+        ctx.count("across-stages", clone_into_readers(flow, stage_keys(flow), stage_key, copy_stage, rule))
         flow = Dataflow.of(main)
-        phases = clone_into_readers(flow, _phase_key, _copy_phase, _ResidualRule(flow))
+        keys = [None if s is None else (s, p) for s, p in zip(required_stages(flow), flow.phases, strict=True)]
+        phases = clone_into_readers(flow, keys, _phase_key, _copy_phase, _ResidualRule(flow))
         ctx.count("across-phases", phases)
 
 
 def _phase_key(op: ir.Operation) -> Hashable:
-    if is_boundary_or_return(op):
-        return None
     return required_integer(op, "bactrian.stage", "assign-stages"), phase_of(op)
 
 

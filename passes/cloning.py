@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 
 from jaxlib.mlir import ir
 
@@ -41,6 +41,7 @@ def is_elementwise(op: ir.Operation) -> bool:
 
 def clone_into_readers(
     flow: Dataflow,
+    keys: Sequence[Hashable],
     key_of: Callable[[ir.Operation], Hashable],
     set_key: Callable[[ir.Operation, ir.Operation], None],
     cloneable: Callable[[int, Hashable], bool],
@@ -49,14 +50,14 @@ def clone_into_readers(
 
     Args:
         flow: the function as it stands; it is out of date afterwards.
-        key_of: the group of an op; ops without one (None: boundary, return) keep what they read.
+        keys: the group of each op; ops without one (None: boundary, return) keep what they read.
+        key_of: the group of a clone.
         set_key: ``set_key(clone, reader)`` writes the reader's group on a clone.
         cloneable: ``cloneable(number, reader_key)``: may the op of this number be computed again in that group.
 
     Returns:
         How many clones were made. An op that nobody reads any more afterwards is erased.
     """
-    keys = [key_of(op) for op in flow.ops]
     foreign = _read_elsewhere(flow, keys)
     key_of_result = {flow.values[r.start]: key for r, key in zip(flow.results, keys, strict=True) if r}
     made = 0
@@ -95,7 +96,7 @@ def clone_into_readers(
     return made
 
 
-def _read_elsewhere(flow: Dataflow, keys: list[Hashable]) -> list[bool]:
+def _read_elsewhere(flow: Dataflow, keys: Sequence[Hashable]) -> list[bool]:
     """Which ops a group other than their own reads."""
     foreign = [False] * len(flow.ops)
     for index, key in enumerate(keys):
@@ -113,10 +114,27 @@ def is_boundary_or_return(op: ir.Operation) -> bool:
     return op.name in ("func.return", "return") or custom_call_target(op) == BOUNDARY
 
 
+def stage_keys(flow: Dataflow) -> list[Hashable]:
+    """The stage of each op, update apart from the rest; None for the boundary and the return."""
+    stages = required_stages(flow)
+    return [None if s is None else (s, p == UPDATE) for s, p in zip(stages, flow.phases, strict=True)]
+
+
+def required_stages(flow: Dataflow) -> list[int | None]:
+    """The stage of each op; None for the boundary and the return only.
+
+    Raises:
+        PassError: if another op has none.
+    """
+    none = (flow.boundary, len(flow.ops) - 1)
+    for index, stage in enumerate(flow.stages):
+        if stage is None and index not in none:
+            required_integer(flow.ops[index], "bactrian.stage", "assign-stages")
+    return [None if index in none else stage for index, stage in enumerate(flow.stages)]
+
+
 def stage_key(op: ir.Operation) -> Hashable:
-    """The stage of an op, update apart from the rest; None for the boundary and the return."""
-    if is_boundary_or_return(op):
-        return None
+    """`stage_keys` for one op that has a stage."""
     update = string_attribute(op, "bactrian.phase") == UPDATE
     return required_integer(op, "bactrian.stage", "assign-stages"), update
 
@@ -141,8 +159,9 @@ class StageRule:
         known = [roles[i] != "batch" and sizes[i] <= small_bytes for i in range(flow.num_arguments)]
         known += [False] * (len(flow.values) - flow.num_arguments)
         self._allowed = [False] * len(flow.ops)
+        last = len(flow.ops) - 1
         for index, op in enumerate(flow.ops):
-            if is_boundary_or_return(op) or op.name in NEVER_CLONED:
+            if index in (flow.boundary, last) or op.name in NEVER_CLONED:
                 continue
             partial = PARTIAL in op.attributes
             again = not partial and all(known[value] for value in flow.operands[index])

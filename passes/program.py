@@ -202,13 +202,10 @@ def set_operand(op: ir.Operation, number: int, value: ir.Value) -> None:
 
 def replace_reads(op: ir.Operation, old: ir.Value, new: ir.Value) -> None:
     """Make ``op`` (its regions included) read ``new`` where it read ``old``."""
-    for number, value in enumerate(op.operands):
-        if value == old:
-            set_operand(op, number, new)
+    op.replace_uses_of_with(old, new)
     if len(op.regions):
-        for nested, number, value in list(nested_operands(op)):
-            if value == old:
-                set_operand(nested, number, new)
+        for nested in nested_operations(op):
+            nested.replace_uses_of_with(old, new)
 
 
 def top_level(op: ir.Operation, block: ir.Block) -> ir.Operation:
@@ -288,7 +285,8 @@ class Dataflow:
     @cached_property
     def boundary(self) -> int:
         """The number of the gradient boundary, -1 where there is none."""
-        return next((index for index, op in enumerate(self.ops) if custom_call_target(op) == BOUNDARY), -1)
+        calls = (index for index, op in enumerate(self.ops) if op.name == "stablehlo.custom_call")
+        return next((index for index in calls if custom_call_target(self.ops[index]) == BOUNDARY), -1)
 
     def ancestors(self, values: list[int]) -> list[bool]:
         """Which ops the given values depend on, directly or not."""

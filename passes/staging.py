@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from jaxlib.mlir import ir
 
-from bactrian.passes.cloning import clone_into_readers, is_boundary_or_return, is_elementwise
+from bactrian.passes.cloning import clone_into_readers, is_elementwise, required_stages
 from bactrian.passes.errors import PassError
 from bactrian.passes.program import (
     BACKWARD,
@@ -22,7 +22,6 @@ from bactrian.passes.program import (
     custom_call_target,
     integer,
     integer_attribute,
-    required_integer,
     result_updates,
     string_attribute,
 )
@@ -128,12 +127,10 @@ def _function_keys(flow: Dataflow, num_stages: int, fuse_last: bool) -> list[Fun
     """The function of each op, one key object per function; None for the boundary and the return."""
     known: dict[tuple[int, str, int], FunctionKey] = {}
     keys: list[FunctionKey | None] = []
-    for op, stage, phase in zip(flow.ops, flow.stages, flow.phases, strict=True):
-        if is_boundary_or_return(op):
+    for op, stage, phase in zip(flow.ops, required_stages(flow), flow.phases, strict=True):
+        if stage is None:
             keys.append(None)
             continue
-        if stage is None:
-            stage = required_integer(op, "bactrian.stage", "assign-stages")
         if phase is None:
             raise PassError(f"{op.name} has no phase", where=str(op.location), fix="run infer-phases first")
         if fuse_last and stage == num_stages - 1 and phase in (FORWARD, BACKWARD):
@@ -190,32 +187,34 @@ def _result_pieces(
     values = [through.get(read, read) for read in flow.operands[-1]]
     while True:  # a result that is an argument adds a piece of it, which has to be brought up to date in turn
         known = len(pieces)
-        places = [_places(v, u, flow.num_arguments, home, pieces) for v, u in zip(values, updates, strict=True)]
-        for value, stages in zip(values, places, strict=True):
+        stages: dict[int, list[int]] = {}
+        for argument, stage in sorted(pieces):
+            stages.setdefault(argument, []).append(stage)
+        places = [_places(v, u, flow.num_arguments, home, stages) for v, u in zip(values, updates, strict=True)]
+        for value, kept in zip(values, places, strict=True):
             if value < flow.num_arguments:
-                pieces.update((value, stage) for stage in stages)
+                pieces.update((value, stage) for stage in kept)
         if len(pieces) == known:
             break
     found: list[tuple[int, int, int]] = []
-    for result, (value, stages) in enumerate(zip(values, places, strict=True)):
-        found.extend((result, stage, value) for stage in stages)
+    for result, (value, kept) in enumerate(zip(values, places, strict=True)):
+        found.extend((result, stage, value) for stage in kept)
         if value >= flow.num_arguments:
             source = home[value]
             outgoing[source].add(value)
-            crossings.update((Crossing(value, source.stage, s, True), None) for s in stages if s != source.stage)
+            crossings.update((Crossing(value, source.stage, s, True), None) for s in kept if s != source.stage)
     return found
 
 
 def _places(
-    value: int, updated: int | None, num_arguments: int, home: dict[int, FunctionKey], pieces: set[tuple[int, int]]
+    value: int, updated: int | None, num_arguments: int, home: dict[int, FunctionKey], stages: dict[int, list[int]]
 ) -> list[int]:
     """The stages that keep a result with this value, the next one of argument ``updated``."""
-    readers = sorted(stage for argument, stage in pieces if argument == updated)
-    if readers:
-        return readers
+    if updated in stages:
+        return stages[updated]
     if value >= num_arguments:
         return [home[value].stage]
-    return [min((stage for argument, stage in pieces if argument == value), default=0)]
+    return stages.get(value, [0])[:1]
 
 
 def _assign_rounds(main: ir.Operation) -> Dataflow:
@@ -249,7 +248,8 @@ def _assign_rounds(main: ir.Operation) -> Dataflow:
     for index, op in enumerate(flow.ops):
         if updates[index] and rounds[index]:
             op.attributes[_ROUND] = integer(rounds[index])
-    clone_into_readers(flow, _round_key, _copy_round, _Recomputable(flow, updates))
+    keys = [(stages[index], rounds[index]) if update else None for index, update in enumerate(updates)]
+    clone_into_readers(flow, keys, _round_key, _copy_round, _Recomputable(flow, updates))
     return Dataflow.of(main)
 
 
