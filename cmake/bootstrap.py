@@ -1,6 +1,7 @@
 """Sets everything up on a machine that has Python and nothing else, and runs it.
 
-    python3 cmake/bootstrap.py run [script and its arguments]   # train the example on two ranks
+    python3 cmake/bootstrap.py run [arguments]                  # train the example on two ranks
+    python3 cmake/bootstrap.py run [-n N] script.py [arguments] # run another script
     python3 cmake/bootstrap.py test [pytest arguments]          # every test: pytest and lit
     python3 cmake/bootstrap.py install                          # only set up
 
@@ -60,7 +61,8 @@ def main(words: list[str]) -> int:
         print(f"installation failed: {error}", file=sys.stderr)
         return 1
     if action == "run":
-        return run_all([["bactrian", "run", *(rest or EXAMPLE)]], programs)
+        script = rest if any(word.endswith(".py") for word in rest) else [*EXAMPLE, *rest]
+        return run_all([["bactrian", "run", *script]], programs)
     if action == "test":
         return run_all([["python", "-m", "pytest", *rest], ["lit", "-sv", "lit_tests"]], programs)
     return 0

@@ -6,14 +6,14 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from jaxlib.mlir import ir
 
 from bactrian.driver.extract import extract
 from bactrian.passes.costs import CPU_CORE, CostModel, Device, OpCost
 from bactrian.passes.frame.diagnostics import Diagnostic
-from bactrian.passes.frame.location import name_stack, user_location
+from bactrian.passes.frame.location import name_stack, user_place
 from bactrian.passes.frame.pipeline import run_pipeline
 from bactrian.passes.plan import LayerPlan, Plan, StagePlan
 from bactrian.passes.program import body, integer_attribute, main_function, phase_of, stage_of
@@ -215,11 +215,17 @@ def _name_layers(ops: list[_MeasuredOp], num_layers: int) -> tuple[LayerPlan, ..
             continue
         op, layer = measured.op, measured.layer or 0
         if layer not in first:
-            first[layer] = f"{op.name} at {user_location(op.location)}"
+            first[layer] = _first_op(op)
         name = _module_of(name_stack(op.location))
         if name:
             modules[layer][name] = None
     return tuple(LayerPlan(layer, first.get(layer, ""), tuple(modules[layer])) for layer in range(num_layers))
+
+
+def _first_op(op: ir.Operation) -> str:
+    """``stablehlo.dot_general at train.py:12``: without the folder, so that plans do not depend on it."""
+    place = user_place(op.location)
+    return op.name if place is None else f"{op.name} at {PurePath(place.file).name}:{place.line}"
 
 
 def _stage_plan(

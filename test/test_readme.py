@@ -1,4 +1,4 @@
-"""The README's two commands are the ones that exist."""
+"""What the README shows is what happens: its commands, its program and its plan."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -26,3 +28,54 @@ def test_bootstrap_explains_itself() -> None:
     command = [sys.executable, str(ROOT / "cmake" / "bootstrap.py")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and "bootstrap.py test" in done.stderr
+
+
+@pytest.fixture(scope="module")
+def train(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The README's program as a file."""
+    (program,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    script = tmp_path_factory.mktemp("readme") / "train.py"
+    script.write_text(program)
+    return script
+
+
+def bactrian(*words: str, cwd: Path) -> str:
+    """What a command prints."""
+    command = [sys.executable, "-m", "bactrian.driver.cli", *words]
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_program_learns(train: Path) -> None:
+    lines = bactrian("run", "train.py", cwd=train.parent).splitlines()
+    losses = [float(line.split()[-1]) for line in lines]
+    assert len(losses) == 20 and losses[-1] < 0.01 * losses[0]
+
+
+@pytest.mark.mpi
+def test_the_program_learns_on_two_ranks(train: Path) -> None:
+    lines = bactrian("run", "-n", "2", "train.py", cwd=train.parent).splitlines()
+    assert sum("loss" in line for line in lines) == 20
+
+
+def test_the_plan_is_the_one_shown(train: Path) -> None:
+    (shown,) = re.findall(r"```text\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    printed = bactrian("plan", "train.py:train_step", cwd=train.parent)
+    assert _after_heading(printed) == _after_heading(shown)
+
+
+def _after_heading(table: str) -> list[str]:
+    """The lines without the program's fingerprint, which is another with another jax."""
+    return [line.rstrip() for line in table.strip().splitlines()[1:]]
+
+
+def test_a_plan_does_not_depend_on_the_folder(train: Path) -> None:
+    saved = list[bytes]()
+    for name in ("here", "there"):
+        folder = train.parent / name
+        folder.mkdir()
+        (folder / "train.py").write_text(train.read_text())
+        bactrian("plan", "train.py:train_step", "--save", "plan", cwd=folder)
+        saved.append((folder / "plan" / "plan.json").read_bytes() + (folder / "plan" / "staged.mlir").read_bytes())
+    assert saved[0] == saved[1] and b"at train.py:" in saved[0]
