@@ -77,7 +77,9 @@ def last_json(command: Sequence[str]) -> Row:
     return json.loads(lines[-1])
 
 
-def row(part: str, name: str, value: tuple[float, float, float] | float, unit: str, target: str = "", **more: Any) -> Row:
+def row(
+    part: str, name: str, value: tuple[float, float, float] | float, unit: str, target: str = "", **more: Any
+) -> Row:
     """One line of the table."""
     value, low, high = value if isinstance(value, tuple) else (value, value, value)
     return {"part": part, "name": name, "value": value, "low": low, "high": high, "unit": unit, "target": target} | more

@@ -5,27 +5,56 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, overload
 
-from bactrian.driver.arrays import gather
+from bactrian.driver.arrays import Homes, gather
 from bactrian.driver.capture import Captured, capture, flatten_call, parameters_of
 from bactrian.driver.compiled import Compiled
 from bactrian.driver.planning import Decisions, Staged, stage_program
 from bactrian.driver.reference import reference
 from bactrian.driver.session import World, open_session, stage_ranks
+from bactrian.driver.source import line_here
 from bactrian.passes.errors import ConfigError
 from bactrian.passes.frame.reproducer import versions
 from bactrian.passes.plan import Plan
 from bactrian.passes.schedules import SCHEDULES
+from bactrian.runtime import faults
 
 _log = logging.getLogger("bactrian")
 
 
 @overload
-def parallelize(fun: Callable[..., Any], **options: Any) -> Parallelized: ...
+def parallelize(
+    fun: Callable[..., Any],
+    *,
+    num_stages: int | None = None,
+    num_microbatches: int = 1,
+    schedule: str = "1f1b",
+    batch_argnums: int | Sequence[int] = (1,),
+    state: Mapping[int, int | None] | None = None,
+    cluster: Any = None,
+    plan: Plan | str | Path | None = None,
+    donate: bool = True,
+    forward_only: bool = False,
+    out_reduction: Any = "concat",
+) -> Parallelized: ...
 @overload
-def parallelize(fun: None = None, **options: Any) -> Callable[[Callable[..., Any]], Parallelized]: ...
+def parallelize(
+    fun: None = None,
+    *,
+    num_stages: int | None = None,
+    num_microbatches: int = 1,
+    schedule: str = "1f1b",
+    batch_argnums: int | Sequence[int] = (1,),
+    state: Mapping[int, int | None] | None = None,
+    cluster: Any = None,
+    plan: Plan | str | Path | None = None,
+    donate: bool = True,
+    forward_only: bool = False,
+    out_reduction: Any = "concat",
+) -> Callable[[Callable[..., Any]], Parallelized]: ...
 def parallelize(
     fun: Callable[..., Any] | None = None,
     *,
@@ -66,13 +95,13 @@ def parallelize(
     Raises:
         ConfigError: an option is wrong.
     """
+    _refuse_cluster(cluster)
     options = _Options(
         num_stages,
         num_microbatches,
         schedule,
         (batch_argnums,) if isinstance(batch_argnums, int) else tuple(batch_argnums),
         state,
-        cluster,
         plan if plan is None or isinstance(plan, Plan) else Plan.load(plan),
         donate,
         forward_only,
@@ -83,42 +112,44 @@ def parallelize(
     return Parallelized(fun, options)
 
 
+@dataclass(frozen=True)
 class _Options:
-    """The checked options of ``parallelize``."""
+    """The options of ``parallelize``, checked; a plan's decisions stand in ``num_stages`` and so on."""
 
-    def __init__(
-        self,
-        num_stages: int | None,
-        num_microbatches: int,
-        schedule: str,
-        batch_argnums: tuple[int, ...],
-        state: Mapping[int, int | None] | None,
-        cluster: Any,
-        plan: Plan | None,
-        donate: bool,
-        forward_only: bool,
-        out_reduction: Any,
-    ) -> None:
-        if num_stages is not None and num_stages < 1:
-            raise ConfigError(f"num_stages is {num_stages}", fix="give a number of 1 or more, or None")
-        if num_microbatches < 1:
-            raise ConfigError(f"num_microbatches is {num_microbatches}", fix="give a number of 1 or more")
-        if schedule not in SCHEDULES:
-            raise ConfigError(f"unknown schedule {schedule!r}", fix=f"use one of {', '.join(sorted(SCHEDULES))}")
-        if cluster is not None:
-            raise ConfigError(
-                "cluster descriptions are not read yet",
-                why="stages run on one device each, balanced by flops",
-                fix="leave cluster=None",
-            )
+    num_stages: int | None
+    num_microbatches: int
+    schedule: str
+    batch_argnums: tuple[int, ...]
+    state: Mapping[int, int | None] | None
+    plan: Plan | None
+    donate: bool
+    forward_only: bool
+    out_reduction: Any
+
+    def __post_init__(self) -> None:
+        if self.num_stages is not None and self.num_stages < 1:
+            raise ConfigError(f"num_stages is {self.num_stages}", fix="give a number of 1 or more, or None")
+        if self.num_microbatches < 1:
+            raise ConfigError(f"num_microbatches is {self.num_microbatches}", fix="give a number of 1 or more")
+        if self.schedule not in SCHEDULES:
+            raise ConfigError(f"unknown schedule {self.schedule!r}", fix=f"use one of {', '.join(sorted(SCHEDULES))}")
+        plan = self.plan
         if plan is not None:
-            if num_stages not in (None, plan.num_stages):
-                raise ConfigError(f"num_stages is {num_stages}, but the plan has {plan.num_stages} stages")
-            num_microbatches, schedule = _of_plan(plan, num_microbatches, schedule)
-        self.num_stages = num_stages if plan is None else plan.num_stages
-        self.num_microbatches, self.schedule = num_microbatches, schedule
-        self.batch_argnums, self.state, self.plan = batch_argnums, state, plan
-        self.donate, self.forward_only, self.out_reduction = donate, forward_only, out_reduction
+            if self.num_stages not in (None, plan.num_stages):
+                raise ConfigError(f"num_stages is {self.num_stages}, but the plan has {plan.num_stages} stages")
+            num_microbatches, schedule = _of_plan(plan, self.num_microbatches, self.schedule)
+            object.__setattr__(self, "num_stages", plan.num_stages)
+            object.__setattr__(self, "num_microbatches", num_microbatches)
+            object.__setattr__(self, "schedule", schedule)
+
+
+def _refuse_cluster(cluster: Any) -> None:
+    if cluster is not None:
+        raise ConfigError(
+            "cluster descriptions are not read yet",
+            why="stages run on one device each, balanced by flops",
+            fix="leave cluster=None",
+        )
 
 
 def _of_plan(plan: Plan, num_microbatches: int, schedule: str) -> tuple[int, str]:
@@ -139,34 +170,54 @@ class Parallelized:
     The first call with new shapes traces, plans and compiles; `trace` does the same one step at a time.
     """
 
+    __name__: str
+
     def __init__(self, fun: Callable[..., Any], options: _Options) -> None:
         functools.update_wrapper(self, fun)
+        self.__name__ = getattr(fun, "__name__", type(fun).__name__)
         self.fun, self.options = fun, options
         self._parameters = parameters_of(fun)
-        self._compiled: dict[Any, Compiled] = {}
+        self._compiled: dict[Any, dict[Homes | None, Compiled]] = {}  # by signature, then by where state came from
         self._captured: dict[Any, Captured] = {}
         self._last: Compiled | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """One step."""
         last = self._last
-        if last is not None and (leaves := last.flatten_if_same(args, kwargs)) is not None:
+        if last is not None and (leaves := last.flatten_if_same(args, kwargs)) is not None and last.has_all(leaves):
             return last.call_leaves(leaves)
-        signature = flatten_call(self._parameters, args, kwargs).signature
-        if signature not in self._compiled:
-            if self._compiled:
-                _log.warning("%s is traced again for new shapes, dtypes or static arguments", self.__name__)
-            self._compiled[signature] = self.trace(*args, **kwargs).plan().compile()
-        self._last = self._compiled[signature]
-        return self._last(*args, **kwargs)
+        call = flatten_call(self._parameters, args, kwargs)
+        self._last = self._compiled_for(call.signature, call.leaves, args, kwargs)
+        return self._last.call_leaves(call.leaves)
+
+    def _compiled_for(
+        self, signature: Any, leaves: Sequence[Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> Compiled:
+        """The step compiled for such arguments at such places; one that has all it needs there serves as well."""
+        homes = Homes.of(leaves)
+        known = self._compiled.get(signature, {})
+        if homes not in known:
+            fitting = next((compiled for compiled in known.values() if compiled.has_all(leaves)), None)
+            if fitting is None:
+                if known:
+                    _log.warning("%s is planned again: its state is where another step placed it", self.__name__)
+                elif self._compiled:
+                    _log.warning("%s is traced again for new shapes, dtypes or static arguments", self.__name__)
+                fitting = self.trace(*args, **kwargs).plan().compile()
+            self._compiled[signature] = known | {homes: fitting}
+        return self._compiled[signature][homes]
 
     def with_options(self, **changes: Any) -> Parallelized:
         """The same step with some options of ``parallelize`` changed, as in ``num_microbatches=8``."""
-        return Parallelized(self.fun, _Options(**{"cluster": None} | vars(self.options) | changes))
+        return Parallelized(self.fun, replace(self.options, **changes))
 
     def trace(self, *args: Any, **kwargs: Any) -> Traced:
-        """Trace the step at microbatch size; arguments may be abstract (``jax.ShapeDtypeStruct``). Needs no device."""
-        return Traced(self._capture(args, kwargs), self.options)
+        """Trace the step at microbatch size; arguments may be abstract (``jax.ShapeDtypeStruct``). Needs no device.
+
+        Arguments that another step has placed stay on their stages: the plan will put there what reads them.
+        """
+        homes = Homes.of(flatten_call(self._parameters, args, kwargs).leaves)
+        return Traced(self._capture(args, kwargs), self.options, homes)
 
     def reference(self, *args: Any, **kwargs: Any) -> Any:
         """The same step as plain JAX on one device, one microbatch after another: the oracle.
@@ -216,13 +267,13 @@ class Parallelized:
 class Traced:
     """A traced step. `plan` cuts it into stages."""
 
-    def __init__(self, captured: Captured, options: _Options) -> None:
-        self.captured, self.options = captured, options
+    def __init__(self, captured: Captured, options: _Options, homes: Homes | None = None) -> None:
+        self.captured, self.options, self.homes = captured, options, homes
 
     @property
     def text(self) -> str:
         """The captured module, with locations."""
-        return self.captured.text
+        return self.captured.text_with(self.homes)
 
     @property
     def fingerprint(self) -> str:
@@ -244,25 +295,31 @@ class Traced:
 
         Args:
             cluster: not used yet, must be None.
-            num_stages: overrides what ``parallelize`` was told.
+            num_stages: overrides what ``parallelize`` was told; by default that of the step that placed the state,
+                or one per rank.
             num_layers: groups of forward ops that stages are made of; as many as stages by default.
             plan: decisions to apply.
 
         Raises:
             ProgramError: the program can't be cut so; the plan was made for another program.
+            ConfigError: the state was placed by a step with another number of stages.
         """
-        if cluster is not None:
-            raise ConfigError("cluster descriptions are not read yet", fix="leave cluster=None")
+        _refuse_cluster(cluster)
+        faults.at("plan")
         plan = plan or self.options.plan
         if plan is not None:
             plan.check_program(self.captured.fingerprint)
             self._check_plan(plan)
+            self._check_homes(plan.num_stages)
             decisions = Decisions.of_plan(plan, self.options.donate)
         else:
-            stages = num_stages or self.options.num_stages or World.current().num_ranks
+            stages = num_stages or self.options.num_stages
+            if stages is not None:
+                self._check_homes(stages)
+            stages = stages or (self.homes.num_stages if self.homes is not None else World.current().num_ranks)
             decisions = Decisions(stages, num_layers or stages, donate=self.options.donate)
         staged = stage_program(
-            self.captured.module(),
+            self.captured.module(self.homes),
             decisions,
             fingerprint=self.captured.fingerprint,
             platform=self.captured.platform,
@@ -271,6 +328,16 @@ class Traced:
             plan=plan,
         )
         return Planned(self.captured, staged)
+
+    def _check_homes(self, num_stages: int) -> None:
+        placed = num_stages if self.homes is None else self.homes.num_stages
+        if placed != num_stages:
+            raise ConfigError(
+                f"num_stages is {num_stages}, but the arguments were placed by a step of {placed} stages",
+                where=line_here(),
+                why="steps that share state share its stages",
+                fix=f"say num_stages={placed} or leave it out, or pass bactrian.gather(...) of the state",
+            )
 
     def _check_plan(self, plan: Plan) -> None:
         mine = (self.captured.num_microbatches, self.captured.schedule)

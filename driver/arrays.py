@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bactrian.driver.source import line_here
-from bactrian.passes.errors import BactrianError, ProgramError
+from bactrian.passes.errors import BactrianError, ConfigError, ProgramError
 
 _CHUNK_BYTES = 1 << 30  # MPI counts are 32 bits
 
@@ -78,6 +78,7 @@ class Placement:
         ranks: for every stage in ``stages``, the ranks that run it.
         layout: what mesh and sharding to show, for people.
         key_impl: of a typed key, which is carried as its uint32 words.
+        num_stages: of the step that placed it; 0 if no step did.
         weak_type: JAX's weak type, so that a state that began as a Python number is not traced a second time.
     """
 
@@ -91,6 +92,7 @@ class Placement:
     ranks: Mapping[int, tuple[int, ...]] = field(default_factory=dict[int, tuple[int, ...]])
     layout: str = ""
     key_impl: Any = None
+    num_stages: int = 0
     weak_type: bool = False
 
 
@@ -231,6 +233,45 @@ for _operation, _names in _REFUSED.items():
     for _name in _names:
         setattr(DistributedArray, _name, _refusal(_operation))
 setattr(DistributedArray, "__hash__", object.__hash__)  # noqa: B010 -- __eq__ was refused, identity is the hash
+
+
+@dataclass(frozen=True)
+class Homes:
+    """Where the distributed arguments of a call are.
+
+    Attributes:
+        num_stages: of the step that placed them.
+        stages: the stages that hold each, by argument number.
+    """
+
+    num_stages: int
+    stages: tuple[tuple[int, tuple[int, ...]], ...]
+
+    @classmethod
+    def of(cls, leaves: Sequence[Any]) -> Homes | None:
+        """The homes of a call's array leaves, None if no step placed any.
+
+        Raises:
+            ConfigError: the leaves come from steps with different numbers of stages.
+        """
+        placed = [
+            (number, leaf)
+            for number, leaf in enumerate(leaves)
+            if isinstance(leaf, DistributedArray) and leaf.stages and leaf.placement.num_stages
+        ]
+        if not placed:
+            return None
+        first = placed[0][1]
+        for _, leaf in placed:
+            if leaf.placement.num_stages != first.placement.num_stages:
+                raise ConfigError(
+                    f"{first.path} was placed by a step of {first.placement.num_stages} stages, "
+                    f"{leaf.path} by one of {leaf.placement.num_stages}",
+                    where=line_here(),
+                    why="arguments that are placed already share their stages",
+                    fix="give both steps the same num_stages, or pass bactrian.gather(...) of one of them",
+                )
+        return cls(first.placement.num_stages, tuple((number, leaf.stages) for number, leaf in placed))
 
 
 def gather(tree: Any) -> Any:

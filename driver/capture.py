@@ -21,10 +21,12 @@ from jax.extend import core
 from jaxlib.mlir import ir
 
 from bactrian.driver import boundary, dataflow
+from bactrian.driver.arrays import Homes
 from bactrian.driver.source import line_here, line_of_error
 from bactrian.driver.state import Part, match_state
 from bactrian.passes.errors import BactrianError, ConfigError, ProgramError
 from bactrian.passes.frame.context import make_context
+from bactrian.passes.program import body, integer, main_function
 
 _JAX_TRACE_ERRORS = (jax.errors.JAXTypeError, jax.errors.JAXIndexError, jax.errors.UnexpectedTracerError)
 _NO_MESH = "#sdy.mesh<[]>"
@@ -110,15 +112,22 @@ class Captured:
     parameters: inspect.Signature | None = field(repr=False)
     remarks: tuple[str, ...] = ()
 
-    def module(self) -> ir.Module:
-        """A module of its own, with locations, that passes may rewrite."""
-        with make_context():
-            return ir.Module.parse(self.bytecode)
+    def module(self, homes: Homes | None = None) -> ir.Module:
+        """A module of its own, with locations, that passes may rewrite; ``homes`` says where arguments are already."""
+        with make_context(), ir.Location.unknown():
+            module = ir.Module.parse(self.bytecode)
+            if homes is not None:
+                _write_homes(module, homes)
+            return module
 
     @property
     def text(self) -> str:
         """The module as text, with locations."""
-        return str(self.module().operation.get_asm(enable_debug_info=True))
+        return self.text_with(None)
+
+    def text_with(self, homes: Homes | None) -> str:
+        """The module as text, with locations and homes."""
+        return str(self.module(homes).operation.get_asm(enable_debug_info=True))
 
     def flatten(self, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> list[Any]:
         """The array leaves of a call, in the order of ``arguments``.
@@ -555,6 +564,15 @@ def _annotated(
         bytecode = io.BytesIO()
         ours.operation.write_bytecode(bytecode)
     return bytecode.getvalue(), hashlib.sha256(text.encode()).hexdigest()
+
+
+def _write_homes(module: ir.Module, homes: Homes) -> None:
+    main = main_function(module)
+    arguments = _dicts(main, "arg_attrs", len(body(main).arguments))
+    for number, stages in homes.stages:
+        arguments[number]["bactrian.home"] = ir.ArrayAttr.get([integer(stage) for stage in stages])
+    main.attributes["arg_attrs"] = ir.ArrayAttr.get([ir.DictAttr.get(attrs) for attrs in arguments])
+    module.operation.attributes["bactrian.num_stages"] = integer(homes.num_stages)
 
 
 def _dicts(main: Any, name: str, count: int) -> list[dict[str, ir.Attribute]]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 
@@ -14,7 +16,11 @@ from bactrian.driver.arrays import MPI, Communicator, DistributedArray, Placemen
 from bactrian.driver.capture import ArgumentInfo, Captured, ResultInfo
 from bactrian.driver.session import Session
 from bactrian.driver.source import line_here
+from bactrian.passes.errors import ProgramError
 from bactrian.passes.plan import Plan
+from bactrian.passes.plan_table import human_bytes
+
+_log = logging.getLogger("bactrian")
 
 
 class Compiled:
@@ -22,9 +28,7 @@ class Compiled:
 
     def __init__(self, captured: Captured, session: Session) -> None:
         self.captured, self.session = captured, session
-        self.communicator: Communicator = (
-            SingleProcess() if session.world.comm is None else MPI(session.world.comm)
-        )
+        self.communicator: Communicator = SingleProcess() if session.world.comm is None else MPI(session.world.comm)
         program = session.staged.program
         arguments: dict[int, list[int]] = {}
         for piece in program.arguments:
@@ -39,13 +43,12 @@ class Compiled:
             if info.role != "batch"
         }
         self._kept = {
-            info.number: self._placement(
-                captured.arguments[info.updates], tuple(sorted(results.get(info.number, ())))
-            )
+            info.number: self._placement(captured.arguments[info.updates], tuple(sorted(results.get(info.number, ()))))
             for info in captured.results
             if info.updates is not None
         }
         self._home = jax.local_devices()[0]
+        self._told_of_moves = False
 
     @property
     def plan(self) -> Plan:
@@ -69,21 +72,40 @@ class Compiled:
         """The array leaves of a call, or None if it is not one of this program's."""
         return self.captured.flatten_if_same(args, kwargs)
 
+    def has_all(self, leaves: Sequence[Any]) -> bool:
+        """Whether the distributed ones of a call's array leaves are on all stages that read them."""
+        num_stages = self.plan.num_stages
+        for number, wanted in self._held.items():
+            leaf = leaves[number]
+            if isinstance(leaf, DistributedArray):
+                here = leaf.placement
+                if here.num_stages not in (0, num_stages):
+                    return False
+                if here.stages != wanted.stages and not set(wanted.stages).issubset(here.stages):
+                    return False
+        return True
+
     def call_leaves(self, leaves: Sequence[Any]) -> Any:
         """One step on the array leaves of its arguments."""
         pieces: dict[tuple[int, int], jax.Array] = {}
         donated: list[DistributedArray] = []
+        moved: dict[str, int] = {}
         for number, placement in self._held.items():
             leaf = leaves[number]
             if isinstance(leaf, DistributedArray):
-                self._take(leaf, placement, pieces)
+                if moved_bytes := self._take(leaf, placement, pieces):
+                    moved[placement.path] = moved_bytes
                 if self.captured.arguments[number].role == "state":
                     donated.append(leaf)
             else:
                 self._put(leaf, placement, pieces)
+        if moved and not self._told_of_moves:
+            self._told_of_moves = True
+            _log.warning("%s", _moves_text(self.captured.name, moved))
         batch = {number: _physical(leaves[number]) for number in self._batch}
         if donated and self.session.staged.donate:
             where = line_here()
+            self._refuse_given_twice(leaves, donated, where)
             for leaf in donated:
                 leaf.donate(where)
         return self._wrap(self.session.run(pieces, batch))
@@ -114,25 +136,41 @@ class Compiled:
             },
             layout="whole on one device of each",
             key_impl=info.key_impl,
+            num_stages=self.plan.num_stages,
         )
 
-    def _take(
-        self, leaf: DistributedArray, placement: Placement, pieces: dict[tuple[int, int], jax.Array]
-    ) -> None:
-        """The pieces of a distributed array, moved where this step's plan places it otherwise (collective)."""
+    def _take(self, leaf: DistributedArray, placement: Placement, pieces: dict[tuple[int, int], jax.Array]) -> int:
+        """The pieces of a distributed array; stages that do not hold it get it from one that does (collective).
+
+        Returns:
+            How many bytes stages got so.
+        """
         leaf.check_usable()
         if leaf.placement.stages == placement.stages and leaf.pieces.keys() == placement.shardings.keys():
             for stage, piece in leaf.pieces.items():
                 pieces[placement.argument, stage] = piece
+            return 0
+        missing = [stage for stage in placement.stages if stage not in leaf.placement.stages]
+        values = physical_values(leaf) if missing else np.empty(0)
+        for stage, sharding in placement.shardings.items():
+            here = stage not in missing
+            pieces[placement.argument, stage] = leaf.pieces[stage] if here else jax.device_put(values, sharding)
+        return len(missing) * values.nbytes
+
+    def _refuse_given_twice(self, leaves: Sequence[Any], donated: Sequence[DistributedArray], where: str) -> None:
+        """Refuse a value that one call both consumes and reads elsewhere, while nothing is consumed yet."""
+        held = [(id(leaves[number]), placement.path) for number, placement in self._held.items()]
+        if len({key for key, _ in held}) == len(held):
             return
-        for stage in placement.stages:
-            if stage in leaf.placement.stages:
-                if stage in placement.shardings:
-                    pieces[placement.argument, stage] = leaf.pieces[stage]
-                continue
-            values = physical_values(leaf)
-            if stage in placement.shardings:
-                pieces[placement.argument, stage] = jax.device_put(values, placement.shardings[stage])
+        for leaf in donated:
+            paths = [path for key, path in held if key == id(leaf)]
+            if len(paths) > 1:
+                raise ProgramError(
+                    f"a donated value is given {len(paths)} times to one step: {', '.join(paths)}",
+                    where=where,
+                    why="the step consumes its state, so no other argument can be the same array",
+                    fix="give a copy (bactrian.gather, then bactrian.put), or parallelize(..., donate=False)",
+                )
 
     def _put(self, leaf: Any, placement: Placement, pieces: dict[tuple[int, int], jax.Array]) -> None:
         """A host value to the stages that read it; state is copied, since the step will consume the copy."""
@@ -165,10 +203,20 @@ class Compiled:
         return value if info.key_impl is None else jax.random.wrap_key_data(value, impl=info.key_impl)
 
 
+def _moves_text(name: str, moved: Mapping[str, int]) -> str:
+    """The remark on arguments that are brought to other stages on every call, the largest named."""
+    largest = sorted(moved.items(), key=lambda item: -item[1])[:8]
+    names = ", ".join(f"{path} ({human_bytes(size)})" for path, size in largest)
+    more = f" and {len(moved) - len(largest)} more" if len(moved) > len(largest) else ""
+    return (
+        f"every call of {name} moves {human_bytes(sum(moved.values()))} of arguments to stages that read them but do "
+        f"not hold them: {names}{more}"
+    )
+
+
 def _physical(leaf: Any) -> Any:
     """A typed key as its words; anything else as it is."""
     dtype = getattr(leaf, "dtype", None)
-    if dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key):
+    if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key):
         return jax.random.key_data(leaf)
     return leaf
-

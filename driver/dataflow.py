@@ -12,7 +12,7 @@ from typing import Any
 from jax.extend import core
 
 from bactrian.driver.boundary import GRADIENT_BOUNDARY, MICROBATCH_INDEX, STAGE_BOUNDARY
-from bactrian.driver.source import line_of_equation
+from bactrian.driver.source import line_here, line_of_equation
 from bactrian.passes.errors import ProgramError
 
 _MAX_LINES_REPORTED = 5
@@ -113,6 +113,7 @@ def flatten(closed: core.ClosedJaxpr) -> Dataflow:
     if not boundaries:
         raise ProgramError(
             "the step has no gradient boundary",
+            where=line_here(),
             why="bactrian.value_and_grad or bactrian.grad says which part of a step runs once per microbatch",
             fix="use bactrian.value_and_grad in place of jax.value_and_grad, or forward_only=True to run a function"
             " without gradients",

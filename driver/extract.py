@@ -117,9 +117,7 @@ def _extract(module: ir.Module) -> StagedProgram:
     )
 
 
-def _call(
-    op: ir.Operation, functions: dict[str, ir.Operation], reader: _Reader, counters: set[ir.Value]
-) -> Call:
+def _call(op: ir.Operation, functions: dict[str, ir.Operation], reader: _Reader, counters: set[ir.Value]) -> Call:
     symbol = ir.FlatSymbolRefAttr(op.attributes["callee"]).value
     phase = string_attribute(op, "bactrian.phase") or ""
     stage = integer_attribute(op, "bactrian.stage") or 0

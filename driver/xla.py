@@ -9,12 +9,17 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax._src import compiler  # pyright: ignore
 from jax._src.interpreters import mlir as jax_mlir  # pyright: ignore
 from jax._src.lib import xla_client  # pyright: ignore
+from jax.sharding import SingleDeviceSharding
 from jaxlib.mlir import ir
 
+from bactrian.driver.extract import numpy_dtype
+
+Device = Any  # jax.Device, which its own stubs declare as a variable
 StageFunction = Callable[[Sequence[jax.Array]], list[jax.Array]]
 
 
@@ -51,10 +56,10 @@ def _standalone(op: ir.Operation, symbol: str) -> str:
     i32 = ir.IntegerType.get_signless(32)
     root.attributes["mhlo.num_partitions"] = ir.IntegerAttr.get(i32, 1)
     root.attributes["mhlo.num_replicas"] = ir.IntegerAttr.get(i32, 1)
-    return root.get_asm(enable_debug_info=True)
+    return str(root.get_asm(enable_debug_info=True))
 
 
-def compile_function(text: str, device: jax.Device) -> Any:
+def compile_function(text: str, device: Device) -> Any:
     """Compile one stage function for one device; returns the loaded executable."""
     client = device.client
     devices = np.array([device])
@@ -68,30 +73,42 @@ def compile_function(text: str, device: jax.Device) -> Any:
         )
 
 
-def compile_functions(texts: Mapping[str, str], devices: Mapping[str, jax.Device]) -> dict[str, StageFunction]:
+def compile_functions(texts: Mapping[str, str], devices: Mapping[str, Device]) -> dict[str, StageFunction]:
     """Compile stage functions, each for its stage's device.
 
     Args:
         texts: module text by symbol; equal texts for one device are compiled once.
         devices: the device of each symbol.
     """
-    made: dict[tuple[str, jax.Device], StageFunction] = {}
+    made: dict[tuple[str, Device], StageFunction] = {}
     functions: dict[str, StageFunction] = {}
     for symbol, text in texts.items():
         device = devices[symbol]
         key = (text, device)
         if key not in made:
-            made[key] = _callable(compile_function(text, device))
+            made[key] = _callable(compile_function(text, device), text, device)
         functions[symbol] = made[key]
     return functions
 
 
-def _callable(executable: Any) -> StageFunction:
+def _callable(executable: Any, text: str, device: Device) -> StageFunction:
     """Call an executable on one device with JAX arrays; results come back before they are computed."""
-    execute = executable.execute_sharded
+    execute, handlers = executable.execute_sharded, _result_handlers(text, device)
 
     def call(arguments: Sequence[jax.Array]) -> list[jax.Array]:
-        pieces = execute(arguments).disassemble_into_single_device_arrays()
-        return [piece[0] for piece in pieces]
+        return execute(arguments).consume_with_handlers(handlers)
 
     return call
+
+
+def _result_handlers(text: str, device: Device) -> list[Any]:
+    """What makes JAX arrays of an executable's results, without a sharding object made for each."""
+    sharding = SingleDeviceSharding(device)
+    with jax_mlir.make_ir_context():
+        module = ir.Module.parse(text)
+        types = [ir.RankedTensorType(type_) for type_ in module.body.operations[0].type.results]
+        avals = [
+            jax.core.ShapedArray(tuple(t.shape), jnp.dtype(numpy_dtype(t.element_type)))  # pyright: ignore[reportPrivateImportUsage]
+            for t in types
+        ]
+    return [xla_client.array_result_handler(aval, sharding, committed=True, _skip_checks=True) for aval in avals]

@@ -94,3 +94,27 @@ func.func public @main(%v: tensor<16x16xf32> {bactrian.role = "state"}, %w: tens
   %nw = stablehlo.subtract %w, %sw {bactrian.phase = "update"} : tensor<16x16xf32>
   return %nv, %nw, %nmv, %nmw : tensor<16x16xf32>, tensor<16x16xf32>, tensor<16x16xf32>, tensor<16x16xf32>
 }
+
+// -----
+
+// Another program has placed the arguments: three products are on the first stage, although two would be balanced, and
+// an argument on both stages is read on either. The update goes to its state's home.
+// CHECK-LABEL: module attributes
+// CHECK-SAME: bactrian.num_layers = 2
+// CHECK: %[[A:.*]] = stablehlo.dot_general %arg0, %arg1, {{.*}}bactrian.layer = 0
+// CHECK-NEXT: %[[B:.*]] = stablehlo.dot_general %[[A]], %arg2, {{.*}}bactrian.layer = 0
+// CHECK-NEXT: %[[C:.*]] = stablehlo.dot_general %[[B]], %arg3, {{.*}}bactrian.layer = 0
+// CHECK-NEXT: %[[D:.*]] = stablehlo.dot_general %[[C]], %arg2, {{.*}}bactrian.layer = 1
+// CHECK-NEXT: stablehlo.dot_general %[[D]], %arg4, {{.*}}bactrian.layer = 1
+// CHECK-NEXT: stablehlo.add %arg5, %arg5 {bactrian.layer = 1 : i64, bactrian.phase = "update"}
+module attributes {bactrian.num_stages = 2 : i64} {
+  func.func public @main(%x: tensor<4x16xf32> {bactrian.role = "batch"}, %v: tensor<16x16xf32> {bactrian.home = [0], bactrian.role = "constant"}, %w: tensor<16x16xf32> {bactrian.home = [0, 1], bactrian.role = "constant"}, %s: tensor<16x16xf32> {bactrian.home = [0], bactrian.role = "constant"}, %t: tensor<16x16xf32> {bactrian.home = [1], bactrian.role = "constant"}, %m: tensor<16x16xf32> {bactrian.home = [1], bactrian.role = "state"}) -> (tensor<4x16xf32>, tensor<16x16xf32> {bactrian.updates = 5 : i64}) {
+    %a = stablehlo.dot_general %x, %v, contracting_dims = [1] x [0] {bactrian.phase = "forward"} : (tensor<4x16xf32>, tensor<16x16xf32>) -> tensor<4x16xf32>
+    %b = stablehlo.dot_general %a, %w, contracting_dims = [1] x [0] {bactrian.phase = "forward"} : (tensor<4x16xf32>, tensor<16x16xf32>) -> tensor<4x16xf32>
+    %c = stablehlo.dot_general %b, %s, contracting_dims = [1] x [0] {bactrian.phase = "forward"} : (tensor<4x16xf32>, tensor<16x16xf32>) -> tensor<4x16xf32>
+    %d = stablehlo.dot_general %c, %w, contracting_dims = [1] x [0] {bactrian.phase = "forward"} : (tensor<4x16xf32>, tensor<16x16xf32>) -> tensor<4x16xf32>
+    %e = stablehlo.dot_general %d, %t, contracting_dims = [1] x [0] {bactrian.phase = "forward"} : (tensor<4x16xf32>, tensor<16x16xf32>) -> tensor<4x16xf32>
+    %n = stablehlo.add %m, %m {bactrian.phase = "update"} : tensor<16x16xf32>
+    return %e, %n : tensor<4x16xf32>, tensor<16x16xf32>
+  }
+}

@@ -140,7 +140,7 @@ def _split_sums(main: ir.Operation) -> int:
     results = iter(new.results)
     with ir.InsertionPoint(boundary):
         for operand, result in zip(operands, old, strict=True):
-            parts = [next(results) for _ in operand.parts]
+            parts: list[ir.Value] = [next(results) for _ in operand.parts]
             result.replace_all_uses_with(_join(operand, parts, boundary.location))
     dead = [v.owner.operation for v in boundary.operands if not isinstance(v.owner, ir.Block)]
     boundary.erase()
@@ -306,9 +306,12 @@ def _zeros(type_: ir.Type, stage: int) -> ir.Value:
 
 
 def _sum(zeros: ir.Value, value: ir.Value, phase: str, stage: int) -> ir.Value:
-    total = _add(zeros, value, phase, stage)
-    total.owner.operation.attributes["bactrian.accumulate"] = ir.UnitAttr.get()
-    return total
+    return ir.Operation.create(
+        "stablehlo.add",
+        results=[zeros.type],
+        operands=[zeros, value],
+        attributes={**_where(phase, stage), "bactrian.accumulate": ir.UnitAttr.get()},
+    ).results[0]
 
 
 def _concat(zeros: ir.Value, value: ir.Value, phase: str, stage: int) -> ir.Value:

@@ -27,6 +27,7 @@ from bactrian.passes.program import (
     value_bytes,
 )
 
+
 @dataclass(frozen=True)
 class CloneCheapOps(Pass):
     """Give each stage its own copy of what is cheaper to compute than to send or to keep.
@@ -112,7 +113,9 @@ class _ResidualRule:
             nothing = elementwise and all(independent[value] for value in reads)
             for result in flow.results[index]:
                 independent[result] = nothing
-            grows = elementwise and len(reads) == 1 and self._bytes(flow, flow.results[index]) > self._bytes(flow, reads)
+            grows = (
+                elementwise and len(reads) == 1 and self._bytes(flow, flow.results[index]) > self._bytes(flow, reads)
+            )
             self._allowed[op] = nothing or grows
 
     @staticmethod

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from jaxlib.mlir import ir
@@ -12,6 +12,7 @@ from bactrian.passes import layering
 from bactrian.passes.costs import HEAVY, CostModel
 from bactrian.passes.errors import ConfigError, PassError
 from bactrian.passes.frame.base import Pass, PassContext, Statistic, option
+from bactrian.passes.homes import Homes, Reads
 from bactrian.passes.program import (
     BACKWARD,
     BOUNDARY,
@@ -42,6 +43,11 @@ class GroupLayers(Pass):
     phase reads it, an optimizer's state goes along with what updates it. What depends on neither the batch nor a large
     argument (constants, masks, random bits) is cheap to clone later and goes to its lowest reader (in the backward
     phase to its highest).
+
+    If another program has placed arguments on stages (``bactrian.home``) and there are as many layers as stages, each
+    layer is a stage: a forward op that reads such arguments is put on a stage that holds them all, and backward and
+    update ops are drawn there. Only arguments of at most ``small-bytes`` may be read elsewhere, if there is no other
+    way.
 
     Requires: ``bactrian.phase`` on every op (``infer-phases``).
     Ensures: ``bactrian.num_layers`` on the module and ``bactrian.layer`` on every op with a phase. Forward edges never
@@ -102,14 +108,15 @@ class GroupLayers(Pass):
 
     def apply(self, module: ir.Module, ctx: PassContext) -> None:
         """Cut the forward ops, place all others, write the layers."""
-        program = _Program.of(main_function(module), self.small_bytes)
+        program = _Program.of(module, self.small_bytes)
         layers = _cut_forward(program, self.num_layers, self.epsilon, module, ctx)
         if layers is None:
             return
         num_layers = 1 + max((layer for layer in layers if layer is not None), default=0)
         _place_free(program, layers, FORWARD)
         microbatches = integer_attribute(module.operation, "bactrian.num_microbatches") or 1
-        placed = _place(program, layers, num_layers, microbatches)
+        homes = program.homes if program.homes is not None and program.homes.num_stages == num_layers else None
+        placed = _place(program, homes, layers, num_layers, microbatches)
         for phase in (UPDATE, BACKWARD):
             _place_free(program, layers, phase)
         attributes = [integer(layer) for layer in range(num_layers)]
@@ -140,14 +147,17 @@ class _Program:
     roles: list[str]
     next_of: dict[int, list[int]]
     boundary: int | None
+    homes: Homes | None
+    large: list[bool]
 
     @classmethod
-    def of(cls, main: ir.Operation, small_bytes: int) -> _Program:
+    def of(cls, module: ir.Module, small_bytes: int) -> _Program:
         """Read ``@main``.
 
         Raises:
             PassError: if an op has no phase.
         """
+        main = main_function(module)
         flow = Dataflow.of(main)
         model = CostModel()
         roles = argument_roles(main)
@@ -172,7 +182,11 @@ class _Program:
         for value, argument in zip(flow.operands[-1], result_updates(main), strict=True):
             if argument is not None:
                 next_of.setdefault(same[value], []).append(argument)
-        return cls(flow, phases, marker, same, reads, readers, sizes, batch, free, roles, next_of, boundary)
+        homes = Homes.read(module, flow)
+        large = [size > small_bytes for size in sizes[: flow.num_arguments]]
+        return cls(
+            flow, phases, marker, same, reads, readers, sizes, batch, free, roles, next_of, boundary, homes, large
+        )
 
 
 def _phase(flow: Dataflow, index: int, boundary: int | None) -> str:
@@ -231,12 +245,12 @@ def _cut_forward(
     allowed = _marker_positions([program.marker[i] for i in ops], weighty)
     num_layers = num_layers or len(allowed or ()) + 1
     limited = "at stage boundaries" if allowed is not None else ""
-    kept = _kept_positions(program, position) if allowed is None else None
-    if kept is not None and layering.cut(flops, weighty, crossing, num_layers, epsilon, kept) is not None:
-        allowed, limited = kept, "between parts that are computed again"
+    request = _Request(flops, weighty, crossing, num_layers, epsilon, allowed, None, kind, limited)
     layers: list[int | None] = [None] * len(flow.ops)
     if num_layers > 1:
-        cut = _checked_cut(flops, weighty, crossing, num_layers, epsilon, allowed, (kind, limited), module, ctx)
+        if not request.check(module, ctx):
+            return None
+        cut = _cut_at_homes(program, ops, request, module, ctx)
         if cut is None:
             return None
         groups = cut.group_of(len(ops))
@@ -312,48 +326,110 @@ def _marker_positions(marker: Sequence[bool], weighty: Sequence[bool]) -> list[i
     return positions
 
 
-def _checked_cut(
-    flops: list[float],
-    weighty: list[bool],
-    crossing: layering.Ints,
-    num_layers: int,
-    epsilon: float,
-    allowed: list[int] | None,
-    words: tuple[str, str],
-    module: ir.Module,
-    ctx: PassContext,
-) -> layering.Cut | None:
-    """The cut; an error if there is none, a remark if it is less balanced than asked.
+@dataclass(frozen=True)
+class _Request:
+    """A cut that is wanted. ``kind`` says what weight is, ``limited`` where cuts may be (empty: anywhere)."""
 
-    ``words`` say what weight is, and where cuts may be (empty: anywhere).
-    """
-    kind, limited = words
-    weight = sum(weighty)
-    if allowed is not None and num_layers > len(allowed) + 1:
-        ctx.error(
-            module.operation,
-            f"cannot cut at {_count(len(allowed), 'stage boundary', 'stage boundaries')} into {num_layers} layers",
-            why="where a program has stage boundaries, layers are cut only there",
-            fix=f"ask for at most {len(allowed) + 1} layers, or add stage boundaries",
+    flops: list[float]
+    weighty: list[bool]
+    crossing: layering.Ints
+    num_layers: int
+    epsilon: float
+    allowed: list[int] | None
+    choices: list[frozenset[int] | None] | None
+    kind: str
+    limited: str
+
+    def check(self, module: ir.Module, ctx: PassContext) -> bool:
+        """Whether there can be so many layers; reports an error if not."""
+        allowed, num_layers, weight = self.allowed, self.num_layers, sum(self.weighty)
+        if allowed is not None and num_layers > len(allowed) + 1:
+            ctx.error(
+                module.operation,
+                f"cannot cut at {_count(len(allowed), 'stage boundary', 'stage boundaries')} into {num_layers} layers",
+                why="where a program has stage boundaries, layers are cut only there, and every layer needs "
+                + ("a product or convolution" if self.kind == "with weight" else "an op that depends on the batch"),
+                fix=f"ask for at most {len(allowed) + 1} layers, or add stage boundaries",
+            )
+            return False
+        if weight < num_layers:
+            with_weight = self.kind == "with weight"
+            ctx.error(
+                module.operation,
+                f"cannot cut {_count(weight, 'forward op', 'forward ops')} {self.kind} into {num_layers} layers",
+                why="every layer needs a product or convolution" if with_weight else "every layer needs one",
+                fix=f"ask for at most {max(1, weight)} layers",
+            )
+            return False
+        return True
+
+    def cut(self) -> layering.Cut | None:
+        """The cheapest cut, or None."""
+        return layering.cut(
+            self.flops, self.weighty, self.crossing, self.num_layers, self.epsilon, self.allowed, self.choices
         )
-        return None
-    if weight < num_layers:
-        ctx.error(
-            module.operation,
-            f"cannot cut {_count(weight, 'forward op', 'forward ops')} {kind} into {num_layers} layers",
-            why="every layer needs a product or convolution" if kind == "with weight" else "every layer needs one",
-            fix=f"ask for at most {max(1, weight)} layers",
-        )
-        return None
-    cut = layering.cut(flops, weighty, crossing, num_layers, epsilon, allowed)
-    assert cut is not None, "as many weights as layers, or boundaries with weight between them"
-    if cut.largest > (1 + epsilon) * cut.share * (1 + 1e-6):
+
+    def remark(self, cut: layering.Cut, module: ir.Module, ctx: PassContext) -> None:
+        """Tells if a cut is less balanced than asked."""
+        if cut.largest > (1 + self.epsilon) * cut.share * (1 + 1e-6):
+            ctx.remark(
+                module.operation,
+                f"the largest of {self.num_layers} layers has {cut.largest / cut.share:.2f} times an even share of the "
+                f"forward flops; no cut {self.limited or 'at all'} comes within {1 + self.epsilon:.2f} times",
+            )
+
+
+def _cut_at_homes(
+    program: _Program, ops: list[int], request: _Request, module: ir.Module, ctx: PassContext
+) -> layering.Cut | None:
+    """The cut that keeps arguments with homes there and, if it can, recomputed parts whole; None after an error."""
+    homes = program.homes
+    if homes is not None and homes.num_stages != request.num_layers:
         ctx.remark(
             module.operation,
-            f"the largest of {num_layers} layers has {cut.largest / cut.share:.2f} times an even share of the "
-            f"forward flops; no cut {limited or 'at all'} comes within {1 + epsilon:.2f} times",
+            f"{_count(len(homes.of), 'argument is', 'arguments are')} on {homes.num_stages} stages already, which "
+            f"{request.num_layers} layers do not keep to",
         )
-    return cut
+        homes = None
+    asked = [request]
+    reads = _home_reads(program, homes, ops) if homes is not None else None
+    if reads is not None:
+        limited = f"{request.limited} that leaves arguments on their stages".strip()
+        few = reads.only(program.large)
+        asked = [replace(request, choices=r.choices(), limited=limited) for r in (reads, few)]
+    if request.allowed is None:
+        kept = _kept_positions(program, {op: place for place, op in enumerate(ops)})
+        if kept is not None:
+            where = "between parts that are computed again"
+            asked = [variant for one in asked for variant in (replace(one, allowed=kept, limited=where), one)]
+    for one in asked:
+        cut = one.cut()
+        if cut is not None:
+            one.remark(cut, module, ctx)
+            return cut
+    assert reads is not None, "as many weights as layers, or boundaries with weight between them"
+    place, why = reads.only(program.large).conflict(request.allowed is not None)
+    ctx.error(
+        program.flow.ops[ops[place]],
+        f"cannot leave the arguments on the {request.num_layers} stages that hold them",
+        why=f"{why}; the step that made them placed them so",
+        fix="read them in the order in which that step does, or pass bactrian.gather(...) of them, to place them anew",
+    )
+    return None
+
+
+def _home_reads(program: _Program, homes: Homes, ops: list[int]) -> Reads:
+    """The arguments with homes that each of ``ops`` reads, itself or through free ops, which go where they are read."""
+    through: dict[int, frozenset[int]] = {argument: frozenset([argument]) for argument in homes.of}
+    found: dict[int, frozenset[int]] = {}
+    for index, phase in enumerate(program.phases):
+        if phase != FORWARD:
+            continue
+        read = frozenset[int]().union(*(through.get(value, ()) for value in program.reads[index]))
+        found[index] = read
+        if program.free[index]:
+            through.update((result, read) for result in program.flow.results[index])
+    return Reads(homes, [tuple(sorted(found[op])) for op in ops])
 
 
 def _count(number: int, one: str, many: str) -> str:
@@ -372,7 +448,7 @@ def _place_free(program: _Program, layers: list[int | None], phase: str) -> None
         layers[index] = choose(own) if own else min(others, default=0)
 
 
-def _place(program: _Program, layers: list[int | None], num_layers: int, microbatches: int) -> int:
+def _place(program: _Program, held: Homes | None, layers: list[int | None], num_layers: int, microbatches: int) -> int:
     """Place backward and update ops that are not free; returns how many there are.
 
     What happens once per microbatch counts ``microbatches`` times what happens once per step.
@@ -382,7 +458,7 @@ def _place(program: _Program, layers: list[int | None], num_layers: int, microba
     for index, phase in enumerate(program.phases):
         if phase in (BACKWARD, UPDATE) and not program.free[index] and not program.marker[index]:
             nodes[index] = problem.node()
-    homes = _homes(program, layers, problem)
+    homes = _homes(program, held, layers, problem)
     for value in range(len(program.flow.values)):
         _pay_for_value(program, layers, problem, nodes, homes, value, microbatches)
     solution = problem.solve()
@@ -391,8 +467,10 @@ def _place(program: _Program, layers: list[int | None], num_layers: int, microba
     return len(nodes)
 
 
-def _homes(program: _Program, layers: list[int | None], problem: layering.Placement) -> dict[int, list[int]]:
-    """Where each argument lives: the lowest and highest layer that read it forward, else a variable.
+def _homes(
+    program: _Program, held: Homes | None, layers: list[int | None], problem: layering.Placement
+) -> dict[int, list[int]]:
+    """Where each argument lives: the lowest and highest layer that hold it already or read it forward, else a variable.
 
     A batch argument lives there as well: other stages could load it, too, but then the gradient of the first layer's
     weight would be computed on the second whenever it is smaller than the cotangent.
@@ -404,6 +482,7 @@ def _homes(program: _Program, layers: list[int | None], problem: layering.Placem
             for reader in program.readers[argument]
             if program.phases[reader] == FORWARD and (layer := layers[reader]) is not None
         ]
+        forward.extend(held.of.get(argument, ()) if held is not None else ())
         homes[argument] = [problem.at(min(forward)), problem.at(max(forward))] if forward else [problem.node()]
     return homes
 

@@ -13,7 +13,7 @@ Two problems, both solved exactly:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -118,6 +118,7 @@ def cut(
     num_groups: int,
     epsilon: float,
     allowed: Sequence[int] | None = None,
+    choices: Sequence[Collection[int] | None] | None = None,
 ) -> Cut | None:
     """Cut ops into contiguous groups with the least bytes across the cuts.
 
@@ -133,11 +134,12 @@ def cut(
         num_groups: K.
         epsilon: slack of the balance.
         allowed: the positions where a cut may be; everywhere if None.
+        choices: for each op, the groups that it may be in; any if None.
 
     Returns:
-        The cut, or None if there is none in which every group has an anchor.
+        The cut, or None if there is none in which every group has an anchor and every op is in a group of its choice.
     """
-    table = _Table.of(flops, anchors, crossing, allowed)
+    table = _Table.of(flops, anchors, crossing, allowed, _earliest(choices, num_groups))
     share = table.total / num_groups
     limit = (1.0 + epsilon) * share
     if not table.feasible(table.total, num_groups):
@@ -158,6 +160,20 @@ def cut(
     return Cut(starts, int(cost), float(sums.max()), share)
 
 
+def _earliest(choices: Sequence[Collection[int] | None] | None, num_groups: int) -> Ints | None:
+    """``earliest[k, p]``: the first position from which all ops before position p may be in group k.
+
+    With choices ``[{0}, None, {1}]``: ``[[0, 0, 0, 3], [0, 1, 1, 1]]``.
+    """
+    if choices is None or all(choice is None for choice in choices):
+        return None
+    earliest = np.zeros((num_groups, len(choices) + 1), dtype=np.int64)
+    for op, choice in enumerate(choices):
+        if choice is not None:
+            earliest[[k for k in range(num_groups) if k not in choice], op + 1] = op + 1
+    return np.maximum.accumulate(earliest, axis=1)
+
+
 @dataclass(frozen=True)
 class _Table:
     """Prefix sums at the candidate positions (0, the allowed cuts, the end)."""
@@ -168,11 +184,17 @@ class _Table:
     cost: Ints
     lone: Ints
     last: Ints
+    earliest: Ints | None
     total: float
 
     @classmethod
     def of(
-        cls, flops: Sequence[float], anchors: Sequence[bool], crossing: Ints, allowed: Sequence[int] | None
+        cls,
+        flops: Sequence[float],
+        anchors: Sequence[bool],
+        crossing: Ints,
+        allowed: Sequence[int] | None,
+        earliest: Ints | None,
     ) -> _Table:
         num_ops = len(flops)
         flops_before = np.concatenate([[0.0], np.cumsum(np.asarray(flops, dtype=np.float64))])
@@ -185,18 +207,23 @@ class _Table:
         # is the earliest start that leaves it only one.
         last = np.searchsorted(count, count, side="left") - 1
         lone = np.searchsorted(count, count - 1, side="left")
-        return cls(positions, flops_before, anchors_before, crossing[positions], lone, last, float(flops_before[-1]))
+        if earliest is not None:
+            earliest = np.searchsorted(positions, earliest[:, positions], side="left")
+        total = float(flops_before[-1])
+        return cls(positions, flops_before, anchors_before, crossing[positions], lone, last, earliest, total)
 
-    def first(self, limit: float) -> Ints:
-        """The earliest start of a group that ends at each candidate, under a limit of flops."""
+    def first(self, limit: float, num_groups: int) -> Ints:
+        """``first[k, p]``: the earliest start of group k if it ends at candidate p, under a limit of flops."""
         at = self.flops_before[self.positions]
         slack = 1e-9 * self.total
-        return np.minimum(np.searchsorted(at, at - limit - slack, side="left"), self.lone)
+        first = np.minimum(np.searchsorted(at, at - limit - slack, side="left"), self.lone)
+        if self.earliest is None:
+            return np.broadcast_to(first, (num_groups, len(first)))
+        return np.maximum(first, self.earliest)
 
     def feasible(self, limit: float, num_groups: int) -> bool:
-        """Whether K groups fit: greedy from the left; fewer than K groups can always be split further or not at all."""
-        first = self.first(limit)
-        return self._reach(first, num_groups)[-1, num_groups]
+        """Whether K groups fit."""
+        return bool(self._reach(self.first(limit, num_groups), num_groups)[-1, num_groups])
 
     def _reach(self, first: Ints, num_groups: int) -> NDArray[np.bool_]:
         """``reach[p, k]``: the ops before candidate p can be k groups."""
@@ -205,8 +232,9 @@ class _Table:
         reach[0, 0] = True
         for k in range(1, num_groups + 1):
             before = np.concatenate([[0], np.cumsum(reach[:, k - 1])])
-            stop = np.maximum(self.last + 1, first)
-            reach[:, k] = before[stop] - before[first] > 0
+            start = first[k - 1]
+            stop = np.maximum(self.last + 1, start)
+            reach[:, k] = before[stop] - before[start] > 0
         return reach
 
     def least_limit(self, low: float, num_groups: int) -> float:
@@ -222,29 +250,29 @@ class _Table:
 
     def solve(self, limit: float, num_groups: int) -> tuple[list[int], int]:
         """The cheapest cuts under a (feasible) limit, and their bytes."""
-        first = self.first(limit)
+        first = self.first(limit, num_groups)
         size = len(self.positions)
-        width = np.maximum(self.last + 1 - first, 0)
-        level = np.zeros(size, dtype=np.int64)
-        level[width > 0] = np.log2(width[width > 0]).astype(np.int64)
         best = np.full(size, _FAR, dtype=np.int64)
         best[0] = 0
         history = [best]
-        for _ in range(num_groups):
-            best = np.minimum(_window_minimum(best, first, width, level) + self.cost, _FAR)
+        for k in range(num_groups):
+            best = np.minimum(_window_minimum(best, first[k], self.last) + self.cost, _FAR)
             history.append(best)
         cuts: list[int] = []
         at = size - 1
         for k in range(num_groups - 1, 0, -1):
-            window = history[k][first[at] : self.last[at] + 1]
-            at = int(first[at]) + len(window) - 1 - int(np.argmin(window[::-1]))
+            window = history[k][first[k, at] : self.last[at] + 1]
+            at = int(first[k, at]) + len(window) - 1 - int(np.argmin(window[::-1]))
             cuts.append(int(self.positions[at]))
         # Nothing lives across the end of the program.
         return cuts[::-1], int(history[-1][-1])
 
 
-def _window_minimum(row: Ints, first: Ints, width: Ints, level: Ints) -> Ints:
-    """Minimum of ``row[first : first + width]`` for every window, by a sparse table; empty windows are far."""
+def _window_minimum(row: Ints, first: Ints, last: Ints) -> Ints:
+    """Minimum of ``row[first : last + 1]`` for every window, by a sparse table; empty windows are far."""
+    width = np.maximum(last + 1 - first, 0)
+    level = np.zeros(len(row), dtype=np.int64)
+    level[width > 0] = np.log2(width[width > 0]).astype(np.int64)
     result = np.full(len(row), _FAR, dtype=np.int64)
     table = row
     for power in range(int(level.max(initial=0)) + 1):

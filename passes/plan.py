@@ -132,6 +132,14 @@ class Plan:
         """Number of devices of all stages."""
         return sum(stage.num_devices for stage in self.stages)
 
+    @property
+    def forward_only(self) -> bool:
+        """Whether the program is known to have no backward phase, so that its schedule makes no difference."""
+        return bool(self.stages) and all(
+            stage.forward_flops is not None and stage.backward_flops == 0 and stage.activation_bytes == 0
+            for stage in self.stages
+        )
+
     def time_shares(self) -> tuple[float | None, ...]:
         """Each stage's share of the work: of the predicted seconds, or of the flops where no time was predicted."""
         for weights in ([s.predicted_seconds for s in self.stages], [s.flops for s in self.stages]):

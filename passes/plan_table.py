@@ -76,7 +76,8 @@ def module_names(plan: Plan, stage: StagePlan) -> list[str]:
 
 def plan_lines(plan: Plan) -> list[str]:
     """The heading: what was decided for the whole step, then what it is predicted to take."""
-    decided = [_counted(plan.num_stages, "stage"), _counted(plan.num_microbatches, "microbatch", "es"), plan.schedule]
+    decided = [_counted(plan.num_stages, "stage"), _counted(plan.num_microbatches, "microbatch", "es")]
+    decided.append("forward only" if plan.forward_only else plan.schedule)
     decided += [_counted(plan.num_layers, "layer"), _counted(plan.num_devices, f"{plan.platform} device")]
     if plan.num_devices > plan.num_stages and _equal_meshes(plan):
         decided.append(f"each on {mesh_text(plan.stages[0])}")

@@ -128,6 +128,18 @@ def argument_roles(main: ir.Operation) -> list[str]:
     return [argument_role(main, index) for index in range(count)]
 
 
+def argument_homes(main: ir.Operation) -> dict[int, tuple[int, ...]]:
+    """``bactrian.home``: the stages that hold an argument already, in order, by argument number."""
+    homes: dict[int, tuple[int, ...]] = {}
+    if "arg_attrs" not in main.attributes:
+        return homes
+    for argument, attribute in enumerate(ir.ArrayAttr(main.attributes["arg_attrs"])):
+        entry = ir.DictAttr(attribute)
+        if "bactrian.home" in entry:
+            homes[argument] = tuple(sorted(ir.IntegerAttr(s).value for s in ir.ArrayAttr(entry["bactrian.home"])))
+    return {argument: stages for argument, stages in homes.items() if stages}
+
+
 def result_updates(main: ir.Operation) -> list[int | None]:
     """For each result of ``@main``, the argument whose next value it is."""
     count = len(terminator(main).operands)
@@ -157,7 +169,7 @@ def type_bytes(type_: ir.Type) -> int:
         return 0
     element = type_.element_type
     if isinstance(element, ir.ComplexType):
-        width = 2 * element.element_type.width
+        width = 2 * getattr(element.element_type, "width", 8)
     else:
         width = getattr(element, "width", 8)
     return math.prod(type_.shape) * max(1, width // 8)

@@ -23,9 +23,7 @@ from bactrian.passes.program import (
     value_bytes,
 )
 
-_ASSOCIATIVE = frozenset(
-    f"stablehlo.{name}" for name in ("add", "multiply", "and", "or", "xor", "maximum", "minimum")
-)
+_ASSOCIATIVE = frozenset(f"stablehlo.{name}" for name in ("add", "multiply", "and", "or", "xor", "maximum", "minimum"))
 
 
 @dataclass(frozen=True)
@@ -74,7 +72,9 @@ def _pull_to_sources(main: ir.Operation, small_bytes: int) -> None:
             continue
         if any(value_bytes(value) > small_bytes for value in (*op.operands, *op.results)):
             continue
-        stages = {stage for value in op.operands if not _is_constant(value) and (stage := value_stage(value)) is not None}
+        stages = {
+            stage for value in op.operands if not _is_constant(value) and (stage := value_stage(value)) is not None
+        }
         if len(stages) == 1:
             op.attributes["bactrian.stage"] = integer(stages.pop())
 
@@ -138,7 +138,9 @@ def _concatenated_fold(op: ir.Operation, small_bytes: int) -> _Fold | None:
     concatenate = source.operation
     if concatenate.name != "stablehlo.concatenate" or not _single_use(op.operands[0]):
         return None
-    if value_bytes(op.operands[0]) > small_bytes * 64 or set(inner[0].operands) != set(op.regions[0].blocks[0].arguments):
+    if value_bytes(op.operands[0]) > small_bytes * 64 or set(inner[0].operands) != set(
+        op.regions[0].blocks[0].arguments
+    ):
         return None
     if any(ir.RankedTensorType(value.type).shape != [1] for value in concatenate.operands):
         return None
@@ -148,16 +150,16 @@ def _concatenated_fold(op: ir.Operation, small_bytes: int) -> _Fold | None:
 
 def _is_identity(kind: str, init: ir.Value) -> bool:
     """Whether folding ``init`` in changes nothing. In doubt it is one more value to fold."""
-    if not _is_constant(init):
+    owner = init.owner
+    if isinstance(owner, ir.Block) or owner.operation.name != "stablehlo.constant":
         return False
-    value = ir.DenseElementsAttr(init.owner.operation.attributes["value"])
-    splat = value.get_splat_value()
-    number = splat.value if hasattr(splat, "value") else None
+    number = getattr(ir.DenseElementsAttr(owner.operation.attributes["value"]).get_splat_value(), "value", None)
+    is_bool = str(ir.RankedTensorType(init.type).element_type) == "i1"
     expected: dict[str, tuple[object, ...]] = {
         "stablehlo.add": (0, 0.0),
         "stablehlo.or": (0, False),
         "stablehlo.xor": (0, False),
-        "stablehlo.and": (True if "i1" in str(value.type) else -1,),
+        "stablehlo.and": (True if is_bool else -1,),
         "stablehlo.multiply": (1, 1.0),
         "stablehlo.maximum": (float("-inf"),),
         "stablehlo.minimum": (float("inf"),),

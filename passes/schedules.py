@@ -106,4 +106,6 @@ def peak_in_flight(order: Sequence[str]) -> int:
 
 def _check(num_stages: int, num_microbatches: int) -> None:
     if num_stages < 1 or num_microbatches < 1:
-        raise ConfigError(f"a schedule needs at least 1 stage and 1 microbatch, not {num_stages} and {num_microbatches}")
+        raise ConfigError(
+            f"a schedule needs at least 1 stage and 1 microbatch, not {num_stages} and {num_microbatches}"
+        )

@@ -11,7 +11,6 @@ from jaxlib.mlir.dialects import func
 from bactrian.passes.frame.base import Pass, PassContext, Statistic, option
 from bactrian.passes.program import (
     UPDATE,
-    body,
     boundary_words,
     find_boundary,
     integer,
@@ -127,9 +126,7 @@ def _count_residuals(staging: Staging) -> int:
 class _Emitter:
     """Writes the staged module from the analysis."""
 
-    def __init__(
-        self, module: ir.Module, main: ir.Operation, staging: Staging, num_stages: int, donate: bool
-    ) -> None:
+    def __init__(self, module: ir.Module, main: ir.Operation, staging: Staging, num_stages: int, donate: bool) -> None:
         self._module, self._main, self._staging = module, main, staging
         self._flow = staging.flow
         self._num_stages, self._donate = num_stages, donate
@@ -325,7 +322,7 @@ class _Emitter:
                 here[value, crossing.target, crossing.once] = self._transfer(result, crossing)
 
     def _transfer(self, value: ir.Value, crossing: Crossing) -> ir.Value:
-        attributes = {"bactrian.phase": ir.StringAttr.get(UPDATE)} if crossing.once else {}
+        attributes: dict[str, ir.Attribute] = {"bactrian.phase": ir.StringAttr.get(UPDATE)} if crossing.once else {}
         return ir.Operation.create(
             "mpmd.transfer",
             results=[self._mesh_type(crossing.value, crossing.target)],

@@ -20,6 +20,7 @@ from bactrian.passes.program import (
     MICROBATCH_INDEX,
     UPDATE,
     Dataflow,
+    argument_homes,
     custom_call_target,
     integer,
     integer_attribute,
@@ -99,9 +100,7 @@ def analyze(main: ir.Operation, num_stages: int, fuse_last: bool) -> Staging:
     through = _through_boundary(flow)
     keys = [_key(op, num_stages, fuse_last) for op in flow.ops]
     functions = _collect(flow, keys)
-    home = {
-        value: key for index, key in enumerate(keys) if key is not None for value in flow.results[index]
-    }
+    home = {value: key for index, key in enumerate(keys) if key is not None for value in flow.results[index]}
     pieces: set[tuple[int, int]] = set()
     crossings: dict[Crossing, None] = {}
     outgoing: dict[FunctionKey, set[int]] = {key: set() for key in functions}
@@ -123,7 +122,7 @@ def analyze(main: ir.Operation, num_stages: int, fuse_last: bool) -> Staging:
                 if source.stage != key.stage:
                     crossings[Crossing(value, source.stage, key.stage, key.phase == UPDATE)] = None
         function.inputs = sorted(taken)
-    result_pieces = _result_pieces(flow, main, through, home, pieces, crossings, outgoing)
+    result_pieces = _result_pieces(flow, main, num_stages, through, home, pieces, crossings, outgoing)
     for key, function in functions.items():
         function.outputs = sorted(outgoing[key])
     sizes = [value_bytes(value) for value in flow.values]
@@ -175,6 +174,7 @@ def _check_order(flow: Dataflow, value: int, source: FunctionKey, reader: Functi
 def _result_pieces(
     flow: Dataflow,
     main: ir.Operation,
+    num_stages: int,
     through: dict[int, int],
     home: dict[int, FunctionKey],
     pieces: set[tuple[int, int]],
@@ -183,10 +183,12 @@ def _result_pieces(
 ) -> list[tuple[int, int, int]]:
     """Where every result is kept: new state on every stage that has the old one, anything else where it is made."""
     updates = result_updates(main)
+    homes = argument_homes(main)
+    held = {(argument, stage) for argument, stages in homes.items() for stage in stages if stage < num_stages}
     values = [through.get(read, read) for read in flow.operands[-1]]
     while True:  # a result that is an argument adds a piece of it, which has to be brought up to date in turn
         known = len(pieces)
-        places = [_places(v, u, flow.num_arguments, home, pieces) for v, u in zip(values, updates, strict=True)]
+        places = [_places(v, u, flow.num_arguments, home, pieces | held) for v, u in zip(values, updates, strict=True)]
         for value, stages in zip(values, places, strict=True):
             if value < flow.num_arguments:
                 pieces.update((value, stage) for stage in stages)

@@ -200,7 +200,8 @@ def _send(rank: _Rank, send: Send, network: _Network) -> bool:
     spec = rank.list.slots[send.slot]
     if (recv.shape, recv.dtype) != (spec.shape, spec.dtype) or spec.nbytes != send.nbytes:
         rank.fail(
-            f"sends {spec.dtype}{list(spec.shape)} ({send.nbytes} bytes) where {recv.dtype}{list(recv.shape)} is expected"
+            f"sends {spec.dtype}{list(spec.shape)} ({send.nbytes} bytes) where {recv.dtype}{list(recv.shape)} "
+            "is expected"
         )
     network.matched.add(where)
     network.num_bytes += send.nbytes

@@ -136,7 +136,8 @@ class DataFlow:
                     continue
                 if key.stage != self.call(task).stage:
                     raise PassError(
-                        f"{self.call(task).function} reads value {key.value} of stage {key.stage}", fix="transfer it first"
+                        f"{self.call(task).function} reads value {key.value} of stage {key.stage}",
+                        fix="transfer it first",
                     )
                 self.check_origin(key, self.call(task).function)
 

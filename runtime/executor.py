@@ -120,6 +120,7 @@ class Executor:
         env = self._env
         results = [env[r.slot] for r in self.list.results]
         self._env, self._batch, self._sends = [], {}, {}
+        self.transport.end_step()
         self.num_steps += 1
         return results
 

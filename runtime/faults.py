@@ -1,12 +1,13 @@
 """Failures on demand, for tests: ``BACTRIAN_FAULTS="rank=1,step=2,point=before_send,action=raise"``.
 
-Unset, `ACTIVE` is None and nothing is checked. Each fault happens once.
+Unset, `ACTIVE` is None and nothing is checked. Each fault happens once, and says on stderr when it does.
 """
 
 from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 from dataclasses import dataclass
 from typing import NoReturn
@@ -24,6 +25,7 @@ POINTS = (
     "save",
     "exit",
 )
+_ONCE = ("import", "init", "plan", "compile", "exit")  # points outside of steps
 ACTIONS = ("raise", "kill", "exit", "stop", "sleep")
 
 
@@ -33,7 +35,7 @@ class InjectedFault(Exception):
 
 @dataclass
 class Fault:
-    """One failure. ``step`` None: the first time the point is reached."""
+    """One failure. ``step`` None: the first time the point is reached; points outside of steps know no step."""
 
     rank: int
     point: str
@@ -51,7 +53,7 @@ def parse(text: str) -> Fault | None:
     """
     if not text.strip():
         return None
-    pairs = dict(part.strip().split("=", 1) if "=" in part else (part.strip(), "") for part in text.split(","))
+    pairs = {key.strip(): value.strip() for key, _, value in (part.partition("=") for part in text.split(","))}
     unknown = sorted(set(pairs) - {"rank", "step", "point", "action", "seconds"})
     if unknown:
         _refuse(text, f"unknown key {unknown[0]!r}", "keys are rank, step, point, action, seconds")
@@ -61,7 +63,7 @@ def parse(text: str) -> Fault | None:
     if action not in ACTIONS:
         _refuse(text, f"unknown action {action!r}", f"actions are {', '.join(ACTIONS)}")
     try:
-        step = int(pairs["step"]) if "step" in pairs else None
+        step = int(pairs["step"]) if "step" in pairs and point not in _ONCE else None
         return Fault(int(pairs.get("rank", "0")), point, action, step, float(pairs.get("seconds", "3600")))
     except ValueError:
         _refuse(text, "not a number", "rank and step are integers, seconds a number")
@@ -79,9 +81,13 @@ def own_rank() -> int:
     return 0
 
 
-ACTIVE: Fault | None = parse(os.environ.get("BACTRIAN_FAULTS", ""))
-if ACTIVE is not None and ACTIVE.rank != own_rank():
-    ACTIVE = None
+def own_fault() -> Fault | None:
+    """The fault that the environment asks of this rank."""
+    fault = parse(os.environ.get("BACTRIAN_FAULTS", ""))
+    return fault if fault is not None and fault.rank == own_rank() else None
+
+
+ACTIVE: Fault | None = own_fault()
 
 _step = 0
 
@@ -98,9 +104,11 @@ def at(point: str) -> None:
     if fault is None or fault.done or fault.point != point or fault.step not in (None, _step):
         return
     fault.done = True
+    what = f"fault injected on rank {fault.rank} at {point}, step {_step}, unix time {time.time():.3f}"
+    print(f"bactrian: {fault.action}: {what}", file=sys.stderr, flush=True)
     match fault.action:
         case "raise":
-            raise InjectedFault(f"fault injected on rank {fault.rank} at {point}, step {_step}")
+            raise InjectedFault(what)
         case "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         case "stop":

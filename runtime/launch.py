@@ -108,11 +108,8 @@ def prepare() -> RankEnvironment | None:
 
 
 def start_mpi() -> Any:
-    """Initialize MPI so that any thread may call it, one at a time; gives the communicator of all ranks."""
+    """Initialize MPI, for use by any thread at any time; gives the communicator of all ranks."""
     install_abort_hook()
-    import mpi4py
-
-    mpi4py.rc.thread_level = "serialized"
     from mpi4py import MPI
 
     faults.at("init")
@@ -166,8 +163,13 @@ def _noting_exit(status: Any = None, /) -> Any:
 
 def _on_exit() -> None:
     faults.at("exit")
-    if _exit_code not in (None, 0, STOPPED):
-        abort(_exit_code)
+    if failing():
+        abort(_exit_code or 1)
+
+
+def failing() -> bool:
+    """Whether this process is on its way out with an error code."""
+    return _exit_code not in (None, 0, STOPPED)
 
 
 def abort(code: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import sys
 import threading
 import time
@@ -13,10 +14,12 @@ import ml_dtypes
 import numpy as np
 from jax.sharding import Sharding
 
+from bactrian.runtime import launch
 from bactrian.runtime.transport import Handle
 
 _ALIGNMENT = 64  # XLA takes host memory without a copy only when it is aligned so
-_NAP_SECONDS = 50e-6
+_FIRST_NAP_SECONDS = 20e-6  # naps double from here: short waits end soon, long ones leave the core to XLA
+_NAP_SECONDS = 200e-6
 
 
 class BufferPool:
@@ -66,8 +69,8 @@ class MpiTransport:
     """Non-blocking sends and receives on a communicator of our own.
 
     A value is sent once XLA has made it. Whoever waits looks after all messages; while nobody waits, a helper thread
-    does (``helper=False``: only waiting and `poll` do). All MPI calls are made under one lock, so any thread level from
-    ``MPI_THREAD_SERIALIZED`` up will do.
+    does. The helper needs ``MPI_THREAD_MULTIPLE``, since the main thread may be in another MPI call; without it (or
+    with ``helper=False``) a step ends only when its messages have left.
     """
 
     def __init__(self, comm: Any = None, *, helper: bool = True, nap_seconds: float = _NAP_SECONDS) -> None:
@@ -78,7 +81,8 @@ class MpiTransport:
         self.rank: int = self.comm.Get_rank()
         self._nap = nap_seconds
         self._pool = BufferPool()
-        self._unsent: dict[int, deque[_Send]] = defaultdict(deque)  # made or being made, in order per destination
+        # By destination: values made or being made, in order.
+        self._unsent: list[deque[_Send]] = [deque() for _ in range(self.comm.Get_size())]
         self._requests: list[Any] = []
         self._handles: list[Any] = []
         self._lock = threading.Lock()
@@ -86,9 +90,11 @@ class MpiTransport:
         self._waiting = False
         self._closed = False
         self._error: BaseException | None = None
+        helper = helper and MPI.Query_thread() == MPI.THREAD_MULTIPLE
         self._helper = threading.Thread(target=self._help, name="bactrian-mpi", daemon=True) if helper else None
         if self._helper:
             self._helper.start()
+        atexit.register(self._finish)
 
     def send(self, array: jax.Array, destination: int, tag: int, *, move: bool = False) -> Handle:
         """Queue the array; it leaves when it is ready and what was queued before it has left."""
@@ -108,6 +114,7 @@ class MpiTransport:
         with self._lock:
             self._requests.append(self.comm.Irecv([handle.buffer, self._mpi.BYTE], source=source, tag=tag))
             self._handles.append(handle)
+        self._work.set()
         return handle
 
     def test(self, handle: Handle) -> bool:
@@ -120,11 +127,13 @@ class MpiTransport:
         """Wait, looking after all other messages meanwhile. Naps leave the core to XLA."""
         if not handle.done:
             self._waiting = True
+            nap = min(_FIRST_NAP_SECONDS, self._nap)
             try:
                 while not handle.done:
                     self.poll()
                     if not handle.done:
-                        time.sleep(self._nap)
+                        time.sleep(nap)
+                        nap = min(2 * nap, self._nap)
             finally:
                 self._waiting = False
         if isinstance(handle, _Receive) and handle.array is None:
@@ -138,8 +147,8 @@ class MpiTransport:
         if self._error is not None:
             raise self._error
         with self._lock:
-            for destination, queue in self._unsent.items():
-                while queue and (source := queue[0].source) is not None and source.is_ready():
+            for destination, queue in enumerate(self._unsent):
+                while queue and (source := queue[0].source) is not None and _is_ready(source):
                     send = queue.popleft()
                     data = np.ascontiguousarray(np.asarray(source)).reshape(-1).view(np.uint8)
                     self._requests.append(self.comm.Isend([data, self._mpi.BYTE], dest=destination, tag=send.tag))
@@ -159,7 +168,8 @@ class MpiTransport:
 
     def busy(self) -> bool:
         """Whether any message is under way."""
-        return bool(self._requests) or any(self._unsent.values())
+        with self._lock:
+            return bool(self._requests) or any(self._unsent)
 
     def _help(self) -> None:
         """Look after the messages while the main thread is not waiting for one."""
@@ -172,9 +182,14 @@ class MpiTransport:
                     continue
                 if not self._waiting:
                     self.poll()
-                time.sleep(4 * self._nap)
+                time.sleep(self._nap)
         except BaseException as error:  # shown by the thread that next asks for a message
             self._error = error
+
+    def end_step(self) -> None:
+        """Without a helper nobody would look after what is left."""
+        if self._helper is None:
+            self.flush()
 
     def flush(self) -> None:
         """Wait until every message is done."""
@@ -185,9 +200,21 @@ class MpiTransport:
     def close(self) -> None:
         """Finish all messages, stop the helper, free the communicator (collective)."""
         if not self._closed:
-            self.flush()
-            self._closed = True
-            self._work.set()
-            if self._helper:
-                self._helper.join()
+            self._finish()
             self.comm.Free()
+
+    def _finish(self) -> None:
+        """Before MPI ends: what is under way leaves, unless this rank's failure is about to end the job."""
+        if self._closed:
+            return
+        if not launch.failing():
+            self.flush()
+        self._closed = True
+        self._work.set()
+        if self._helper:
+            self._helper.join()
+        atexit.unregister(self._finish)
+
+
+def _is_ready(array: Any) -> bool:
+    return array.is_ready()  # public, but missing in jax's type stubs

@@ -44,10 +44,10 @@ class Call:
 
     Phases: ``initialize`` (once, first), ``forward``, ``backward``, ``forward_backward`` (once per microbatch),
     ``update`` (once, last; ``round`` 0, 1, … in order).
-    ``carries`` pairs (input position, output position): from the second microbatch on, that input is that output of the
-    microbatch before (an accumulator). ``donated`` are the input positions whose buffers the call consumes.
-    ``index_input`` is the input position that receives the microbatch's number as an int32 scalar (its entry in ``inputs``
-    is -1), if any.
+    ``carries`` pairs (input position, output position): from the second microbatch on, that input is that output of
+    the microbatch before (an accumulator). ``donated`` are the input positions whose buffers the call consumes.
+    ``index_input`` is the input position that receives the microbatch's number as an int32 scalar (its entry in
+    ``inputs`` is -1), if any.
     """
 
     function: str  # symbol, e.g. "stage0.forward"

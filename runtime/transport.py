@@ -44,6 +44,10 @@ class Transport(Protocol):
         """Wait for it. Gives a receive's array. May raise `WouldBlock` in cooperative execution."""
         ...
 
+    def end_step(self) -> None:
+        """All instructions of a step are done; messages may still be under way."""
+        ...
+
     def close(self) -> None:
         """Finish what is under way and release resources."""
         ...
@@ -109,6 +113,9 @@ class InProcessTransport:
         if not handle.done:
             raise WouldBlock
         return handle.array
+
+    def end_step(self) -> None:
+        """Both ends of every message have met."""
 
     def close(self) -> None:
         """Nothing to release."""

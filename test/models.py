@@ -536,9 +536,7 @@ def train_case(
             }
         )
         options = {"num_stages": stages, "num_microbatches": microbatches, "schedule": schedule}
-        return Built(
-            step, state, batches(built.data), options, zero_gradient_leaves=built.zero_gradient_leaves
-        )
+        return Built(step, state, batches(built.data), options, zero_gradient_leaves=built.zero_gradient_leaves)
 
     return Case("-".join(names), make)
 

@@ -121,7 +121,11 @@ def pairwise_cover(
     def gain(row: Row, name: str, value: Any) -> int:
         index = names.index(name)
         return sum(
-            (((other, row[other]), (name, value)) if names.index(other) < index else ((name, value), (other, row[other])))
+            (
+                ((other, row[other]), (name, value))
+                if names.index(other) < index
+                else ((name, value), (other, row[other]))
+            )
             in missing
             for other in row
         )
@@ -140,9 +144,7 @@ def pairwise_cover(
     return tuple(rows)
 
 
-def product(
-    factors: Mapping[str, Sequence[Any]], feasible: Callable[[Row], bool] = lambda _: True
-) -> tuple[Row, ...]:
+def product(factors: Mapping[str, Sequence[Any]], feasible: Callable[[Row], bool] = lambda _: True) -> tuple[Row, ...]:
     """Every feasible row."""
     rows = (dict(zip(factors, values, strict=True)) for values in itertools.product(*factors.values()))
     return tuple(row for row in rows if feasible(row))
@@ -171,7 +173,9 @@ def run_serially(
         return values[value] if value in values else read(arrive[value])
 
     def run(call: Call, microbatch: int) -> None:
-        inputs = [np.int32(microbatch) if position == call.index_input else None for position in range(len(call.inputs))]
+        inputs = [
+            np.int32(microbatch) if position == call.index_input else None for position in range(len(call.inputs))
+        ]
         for position, value in enumerate(call.inputs):
             if position != call.index_input:
                 inputs[position] = carried.get((call.function, position)) if microbatch else None

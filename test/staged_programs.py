@@ -46,7 +46,9 @@ class Builder:
             self.moved[source, stage] = target
         return self.moved[source, stage]
 
-    def call(self, name: str, inputs: Sequence[int], outputs: Sequence[int], stage: int, phase: str, **more: Any) -> None:
+    def call(
+        self, name: str, inputs: Sequence[int], outputs: Sequence[int], stage: int, phase: str, **more: Any
+    ) -> None:
         more.setdefault("round", 0)
         self.calls.append(Call(name, stage, phase, inputs=tuple(inputs), outputs=tuple(outputs), **more))
 

@@ -35,7 +35,8 @@ def executors(
 
 def pieces_of(runs: list[Executor], arguments: list[Any]) -> list[list[jax.Array]]:
     return [
-        [jax.device_put(arguments[a.argument], e.places[a.slot], may_alias=False) for a in e.list.arguments] for e in runs
+        [jax.device_put(arguments[a.argument], e.places[a.slot], may_alias=False) for a in e.list.arguments]
+        for e in runs
     ]
 
 
@@ -78,7 +79,11 @@ def test_three_steps_equal_the_serial_ones(
         expected = run_serially(program, serial, arguments)
         results = run_together(runs, pieces, {stages + 1: arguments[-1]})
         compare(runs, results, expected)
-        states = {(p.updates, p.stage): a for e, r in zip(runs, results, strict=True) for p, a in zip(e.list.results, r, strict=True)}
+        states = {
+            (p.updates, p.stage): a
+            for e, r in zip(runs, results, strict=True)
+            for p, a in zip(e.list.results, r, strict=True)
+        }
         pieces = [[states[a.argument, a.stage] for a in e.list.arguments] for e in runs]
         for (result, _), value in expected.items():
             if result <= stages:
@@ -120,7 +125,7 @@ def test_one_list_of_several_can_not_run_alone() -> None:
 
 def test_a_missing_function_is_named() -> None:
     (one,) = build_lists(chain(1, 1), (0,))
-    with pytest.raises(RuntimeFault, match="stage0.initialize was not compiled"):
+    with pytest.raises(RuntimeFault, match=r"stage0\.initialize was not compiled"):
         Executor(one, {}, lambda slot: jax.devices()[0], LocalNetwork().transport(0))
 
 

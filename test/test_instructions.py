@@ -70,7 +70,7 @@ def test_a_doubled_instruction_is_found(program: StagedProgram, ranks: tuple[int
     lists = build_lists(program, ranks)
     for rank, one in enumerate(lists):
         for i, x in enumerate(one.instructions):
-            with pytest.raises(PassError, match=rf"(?s)rank \d, instruction \d+: |rank \d, at its end"):
+            with pytest.raises(PassError, match=r"(?s)rank \d, instruction \d+: |rank \d, at its end"):
                 check_lists(mutated(lists, rank, [*one.instructions[: i + 1], x, *one.instructions[i + 1 :]]))
 
 
@@ -79,7 +79,11 @@ def test_swapped_dependent_instructions_are_found(program: StagedProgram, ranks:
     lists, found = build_lists(program, ranks), 0
     for rank, one in enumerate(lists):
         for i, (a, b) in enumerate(zip(one.instructions, one.instructions[1:], strict=False)):
-            if writes(a) & (reads(b) | writes(b)) or reads(a) & writes(b) or (isinstance(a, Send) and writes(b) & reads(a)):
+            if (
+                writes(a) & (reads(b) | writes(b))
+                or reads(a) & writes(b)
+                or (isinstance(a, Send) and writes(b) & reads(a))
+            ):
                 if isinstance(a, Run) and isinstance(b, Run) and not writes(a) & reads(b) and not reads(a) & writes(b):
                     continue
                 with pytest.raises(PassError):
@@ -174,7 +178,7 @@ def test_an_impossible_order_is_explained() -> None:
 
 def test_a_missing_token_is_explained() -> None:
     program = chain(2, 2)
-    with pytest.raises(PassError, match="stage 1 never runs stage1.forward_backward for microbatch 1"):
+    with pytest.raises(PassError, match=r"stage 1 never runs stage1\.forward_backward for microbatch 1"):
         build_lists(replace(program, order=(program.order[0], ("FB0",))), (0, 1))
 
 
@@ -182,7 +186,7 @@ def test_a_read_across_stages_without_transfer_is_explained() -> None:
     b = Builder()
     w = b.argument(0, "state", 0)
     b.call("stage1.update", [w], [b.value(1)], 1, "update")
-    with pytest.raises(PassError, match="stage1.update reads value 0 of stage 0"):
+    with pytest.raises(PassError, match=r"stage1\.update reads value 0 of stage 0"):
         build_lists(b.program("gpipe", (("F0",), ("F0",)), 1), (0, 1))
 
 

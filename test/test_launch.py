@@ -70,6 +70,7 @@ class Ended:
     err: str
     seconds: float  # from the failure to the end of the command, if the script said when it failed
     survivors: list[int]
+    ended_at: float = 0.0
 
     @property
     def last(self) -> str:
@@ -91,22 +92,24 @@ def marked(mark: str) -> list[int]:
 class Command:
     """``bactrian run`` as a child process with a mark of its own."""
 
-    def __init__(self, tmp_path: Path, *arguments: str, n: int | None = 2, script: str = SCRIPT) -> None:
+    def __init__(
+        self, tmp_path: Path, *arguments: str, n: int | None = 2, script: str = SCRIPT, **environment: str
+    ) -> None:
         self.mark = uuid.uuid4().hex
         path = tmp_path / "train.py"
         path.write_text(script)
         ranks = () if n is None else ("-n", str(n))
         self.process = subprocess.Popen(
             [sys.executable, "-m", "bactrian.driver.cli", "run", *ranks, str(path), *arguments],
-            env=os.environ | {"TEST_MARK": self.mark, "PYTHONPATH": str(ROOT)},
+            env=os.environ | {"TEST_MARK": self.mark, "PYTHONPATH": str(ROOT)} | environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
 
-    def ended(self, since: float | None = None) -> Ended:
+    def ended(self, since: float | None = None, start_seconds: float = START_SECONDS) -> Ended:
         try:
-            out, err = self.process.communicate(timeout=START_SECONDS + END_SECONDS)
+            out, err = self.process.communicate(timeout=start_seconds + END_SECONDS)
         except subprocess.TimeoutExpired:
             for pid in marked(self.mark):
                 os.kill(pid, signal.SIGKILL)
@@ -115,7 +118,7 @@ class Command:
         for line in out.splitlines():
             if "failed at" in line:
                 since = since or float(line.split("failed at")[1].split()[0])
-        return Ended(self.process.returncode, out, err, now - since if since else 0.0, marked(self.mark))
+        return Ended(self.process.returncode, out, err, now - since if since else 0.0, marked(self.mark), now)
 
     def wait_ready(self, count: int) -> None:
         """Read stdout until so many ranks said that they are ready."""

@@ -59,6 +59,38 @@ def test_cut_is_optimal_on_random_programs():
     assert solved > 100
 
 
+def test_cut_keeps_to_choices_and_is_optimal_among_them():
+    solved = 0
+    for seed in range(300):
+        rng, flops, anchors, crossing = _random_program(seed)
+        num_groups = rng.randint(1, 4)
+        epsilon = rng.choice([0.0, 0.1, 0.5, 3.0])
+        choices = [
+            {rng.randrange(num_groups) for _ in range(num_groups)} if rng.random() < 0.3 else None for _ in flops
+        ]
+        found = layering.cut(flops, anchors, crossing, num_groups, epsilon, choices=choices)
+        costs = {}  # by the largest group that counts
+        for cuts in itertools.combinations(range(1, len(flops)), num_groups - 1):
+            starts = (0, *cuts, len(flops))
+            groups = list(itertools.pairwise(starts))
+            if any(sum(anchors[a:b]) == 0 for a, b in groups):
+                continue
+            if any(c is not None and k not in c for k, (a, b) in enumerate(groups) for c in choices[a:b]):
+                continue
+            largest = max((sum(flops[a:b]) for a, b in groups if sum(anchors[a:b]) > 1), default=0)
+            cost = sum(int(crossing[position]) for position in cuts)
+            costs[largest] = min(cost, costs.get(largest, cost))
+        if found is None:
+            assert not costs
+            continue
+        solved += 1
+        limit = max((1 + epsilon) * sum(flops) / num_groups * (1 + 1e-9), min(costs))
+        assert found.bytes == min(cost for largest, cost in costs.items() if largest <= limit)
+        groups = found.group_of(len(flops))
+        assert all(c is None or group in c for group, c in zip(groups, choices, strict=True))
+    assert solved > 60
+
+
 def test_cut_takes_the_most_even_of_the_cheapest():
     anchors = [True] * 9
     found = layering.cut([1.0] * 8 + [8.0], anchors, np.full(10, 5), 5, 0.1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -40,11 +41,16 @@ def survivors(marker: str) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("stages, ranks", [(2, 2), (4, 2)])
-def test_steps_over_mpi_equal_the_serial_ones(stages: int, ranks: int) -> None:
-    done = mpirun(stages, 4, 3, ranks=ranks)
+@pytest.mark.parametrize("stages, ranks, options", [(2, 2, ()), (4, 2, ()), (3, 3, ("--poll",))])
+def test_steps_over_mpi_equal_the_serial_ones(stages: int, ranks: int, options: tuple[str, ...]) -> None:
+    done = mpirun(stages, 4, 3, *options, ranks=ranks)
     assert done.returncode == 0, done.stderr
     assert sorted(done.stdout.split("\n"))[1:] == [f"rank {r} done" for r in range(ranks)]
+
+
+def test_the_interpreters_end_closes_the_transport() -> None:
+    done = mpirun(2, 4, 2)
+    assert done.returncode == 0, done.stderr
 
 
 def test_trace_of_two_ranks(tmp_path: Path) -> None:
@@ -79,9 +85,11 @@ def test_a_failing_rank_ends_the_job(fault: str, tmp_path: Path) -> None:
     marker = tmp_path / "unused"
     begin = time.monotonic()
     done = mpirun(2, 4, 3, marker, faults=fault, deadline=60)
-    elapsed = time.monotonic() - begin
+    elapsed, ended = time.monotonic() - begin, time.time()
     assert done.returncode != 0
     assert not survivors(str(marker))
     assert elapsed < 40  # start-up included
     if fault.endswith("raise"):
-        assert "InjectedFault: fault injected on rank" in done.stderr
+        raised = re.search(r"InjectedFault: fault injected on rank .* unix time ([\d.]+)", done.stderr)
+        assert raised, done.stderr
+        assert ended - float(raised[1]) < 5

@@ -46,7 +46,15 @@ def launch(arguments: list[str], cases: Path, deadline_seconds: float) -> list[d
     """Run the script in a child process of its own group, and return its JSON lines."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])}
     environment.pop("XLA_FLAGS", None)  # the launcher decides
-    command = [sys.executable, "-m", "bactrian.driver.cli", "run", *arguments, str(HERE / "mpi_numerics.py"), str(cases)]
+    command = [
+        sys.executable,
+        "-m",
+        "bactrian.driver.cli",
+        "run",
+        *arguments,
+        str(HERE / "mpi_numerics.py"),
+        str(cases),
+    ]
     process = subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )

