@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax._src import compiler  # pyright: ignore
+from jax._src.core import ShapedArray  # pyright: ignore
 from jax._src.interpreters import mlir as jax_mlir  # pyright: ignore
 from jax._src.lib import xla_client  # pyright: ignore
 from jax.sharding import SingleDeviceSharding
@@ -106,9 +107,7 @@ def _result_handlers(text: str, device: Device) -> list[Any]:
     sharding = SingleDeviceSharding(device)
     with jax_mlir.make_ir_context():
         module = ir.Module.parse(text)
-        types = [ir.RankedTensorType(type_) for type_ in module.body.operations[0].type.results]
-        avals = [
-            jax.core.ShapedArray(tuple(t.shape), jnp.dtype(numpy_dtype(t.element_type)))  # pyright: ignore[reportPrivateImportUsage]
-            for t in types
-        ]
+        signature = ir.FunctionType(ir.TypeAttr(module.body.operations[0].attributes["function_type"]).value)
+        types = [ir.RankedTensorType(type_) for type_ in signature.results]
+        avals = [ShapedArray(tuple(t.shape), jnp.dtype(numpy_dtype(t.element_type))) for t in types]
     return [xla_client.array_result_handler(aval, sharding, committed=True, _skip_checks=True) for aval in avals]
