@@ -95,9 +95,10 @@ def stage_program(
     """
     first = run_pipeline(module, decisions.assignment_pipeline(), reproducer_dir=reproducer_dir)
     with module.context:
-        work = _measure(module)
-        layers = _name_layers(module, decisions.num_layers)
-        first_layers = _first_layers(module, decisions.num_stages)
+        ops = _measured_ops(module)
+        work = _measure(ops)
+        layers = _name_layers(ops, decisions.num_layers)
+        first_layers = _first_layers(ops, decisions.num_stages)
     second = run_pipeline(module, decisions.staging_pipeline(), reproducer_dir=reproducer_dir)
     program = extract(module)
     device = _DEVICES.get(platform)
@@ -139,14 +140,32 @@ class _Work:
         return self.seconds.get("forward", 0.0) + self.seconds.get("backward", 0.0)
 
 
-def _measure(module: ir.Module) -> dict[int, _Work]:
+@dataclass(frozen=True, slots=True)
+class _MeasuredOp:
+    """An op that has a place, as ``assign-stages`` left it."""
+
+    op: ir.Operation
+    phase: str
+    stage: int
+    layer: int | None
+    cost: OpCost
+
+
+def _measured_ops(module: ir.Module) -> list[_MeasuredOp]:
     model = CostModel()
-    work: dict[int, _Work] = {}
+    found: list[_MeasuredOp] = []
     for view in body(main_function(module)).operations:
         op = view.operation
         phase, stage = phase_of(op), stage_of(op)
         if phase is not None and stage is not None:
-            work.setdefault(stage, _Work()).add(phase, model.cost(op))
+            found.append(_MeasuredOp(op, phase, stage, integer_attribute(op, "bactrian.layer"), model.cost(op)))
+    return found
+
+
+def _measure(ops: list[_MeasuredOp]) -> dict[int, _Work]:
+    work: dict[int, _Work] = {}
+    for op in ops:
+        work.setdefault(op.stage, _Work()).add(op.phase, op.cost)
     return work
 
 
@@ -159,13 +178,12 @@ def _step_seconds(work: dict[int, _Work], num_microbatches: int, device: Device 
     return sum(per_microbatch) + (num_microbatches - 1) * max(per_microbatch, default=0.0) + update
 
 
-def _first_layers(module: ir.Module, num_stages: int) -> list[int]:
-    """The first layer of every stage, as ``assign-stages`` left it."""
+def _first_layers(ops: list[_MeasuredOp], num_stages: int) -> list[int]:
+    """The first layer of every stage."""
     first: dict[int, int] = {}
-    for view in body(main_function(module)).operations:
-        stage, layer = stage_of(view.operation), integer_attribute(view.operation, "bactrian.layer")
-        if stage is not None and layer is not None:
-            first[stage] = min(layer, first.get(stage, layer))
+    for op in ops:
+        if op.layer is not None:
+            first[op.stage] = min(op.layer, first.get(op.stage, op.layer))
     found = [first[stage] for stage in range(num_stages)]
     return [0, *found[1:]]
 
@@ -188,17 +206,16 @@ def _module_of(stack: str) -> str:
     return names[1] if len(names) > 1 else names[0] if names else ""
 
 
-def _name_layers(module: ir.Module, num_layers: int) -> tuple[LayerPlan, ...]:
+def _name_layers(ops: list[_MeasuredOp], num_layers: int) -> tuple[LayerPlan, ...]:
     """Each layer's modules, and the user's line of its first op that does arithmetic."""
-    model = CostModel()
     first: dict[int, str] = {}
     modules: dict[int, dict[str, None]] = {layer: {} for layer in range(num_layers)}
-    for view in body(main_function(module)).operations:
-        op = view.operation
-        if phase_of(op) != "forward" or model.cost(op).flops == 0:
+    for measured in ops:
+        if measured.phase != "forward" or measured.cost.flops == 0:
             continue
-        layer = integer_attribute(op, "bactrian.layer") or 0
-        first.setdefault(layer, _first_op(op))
+        op, layer = measured.op, measured.layer or 0
+        if layer not in first:
+            first[layer] = _first_op(op)
         name = _module_of(name_stack(op.location))
         if name:
             modules[layer][name] = None

@@ -9,11 +9,16 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax._src import compiler  # pyright: ignore
+from jax._src.core import ShapedArray  # pyright: ignore
 from jax._src.interpreters import mlir as jax_mlir  # pyright: ignore
 from jax._src.lib import xla_client  # pyright: ignore
+from jax.sharding import SingleDeviceSharding
 from jaxlib.mlir import ir
+
+from bactrian.driver.extract import numpy_dtype
 
 Device = Any  # jax.Device, which its own stubs declare as a variable
 StageFunction = Callable[[Sequence[jax.Array]], list[jax.Array]]
@@ -82,17 +87,27 @@ def compile_functions(texts: Mapping[str, str], devices: Mapping[str, Device]) -
         device = devices[symbol]
         key = (text, device)
         if key not in made:
-            made[key] = _callable(compile_function(text, device))
+            made[key] = _callable(compile_function(text, device), text, device)
         functions[symbol] = made[key]
     return functions
 
 
-def _callable(executable: Any) -> StageFunction:
+def _callable(executable: Any, text: str, device: Device) -> StageFunction:
     """Call an executable on one device with JAX arrays; results come back before they are computed."""
-    execute = executable.execute_sharded
+    execute, handlers = executable.execute_sharded, _result_handlers(text, device)
 
     def call(arguments: Sequence[jax.Array]) -> list[jax.Array]:
-        pieces = execute(arguments).disassemble_into_single_device_arrays()
-        return [piece[0] for piece in pieces]
+        return execute(arguments).consume_with_handlers(handlers)
 
     return call
+
+
+def _result_handlers(text: str, device: Device) -> list[Any]:
+    """What makes JAX arrays of an executable's results, without a sharding object made for each."""
+    sharding = SingleDeviceSharding(device)
+    with jax_mlir.make_ir_context():
+        module = ir.Module.parse(text)
+        signature = ir.FunctionType(ir.TypeAttr(module.body.operations[0].attributes["function_type"]).value)
+        types = [ir.RankedTensorType(type_) for type_ in signature.results]
+        avals = [ShapedArray(tuple(t.shape), jnp.dtype(numpy_dtype(t.element_type))) for t in types]
+    return [xla_client.array_result_handler(aval, sharding, committed=True, _skip_checks=True) for aval in avals]

@@ -7,13 +7,15 @@ from typing import ClassVar
 
 from jaxlib.mlir import ir
 
-from bactrian.passes.cloning import StageRule, clone_into_readers, copy_stage, stage_key
+from bactrian.passes.cloning import StageRule, clone_into_readers, copy_stage, stage_key, stage_keys
 from bactrian.passes.frame.base import Pass, PassContext, Statistic, option
 from bactrian.passes.program import (
     BACKWARD,
     INITIALIZE,
     MICROBATCH_INDEX,
     UPDATE,
+    Dataflow,
+    argument_roles,
     body,
     boundary_words,
     find_boundary,
@@ -98,7 +100,9 @@ class AccumulateGradients(Pass):
             kinds = boundary_words(boundary, "kinds")
             set_boundary_words(boundary, kinds, ["accumulated"] * len(kinds))
         ctx.count("regrouped", regroup_scalar_reductions(main, self.small_bytes))
-        clone_into_readers(main, stage_key, copy_stage, StageRule(main, self.small_bytes))
+        flow = Dataflow.of(main)
+        rule = StageRule(flow, argument_roles(main), self.small_bytes)
+        clone_into_readers(flow, stage_keys(flow), stage_key, copy_stage, rule)
 
 
 @dataclass

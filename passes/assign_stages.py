@@ -22,7 +22,6 @@ from bactrian.passes.program import (
     integer,
     integer_attribute,
     main_function,
-    phase_of,
     required_integer,
 )
 
@@ -147,7 +146,7 @@ def _layer_costs(
     flops = [0.0] * num_layers
     change = [0] * (num_layers + 1)
     tainted = [role == "batch" for role in roles] + [False] * (len(flow.values) - flow.num_arguments)
-    phases = [phase_of(op) for op in flow.ops]
+    phases = flow.phases
     users = flow.users()
     for index, op in enumerate(flow.ops):
         own = layers[index]

@@ -12,19 +12,20 @@ from bactrian.passes.cloning import (
     StageRule,
     clone_into_readers,
     copy_stage,
-    is_boundary_or_return,
     is_elementwise,
+    required_stages,
     stage_key,
+    stage_keys,
 )
 from bactrian.passes.frame.base import Pass, PassContext, Statistic, option
 from bactrian.passes.program import (
     MICROBATCH_INDEX,
     Dataflow,
+    argument_roles,
     custom_call_target,
     main_function,
     phase_of,
     required_integer,
-    value_bytes,
 )
 
 
@@ -84,15 +85,16 @@ class CloneCheapOps(Pass):
     def apply(self, module: ir.Module, ctx: PassContext) -> None:
         """Clone for other stages first, then for the backward phase."""
         main = main_function(module)
-        stages = clone_into_readers(main, stage_key, copy_stage, StageRule(main, self.small_bytes))
-        ctx.count("across-stages", stages)
-        phases = clone_into_readers(main, _phase_key, _copy_phase, _ResidualRule(main))
+        flow = Dataflow.of(main)
+        rule = StageRule(flow, argument_roles(main), self.small_bytes)
+        ctx.count("across-stages", clone_into_readers(flow, stage_keys(flow), stage_key, copy_stage, rule))
+        flow = Dataflow.of(main)
+        keys = [None if s is None else (s, p) for s, p in zip(required_stages(flow), flow.phases, strict=True)]
+        phases = clone_into_readers(flow, keys, _phase_key, _copy_phase, _ResidualRule(flow))
         ctx.count("across-phases", phases)
 
 
 def _phase_key(op: ir.Operation) -> Hashable:
-    if is_boundary_or_return(op):
-        return None
     return required_integer(op, "bactrian.stage", "assign-stages"), phase_of(op)
 
 
@@ -103,10 +105,10 @@ def _copy_phase(clone: ir.Operation, reader: ir.Operation) -> None:
 class _ResidualRule:
     """Which forward ops the backward phase of the same stage computes again."""
 
-    def __init__(self, main: ir.Operation) -> None:
-        flow = Dataflow.of(main)
+    def __init__(self, flow: Dataflow) -> None:
+        self._stages = flow.stages
         independent = [False] * len(flow.values)
-        self._allowed: dict[ir.Operation, bool] = {}
+        self._allowed: list[bool] = []
         for index, op in enumerate(flow.ops):
             reads = flow.operands[index]
             elementwise = is_elementwise(op) or custom_call_target(op) == MICROBATCH_INDEX
@@ -116,13 +118,12 @@ class _ResidualRule:
             grows = (
                 elementwise and len(reads) == 1 and self._bytes(flow, flow.results[index]) > self._bytes(flow, reads)
             )
-            self._allowed[op] = nothing or grows
+            self._allowed.append(nothing or grows)
 
     @staticmethod
     def _bytes(flow: Dataflow, values: range | tuple[int, ...]) -> int:
-        return sum(value_bytes(flow.values[value]) for value in values)
+        return sum(flow.sizes[value] for value in values)
 
-    def __call__(self, op: ir.Operation, key: Hashable) -> bool:
+    def __call__(self, index: int, key: Hashable) -> bool:
         """Whether a reader in group ``key`` may have its own copy: same stage, later phase."""
-        stage = required_integer(op, "bactrian.stage", "assign-stages")
-        return isinstance(key, tuple) and key[0] == stage and self._allowed.get(op, False)
+        return isinstance(key, tuple) and key[0] == self._stages[index] and self._allowed[index]

@@ -86,11 +86,12 @@ class InferPhases(Pass):
         """Write ``bactrian.phase`` and order the ops around the boundary."""
         main = main_function(module)
         _hoist_microbatch_index(main)
-        _mark_forward(main)  # before the loss goes: nothing may need it but the gradients
-        _drop_unused_results(main, ctx)
-        boundary = find_boundary(main)
         flow = Dataflow.of(main)
-        split = flow.ops.index(boundary)
+        if flow.boundary < 0:
+            find_boundary(main)  # says so
+        _mark_forward(flow)  # before the loss goes: nothing may need it but the gradients
+        flow = _drop_unused_results(main, flow, ctx)
+        split = flow.boundary
         above = flow.ancestors(list(flow.operands[split]))
         forward = ["bactrian.phase" in op.attributes for op in flow.ops]
         below = _below(flow, split)
@@ -148,11 +149,10 @@ def _hoist_microbatch_index(main: ir.Operation) -> None:
         op.move_before(top_level(op, body(main)))
 
 
-def _mark_forward(main: ir.Operation) -> None:
+def _mark_forward(flow: Dataflow) -> None:
     """Write the forward phase on what the loss, the aux values and the outputs depend on."""
-    boundary = find_boundary(main)
-    flow = Dataflow.of(main)
-    reads = zip(flow.operands[flow.ops.index(boundary)], boundary_words(boundary, "kinds"), strict=True)
+    boundary = flow.ops[flow.boundary]
+    reads = zip(flow.operands[flow.boundary], boundary_words(boundary, "kinds"), strict=True)
     phase = ir.StringAttr.get(FORWARD)
     forward = flow.ancestors([value for value, kind in reads if kind in _FORWARD_KINDS])
     for op, marked in zip(flow.ops, forward, strict=True):
@@ -160,19 +160,23 @@ def _mark_forward(main: ir.Operation) -> None:
             op.attributes["bactrian.phase"] = phase
 
 
-def _drop_unused_results(main: ir.Operation, ctx: PassContext) -> None:
-    """Drop dead ops of the update, then the boundary's operands whose results nothing reads."""
-    boundary = find_boundary(main)
-    flow = Dataflow.of(main)
-    split = flow.ops.index(boundary)
+def _drop_unused_results(main: ir.Operation, flow: Dataflow, ctx: PassContext) -> Dataflow:
+    """Drop dead ops of the update, then the boundary's operands whose results nothing reads.
+
+    Returns:
+        The data flow afterwards.
+    """
+    split = flow.boundary
+    boundary = flow.ops[split]
     below = _below(flow, split)
+    changed = not all(below[split + 1 :])
     for index in range(len(flow.ops) - 2, split, -1):
         if not below[index]:
             flow.ops[index].erase()
             ctx.count("dropped")
     used = [n for n, result in enumerate(boundary.results) if next(iter(result.uses), None) is not None]
     if len(used) == len(boundary.results):
-        return
+        return Dataflow.of(main) if changed else flow
     kinds, reductions = boundary_words(boundary, "kinds"), boundary_words(boundary, "reductions")
     old = list(boundary.results)
     with ir.InsertionPoint(boundary), boundary.location:
@@ -185,6 +189,7 @@ def _drop_unused_results(main: ir.Operation, ctx: PassContext) -> None:
     for n, result in zip(used, new.results, strict=True):
         old[n].replace_all_uses_with(result)
     boundary.erase()
+    return Dataflow.of(main)
 
 
 def _below(flow: Dataflow, split: int) -> list[bool]:

@@ -9,8 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import stablehlo
 
 from bactrian.passes.errors import PassError
 
@@ -45,7 +47,7 @@ def custom_call_target(op: ir.Operation) -> str | None:
 def find_boundary(main: ir.Operation) -> ir.Operation:
     """The gradient boundary of ``@main`` (``verify-program`` has checked that there is exactly one)."""
     for op in body(main).operations:
-        if custom_call_target(op.operation) == BOUNDARY:
+        if isinstance(op, stablehlo.CustomCallOp) and custom_call_target(op.operation) == BOUNDARY:
             return op.operation
     raise PassError("@main has no gradient boundary", fix="run verify-program first")
 
@@ -175,24 +177,34 @@ def type_bytes(type_: ir.Type) -> int:
     return math.prod(type_.shape) * max(1, width // 8)
 
 
-def nested_operands(op: ir.Operation) -> Iterator[tuple[ir.Operation, int, ir.Value]]:
-    """Operands that ops inside ``op``'s regions take from outside: (nested op, operand number, value)."""
-    inside: set[ir.Block] = set()
+def nested_operations(op: ir.Operation) -> list[ir.Operation]:
+    """All ops inside ``op``'s regions, outer ones before those that they contain."""
+    found: list[ir.Operation] = []
     blocks = [block for region in op.regions for block in region.blocks]
     while blocks:
-        block = blocks.pop()
-        inside.add(block)
-        for nested in block.operations:
+        for nested in blocks.pop().operations:
             operation = nested.operation
-            blocks.extend(inner for region in operation.regions for inner in region.blocks)
-    for block in inside:
-        for nested in block.operations:
-            operation = nested.operation
-            for number, value in enumerate(operation.operands):
-                owner = value.owner
-                home = owner if isinstance(owner, ir.Block) else owner.operation.block
-                if home not in inside:
-                    yield operation, number, value
+            found.append(operation)
+            if len(operation.regions):
+                blocks.extend(inner for region in operation.regions for inner in region.blocks)
+    return found
+
+
+def nested_operands(op: ir.Operation) -> Iterator[tuple[ir.Operation, int, ir.Value]]:
+    """Operands that ops inside ``op``'s regions take from outside: (nested op, operand number, value)."""
+    if not len(op.regions):
+        return
+    nested = nested_operations(op)
+    inside = {operation.block for operation in nested}
+    made = {result for operation in nested for result in operation.results}
+    for operation in nested:
+        for number, value in enumerate(operation.operands):
+            if value in made:
+                continue
+            owner = value.owner
+            home = owner if isinstance(owner, ir.Block) else owner.operation.block
+            if home not in inside:
+                yield operation, number, value
 
 
 def set_operand(op: ir.Operation, number: int, value: ir.Value) -> None:
@@ -202,13 +214,10 @@ def set_operand(op: ir.Operation, number: int, value: ir.Value) -> None:
 
 def replace_reads(op: ir.Operation, old: ir.Value, new: ir.Value) -> None:
     """Make ``op`` (its regions included) read ``new`` where it read ``old``."""
-    for number, value in enumerate(op.operands):
-        if value == old:
-            set_operand(op, number, new)
+    op.replace_uses_of_with(old, new)
     if len(op.regions):
-        for nested, number, value in list(nested_operands(op)):
-            if value == old:
-                set_operand(nested, number, new)
+        for nested in nested_operations(op):
+            nested.replace_uses_of_with(old, new)
 
 
 def top_level(op: ir.Operation, block: ir.Block) -> ir.Operation:
@@ -240,7 +249,7 @@ class Dataflow:
 
     @classmethod
     def of(cls, main: ir.Operation) -> Dataflow:
-        """Read ``@main`` once."""
+        """Read ``@main`` once. What a region takes from outside is what has a number already."""
         block = body(main)
         arguments = list(block.arguments)
         number: dict[ir.Value, int] = {value: index for index, value in enumerate(arguments)}
@@ -253,7 +262,8 @@ class Dataflow:
             op = view.operation
             reads = [number[value] for value in op.operands]
             if len(op.regions):
-                reads.extend(number[value] for _, _, value in nested_operands(op))
+                for nested in nested_operations(op):
+                    reads.extend(number[value] for value in nested.operands if value in number)
             first = len(values)
             for result in op.results:
                 number[result] = len(values)
@@ -263,6 +273,32 @@ class Dataflow:
             operands.append(tuple(reads))
             results.append(range(first, len(values)))
         return cls(ops, operands, results, producer, values, len(arguments))
+
+    @cached_property
+    def phases(self) -> list[str | None]:
+        """``bactrian.phase`` of each op, as it was when first asked for."""
+        return [phase_of(op) for op in self.ops]
+
+    @cached_property
+    def stages(self) -> list[int | None]:
+        """``bactrian.stage`` of each op, as it was when first asked for."""
+        return [stage_of(op) for op in self.ops]
+
+    @cached_property
+    def sizes(self) -> list[int]:
+        """Bytes of each value."""
+        known: dict[ir.Type, int] = {}
+        types = [value.type for value in self.values]
+        for type_ in types:
+            if type_ not in known:
+                known[type_] = type_bytes(type_)
+        return [known[type_] for type_ in types]
+
+    @cached_property
+    def boundary(self) -> int:
+        """The number of the gradient boundary, -1 where there is none."""
+        calls = (index for index, op in enumerate(self.ops) if op.name == "stablehlo.custom_call")
+        return next((index for index in calls if custom_call_target(self.ops[index]) == BOUNDARY), -1)
 
     def ancestors(self, values: list[int]) -> list[bool]:
         """Which ops the given values depend on, directly or not."""

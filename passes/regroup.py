@@ -14,7 +14,7 @@ from bactrian.passes.cloning import NEVER_CLONED, PARTIAL
 from bactrian.passes.program import (
     BOUNDARY,
     UPDATE,
-    body,
+    Dataflow,
     custom_call_target,
     integer,
     nested_operands,
@@ -36,13 +36,19 @@ class _Fold:
 
 def regroup_scalar_reductions(main: ir.Operation, small_bytes: int) -> int:
     """Rewrite every fold over small values of several stages; returns how many were rewritten."""
-    _pull_to_sources(main, small_bytes)
+    flow = Dataflow.of(main)
+    _pull_to_sources(flow, small_bytes)
     rewritten = 0
-    for view in list(body(main).operations):
-        op = view.operation
-        if phase_of(op) != UPDATE:
+    for index, op in enumerate(flow.ops):
+        if flow.phases[index] != UPDATE:
             continue
-        fold = _concatenated_fold(op, small_bytes) or _tree_fold(op, small_bytes)
+        name = op.name
+        if name == "stablehlo.reduce":
+            fold = _concatenated_fold(op, small_bytes)
+        elif name in _ASSOCIATIVE and flow.sizes[flow.results[index][0]] <= small_bytes:
+            fold = _tree_fold(op)
+        else:
+            continue
         if fold is None:
             continue
         groups = _by_stage(fold.leaves, small_bytes)
@@ -59,24 +65,28 @@ def value_stage(value: ir.Value) -> int | None:
         return None
     op = owner.operation
     if custom_call_target(op) == BOUNDARY:
-        number = next(i for i, result in enumerate(op.results) if result == value)
-        return value_stage(op.operands[number])
+        return value_stage(op.operands[ir.OpResult(value).result_number])
     return stage_of(op)
 
 
-def _pull_to_sources(main: ir.Operation, small_bytes: int) -> None:
+def _pull_to_sources(flow: Dataflow, small_bytes: int) -> None:
     """Move small update ops whose inputs all come from one stage to that stage."""
-    for view in body(main).operations:
-        op = view.operation
-        if phase_of(op) != UPDATE or len(op.operands) == 0:
+    stages = list(flow.stages)
+    through = {}
+    if flow.boundary >= 0:
+        through = dict(zip(flow.results[flow.boundary], flow.operands[flow.boundary], strict=True))
+    for index, op in enumerate(flow.ops):
+        if flow.phases[index] != UPDATE:
             continue
-        if any(value_bytes(value) > small_bytes for value in (*op.operands, *op.results)):
+        if any(flow.sizes[value] > small_bytes for value in (*flow.operands[index], *flow.results[index])):
             continue
-        stages = {
-            stage for value in op.operands if not _is_constant(value) and (stage := value_stage(value)) is not None
-        }
-        if len(stages) == 1:
-            op.attributes["bactrian.stage"] = integer(stages.pop())
+        producers = (flow.producer[through.get(value, value)] for value in flow.operands[index])
+        sources = {stages[p] for p in producers if p >= 0 and flow.ops[p].name != "stablehlo.constant"} - {None}
+        if len(sources) == 1:
+            source = sources.pop()
+            if source is not None and source != stages[index]:
+                stages[index] = source
+                op.attributes["bactrian.stage"] = integer(source)
 
 
 def _is_shared(value: ir.Value, small_bytes: int, known: dict[ir.Value, bool]) -> bool:
@@ -96,21 +106,14 @@ def _is_shared(value: ir.Value, small_bytes: int, known: dict[ir.Value, bool]) -
     return known[value]
 
 
-def _is_constant(value: ir.Value) -> bool:
-    owner = value.owner
-    return not isinstance(owner, ir.Block) and owner.operation.name == "stablehlo.constant"
-
-
 def _single_use(value: ir.Value) -> bool:
     uses = iter(value.uses)
     return next(uses, None) is not None and next(uses, None) is None
 
 
-def _tree_fold(root: ir.Operation, small_bytes: int) -> _Fold | None:
+def _tree_fold(root: ir.Operation) -> _Fold | None:
     """The maximal tree of one associative op under ``root``, if ``root`` is its top."""
     kind = root.name
-    if kind not in _ASSOCIATIVE or value_bytes(root.results[0]) > small_bytes:
-        return None
     uses = list(root.results[0].uses)
     if len(uses) == 1 and uses[0].owner.operation.name == kind and phase_of(uses[0].owner.operation) == UPDATE:
         return None
@@ -168,12 +171,14 @@ def _is_identity(kind: str, init: ir.Value) -> bool:
 
 
 def _by_stage(leaves: list[ir.Value], small_bytes: int) -> dict[int, list[ir.Value]]:
-    """Leaves by the stage that has them, in stage order; what any stage has joins the first."""
+    """Leaves by the stage that has them, in stage order; what any stage has joins the first. Empty for one stage."""
+    stages = [value_stage(leaf) for leaf in leaves]
+    if len({stage for stage in stages if stage is not None}) < 2:
+        return {}
     anywhere: list[ir.Value] = []
     known: dict[ir.Value, bool] = {}
     groups: dict[int, list[ir.Value]] = {}
-    for leaf in leaves:
-        stage = value_stage(leaf)
+    for leaf, stage in zip(leaves, stages, strict=True):
         if stage is None or (not _is_partial(leaf) and _is_shared(leaf, small_bytes, known)):
             anywhere.append(leaf)
         else:

@@ -10,11 +10,10 @@ from dataclasses import dataclass, field
 
 from jaxlib.mlir import ir
 
-from bactrian.passes.cloning import clone_into_readers, is_boundary_or_return, is_elementwise
+from bactrian.passes.cloning import clone_into_readers, is_elementwise, required_stages
 from bactrian.passes.errors import PassError
 from bactrian.passes.program import (
     BACKWARD,
-    BOUNDARY,
     FORWARD,
     INITIALIZE,
     MICROBATCH_INDEX,
@@ -24,11 +23,8 @@ from bactrian.passes.program import (
     custom_call_target,
     integer,
     integer_attribute,
-    phase_of,
-    required_integer,
     result_updates,
     string_attribute,
-    value_bytes,
 )
 
 FUSED = "forward_backward"
@@ -95,10 +91,9 @@ class Staging:
 
 def analyze(main: ir.Operation, num_stages: int, fuse_last: bool) -> Staging:
     """Decide which function every op goes to and what crosses."""
-    _assign_rounds(main)
-    flow = Dataflow.of(main)
+    flow = _assign_rounds(main)
     through = _through_boundary(flow)
-    keys = [_key(op, num_stages, fuse_last) for op in flow.ops]
+    keys = _function_keys(flow, num_stages, fuse_last)
     functions = _collect(flow, keys)
     home = {value: key for index, key in enumerate(keys) if key is not None for value in flow.results[index]}
     pieces: set[tuple[int, int]] = set()
@@ -114,7 +109,7 @@ def analyze(main: ir.Operation, num_stages: int, fuse_last: bool) -> Staging:
                     taken.add(value)
                     continue
                 source = home[value]
-                if source == key:
+                if source is key:
                     continue
                 _check_order(flow, value, source, key)
                 taken.add(value)
@@ -125,21 +120,28 @@ def analyze(main: ir.Operation, num_stages: int, fuse_last: bool) -> Staging:
     result_pieces = _result_pieces(flow, main, num_stages, through, home, pieces, crossings, outgoing)
     for key, function in functions.items():
         function.outputs = sorted(outgoing[key])
-    sizes = [value_bytes(value) for value in flow.values]
     ordered = [functions[key] for key in sorted(functions)]
-    return Staging(flow, ordered, list(crossings), sorted(pieces), result_pieces, home, through, sizes)
+    return Staging(flow, ordered, list(crossings), sorted(pieces), result_pieces, home, through, flow.sizes)
 
 
-def _key(op: ir.Operation, num_stages: int, fuse_last: bool) -> FunctionKey | None:
-    if is_boundary_or_return(op):
-        return None
-    stage = required_integer(op, "bactrian.stage", "assign-stages")
-    phase = phase_of(op)
-    if phase is None:
-        raise PassError(f"{op.name} has no phase", where=str(op.location), fix="run infer-phases first")
-    if fuse_last and stage == num_stages - 1 and phase in (FORWARD, BACKWARD):
-        phase = FUSED
-    return function_key(stage, phase, integer_attribute(op, _ROUND) or 0)
+def _function_keys(flow: Dataflow, num_stages: int, fuse_last: bool) -> list[FunctionKey | None]:
+    """The function of each op, one key object per function; None for the boundary and the return."""
+    known: dict[tuple[int, str, int], FunctionKey] = {}
+    keys: list[FunctionKey | None] = []
+    for op, stage, phase in zip(flow.ops, required_stages(flow), flow.phases, strict=True):
+        if stage is None:
+            keys.append(None)
+            continue
+        if phase is None:
+            raise PassError(f"{op.name} has no phase", where=str(op.location), fix="run infer-phases first")
+        if fuse_last and stage == num_stages - 1 and phase in (FORWARD, BACKWARD):
+            phase = FUSED
+        round_ = (integer_attribute(op, _ROUND) or 0) if phase == UPDATE else 0
+        place = stage, phase, round_
+        if place not in known:
+            known[place] = function_key(stage, phase, round_)
+        keys.append(known[place])
+    return keys
 
 
 def _collect(flow: Dataflow, keys: list[FunctionKey | None]) -> dict[FunctionKey, StageFunction]:
@@ -147,7 +149,9 @@ def _collect(flow: Dataflow, keys: list[FunctionKey | None]) -> dict[FunctionKey
     for index, key in enumerate(keys):
         if key is None:
             continue
-        function = functions.setdefault(key, StageFunction(key))
+        function = functions.get(key)
+        if function is None:
+            function = functions[key] = StageFunction(key)
         if custom_call_target(flow.ops[index]) == MICROBATCH_INDEX:
             function.index_ops.append(index)
         function.ops.append(index)
@@ -156,10 +160,9 @@ def _collect(flow: Dataflow, keys: list[FunctionKey | None]) -> dict[FunctionKey
 
 def _through_boundary(flow: Dataflow) -> dict[int, int]:
     """Each result of the boundary is the operand it stands for."""
-    for index, op in enumerate(flow.ops):
-        if custom_call_target(op) == BOUNDARY:
-            return dict(zip(flow.results[index], flow.operands[index], strict=True))
-    raise PassError("@main has no gradient boundary", fix="run verify-program first")
+    if flow.boundary < 0:
+        raise PassError("@main has no gradient boundary", fix="run verify-program first")
+    return dict(zip(flow.results[flow.boundary], flow.operands[flow.boundary], strict=True))
 
 
 def _check_order(flow: Dataflow, value: int, source: FunctionKey, reader: FunctionKey) -> None:
@@ -188,43 +191,48 @@ def _result_pieces(
     values = [through.get(read, read) for read in flow.operands[-1]]
     while True:  # a result that is an argument adds a piece of it, which has to be brought up to date in turn
         known = len(pieces)
-        places = [_places(v, u, flow.num_arguments, home, pieces | held) for v, u in zip(values, updates, strict=True)]
-        for value, stages in zip(values, places, strict=True):
+        stages: dict[int, list[int]] = {}
+        for argument, stage in sorted(pieces | held):
+            stages.setdefault(argument, []).append(stage)
+        places = [_places(v, u, flow.num_arguments, home, stages) for v, u in zip(values, updates, strict=True)]
+        for value, kept in zip(values, places, strict=True):
             if value < flow.num_arguments:
-                pieces.update((value, stage) for stage in stages)
+                pieces.update((value, stage) for stage in kept)
         if len(pieces) == known:
             break
     found: list[tuple[int, int, int]] = []
-    for result, (value, stages) in enumerate(zip(values, places, strict=True)):
-        found.extend((result, stage, value) for stage in stages)
+    for result, (value, kept) in enumerate(zip(values, places, strict=True)):
+        found.extend((result, stage, value) for stage in kept)
         if value >= flow.num_arguments:
             source = home[value]
             outgoing[source].add(value)
-            crossings.update((Crossing(value, source.stage, s, True), None) for s in stages if s != source.stage)
+            crossings.update((Crossing(value, source.stage, s, True), None) for s in kept if s != source.stage)
     return found
 
 
 def _places(
-    value: int, updated: int | None, num_arguments: int, home: dict[int, FunctionKey], pieces: set[tuple[int, int]]
+    value: int, updated: int | None, num_arguments: int, home: dict[int, FunctionKey], stages: dict[int, list[int]]
 ) -> list[int]:
     """The stages that keep a result with this value, the next one of argument ``updated``."""
-    readers = sorted(stage for argument, stage in pieces if argument == updated)
-    if readers:
-        return readers
+    if updated in stages:
+        return stages[updated]
     if value >= num_arguments:
         return [home[value].stage]
-    return [min((stage for argument, stage in pieces if argument == value), default=0)]
+    return stages.get(value, [0])[:1]
 
 
-def _assign_rounds(main: ir.Operation) -> None:
+def _assign_rounds(main: ir.Operation) -> Dataflow:
     """Number the update's rounds: an op that needs another stage's update result runs a round later.
 
     As early as possible first, then ops that only feed later rounds sink there, and elementwise ops on values that all
     rounds can read are computed in each round, so that no large intermediate is kept between two rounds.
+
+    Returns:
+        The data flow afterwards.
     """
     flow = Dataflow.of(main)
-    updates = [string_attribute(op, "bactrian.phase") == UPDATE for op in flow.ops]
-    stages = [integer_attribute(op, "bactrian.stage") for op in flow.ops]
+    updates = [phase == UPDATE for phase in flow.phases]
+    stages = flow.stages
     rounds = [0] * len(flow.ops)
     for index, reads in enumerate(flow.operands):
         if updates[index]:
@@ -233,7 +241,7 @@ def _assign_rounds(main: ir.Operation) -> None:
                 if source >= 0 and updates[source]:
                     rounds[index] = max(rounds[index], rounds[source] + (stages[source] != stages[index]))
     if not any(rounds):
-        return
+        return flow
     users = flow.users()
     last = len(flow.ops) - 1
     for index in range(last - 1, -1, -1):
@@ -244,7 +252,9 @@ def _assign_rounds(main: ir.Operation) -> None:
     for index, op in enumerate(flow.ops):
         if updates[index] and rounds[index]:
             op.attributes[_ROUND] = integer(rounds[index])
-    clone_into_readers(main, _round_key, _copy_round, _Recomputable(flow, updates))
+    keys = [(stages[index], rounds[index]) if update else None for index, update in enumerate(updates)]
+    clone_into_readers(flow, keys, _round_key, _copy_round, _Recomputable(flow, updates))
+    return Dataflow.of(main)
 
 
 def _round_key(op: ir.Operation) -> Hashable:
@@ -265,7 +275,8 @@ class _Recomputable:
 
     def __init__(self, flow: Dataflow, updates: list[bool]) -> None:
         depth = [0] * len(flow.values)
-        self._allowed: set[ir.Operation] = set()
+        self._stages = flow.stages
+        self._allowed = [False] * len(flow.ops)
         for index, op in enumerate(flow.ops):
             if not updates[index]:
                 continue
@@ -274,9 +285,8 @@ class _Recomputable:
                 level = self._MAX_DEPTH + 1
             for result in flow.results[index]:
                 depth[result] = level
-            if level <= self._MAX_DEPTH:
-                self._allowed.add(op)
+            self._allowed[index] = level <= self._MAX_DEPTH
 
-    def __call__(self, op: ir.Operation, key: Hashable) -> bool:
+    def __call__(self, index: int, key: Hashable) -> bool:
         """Whether the op may be computed again in the reader's round, which must be on its own stage."""
-        return isinstance(key, tuple) and key[0] == integer_attribute(op, "bactrian.stage") and op in self._allowed
+        return isinstance(key, tuple) and key[0] == self._stages[index] and self._allowed[index]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -13,6 +12,7 @@ from jaxlib.mlir.dialects import func
 from .errors import ProgramError
 from .frame.base import Pass, PassContext, Statistic
 from .frame.location import describe, name_stack
+from .program import Dataflow
 
 BOUNDARY = "bactrian.gradient_boundary"
 MICROBATCH_INDEX = "bactrian.microbatch_index"
@@ -75,15 +75,17 @@ class VerifyProgram(Pass):
         main = _main(module)
         _check_signature(main, ctx)
         boundaries: list[ir.Operation] = []
-        for op in _walk(main):
-            ctx.count("num-ops")
-            _check_op(op, ctx)
+        static: set[ir.Type] = set()
+        ops = _walk(main)
+        ctx.count("num-ops", len(ops))
+        for op in ops:
+            _check_op(op, static, ctx)
             if _target(op) == BOUNDARY:
                 boundaries.append(op)
         boundary = _check_boundaries(main, boundaries, ctx)
         if boundary is not None:
             _check_segments(module, boundary, ctx)
-            _check_leaks(main, boundary, ctx)
+            _check_leaks(main, ctx)
 
 
 def _main(module: ir.Module) -> ir.Operation:
@@ -155,8 +157,8 @@ def _check_signature(main: ir.Operation, ctx: PassContext) -> None:
         owner.setdefault(number, index)
 
 
-def _check_op(op: ir.Operation, ctx: PassContext) -> None:
-    """No effects, no calls to the host, no dynamic shapes."""
+def _check_op(op: ir.Operation, static: set[ir.Type], ctx: PassContext) -> None:
+    """No effects, no calls to the host, no dynamic shapes. ``static`` are types known to be none."""
     target = _target(op)
     if op.name in _HOST_OPS:
         ctx.error(op, f"cannot run {_HOST_OPS[op.name]} in a pipeline", fix="move it out of the train step")
@@ -178,9 +180,12 @@ def _check_op(op: ir.Operation, ctx: PassContext) -> None:
         ctx.error(op, "module is not flat: it has a call", fix="run flatten-calls first")
     for result in op.results:
         kind = result.type
+        if kind in static:
+            continue
         if isinstance(kind, ir.RankedTensorType) and not kind.has_static_shape:
             ctx.error(op, f"cannot plan for the dynamic shape {kind}", fix="use static shapes: pad or mask instead")
             break
+        static.add(kind)
 
 
 def _has_side_effect(op: ir.Operation) -> bool:
@@ -275,59 +280,38 @@ def _check_segment_type(
         ctx.error(boundary, f"result {index} of the gradient boundary is {result}, {reduction} gives {wanted}")
 
 
-def _reads(op: ir.Operation) -> Iterator[ir.Value]:
-    """The operands of an op and of the ops in its regions: what it may capture from outside."""
-    yield from op.operands
-    for region in op.regions:
-        for block in region.blocks:
-            for inner in block.operations:
-                yield from _reads(inner.operation)
-
-
-def _ancestors(roots: list[ir.Value], producer: dict[ir.Value, int], reads: list[list[ir.Value]]) -> set[int]:
-    """The indices of all ops that the roots are computed from."""
-    found: set[int] = set()
-    todo = [producer[value] for value in roots if value in producer]
-    while todo:
-        index = todo.pop()
-        if index not in found:
-            found.add(index)
-            todo += [producer[value] for value in reads[index] if value in producer]
-    return found
-
-
-def _check_leaks(main: ir.Operation, boundary: ir.Operation, ctx: PassContext) -> None:
+def _check_leaks(main: ir.Operation, ctx: PassContext) -> None:
     """Nothing below the boundary may read a batch value but through the boundary.
 
     Taint flows from the batch arguments and the microbatch's number through every op but the boundary. An op that the
     result needs and the boundary doesn't is below it: where such an op reads a tainted value of above, that is a leak.
     """
-    block = main.regions[0].blocks[0]
-    ops = [op.operation for op in block.operations]
-    reads = [list(_reads(op)) for op in ops]
-    producer = {result: index for index, op in enumerate(ops) for result in op.results}
-    above = _ancestors(list(boundary.operands), producer, reads)
-    live = _ancestors(list(ops[-1].operands), producer, reads)
-    sources: dict[ir.Value, frozenset[str]] = {
-        argument: frozenset({f"batch argument {_name(argument)}"})
-        for argument, role in zip(block.arguments, _roles(main), strict=True)
+    flow = Dataflow.of(main)
+    above = flow.ancestors(list(flow.operands[flow.boundary]))
+    live = flow.ancestors(list(flow.operands[-1]))
+    sources: dict[int, frozenset[str]] = {
+        number: frozenset({f"batch argument {_name(flow.values[number])}"})
+        for number, role in enumerate(_roles(main))
         if role == "batch"
     }
-    for index, op in enumerate(ops):
-        leaked: frozenset[str] = frozenset()
+    for index, op in enumerate(flow.ops):
         if _target(op) == MICROBATCH_INDEX:
-            sources[op.results[0]] = frozenset({"bactrian.microbatch_index()"})
-        elif op != boundary and index in above:
-            names = frozenset[str]().union(*(sources.get(value, ()) for value in reads[index]))
-            if names:
-                sources.update(dict.fromkeys(op.results, names))
-        elif op != boundary and index in live:
-            leaked = leaked.union(*(sources.get(value, ()) for value in reads[index]))
-        if leaked:
-            _report_leak(op, f"{op.name} below the gradient boundary", leaked, ctx)
-    for number, value in enumerate(ops[-1].operands):
+            sources[flow.results[index][0]] = frozenset({"bactrian.microbatch_index()"})
+            continue
+        if index == flow.boundary or not (above[index] or live[index]):
+            continue
+        found = {sources[value] for value in flow.operands[index] if value in sources}
+        names = frozenset[str]().union(*found) if len(found) > 1 else next(iter(found), None)
+        if not names:
+            continue
+        if above[index]:
+            sources.update(dict.fromkeys(flow.results[index], names))
+        else:
+            _report_leak(op, f"{op.name} below the gradient boundary", names, ctx)
+    for number, value in enumerate(flow.operands[-1]):
         if value in sources:
-            owner = ops[producer[value]] if value in producer else value
+            producer = flow.producer[value]
+            owner = flow.ops[producer] if producer >= 0 else flow.values[value]
             _report_leak(owner, f"result {number} of the step", sources[value], ctx)
 
 

@@ -371,14 +371,14 @@ def gpt_equinox() -> Model:
 
 
 class EncoderDecoder(linen.Module):
-    """Each of three decoder blocks reads the encoder's output."""
+    """Both decoder blocks read the encoder's output."""
 
     @linen.compact
     def __call__(self, source: jax.Array, tokens: jax.Array) -> jax.Array:
         embed = linen.Embed(VOCABULARY, WIDTH)
         memory = LinenBlock(causal=False, name="encoder")(embed(source))
         x = embed(tokens)
-        for number in range(3):
+        for number in range(2):
             x = LinenBlock(name=f"decoder{number}")(x, memory)
         return linen.Dense(VOCABULARY)(x)
 
@@ -450,7 +450,7 @@ def skip_if_not_finite(inner: optax.GradientTransformation) -> optax.GradientTra
     """Leave parameters and optimizer state as they are when any gradient is not finite."""
 
     def update(gradients: Any, state: Any, params: Any = None) -> Any:
-        finite = jnp.array([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients)]).all()
+        finite = jax.tree.reduce(jnp.logical_and, jax.tree.map(lambda leaf: jnp.isfinite(leaf).all(), gradients))
         updates, new = inner.update(gradients, state, params)
         updates = jax.tree.map(lambda u: jnp.where(finite, u, 0.0), updates)
         return updates, jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, state)

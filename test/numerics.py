@@ -107,6 +107,8 @@ def pairwise_cover(
 ) -> tuple[Row, ...]:
     """A small list of rows in which each feasible pair of values of two factors occurs; greedy and deterministic.
 
+    Among equal choices the first value wins: put the ones first that are quick to run.
+
     ``feasible`` also sees unfinished rows, and says no as soon as the values chosen so far exclude each other.
     """
     names = list(factors)
@@ -136,8 +138,7 @@ def pairwise_cover(
         for name in names:
             if name not in row:
                 values = [value for value in factors[name] if feasible({**row, name: value})]
-                turn = len(rows) % len(values)  # ties go to another value in each row
-                row[name] = max(values[turn:] + values[:turn], key=lambda value: gain(row, name, value))
+                row[name] = max(values, key=lambda value: gain(row, name, value))
         for (a, x), (b, y) in itertools.combinations(((name, row[name]) for name in names), 2):
             missing.pop(((a, x), (b, y)), None)
         rows.append({name: row[name] for name in names})

@@ -14,7 +14,7 @@ import numerics
 import pytest
 
 HERE = Path(__file__).parent
-DEADLINE_SECONDS = {False: 300, True: 3600}
+DEADLINE_SECONDS = {False: 600, True: 3600}
 TRAPS = ("tied-three-stages", "value-read-by-three-layers", "stage-without-output", "aux-outputs", "skip-not-finite")
 
 pytestmark = pytest.mark.mpi

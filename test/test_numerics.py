@@ -20,7 +20,7 @@ import bactrian
 FACTORS: dict[str, tuple[Any, ...]] = {
     "model": models.MODELS_COVER,
     "microbatches": (1, 2, 4, 8),
-    "stages": (1, 2, 3, 4),
+    "stages": (2, 3, 4, 1),
     "optimizer": tuple(models.OPTIMIZERS),
     "loss": ("mean", "sum"),
     "schedule": ("1f1b", "gpipe"),

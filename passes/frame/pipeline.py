@@ -295,7 +295,11 @@ def run_pipeline(
 
 
 class _Runner:
-    """One run of a pipeline: keeps the exception that MLIR's pass manager would lose, and the IR to reproduce it."""
+    """One run of a pipeline: keeps the exception that MLIR's pass manager would lose, and the IR to reproduce it.
+
+    The IR before a failing pass is made again from the IR before the first one: passes are deterministic, and a copy
+    before each of them would cost every run what only a failing one needs.
+    """
 
     def __init__(self, module: ir.Module, steps: list[Step], report: Report) -> None:
         self.report = report
@@ -332,8 +336,6 @@ class _Runner:
 
     def _callable(self, index: int, step: Pass) -> Any:
         def apply(operation: ir.Operation, handle: passmanager.ExternalPass) -> None:
-            if index:
-                self._snapshot = operation.clone(ip=False)
             self._last_started = index
             context = PassContext(step)
             start = time.perf_counter()
@@ -361,10 +363,28 @@ class _Runner:
 
     def _failure(self, error: Exception, reproducer_dir: str | None) -> PassError:
         why = self._keep(error) if isinstance(error, ir.MLIRError) else f"{type(error).__name__}: {error}"
-        rest = self._steps[self._last_started :]
+        done, rest = self._steps[: self._last_started], self._steps[self._last_started :]
         name = to_element(rest[0]).name
         message = f"pass {name} failed" if self._exception else f"pipeline failed in or after pass {name}"
         path = ""
         if self._snapshot is not None:
-            path = reproducer.write(self._snapshot, pipeline_text(rest), f"{message}: {why}", reproducer_dir)
+            before = _replay(self._snapshot, done)
+            if before is None:
+                before, rest = self._snapshot, self._steps
+            path = reproducer.write(before, pipeline_text(rest), f"{message}: {why}", reproducer_dir)
         return PassError(message, why=why, fix=f"bactrian-opt --run-reproducer {path}" if path else "")
+
+
+def _replay(snapshot: ir.Operation, steps: list[Step]) -> ir.Operation | None:
+    """What ``steps`` make of the IR that they had made before; None if they don't get as far again."""
+    if not steps:
+        return snapshot
+    module = ir.Module.parse(str(snapshot.get_asm(enable_debug_info=True)), snapshot.context)
+    runner = _Runner(module, steps, Report())
+    manager = passmanager.PassManager(ANCHOR)
+    runner.fill(manager)
+    try:
+        manager.run(module.operation)
+    except ir.MLIRError:
+        return None
+    return module.operation
