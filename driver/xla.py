@@ -14,6 +14,7 @@ import numpy as np
 from jax._src import compiler  # pyright: ignore
 from jax._src.core import ShapedArray  # pyright: ignore
 from jax._src.interpreters import mlir as jax_mlir  # pyright: ignore
+from jax._src.interpreters import pxla  # pyright: ignore
 from jax._src.lib import xla_client  # pyright: ignore
 from jax.sharding import SingleDeviceSharding
 from jaxlib.mlir import ir
@@ -110,4 +111,4 @@ def _result_handlers(text: str, device: Device) -> list[Any]:
         signature = ir.FunctionType(ir.TypeAttr(module.body.operations[0].attributes["function_type"]).value)
         types = [ir.RankedTensorType(type_) for type_ in signature.results]
         avals = [ShapedArray(tuple(t.shape), jnp.dtype(numpy_dtype(t.element_type))) for t in types]
-    return [xla_client.array_result_handler(aval, sharding, committed=True, _skip_checks=True) for aval in avals]
+    return [pxla.global_aval_to_result_handler(aval, sharding, True) for aval in avals]  # pyright: ignore
