@@ -11,7 +11,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
@@ -105,7 +105,7 @@ def time_steps(step: Callable[..., Any], state: Any, batch: Any, count: int) -> 
 
 
 @contextmanager
-def replace_functions(compiled: Any, wrap: Callable[[str, Any], Any]) -> Iterator[None]:
+def replace_functions(compiled: Any, wrap: Callable[[str, Any], Any]) -> Generator[None]:
     """Within the block, the executor calls ``wrap(symbol, function)`` in the place of each stage function."""
     functions: dict[str, Any] = compiled.session.functions
     originals = dict(functions)
@@ -119,7 +119,7 @@ def replace_functions(compiled: Any, wrap: Callable[[str, Any], Any]) -> Iterato
 
 
 @contextmanager
-def time_functions(compiled: Any) -> Iterator[dict[str, list[float]]]:
+def time_functions(compiled: Any) -> Generator[dict[str, list[float]]]:
     """Within the block, collect the seconds of each call of a stage function: work only, no waiting for inputs."""
     import jax
 
@@ -235,12 +235,11 @@ def measure_one_stage(args: argparse.Namespace) -> dict[str, Any]:
     step, state, batch = PROGRAMS[args.model]()
     ours = step.with_options(num_stages=1, num_microbatches=args.microbatches)
     plain = reference_function(ours.trace(state, batch).captured, donate_state=True)
-    sides: list[Any] = [(ours, state), (plain, state)]
+    functions, states = (ours, plain), [state, state]
     times: list[list[float]] = [[], []]
     for number in range(args.warmup + args.steps):
         for side in (0, 1) if number % 2 else (1, 0):
-            seconds, new, _ = time_steps(*sides[side], batch, 1)
-            sides[side] = (sides[side][0], new)
+            seconds, states[side], _ = time_steps(functions[side], states[side], batch, 1)
             if number >= args.warmup:
                 times[side] += seconds
     return {"ours": times[0], "jit": times[1]}
