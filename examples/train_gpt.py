@@ -114,7 +114,7 @@ def make_steps(args: argparse.Namespace) -> tuple[Any, Any, Any]:
         loss, gradients = bactrian.value_and_grad(loss_fn)(state["params"])
         updates, opt_state = optimizer.update(gradients, state["optimizer"], state["params"])
         params = optax.apply_updates(state["params"], updates)
-        metrics = {"loss": loss, "gradient_norm": optax.global_norm(gradients)}
+        metrics = {"loss": loss, "gradient_norm": optax.tree.norm(gradients)}
         return {"params": params, "optimizer": opt_state, "key": next_key}, metrics
 
     @bactrian.parallelize(
