@@ -14,13 +14,14 @@ from bactrian.passes.program import (
     boundary_words,
     find_boundary,
     integer,
+    integer_attribute,
     main_function,
     replace_reads,
     required_integer,
     result_updates,
     string_attribute,
 )
-from bactrian.passes.staging import Crossing, StageFunction, Staging, analyze
+from bactrian.passes.staging import FUSED, Crossing, StageFunction, Staging, analyze
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class SplitStages(Pass):
     """Cut ``@main`` into stage functions and explicit transfers.
 
     Each stage gets a function per phase; under 1F1B the last stage's forward and backward of a microbatch follow each
-    other at once and are one function. Residuals stay on their stage, as results of the forward and operands of the
+    other at once and are one function; one stage with one microbatch is one function altogether. Residuals stay on their stage, as results of the forward and operands of the
     backward function. A value that another stage reads is one ``mpmd.transfer`` per reading stage. The update is cut into
     rounds where it needs values of other stages. The new ``@main`` is the data flow of one microbatch on
     ``!mpmd.mesh_tensor`` types, so that the verifier refuses a value used on the wrong mesh.
@@ -93,7 +94,10 @@ class SplitStages(Pass):
         num_stages = required_integer(module.operation, "bactrian.num_stages", "assign-stages")
         schedule = string_attribute(module.operation, "bactrian.schedule")
         forward_only = set(boundary_words(find_boundary(main), "kinds")) == {"output"}
-        staging = analyze(main, num_stages, fuse_last=schedule == "1f1b" and not forward_only)
+        fuse = schedule == "1f1b" and not forward_only
+        single = integer_attribute(module.operation, "bactrian.num_microbatches") == 1
+        whole = fuse and num_stages == 1 and single
+        staging = analyze(main, num_stages, fuse, whole)
         _Emitter(module, main, staging, num_stages, self.donate).emit()
         ctx.count("functions", len(staging.functions))
         ctx.count("transfers", len(staging.crossings))
@@ -167,13 +171,14 @@ class _Emitter:
             return aliases
         kept = {(value, stage) for _, stage, value in staging.result_pieces if value < flow.num_arguments}
         taken: set[int] = set()
+        final = (UPDATE, FUSED) if staging.whole else (UPDATE,)
         for result, stage, value in staging.result_pieces:
             old = self._updates[result]
             if old is None or value < flow.num_arguments or value in taken or (old, stage) in kept:
                 continue
             number = last_reader.get((old, stage))
             key = staging.home[value]
-            if number is None or staging.functions[number].key != key or key.phase != UPDATE:
+            if number is None or staging.functions[number].key != key or key.phase not in final:
                 continue  # what runs once per microbatch must not use up the state that the next one reads
             if self._types[old] == self._types[value]:
                 aliases[number, old] = value
@@ -222,6 +227,8 @@ class _Emitter:
                 value = through.get(read, read)
                 if value in local:
                     replace_reads(op, flow.values[read], local[value])
+                elif value != read:  # through the boundary, in the same function
+                    replace_reads(op, flow.values[read], flow.values[value])
             for name in ("phase", "stage", "layer", "round", "accumulate", "partial"):
                 if f"bactrian.{name}" in op.attributes:
                     del op.attributes[f"bactrian.{name}"]

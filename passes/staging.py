@@ -87,13 +87,21 @@ class Staging:
     home: dict[int, FunctionKey]
     through: dict[int, int]
     sizes: list[int]
+    whole: bool = False  # one function does everything, once
 
 
-def analyze(main: ir.Operation, num_stages: int, fuse_last: bool) -> Staging:
-    """Decide which function every op goes to and what crosses."""
+def analyze(main: ir.Operation, num_stages: int, fuse_last: bool, whole: bool = False) -> Staging:
+    """Decide which function every op goes to and what crosses.
+
+    Args:
+        main: the captured function, with stages and phases.
+        num_stages: how many stages there are.
+        fuse_last: one function for the last stage's forward and backward.
+        whole: everything in one function (one stage and one microbatch), which XLA can fuse as it fuses a plain step.
+    """
     flow = _assign_rounds(main)
     through = _through_boundary(flow)
-    keys = _function_keys(flow, num_stages, fuse_last)
+    keys = _function_keys(flow, num_stages, fuse_last, whole)
     functions = _collect(flow, keys)
     home = {value: key for index, key in enumerate(keys) if key is not None for value in flow.results[index]}
     pieces: set[tuple[int, int]] = set()
@@ -121,10 +129,10 @@ def analyze(main: ir.Operation, num_stages: int, fuse_last: bool) -> Staging:
     for key, function in functions.items():
         function.outputs = sorted(outgoing[key])
     ordered = [functions[key] for key in sorted(functions)]
-    return Staging(flow, ordered, list(crossings), sorted(pieces), result_pieces, home, through, flow.sizes)
+    return Staging(flow, ordered, list(crossings), sorted(pieces), result_pieces, home, through, flow.sizes, whole)
 
 
-def _function_keys(flow: Dataflow, num_stages: int, fuse_last: bool) -> list[FunctionKey | None]:
+def _function_keys(flow: Dataflow, num_stages: int, fuse_last: bool, whole: bool) -> list[FunctionKey | None]:
     """The function of each op, one key object per function; None for the boundary and the return."""
     known: dict[tuple[int, str, int], FunctionKey] = {}
     keys: list[FunctionKey | None] = []
@@ -134,7 +142,7 @@ def _function_keys(flow: Dataflow, num_stages: int, fuse_last: bool) -> list[Fun
             continue
         if phase is None:
             raise PassError(f"{op.name} has no phase", where=str(op.location), fix="run infer-phases first")
-        if fuse_last and stage == num_stages - 1 and phase in (FORWARD, BACKWARD):
+        if whole or (fuse_last and stage == num_stages - 1 and phase in (FORWARD, BACKWARD)):
             phase = FUSED
         round_ = (integer_attribute(op, _ROUND) or 0) if phase == UPDATE else 0
         place = stage, phase, round_
