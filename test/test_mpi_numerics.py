@@ -45,7 +45,7 @@ def entries(ranks: int, long: bool) -> list[Any]:
 def launch(arguments: list[str], cases: Path, deadline_seconds: float) -> list[dict[str, Any]]:
     """Run the script in a child process of its own group, and return its JSON lines."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])}
-    environment.pop("XLA_FLAGS", None)  # the launcher decides
+    environment["XLA_FLAGS"] = "--xla_backend_optimization_level=0"  # the launcher adds the devices; see conftest.py
     command = [
         sys.executable,
         "-m",
