@@ -6,8 +6,9 @@ import re
 
 _RULE = re.compile(rb"^(-{60,}|={60,})\s*$")
 _PHRASES = (b"MPI_ABORT was invoked", b"prterun", b"mpirun", b"PRTE", b"mpiexec", b"BAD TERMINATION", b"Primary job")
+# The first two: Open MPI's launcher may itself trip over an assertion while it ends a job at start-up.
 _SINGLE = re.compile(
-    rb"^(Abort\(\d+\) on node \d+|application called MPI_Abort\(|\[proxy:|\[mpiexec@|YOUR APPLICATION TERM)"
+    rb"^(prterun: \S+:\d+: |\[[\w.-]+:\d+\] |Abort\(\d+\) on node \d+|application called MPI_Abort\(|\[proxy:|\[mpiexec@|YOUR APPLICATION TERM)"
 )
 _MOST_LINES = 40
 _FIRST_LINES = 4  # of a block, the rule included: here a banner says whose it is
