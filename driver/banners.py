@@ -6,9 +6,12 @@ import re
 
 _RULE = re.compile(rb"^(-{60,}|={60,})\s*$")
 _PHRASES = (b"MPI_ABORT was invoked", b"prterun", b"mpirun", b"PRTE", b"mpiexec", b"BAD TERMINATION", b"Primary job")
-# The first two: Open MPI's launcher may itself trip over an assertion while it ends a job at start-up.
+# The first two: Open MPI's launcher may trip over an assertion of its own while it ends a job at start-up. Its lines are
+# matched by their full form, since a user's may begin with a bracket as well.
 _SINGLE = re.compile(
-    rb"^(prterun: \S+:\d+: |\[[\w.-]+:\d+\] |Abort\(\d+\) on node \d+|application called MPI_Abort\(|\[proxy:|\[mpiexec@|YOUR APPLICATION TERM)"
+    rb"^(prterun: \S+:\d+: .*Assertion"
+    rb"|\[[\w.-]+:\d+\] (\*\*\* (Process received signal|End of error message) \*\*\*|Signal: |Signal code: |\[ ?\d+\] /)"
+    rb"|Abort\(\d+\) on node \d+|application called MPI_Abort\(|\[proxy:|\[mpiexec@|YOUR APPLICATION TERM)"
 )
 _MOST_LINES = 40
 _FIRST_LINES = 4  # of a block, the rule included: here a banner says whose it is
