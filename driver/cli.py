@@ -76,7 +76,10 @@ def _parser() -> argparse.ArgumentParser:
         "-n", type=_count, metavar="N", help="start N ranks with mpirun; without it, all stages run in this process"
     )
     run.add_argument(
-        "--devices", type=_count, default=8, metavar="D", help="virtual CPU devices of each process (default: 8)"
+        "--devices",
+        type=_count,
+        metavar="D",
+        help="virtual CPU devices of each process (default: 8, and 1 for each of several ranks)",
     )
     run.add_argument("script", help="the Python script, run as __main__")
     run.add_argument("arguments", nargs=argparse.REMAINDER, metavar="args", help="the script's own arguments")
@@ -113,7 +116,7 @@ def _count(text: str) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     scripts.check_script(options.script)
-    scripts.use_virtual_devices(options.devices)
+    scripts.use_virtual_devices(options.devices or (8 if options.n is None else 1))
     if options.n is not None:
         from bactrian.driver.launcher import launch
         from bactrian.driver.progress import TERMINAL_VARIABLE
@@ -263,7 +266,9 @@ def findings() -> list[tuple[str, str]]:
     found.append(
         (
             "virtual devices",
-            flags[-1].partition("=")[2] + " (XLA_FLAGS)" if flags else "8 under `bactrian run` (option --devices)",
+            flags[-1].partition("=")[2] + " (XLA_FLAGS)"
+            if flags
+            else "8 under `bactrian run`, 1 per rank with -n (option --devices)",
         )
     )
     found.append(("JAX_PLATFORMS", os.environ.get("JAX_PLATFORMS") or "not set: jax chooses"))

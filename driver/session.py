@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from bactrian.driver.planning import Staged
-from bactrian.driver.xla import Device, StageFunction, compile_functions, function_texts
+from bactrian.driver.xla import Device, StageFunction, compile_functions, device_array, function_texts
 from bactrian.passes.errors import ConfigError
 from bactrian.runtime import faults
 from bactrian.runtime.check import Report, check_lists
@@ -152,7 +152,7 @@ def open_session(staged: Staged, world: World) -> Session:
         devices = {stage: local[i % len(local)] for i, stage in enumerate(own[0].stages)}
         from bactrian.runtime.mpi import MpiTransport
 
-        transports: list[Transport] = [MpiTransport(world.comm)]
+        transports: list[Transport] = [MpiTransport(world.comm, device_array=device_array)]
     else:
         own = lists
         devices = {stage: local[rank] for stage, rank in enumerate(ranks)}
@@ -162,7 +162,15 @@ def open_session(staged: Staged, world: World) -> Session:
 
     def make(tracer: Tracer | None = None, meter: Meter | None = None) -> tuple[Executor, ...]:
         return tuple(
-            Executor(rank_list, functions, lambda slot: devices[slot.stage], transport, tracer=tracer, meter=meter)
+            Executor(
+                rank_list,
+                functions,
+                lambda slot: devices[slot.stage],
+                transport,
+                tracer=tracer,
+                meter=meter,
+                device_array=device_array,
+            )
             for rank_list, transport in zip(own, transports, strict=True)
         )
 

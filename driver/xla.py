@@ -5,6 +5,7 @@ Seen to work unchanged on jax 0.10.2 and 0.11.2. Compiled functions go to JAX's 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ from jax._src.core import ShapedArray  # pyright: ignore
 from jax._src.interpreters import mlir as jax_mlir  # pyright: ignore
 from jax._src.interpreters import pxla  # pyright: ignore
 from jax._src.lib import xla_client  # pyright: ignore
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import Sharding, SingleDeviceSharding
 from jaxlib.mlir import ir
 
 from bactrian.driver.extract import numpy_dtype
@@ -91,6 +92,20 @@ def compile_functions(texts: Mapping[str, str], devices: Mapping[str, Device]) -
             made[key] = _callable(compile_function(text, device), text, device)
         functions[symbol] = made[key]
     return functions
+
+
+def device_array(view: Any, place: Sharding, copy: bool) -> jax.Array:
+    """As `bactrian.runtime.transport.device_array`; for one device at a tenth of the time of `jax.device_put`, which
+    counts between two stage functions: with cold caches it takes 0.3 ms there."""
+    if not isinstance(place, SingleDeviceSharding) or jax.dtypes.canonicalize_dtype(view.dtype) != view.dtype:
+        return jax.device_put(view, place, may_alias=False if copy else None)
+    aval = _shaped_array(view.shape, view.dtype)
+    return xla_client.batched_device_put(aval, place, [view], list(place.device_set), True, force_copy=copy)
+
+
+@functools.cache
+def _shaped_array(shape: tuple[int, ...], dtype: Any) -> ShapedArray:
+    return ShapedArray(shape, dtype)
 
 
 def _callable(executable: Any, text: str, device: Device) -> StageFunction:

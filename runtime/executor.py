@@ -26,7 +26,7 @@ from bactrian.runtime.instructions import (
     describe,
 )
 from bactrian.runtime.trace import Tracer
-from bactrian.runtime.transport import Handle, Place, Transport, WouldBlock, put
+from bactrian.runtime.transport import DeviceArray, Handle, Place, Transport, WouldBlock, device_array, put
 
 Function = Callable[[list[jax.Array]], Sequence[jax.Array]]
 Environment = list[Any]  # slot -> array, or None
@@ -44,6 +44,7 @@ class Executor:
         transport: how values travel.
         tracer: records times; makes every call wait for its results.
         meter: counts what is held after every instruction.
+        device_array: how host arrays come to a device.
     """
 
     def __init__(
@@ -55,7 +56,9 @@ class Executor:
         *,
         tracer: Tracer | None = None,
         meter: Meter | None = None,
+        device_array: DeviceArray = device_array,
     ) -> None:
+        self._device_array = device_array
         self.list, self.functions, self.transport = rank_list, functions, transport
         self.tracer, self.meter = tracer, meter
         cache: dict[Place, Sharding] = {}
@@ -73,6 +76,7 @@ class Executor:
         self._batch: dict[int, Any] = {}
         self._receives: dict[int, Handle] = {}
         self._sends: dict[int, list[Handle]] = {}
+        self._running: jax.Array | None = None  # made by the last call, where the host's cores are the device
         self._indices = [(s, jax.device_put(np.int32(m), self.places[s])) for m, s in rank_list.indices]
         self._donated = {s for x in rank_list.instructions if isinstance(x, Run) for s in x.donated}
         self._waited = {x.slot for x in rank_list.instructions if isinstance(x, Wait)}
@@ -119,7 +123,7 @@ class Executor:
         """The results of the step that has ended."""
         env = self._env
         results = [env[r.slot] for r in self.list.results]
-        self._env, self._batch, self._sends = [], {}, {}
+        self._env, self._batch, self._sends, self._running = [], {}, {}, None
         self.transport.end_step()
         self.num_steps += 1
         return results
@@ -167,7 +171,7 @@ class Executor:
                 wait, receives = self.transport.wait, self._receives
 
                 def arrive(env: Environment) -> None:
-                    env[slot] = wait(receives[slot])
+                    env[slot] = wait(receives[slot], self._running)
                     del receives[slot]
 
                 return arrive
@@ -176,7 +180,7 @@ class Executor:
 
                 def drain(env: Environment) -> None:
                     for handle in self._sends[slot]:
-                        wait(handle)
+                        wait(handle, self._running)
 
                 return drain
             case Copy(source=source, target=target, alias=alias):
@@ -198,9 +202,14 @@ class Executor:
         if run.function not in self.functions:
             raise RuntimeFault(f"stage function {run.function} was not compiled", where=f"rank {self.list.rank}")
         function, inputs, outputs, donated = self.functions[run.function], run.inputs, run.outputs, run.donated
+        sizes = [self.list.slots[slot].nbytes for slot in outputs]
+        on_host = all(d.platform == "cpu" for slot in outputs[:1] for d in self.places[slot].device_set)
+        smallest = sizes.index(min(sizes)) if sizes and on_host else None  # it is kept alive until the next call
 
         def call(env: Environment) -> None:
             values = function([env[i] for i in inputs])
+            if smallest is not None:
+                self._running = values[smallest]
             for slot in donated:
                 env[slot] = None
             for slot, value in zip(outputs, values, strict=True):
@@ -211,7 +220,7 @@ class Executor:
     def _bind_load(self, load: Load) -> _Operation:
         argument, microbatch, slot, place = load.argument, load.microbatch, load.slot, self.places[load.slot]
         num_microbatches, alias = self.list.num_microbatches, load.slot not in self._donated
-        rows = self.list.slots[slot].shape[0]
+        rows, to_device = self.list.slots[slot].shape[0], self._device_array
 
         def fetch(env: Environment) -> None:
             array, is_ours = self._batch[argument]
@@ -220,7 +229,7 @@ class Executor:
             if isinstance(array, jax.Array):
                 env[slot] = put(array, place, alias=alias)
             else:  # memory that its owner may write to is copied
-                env[slot] = jax.device_put(array, place, may_alias=None if is_ours else False)
+                env[slot] = to_device(array, place, not is_ours)
 
         return fetch
 

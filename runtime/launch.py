@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import ctypes
 import os
 import sys
 import threading
@@ -93,8 +94,31 @@ def pin_cores() -> list[int]:
     return _cores
 
 
+# glibc's mallopt: parameter -> value.
+_MALLOC = {
+    -3: 32 << 20,  # M_MMAP_THRESHOLD, as high as it goes: smaller blocks come from heaps, which are used again
+    -1: 1 << 30,  # M_TRIM_THRESHOLD: so much free memory stays with the process
+    -2: 64 << 20,  # M_TOP_PAD: heaps grow by this much
+}
+
+
+def keep_memory() -> bool:
+    """Tell malloc to keep freed memory for later buffers of up to 32 MiB; false where the user or the system decides.
+
+    XLA takes CPU buffers from malloc in every call. By default glibc gives large ones back to the system at once, and
+    each new one is paid for again, page by page.
+    """
+    if any(name.startswith("MALLOC_") for name in os.environ) or "malloc" in os.environ.get("GLIBC_TUNABLES", ""):
+        return False
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError):  # not glibc
+        return False
+    return all(mallopt(parameter, value) for parameter, value in _MALLOC.items())
+
+
 def prepare() -> RankEnvironment | None:
-    """Everything a rank needs before jax starts: cores, threads, and the abort hook.
+    """Everything a rank needs before jax starts: cores, threads, memory, and the abort hook.
 
     Under no launcher nothing is changed.
     """
@@ -103,6 +127,7 @@ def prepare() -> RankEnvironment | None:
         return None
     install_abort_hook()
     pin_cores()
+    keep_memory()
     faults.at("import")
     return place
 

@@ -15,11 +15,12 @@ import numpy as np
 from jax.sharding import Sharding
 
 from bactrian.runtime import launch
-from bactrian.runtime.transport import Handle
+from bactrian.runtime.transport import DeviceArray, Handle, device_array
 
 _ALIGNMENT = 64  # XLA takes host memory without a copy only when it is aligned so
-_FIRST_NAP_SECONDS = 20e-6  # naps double from here: short waits end soon, long ones leave the core to XLA
-_NAP_SECONDS = 200e-6
+# Naps double from the first to the second.
+_IDLE_NAP_SECONDS = 20e-6, 100e-6  # while nothing is computed on this rank: the core is free
+_BUSY_NAP_SECONDS = 0.5e-3, 4e-3  # while XLA may need the core: a wake-up costs it tens of microseconds
 
 
 class BufferPool:
@@ -48,12 +49,13 @@ class BufferPool:
 
 
 class _Send(Handle):
-    __slots__ = ("source", "tag")
+    __slots__ = ("source", "started", "tag")
 
     def __init__(self, source: jax.Array, tag: int) -> None:
         super().__init__()
         self.source: jax.Array | None = source
         self.tag = tag
+        self.started = False
 
 
 class _Receive(Handle):
@@ -68,26 +70,38 @@ class _Receive(Handle):
 class MpiTransport:
     """Non-blocking sends and receives on a communicator of our own.
 
-    A value is sent once XLA has made it. Whoever waits looks after all messages; while nobody waits, a helper thread
-    does. The helper needs ``MPI_THREAD_MULTIPLE``, since the main thread may be in another MPI call; without it (or
-    with ``helper=False``) a step ends only when its messages have left.
+    A value is sent once XLA has made it: a helper thread waits for that, which costs the core nothing, and then looks
+    after the messages from time to time. MPI itself can only be asked again and again. Each question takes time from
+    the stage functions where ranks have one core each, so the main thread asks only when no work is left on this
+    rank's device; before that an answer would be of no use. The helper needs ``MPI_THREAD_MULTIPLE``, since the main
+    thread may be in another MPI call; without it (or with ``helper=False``) the main thread asks all the time, and a
+    step ends only when its messages have left.
     """
 
-    def __init__(self, comm: Any = None, *, helper: bool = True, nap_seconds: float = _NAP_SECONDS) -> None:
+    def __init__(
+        self,
+        comm: Any = None,
+        *,
+        helper: bool = True,
+        nap_seconds: tuple[float, float] = _BUSY_NAP_SECONDS,
+        device_array: DeviceArray = device_array,
+    ) -> None:
         from mpi4py import MPI
 
         self._mpi = MPI
         self.comm = (comm or MPI.COMM_WORLD).Dup()
         self.rank: int = self.comm.Get_rank()
-        self._nap = nap_seconds
+        self._naps = nap_seconds
+        self._device_array = device_array
         self._pool = BufferPool()
         # By destination: values made or being made, in order.
         self._unsent: list[deque[_Send]] = [deque() for _ in range(self.comm.Get_size())]
+        self._order: deque[_Send] = deque()  # all of them, for the helper
         self._requests: list[Any] = []
         self._handles: list[Any] = []
         self._lock = threading.Lock()
         self._work = threading.Event()
-        self._waiting = False
+        self._idle = False  # the helper has nothing to do and waits for `_work`
         self._closed = False
         self._error: BaseException | None = None
         helper = helper and MPI.Query_thread() == MPI.THREAD_MULTIPLE
@@ -101,7 +115,9 @@ class MpiTransport:
         del move  # the message is a copy
         handle = _Send(array, tag)
         self._unsent[destination].append(handle)
-        self._work.set()
+        if self._helper:
+            self._order.append(handle)
+            self._work.set()
         return handle
 
     def post_receive(self, source: int, tag: int, shape: tuple[int, ...], dtype: str, place: Sharding) -> Handle:
@@ -114,7 +130,8 @@ class MpiTransport:
         with self._lock:
             self._requests.append(self.comm.Irecv([handle.buffer, self._mpi.BYTE], source=source, tag=tag))
             self._handles.append(handle)
-        self._work.set()
+        if self._idle:
+            self._work.set()
         return handle
 
     def test(self, handle: Handle) -> bool:
@@ -123,22 +140,22 @@ class MpiTransport:
             self.poll()
         return handle.done
 
-    def wait(self, handle: Handle) -> Any:
-        """Wait, looking after all other messages meanwhile. Naps leave the core to XLA."""
+    def wait(self, handle: Handle, running: jax.Array | None = None) -> Any:
+        """Wait, looking after all other messages meanwhile; while ``running`` is computed, only the helper does."""
         if not handle.done:
-            self._waiting = True
-            nap = min(_FIRST_NAP_SECONDS, self._nap)
-            try:
-                while not handle.done:
-                    self.poll()
-                    if not handle.done:
-                        time.sleep(nap)
-                        nap = min(2 * nap, self._nap)
-            finally:
-                self._waiting = False
+            self.poll()
+            if not handle.done and running is not None and self._helper and not running.is_deleted():
+                jax.block_until_ready(running)
+                self.poll()
+            nap, longest = _IDLE_NAP_SECONDS
+            while not handle.done:
+                time.sleep(nap)
+                nap = min(2 * nap, longest)
+                self.poll()
         if isinstance(handle, _Receive) and handle.array is None:
             assert handle.buffer is not None
-            handle.array = jax.device_put(handle.buffer.view(handle.dtype).reshape(handle.shape), handle.place)
+            view = handle.buffer.view(handle.dtype).reshape(handle.shape)
+            handle.array = self._device_array(view, handle.place, False)
             handle.buffer = None
         return handle.array
 
@@ -150,6 +167,7 @@ class MpiTransport:
             for destination, queue in enumerate(self._unsent):
                 while queue and (source := queue[0].source) is not None and _is_ready(source):
                     send = queue.popleft()
+                    send.started = True
                     data = np.ascontiguousarray(np.asarray(source)).reshape(-1).view(np.uint8)
                     self._requests.append(self.comm.Isend([data, self._mpi.BYTE], dest=destination, tag=send.tag))
                     self._handles.append(send)
@@ -172,19 +190,36 @@ class MpiTransport:
             return bool(self._requests) or any(self._unsent)
 
     def _help(self) -> None:
-        """Look after the messages while the main thread is not waiting for one."""
+        """Start each message when its value is made; in between look after those under way, less and less often."""
+        shortest, longest = self._naps
+        nap = shortest
         try:
             while not self._closed:
-                if not self.busy():
+                while self._order and self._order[0].started:
+                    self._order.popleft()
+                if self._order:
+                    source = self._order[0].source
+                    if source is not None:
+                        jax.block_until_ready(source)
+                        nap = shortest
+                elif self.busy():
+                    self._work.wait(nap)
+                    nap = min(2 * nap, longest)
                     self._work.clear()
-                    if not self.busy():
-                        self._work.wait(0.1)
+                else:
+                    self._sleep()
                     continue
-                if not self._waiting:
-                    self.poll()
-                time.sleep(self._nap)
+                self.poll()
         except BaseException as error:  # shown by the thread that next asks for a message
             self._error = error
+
+    def _sleep(self) -> None:
+        """Until a message is posted or the transport is closed."""
+        self._idle = True
+        if not self.busy() and not self._closed:
+            self._work.wait()
+        self._idle = False
+        self._work.clear()
 
     def end_step(self) -> None:
         """Without a helper nobody would look after what is left."""
@@ -195,7 +230,7 @@ class MpiTransport:
         """Wait until every message is done."""
         while self.busy():
             self.poll()
-            time.sleep(self._nap)
+            time.sleep(_IDLE_NAP_SECONDS[1])
 
     def close(self) -> None:
         """Finish all messages, stop the helper, free the communicator (collective)."""

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections import defaultdict, deque
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import jax
 from jax.sharding import Sharding
 
 Place = jax.Device | Sharding
+# A host array at a place: `device_array`, or a faster equal.
+DeviceArray = Callable[[Any, Sharding, bool], jax.Array]
 
 
 class WouldBlock(Exception):
@@ -40,8 +43,12 @@ class Transport(Protocol):
         """Whether the send's buffer may be donated, or the received value read."""
         ...
 
-    def wait(self, handle: Handle) -> Any:
-        """Wait for it. Gives a receive's array. May raise `WouldBlock` in cooperative execution."""
+    def wait(self, handle: Handle, running: jax.Array | None = None) -> Any:
+        """Wait for it. Gives a receive's array. May raise `WouldBlock` in cooperative execution.
+
+        ``running`` is made by the last work that was given to this rank's device: until it is ready, the device has
+        something to do, and nothing is gained by finding the message earlier.
+        """
         ...
 
     def end_step(self) -> None:
@@ -58,6 +65,12 @@ def put(array: jax.Array, place: Sharding, *, alias: bool) -> jax.Array:
     if array.sharding == place:
         return array if alias else jax.device_put(array, place, may_alias=False)
     return jax.device_put(array, place)
+
+
+def device_array(view: Any, place: Sharding, copy: bool) -> jax.Array:
+    """A host array on a device, asynchronously. Without ``copy``, memory that XLA can use is used where it is, and
+    must not change any more."""
+    return jax.device_put(view, place, may_alias=False if copy else None)
 
 
 class LocalNetwork:
@@ -108,8 +121,9 @@ class InProcessTransport:
         """Whether both ends have met; XLA orders the copy itself."""
         return handle.done
 
-    def wait(self, handle: Handle) -> Any:
+    def wait(self, handle: Handle, running: jax.Array | None = None) -> Any:
         """The received array, or `WouldBlock`."""
+        del running
         if not handle.done:
             raise WouldBlock
         return handle.array
