@@ -49,7 +49,10 @@ class Decisions:
     def staging_pipeline(self) -> str:
         """The passes from there to the scheduled module."""
         donate = "" if self.donate else "{donate=false}"
-        return f"builtin.module(clone-cheap-ops,accumulate-gradients,split-stages{donate},schedule-microbatches)"
+        return (
+            "builtin.module(clone-cheap-ops,select-residuals,accumulate-gradients,"
+            f"split-stages{donate},schedule-microbatches)"
+        )
 
 
 @dataclass

@@ -42,7 +42,7 @@ module @mask_goes_to_each_stage {
 
 // -----
 
-// Bits drawn from a key are drawn again on the other stage, but the backward phase keeps the forward's.
+// Bits drawn from a key are drawn again on the other stage, but not for another phase.
 // CHECK-LABEL: module @random_bits_across_stages_not_across_phases
 module @random_bits_across_stages_not_across_phases {
   // CHECK: func.func public @main(%[[KEY:[^:]*]]:
@@ -60,27 +60,6 @@ module @random_bits_across_stages_not_across_phases {
     // CHECK: stablehlo.xor %[[Z]], %[[BITS0]] {bactrian.phase = "backward", bactrian.stage = 0 : i64}
     %g = stablehlo.xor %z, %bits {bactrian.phase = "backward", bactrian.stage = 0 : i64} : tensor<512xui32>
     return %z, %g : tensor<512xui32>, tensor<512xui32>
-  }
-}
-
-// -----
-
-// A broadcast is larger than what it is made from: the backward phase makes it again.
-// CHECK-LABEL: module @broadcast_is_no_residual
-module @broadcast_is_no_residual {
-  func.func public @main(%x: tensor<8xf32> {bactrian.role = "batch"}, %y: tensor<8x64xf32> {bactrian.role = "batch"})
-      -> (tensor<8x64xf32>, tensor<8x64xf32>) {
-    // CHECK: %[[S:.*]] = stablehlo.sine %{{.*}} {bactrian.phase = "forward"
-    %s = stablehlo.sine %x {bactrian.phase = "forward", bactrian.stage = 0 : i64} : tensor<8xf32>
-    // CHECK-DAG: %[[F:.*]] = stablehlo.broadcast_in_dim %[[S]], dims = [0] {bactrian.phase = "forward"
-    // CHECK-DAG: %[[B:.*]] = stablehlo.broadcast_in_dim %[[S]], dims = [0] {bactrian.phase = "backward"
-    %b = stablehlo.broadcast_in_dim %s, dims = [0] {bactrian.phase = "forward", bactrian.stage = 0 : i64}
-      : (tensor<8xf32>) -> tensor<8x64xf32>
-    // CHECK: %[[Z:.*]] = stablehlo.multiply %{{.*}}, %[[F]] {bactrian.phase = "forward"
-    %z = stablehlo.multiply %y, %b {bactrian.phase = "forward", bactrian.stage = 0 : i64} : tensor<8x64xf32>
-    // CHECK: stablehlo.multiply %{{.*}}, %[[B]] {bactrian.phase = "backward"
-    %g = stablehlo.multiply %y, %b {bactrian.phase = "backward", bactrian.stage = 0 : i64} : tensor<8x64xf32>
-    return %z, %g : tensor<8x64xf32>, tensor<8x64xf32>
   }
 }
 

@@ -32,7 +32,7 @@ from bactrian.passes.program import (
 
 Array = np.ndarray[Any, Any]
 Env = dict[ir.Value, Array]
-PASSES = "clone-cheap-ops,accumulate-gradients,split-stages{donate=%s},schedule-microbatches"
+PASSES = "clone-cheap-ops,select-residuals,accumulate-gradients,split-stages{donate=%s},schedule-microbatches"
 
 _BINARY: dict[str, Callable[..., Array]] = {
     "add": np.add,

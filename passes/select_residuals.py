@@ -1,0 +1,201 @@
+"""``select-residuals``: what is kept from forward to backward, and what is computed again."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import ClassVar
+
+from jaxlib.mlir import ir
+
+from bactrian.passes.cloning import clone_into_readers, is_elementwise, required_stages
+from bactrian.passes.frame.base import Pass, PassContext, Statistic, option
+from bactrian.passes.layering import Placement
+from bactrian.passes.program import (
+    BACKWARD,
+    FORWARD,
+    MICROBATCH_INDEX,
+    Dataflow,
+    argument_roles,
+    custom_call_target,
+    main_function,
+    phase_of,
+    required_integer,
+    string_attribute,
+)
+
+# An element of these takes longer to compute than to read.
+_SLOW_NAMES = """
+atan2 cbrt cosine exponential exponential_minus_one log log_plus_one logistic power remainder sine tan tanh
+"""
+_SLOW = frozenset(f"stablehlo.{name}" for name in _SLOW_NAMES.split())
+# Prices are eighths of a byte: XLA fuses a simple op into its reader, which costs an eighth of keeping its result.
+_KEEP, _FUSED_OP, _SLOW_OP = 8, 1, 16
+_BEFORE, _BEHIND = Placement.at(1), Placement.at(0)
+
+
+@dataclass(frozen=True)
+class SelectResiduals(Pass):
+    """Choose what each stage keeps for its backward phase: a minimum cut between what is there and what is read.
+
+    Whatever a backward op reads is either kept since the forward phase or computed again by elementwise ops from what
+    is kept, from state, or from nothing. Keeping a value costs its bytes and ``overhead-bytes`` for the buffer;
+    computing an op again costs an eighth of its result's bytes, twice its bytes for a transcendental function, and the
+    result's bytes more where an op that can't take it in by fusion reads it. The set of least total price is a minimum
+    cut of the data flow, found exactly (the idea is PyTorch's min-cut partitioner in AOTAutograd, H. He and S. Shah,
+    2022; network and prices are our own). What ``jax.checkpoint``
+    computes again is in the backward phase already and stays as it is.
+
+    A stage whose forward and backward phases are one function (the last one of 1F1B) keeps nothing, and is left alone.
+
+    Requires: ``bactrian.phase`` and ``bactrian.stage`` on every op (``assign-stages``).
+    Ensures: the values that go from a stage's forward to its backward phase are the cheapest set.
+
+    Input:
+
+    ```mlir
+    module attributes {bactrian.num_stages = 1 : i64} {
+      func.func public @main(%x: tensor<8xf32> {bactrian.role = "batch"}) -> (tensor<8xf32>, tensor<8xf32>) {
+        %h = stablehlo.tanh %x {bactrian.phase = "forward", bactrian.stage = 0 : i64} : tensor<8xf32>
+        %s = stablehlo.multiply %h, %h {bactrian.phase = "forward", bactrian.stage = 0 : i64} : tensor<8xf32>
+        %g = stablehlo.add %h, %s {bactrian.phase = "backward", bactrian.stage = 0 : i64} : tensor<8xf32>
+        return %s, %g : tensor<8xf32>, tensor<8xf32>
+      }
+    }
+    ```
+
+    Output:
+
+    ```mlir
+    module attributes {bactrian.num_stages = 1 : i64} {
+      func.func public @main(%arg0: tensor<8xf32> {bactrian.role = "batch"}) -> (tensor<8xf32>, tensor<8xf32>) {
+        %0 = stablehlo.tanh %arg0 {bactrian.phase = "forward", bactrian.stage = 0 : i64} : tensor<8xf32>
+        %1 = stablehlo.multiply %0, %0 {bactrian.phase = "backward", bactrian.stage = 0 : i64} : tensor<8xf32>
+        %2 = stablehlo.multiply %0, %0 {bactrian.phase = "forward", bactrian.stage = 0 : i64} : tensor<8xf32>
+        %3 = stablehlo.add %0, %1 {bactrian.phase = "backward", bactrian.stage = 0 : i64} : tensor<8xf32>
+        return %2, %3 : tensor<8xf32>, tensor<8xf32>
+      }
+    }
+    ```
+
+    The square is computed again: one value is kept in the place of two.
+    """
+
+    name: ClassVar[str] = "select-residuals"
+    summary: ClassVar[str] = "keep the cheapest set of values from forward to backward, compute the rest again"
+    statistics: ClassVar[tuple[Statistic, ...]] = (
+        Statistic("recomputed", "ops that the backward phase computes again"),
+        Statistic("kept-bytes", "bytes kept per microbatch, all stages"),
+    )
+
+    overhead_bytes: int = option(8192, help="what handling a kept buffer costs, as so many bytes")
+
+    def apply(self, module: ir.Module, ctx: PassContext) -> None:
+        """One minimum cut per stage, then clones."""
+        main = main_function(module)
+        flow = Dataflow.of(main)
+        num_stages = required_integer(module.operation, "bactrian.num_stages", "assign-stages")
+        stages = required_stages(flow)
+        rule = _Rule(flow, argument_roles(main))
+        # The last stage of 1F1B turns at once: its forward and backward phases are one function.
+        turns_at_once = string_attribute(module.operation, "bactrian.schedule") == "1f1b"
+        for stage in sorted(rule.wanted):
+            if not (turns_at_once and stage == num_stages - 1):
+                ctx.count("kept-bytes", rule.solve(stage, self.overhead_bytes))
+        keys: list[Hashable] = [None if s is None else (s, p) for s, p in zip(stages, flow.phases, strict=True)]
+        ctx.count("recomputed", clone_into_readers(flow, keys, _phase_key, _copy_phase, rule))
+
+
+def _phase_key(op: ir.Operation) -> Hashable:
+    return required_integer(op, "bactrian.stage", "assign-stages"), phase_of(op)
+
+
+def _copy_phase(clone: ir.Operation, reader: ir.Operation) -> None:
+    clone.attributes["bactrian.phase"] = reader.attributes["bactrian.phase"]
+
+
+class _Rule:
+    """Which forward ops a later phase of the same stage computes again.
+
+    Attributes:
+        wanted: by stage, the values of the forward phase and of the batch that its backward ops read.
+    """
+
+    def __init__(self, flow: Dataflow, roles: list[str]) -> None:
+        self._flow, phases = flow, flow.phases
+        self._again: set[int] = set()  # forward ops that the backward phase computes again
+        self._simple = [is_elementwise(op) or custom_call_target(op) == MICROBATCH_INDEX for op in flow.ops]
+        self._constant: list[bool] = []  # of each op: it depends on no argument
+        self._free = [roles[i] != "batch" for i in range(flow.num_arguments)]  # of each value: it is there anyway
+        constant = [False] * len(flow.values)
+        for index, simple in enumerate(self._simple):
+            self._constant.append(simple and all(constant[value] for value in flow.operands[index]))
+            for result in flow.results[index]:
+                constant[result] = self._constant[index]
+                self._free.append(self._constant[index])
+        self.wanted: dict[int, dict[int, None]] = {}
+        self._materialized: set[int] = set()  # values that a backward op reads from memory, whatever makes them
+        for index, phase in enumerate(phases):
+            stage = flow.stages[index]
+            if phase != BACKWARD or stage is None:
+                continue
+            fuses = self._simple[index] or flow.ops[index].name == "stablehlo.reduce"
+            for value in flow.operands[index]:
+                producer = flow.producer[value]
+                if self._free[value] or (producer >= 0 and phases[producer] != FORWARD):
+                    continue
+                self.wanted.setdefault(stage, {})[value] = None
+                if not fuses:
+                    self._materialized.add(value)
+
+    def __call__(self, index: int, key: Hashable) -> bool:
+        """Whether a reader in group ``key`` (stage, phase) may have its own copy."""
+        if not isinstance(key, tuple) or key[0] != self._flow.stages[index]:
+            return False
+        return self._constant[index] or (key[1] == BACKWARD and index in self._again)
+
+    def solve(self, stage: int, overhead: int) -> int:
+        """Decide for one stage; gives the bytes that are kept."""
+        flow, placement = self._flow, Placement(2)
+        # A value is made, then there for the backward phase; 1 is before the cut, 0 behind it. Made behind the cut: it
+        # is computed again. Made before and there behind: it is kept.
+        made = dict[int, int]()
+        there = dict.fromkeys(self.wanted[stage], _BEHIND)
+        stack = list(there)
+        while stack:
+            value = stack.pop()
+            if value in made or self._free[value]:
+                continue
+            again = self._may_be_again(value, stage)
+            made[value] = placement.node() if again else _BEFORE
+            if value not in there:
+                there[value] = placement.node()
+            placement.pay(made[value], there[value], _KEEP * (flow.sizes[value] + overhead))
+            if again:
+                placement.pay(_BEFORE, made[value], self._price(value))
+                stack.extend(flow.operands[flow.producer[value]])
+        for value, node in made.items():
+            if node != _BEFORE:
+                for read in flow.operands[flow.producer[value]]:
+                    if there.get(read, _BEHIND) != _BEHIND:
+                        placement.require(node, there[read])
+        layers = placement.solve()
+
+        def behind(node: int) -> bool:
+            return node == _BEHIND or (node != _BEFORE and layers[node] == 0)
+
+        self._again |= {flow.producer[value] for value, node in made.items() if behind(node)}
+        return sum(flow.sizes[v] for v, node in made.items() if not behind(node) and behind(there[v]))
+
+    def _may_be_again(self, value: int, stage: int) -> bool:
+        index = self._flow.producer[value]
+        return (
+            index >= 0
+            and self._simple[index]
+            and self._flow.phases[index] == FORWARD
+            and self._flow.stages[index] == stage
+        )
+
+    def _price(self, value: int) -> int:
+        name, size = self._flow.ops[self._flow.producer[value]].name, self._flow.sizes[value]
+        return size * (_SLOW_OP if name in _SLOW else _FUSED_OP) + size * _KEEP * (value in self._materialized)
