@@ -82,7 +82,7 @@ def main() -> None:
         last.block_until_ready()
 
     def step(helper: bool, nap: float) -> Callable[[], None]:
-        transport = MpiTransport(comm, helper=helper, nap_seconds=nap)
+        transport = MpiTransport(comm, helper=helper, nap_seconds=(min(nap, 0.5e-3), nap))
         run = Executor(one, functions, lambda slot: jax.devices()[0], transport)
 
         def function() -> None:
@@ -92,7 +92,7 @@ def main() -> None:
         return function
 
     modes = {"alone": alone}
-    for nap in (20, 50, 200):
+    for nap in (200, 1000, 4000):
         modes |= {
             f"{'helper' if helper else 'polling'}, nap {nap} us": step(helper, nap * 1e-6) for helper in (True, False)
         }

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import atexit
+import functools
+import math
 import sys
 import threading
 import time
@@ -21,6 +23,7 @@ _ALIGNMENT = 64  # XLA takes host memory without a copy only when it is aligned 
 # Naps double from the first to the second.
 _IDLE_NAP_SECONDS = 20e-6, 100e-6  # while nothing is computed on this rank: the core is free
 _BUSY_NAP_SECONDS = 0.5e-3, 4e-3  # while XLA may need the core: a wake-up costs it tens of microseconds
+_LOCAL_NAP_SECONDS = 20e-3  # where all that is under way are receives from ranks of this host
 
 
 class BufferPool:
@@ -70,12 +73,12 @@ class _Receive(Handle):
 class MpiTransport:
     """Non-blocking sends and receives on a communicator of our own.
 
-    A value is sent once XLA has made it: a helper thread waits for that, which costs the core nothing, and then looks
-    after the messages from time to time. MPI itself can only be asked again and again. Each question takes time from
-    the stage functions where ranks have one core each, so the main thread asks only when no work is left on this
-    rank's device; before that an answer would be of no use. The helper needs ``MPI_THREAD_MULTIPLE``, since the main
-    thread may be in another MPI call; without it (or with ``helper=False``) the main thread asks all the time, and a
-    step ends only when its messages have left.
+    MPI can only be asked again and again, and where ranks have a core each, every question takes time from the stage
+    functions. So the main thread, when it needs a message that is not there, sleeps until the device has made the next
+    value to be sent, sends it, and sleeps on; it asks in short naps only when no work is left on the rank's device,
+    since before that an answer would be of no use. A helper thread asks now and then, for transports that can't go on
+    without, and sends what is left when a step is over. The helper needs ``MPI_THREAD_MULTIPLE``, since the main thread
+    may be in another MPI call; without it (or with ``helper=False``) a step ends only when its messages have left.
     """
 
     def __init__(
@@ -91,17 +94,21 @@ class MpiTransport:
         self._mpi = MPI
         self.comm = (comm or MPI.COMM_WORLD).Dup()
         self.rank: int = self.comm.Get_rank()
+        here = self.comm.Split_type(MPI.COMM_TYPE_SHARED)
+        self._all_local = here.Get_size() == self.comm.Get_size()
+        here.Free()
         self._naps = nap_seconds
         self._device_array = device_array
         self._pool = BufferPool()
         # By destination: values made or being made, in order.
         self._unsent: list[deque[_Send]] = [deque() for _ in range(self.comm.Get_size())]
-        self._order: deque[_Send] = deque()  # all of them, for the helper
+        self._order: deque[_Send] = deque()  # all of them
         self._requests: list[Any] = []
         self._handles: list[Any] = []
         self._lock = threading.Lock()
         self._work = threading.Event()
         self._idle = False  # the helper has nothing to do and waits for `_work`
+        self._between_steps = True  # nobody but the helper looks after messages
         self._closed = False
         self._error: BaseException | None = None
         helper = helper and MPI.Query_thread() == MPI.THREAD_MULTIPLE
@@ -115,18 +122,16 @@ class MpiTransport:
         del move  # the message is a copy
         handle = _Send(array, tag)
         self._unsent[destination].append(handle)
-        if self._helper:
-            self._order.append(handle)
+        self._order.append(handle)
+        self._between_steps = False
+        if self._idle:
             self._work.set()
         return handle
 
     def post_receive(self, source: int, tag: int, shape: tuple[int, ...], dtype: str, place: Sharding) -> Handle:
         """Post the receive into a buffer that XLA can take without a copy."""
-        kind = np.dtype(getattr(ml_dtypes, dtype, dtype))
-        size = 1
-        for dim in shape:
-            size *= dim
-        handle = _Receive(self._pool.take(size * kind.itemsize), shape, kind, place)
+        kind = _numpy_dtype(dtype)
+        handle = _Receive(self._pool.take(math.prod(shape) * kind.itemsize), shape, kind, place)
         with self._lock:
             self._requests.append(self.comm.Irecv([handle.buffer, self._mpi.BYTE], source=source, tag=tag))
             self._handles.append(handle)
@@ -141,16 +146,15 @@ class MpiTransport:
         return handle.done
 
     def wait(self, handle: Handle, running: jax.Array | None = None) -> Any:
-        """Wait, looking after all other messages meanwhile; while ``running`` is computed, only the helper does."""
+        """Wait, looking after all other messages meanwhile; sleep while ``running`` is computed."""
         if not handle.done:
+            self._between_steps = False
             self.poll()
-            if not handle.done and running is not None and self._helper and not running.is_deleted():
-                jax.block_until_ready(running)
-                self.poll()
             nap, longest = _IDLE_NAP_SECONDS
             while not handle.done:
-                time.sleep(nap)
-                nap = min(2 * nap, longest)
+                if running is None or not (_sleep_until(self._next_source()) or _sleep_until(running)):
+                    time.sleep(nap)
+                    nap = min(2 * nap, longest)
                 self.poll()
         if isinstance(handle, _Receive) and handle.array is None:
             assert handle.buffer is not None
@@ -168,8 +172,7 @@ class MpiTransport:
                 while queue and (source := queue[0].source) is not None and _is_ready(source):
                     send = queue.popleft()
                     send.started = True
-                    data = np.ascontiguousarray(np.asarray(source)).reshape(-1).view(np.uint8)
-                    self._requests.append(self.comm.Isend([data, self._mpi.BYTE], dest=destination, tag=send.tag))
+                    self._requests.append(self.comm.Isend(self._message(source), dest=destination, tag=send.tag))
                     self._handles.append(send)
             if not self._requests:
                 return
@@ -184,31 +187,42 @@ class MpiTransport:
                 self._requests = [r for i, r in enumerate(self._requests) if i not in finished]
                 self._handles = [h for i, h in enumerate(self._handles) if i not in finished]
 
+    def _message(self, source: jax.Array) -> list[Any]:
+        """A ready array as MPI reads it; where XLA holds it if that is host memory."""
+        if source.nbytes and _platform(source.sharding) == "cpu":
+            view = self._mpi.buffer.fromaddress(source.unsafe_buffer_pointer(), source.nbytes, readonly=True)
+        else:
+            view = np.ascontiguousarray(np.asarray(source)).reshape(-1).view(np.uint8)
+        return [view, self._mpi.BYTE]
+
     def busy(self) -> bool:
         """Whether any message is under way."""
         with self._lock:
             return bool(self._requests) or any(self._unsent)
 
+    def _next_source(self) -> jax.Array | None:
+        """The oldest value that is not sent yet."""
+        order = self._order
+        with self._lock:
+            while order and order[0].started:
+                order.popleft()
+            return order[0].source if order else None
+
     def _help(self) -> None:
-        """Start each message when its value is made; in between look after those under way, less and less often."""
+        """Ask now and then; between steps, send each value when it is made."""
         shortest, longest = self._naps
         nap = shortest
         try:
             while not self._closed:
-                while self._order and self._order[0].started:
-                    self._order.popleft()
-                if self._order:
-                    source = self._order[0].source
-                    if source is not None:
-                        jax.block_until_ready(source)
-                        nap = shortest
-                elif self.busy():
-                    self._work.wait(nap)
-                    nap = min(2 * nap, longest)
-                    self._work.clear()
-                else:
+                if not self.busy():
                     self._sleep()
+                    nap = shortest
                     continue
+                if not (self._between_steps and _sleep_until(self._next_source())):
+                    receives = self._all_local and not any(isinstance(handle, _Send) for handle in self._handles)
+                    self._work.wait(max(nap, _LOCAL_NAP_SECONDS) if receives else nap)
+                    self._work.clear()
+                    nap = min(2 * nap, longest)
                 self.poll()
         except BaseException as error:  # shown by the thread that next asks for a message
             self._error = error
@@ -222,9 +236,12 @@ class MpiTransport:
         self._work.clear()
 
     def end_step(self) -> None:
-        """Without a helper nobody would look after what is left."""
+        """Leave what is still to be sent to the helper."""
         if self._helper is None:
             self.flush()
+        else:
+            self._between_steps = True
+            self._work.set()
 
     def flush(self) -> None:
         """Wait until every message is done."""
@@ -249,6 +266,24 @@ class MpiTransport:
         if self._helper:
             self._helper.join()
         atexit.unregister(self._finish)
+
+
+@functools.cache
+def _numpy_dtype(name: str) -> np.dtype[Any]:
+    return np.dtype(getattr(ml_dtypes, name, name))
+
+
+@functools.cache
+def _platform(place: Sharding) -> str:
+    return next(iter(place.device_set)).platform
+
+
+def _sleep_until(array: jax.Array | None) -> bool:
+    """Sleep until an array is made; false, and at once, if it is or was."""
+    if array is None or array.is_deleted() or _is_ready(array):
+        return False
+    jax.block_until_ready(array)
+    return True
 
 
 def _is_ready(array: Any) -> bool:
