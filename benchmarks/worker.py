@@ -74,9 +74,11 @@ def wait(tree: Any) -> None:
     """Until every array here, local or distributed, is computed."""
     import jax
 
+    arrays = list[Any]()
     for leaf in jax.tree.leaves(tree):
         pieces = getattr(leaf, "pieces", None)
-        jax.block_until_ready(leaf if pieces is None else list(pieces.values()))
+        arrays += [leaf] if pieces is None else pieces.values()
+    jax.block_until_ready(arrays)
 
 
 def barrier() -> None:

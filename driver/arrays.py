@@ -187,8 +187,10 @@ class DistributedArray:
     def check_usable(self) -> None:
         """Raises a ProgramError if the array was donated or deleted."""
         where = self.donated_by
-        if where is None and any(piece.is_deleted() for piece in self.pieces.values()):
-            where = "an earlier call"
+        if where is None:
+            for piece in self.pieces.values():
+                if piece.is_deleted():
+                    where = "an earlier call"
         if where is not None:
             raise ProgramError(
                 f"a donated value was used a second time: {self.path}",

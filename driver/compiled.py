@@ -37,16 +37,18 @@ class Compiled:
         for piece in program.results:
             results.setdefault(piece.result, []).append(program.values[piece.value].stage)
         self._batch = [info.number for info in captured.arguments if info.role == "batch"]
+        self._state = {info.number for info in captured.arguments if info.role == "state"}
         self._held = {
             info.number: self._placement(info, tuple(sorted(arguments.get(info.number, ()))))
             for info in captured.arguments
             if info.role != "batch"
         }
-        self._kept = {
-            info.number: self._placement(captured.arguments[info.updates], tuple(sorted(results.get(info.number, ()))))
-            for info in captured.results
-            if info.updates is not None
-        }
+        self._kept = dict[int, Placement]()
+        for info in captured.results:
+            if info.updates is not None:
+                stages, held = tuple(sorted(results.get(info.number, ()))), self._held[info.updates]
+                same = stages == held.stages  # one object then, so that the next call sees at a glance that it fits
+                self._kept[info.number] = held if same else self._placement(captured.arguments[info.updates], stages)
         self._home = jax.local_devices()[0]
         self._told_of_moves = False
 
@@ -79,6 +81,8 @@ class Compiled:
             leaf = leaves[number]
             if isinstance(leaf, DistributedArray):
                 here = leaf.placement
+                if here is wanted:
+                    continue
                 if here.num_stages not in (0, num_stages):
                     return False
                 if here.stages != wanted.stages and not set(wanted.stages).issubset(here.stages):
@@ -95,7 +99,7 @@ class Compiled:
             if isinstance(leaf, DistributedArray):
                 if moved_bytes := self._take(leaf, placement, pieces):
                     moved[placement.path] = moved_bytes
-                if self.captured.arguments[number].role == "state":
+                if number in self._state:
                     donated.append(leaf)
             else:
                 self._put(leaf, placement, pieces)
@@ -146,7 +150,9 @@ class Compiled:
             How many bytes stages got so.
         """
         leaf.check_usable()
-        if leaf.placement.stages == placement.stages and leaf.pieces.keys() == placement.shardings.keys():
+        if leaf.placement is placement or (
+            leaf.placement.stages == placement.stages and leaf.pieces.keys() == placement.shardings.keys()
+        ):
             for stage, piece in leaf.pieces.items():
                 pieces[placement.argument, stage] = piece
             return 0

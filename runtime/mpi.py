@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import functools
 import math
+import os
 import sys
 import threading
 import time
@@ -22,6 +23,7 @@ from bactrian.runtime.transport import DeviceArray, Handle, device_array
 _ALIGNMENT = 64  # XLA takes host memory without a copy only when it is aligned so
 # Naps double from the first to the second.
 _IDLE_NAP_SECONDS = 20e-6, 100e-6  # while nothing is computed on this rank: the core is free
+_EAGER_SECONDS = 2e-3  # an idle rank asks without naps for so long: a message is near, and a nap ends late
 _BUSY_NAP_SECONDS = 0.5e-3, 4e-3  # while XLA may need the core: a wake-up costs it tens of microseconds
 _LOCAL_NAP_SECONDS = 20e-3  # where all that is under way are receives from ranks of this host
 
@@ -75,7 +77,7 @@ class MpiTransport:
 
     MPI can only be asked again and again, and where ranks have a core each, every question takes time from the stage
     functions. So the main thread, when it needs a message that is not there, sleeps until the device has made the next
-    value to be sent, sends it, and sleeps on; it asks in short naps only when no work is left on the rank's device,
+    value to be sent, sends it, and sleeps on; it asks again and again only when no work is left on the rank's device,
     since before that an answer would be of no use. A helper thread asks now and then, for transports that can't go on
     without, and sends what is left when a step is over. The helper needs ``MPI_THREAD_MULTIPLE``, since the main thread
     may be in another MPI call; without it (or with ``helper=False``) a step ends only when its messages have left.
@@ -108,6 +110,7 @@ class MpiTransport:
         self._lock = threading.Lock()
         self._work = threading.Event()
         self._idle = False  # the helper has nothing to do and waits for `_work`
+        self._on_host: bool | None = None  # values are in host memory; known from the first one
         self._between_steps = True  # nobody but the helper looks after messages
         self._closed = False
         self._error: BaseException | None = None
@@ -151,10 +154,16 @@ class MpiTransport:
             self._between_steps = False
             self.poll()
             nap, longest = _IDLE_NAP_SECONDS
+            eager = 0.0
             while not handle.done:
                 if running is None or not (_sleep_until(self._next_source()) or _sleep_until(running)):
-                    time.sleep(nap)
-                    nap = min(2 * nap, longest)
+                    now = time.perf_counter()
+                    eager = eager or now + _EAGER_SECONDS
+                    if now < eager:
+                        os.sched_yield()
+                    else:
+                        time.sleep(nap)
+                        nap = min(2 * nap, longest)
                 self.poll()
         if isinstance(handle, _Receive) and handle.array is None:
             assert handle.buffer is not None
@@ -189,7 +198,9 @@ class MpiTransport:
 
     def _message(self, source: jax.Array) -> list[Any]:
         """A ready array as MPI reads it; where XLA holds it if that is host memory."""
-        if source.nbytes and _platform(source.sharding) == "cpu":
+        if self._on_host is None:
+            self._on_host = all(device.platform == "cpu" for device in source.devices())
+        if self._on_host and source.nbytes:
             view = self._mpi.buffer.fromaddress(source.unsafe_buffer_pointer(), source.nbytes, readonly=True)
         else:
             view = np.ascontiguousarray(np.asarray(source)).reshape(-1).view(np.uint8)
@@ -271,11 +282,6 @@ class MpiTransport:
 @functools.cache
 def _numpy_dtype(name: str) -> np.dtype[Any]:
     return np.dtype(getattr(ml_dtypes, name, name))
-
-
-@functools.cache
-def _platform(place: Sharding) -> str:
-    return next(iter(place.device_set)).platform
 
 
 def _sleep_until(array: jax.Array | None) -> bool:
