@@ -95,10 +95,17 @@ class _Rank:
     host: str = ""
     pid: int = 0
     ended: bool = False
+    step: int = -1  # at least so many are over
 
     @property
     def name(self) -> str:
         return f"rank {self.rank} on {self.host} (process {self.pid})"
+
+    @property
+    def place(self) -> str:
+        """Its name, and where it was last heard of."""
+        heard = f"in step {self.step} or soon after" if self.step >= 0 else "before the first step"
+        return f"{self.name}, {heard}"
 
 
 @dataclass(frozen=True)
@@ -118,7 +125,7 @@ class Job:
         self._num_ranks, self._num_started = num_ranks, 0
         self._flavour = mpirun.flavour
         self._failures: list[_Failure] = []
-        self._lost: list[str] = []
+        self._lost: list[_Rank] = []
         self._codes: list[int] = []
         self._signal = 0
         self._deadline: float | None = None
@@ -238,7 +245,7 @@ class Job:
         self._selector.unregister(rank.connection)
         rank.connection.close()
         if rank.rank >= 0 and not rank.ended:
-            self._lost.append(rank.name)
+            self._lost.append(rank)
             self._hurry()
 
     def _record(self, rank: _Rank, line: bytes | bytearray) -> bool:
@@ -255,6 +262,8 @@ class Job:
                 rank.ended = True
                 self._failures.append(_Failure(rank.name, int(record["code"]), str(record["text"])))
                 self._hurry()
+            elif kind == "step":
+                rank.step = int(record["step"])
             elif kind == "done":
                 rank.ended = True
                 self._codes.append(int(record["code"]))
@@ -282,10 +291,10 @@ class Job:
         if code == 0:
             return max(self._codes, default=0)
         if self._lost and (code > 128 or code < 0 or self._kills):
-            _say(f"lost {self._lost[0]}: {_cause(code, self._kills)}; the other ranks were ended")
+            _say(f"lost {self._lost[0].place}: {_cause(code, self._kills)}; the other ranks were ended")
             return PEER_LOST
         if self._lost:
-            _say(f"{self._lost[0]} ended with exit code {code} before the script did")
+            _say(f"{self._lost[0].place}, ended with exit code {code} before the script did")
             return code
         _print(self._banners.dropped)
         if not self._num_started:

@@ -1,8 +1,8 @@
 """One rank of ``bactrian run -n N``: takes its cores, runs the script, and tells the launcher how it ended.
 
 The launcher starts ``python -m bactrian.driver.rank script.py args...`` under mpirun. A rank talks to it over one TCP
-connection, one JSON record per line: ``started``, then ``failed`` or ``done``. A connection that closes without either
-is a lost rank.
+connection, one JSON record per line: ``started``, now and then ``step``, then ``failed`` or ``done``. A connection that
+closes without one of the last two is a lost rank.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import threading
 from typing import Any
 
 from bactrian.driver.script import describe_failure, exit_status, run_script
+from bactrian.runtime import launch
 from bactrian.runtime.launch import STOPPED, abort, exit_code_of, prepare, rank_environment
 
 REPORT_VARIABLE = "BACTRIAN_REPORT"  # host:port:token of the launcher
@@ -75,6 +76,7 @@ def main() -> None:
     reporter = Reporter()
     codes = [0]
     atexit.register(lambda: reporter.done(codes[0]))  # first in, so last out
+    launch.tell_step = lambda step: reporter.send(kind="step", step=step)
     try:
         prepare()
         _fail_elsewhere(reporter, script)

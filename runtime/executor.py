@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Sharding, SingleDeviceSharding
 
 from bactrian.passes.errors import RuntimeFault
-from bactrian.runtime import faults
+from bactrian.runtime import faults, launch
 from bactrian.runtime.instructions import (
     Arrive,
     Copy,
@@ -104,6 +104,7 @@ class Executor:
         self._sends = {slot: [] for slot in self._waited}
         self.at = 0
         faults.set_step(self.num_steps)
+        launch.note_step(self.num_steps)
 
     def advance(self) -> bool:
         """Go on until the end (true) or until another list of this process has to go first (false)."""

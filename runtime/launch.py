@@ -11,8 +11,9 @@ import ctypes
 import os
 import sys
 import threading
+import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -115,6 +116,22 @@ def keep_memory() -> bool:
     except (AttributeError, OSError):  # not glibc
         return False
     return all(mallopt(parameter, value) for parameter, value in _MALLOC.items())
+
+
+_TELL_SECONDS = 0.2
+tell_step: Callable[[int], object] | None = (
+    None  # told which step is under way, now and then; set by the rank's starter
+)
+_told = 0.0, -1  # when, which
+
+
+def note_step(step: int) -> None:
+    """A step begins. Of several step functions in turn, the one that has run most counts."""
+    global _told
+    when, last = _told
+    if tell_step is not None and step > last and (now := time.monotonic()) - when >= _TELL_SECONDS:
+        _told = now, step
+        tell_step(step)
 
 
 def prepare() -> RankEnvironment | None:

@@ -93,11 +93,12 @@ class Command:
     """``bactrian run`` as a child process with a mark of its own."""
 
     def __init__(
-        self, tmp_path: Path, *arguments: str, n: int | None = 2, script: str = SCRIPT, **environment: str
+        self, tmp_path: Path, *arguments: str, n: int | None = 2, script: str | Path = SCRIPT, **environment: str
     ) -> None:
         self.mark = uuid.uuid4().hex
-        path = tmp_path / "train.py"
-        path.write_text(script)
+        path = script if isinstance(script, Path) else tmp_path / "train.py"
+        if isinstance(script, str):
+            path.write_text(script)
         ranks = () if n is None else ("-n", str(n))
         self.process = subprocess.Popen(
             [sys.executable, "-m", "bactrian.driver.cli", "run", *ranks, str(path), *arguments],
