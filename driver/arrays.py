@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bactrian.driver.source import line_here
+from bactrian.driver.xla import device_array
 from bactrian.passes.errors import BactrianError, ConfigError, ProgramError
 
 _CHUNK_BYTES = 1 << 30  # MPI counts are 32 bits
@@ -373,10 +374,7 @@ def _shape_dtype(leaf: Any) -> tuple[tuple[int, ...], Any]:
 def _to_devices(leaf: Any, placement: Placement, communicator: Communicator) -> DistributedArray:
     value = np.asarray(jax.random.key_data(leaf)) if _is_key(getattr(leaf, "dtype", None)) else np.asarray(leaf)
     value = value.astype(_physical_aval(placement).dtype, copy=False)
-    pieces = {
-        stage: jax.make_array_from_callback(value.shape, sharding, value.__getitem__)
-        for stage, sharding in placement.shardings.items()
-    }
+    pieces = {stage: device_array(value, sharding, True) for stage, sharding in placement.shardings.items()}
     return DistributedArray(placement, pieces, communicator)
 
 

@@ -16,6 +16,7 @@ from bactrian.driver.arrays import MPI, Communicator, DistributedArray, Placemen
 from bactrian.driver.capture import ArgumentInfo, Captured, ResultInfo
 from bactrian.driver.session import Session
 from bactrian.driver.source import line_here
+from bactrian.driver.xla import device_array
 from bactrian.passes.errors import ProgramError
 from bactrian.passes.plan import Plan
 from bactrian.passes.plan_table import human_bytes
@@ -179,16 +180,19 @@ class Compiled:
                 )
 
     def _put(self, leaf: Any, placement: Placement, pieces: dict[tuple[int, int], jax.Array]) -> None:
-        """A host value to the stages that read it; state is copied, since the step will consume the copy."""
+        """A host value to the stages that read it. Memory that its owner may write to is copied before this returns, and
+        state is copied, since the step will consume the copy."""
         if not placement.shardings:
             return
         value = _physical(leaf)
         wanted = self.captured.arguments[placement.argument].physical.dtype
-        if not isinstance(value, jax.Array):
-            value = np.asarray(value, dtype=wanted)
-        state = self.captured.arguments[placement.argument].role == "state"
+        alias = None if placement.argument not in self._state else False
         for stage, sharding in placement.shardings.items():
-            pieces[placement.argument, stage] = jax.device_put(value, sharding, may_alias=False if state else None)
+            if isinstance(value, jax.Array):
+                piece = jax.device_put(value, sharding, may_alias=alias)
+            else:
+                piece = device_array(np.asarray(value, dtype=wanted), sharding, True)
+            pieces[placement.argument, stage] = piece
 
     def _wrap(self, outputs: Mapping[tuple[int, int], Any]) -> Any:
         """The step's result: state as distributed arrays, everything else as local arrays."""

@@ -20,6 +20,7 @@ from jax.sharding import Sharding, SingleDeviceSharding
 from jaxlib.mlir import ir
 
 from bactrian.driver.extract import numpy_dtype
+from bactrian.runtime.transport import device_array as plain_device_array
 
 Device = Any  # jax.Device, which its own stubs declare as a variable
 StageFunction = Callable[[Sequence[jax.Array]], list[jax.Array]]
@@ -99,7 +100,7 @@ def device_array(view: Any, place: Sharding, copy: bool) -> jax.Array:
     known = _placements.get((view.shape, view.dtype, place))
     if known is None:
         if not isinstance(place, SingleDeviceSharding) or jax.dtypes.canonicalize_dtype(view.dtype) != view.dtype:
-            return jax.device_put(view, place, may_alias=False if copy else None)
+            return plain_device_array(view, place, copy)
         known = ShapedArray(view.shape, view.dtype), list(place.device_set)
         _placements[view.shape, view.dtype, place] = known
     aval, devices = known

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import jax
+import numpy as np
 from jax.sharding import Sharding
 
 Place = jax.Device | Sharding
@@ -69,8 +70,9 @@ def put(array: jax.Array, place: Sharding, *, alias: bool) -> jax.Array:
 
 def device_array(view: Any, place: Sharding, copy: bool) -> jax.Array:
     """A host array on a device, asynchronously. Without ``copy``, memory that XLA can use is used where it is, and
-    must not change any more."""
-    return jax.device_put(view, place, may_alias=False if copy else None)
+    must not change any more; with it, the array may be written to as soon as this returns."""
+    # `may_alias=False` would not do: jax copies, but perhaps only after it has returned.
+    return jax.device_put(np.array(view) if copy else view, place)
 
 
 class LocalNetwork:

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from bactrian.driver.banners import BannerFilter
-from bactrian.runtime.launch import rank_environment, share_of_cores
+from bactrian.runtime import launch
+from bactrian.runtime.launch import keep_memory, rank_environment, share_of_cores
 
 ROOT = Path(__file__).resolve().parent.parent
 START_SECONDS = 20.0  # a slow machine may take so long to start the ranks
@@ -280,3 +281,24 @@ def test_one_process_without_n(tmp_path: Path) -> None:
     )
     flags = "--xla_force_host_platform_device_count=3"
     assert json.loads(run.stdout) == ["__main__", ["-n", "x"], flags, str(tmp_path)]
+
+
+def test_malloc_is_left_alone_where_the_user_sets_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "2")
+    assert not keep_memory()
+    monkeypatch.delenv("MALLOC_ARENA_MAX")
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.trim_threshold=0")
+    assert not keep_memory()
+
+
+def test_steps_are_told_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[int] = []
+    monkeypatch.setattr(launch, "tell_step", told.append)
+    monkeypatch.setattr(launch, "_told", (0.0, -1))
+    for step in (0, 1, 0, 2):  # at once: within one interval
+        launch.note_step(step)
+    assert told == [0]
+    monkeypatch.setattr(launch, "_TELL_SECONDS", 0.0)
+    for step in (0, 3, 1, 4):  # another step function has run less often
+        launch.note_step(step)
+    assert told == [0, 3, 4]

@@ -425,3 +425,32 @@ def test_keyed_random_numbers(num_stages: int, num_microbatches: int) -> None:
     state = {"params": layers(2), "key": jax.random.key(5)}
     made = check(step, state, X, num_stages=num_stages, num_microbatches=num_microbatches)
     assert not np.allclose(made({**state, "key": jax.random.key(6)}, X)[1], made(state, X)[1], rtol=1e-3)
+
+
+@pytest.mark.parametrize("num_microbatches", [1, 4])
+@pytest.mark.parametrize("num_stages", [1, 2])
+def test_host_memory_may_be_written_to_when_the_step_returns(num_stages: int, num_microbatches: int) -> None:
+    """A data loader fills one buffer again and again, while the step that reads it is still under way."""
+    rows, width = 1024, 256
+    params = [normal(width, width) / 4 for _ in range(4)]
+    batch = {"x": normal(rows, width), "y": normal(rows, width)}
+    rate = np.float32(0.1)
+
+    def update(params: Tree, batch: Tree, rate: Any) -> tuple[Tree, jax.Array]:
+        value, gradients = bactrian.value_and_grad(mean_loss)(params, batch)
+        return sgd(params, gradients, rate), value
+
+    step = bactrian.parallelize(update, num_stages=num_stages, num_microbatches=num_microbatches)
+    step(*jax.tree.map(np.copy, (params, batch)), rate)  # compiled: the next call returns before it is carried out
+    expected = step.reference(params, batch, rate)
+    for placed in (False, True):
+        own: Any = jax.tree.map(np.copy, (params, batch))
+        state = bactrian.put(own[0], step.compiled, argnum=0) if placed else own[0]
+        if placed:
+            for array in own[0]:
+                array[:] = np.nan
+        got = step(state, own[1], rate)
+        for array in jax.tree.leaves(own):
+            array[:] = np.nan
+        for one, other in zip(jax.tree.leaves(bactrian.gather(got)), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
