@@ -217,7 +217,7 @@ def _silent(*_: Any) -> None:
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--stages", type=int, help="pipeline stages (default: one per rank)")
     parser.add_argument("--microbatches", type=int, default=8)
     parser.add_argument("--schedule", choices=["1f1b", "gpipe"], default="1f1b")
@@ -229,7 +229,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rate", type=float, default=3e-3, help="learning rate after warm-up")
-    parser.add_argument("--report-every", type=int, default=50)
+    parser.add_argument("--report-every", type=int, default=100)
     parser.add_argument("--validation-batches", type=int, default=4)
     parser.add_argument("--compare", action="store_true", help="also run the one-device reference and compare")
     parser.add_argument("--out", type=Path, default=Path("runs/gpt"), help="folder for plan and trace")
