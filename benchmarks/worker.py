@@ -232,12 +232,16 @@ def measure_solo(args: argparse.Namespace) -> dict[str, Any]:
 
 def measure_one_stage(args: argparse.Namespace) -> dict[str, Any]:
     """One stage on one device and the jitted reference, step by step in turn."""
+    import jax
+    import jax.numpy as jnp
+
     from bactrian.driver.reference import reference_function
 
     step, state, batch = PROGRAMS[args.model]()
     ours = step.with_options(num_stages=1, num_microbatches=args.microbatches)
     plain = reference_function(ours.trace(state, batch).captured, donate_state=True)
-    functions, states = (ours, plain), [state, state]
+    functions = ours, plain
+    states = [jax.tree.map(jnp.copy, state) for _ in functions]  # each donates its own
     times: list[list[float]] = [[], []]
     for number in range(args.warmup + args.steps):
         for side in (0, 1) if number % 2 else (1, 0):

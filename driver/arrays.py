@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NoReturn, Protocol
 
 import jax
@@ -95,6 +96,11 @@ class Placement:
     key_impl: Any = None
     num_stages: int = 0
     weak_type: bool = False
+
+    @cached_property
+    def aval_key(self) -> tuple[tuple[int, ...], Any, bool]:
+        """Shape, dtype and weak type, as calls are told apart by."""
+        return self.shape, self.dtype, self.weak_type
 
 
 class PlacedStep(Protocol):

@@ -21,7 +21,7 @@ from jax.extend import core
 from jaxlib.mlir import ir
 
 from bactrian.driver import boundary, dataflow
-from bactrian.driver.arrays import Homes
+from bactrian.driver.arrays import DistributedArray, Homes
 from bactrian.driver.source import line_here, line_of_error
 from bactrian.driver.state import Part, match_state
 from bactrian.passes.errors import BactrianError, ConfigError, ProgramError
@@ -165,7 +165,11 @@ def flatten_call(parameters: inspect.Signature | None, args: Sequence[Any], kwar
         bound = parameters.bind(*args, **kwargs)
         args, kwargs = bound.args, bound.kwargs
     flat, tree = jax.tree.flatten((args, kwargs))
-    statics = tuple((i, leaf) for i, leaf in enumerate(flat) if not boundary.is_array(leaf))
+    statics = tuple(
+        (i, leaf)
+        for i, leaf in enumerate(flat)
+        if not isinstance(leaf, DistributedArray) and not boundary.is_array(leaf)
+    )
     for i, leaf in statics:
         try:
             hash(leaf)
@@ -177,7 +181,8 @@ def flatten_call(parameters: inspect.Signature | None, args: Sequence[Any], kwar
                 fix="convert it to an array, or keep it out of the arguments",
             ) from None
     static = {i for i, _ in statics}
-    return Call(args, kwargs, tree, [leaf for i, leaf in enumerate(flat) if i not in static], statics)
+    leaves = [leaf for i, leaf in enumerate(flat) if i not in static] if static else flat
+    return Call(args, kwargs, tree, leaves, statics)
 
 
 def parameters_of(fun: Callable[..., Any]) -> inspect.Signature | None:
@@ -334,6 +339,8 @@ def abstract(leaf: Any) -> jax.ShapeDtypeStruct:
 
 def _aval_key(leaf: Any) -> tuple[tuple[int, ...], Any, bool]:
     """``abstract`` as a tuple; runs for every leaf of every call."""
+    if isinstance(leaf, DistributedArray):
+        return leaf.placement.aval_key
     if isinstance(leaf, (bool, int, float, complex)):
         return (), jnp.asarray(leaf).dtype, not isinstance(leaf, bool)
     weak_type = bool(getattr(leaf, "weak_type", False))

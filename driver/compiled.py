@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -196,12 +197,12 @@ class Compiled:
 
     def _wrap(self, outputs: Mapping[tuple[int, int], Any]) -> Any:
         """The step's result: state as distributed arrays, everything else as local arrays."""
-        by_result: dict[int, dict[int, Any]] = {}
+        by_result = defaultdict[int, dict[int, Any]](dict)
         for (result, stage), value in outputs.items():
-            by_result.setdefault(result, {})[stage] = value
+            by_result[result][stage] = value
         leaves: list[Any] = []
         for info in self.captured.results:
-            values = by_result.get(info.number, {})
+            values = by_result[info.number]
             if info.updates is not None:
                 leaves.append(DistributedArray(self._kept[info.number], values, self.communicator))
             else:
@@ -209,7 +210,8 @@ class Compiled:
         return self.captured.unflatten(leaves)
 
     def _local(self, value: jax.Array, info: ResultInfo) -> jax.Array:
-        value = jax.device_put(value, self._home)
+        if self._home not in value.devices():
+            value = jax.device_put(value, self._home)
         return value if info.key_impl is None else jax.random.wrap_key_data(value, impl=info.key_impl)
 
 
