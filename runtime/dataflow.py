@@ -87,17 +87,22 @@ class DataFlow:
         return self.program.calls[task.call]
 
     def _tasks_of(self, stage: int) -> list[Task]:
-        """A stage's tasks in its order: initialization, the tokens, the update rounds."""
+        """A stage's tasks in its order: the tokens, initialization right before its first reader, the update rounds."""
         program = self.program
         mine = [i for i, call in enumerate(program.calls) if call.stage == stage]
-        once = {"initialize": [Task(i, ONCE) for i in mine if program.calls[i].phase == "initialize"], "update": []}
+        first = [i for i in mine if program.calls[i].phase == "initialize"]
+        made = {value for i in first for value in program.calls[i].outputs}
         updates = [i for i in mine if program.calls[i].phase == "update"]
-        once["update"] = [Task(i, ONCE) for i in sorted(updates, key=lambda i: program.calls[i].round)]
-        tasks = once["initialize"]
+        tasks: list[Task] = []
         for token in program.order[stage]:
             kind, microbatch = parse_token(token)
-            tasks += [Task(i, microbatch) for i in mine if program.calls[i].phase in _PHASES[kind]]
-        return tasks + once["update"]
+            now = [i for i in mine if program.calls[i].phase in _PHASES[kind]]
+            if first and any(made.intersection(program.calls[i].inputs) for i in now):
+                tasks += [Task(i, ONCE) for i in first]
+                first = []
+            tasks += [Task(i, microbatch) for i in now]
+        tasks += [Task(i, ONCE) for i in first]
+        return tasks + [Task(i, ONCE) for i in sorted(updates, key=lambda i: program.calls[i].round)]
 
     def _connect(self, task: Task) -> None:
         call, microbatch = self.call(task), task.microbatch
