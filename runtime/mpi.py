@@ -110,7 +110,6 @@ class MpiTransport:
         self._lock = threading.Lock()
         self._work = threading.Event()
         self._idle = False  # the helper has nothing to do and waits for `_work`
-        self._on_host: bool | None = None  # values are in host memory; known from the first one
         self._between_steps = True  # nobody but the helper looks after messages
         self._closed = False
         self._error: BaseException | None = None
@@ -156,7 +155,10 @@ class MpiTransport:
             nap, longest = _IDLE_NAP_SECONDS
             eager = 0.0
             while not handle.done:
-                if running is None or not (_sleep_until(self._next_source()) or _sleep_until(running)):
+                source = self._next_source()
+                if running is not None and source is not None and _is_made(source):
+                    pass  # made after the last look: `poll` sends it
+                elif running is None or not (_sleep_until(source) or _sleep_until(running)):
                     now = time.perf_counter()
                     eager = eager or now + _EAGER_SECONDS
                     if now < eager:
@@ -183,6 +185,8 @@ class MpiTransport:
                     send.started = True
                     self._requests.append(self.comm.Isend(self._message(source), dest=destination, tag=send.tag))
                     self._handles.append(send)
+            while self._order and self._order[0].started:
+                self._order.popleft()
             if not self._requests:
                 return
             done = self._mpi.Request.Testsome(self._requests)
@@ -197,14 +201,12 @@ class MpiTransport:
                 self._handles = [h for i, h in enumerate(self._handles) if i not in finished]
 
     def _message(self, source: jax.Array) -> list[Any]:
-        """A ready array as MPI reads it; where XLA holds it if that is host memory."""
-        if self._on_host is None:
-            self._on_host = all(device.platform == "cpu" for device in source.devices())
-        if self._on_host and source.nbytes:
-            view = self._mpi.buffer.fromaddress(source.unsafe_buffer_pointer(), source.nbytes, readonly=True)
-        else:
-            view = np.ascontiguousarray(np.asarray(source)).reshape(-1).view(np.uint8)
-        return [view, self._mpi.BYTE]
+        """A ready array as MPI reads it.
+
+        numpy's view keeps XLA from using the memory again, whoever donates the array, and raises if the computation
+        failed; the bare pointer would do neither.
+        """
+        return [np.ascontiguousarray(np.asarray(source)).reshape(-1).view(np.uint8), self._mpi.BYTE]
 
     def busy(self) -> bool:
         """Whether any message is under way."""
@@ -213,11 +215,8 @@ class MpiTransport:
 
     def _next_source(self) -> jax.Array | None:
         """The oldest value that is not sent yet."""
-        order = self._order
         with self._lock:
-            while order and order[0].started:
-                order.popleft()
-            return order[0].source if order else None
+            return self._order[0].source if self._order else None
 
     def _help(self) -> None:
         """Ask now and then; between steps, send each value when it is made."""
@@ -230,7 +229,8 @@ class MpiTransport:
                     nap = shortest
                     continue
                 if not (self._between_steps and _sleep_until(self._next_source())):
-                    receives = self._all_local and not any(isinstance(handle, _Send) for handle in self._handles)
+                    sends = any(self._unsent) or any(isinstance(handle, _Send) for handle in self._handles)
+                    receives = self._all_local and not sends
                     self._work.wait(max(nap, _LOCAL_NAP_SECONDS) if receives else nap)
                     self._work.clear()
                     nap = min(2 * nap, longest)
@@ -282,6 +282,10 @@ class MpiTransport:
 @functools.cache
 def _numpy_dtype(name: str) -> np.dtype[Any]:
     return np.dtype(getattr(ml_dtypes, name, name))
+
+
+def _is_made(array: jax.Array) -> bool:
+    return not array.is_deleted() and _is_ready(array)
 
 
 def _sleep_until(array: jax.Array | None) -> bool:
