@@ -42,9 +42,9 @@ class SelectResiduals(Pass):
     is kept, from state, or from nothing. Keeping a value costs its bytes and ``overhead-bytes`` for the buffer;
     computing an op again costs an eighth of its result's bytes, twice its bytes for a transcendental function, and the
     result's bytes more where an op that can't take it in by fusion reads it. The set of least total price is a minimum
-    cut of the data flow, found exactly (the idea is PyTorch's min-cut partitioner in AOTAutograd, H. He and S. Shah,
-    2022; network and prices are our own). What ``jax.checkpoint``
-    computes again is in the backward phase already and stays as it is.
+    cut of the data flow, found exactly. The idea is that of PyTorch's partitioner ("Min-cut optimal(*) recomputation
+    (i.e. activation checkpointing) with AOTAutograd", PyTorch developer discussions, thread 467); network and prices
+    are our own. What ``jax.checkpoint`` computes again is in the backward phase already and stays as it is.
 
     A stage whose forward and backward phases are one function (the last one of 1F1B) keeps nothing, and is left alone.
 

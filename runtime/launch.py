@@ -119,9 +119,8 @@ def keep_memory() -> bool:
 
 
 _TELL_SECONDS = 0.2
-tell_step: Callable[[int], object] | None = (
-    None  # told which step is under way, now and then; set by the rank's starter
-)
+# Told which step is under way, now and then; set by what started this rank.
+tell_step: Callable[[int], object] | None = None
 _told = 0.0, -1  # when, which
 
 
