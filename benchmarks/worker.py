@@ -17,6 +17,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+BLOCK = 4  # steps
 Program = tuple[Any, Any, Any]  # parallelized step, state, batch
 
 
@@ -131,7 +132,9 @@ def time_functions(compiled: Any) -> Generator[dict[str, list[float]]]:
         def timed(arguments: Any) -> Any:
             jax.block_until_ready(arguments)
             begin = time.perf_counter()
-            results = jax.block_until_ready(function(arguments))
+            results = function(arguments)
+            if results:
+                results[-1].block_until_ready()  # all of a call's results are ready together
             seconds.setdefault(symbol, []).append(time.perf_counter() - begin)
             return results
 
@@ -194,24 +197,31 @@ def _round(function: str) -> int:
 
 
 def measure_pipeline(args: argparse.Namespace) -> dict[str, Any]:
-    """Steps of the pipeline, then steps with each stage function timed, then steps again."""
+    """Blocks of steps, in turn plain and with each stage function timed, so that both see the same machine."""
     step, state, batch = PROGRAMS[args.model]()
     step = step.with_options(num_stages=args.stages, num_microbatches=args.microbatches, schedule=args.schedule)
     _, state, losses = time_steps(step, state, batch, args.warmup)
-    first, state, _ = time_steps(step, state, batch, args.steps)
     compiled = step.compiled
-    with time_functions(compiled) as seconds:
-        _, state, _ = time_steps(step, state, batch, max(4, args.steps // 2))
-    second, state, later = time_steps(step, state, batch, args.steps)
+    plain, own = list[float](), dict[str, list[float]]()
+    later = losses
+    for _ in range(max(1, args.steps // BLOCK)):
+        times, state, _ = time_steps(step, state, batch, 1 + BLOCK)
+        plain += times[1:]  # the first after a change is not like the others
+        with time_functions(compiled) as seconds:
+            _, state, _ = time_steps(step, state, batch, 1)
+            seconds.clear()
+            _, state, later = time_steps(step, state, batch, BLOCK)
+        for symbol, values in seconds.items():
+            own.setdefault(symbol, []).extend(values)
     comm = compiled.session.world.comm
-    own = {symbol: median(values) for symbol, values in seconds.items()}
-    merged = {k: v for each in (comm.allgather(own) if comm is not None else [own]) for k, v in each.items()}
+    mine = {symbol: median(values) for symbol, values in own.items()}
+    merged = {k: v for each in (comm.allgather(mine) if comm is not None else [mine]) for k, v in each.items()}
     lists = [[x for x in each.instructions if hasattr(x, "function")] for each in compiled.session.lists]
     ideal = ideal_seconds(lists, merged)
     return {
-        "seconds": first + second,
+        "seconds": plain,
         "ideal_seconds": ideal,
-        "efficiency": ideal / median(first + second),
+        "efficiency": ideal / median(plain),
         "function_seconds": merged,
         "loss_first": losses[0],
         "loss_last": later[-1],
@@ -293,9 +303,8 @@ def measure_instructions(args: argparse.Namespace) -> dict[str, Any]:
 
         return hand_out
 
-    pieces = {}
-    for leaf in jax.tree.leaves(state):
-        pieces.update({(leaf.placement.argument, stage): piece for stage, piece in leaf.pieces.items()})
+    by_argument = {leaf.placement.argument: leaf.pieces for leaf in jax.tree.leaves(state)}
+    pieces = [by_argument[argument][stage] for argument, stage in session.arguments]
     numbers = [info.number for info in step.compiled.captured.arguments if info.role == "batch"]
     arrays = dict(zip(numbers, jax.tree.leaves(batch), strict=True))
     with replace_functions(step.compiled, wrap):

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, overload
 
 from bactrian.driver.arrays import Homes, gather
-from bactrian.driver.capture import Captured, capture, flatten_call, parameters_of
+from bactrian.driver.calls import flatten_call, parameters_of
+from bactrian.driver.capture import Captured, capture
 from bactrian.driver.compiled import Compiled
 from bactrian.driver.planning import Decisions, Staged, stage_program
 from bactrian.driver.reference import reference
@@ -184,11 +185,12 @@ class Parallelized:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """One step."""
         last = self._last
-        if last is not None and (leaves := last.flatten_if_same(args, kwargs)) is not None and last.has_all(leaves):
-            return last.call_leaves(leaves)
+        if last is not None and not kwargs and (leaves := last.leaves_if_placed(args)) is not None:
+            return last.call_placed(leaves)
         call = flatten_call(self._parameters, args, kwargs)
-        self._last = self._compiled_for(call.signature, call.leaves, args, kwargs)
-        return self._last.call_leaves(call.leaves)
+        if last is None or call.signature != last.captured.call_signature or not last.has_all(call.leaves):
+            last = self._last = self._compiled_for(call.signature, call.leaves, args, kwargs)
+        return last.call_leaves(call.leaves)
 
     def _compiled_for(
         self, signature: Any, leaves: Sequence[Any], args: Sequence[Any], kwargs: Mapping[str, Any]

@@ -21,7 +21,8 @@ from jax.extend import core
 from jaxlib.mlir import ir
 
 from bactrian.driver import boundary, dataflow
-from bactrian.driver.arrays import DistributedArray, Homes
+from bactrian.driver.arrays import Homes
+from bactrian.driver.calls import Call, abstract, flatten_call, is_key, merged, parameters_of, physical
 from bactrian.driver.source import line_here, line_of_error
 from bactrian.driver.state import Part, match_state
 from bactrian.passes.errors import BactrianError, ConfigError, ProgramError
@@ -55,7 +56,7 @@ class ArgumentInfo:
     @property
     def physical(self) -> jax.ShapeDtypeStruct:
         """Shape and dtype of what stages carry: a typed key is its uint32 words."""
-        return _physical(self.shape, self.dtype)
+        return physical(self.shape, self.dtype)
 
 
 @dataclass(frozen=True)
@@ -73,23 +74,7 @@ class ResultInfo:
     @property
     def physical(self) -> jax.ShapeDtypeStruct:
         """Shape and dtype of what stages carry."""
-        return _physical(self.shape, self.dtype)
-
-
-@dataclass(frozen=True, eq=False)
-class Call:
-    """The arguments of one call, flattened: ``leaves`` are data, ``statics`` (position, value) everything else."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    tree: Any
-    leaves: list[Any]
-    statics: tuple[tuple[int, Any], ...]
-
-    @functools.cached_property
-    def signature(self) -> tuple[Any, ...]:
-        """Equal for calls that the same captured program serves; hashable."""
-        return self.tree, tuple(map(_aval_key, self.leaves)), self.statics
+        return physical(self.shape, self.dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,53 +129,9 @@ class Captured:
             )
         return call.leaves
 
-    def flatten_if_same(self, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> list[Any] | None:
-        """The array leaves of a call, or None where it is not one of this program's."""
-        call = flatten_call(self.parameters, args, kwargs or {})
-        return call.leaves if call.signature == self.call_signature else None
-
     def unflatten(self, results: Sequence[Any]) -> Any:
         """The step's result from its array leaves; static leaves are put back."""
-        return jax.tree.unflatten(self.out_tree, _merged(list(results), self.out_statics))
-
-
-def flatten_call(parameters: inspect.Signature | None, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
-    """Flattens a call; an argument given by keyword that could be positional is positional.
-
-    Raises:
-        ProgramError: a static leaf can't be hashed.
-    """
-    args, kwargs = tuple(args), dict(kwargs)
-    if kwargs and parameters is not None:
-        bound = parameters.bind(*args, **kwargs)
-        args, kwargs = bound.args, bound.kwargs
-    flat, tree = jax.tree.flatten((args, kwargs))
-    statics = tuple(
-        (i, leaf)
-        for i, leaf in enumerate(flat)
-        if not isinstance(leaf, DistributedArray) and not boundary.is_array(leaf)
-    )
-    for i, leaf in statics:
-        try:
-            hash(leaf)
-        except TypeError:
-            path = jax.tree_util.keystr(jax.tree_util.tree_leaves_with_path((args, kwargs))[i][0])
-            raise ProgramError(
-                f"the argument leaf {path} is neither an array nor hashable: {type(leaf).__qualname__}",
-                where=line_here(),
-                fix="convert it to an array, or keep it out of the arguments",
-            ) from None
-    static = {i for i, _ in statics}
-    leaves = [leaf for i, leaf in enumerate(flat) if i not in static] if static else flat
-    return Call(args, kwargs, tree, leaves, statics)
-
-
-def parameters_of(fun: Callable[..., Any]) -> inspect.Signature | None:
-    """The signature of ``fun``, where it has one."""
-    try:
-        return inspect.signature(fun)
-    except (TypeError, ValueError):
-        return None
+        return jax.tree.unflatten(self.out_tree, merged(list(results), self.out_statics))
 
 
 def capture(
@@ -317,7 +258,7 @@ class _Step:
 
     def _run(self, mode: boundary.CaptureMode, leaves: Sequence[Any]) -> list[Any]:
         boundary.trace_index(mode)
-        args, kwargs = jax.tree.unflatten(self.call.tree, _merged(list(leaves), self.call.statics))
+        args, kwargs = jax.tree.unflatten(self.call.tree, merged(list(leaves), self.call.statics))
         result = self.fun(*args, **kwargs)
         with_paths, self.out_tree = jax.tree_util.tree_flatten_with_path(result)
         arrays = [(path, leaf) for path, leaf in with_paths if boundary.is_array(leaf)]
@@ -327,47 +268,8 @@ class _Step:
         if self.forward_only:
             words = boundary.tree_reductions(result, self.out_reduction, "out_reduction")
             outputs = boundary.mark(mode, outputs, ["output"] * len(outputs), words)
-        self.key_impls = tuple(jax.random.key_impl(x) if _is_key(getattr(x, "dtype", None)) else None for x in outputs)
+        self.key_impls = tuple(jax.random.key_impl(x) if is_key(getattr(x, "dtype", None)) else None for x in outputs)
         return outputs
-
-
-def abstract(leaf: Any) -> jax.ShapeDtypeStruct:
-    """Shape, dtype (as JAX has it: 32 bits unless x64 is on) and weak type of a data leaf."""
-    shape, dtype, weak_type = _aval_key(leaf)
-    return jax.ShapeDtypeStruct(shape, dtype, weak_type=weak_type)
-
-
-def _aval_key(leaf: Any) -> tuple[tuple[int, ...], Any, bool]:
-    """``abstract`` as a tuple; runs for every leaf of every call."""
-    if isinstance(leaf, DistributedArray):
-        return leaf.placement.aval_key
-    if isinstance(leaf, (bool, int, float, complex)):
-        return (), jnp.asarray(leaf).dtype, not isinstance(leaf, bool)
-    weak_type = bool(getattr(leaf, "weak_type", False))
-    return tuple(leaf.shape), _canonical_dtype(leaf.dtype, jax.config.read("jax_enable_x64")), weak_type
-
-
-@functools.lru_cache(maxsize=256)
-def _canonical_dtype(dtype: Any, _x64: bool) -> Any:
-    return dtype if _is_key(dtype) else jax.dtypes.canonicalize_dtype(dtype)
-
-
-def _is_key(dtype: Any) -> bool:
-    return dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
-
-
-def _physical(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-    logical = jax.ShapeDtypeStruct(shape, dtype)
-    if not _is_key(dtype):
-        return logical
-    physical = jax.eval_shape(jax.random.key_data, logical)
-    return jax.ShapeDtypeStruct(physical.shape, physical.dtype)
-
-
-def _merged(leaves: list[Any], statics: Sequence[tuple[int, Any]]) -> list[Any]:
-    for position, value in statics:  # positions ascend
-        leaves.insert(position, value)
-    return leaves
 
 
 def _check_count(num_microbatches: int) -> None:
@@ -397,7 +299,7 @@ def _arguments(call: Call, batch: set[int], parameters: inspect.Signature | None
         argnum = path[1].idx if positional else None
         name = names[argnum] if argnum is not None else path[1].key
         role = "batch" if argnum in batch else "constant"
-        key_impl = jax.random.key_impl(_example_key(aval.dtype)) if _is_key(aval.dtype) else None
+        key_impl = jax.random.key_impl(_example_key(aval.dtype)) if is_key(aval.dtype) else None
         text = name + jax.tree_util.keystr(path[2:])
         weak_type = bool(aval.weak_type)
         infos.append(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,8 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 
 from bactrian.driver.arrays import MPI, Communicator, DistributedArray, Placement, SingleProcess, physical_values
+from bactrian.driver.boundary import is_array
+from bactrian.driver.calls import aval_key
 from bactrian.driver.capture import ArgumentInfo, Captured, ResultInfo
 from bactrian.driver.session import Session
 from bactrian.driver.source import line_here
@@ -53,6 +54,16 @@ class Compiled:
                 self._kept[info.number] = held if same else self._placement(captured.arguments[info.updates], stages)
         self._home = jax.local_devices()[0]
         self._told_of_moves = False
+        # How results are put together: with a placement, a distributed array of the pieces at some positions of what
+        # the session gives, by stage; without, a local array.
+        at: dict[int, dict[int, int]] = {info.number: {} for info in captured.results}
+        for position, (result, stage) in enumerate(session.results):
+            at[result][stage] = position
+        self._made = [(info, self._kept.get(info.number), tuple(at[info.number].items())) for info in captured.results]
+        # What `leaves_if_placed` compares with.
+        self._tree, avals, statics = captured.call_signature
+        self._quick = not statics
+        self._batch_avals = [(number, avals[number]) for number in self._batch]
 
     @property
     def plan(self) -> Plan:
@@ -72,9 +83,25 @@ class Compiled:
         """
         return self.call_leaves(self.captured.flatten(args, kwargs))
 
-    def flatten_if_same(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any] | None:
-        """The array leaves of a call, or None if it is not one of this program's."""
-        return self.captured.flatten_if_same(args, kwargs)
+    def leaves_if_placed(self, args: tuple[Any, ...]) -> list[Any] | None:
+        """The array leaves of a positional call that goes on where this step placed its state; None for all others.
+
+        Most calls are such ones, and between two steps every loop over the leaves of a state counts.
+        """
+        if not self._quick:
+            return None
+        leaves, tree = jax.tree.flatten((args, {}))
+        if tree != self._tree:
+            return None
+        for number, placement in self._held.items():
+            leaf = leaves[number]
+            if type(leaf) is not DistributedArray or leaf.placement is not placement:
+                return None
+        for number, aval in self._batch_avals:
+            leaf = leaves[number]
+            if isinstance(leaf, DistributedArray) or not is_array(leaf) or aval_key(leaf) != aval:
+                return None
+        return leaves
 
     def has_all(self, leaves: Sequence[Any]) -> bool:
         """Whether the distributed ones of a call's array leaves are on all stages that read them."""
@@ -90,6 +117,19 @@ class Compiled:
                 if here.stages != wanted.stages and not set(wanted.stages).issubset(here.stages):
                     return False
         return True
+
+    def call_placed(self, leaves: Sequence[Any]) -> Any:
+        """One step on what `leaves_if_placed` gave."""
+        for number in self._held:
+            leaf = leaves[number]
+            if leaf.donated_by is not None:
+                leaf.check_usable()
+        pieces = [leaves[number].pieces[stage] for number, stage in self.session.arguments]
+        for piece in pieces:
+            if piece.is_deleted():
+                for number in self._held:
+                    leaves[number].check_usable()
+        return self._run(pieces, leaves, [leaves[number] for number in self._held if number in self._state])
 
     def call_leaves(self, leaves: Sequence[Any]) -> Any:
         """One step on the array leaves of its arguments."""
@@ -108,6 +148,9 @@ class Compiled:
         if moved and not self._told_of_moves:
             self._told_of_moves = True
             _log.warning("%s", _moves_text(self.captured.name, moved))
+        return self._run([pieces[key] for key in self.session.arguments], leaves, donated)
+
+    def _run(self, pieces: Sequence[jax.Array], leaves: Sequence[Any], donated: Sequence[DistributedArray]) -> Any:
         batch = {number: _physical(leaves[number]) for number in self._batch}
         if donated and self.session.staged.donate:
             where = line_here()
@@ -167,9 +210,9 @@ class Compiled:
 
     def _refuse_given_twice(self, leaves: Sequence[Any], donated: Sequence[DistributedArray], where: str) -> None:
         """Refuse a value that one call both consumes and reads elsewhere, while nothing is consumed yet."""
-        held = [(id(leaves[number]), placement.path) for number, placement in self._held.items()]
-        if len({key for key, _ in held}) == len(held):
+        if len({id(leaves[number]) for number in self._held}) == len(self._held):
             return
+        held = [(id(leaves[number]), placement.path) for number, placement in self._held.items()]
         for leaf in donated:
             paths = [path for key, path in held if key == id(leaf)]
             if len(paths) > 1:
@@ -195,18 +238,15 @@ class Compiled:
                 piece = device_array(np.asarray(value, dtype=wanted), sharding, True)
             pieces[placement.argument, stage] = piece
 
-    def _wrap(self, outputs: Mapping[tuple[int, int], Any]) -> Any:
+    def _wrap(self, outputs: Sequence[jax.Array]) -> Any:
         """The step's result: state as distributed arrays, everything else as local arrays."""
-        by_result = defaultdict[int, dict[int, Any]](dict)
-        for (result, stage), value in outputs.items():
-            by_result[result][stage] = value
         leaves: list[Any] = []
-        for info in self.captured.results:
-            values = by_result[info.number]
-            if info.updates is not None:
-                leaves.append(DistributedArray(self._kept[info.number], values, self.communicator))
+        for info, placement, pieces in self._made:
+            if placement is not None:
+                values = {stage: outputs[position] for stage, position in pieces}
+                leaves.append(DistributedArray(placement, values, self.communicator))
             else:
-                leaves.append(self._local(next(iter(values.values())), info))
+                leaves.append(self._local(outputs[pieces[0][1]], info))
         return self.captured.unflatten(leaves)
 
     def _local(self, value: jax.Array, info: ResultInfo) -> jax.Array:

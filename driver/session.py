@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from bactrian.runtime import faults
 from bactrian.runtime.check import Report, check_lists
 from bactrian.runtime.executor import Executor, Meter, run_together
 from bactrian.runtime.instructions import RankList
+from bactrian.runtime.launch import has_own_cores, pin_cores
 from bactrian.runtime.lists import build_lists
 from bactrian.runtime.trace import Tracer, gather_traces, write_trace
 from bactrian.runtime.transport import InProcessTransport, LocalNetwork, Transport
@@ -95,18 +98,23 @@ class Session:
     meter: Meter | None = None
     _make: Callable[..., tuple[Executor, ...]] = field(default=lambda: (), repr=False)
 
-    def run(self, pieces: Mapping[tuple[int, int], jax.Array], batch: Mapping[int, Any]) -> dict[tuple[int, int], Any]:
-        """One step: pieces by (argument, stage) and whole batch arrays by argument; results by (result, stage)."""
-        inputs = [[pieces[a.argument, a.stage] for a in e.list.arguments] for e in self.executors]
+    @cached_property
+    def arguments(self) -> tuple[tuple[int, int], ...]:
+        """What a step reads beside the batch: (argument, stage), in the order of ``run``."""
+        return tuple((slot.argument, slot.stage) for e in self.executors for slot in e.list.arguments)
+
+    @cached_property
+    def results(self) -> tuple[tuple[int, int], ...]:
+        """What a step gives: (result, stage), in the order of ``run``."""
+        return tuple((slot.result, slot.stage) for e in self.executors for slot in e.list.results)
+
+    def run(self, pieces: Sequence[jax.Array], batch: Mapping[int, Any]) -> list[jax.Array]:
+        """One step: a piece for each of ``arguments`` and whole batch arrays by argument; one for each of ``results``."""
         if len(self.executors) == 1:
-            outputs = [self.executors[0].step(inputs[0], batch)]
-        else:
-            outputs = run_together(self.executors, inputs, batch)
-        return {
-            (slot.result, slot.stage): value
-            for executor, values in zip(self.executors, outputs, strict=True)
-            for slot, value in zip(executor.list.results, values, strict=True)
-        }
+            return self.executors[0].step(pieces, batch)
+        rest = iter(pieces)
+        inputs = [list(islice(rest, len(e.list.arguments))) for e in self.executors]
+        return [value for values in run_together(self.executors, inputs, batch) for value in values]
 
     def observe(self, *, trace: bool = False, meter: bool = False) -> None:
         """Record times (``trace``) or held buffers (``meter``) from the next step on; both off: full speed."""
@@ -152,13 +160,14 @@ def open_session(staged: Staged, world: World) -> Session:
         devices = {stage: local[i % len(local)] for i, stage in enumerate(own[0].stages)}
         from bactrian.runtime.mpi import MpiTransport
 
-        transports: list[Transport] = [MpiTransport(world.comm, device_array=device_array)]
+        transports: list[Transport] = [MpiTransport(world.comm, own_cores=has_own_cores(), device_array=device_array)]
     else:
         own = lists
         devices = {stage: local[rank] for stage, rank in enumerate(ranks)}
         network = LocalNetwork()
         transports = [InProcessTransport(network, rank_list.rank) for rank_list in own]
     functions, seconds = _compile(staged, devices)
+    inline = world.comm is not None and len(pin_cores()) == 1 and all(d.platform == "cpu" for d in devices.values())
 
     def make(tracer: Tracer | None = None, meter: Meter | None = None) -> tuple[Executor, ...]:
         return tuple(
@@ -170,6 +179,7 @@ def open_session(staged: Staged, world: World) -> Session:
                 tracer=tracer,
                 meter=meter,
                 device_array=device_array,
+                inline=inline,
             )
             for rank_list, transport in zip(own, transports, strict=True)
         )

@@ -45,6 +45,8 @@ class Executor:
         tracer: records times; makes every call wait for its results.
         meter: counts what is held after every instruction.
         device_array: how host arrays come to a device.
+        inline: wait for each call's results before going on. For ranks whose only core is their device: nothing can
+            run beside a call there, and what comes next only delays the value that another rank waits for.
     """
 
     def __init__(
@@ -57,8 +59,9 @@ class Executor:
         tracer: Tracer | None = None,
         meter: Meter | None = None,
         device_array: DeviceArray = device_array,
+        inline: bool = False,
     ) -> None:
-        self._device_array = device_array
+        self._device_array, self._inline = device_array, inline
         self.list, self.functions, self.transport = rank_list, functions, transport
         self.tracer, self.meter = tracer, meter
         cache: dict[Place, Sharding] = {}
@@ -103,6 +106,8 @@ class Executor:
         self._batch = {a: _host_view(batch[a]) for a in self._loaded}
         self._sends = {slot: [] for slot in self._waited}
         self.at = 0
+        if self.meter is not None:
+            self.meter.begin(self.list)
         faults.set_step(self.num_steps)
         launch.note_step(self.num_steps)
 
@@ -206,11 +211,14 @@ class Executor:
         sizes = [self.list.slots[slot].nbytes for slot in outputs]
         on_host = all(d.platform == "cpu" for slot in outputs[:1] for d in self.places[slot].device_set)
         smallest = sizes.index(min(sizes)) if sizes and on_host else None  # it is kept alive until the next call
+        inline = self._inline
 
         def call(env: Environment) -> None:
             values = function([env[i] for i in inputs])
             if smallest is not None:
                 self._running = values[smallest]
+                if inline:
+                    values[smallest].block_until_ready()
             for slot in donated:
                 env[slot] = None
             for slot, value in zip(outputs, values, strict=True):
@@ -276,6 +284,10 @@ class Meter:
         self.in_flight: dict[int, int] = {}  # stage -> most microbatches with live activations
         self.peak_bytes: dict[int, int] = {}  # rank -> most bytes in slots
         self._begun: set[tuple[int, int]] = set()
+
+    def begin(self, rank_list: RankList) -> None:
+        """A step begins: no microbatch of this list's stages has begun."""
+        self._begun = {(stage, m) for stage, m in self._begun if stage not in rank_list.stages}
 
     def look(self, rank_list: RankList, instruction: Instruction, env: Environment) -> None:
         """Count after one instruction."""

@@ -74,6 +74,12 @@ def share_of_cores(cores: list[int], local_rank: int, local_size: int) -> list[i
 
 
 _cores: list[int] | None = None
+_shared = False
+
+
+def has_own_cores() -> bool:
+    """Whether no other rank of this job was given this rank's cores; known once `pin_cores` was called."""
+    return _cores is not None and not _shared
 
 
 def pin_cores() -> list[int]:
@@ -81,13 +87,14 @@ def pin_cores() -> list[int]:
 
     Under a bare mpirun that has bound the rank to some of the cores already, they are its share.
     """
-    global _cores
+    global _cores, _shared
     if _cores is None:
         if not hasattr(os, "sched_getaffinity"):
             return list(range(os.cpu_count() or 1))  # macOS has no affinity
         place, allowed = rank_environment(), sorted(os.sched_getaffinity(0))
         bound = JOB_VARIABLE not in os.environ and len(allowed) < (os.cpu_count() or 1)
         _cores = allowed if bound else share_of_cores(allowed, place.local_rank, place.local_size)
+        _shared = place.local_size > (os.cpu_count() or 1 if bound else len(allowed))
         if _cores != allowed:
             os.sched_setaffinity(0, _cores)
         for name in _THREADS:

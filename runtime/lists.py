@@ -26,6 +26,7 @@ from bactrian.runtime.instructions import (
 )
 from bactrian.runtime.program import StagedProgram
 
+_LOAD_AHEAD_BYTES = 16 << 20  # of device memory, for pieces of the batch that are loaded while a rank waits
 _START = -1  # place in the global order of what is there before the first task
 
 
@@ -183,6 +184,7 @@ class _RankBuilder:
         self.out: list[Instruction] = []
         self.indices: list[tuple[int, int]] = []
         self.present: set[Key] = set()
+        self.waited = False  # for a message
         self._find_uses()
 
     def _find_uses(self) -> None:
@@ -276,6 +278,9 @@ class _RankBuilder:
         task = self.tasks[i]
         call = self.flow.call(task)
         reads, writes = self.flow.reads[task], self.flow.writes[task]
+        if not self.waited and any(key in self.moves.receives and key not in self.present for key in reads):
+            self.waited = True
+            self._load_ahead(i)
         for key in reads:
             self._bring(key, i)
         donated = tuple(sorted({reads[p] for p in call.donated}))
@@ -305,6 +310,22 @@ class _RankBuilder:
         self._distribute(key, i, still_read=key in self._reads_at(i))
         if key in self.copied and key not in self._reads_at(i):
             self._free((key,), i)
+
+    def _load_ahead(self, i: int) -> None:
+        """Load what later tasks read of the batch now, as far as the budget goes.
+
+        A rank that waits for its first message waits for the pipeline to fill. Later, its host has less time to spare.
+        """
+        budget = _LOAD_AHEAD_BYTES
+        for task in self.tasks[i:]:
+            for key in self.flow.reads[task]:
+                if key.value in self.flow.batches and key not in self.present:
+                    budget -= self.flow.program.values[key.value].nbytes
+                    if budget < 0:
+                        return
+                    self.out.append(Load(self.flow.batches[key.value], key.microbatch, self._slot(key)))
+                    self.present.add(key)
+                    self._distribute(key, i, still_read=True)
 
     def _reads_at(self, i: int) -> Sequence[Key]:
         if i < self.end:

@@ -23,7 +23,9 @@ from bactrian.runtime.transport import DeviceArray, Handle, device_array
 _ALIGNMENT = 64  # XLA takes host memory without a copy only when it is aligned so
 # Naps double from the first to the second.
 _IDLE_NAP_SECONDS = 20e-6, 100e-6  # while nothing is computed on this rank: the core is free
-_EAGER_SECONDS = 2e-3  # an idle rank asks without naps for so long: a message is near, and a nap ends late
+# An idle rank asks without naps for so long: a nap ends late, by 0.3 ms where a core has gone to sleep meanwhile.
+_EAGER_SECONDS = 2e-3  # where others may want the core
+_ALONE_SECONDS = 50e-3  # on cores of its own
 _BUSY_NAP_SECONDS = 0.5e-3, 4e-3  # while XLA may need the core: a wake-up costs it tens of microseconds
 _LOCAL_NAP_SECONDS = 20e-3  # where all that is under way are receives from ranks of this host
 
@@ -33,24 +35,27 @@ class BufferPool:
 
     def __init__(self, keep: int = 8) -> None:
         self._keep = keep
-        self._buffers: dict[int, list[np.ndarray[Any, Any]]] = defaultdict(list)
-        probe = [np.empty(1, np.uint8)]
-        self._idle = next(sys.getrefcount(raw) for raw in probe)
+        # By size: the memory, and its aligned part. Whatever is made of a part refers to the memory, as numpy does it.
+        self._buffers: dict[int, list[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]] = defaultdict(list)
+        probe = [_aligned(1)]
+        self._idle = next(sys.getrefcount(memory) for memory, _ in probe)
 
     def take(self, nbytes: int) -> np.ndarray[Any, Any]:
         """``nbytes`` bytes that nobody uses."""
         buffers = self._buffers[nbytes]
-        found = None
-        for raw in buffers:
-            if sys.getrefcount(raw) == self._idle:
-                found = raw
-                break
-        if found is None:
-            found = np.empty(nbytes + _ALIGNMENT, np.uint8)
-            if len(buffers) < self._keep:
-                buffers.append(found)
-        start = -found.ctypes.data % _ALIGNMENT
-        return found[start : start + nbytes]
+        for memory, part in buffers:
+            if sys.getrefcount(memory) == self._idle:
+                return part[:]  # a view of its own, so that the memory is known to be in use
+        memory, part = _aligned(nbytes)
+        if len(buffers) < self._keep:
+            buffers.append((memory, part))
+        return part[:]
+
+
+def _aligned(nbytes: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    memory = np.empty(nbytes + _ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % _ALIGNMENT
+    return memory, memory[start : start + nbytes]
 
 
 class _Send(Handle):
@@ -89,6 +94,7 @@ class MpiTransport:
         *,
         helper: bool = True,
         nap_seconds: tuple[float, float] = _BUSY_NAP_SECONDS,
+        own_cores: bool = False,
         device_array: DeviceArray = device_array,
     ) -> None:
         from mpi4py import MPI
@@ -100,6 +106,7 @@ class MpiTransport:
         self._all_local = here.Get_size() == self.comm.Get_size()
         here.Free()
         self._naps = nap_seconds
+        self._eager_seconds = _ALONE_SECONDS if own_cores else _EAGER_SECONDS
         self._device_array = device_array
         self._pool = BufferPool()
         # By destination: values made or being made, in order.
@@ -120,12 +127,17 @@ class MpiTransport:
         atexit.register(self._finish)
 
     def send(self, array: jax.Array, destination: int, tag: int, *, move: bool = False) -> Handle:
-        """Queue the array; it leaves when it is ready and what was queued before it has left."""
+        """Send the array, or queue it: it leaves when it is ready and what was queued before it has left."""
         del move  # the message is a copy
         handle = _Send(array, tag)
-        self._unsent[destination].append(handle)
-        self._order.append(handle)
         self._between_steps = False
+        queue = self._unsent[destination]
+        with self._lock:
+            if not queue and _is_ready(array):
+                self._start(handle, destination)
+            else:
+                queue.append(handle)
+                self._order.append(handle)
         if self._idle:
             self._work.set()
         return handle
@@ -160,7 +172,7 @@ class MpiTransport:
                     pass  # made after the last look: `poll` sends it
                 elif running is None or not (_sleep_until(source) or _sleep_until(running)):
                     now = time.perf_counter()
-                    eager = eager or now + _EAGER_SECONDS
+                    eager = eager or now + self._eager_seconds
                     if now < eager:
                         os.sched_yield()
                     else:
@@ -181,10 +193,7 @@ class MpiTransport:
         with self._lock:
             for destination, queue in enumerate(self._unsent):
                 while queue and (source := queue[0].source) is not None and _is_ready(source):
-                    send = queue.popleft()
-                    send.started = True
-                    self._requests.append(self.comm.Isend(self._message(source), dest=destination, tag=send.tag))
-                    self._handles.append(send)
+                    self._start(queue.popleft(), destination)
             while self._order and self._order[0].started:
                 self._order.popleft()
             if not self._requests:
@@ -199,6 +208,13 @@ class MpiTransport:
                 finished = set(done)
                 self._requests = [r for i, r in enumerate(self._requests) if i not in finished]
                 self._handles = [h for i, h in enumerate(self._handles) if i not in finished]
+
+    def _start(self, send: _Send, destination: int) -> None:
+        """Hand a made value to MPI; the lock is held."""
+        assert send.source is not None
+        send.started = True
+        self._requests.append(self.comm.Isend(self._message(send.source), dest=destination, tag=send.tag))
+        self._handles.append(send)
 
     def _message(self, source: jax.Array) -> list[Any]:
         """A ready array as MPI reads it.
