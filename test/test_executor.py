@@ -66,14 +66,15 @@ def compare(runs: list[Executor], results: list[list[jax.Array]], expected: dict
     ],
 )
 @pytest.mark.parametrize("microbatches", [1, 4])
+@pytest.mark.parametrize("inline", [False, True])
 def test_three_steps_equal_the_serial_ones(
-    schedule: str, ranks: tuple[int, ...], devices: list[int], microbatches: int
+    schedule: str, ranks: tuple[int, ...], devices: list[int], microbatches: int, inline: bool
 ) -> None:
     stages = len(ranks)
     program = chain(stages, microbatches, schedule)
     serial = chain_functions(stages, donate=False)
     arguments: list[Any] = list(chain_arguments(stages, microbatches))
-    runs = executors(program, ranks, devices)
+    runs = executors(program, ranks, devices, inline=inline)
     pieces = pieces_of(runs, arguments)
     for _ in range(3):
         expected = run_serially(program, serial, arguments)

@@ -10,7 +10,7 @@ from staged_programs import Builder, chain, random_program
 
 from bactrian.passes.errors import ConfigError, PassError
 from bactrian.passes.schedules import make_order
-from bactrian.runtime import instructions
+from bactrian.runtime import instructions, lists
 from bactrian.runtime.check import check_lists
 from bactrian.runtime.instructions import Arrive, Copy, Free, Instruction, Load, RankList, Recv, Run, Send, Wait
 from bactrian.runtime.lists import build_lists
@@ -195,6 +195,19 @@ def test_a_result_that_nothing_makes_is_explained() -> None:
     b.results.append(ResultPiece(0, b.value(0)))
     with pytest.raises(PassError, match="result 0 reads value 0"):
         build_lists(b.program("gpipe", (("F0",),), 1), (0,))
+
+
+@pytest.mark.parametrize("budget", [0, 1 << 20])
+def test_batch_pieces_are_loaded_while_the_pipeline_fills(budget: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a budget, all that is not needed before the first wait comes right before it; without, all where needed."""
+    monkeypatch.setattr(lists, "_LOAD_AHEAD_BYTES", budget)
+    both = build_lists(chain(2, 6, "1f1b"), (0, 1))
+    check_lists(both)
+    loads = [[i for i, x in enumerate(each.instructions) if isinstance(x, Load)] for each in both]
+    assert max(map(len, loads)) == 6
+    for each, at in zip(both, loads, strict=True):
+        first_wait = next(i for i, x in enumerate(each.instructions) if isinstance(x, Arrive))
+        assert any(i > first_wait for i in at) == (bool(at) and budget == 0)
 
 
 def test_lists_are_deterministic() -> None:

@@ -230,6 +230,19 @@ def test_no_core_is_left_out_or_given_twice(cores: int, size: int) -> None:
     assert len(given) == max(cores, size) and max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
+@pytest.mark.parametrize("more", [0, 1])
+def test_ranks_know_whether_they_share_cores(more: int) -> None:
+    if not hasattr(os, "sched_getaffinity"):
+        pytest.skip("cores can't be given to processes here")
+    size = str(len(os.sched_getaffinity(0)) + more)
+    names = ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")
+    place = {f"OMPI_COMM_WORLD_{name}": size if name.endswith("SIZE") else "0" for name in names}
+    code = "from bactrian.runtime.launch import *; pin_cores(); print(has_own_cores())"
+    environment = os.environ | place | {"BACTRIAN_JOB": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT, text=True, stdout=subprocess.PIPE)
+    assert done.stdout == f"{not more}\n"
+
+
 def test_ranks_are_known_from_the_environment() -> None:
     assert rank_environment({}).size == 1
     open_mpi = {"OMPI_COMM_WORLD_RANK": "5", "OMPI_COMM_WORLD_SIZE": "8", "OMPI_COMM_WORLD_LOCAL_RANK": "1"}
