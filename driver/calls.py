@@ -94,10 +94,12 @@ def _canonical_dtype(dtype: Any, _x64: bool) -> Any:
 
 
 def is_key(dtype: Any) -> bool:
+    """Whether a dtype is that of typed PRNG keys."""
     return dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
 
 
 def physical(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+    """Shape and dtype of what stages carry: a typed key is its uint32 words."""
     logical = jax.ShapeDtypeStruct(shape, dtype)
     if not is_key(dtype):
         return logical
@@ -106,6 +108,7 @@ def physical(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
 
 
 def merged(leaves: list[Any], statics: Sequence[tuple[int, Any]]) -> list[Any]:
+    """``leaves`` with the static ones put back at their positions."""
     for position, value in statics:  # positions ascend
         leaves.insert(position, value)
     return leaves

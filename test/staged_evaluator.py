@@ -41,6 +41,7 @@ _BINARY: dict[str, Callable[..., Array]] = {
 
 
 def shape_and_dtype(value: ir.Value) -> tuple[tuple[int, ...], Any]:
+    """Of a tensor, as numpy has them."""
     tensor = ir.RankedTensorType(value.type)
     kinds = {"f64": np.float64, "i32": np.int32, "i1": np.bool_}
     return tuple(tensor.shape), kinds[str(tensor.element_type)]
