@@ -17,6 +17,7 @@ TOLERANCE = 1e-5
 TREE_FLOOR = 1e-3
 
 Row = dict[str, Any]
+PLAN = ("stages", "schedule")  # names in a row that one device knows nothing of
 
 
 def host(tree: Any) -> Any:

@@ -14,7 +14,8 @@ import numerics
 import pytest
 
 HERE = Path(__file__).parent
-DEADLINE_SECONDS = {False: 600, True: 3600}
+DEADLINE_SECONDS = 1200
+LONG_ROWS = 64  # of the whole product, in one launch
 TRAPS = ("tied-three-stages", "value-read-by-three-layers", "stage-without-output", "aux-outputs", "skip-not-finite")
 
 pytestmark = pytest.mark.mpi
@@ -25,14 +26,26 @@ def feasible(row: numerics.Row) -> bool:
     return row.get("stages", 4) >= row.get("ranks", 2)
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A launch for each number of ranks; with ``--long``, many with a part of the whole product each."""
+    if "todo" in metafunc.fixturenames:
+        long = metafunc.config.getoption("--long", default=False)
+        launches = dict[str, tuple[int, list[Any]]]()
+        for ranks in (2, 4):
+            rows = entries(ranks, long)
+            size = LONG_ROWS if long else len(rows)
+            launches.update({f"{ranks}-{at}": (ranks, rows[at : at + size]) for at in range(0, len(rows), size)})
+        metafunc.parametrize(("ranks", "todo"), launches.values(), ids=launches)
+
+
 def entries(ranks: int, long: bool) -> list[Any]:
-    """What one launch runs: the rows of the cover for so many ranks, and some traps."""
+    """The rows of the cover for so many ranks (or of the whole product), and some traps."""
     factors: dict[str, tuple[Any, ...]] = {
         "model": tuple(models.MODELS) if long else models.SMALL_COVER,
         "microbatches": (1, 2, 4, 8),
-        "stages": (2, 3, 4),
         "optimizer": tuple(models.OPTIMIZERS),
         "loss": ("mean", "sum"),
+        "stages": (2, 3, 4),
         "schedule": ("1f1b", "gpipe"),
         "ranks": (2, 4),
     }
@@ -42,7 +55,7 @@ def entries(ranks: int, long: bool) -> list[Any]:
     return chosen + [name for name in TRAPS if built[name].options["num_stages"] >= ranks]
 
 
-def launch(arguments: list[str], cases: Path, deadline_seconds: float) -> list[dict[str, Any]]:
+def launch(arguments: list[str], cases: Path) -> list[dict[str, Any]]:
     """Run the script in a child process of its own group, and return its JSON lines."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])}
     environment["XLA_FLAGS"] = "--xla_backend_optimization_level=0"  # the launcher adds the devices; see conftest.py
@@ -59,22 +72,19 @@ def launch(arguments: list[str], cases: Path, deadline_seconds: float) -> list[d
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
     try:
-        out, err = process.communicate(timeout=deadline_seconds)
+        out, err = process.communicate(timeout=DEADLINE_SECONDS)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, 9)
         out, err = process.communicate()
-        pytest.fail(f"no end after {deadline_seconds} s; the last lines were\n{out[-2000:]}\n{err[-2000:]}")
+        pytest.fail(f"no end after {DEADLINE_SECONDS} s; the last lines were\n{out[-2000:]}\n{err[-2000:]}")
     assert process.returncode == 0, f"exit code {process.returncode}\n{out[-2000:]}\n{err[-4000:]}"
     return [json.loads(line) for line in out.splitlines() if line.startswith("{")]
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_equals_one_device(ranks: int, tmp_path: Path, pytestconfig: pytest.Config) -> None:
-    long = pytestconfig.getoption("--long", default=False)
+def test_equals_one_device(ranks: int, todo: list[Any], tmp_path: Path) -> None:
     cases = tmp_path / "cases.json"
-    todo = entries(ranks, long)
     cases.write_text(json.dumps(todo))
-    *lines, last = launch(["-n", str(ranks)], cases, DEADLINE_SECONDS[long])
+    *lines, last = launch(["-n", str(ranks)], cases)
     assert last == {"done": ranks}
     assert len(lines) == len(todo)
     problems = [f"{line['case']}: {line['problem']}" for line in lines if line["problem"]]
@@ -90,7 +100,7 @@ def test_bits_do_not_depend_on_the_transport(tmp_path: Path) -> None:
         for schedule in ("1f1b", "gpipe")
     ]
     cases.write_text(json.dumps(rows))
-    runs = [launch(arguments, cases, DEADLINE_SECONDS[False])[:-1] for arguments in ([], ["-n", "2"])]
+    runs = [launch(arguments, cases)[:-1] for arguments in ([], ["-n", "2"])]
     digests = [{line["case"]: line["digest"] for line in lines} for lines in runs]
     assert digests[0] == digests[1]
     assert len(digests[0]) == len(rows)

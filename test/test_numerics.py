@@ -28,7 +28,6 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "schedule": ("1f1b", "gpipe"),
     "result": ("gradients", "state"),
 }
-PLAN = ("stages", "schedule")  # what the reference does not depend on
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -42,7 +41,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def whole_product() -> tuple[numerics.Row, ...]:
     """Every combination, those with the same reference one after another."""
     factors = FACTORS | {"model": tuple(models.MODELS)}
-    return numerics.product({name: factors[name] for name in sorted(factors, key=lambda name: name in PLAN)})
+    return numerics.product({name: factors[name] for name in sorted(factors, key=lambda name: name in numerics.PLAN)})
 
 
 def reference_results(built: models.Built) -> list[Any]:
@@ -72,7 +71,9 @@ def built_with_references(**row: Any) -> tuple[models.Built, list[Any]]:
 
 
 def test_equals_one_device(row: numerics.Row) -> None:
-    built, references = built_with_references(**{name: value for name, value in row.items() if name not in PLAN})
+    built, references = built_with_references(
+        **{name: value for name, value in row.items() if name not in numerics.PLAN}
+    )
     plan = {"num_stages": row["stages"], "schedule": row["schedule"]}
     check(dataclasses.replace(built, options=built.options | plan), references)
 
