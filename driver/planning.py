@@ -51,7 +51,7 @@ class Decisions:
         donate = "" if self.donate else "{donate=false}"
         return (
             "builtin.module(clone-cheap-ops,select-residuals,accumulate-gradients,"
-            f"split-stages{donate},schedule-microbatches)"
+            f"split-stages{donate},loop-microbatches,schedule-microbatches)"
         )
 
 
@@ -106,7 +106,9 @@ def stage_program(
     program = extract(module)
     device = _DEVICES.get(platform)
     stages = tuple(
-        _stage_plan(program, stage, first_layers, decisions.num_layers, work.get(stage, _Work()), device)
+        _stage_plan(
+            program, stage, first_layers, decisions.num_layers, work.get(stage, _Work()), device, num_microbatches
+        )
         for stage in range(decisions.num_stages)
     )
     made = Plan(
@@ -232,12 +234,18 @@ def _first_op(op: ir.Operation) -> str:
 
 
 def _stage_plan(
-    program: StagedProgram, stage: int, first_layers: list[int], num_layers: int, work: _Work, device: Device | None
+    program: StagedProgram,
+    stage: int,
+    first_layers: list[int],
+    num_layers: int,
+    work: _Work,
+    device: Device | None,
+    num_microbatches: int,
 ) -> StagePlan:
     last = first_layers[stage + 1] - 1 if stage + 1 < len(first_layers) else num_layers - 1
     traffic = _Traffic(program, stage)
     parameters = traffic.state_values(lambda phase: phase != "update")
-    per_step = work.microbatch_seconds * program.num_microbatches + work.seconds.get("update", 0.0)
+    per_step = work.microbatch_seconds * num_microbatches + work.seconds.get("update", 0.0)
     return StagePlan(
         stage=stage,
         first_layer=first_layers[stage],

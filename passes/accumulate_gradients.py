@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from jaxlib.mlir import ir
 
+from bactrian.passes.build import binary, scalar_i32, splat
 from bactrian.passes.cloning import StageRule, clone_into_readers, copy_stage, stage_key, stage_keys
 from bactrian.passes.frame.base import Pass, PassContext, Statistic, option
 from bactrian.passes.program import (
@@ -226,9 +227,7 @@ def _join(operand: _Operand, parts: list[ir.Value], location: ir.Location) -> ir
 
 
 def _add(left: ir.Value, right: ir.Value, phase: str, stage: int) -> ir.Value:
-    return ir.Operation.create(
-        "stablehlo.add", results=[left.type], operands=[left, right], attributes=_where(phase, stage)
-    ).results[0]
+    return binary("stablehlo.add", left, right, _where(phase, stage))
 
 
 def _where(phase: str, stage: int) -> dict[str, ir.Attribute]:
@@ -257,7 +256,7 @@ def _accumulate(main: ir.Operation, boundary: ir.Operation, count: int) -> int:
         value, result = boundary.operands[number], boundary.results[number]
         phase, stage = _home(value, main)
         with ir.InsertionPoint(boundary), boundary.location:
-            zeros = _zeros(result.type, stage)
+            zeros = splat(result.type, 0, _where(INITIALIZE, stage))
             accumulate = _concat if reduction == "concat" else _sum
             boundary.operands[number] = accumulate(zeros, value, phase, stage)
         if reduction == "mean":
@@ -294,34 +293,14 @@ def _reader_stage(result: ir.Value, main: ir.Operation, fallback: int) -> int:
     return stages.pop() or 0 if len(stages) == 1 else fallback
 
 
-def _zeros(type_: ir.Type, stage: int) -> ir.Value:
-    tensor = ir.RankedTensorType(type_)
-    element = tensor.element_type
-    zero = ir.FloatAttr.get(element, 0.0) if isinstance(element, ir.FloatType) else None
-    if zero is None and isinstance(element, ir.IntegerType):
-        zero = ir.IntegerAttr.get(element, 0)
-    if zero is not None:
-        value: ir.Attribute = ir.DenseElementsAttr.get_splat(tensor, zero)
-    else:
-        value = ir.Attribute.parse(f"dense<(0.0, 0.0)> : {tensor}")
-    return ir.Operation.create(
-        "stablehlo.constant", results=[tensor], attributes={"value": value, **_where(INITIALIZE, stage)}
-    ).results[0]
-
-
 def _sum(zeros: ir.Value, value: ir.Value, phase: str, stage: int) -> ir.Value:
-    return ir.Operation.create(
-        "stablehlo.add",
-        results=[zeros.type],
-        operands=[zeros, value],
-        attributes={**_where(phase, stage), "bactrian.accumulate": ir.UnitAttr.get()},
-    ).results[0]
+    return binary("stablehlo.add", zeros, value, {**_where(phase, stage), "bactrian.accumulate": ir.UnitAttr.get()})
 
 
 def _concat(zeros: ir.Value, value: ir.Value, phase: str, stage: int) -> ir.Value:
     """Write a microbatch's rows at their place in the full batch's buffer."""
     where = _where(phase, stage)
-    scalar = ir.RankedTensorType.get([], ir.IntegerType.get_signless(32))
+    scalar = scalar_i32()
     tensor = ir.RankedTensorType(value.type)
     rows = tensor.shape[0]
     index = ir.Operation.create(
@@ -329,10 +308,9 @@ def _concat(zeros: ir.Value, value: ir.Value, phase: str, stage: int) -> ir.Valu
         results=[scalar],
         attributes={"call_target_name": ir.StringAttr.get(MICROBATCH_INDEX), **where},
     ).results[0]
-    step = _constant(scalar, rows, where)
-    start = ir.Operation.create("stablehlo.multiply", results=[scalar], operands=[index, step], attributes=where)
-    zero = _constant(scalar, 0, where)
-    starts = [start.results[0], *[zero] * (len(tensor.shape) - 1)]
+    start = binary("stablehlo.multiply", index, splat(scalar, rows, where), where)
+    zero = splat(scalar, 0, where)
+    starts = [start, *[zero] * (len(tensor.shape) - 1)]
     op = ir.Operation.create(
         "stablehlo.dynamic_update_slice",
         results=[zeros.type],
@@ -342,23 +320,9 @@ def _concat(zeros: ir.Value, value: ir.Value, phase: str, stage: int) -> ir.Valu
     return op.results[0]
 
 
-def _constant(type_: ir.RankedTensorType, value: int, where: dict[str, ir.Attribute]) -> ir.Value:
-    element = type_.element_type
-    number = ir.FloatAttr.get(element, float(value)) if isinstance(element, ir.FloatType) else None
-    splat = ir.DenseElementsAttr.get_splat(type_, number or ir.IntegerAttr.get(element, value))
-    return ir.Operation.create("stablehlo.constant", results=[type_], attributes={"value": splat, **where}).results[0]
-
-
 def _divide(result: ir.Value, count: int, stage: int) -> None:
     """Divide an accumulated sum by the number of microbatches, for all its readers."""
     where = _where(UPDATE, stage)
-    tensor = ir.RankedTensorType(result.type)
-    element = tensor.element_type
-    if isinstance(element, ir.ComplexType):
-        value: ir.Attribute = ir.Attribute.parse(f"dense<({float(count)}, 0.0)> : {tensor}")
-        divisor = ir.Operation.create("stablehlo.constant", results=[tensor], attributes={"value": value, **where})
-        right = divisor.results[0]
-    else:
-        right = _constant(tensor, count, where)
-    op = ir.Operation.create("stablehlo.divide", results=[tensor], operands=[result, right], attributes=where)
+    right = splat(result.type, count, where)
+    op = ir.Operation.create("stablehlo.divide", results=[result.type], operands=[result, right], attributes=where)
     result.replace_all_uses_except(op.results[0], op)

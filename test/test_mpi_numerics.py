@@ -29,7 +29,7 @@ def feasible(row: numerics.Row) -> bool:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """A launch for each number of ranks; with ``--long``, many with a part of the whole product each."""
     if "todo" in metafunc.fixturenames:
-        long = metafunc.config.getoption("--long", default=False)
+        long = bool(metafunc.config.getoption("--long", default=False))
         launches = dict[str, tuple[int, list[Any]]]()
         for ranks in (2, 4):
             rows = entries(ranks, long)

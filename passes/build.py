@@ -1,0 +1,51 @@
+"""Small ops that several passes write. All go to the current insertion point and take the current location."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from jaxlib.mlir import ir
+
+Attributes = Mapping[str, ir.Attribute]
+
+
+def splat(type_: ir.Type, value: int, attributes: Attributes | None = None) -> ir.Value:
+    """A ``stablehlo.constant`` with ``value`` in every element; ``type_`` is of floats, integers, booleans or complex."""
+    tensor = ir.RankedTensorType(type_)
+    element = tensor.element_type
+    if isinstance(element, ir.FloatType):
+        elements: ir.Attribute = ir.DenseElementsAttr.get_splat(tensor, ir.FloatAttr.get(element, float(value)))
+    elif isinstance(element, ir.IntegerType):
+        elements = ir.DenseElementsAttr.get_splat(tensor, ir.IntegerAttr.get(element, value))
+    else:
+        elements = ir.Attribute.parse(f"dense<({float(value)}, 0.0)> : {tensor}")
+    return _one("stablehlo.constant", tensor, [], {"value": elements, **(attributes or {})})
+
+
+def scalar_i32() -> ir.Type:
+    """``tensor<i32>``."""
+    return ir.RankedTensorType.get([], ir.IntegerType.get_signless(32))
+
+
+def binary(name: str, left: ir.Value, right: ir.Value, attributes: Attributes | None = None) -> ir.Value:
+    """An op of two operands whose result has the type of the first."""
+    return _one(name, left.type, [left, right], attributes)
+
+
+def less(left: ir.Value, right: ir.Value) -> ir.Value:
+    """``left < right`` for scalars."""
+    direction = ir.Attribute.parse("#stablehlo<comparison_direction LT>")
+    flag = ir.RankedTensorType.get([], ir.IntegerType.get_signless(1))
+    return _one("stablehlo.compare", flag, [left, right], {"comparison_direction": direction})
+
+
+def rows_from(whole: ir.Value, start: ir.Value, piece: ir.Type) -> ir.Value:
+    """The part of ``whole`` that begins at row ``start`` (``tensor<i32>``) and has type ``piece``."""
+    shape = ir.RankedTensorType(piece).shape
+    zero = [splat(start.type, 0)] * (len(shape) - 1) if len(shape) > 1 else []
+    sizes: dict[str, ir.Attribute] = {"slice_sizes": ir.DenseI64ArrayAttr.get(shape)}
+    return _one("stablehlo.dynamic_slice", piece, [whole, start, *zero], sizes)
+
+
+def _one(name: str, type_: ir.Type, operands: list[ir.Value], attributes: Attributes | None) -> ir.Value:
+    return ir.Operation.create(name, results=[type_], operands=operands, attributes=dict(attributes or {})).results[0]
