@@ -131,7 +131,7 @@ class DistributedArray:
         self, placement: Placement, pieces: Mapping[int, jax.Array], communicator: Communicator | None = None
     ) -> None:
         self.placement = placement
-        self.pieces = dict(pieces)
+        self.pieces: dict[int, jax.Array] = dict(pieces)
         self.communicator: Communicator = communicator or SingleProcess()
         self.donated_by: str | None = None
 
@@ -213,6 +213,13 @@ class DistributedArray:
         if self.donated_by is not None:
             parts.append("donated")
         return f"DistributedArray({', '.join(part for part in parts if part)})"
+
+
+def of_pieces(placement: Placement, pieces: dict[int, jax.Array], communicator: Communicator) -> DistributedArray:
+    """A distributed array without a copy of ``pieces``: a step makes one for every leaf of its state."""
+    array = DistributedArray.__new__(DistributedArray)
+    array.placement, array.pieces, array.communicator, array.donated_by = placement, pieces, communicator, None
+    return array
 
 
 def _refusal(operation: str) -> Callable[..., NoReturn]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import operator
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 
-from bactrian.driver.arrays import MPI, Communicator, DistributedArray, Placement, SingleProcess, physical_values
+from bactrian.driver.arrays import (
+    MPI,
+    Communicator,
+    DistributedArray,
+    Placement,
+    SingleProcess,
+    of_pieces,
+    physical_values,
+)
 from bactrian.driver.boundary import is_array
 from bactrian.driver.calls import aval_key
 from bactrian.driver.capture import ArgumentInfo, Captured, ResultInfo
@@ -95,7 +104,7 @@ class Compiled:
             return None
         for number, placement in self._held.items():
             leaf = leaves[number]
-            if type(leaf) is not DistributedArray or leaf.placement is not placement:
+            if type(leaf) is not DistributedArray or leaf.placement is not placement or leaf.donated_by is not None:
                 return None
         for number, aval in self._batch_avals:
             leaf = leaves[number]
@@ -120,15 +129,10 @@ class Compiled:
 
     def call_placed(self, leaves: Sequence[Any]) -> Any:
         """One step on what `leaves_if_placed` gave."""
-        for number in self._held:
-            leaf = leaves[number]
-            if leaf.donated_by is not None:
-                leaf.check_usable()
         pieces = [leaves[number].pieces[stage] for number, stage in self.session.arguments]
-        for piece in pieces:
-            if piece.is_deleted():
-                for number in self._held:
-                    leaves[number].check_usable()
+        if any(map(_is_deleted, pieces)):
+            for number in self._held:
+                leaves[number].check_usable()
         return self._run(pieces, leaves, [leaves[number] for number in self._held if number in self._state])
 
     def call_leaves(self, leaves: Sequence[Any]) -> Any:
@@ -155,8 +159,8 @@ class Compiled:
         if donated and self.session.staged.donate:
             where = line_here()
             self._refuse_given_twice(leaves, donated, where)
-            for leaf in donated:
-                leaf.donate(where)
+            for leaf in donated:  # each was checked
+                leaf.donated_by, leaf.pieces = where, {}
         return self._wrap(self.session.run(pieces, batch))
 
     def observe(self, *, trace: bool = False, meter: bool = False) -> None:
@@ -241,18 +245,26 @@ class Compiled:
     def _wrap(self, outputs: Sequence[jax.Array]) -> Any:
         """The step's result: state as distributed arrays, everything else as local arrays."""
         leaves: list[Any] = []
+        communicator = self.communicator
         for info, placement, pieces in self._made:
-            if placement is not None:
-                values = {stage: outputs[position] for stage, position in pieces}
-                leaves.append(DistributedArray(placement, values, self.communicator))
-            else:
+            if placement is None:
                 leaves.append(self._local(outputs[pieces[0][1]], info))
+                continue
+            if len(pieces) == 1:
+                stage, position = pieces[0]
+                values = {stage: outputs[position]}
+            else:
+                values = {stage: outputs[position] for stage, position in pieces} if pieces else {}
+            leaves.append(of_pieces(placement, values, communicator))
         return self.captured.unflatten(leaves)
 
     def _local(self, value: jax.Array, info: ResultInfo) -> jax.Array:
         if self._home not in value.devices():
             value = jax.device_put(value, self._home)
         return value if info.key_impl is None else jax.random.wrap_key_data(value, impl=info.key_impl)
+
+
+_is_deleted = operator.methodcaller("is_deleted")
 
 
 def _moves_text(name: str, moved: Mapping[str, int]) -> str:

@@ -144,3 +144,31 @@ module @captured_constant_goes_to_each_stage {
     return %y, %z : tensor<f32>, tensor<f32>
   }
 }
+
+// -----
+
+// The step count is an integer of the state that both stages read: each stage counts for itself. The float scale, and the
+// count that depends on it, are brought up to date in one place.
+// CHECK-LABEL: module @each_stage_counts
+module @each_stage_counts attributes {bactrian.num_stages = 2 : i64} {
+  // CHECK: func.func public @main(%[[COUNT:[^:]*]]: tensor<i32>
+  // CHECK-DAG: stablehlo.add %[[COUNT]], %{{.*}} {bactrian.phase = "update", bactrian.stage = 0 : i64}
+  // CHECK-DAG: stablehlo.add %[[COUNT]], %{{.*}} {bactrian.counter = [0], bactrian.phase = "update", bactrian.stage = 1 : i64}
+  // CHECK-NOT: bactrian.counter
+  func.func public @main(%count: tensor<i32> {bactrian.role = "state"}, %scale: tensor<f32> {bactrian.role = "state"}, %good: tensor<i32> {bactrian.role = "state"}, %x: tensor<4xf32> {bactrian.role = "batch"}) -> (tensor<i32> {bactrian.updates = 0 : i64}, tensor<f32> {bactrian.updates = 1 : i64}, tensor<i32> {bactrian.updates = 2 : i64}, tensor<f32>, tensor<f32>) {
+    %b = stablehlo.custom_call @bactrian.gradient_boundary(%x) {mhlo.backend_config =
+      {kinds = "gradient", reductions = "accumulated"}} : (tensor<4xf32>) -> tensor<4xf32>
+    %one = stablehlo.constant {bactrian.phase = "update", bactrian.stage = 0 : i64} dense<1> : tensor<i32>
+    %next = stablehlo.add %count, %one {bactrian.phase = "update", bactrian.stage = 0 : i64} : tensor<i32>
+    %next_scale = stablehlo.add %scale, %scale {bactrian.phase = "update", bactrian.stage = 0 : i64} : tensor<f32>
+    %finite = stablehlo.is_finite %scale {bactrian.phase = "update", bactrian.stage = 0 : i64} : (tensor<f32>) -> tensor<i1>
+    %more = stablehlo.convert %finite {bactrian.phase = "update", bactrian.stage = 0 : i64} : (tensor<i1>) -> tensor<i32>
+    %next_good = stablehlo.add %good, %more {bactrian.phase = "update", bactrian.stage = 0 : i64} : tensor<i32>
+    %f0 = stablehlo.convert %count {bactrian.phase = "update", bactrian.stage = 0 : i64} : (tensor<i32>) -> tensor<f32>
+    %f1 = stablehlo.convert %count {bactrian.phase = "update", bactrian.stage = 1 : i64} : (tensor<i32>) -> tensor<f32>
+    %g1 = stablehlo.convert %good {bactrian.phase = "update", bactrian.stage = 1 : i64} : (tensor<i32>) -> tensor<f32>
+    %h1 = stablehlo.multiply %f1, %g1 {bactrian.phase = "update", bactrian.stage = 1 : i64} : tensor<f32>
+    %i1 = stablehlo.multiply %h1, %scale {bactrian.phase = "update", bactrian.stage = 1 : i64} : tensor<f32>
+    return %next, %next_scale, %next_good, %f0, %i1 : tensor<i32>, tensor<f32>, tensor<i32>, tensor<f32>, tensor<f32>
+  }
+}

@@ -7,32 +7,25 @@ from typing import ClassVar
 
 from jaxlib.mlir import ir
 
-from bactrian.passes.cloning import (
-    StageRule,
-    clone_into_readers,
-    copy_stage,
-    stage_key,
-    stage_keys,
-)
+from bactrian.passes.cloning import StageRule, clone_into_readers, copy_stage, stage_key, stage_keys
+from bactrian.passes.counters import clone_counters
 from bactrian.passes.frame.base import Pass, PassContext, Statistic, option
-from bactrian.passes.program import (
-    Dataflow,
-    argument_roles,
-    main_function,
-)
+from bactrian.passes.program import Dataflow, argument_roles, main_function
 
 
 @dataclass(frozen=True)
 class CloneCheapOps(Pass):
     """Give each stage its own copy of what is cheaper to compute than to send.
 
-    Two rules, each a statement about data flow, none about names. An op of the forward or backward phase that depends
+    Three rules, each a statement about data flow, none about names. An op of the forward or backward phase that depends
     on no batch value and on no large argument (constants, iota, masks, bits drawn from a key) is cloned to each stage
     that reads it. A small value of the update that is computed from small values only (a learning rate, a bias
-    correction, the factor of a global-norm clip) is cloned likewise.
+    correction, the factor of a global-norm clip) is cloned likewise. A counter of the state (small integers whose next
+    value depends on such state alone: a step count, the words of a key) is brought up to date by every stage that reads it.
 
     Requires: ``bactrian.phase`` and ``bactrian.stage`` on every op (``assign-stages``).
-    Ensures: no value of these kinds crosses stages.
+    Ensures: no value of these kinds crosses stages; ``bactrian.counter`` names the results of ``@main`` that an op computes
+    for its own stage.
 
     Input:
 
@@ -76,3 +69,4 @@ class CloneCheapOps(Pass):
         flow = Dataflow.of(main)
         rule = StageRule(flow, argument_roles(main), self.small_bytes)
         ctx.count("clones", clone_into_readers(flow, stage_keys(flow), stage_key, copy_stage, rule))
+        ctx.count("clones", clone_counters(main, self.small_bytes))

@@ -229,7 +229,7 @@ class _Emitter:
                     replace_reads(op, flow.values[read], local[value])
                 elif value != read:  # through the boundary, in the same function
                     replace_reads(op, flow.values[read], flow.values[value])
-            for name in ("phase", "stage", "layer", "round", "accumulate", "partial"):
+            for name in ("phase", "stage", "layer", "round", "accumulate", "partial", "counter"):
                 if f"bactrian.{name}" in op.attributes:
                     del op.attributes[f"bactrian.{name}"]
         with ir.InsertionPoint(block), self._main.location:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from jaxlib.mlir import ir
 
 from bactrian.passes.cloning import clone_into_readers, is_elementwise, required_stages
+from bactrian.passes.counters import counters
 from bactrian.passes.errors import PassError
 from bactrian.passes.program import (
     BACKWARD,
@@ -192,7 +193,10 @@ def _result_pieces(
     crossings: dict[Crossing, None],
     outgoing: dict[FunctionKey, set[int]],
 ) -> list[tuple[int, int, int]]:
-    """Where every result is kept: new state on every stage that has the old one, anything else where it is made."""
+    """Where every result is kept: new state on every stage that has the old one, anything else where it is made.
+
+    A stage that computes the same counter for itself keeps its own; everything else is sent by the stage that makes it.
+    """
     updates = result_updates(main)
     homes = argument_homes(main)
     held = {(argument, stage) for argument, stages in homes.items() for stage in stages if stage < num_stages}
@@ -208,13 +212,18 @@ def _result_pieces(
                 pieces.update((value, stage) for stage in kept)
         if len(pieces) == known:
             break
+    own = counters(flow)
     found: list[tuple[int, int, int]] = []
     for result, (value, kept) in enumerate(zip(values, places, strict=True)):
-        found.extend((result, stage, value) for stage in kept)
-        if value >= flow.num_arguments:
-            source = home[value]
-            outgoing[source].add(value)
-            crossings.update((Crossing(value, source.stage, s, True), None) for s in kept if s != source.stage)
+        for stage in kept:
+            made = value
+            if value >= flow.num_arguments and home[value].stage != stage:
+                made = own.get((result, stage), value)
+                if made == value:
+                    crossings[Crossing(value, home[value].stage, stage, True)] = None
+            if made >= flow.num_arguments:
+                outgoing[home[made]].add(made)
+            found.append((result, stage, made))
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import compress
 from typing import Any
 
 import jax
@@ -76,14 +77,21 @@ class Executor:
         self.at = 0
         self.num_steps = 0
         self._env: Environment = []
+        self._consumed_now: list[jax.Array] = []  # arguments that this step consumes
+        self._spent: list[jax.Array] = []  # those of the step before, not let go of yet
         self._batch: dict[int, Any] = {}
         self._receives: dict[int, Handle] = {}
         self._sends: dict[int, list[Handle]] = {}
         self._running: jax.Array | None = None  # made by the last call, where the host's cores are the device
-        self._indices = [(s, jax.device_put(np.int32(m), self.places[s])) for m, s in rank_list.indices]
+        self._empty: Environment = [None] * len(rank_list.slots)  # what every step begins with
+        for microbatch, slot in rank_list.indices:
+            self._empty[slot] = jax.device_put(np.int32(microbatch), self.places[slot])
         self._donated = {s for x in rank_list.instructions if isinstance(x, Run) for s in x.donated}
         self._waited = {x.slot for x in rank_list.instructions if isinstance(x, Wait)}
         self._loaded = {x.argument for x in rank_list.instructions if isinstance(x, Load)}
+        self._argument_slots = [argument.slot for argument in rank_list.arguments]
+        waits = any(isinstance(x, Arrive) for x in rank_list.instructions)
+        self._consumed = [waits and slot in self._donated for slot in self._argument_slots]
         self._operations = [self._wrap(x, self._bind(x)) for x in rank_list.instructions]
 
     def step(self, pieces: Sequence[jax.Array], batch: Mapping[int, Any]) -> list[jax.Array]:
@@ -95,14 +103,17 @@ class Executor:
         return self.finish()
 
     def start(self, pieces: Sequence[jax.Array], batch: Mapping[int, Any]) -> None:
-        """Begin a step."""
+        """Begin a step.
+
+        What it consumes is kept until the next step waits for a message: letting go of hundreds of array objects takes
+        time, at the end of a step others wait for it, and the objects hold no memory any more.
+        """
         if len(pieces) != len(self.list.arguments):
             raise RuntimeFault(f"got {len(pieces)} argument pieces, the list has {len(self.list.arguments)}")
-        self._env = [None] * len(self.list.slots)
-        for argument, piece in zip(self.list.arguments, pieces, strict=True):
-            self._env[argument.slot] = piece
-        for slot, index in self._indices:
-            self._env[slot] = index
+        env = self._env = self._empty.copy()
+        for slot, piece in zip(self._argument_slots, pieces, strict=True):
+            env[slot] = piece
+        self._consumed_now = list(compress(pieces, self._consumed))
         self._batch = {a: _host_view(batch[a]) for a in self._loaded}
         self._sends = {slot: [] for slot in self._waited}
         self.at = 0
@@ -130,6 +141,7 @@ class Executor:
         env = self._env
         results = [env[r.slot] for r in self.list.results]
         self._env, self._batch, self._sends, self._running = [], {}, {}, None
+        self._spent, self._consumed_now = self._consumed_now, []
         self.transport.end_step()
         self.num_steps += 1
         return results
@@ -177,6 +189,8 @@ class Executor:
                 wait, receives = self.transport.wait, self._receives
 
                 def arrive(env: Environment) -> None:
+                    if self._spent:
+                        self._spent = []
                     env[slot] = wait(receives[slot], self._running)
                     del receives[slot]
 
