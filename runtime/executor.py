@@ -87,6 +87,8 @@ class Executor:
         for microbatch, slot in rank_list.indices:
             self._empty[slot] = jax.device_put(np.int32(microbatch), self.places[slot])
         self._donated = {s for x in rank_list.instructions if isinstance(x, Run) for s in x.donated}
+        self._lasting = {r.slot for r in rank_list.results} | self._donated  # may be read when the step is over
+        self._lasting |= {x.source for x in rank_list.instructions if isinstance(x, Copy)}
         self._waited = {x.slot for x in rank_list.instructions if isinstance(x, Wait)}
         self._loaded = {x.argument for x in rank_list.instructions if isinstance(x, Load)}
         self._argument_slots = [argument.slot for argument in rank_list.arguments]
@@ -180,9 +182,10 @@ class Executor:
                 return self._bind_send(instruction)
             case Recv(slot=slot, source=source, tag=tag, shape=shape, dtype=dtype):
                 post, receives, place = self.transport.post_receive, self._receives, self.places[slot]
+                passing = self._inline and slot not in self._lasting
 
                 def recv(env: Environment) -> None:
-                    receives[slot] = post(source, tag, shape, dtype, place)
+                    receives[slot] = post(source, tag, shape, dtype, place, passing=passing)
 
                 return recv
             case Arrive(slot=slot):

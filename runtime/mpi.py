@@ -58,6 +58,31 @@ def _aligned(nbytes: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     return memory, memory[start : start + nbytes]
 
 
+class ArrayPool:
+    """Device arrays over host buffers that messages are received into; both are used again once nothing refers to the
+    array. Only for arrays whose readers are over by then: XLA's own references do not count here, since the array is
+    never given up."""
+
+    def __init__(self, device_array: DeviceArray) -> None:
+        self._device_array = device_array
+        self._arrays: dict[tuple[Any, ...], list[tuple[jax.Array, np.ndarray[Any, Any]]]] = defaultdict(list)
+        probe = [(np.empty(0), 0)]
+        self._idle = next(sys.getrefcount(array) for array, _ in probe)
+
+    def take(self, shape: tuple[int, ...], dtype: np.dtype[Any], place: Sharding) -> tuple[jax.Array, Any] | None:
+        """An array that nobody uses and its memory; None where XLA makes a copy."""
+        known = self._arrays[shape, dtype, place]
+        for array, buffer in known:
+            if sys.getrefcount(array) == self._idle:
+                return array, buffer
+        _, buffer = _aligned(math.prod(shape) * dtype.itemsize)
+        array = self._device_array(buffer.view(dtype).reshape(shape), place, False)
+        if array.unsafe_buffer_pointer() != buffer.ctypes.data:
+            return None
+        known.append((array, buffer))
+        return array, buffer
+
+
 class _Send(Handle):
     __slots__ = ("source", "started", "tag")
 
@@ -69,12 +94,21 @@ class _Send(Handle):
 
 
 class _Receive(Handle):
-    __slots__ = ("buffer", "dtype", "place", "shape")
+    """``over`` is the array over the buffer, if there is one already."""
 
-    def __init__(self, buffer: np.ndarray[Any, Any], shape: tuple[int, ...], dtype: Any, place: Sharding) -> None:
+    __slots__ = ("buffer", "dtype", "over", "place", "shape")
+
+    def __init__(
+        self,
+        buffer: np.ndarray[Any, Any],
+        shape: tuple[int, ...],
+        dtype: Any,
+        place: Sharding,
+        over: jax.Array | None = None,
+    ) -> None:
         super().__init__()
         self.buffer: np.ndarray[Any, Any] | None = buffer
-        self.shape, self.dtype, self.place = shape, dtype, place
+        self.shape, self.dtype, self.place, self.over = shape, dtype, place, over
 
 
 class MpiTransport:
@@ -108,7 +142,7 @@ class MpiTransport:
         self._naps = nap_seconds
         self._eager_seconds = _ALONE_SECONDS if own_cores else _EAGER_SECONDS
         self._device_array = device_array
-        self._pool = BufferPool()
+        self._pool, self._arrays = BufferPool(), ArrayPool(device_array)
         # By destination: values made or being made, in order.
         self._unsent: list[deque[_Send]] = [deque() for _ in range(self.comm.Get_size())]
         self._order: deque[_Send] = deque()  # all of them
@@ -142,10 +176,16 @@ class MpiTransport:
             self._work.set()
         return handle
 
-    def post_receive(self, source: int, tag: int, shape: tuple[int, ...], dtype: str, place: Sharding) -> Handle:
+    def post_receive(
+        self, source: int, tag: int, shape: tuple[int, ...], dtype: str, place: Sharding, *, passing: bool = False
+    ) -> Handle:
         """Post the receive into a buffer that XLA can take without a copy."""
         kind = _numpy_dtype(dtype)
-        handle = _Receive(self._pool.take(math.prod(shape) * kind.itemsize), shape, kind, place)
+        taken = self._arrays.take(shape, kind, place) if passing else None
+        if taken is None:
+            handle = _Receive(self._pool.take(math.prod(shape) * kind.itemsize), shape, kind, place)
+        else:
+            handle = _Receive(taken[1], shape, kind, place, taken[0])
         with self._lock:
             self._requests.append(self.comm.Irecv([handle.buffer, self._mpi.BYTE], source=source, tag=tag))
             self._handles.append(handle)
@@ -180,10 +220,13 @@ class MpiTransport:
                         nap = min(2 * nap, longest)
                 self.poll()
         if isinstance(handle, _Receive) and handle.array is None:
-            assert handle.buffer is not None
-            view = handle.buffer.view(handle.dtype).reshape(handle.shape)
-            handle.array = self._device_array(view, handle.place, False)
-            handle.buffer = None
+            if handle.over is not None:
+                handle.array = handle.over
+            else:
+                assert handle.buffer is not None
+                view = handle.buffer.view(handle.dtype).reshape(handle.shape)
+                handle.array = self._device_array(view, handle.place, False)
+            handle.buffer = handle.over = None
         return handle.array
 
     def poll(self) -> None:

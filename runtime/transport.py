@@ -36,8 +36,13 @@ class Transport(Protocol):
         """Start sending; ``move``: the caller drops the array right after."""
         ...
 
-    def post_receive(self, source: int, tag: int, shape: tuple[int, ...], dtype: str, place: Sharding) -> Handle:
-        """Start receiving a value that is to live at ``place``."""
+    def post_receive(
+        self, source: int, tag: int, shape: tuple[int, ...], dtype: str, place: Sharding, *, passing: bool = False
+    ) -> Handle:
+        """Start receiving a value that is to live at ``place``.
+
+        ``passing``: what reads the array is over before the caller drops it, so its memory may then be used again.
+        """
         ...
 
     def test(self, handle: Handle) -> bool:
@@ -107,9 +112,11 @@ class InProcessTransport:
             self.network.sent[where].append((handle, array, move))
         return handle
 
-    def post_receive(self, source: int, tag: int, shape: tuple[int, ...], dtype: str, place: Sharding) -> Handle:
+    def post_receive(
+        self, source: int, tag: int, shape: tuple[int, ...], dtype: str, place: Sharding, *, passing: bool = False
+    ) -> Handle:
         """Take the value if it was sent already."""
-        del shape, dtype  # proved equal to the sender's before launch
+        del shape, dtype, passing  # the first two were proved equal to the sender's before launch
         where = source, self.rank, tag
         handle = Handle()
         if self.network.sent[where]:
