@@ -7,6 +7,7 @@ import difflib
 import importlib
 import importlib.metadata
 import importlib.util
+import json
 import os
 import platform
 import shutil
@@ -104,6 +105,11 @@ def _parser() -> argparse.ArgumentParser:
     diff.add_argument("before", metavar="DIR1", help="the first plan")
     diff.add_argument("after", metavar="DIR2", help="the second plan")
 
+    solve = add("solve", _solve, "solve a cost network: the problem under sharding, in the form of the 2025 contest")
+    solve.add_argument("problem", metavar="problem.json.gz", help="JSON in the form of google/iopddl, gzip or plain")
+    solve.add_argument("--time-limit", type=_seconds, default=60.0, metavar="S", help="seconds (default: 60)")
+    solve.add_argument("--json", action="store_true", help='print {"cost", "bound", "optimal", "choice"} and no table')
+
     add("doctor", _doctor, "print what is installed and what this machine has")
     return parser
 
@@ -112,6 +118,16 @@ def _count(text: str) -> int:
     if not text.isdecimal() or not 1 <= int(text) <= _MOST_RANKS:
         raise argparse.ArgumentTypeError(f"should be a whole number from 1 to {_MOST_RANKS}, got {text!r}")
     return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"should be a number of seconds above 0, got {text!r}")
+    return value
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -229,6 +245,32 @@ def _diff(options: argparse.Namespace) -> int:
     from bactrian.passes.plan import Plan
 
     return _print(render_diff(Plan.load(options.before), Plan.load(options.after)))
+
+
+def _solve(options: argparse.Namespace) -> int:
+    from bactrian.passes.network.problem import read_problem
+    from bactrian.passes.network.solve import solve
+
+    problem = read_problem(options.problem)
+    solution = solve(problem, options.time_limit)
+    if options.json:
+        fields = {"cost": solution.cost, "bound": solution.bound, "optimal": solution.optimal}
+        sys.stdout.write(json.dumps(fields | {"choice": list(solution.choice)}) + "\n")
+        return 0
+    from rich.table import Table
+
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(justify="right")
+    gap = (solution.cost - solution.bound) / abs(solution.cost) if solution.cost else 0.0
+    table.add_row("cost", f"{solution.cost:,}")
+    table.add_row("bound", "proved optimal" if solution.optimal else f"{solution.bound:,.0f} (gap {gap:.3%})")
+    limit = "" if problem.limit is None else f" of {problem.limit:,}"
+    table.add_row("peak memory", f"{solution.memory:,}{limit}")
+    table.add_row("seconds", f"{solution.seconds:.1f}")
+    for name, figure in solution.figures.items():
+        table.add_row(name, f"{figure:,}")
+    return _print(table)
 
 
 def _doctor(options: argparse.Namespace) -> int:

@@ -1,0 +1,385 @@
+"""Exact reductions of a cost network: a smaller one with the same optimum, and the way back.
+
+Each reduction is a known one: arc consistency; contraction of edges that force a bijection; Goldstein's dead-end
+elimination (1994), here with memory; min-plus elimination of nodes with at most two neighbours (bucket elimination).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from bactrian.passes.errors import InfeasiblePlanError
+from bactrian.passes.network.problem import FORBIDDEN, CostNetwork
+
+Array = np.ndarray[Any, np.dtype[Any]]
+_Undo = Callable[[dict[int, int]], None]
+
+_ROUNDING = 1e-13  # of the largest of the numbers that were added: below 1 for integers up to 10^12
+_MOST_PAIRS = 4096  # entries of an edge that an elimination may make
+_MOST_DOMINANCE = 300  # strategies of a node for which dominance is looked at: the test is cubic
+
+
+class ReducedNetwork:
+    """A network that shrinks in place. Costs are floats; forbidden ones infinite.
+
+    Attributes:
+        costs: node -> cost of each strategy left.
+        pairs: (i, j) with i < j -> cost matrix.
+        constant: cost of what is decided.
+        times: the times at which anything begins or ends, in order. Memory is told by their places in this list.
+    """
+
+    def __init__(self, problem: CostNetwork) -> None:
+        self.costs: dict[int, Array] = {n: _as_float(c) for n, c in enumerate(problem.costs)}
+        self.pairs: dict[tuple[int, int], Array] = {}
+        self.neighbours: dict[int, set[int]] = {n: set() for n in self.costs}
+        self.constant = 0.0
+        self.limit = problem.limit
+        self._undo: list[_Undo] = []
+        for (i, j), matrix in zip(problem.edges, problem.edge_costs, strict=True):
+            self._add_pair(i, j, _as_float(matrix))
+        self.times: list[int] = []
+        # What changes at each place: whatever is chosen, and by strategy, above or below the node's first strategy.
+        self._fixed: Array = np.zeros(1)
+        self._changes: dict[int, dict[int, Array]] = {}
+        self._spans: dict[int, list[tuple[int, int, Array]]] = {}
+        if problem.limit is not None:
+            self._read_memory(problem)
+
+    # What it is
+
+    @property
+    def num_strategies(self) -> int:
+        """Strategies left, of nodes that have a choice."""
+        return sum(map(len, self.costs.values()))
+
+    @property
+    def num_pairs(self) -> int:
+        """Entries of all edges left."""
+        return sum(matrix.size for matrix in self.pairs.values())
+
+    def matrix(self, i: int, j: int) -> Array:
+        """Pair costs with the strategies of ``i`` as rows."""
+        return self.pairs[i, j] if i < j else self.pairs[j, i].T
+
+    def cost(self, choice: dict[int, int]) -> float:
+        """Cost of a choice for the nodes left, what is decided included."""
+        total = self.constant + sum(float(costs[choice[n]]) for n, costs in self.costs.items())
+        return total + sum(float(matrix[choice[i], choice[j]]) for (i, j), matrix in self.pairs.items())
+
+    def holds(self, node: int) -> bool:
+        """Whether the choice for a node changes the memory."""
+        return node in self._changes
+
+    def spans(self, node: int) -> list[tuple[int, int, Array]]:
+        """``(start, end, usage)``: memory of each strategy between two places, above that of the first strategy."""
+        if node not in self._changes:
+            return []
+        if node not in self._spans:
+            self._spans[node] = _spans(self._changes[node])
+        return self._spans[node]
+
+    @property
+    def fixed(self) -> Array:
+        """Memory from each of ``times`` on with every node's first strategy."""
+        return np.cumsum(self._fixed)
+
+    @property
+    def least(self) -> Array:
+        """A lower bound on the memory from each of ``times`` on."""
+        total = self.fixed
+        for node in self._changes:
+            for start, end, usage in self.spans(node):
+                total[start:end] += usage.min()
+        return total
+
+    def profile(self, choice: dict[int, int]) -> Array:
+        """Memory from each of ``times`` on."""
+        change = self._fixed.copy()
+        for node, changes in self._changes.items():
+            for place, values in changes.items():
+                change[place] += values[choice[node]]
+        return np.cumsum(change)
+
+    def expand(self, choice: dict[int, int], num_nodes: int) -> list[int]:
+        """The choice for the original nodes."""
+        whole = dict(choice)
+        for undo in reversed(self._undo):
+            undo(whole)
+        return [whole[node] for node in range(num_nodes)]
+
+    # Reductions
+
+    def reduce(self) -> None:
+        """All of them, until nothing changes.
+
+        Raises:
+            InfeasiblePlanError: no choice has a finite cost.
+        """
+        self.forbid()
+        self.contract()
+        while True:
+            before = len(self.costs), self.num_strategies, len(self.pairs)
+            self.separate()
+            self.eliminate()
+            self.dominate()
+            if before == (len(self.costs), self.num_strategies, len(self.pairs)):
+                return
+
+    def forbid(self) -> None:
+        """Drop strategies without a finite partner on some edge (arc consistency)."""
+        todo = dict.fromkeys(self.costs)
+        while todo:
+            node = next(iter(todo))
+            del todo[node]
+            keep = np.isfinite(self.costs[node])
+            for other in self.neighbours[node]:
+                keep &= np.isfinite(self.matrix(node, other)).any(axis=1)
+            if not keep.any():
+                raise InfeasiblePlanError(
+                    f"node {node} has no strategy left",
+                    why="each has an infinite cost, or can't be combined with any strategy of a neighbour",
+                )
+            if not keep.all():
+                self._restrict(node, np.flatnonzero(keep))
+                todo.update(dict.fromkeys(self.neighbours[node]))
+
+    def contract(self) -> None:
+        """Merge the ends of edges on which each strategy goes with exactly one of the other end."""
+        todo = dict.fromkeys(self.pairs)
+        while todo:
+            i, j = next(iter(todo))
+            del todo[i, j]
+            if (i, j) not in self.pairs:
+                continue
+            if len(self.neighbours[i]) < len(self.neighbours[j]):
+                i, j = j, i  # the one with fewer neighbours goes
+            finite = np.isfinite(self.matrix(i, j))
+            if finite.shape[0] == finite.shape[1] and (finite.sum(0) == 1).all() and (finite.sum(1) == 1).all():
+                near = self.neighbours[j] - {i}
+                self._merge(i, j, finite.argmax(1))
+                todo.update(dict.fromkeys((min(i, other), max(i, other)) for other in near))
+
+    def separate(self) -> None:
+        """Give edges that are sums of a row and a column to their ends."""
+        for i, j in list(self.pairs):
+            matrix = self.pairs[i, j]
+            if not np.isfinite(matrix).all():
+                continue
+            row = matrix[:1] - matrix[0, 0]
+            if np.abs(matrix - matrix[:, :1] - row).max() <= _ROUNDING * np.abs(matrix).max():
+                self.costs[i] = self.costs[i] + matrix[:, 0]
+                self.costs[j] = self.costs[j] + row[0]
+                self._drop_pair(i, j)
+
+    def eliminate(self) -> None:
+        """Decide nodes that hold no memory of their own and have at most two neighbours, as functions of these."""
+        todo = dict.fromkeys(self.costs)
+        while todo:
+            node = next(iter(todo))
+            del todo[node]
+            if node not in self.costs:
+                continue
+            if len(self.costs[node]) == 1:
+                near = list(self.neighbours[node])
+                self._decide(node)
+                todo.update(dict.fromkeys(near))
+                continue
+            near = sorted(self.neighbours[node])
+            if node in self._changes or len(near) > 2:
+                continue
+            if len(near) == 2:
+                made = len(self.costs[near[0]]) * len(self.costs[near[1]])
+                paid = self.matrix(node, near[0]).size + self.matrix(node, near[1]).size
+                if made > max(paid, 64) and (made > _MOST_PAIRS or tuple(near) not in self.pairs):
+                    continue
+            self._eliminate(node, near)
+            todo.update(dict.fromkeys(near))
+
+    def dominate(self) -> None:
+        """Drop strategies that another one of the same node can always replace, at no more cost and memory."""
+        todo = dict.fromkeys(self.costs)
+        while todo:
+            node = next(iter(todo))
+            del todo[node]
+            keep = self._undominated(node)
+            if keep is not None:
+                self._restrict(node, keep)
+                todo.update(dict.fromkeys(self.neighbours[node]))
+
+    def _undominated(self, node: int) -> Array | None:
+        costs = self.costs[node]
+        count = len(costs)
+        if not 1 < count <= _MOST_DOMINANCE:
+            return None
+        better = np.ones((count, count), bool)  # [p, q]: q can replace p
+        np.fill_diagonal(better, False)
+        for _, _, usage in self.spans(node):
+            better &= usage[None, :] <= usage[:, None]
+            if not better.any():
+                return None
+        if not better.any():
+            return None
+        excess = costs[None, :] - costs[:, None]
+        for other in self.neighbours[node]:
+            matrix = self.matrix(node, other)
+            with np.errstate(invalid="ignore"):
+                worst = matrix[None, :, :] - matrix[:, None, :]  # [p, q, k]: what q costs more than p beside k
+            excess = excess + np.where(np.isnan(worst), -np.inf, worst).max(axis=2)
+            better &= ~(excess == np.inf)
+            if not better.any():
+                return None
+        better &= excess <= 0
+        alive = np.ones(count, bool)
+        for p in range(count):
+            if (better[p] & alive).any():
+                alive[p] = False
+        return None if alive.all() else np.flatnonzero(alive)
+
+    # Steps
+
+    def _add_pair(self, i: int, j: int, matrix: Array) -> None:
+        if i > j:
+            i, j, matrix = j, i, matrix.T
+        known = self.pairs.get((i, j))
+        self.pairs[i, j] = matrix if known is None else known + matrix
+        self.neighbours[i].add(j)
+        self.neighbours[j].add(i)
+
+    def _drop_pair(self, i: int, j: int) -> None:
+        del self.pairs[min(i, j), max(i, j)]
+        self.neighbours[i].discard(j)
+        self.neighbours[j].discard(i)
+
+    def _restrict(self, node: int, keep: Array) -> None:
+        """Only the strategies ``keep`` of a node are left."""
+        self.costs[node] = self.costs[node][keep]
+        for other in self.neighbours[node]:
+            if node < other:
+                self.pairs[node, other] = self.pairs[node, other][keep]
+            else:
+                self.pairs[other, node] = self.pairs[other, node][:, keep]
+        if node in self._changes:
+            self._hold(node, {place: values[keep] for place, values in self._changes[node].items()})
+        old = keep.tolist()
+
+        def undo(choice: dict[int, int]) -> None:
+            choice[node] = old[choice[node]]
+
+        self._undo.append(undo)
+
+    def _hold(self, node: int, changes: dict[int, Array]) -> None:
+        """Set how a node's memory changes; that of its first strategy is fixed."""
+        left: dict[int, Array] = {}
+        for place, values in changes.items():
+            self._fixed[place] += values[0]
+            values = values - values[0]
+            if values.any():
+                left[place] = values
+        self._spans.pop(node, None)
+        if left:
+            self._changes[node] = left
+        else:
+            self._changes.pop(node, None)
+
+    def _add_changes(self, node: int, changes: dict[int, Array]) -> None:
+        """Add to a node's memory: touches only the places that change, since nodes are merged by the thousand."""
+        own = self._changes.setdefault(node, {})
+        for place, values in changes.items():
+            self._fixed[place] += values[0]
+            total = own[place] + (values - values[0]) if place in own else values - values[0]
+            if total.any():
+                own[place] = total
+            else:
+                own.pop(place, None)
+        if not own:
+            del self._changes[node]
+        self._spans.pop(node, None)
+
+    def _read_memory(self, problem: CostNetwork) -> None:
+        lasting = [(n, first, end) for n, (first, end) in enumerate(problem.intervals) if first < end]
+        self.times = sorted({time for _, first, end in lasting for time in (first, end)})
+        place = {time: index for index, time in enumerate(self.times)}
+        self._fixed = np.zeros(max(len(self.times), 1))
+        for node, first, end in lasting:
+            usage = problem.usages[node].astype(np.float64)
+            self._hold(node, {place[first]: usage, place[end]: -usage})
+
+    def _merge(self, i: int, j: int, partner: Array) -> None:
+        """Node ``j`` follows node ``i``: strategy k of ``i`` goes with ``partner[k]`` of ``j``."""
+        matrix = self.matrix(i, j)
+        self.costs[i] = self.costs[i] + self.costs[j][partner] + matrix[np.arange(len(partner)), partner]
+        self._drop_pair(i, j)
+        for other in list(self.neighbours[j]):
+            moved = self.matrix(j, other)[partner]
+            self._drop_pair(j, other)
+            self._add_pair(i, other, moved)
+        if j in self._changes:
+            self._add_changes(i, {place: values[partner] for place, values in self._changes.pop(j).items()})
+            self._spans.pop(j, None)
+        del self.costs[j], self.neighbours[j]
+        table = partner.tolist()
+
+        def undo(choice: dict[int, int]) -> None:
+            choice[j] = table[choice[i]]
+
+        self._undo.append(undo)
+
+    def _decide(self, node: int) -> None:
+        """A node with a single strategy becomes part of its neighbours' costs."""
+        self.constant += float(self.costs[node][0])
+        for other in list(self.neighbours[node]):
+            self.costs[other] = self.costs[other] + self.matrix(node, other)[0]
+            self._drop_pair(node, other)
+        self._forget(node, lambda _: 0)
+
+    def _eliminate(self, node: int, near: list[int]) -> None:
+        costs = self.costs[node]
+        if not near:
+            best = int(costs.argmin())
+            self.constant += float(costs[best])
+            self._forget(node, lambda _: best)
+            return
+        first = self.matrix(node, near[0]) + costs[:, None]
+        if len(near) == 1:
+            table = first.argmin(0)
+            self.costs[near[0]] = self.costs[near[0]] + first.min(0)
+            self._drop_pair(node, near[0])
+            self._forget(node, lambda choice: int(table[choice[near[0]]]))
+            return
+        second = self.matrix(node, near[1])
+        total = first[:, :, None] + second[:, None, :]
+        table = total.argmin(0)
+        self._drop_pair(node, near[0])
+        self._drop_pair(node, near[1])
+        self._add_pair(near[0], near[1], total.min(0))
+        self._forget(node, lambda choice: int(table[choice[near[0]], choice[near[1]]]))
+
+    def _forget(self, node: int, choose: Callable[[dict[int, int]], int]) -> None:
+        del self.costs[node], self.neighbours[node]
+
+        def undo(choice: dict[int, int]) -> None:
+            choice[node] = choose(choice)
+
+        self._undo.append(undo)
+
+
+def _as_float(costs: Array) -> Array:
+    values = costs.astype(np.float64)
+    values[values >= FORBIDDEN] = np.inf
+    return values
+
+
+def _spans(changes: dict[int, Array]) -> list[tuple[int, int, Array]]:
+    places = sorted(changes)
+    found: list[tuple[int, int, Array]] = []
+    held: Array = np.zeros_like(changes[places[0]])
+    for start, end in itertools.pairwise(places):
+        held = held + changes[start]
+        if held.any():
+            found.append((start, end, held))
+    return found
