@@ -157,7 +157,7 @@ class Compiled:
     def _run(self, pieces: Sequence[jax.Array], leaves: Sequence[Any], donated: Sequence[DistributedArray]) -> Any:
         batch = {number: _physical(leaves[number]) for number in self._batch}
         if donated and self.session.staged.donate:
-            where = line_here()
+            where = line_here() or "an earlier call"
             self._refuse_given_twice(leaves, donated, where)
             for leaf in donated:  # each was checked
                 leaf.donated_by, leaf.pieces = where, {}

@@ -87,3 +87,19 @@ module @batch_comes_out attributes {bactrian.num_microbatches = 2 : i64, bactria
     return %b#0, %b#1 : tensor<4xf32>, tensor<4xf32>
   }
 }
+
+// -----
+
+// A function without accumulators, as text that was printed and parsed again has it: no argument attributes at all.
+// CHECK-LABEL: module @nothing_accumulates
+module @nothing_accumulates attributes {bactrian.num_microbatches = 2 : i64, bactrian.num_stages = 1 : i64, bactrian.schedule = "1f1b"} {
+  // CHECK: @stage0.forward_backward(%{{[^:]*}}: tensor<8xcomplex<f32>>) -> tensor<4xcomplex<f32>>
+  // CHECK: stablehlo.complex
+  // CHECK: stablehlo.while
+  func.func public @main(%x: tensor<4xcomplex<f32>> {bactrian.role = "batch"}) -> tensor<4xcomplex<f32>> {
+    %y = stablehlo.negate %x {bactrian.phase = "forward", bactrian.stage = 0 : i64} : tensor<4xcomplex<f32>>
+    %b = stablehlo.custom_call @bactrian.gradient_boundary(%y) {mhlo.backend_config =
+      {kinds = "aux", reductions = "accumulated"}} : (tensor<4xcomplex<f32>>) -> tensor<4xcomplex<f32>>
+    return %b : tensor<4xcomplex<f32>>
+  }
+}

@@ -10,15 +10,16 @@ Attributes = Mapping[str, ir.Attribute]
 
 
 def splat(type_: ir.Type, value: int, attributes: Attributes | None = None) -> ir.Value:
-    """A ``stablehlo.constant`` with ``value`` in every element; ``type_`` is of floats, integers, booleans or complex."""
+    """A constant with ``value`` in every element; ``type_`` is of floats, integers, booleans or complex numbers."""
     tensor = ir.RankedTensorType(type_)
     element = tensor.element_type
-    if isinstance(element, ir.FloatType):
-        elements: ir.Attribute = ir.DenseElementsAttr.get_splat(tensor, ir.FloatAttr.get(element, float(value)))
-    elif isinstance(element, ir.IntegerType):
-        elements = ir.DenseElementsAttr.get_splat(tensor, ir.IntegerAttr.get(element, value))
-    else:
-        elements = ir.Attribute.parse(f"dense<({float(value)}, 0.0)> : {tensor}")
+    if isinstance(element, ir.ComplexType):  # whose constants the bindings can't make
+        part = ir.RankedTensorType.get(tensor.shape, element.element_type)
+        real, imaginary = splat(part, value, attributes), splat(part, 0, attributes)
+        return _one("stablehlo.complex", tensor, [real, imaginary], attributes)
+    is_float = isinstance(element, ir.FloatType)
+    number = ir.FloatAttr.get(element, float(value)) if is_float else ir.IntegerAttr.get(element, value)
+    elements: ir.Attribute = ir.DenseElementsAttr.get_splat(tensor, number)
     return _one("stablehlo.constant", tensor, [], {"value": elements, **(attributes or {})})
 
 

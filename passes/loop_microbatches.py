@@ -291,6 +291,8 @@ def _tensor(type_: ir.Type) -> ir.Type:
 def _carries(function: ir.Operation) -> dict[int, int]:
     """Input position -> the output that is this input in the next turn."""
     carries: dict[int, int] = {}
+    if "arg_attrs" not in function.attributes:
+        return carries
     for position, entry in enumerate(ir.ArrayAttr(function.attributes["arg_attrs"])):
         attributes = ir.DictAttr(entry)
         if "bactrian.accumulator" in attributes:
