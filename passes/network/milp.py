@@ -23,7 +23,10 @@ from bactrian.passes.network.reduce import Array, ReducedNetwork
 
 _ROWS_AT_ONCE = 12  # memory rows added after one solve
 _OBJECTIVE = 1e6  # the largest coefficient after scaling
-_GAP = 1e-9  # relative, at which HiGHS may call a solution optimal
+_GAP = 1e-9  # relative, at which a solution of costs that are no integers is called optimal
+_UNIT_GAP = 0.99  # for integers: what is left of a gap below 1 is none
+# Beside larger integers HiGHS's tolerances hide a difference of 1; nothing is called optimal then.
+MOST_EXACT = 10**12
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ class IntegerProgram:
         starts = np.concatenate([[0], np.cumsum(sizes)]).astype(int)
         self._start = dict(zip(self._nodes, starts.tolist(), strict=False))
         self._num_binary = int(starts[-1])
-        self._rows: dict[int, int] = {}  # place -> row of its memory constraint
+        self._rows: set[int] = set()  # places with a memory constraint
         self._build()
 
     def solve(self, deadline: float) -> Outcome:
@@ -55,33 +58,42 @@ class IntegerProgram:
         Raises:
             InfeasiblePlanError: there is no choice within the memory limit; the message says how much is missing.
         """
-        bound = -np.inf
-        while True:  # relaxed: its violated memory rows are most of those that bind
-            status, values, bound_here = self._run(deadline, integer=False)
-            if status == mathopt.TerminationReason.INFEASIBLE:
-                raise _infeasible(self._network)
-            if values is None:
-                return Outcome(None, bound, optimal=False, memory_rows=len(self._rows))
-            bound = max(bound, bound_here)
-            if not self._add_rows(self._relaxed_profile(values)):
-                break
-        exact, relaxed = True, bound
+        bound = self._network.constant
+        integer = False  # first relaxed: its violated memory rows are most of those that bind
         while True:
-            status, values, bound_here = self._run(deadline, integer=True)
+            status, values, bound_here = self._run(deadline, integer=integer)
             if status == mathopt.TerminationReason.INFEASIBLE:
-                raise _infeasible(self._network)
+                raise self._infeasible()
             bound = max(bound, bound_here)
             if values is None:
                 return Outcome(None, bound, optimal=False, memory_rows=len(self._rows))
+            if not integer:
+                integer = not self._add_rows(self._relaxed_profile(values))
+                continue
             choice = self._choice(values)
             profile = self._network.profile(choice)
-            if self._add_rows(profile):
-                continue
-            if self._tighten(profile):
-                exact = False
-                continue
-            optimal = exact and status == mathopt.TerminationReason.OPTIMAL
-            return Outcome(choice, bound if exact else relaxed, optimal, len(self._rows))
+            if not self._add_rows(profile) and not self._add_covers(choice, profile):
+                optimal = status == mathopt.TerminationReason.OPTIMAL and self.is_exact
+                return Outcome(choice, bound, optimal, len(self._rows))
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether HiGHS's tolerances are finer than the costs' differences."""
+        largest = float(np.abs(self._objective).max(initial=0.0)) / self._factor
+        return not self._network.whole or largest <= MOST_EXACT
+
+    def _infeasible(self) -> InfeasiblePlanError:
+        if self._network.limit is None or not self._rows:
+            return InfeasiblePlanError(
+                "no combination of strategies is allowed",
+                why="the forbidden costs exclude each other",
+                fix="allow more pairs: costs from 10^18 on, and infinite ones, forbid",
+            )
+        return InfeasiblePlanError(
+            f"no choice fits into a memory of {self._network.limit:,}",
+            why="every allowed combination needs more at some time, though the leanest strategies alone would fit",
+            fix="raise the limit, or allow strategies that use less memory",
+        )
 
     def _build(self) -> None:
         network = self._network
@@ -126,7 +138,10 @@ class IntegerProgram:
             model,
             mathopt.SolverType.HIGHS,
             params=mathopt.SolveParameters(
-                time_limit=datetime.timedelta(seconds=left), relative_gap_tolerance=_GAP, random_seed=0
+                time_limit=datetime.timedelta(seconds=left),
+                relative_gap_tolerance=0.0 if self._network.whole else _GAP,
+                absolute_gap_tolerance=_UNIT_GAP * self._factor if self._network.whole else None,
+                random_seed=0,
             ),
         )
         found = result.has_primal_feasible_solution()
@@ -175,7 +190,7 @@ class IntegerProgram:
         limit = self._network.limit
         if limit is None:
             return False
-        over = np.flatnonzero(profile > limit * (1 + 1e-12))
+        over = self._over(profile)
         over = over[np.argsort(-profile[over], kind="stable")]
         chosen: list[int] = []
         for place in over.tolist():
@@ -191,50 +206,61 @@ class IntegerProgram:
     def _append(self, places: Sequence[int]) -> None:
         network = self._network
         assert network.limit is not None
-        unit, fixed = self._memory_unit(), network.fixed
         rows, columns, values, high = list[Array](), list[Array](), list[Array](), list[float]()
+        fixed = network.fixed
         for number, place in enumerate(places):
-            for node, start in self._start.items():
-                for begin, end, usage in network.spans(node):
-                    if begin <= place < end:
-                        rows.append(np.full(len(usage), number))
-                        columns.append(start + np.arange(len(usage)))
-                        values.append(usage / unit)
+            held = [
+                (start, usage)
+                for node, start in self._start.items()
+                for begin, end, usage in network.spans(node)
+                if begin <= place < end
+            ]
+            unit = max((float(np.abs(usage).max()) for _, usage in held), default=0.0) or 1.0
+            for start, usage in held:
+                rows.append(np.full(len(usage), number))
+                columns.append(start + np.arange(len(usage)))
+                values.append(usage / unit)
             high.append((network.limit - float(fixed[place])) / unit)
-        shape = len(places), len(self._objective)
+        self._rows.update(places)
+        self._append_rows(rows, columns, values, high)
+
+    def _append_rows(self, rows: list[Array], columns: list[Array], values: list[Array], high: list[float]) -> None:
+        shape = len(high), len(self._objective)
         triples = (_joined(values, float), (_joined(rows, int), _joined(columns, int)))
         more = scipy.sparse.csr_matrix(triples, shape=shape)
         self._matrix = scipy.sparse.vstack([self._matrix, more], format="csr")
-        self._low = np.concatenate([self._low, np.full(len(places), -np.inf)])
+        self._low = np.concatenate([self._low, np.full(len(high), -np.inf)])
         self._high = np.concatenate([self._high, high])
-        first = len(self._low) - len(places)
-        self._rows.update({place: first + number for number, place in enumerate(places)})
 
-    def _memory_unit(self) -> float:
-        """What memory is divided by: a solver's tolerance of 1e-6 is then 1e-10 of the limit."""
-        return max(float(self._network.limit or 0), 1e-300) / 1e4
-
-    def _tighten(self, profile: Array) -> bool:
-        """Rows that are in the program and yet violated, within the solver's tolerance, get so much less memory."""
+    def _over(self, profile: Array) -> Array:
+        """Places where there is too much memory."""
         limit = self._network.limit
-        over = [] if limit is None else np.flatnonzero(profile > limit * (1 + 1e-12)).tolist()
-        for place in over:
-            if place in self._rows:
-                self._high[self._rows[place]] -= 2 * (profile[place] - limit) / self._memory_unit()
-        return any(place in self._rows for place in over)
+        if limit is None:
+            return np.zeros(0, int)
+        return np.flatnonzero(profile > (limit if self._network.whole else limit * (1 + 1e-12)))
+
+    def _add_covers(self, choice: dict[int, int], profile: Array) -> bool:
+        """Exclude a choice that is over the limit by less than the solver's tolerance, and all that hold no less.
+
+        A cover inequality: of the strategies that hold at least as much as the chosen ones, not one in every node.
+        """
+        over = self._over(profile)
+        rows, columns, high = list[Array](), list[Array](), list[float]()
+        for number, place in enumerate(over[:_ROWS_AT_ONCE].tolist()):
+            nodes = 0
+            for node, start in self._start.items():
+                for begin, end, usage in self._network.spans(node):
+                    mine = usage[choice[node]]
+                    if begin <= place < end and mine > usage.min():
+                        nodes += 1
+                        found = start + np.flatnonzero(usage >= mine)
+                        rows.append(np.full(len(found), number))
+                        columns.append(found)
+            high.append(nodes - 1.0)
+        if high:
+            self._append_rows(rows, columns, [np.ones(len(found)) for found in columns], high)
+        return bool(high)
 
 
 def _joined(parts: Sequence[Array], kind: type) -> Array:
     return np.concatenate(parts) if parts else np.zeros(0, kind)
-
-
-def _infeasible(network: ReducedNetwork) -> InfeasiblePlanError:
-    """How far the least possible memory is above the limit."""
-    assert network.limit is not None
-    missing = float(network.least.max(initial=0.0)) - network.limit  # each node at its leanest, together or not
-    amount = f"at least {missing:,.0f} more" if missing > 0 else "more"
-    return InfeasiblePlanError(
-        f"no choice fits into a memory of {network.limit:,}",
-        why=f"every combination needs {amount} at some time",
-        fix="raise the limit, or allow strategies that use less memory",
-    )

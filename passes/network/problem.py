@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import math
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,9 +96,12 @@ class CostNetwork:
         return most
 
     def is_allowed(self, choice: Sequence[int]) -> bool:
-        """Whether a choice has a finite cost and fits into memory."""
-        cost = self.cost(choice)
-        return cost < FORBIDDEN and (self.limit is None or self.peak(choice) <= self.limit)
+        """Whether a choice has no forbidden cost and fits into memory."""
+        own = all(costs[k] < FORBIDDEN for costs, k in zip(self.costs, choice, strict=True))
+        pairs = zip(self.edges, self.edge_costs, strict=True)
+        if not own or any(costs[choice[i], choice[j]] >= FORBIDDEN for (i, j), costs in pairs):
+            return False
+        return self.limit is None or self.peak(choice) <= self.limit
 
 
 def _check_values(values: Costs, what: str, *, infinite: bool) -> None:
@@ -119,7 +123,7 @@ def read_problem(path: str | Path) -> CostNetwork:
     try:
         raw = Path(path).read_bytes()
         data: Any = json.loads(gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw)
-    except (OSError, EOFError, ValueError) as error:
+    except (OSError, EOFError, ValueError, zlib.error) as error:
         raise ConfigError(f"cannot read {path}", why=str(error)) from None
     try:
         problem = data["problem"]
@@ -132,7 +136,9 @@ def read_problem(path: str | Path) -> CostNetwork:
             _numbers(row, "edge").reshape(len(costs[i]), len(costs[j]))
             for (i, j), row in zip(pairs, edges["costs"], strict=True)
         )
-        limit = problem.get("usage_limit")
+        limit: Any = problem.get("usage_limit")
+        if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int | float)):
+            raise ValueError(f"usage_limit is {limit!r}, not a number")
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise ConfigError(
             f"{path} is not a problem in the contest's format",
@@ -145,6 +151,8 @@ def read_problem(path: str | Path) -> CostNetwork:
 
 def _numbers(row: Any, what: str) -> Costs:
     values = np.array(row)
-    if values.dtype.kind not in "if":
-        raise ValueError(f"{what} costs are no numbers that fit into 64 bits: {str(row)[:60]}")
+    if values.dtype.kind in "uO" or (values.dtype.kind == "f" and all(isinstance(value, int) for value in row)):
+        values = np.array([min(value, FORBIDDEN) for value in row])  # integers that 64 bits don't hold are forbidden
+    if values.dtype.kind not in "if" or (values.dtype.kind == "i" and values.dtype.itemsize < 8):
+        raise ValueError(f"{what} costs are no numbers of 64 bits: {str(row)[:60]}")
     return values

@@ -7,6 +7,7 @@ elimination (1994), here with memory; min-plus elimination of nodes with at most
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +19,7 @@ from bactrian.passes.network.problem import FORBIDDEN, CostNetwork
 Array = np.ndarray[Any, np.dtype[Any]]
 _Undo = Callable[[dict[int, int]], None]
 
-_ROUNDING = 1e-13  # of the largest of the numbers that were added: below 1 for integers up to 10^12
+_ROUNDING = 1e-13  # of the largest of the numbers that were added, where these are no integers
 _MOST_PAIRS = 4096  # entries of an edge that an elimination may make
 _MOST_DOMINANCE = 300  # strategies of a node for which dominance is looked at: the test is cubic
 
@@ -29,11 +30,13 @@ class ReducedNetwork:
     Attributes:
         costs: node -> cost of each strategy left.
         pairs: (i, j) with i < j -> cost matrix.
-        constant: cost of what is decided.
+        constant: cost of what is decided, and of the cheapest of what is not: a lower bound.
+        whole: all costs and usages are integers.
         times: the times at which anything begins or ends, in order. Memory is told by their places in this list.
     """
 
     def __init__(self, problem: CostNetwork) -> None:
+        self.whole = all(a.dtype.kind == "i" for a in (*problem.costs, *problem.edge_costs, *problem.usages))
         self.costs: dict[int, Array] = {n: _as_float(c) for n, c in enumerate(problem.costs)}
         self.pairs: dict[tuple[int, int], Array] = {}
         self.neighbours: dict[int, set[int]] = {n: set() for n in self.costs}
@@ -114,21 +117,73 @@ class ReducedNetwork:
 
     # Reductions
 
-    def reduce(self) -> None:
-        """All of them, until nothing changes.
+    def reduce(self, deadline: float = float("inf")) -> None:
+        """All of them, until nothing changes or the deadline (`time.monotonic`): what is left is equal at any time.
 
         Raises:
-            InfeasiblePlanError: no choice has a finite cost.
+            InfeasiblePlanError: no choice is allowed.
         """
         self.forbid()
         self.contract()
         while True:
             before = len(self.costs), self.num_strategies, len(self.pairs)
+            self.forbid()
+            self.forbid_by_memory()
             self.separate()
             self.eliminate()
-            self.dominate()
-            if before == (len(self.costs), self.num_strategies, len(self.pairs)):
+            self.forbid()
+            self.dominate(deadline)
+            self.normalise()
+            if before == (len(self.costs), self.num_strategies, len(self.pairs)) or time.monotonic() > deadline:
                 return
+
+    def normalise(self) -> None:
+        """Take the least cost of every node and edge to the constant: what is left is what a choice can save."""
+        for node, costs in self.costs.items():
+            least = float(costs.min())
+            self.constant += least
+            self.costs[node] = costs - least
+        for pair, matrix in self.pairs.items():
+            least = float(matrix.min())
+            self.constant += least
+            self.pairs[pair] = matrix - least
+
+    def forbid_by_memory(self) -> None:
+        """Drop strategies that don't fit even if everything else takes its least.
+
+        Raises:
+            InfeasiblePlanError: not even the leanest strategies fit; the message says how much is missing.
+        """
+        if self.limit is None:
+            return
+        slack = self.limit - self.least
+        if slack.min() < 0:
+            raise InfeasiblePlanError(
+                f"no choice fits into a memory of {self.limit:,}",
+                why=f"at the worst time even the leanest strategies need {-slack.min():,.0f} more",
+                fix="raise the limit, or allow strategies that use less memory",
+            )
+        for node in list(self._changes):
+            keep = np.ones(len(self.costs[node]), bool)
+            for start, end, usage in self.spans(node):
+                keep &= usage - usage.min() <= slack[start:end].min()
+            if not keep.any():
+                raise InfeasiblePlanError(
+                    f"no choice fits into a memory of {self.limit:,}",
+                    why=f"each strategy of node {node} is too much at some time, whatever the other nodes choose",
+                    fix="raise the limit, or allow strategies that use less memory",
+                )
+            if not keep.all():
+                self._restrict(node, np.flatnonzero(keep))
+
+    def prune(self, cost: float) -> None:
+        """Forbid what no choice of at most this cost contains; after `normalise`."""
+        most = (cost - self.constant) * (1 + 1e-9)
+        for node, costs in self.costs.items():
+            self.costs[node] = np.where(costs > most, np.inf, costs)
+        for pair, matrix in self.pairs.items():
+            self.pairs[pair] = np.where(matrix > most, np.inf, matrix)
+        self.forbid()
 
     def forbid(self) -> None:
         """Drop strategies without a finite partner on some edge (arc consistency)."""
@@ -140,10 +195,7 @@ class ReducedNetwork:
             for other in self.neighbours[node]:
                 keep &= np.isfinite(self.matrix(node, other)).any(axis=1)
             if not keep.any():
-                raise InfeasiblePlanError(
-                    f"node {node} has no strategy left",
-                    why="each has an infinite cost, or can't be combined with any strategy of a neighbour",
-                )
+                raise _nothing_allowed(node)
             if not keep.all():
                 self._restrict(node, np.flatnonzero(keep))
                 todo.update(dict.fromkeys(self.neighbours[node]))
@@ -171,7 +223,8 @@ class ReducedNetwork:
             if not np.isfinite(matrix).all():
                 continue
             row = matrix[:1] - matrix[0, 0]
-            if np.abs(matrix - matrix[:, :1] - row).max() <= _ROUNDING * np.abs(matrix).max():
+            rest = np.abs(matrix - matrix[:, :1] - row).max()
+            if rest <= (0.0 if self.whole else _ROUNDING * np.abs(matrix).max()):
                 self.costs[i] = self.costs[i] + matrix[:, 0]
                 self.costs[j] = self.costs[j] + row[0]
                 self._drop_pair(i, j)
@@ -200,10 +253,10 @@ class ReducedNetwork:
             self._eliminate(node, near)
             todo.update(dict.fromkeys(near))
 
-    def dominate(self) -> None:
+    def dominate(self, deadline: float = float("inf")) -> None:
         """Drop strategies that another one of the same node can always replace, at no more cost and memory."""
         todo = dict.fromkeys(self.costs)
-        while todo:
+        while todo and time.monotonic() < deadline:
             node = next(iter(todo))
             del todo[node]
             keep = self._undominated(node)
@@ -331,6 +384,8 @@ class ReducedNetwork:
 
     def _decide(self, node: int) -> None:
         """A node with a single strategy becomes part of its neighbours' costs."""
+        if not np.isfinite(self.costs[node][0]):
+            raise _nothing_allowed(node)
         self.constant += float(self.costs[node][0])
         for other in list(self.neighbours[node]):
             self.costs[other] = self.costs[other] + self.matrix(node, other)[0]
@@ -341,6 +396,8 @@ class ReducedNetwork:
         costs = self.costs[node]
         if not near:
             best = int(costs.argmin())
+            if not np.isfinite(costs[best]):
+                raise _nothing_allowed(node)
             self.constant += float(costs[best])
             self._forget(node, lambda _: best)
             return
@@ -369,9 +426,15 @@ class ReducedNetwork:
 
 
 def _as_float(costs: Array) -> Array:
-    values = costs.astype(np.float64)
-    values[values >= FORBIDDEN] = np.inf
-    return values
+    return np.where(costs >= FORBIDDEN, np.inf, costs.astype(np.float64))
+
+
+def _nothing_allowed(node: int) -> InfeasiblePlanError:
+    return InfeasiblePlanError(
+        "no combination of strategies is allowed",
+        why=f"every strategy of node {node} is forbidden, by itself or beside those of the nodes around it",
+        fix="allow more pairs: costs from 10^18 on, and infinite ones, forbid",
+    )
 
 
 def _spans(changes: dict[int, Array]) -> list[tuple[int, int, Array]]:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
-import numpy as np
-
-from bactrian.passes.errors import InfeasiblePlanError
+from bactrian.passes.errors import ConfigError
+from bactrian.passes.network.local import LocalSearch
 from bactrian.passes.network.problem import CostNetwork
 from bactrian.passes.network.reduce import ReducedNetwork
+
+_REDUCTION_SHARE = 0.5  # of the time, at most
+_MOST_PRUNINGS = 4
+_SEARCH_SHARE = 0.15  # of the time, kept for a choice without proof where the program has given none
 
 
 @dataclass(frozen=True)
@@ -19,8 +22,9 @@ class Solution:
     Attributes:
         choice: the strategy of each node.
         cost: its exact cost.
-        bound: no allowed choice costs less (up to the solver's tolerance, 1e-9 of the largest cost).
-        optimal: whether it is proved that none does.
+        bound: no allowed choice costs less.
+        optimal: whether it is proved that none does: for integers up to 10^12 exactly (as far as floating point proves
+            anything), for other costs up to 1e-9 of the cost that a choice can save.
         memory: its peak.
         seconds: of the whole solve.
         figures: sizes on the way, for people.
@@ -39,47 +43,61 @@ def solve(problem: CostNetwork, time_limit: float = 60.0) -> Solution:
     """The cheapest choice within the memory limit, or the best found in ``time_limit`` seconds.
 
     Raises:
-        InfeasiblePlanError: there is no allowed choice, or none was found in time.
+        InfeasiblePlanError: there is no allowed choice.
+        ConfigError: none was found in time.
     """
     begin = time.monotonic()
+    deadline = begin + time_limit
     network = ReducedNetwork(problem)
-    network.reduce()
+    network.reduce(begin + _REDUCTION_SHARE * time_limit)
+    count, rows = len(problem.costs), 0
     figures = {
-        "nodes": len(problem.costs),
+        "nodes": count,
         "strategies": problem.num_strategies,
         "nodes left": len(network.costs),
         "strategies left": network.num_strategies,
         "pairs left": network.num_pairs,
-        "memory rows": 0,
     }
-    count = len(problem.costs)
+    choice, bound, proved = None, network.constant, True
     if not network.costs:
-        choice, bound, optimal = network.expand({}, count), network.constant, True
-        _check_memory(problem, choice)
+        choice = _allowed(problem, network.expand({}, count))
     else:
         from bactrian.passes.network.milp import IntegerProgram  # imports a solver
 
-        outcome = IntegerProgram(network).solve(begin + time_limit)
-        figures["memory rows"] = outcome.memory_rows
-        if outcome.choice is None:
-            raise InfeasiblePlanError(
-                f"no allowed choice was found in {time_limit:g} s",
-                why=f"the network has {network.num_strategies:,} strategies and {network.num_pairs:,} pairs left",
-                fix="give it more time",
-            )
-        choice, bound, optimal = network.expand(outcome.choice, count), outcome.bound, outcome.optimal
-    cost = problem.cost(choice)
-    bound = min(float(bound), float(cost)) if np.isfinite(bound) else float("-inf")
-    if optimal:
-        bound = float(cost)
-    return Solution(tuple(choice), cost, bound, optimal, problem.peak(choice), time.monotonic() - begin, figures)
-
-
-def _check_memory(problem: CostNetwork, choice: list[int]) -> None:
-    """With nothing left to decide, memory is what it is."""
-    if problem.limit is not None and (peak := problem.peak(choice)) > problem.limit:
-        raise InfeasiblePlanError(
-            f"no choice fits into a memory of {problem.limit:,}",
-            why=f"every allowed one needs {peak:,} at some time",
-            fix="raise the limit, or allow strategies that use less memory",
+        for _ in range(_MOST_PRUNINGS):
+            program = IntegerProgram(network)
+            outcome = program.solve(deadline - _SEARCH_SHARE * time_limit)
+            bound, proved, rows = max(bound, outcome.bound), outcome.optimal, rows + outcome.memory_rows
+            if outcome.choice is not None:
+                choice = _allowed(problem, network.expand(outcome.choice, count))
+            if choice is None or proved or program.is_exact:
+                break
+            # Costs that the answer rules out are so large that they hide small differences: once more without them.
+            network.prune(network.cost(outcome.choice or {}))
+            network.reduce(deadline)
+            if not network.costs:
+                choice, proved = _allowed(problem, network.expand({}, count)), True
+                break
+        if choice is None and (found := LocalSearch(network).search(deadline)) is not None:
+            choice, proved = _allowed(problem, network.expand(found, count)), False
+    if choice is None:
+        raise ConfigError(
+            f"no allowed choice was found in {time_limit:g} s",
+            why=f"the network has {network.num_strategies:,} strategies and {network.num_pairs:,} pairs left",
+            fix="give it more time; whether there is one is not known",
         )
+    cost = problem.cost(choice)
+    figures["memory rows"] = rows
+    return Solution(
+        choice=tuple(choice),
+        cost=cost,
+        bound=float(cost) if proved else min(float(bound), float(cost)),
+        optimal=proved,
+        memory=problem.peak(choice),
+        seconds=time.monotonic() - begin,
+        figures=figures,
+    )
+
+
+def _allowed(problem: CostNetwork, choice: list[int]) -> list[int] | None:
+    return choice if problem.is_allowed(choice) else None
