@@ -30,9 +30,10 @@ class SplitStages(Pass):
 
     Each stage gets a function per phase; under 1F1B the last stage's forward and backward of a microbatch follow each
     other at once and are one function; one stage with one microbatch is one function altogether. Residuals stay on their
-    stage, as results of the forward and operands of the backward function. A value that another stage reads is one ``mpmd.transfer`` per reading stage. The update is cut into
-    rounds where it needs values of other stages. The new ``@main`` is the data flow of one microbatch on
-    ``!mpmd.mesh_tensor`` types, so that the verifier refuses a value used on the wrong mesh.
+    stage, as results of the forward and operands of the backward function. A value that another stage reads is one
+    ``mpmd.transfer`` per reading stage. The update is cut into rounds where it needs values of other stages. The new
+    ``@main`` is the data flow of one microbatch on ``!mpmd.mesh_tensor`` types, so that the verifier refuses a value used
+    on the wrong mesh.
 
     Requires: accumulators explicit (``accumulate-gradients``).
     Ensures: the staged form of ``docs/ir.md``; accumulators and state are aliased with the results that replace them.
