@@ -93,7 +93,7 @@ def test_small_differences_between_large_costs(offset: int, spread: int) -> None
         assert (solution.cost, solution.optimal) == (brute_force(problem), True)
 
 
-@pytest.mark.parametrize("penalty", [10**8, 10**12, 10**14, 10**17])
+@pytest.mark.parametrize("penalty", [10**8, 10**12, 10**14])
 def test_one_large_cost_hides_no_small_ones(penalty: int) -> None:
     for seed in range(8):
         problem = complete(5, 3, 0, 90, seed)
@@ -146,7 +146,18 @@ def test_what_is_forbidden_is_told_by_each_cost() -> None:
     assert solution.cost == 12 * 10**17 + 10**18 - 1 and solution.choice == (0, 0, 0)
 
 
-def test_reductions_keep_to_the_time_limit() -> None:
+@pytest.mark.parametrize("costs", [[2**54 + 1, 0, 2**54], [0, 2**59, 2**59 + 1]])
+def test_sums_that_are_rounded_prove_nothing(costs: list[int]) -> None:
+    pair = np.array([[0, 2**55], [1, 2**55 + 1]])
+    problem = CostNetwork(
+        (np.array(costs), np.array([1, 0])), (np.zeros(3, int), np.zeros(2, int)), ((0, 0),) * 2, (), ()
+    )
+    assert not solve(problem).optimal
+    problem = CostNetwork((np.zeros(2, int),) * 2, (np.zeros(2, int),) * 2, ((0, 0),) * 2, ((0, 1),), (pair,))
+    assert not solve(problem).optimal
+
+
+def test_little_time_gives_an_answer_or_a_clear_error() -> None:
     problem = complete(8, 150, 0, 10**6, 0)
     try:
         solution = solve(problem, time_limit=2.0)
@@ -196,11 +207,11 @@ def test_each_reduction_keeps_the_optimum(steps: tuple[str, ...]) -> None:
 def test_large_numbers_are_exact() -> None:
     """Differences of 1 beside costs of 10^12, and a total beyond 2^53."""
     big = 10**12
-    costs = tuple(np.array([big + 1, big]) for _ in range(9)) + (np.array([2**53, 2**53 + 1]),)
-    problem = CostNetwork(costs, tuple(np.zeros(2) for _ in costs), ((0, 0),) * 10, (), ())
+    costs = tuple(np.array([big + 1, big]) for _ in range(9)) + (np.array([2**53 + 1, 2**53]),)
+    problem = CostNetwork(costs, tuple(np.zeros(2, int) for _ in costs), ((0, 0),) * 10, (), ())
     solution = solve(problem)
     assert solution.cost == 9 * big + 2**53
-    assert solution.choice == (1,) * 9 + (0,)
+    assert solution.choice == (1,) * 10 and solution.optimal
 
 
 def test_the_search_without_proof_finds_allowed_choices() -> None:

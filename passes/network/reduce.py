@@ -37,14 +37,15 @@ class ReducedNetwork:
 
     def __init__(self, problem: CostNetwork) -> None:
         self.whole = all(a.dtype.kind == "i" for a in (*problem.costs, *problem.edge_costs, *problem.usages))
-        self.costs: dict[int, Array] = {n: _as_float(c) for n, c in enumerate(problem.costs)}
+        self.constant = 0.0
+        self._range = 0  # of all costs together
+        self.costs: dict[int, Array] = {n: self._read(c) for n, c in enumerate(problem.costs)}
         self.pairs: dict[tuple[int, int], Array] = {}
         self.neighbours: dict[int, set[int]] = {n: set() for n in self.costs}
-        self.constant = 0.0
         self.limit = problem.limit
         self._undo: list[_Undo] = []
         for (i, j), matrix in zip(problem.edges, problem.edge_costs, strict=True):
-            self._add_pair(i, j, _as_float(matrix))
+            self._add_pair(i, j, self._read(matrix))
         self.times: list[int] = []
         # What changes at each place: whatever is chosen, and by strategy, above or below the node's first strategy.
         self._fixed: Array = np.zeros(1)
@@ -54,6 +55,11 @@ class ReducedNetwork:
             self._read_memory(problem)
 
     # What it is
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether no sum of these integers is rounded; costs that are no integers are always rounded a little."""
+        return not self.whole or self._range < 2**53
 
     @property
     def num_strategies(self) -> int:
@@ -353,6 +359,15 @@ class ReducedNetwork:
             del self._changes[node]
         self._spans.pop(node, None)
 
+    def _read(self, costs: Array) -> Array:
+        """Costs as floats above the least of them, which is subtracted while they are integers."""
+        allowed = costs[costs < FORBIDDEN]
+        least = allowed.min().item() if allowed.size else 0
+        self.constant += least
+        if self.whole and allowed.size:
+            self._range += allowed.max().item() - least
+        return np.where(costs >= FORBIDDEN, np.inf, (costs - least).astype(np.float64))
+
     def _read_memory(self, problem: CostNetwork) -> None:
         lasting = [(n, first, end) for n, (first, end) in enumerate(problem.intervals) if first < end]
         self.times = sorted({time for _, first, end in lasting for time in (first, end)})
@@ -423,10 +438,6 @@ class ReducedNetwork:
             choice[node] = choose(choice)
 
         self._undo.append(undo)
-
-
-def _as_float(costs: Array) -> Array:
-    return np.where(costs >= FORBIDDEN, np.inf, costs.astype(np.float64))
 
 
 def _nothing_allowed(node: int) -> InfeasiblePlanError:

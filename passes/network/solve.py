@@ -23,8 +23,8 @@ class Solution:
         choice: the strategy of each node.
         cost: its exact cost.
         bound: no allowed choice costs less.
-        optimal: whether it is proved that none does: for integers up to 10^12 exactly (as far as floating point proves
-            anything), for other costs up to 1e-9 of the cost that a choice can save.
+        optimal: whether it is proved that none does: for integers exactly (as far as floating point proves anything;
+            never where their sums leave 2^53), for other costs up to 1e-9 of the cost that a choice can save.
         memory: its peak.
         seconds: of the whole solve.
         figures: sizes on the way, for people.
@@ -86,6 +86,7 @@ def solve(problem: CostNetwork, time_limit: float = 60.0) -> Solution:
             why=f"the network has {network.num_strategies:,} strategies and {network.num_pairs:,} pairs left",
             fix="give it more time; whether there is one is not known",
         )
+    proved = proved and network.is_exact
     cost = problem.cost(choice)
     figures["memory rows"] = rows
     return Solution(
