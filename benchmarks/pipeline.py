@@ -126,6 +126,12 @@ def two_ranks(args: argparse.Namespace) -> list[Row]:
             row("b", f"{model}: two ranks", interval([ours]), "s", rounds=rounds),
             row("b", f"{model}: speed-up over one core", interval([solo, ours], ratio), "×"),
             row("b", f"{model}: efficiency", interval([[r["pipeline"]["efficiency"] for r in rounds]]), "", "≥ 0.95"),
+            row(
+                "b",
+                f"{model}: efficiency by the medians of the functions",
+                interval([[r["pipeline"]["efficiency_of_medians"] for r in rounds]]),
+                "",
+            ),
         ]
         if "torch solo" in rounds[0]:
             theirs = [[r[f"torch {kind}"]["median_s"] for r in rounds] for kind in ("solo", "pipeline")]

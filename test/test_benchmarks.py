@@ -27,9 +27,18 @@ def test_ideal_is_the_schedule_without_overheads() -> None:
     lists = [[run(f"stage{s}.{phase}", m) for phase, m in order] for s, order in enumerate((first, last))]
     seconds = {"stage0.forward": 1.0, "stage0.backward": 1.0, "stage1.forward_backward": 2.0}
     seconds |= {"stage0.update": 0.5, "stage0.update_1": 0.25, "stage1.update": 2.0}
-    assert worker.ideal_seconds(lists, seconds) == 7.25  # B1 ends at 6; the second round waits for stage 1, until 7
+    calls = [[seconds[x.function] for x in runs] for runs in lists]
+    assert worker.ideal_seconds(lists, calls) == 7.25  # B1 ends at 6; the second round waits for stage 1, until 7
+    calls[0][2] += 3.0  # B0 ends at 7, B1 at 8
+    assert worker.ideal_seconds(lists, calls) == 8.75
     with pytest.raises(ValueError, match="order"):
-        worker.ideal_seconds([lists[0][::-1], lists[1]], seconds)
+        worker.ideal_seconds([lists[0][::-1], lists[1]], calls)
+
+
+def test_median_of_functions_is_over_all_microbatches() -> None:
+    runs = [run("stage0.forward", 0), run("stage0.forward", 1), run("stage0.update", -1)]
+    medians = worker.median_of_functions(runs, [[1.0, 2.0, 9.0], [3.0, 4.0, 5.0]])
+    assert medians == {"stage0.forward": 2.5, "stage0.update": 7.0}
 
 
 def test_interval_holds_the_median_of_paired_quotients() -> None:
