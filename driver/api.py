@@ -13,6 +13,7 @@ from bactrian.driver.arrays import Homes, gather
 from bactrian.driver.calls import flatten_call, parameters_of
 from bactrian.driver.capture import Captured, capture
 from bactrian.driver.compiled import Compiled
+from bactrian.driver.garbage import paused_collection
 from bactrian.driver.planning import Decisions, Staged, stage_program
 from bactrian.driver.reference import reference
 from bactrian.driver.session import World, open_session, stage_ranks
@@ -249,17 +250,18 @@ class Parallelized:
         o = self.options
         signature = flatten_call(self._parameters, args, kwargs).signature
         if signature not in self._captured:
-            captured = capture(
-                self.fun,
-                args,
-                kwargs,
-                batch_argnums=o.batch_argnums,
-                num_microbatches=o.num_microbatches,
-                schedule=o.schedule,
-                state=o.state,
-                forward_only=o.forward_only,
-                out_reduction=o.out_reduction,
-            )
+            with paused_collection():
+                captured = capture(
+                    self.fun,
+                    args,
+                    kwargs,
+                    batch_argnums=o.batch_argnums,
+                    num_microbatches=o.num_microbatches,
+                    schedule=o.schedule,
+                    state=o.state,
+                    forward_only=o.forward_only,
+                    out_reduction=o.out_reduction,
+                )
             for remark in captured.remarks:
                 _log.warning("%s", remark)
             self._captured[signature] = captured
@@ -320,15 +322,16 @@ class Traced:
                 self._check_homes(stages)
             stages = stages or (self.homes.num_stages if self.homes is not None else World.current().num_ranks)
             decisions = Decisions(stages, num_layers or stages, donate=self.options.donate)
-        staged = stage_program(
-            self.captured.module(self.homes),
-            decisions,
-            fingerprint=self.captured.fingerprint,
-            platform=self.captured.platform,
-            schedule=self.captured.schedule,
-            num_microbatches=self.captured.num_microbatches,
-            plan=plan,
-        )
+        with paused_collection():
+            staged = stage_program(
+                self.captured.module(self.homes),
+                decisions,
+                fingerprint=self.captured.fingerprint,
+                platform=self.captured.platform,
+                schedule=self.captured.schedule,
+                num_microbatches=self.captured.num_microbatches,
+                plan=plan,
+            )
         return Planned(self.captured, staged)
 
     def _check_homes(self, num_stages: int) -> None:

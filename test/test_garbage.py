@@ -1,0 +1,45 @@
+"""Collection pauses while a step is traced and planned, and only then."""
+
+from __future__ import annotations
+
+import gc
+
+import jax
+import numpy as np
+import pytest
+
+import bactrian
+from bactrian.driver.garbage import paused_collection
+
+
+def test_collection_is_as_it_was_afterwards() -> None:
+    with pytest.raises(ValueError, match="on purpose"), paused_collection():
+        assert not gc.isenabled()
+        with paused_collection():
+            pass
+        assert not gc.isenabled()
+        raise ValueError("on purpose")
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        with paused_collection():
+            pass
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
+
+
+def test_tracing_pauses_it() -> None:
+    seen = list[bool]()
+
+    def step(w: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        seen.append(gc.isenabled())
+        loss, gradient = bactrian.value_and_grad(lambda w: ((x @ w) ** 2).mean())(w)
+        return w - 0.1 * gradient, loss
+
+    planned = bactrian.parallelize(step, num_stages=1).trace(np.ones((4, 2), np.float32), np.ones((8, 4), np.float32))
+    assert seen
+    assert not any(seen)
+    assert gc.isenabled()
+    planned.plan()
+    assert gc.isenabled()
