@@ -27,7 +27,7 @@ from bactrian.driver.source import line_here, line_of_error
 from bactrian.driver.state import Part, match_state
 from bactrian.passes.errors import BactrianError, ConfigError, ProgramError
 from bactrian.passes.frame.context import make_context
-from bactrian.passes.program import body, integer, main_function
+from bactrian.passes.program import body, integer, main_function, nested_operations
 
 _JAX_TRACE_ERRORS = (jax.errors.JAXTypeError, jax.errors.JAXIndexError, jax.errors.UnexpectedTracerError)
 _NO_MESH = "#sdy.mesh<[]>"
@@ -499,14 +499,11 @@ def _drop_noise(module: ir.Module, main: ir.Block) -> None:
     if not meshes:
         return
     prefixes = tuple(f"#sdy.sharding<@{ir.StringAttr(op.attributes['sym_name']).value}," for op in meshes)
-    constraints: list[ir.Operation] = []
-
-    def visit(op: ir.Operation) -> ir.WalkResult:
-        if op.name == "sdy.sharding_constraint" and str(op.attributes["sharding"]).startswith(prefixes):
-            constraints.append(op)
-        return ir.WalkResult.ADVANCE
-
-    module.operation.walk(visit)
+    constraints = [
+        op
+        for op in nested_operations(module.operation)
+        if op.name == "sdy.sharding_constraint" and str(op.attributes["sharding"]).startswith(prefixes)
+    ]
     for op in constraints:
         op.results[0].replace_all_uses_with(op.operands[0])
         op.erase()

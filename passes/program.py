@@ -251,28 +251,28 @@ class Dataflow:
     def of(cls, main: ir.Operation) -> Dataflow:
         """Read ``@main`` once. What a region takes from outside is what has a number already."""
         block = body(main)
-        arguments = list(block.arguments)
-        number: dict[ir.Value, int] = {value: index for index, value in enumerate(arguments)}
-        values: list[ir.Value] = list(arguments)
-        producer = [-1] * len(arguments)
-        ops: list[ir.Operation] = []
+        values: list[ir.Value] = list(block.arguments)
+        num_arguments = len(values)
+        number: dict[ir.Value, int] = {value: index for index, value in enumerate(values)}
+        producer = [-1] * num_arguments
+        ops: list[ir.Operation] = [view.operation for view in block.operations]
         operands: list[tuple[int, ...]] = []
         results: list[range] = []
-        for index, view in enumerate(block.operations):
-            op = view.operation
-            reads = [number[value] for value in op.operands]
+        number_of, known = number.__getitem__, number.get
+        for index, op in enumerate(ops):
+            reads = tuple(map(number_of, op.operands))
             if len(op.regions):
-                for nested in nested_operations(op):
-                    reads.extend(number[value] for value in nested.operands if value in number)
-            first = len(values)
+                captured = [known(value) for nested in nested_operations(op) for value in nested.operands]
+                reads += tuple(value for value in captured if value is not None)
+            operands.append(reads)
+            first = last = len(values)
             for result in op.results:
-                number[result] = len(values)
+                number[result] = last
                 values.append(result)
                 producer.append(index)
-            ops.append(op)
-            operands.append(tuple(reads))
-            results.append(range(first, len(values)))
-        return cls(ops, operands, results, producer, values, len(arguments))
+                last += 1
+            results.append(range(first, last))
+        return cls(ops, operands, results, producer, values, num_arguments)
 
     @cached_property
     def phases(self) -> list[str | None]:
