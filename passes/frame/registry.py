@@ -20,6 +20,7 @@ PASSES: dict[str, str] = {
     "group-layers": "bactrian.passes.group_layers:GroupLayers",
     "assign-stages": "bactrian.passes.assign_stages:AssignStages",
     "clone-cheap-ops": "bactrian.passes.clone_cheap_ops:CloneCheapOps",
+    "solve-shardings": "bactrian.passes.solve_shardings:SolveShardings",
     "select-residuals": "bactrian.passes.select_residuals:SelectResiduals",
     "accumulate-gradients": "bactrian.passes.accumulate_gradients:AccumulateGradients",
     "split-stages": "bactrian.passes.split_stages:SplitStages",

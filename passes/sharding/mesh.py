@@ -1,0 +1,96 @@
+"""A mesh of devices: named axes, and what messages along each of them cost."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from bactrian.passes.errors import ConfigError
+
+_AXIS = re.compile(r"\s*([A-Za-z_]\w*)\s*=\s*(\d+)\s*")
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One axis of a mesh.
+
+    Attributes:
+        name: as in ``sdy.mesh``.
+        size: devices along it.
+        latency: seconds that a collective along it takes at least.
+        seconds_per_byte: of what one device sends along it while all others do.
+    """
+
+    name: str
+    size: int
+    latency: float = 5e-6
+    seconds_per_byte: float = 1e-10
+
+    def all_gather(self, nbytes: float) -> float:
+        """Seconds, for ``nbytes`` on each device before."""
+        return self.latency + (self.size - 1) * nbytes * self.seconds_per_byte
+
+    def all_to_all(self, nbytes: float) -> float:
+        """Seconds, for ``nbytes`` on each device."""
+        return self.latency + (self.size - 1) / self.size * nbytes * self.seconds_per_byte
+
+    def reduce_scatter(self, nbytes: float) -> float:
+        """Seconds, for ``nbytes`` on each device before."""
+        return self.latency + (self.size - 1) / self.size * nbytes * self.seconds_per_byte
+
+    def all_reduce(self, nbytes: float) -> float:
+        """Seconds, for ``nbytes`` on each device: a reduce-scatter and an all-gather, in one go."""
+        return self.latency + 2 * (self.size - 1) / self.size * nbytes * self.seconds_per_byte
+
+    def permute(self, nbytes: float) -> float:
+        """Seconds, for ``nbytes`` on each device."""
+        return self.latency + nbytes * self.seconds_per_byte
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Axes, the first of which goes over devices in the largest strides."""
+
+    axes: tuple[Axis, ...]
+
+    def __post_init__(self) -> None:
+        names = [axis.name for axis in self.axes]
+        if len(set(names)) != len(names):
+            raise ConfigError(f"the mesh has two axes of one name: {', '.join(names)}")
+        for axis in self.axes:
+            if axis.size < 1:
+                raise ConfigError(f"axis {axis.name} of the mesh has size {axis.size}", fix="give sizes of 1 or more")
+            for what, value in (("latency", axis.latency), ("seconds per byte", axis.seconds_per_byte)):
+                if not 0 <= value < math.inf:
+                    raise ConfigError(f"the {what} of axis {axis.name} is {value}, must be a number of 0 or more")
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Of all axes."""
+        return tuple(axis.size for axis in self.axes)
+
+    @property
+    def num_devices(self) -> int:
+        """All of them."""
+        return math.prod(self.sizes)
+
+    def parts(self, axes: Sequence[int]) -> int:
+        """How many pieces these axes cut something into."""
+        return math.prod(self.axes[axis].size for axis in axes)
+
+
+def parse_axes(text: str) -> tuple[tuple[str, int], ...]:
+    """``"data=2,model=4"`` as names and sizes.
+
+    Raises:
+        ConfigError: another form, or a size of 0.
+    """
+    found = list[tuple[str, int]]()
+    for part in text.split(","):
+        match = _AXIS.fullmatch(part)
+        if match is None:
+            raise ConfigError(f"mesh {text!r} is not a list of axes", fix='write it as in "data=2,model=4"')
+        found.append((match[1], int(match[2])))
+    return tuple(found)

@@ -1,0 +1,231 @@
+"""From a program and a mesh to a cost network, and back from a choice to layouts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from bactrian.passes.network.problem import CostNetwork
+from bactrian.passes.sharding.layouts import Layout, LayoutTable, table_of
+from bactrian.passes.sharding.mesh import Mesh
+from bactrian.passes.sharding.rules import Rule
+from bactrian.passes.sharding.strategies import Strategy, strategies
+
+_Matrix = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One value of a program: its shape and the bytes of the whole of it."""
+
+    shape: tuple[int, ...]
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One op.
+
+    Attributes:
+        operands, results: numbers of values.
+        rule: how their dims belong together; None for an op that gives its results in any layout for nothing
+            (constants, and what is computed from them alone).
+        seconds: of all its work on one device.
+        weight: how often it runs in a step.
+        scatters: whether its partial results are sums.
+        keeps: whether its results take memory; what is fused into its readers does not.
+        given: the layout that its result must have, if somebody has decided that.
+    """
+
+    operands: tuple[int, ...]
+    results: tuple[int, ...]
+    rule: Rule | None
+    seconds: float = 0.0
+    weight: float = 1.0
+    scatters: bool = True
+    keeps: bool = True
+    given: Layout | None = None
+
+
+@dataclass(frozen=True)
+class Work:
+    """A program as the solver sees it.
+
+    Attributes:
+        values: arguments first, then what the ops give, in their order.
+        num_arguments: how many of them are arguments.
+        operations: in the order of work.
+        updates: pairs (value, argument): the value is the argument's next one, in its place and its layout.
+        fixed: layouts that were given, by argument.
+        kept: values that must be there when the program ends; they may have any layout.
+    """
+
+    values: tuple[Tensor, ...]
+    num_arguments: int
+    operations: tuple[Operation, ...]
+    updates: tuple[tuple[int, int], ...] = ()
+    fixed: tuple[tuple[int, Layout], ...] = ()
+    kept: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Shardings:
+    """What was chosen.
+
+    Attributes:
+        arguments: the layout of each argument.
+        chosen: of each op its strategy; None where it is free.
+        seconds: predicted, of a step.
+    """
+
+    arguments: tuple[Layout, ...]
+    chosen: tuple[Strategy | None, ...]
+    seconds: float
+
+
+@dataclass
+class ShardingModel:
+    """The cost network of a program on a mesh.
+
+    Nodes are the arguments, then the ops that are not free; the cost of an op is its share of the work and its
+    reductions, the cost of an edge the cheapest way from the layout that a value has to that in which it is read.
+
+    Args:
+        work: the program.
+        mesh: the devices.
+        memory: bytes of each device; None where they don't matter.
+    """
+
+    work: Work
+    mesh: Mesh
+    memory: int | None = None
+    _blocks: dict[tuple[int, bytes, bytes], _Matrix] = field(default_factory=dict[Any, _Matrix], repr=False)
+
+    @cached_property
+    def tables(self) -> tuple[LayoutTable, ...]:
+        """Of every value."""
+        return tuple(table_of(value.shape, float(value.nbytes), self.mesh) for value in self.work.values)
+
+    @cached_property
+    def argument_layouts(self) -> tuple[tuple[Layout, ...], ...]:
+        """The layouts to choose from for every argument: axes of one dim in the mesh's order, or what is given."""
+        fixed = dict(self.work.fixed)
+        return tuple(
+            (fixed[number],) if number in fixed else tuple(x for x in self.tables[number].layouts if _in_order(x))
+            for number in range(self.work.num_arguments)
+        )
+
+    @cached_property
+    def strategies(self) -> tuple[tuple[Strategy, ...] | None, ...]:
+        """The strategies of every op; None for a free one."""
+        return tuple(self._strategies_of(op) for op in self.work.operations)
+
+    def _strategies_of(self, op: Operation) -> tuple[Strategy, ...] | None:
+        if op.rule is None:
+            return None
+        sizes = tuple(float(self.work.values[value].nbytes) for value in op.results)
+        found = strategies(op.rule, sizes, self.mesh, op.scatters)
+        return found if op.given is None else tuple(s for s in found if s.results[0] == op.given)
+
+    @cached_property
+    def network(self) -> CostNetwork:
+        """The cost network."""
+        work = self.work
+        end = len(work.operations) + 1
+        last = self._last_reads(end)
+        own = {value: number for value, number in work.updates}
+        costs, usages, intervals = list[_Matrix](), list[_Matrix](), list[tuple[int, int]]()
+        layouts_of: dict[int, tuple[int, _Matrix]] = {}  # value -> node, number of its layout by strategy
+        for number, layouts in enumerate(self.argument_layouts):
+            table = self.tables[number]
+            index = np.array([table.number[layout] for layout in layouts])
+            layouts_of[number] = len(costs), index
+            costs.append(np.zeros(len(layouts)))
+            usages.append(table.local[index])
+            intervals.append((0, end))
+        edges, matrices = list[tuple[int, int]](), list[_Matrix]()
+
+        def connect(value: int, node: int, needed: _Matrix, weight: float) -> None:
+            if value not in layouts_of or not work.values[value].shape:
+                return
+            source, index = layouts_of[value]
+            block = self._block(value, index, needed)
+            if source == node:
+                costs[node] = costs[node] + weight * np.diagonal(block)
+            elif block.any():
+                edges.append((source, node))
+                matrices.append(weight * block)
+
+        for at, (op, choices) in enumerate(zip(work.operations, self.strategies, strict=True)):
+            if choices is None:
+                continue
+            node = len(costs)
+            costs.append(np.array([op.weight * (op.seconds / s.parts + s.reduction_seconds) for s in choices]))
+            held = np.zeros(len(choices))
+            for position, value in enumerate(op.results):
+                index = np.array([self.tables[value].number[s.results[position]] for s in choices])
+                layouts_of[value] = node, index
+                if op.keeps and value not in own:
+                    held = held + self.tables[value].local[index]
+            usages.append(held)
+            intervals.append((at, max((last[value] for value in op.results), default=at) + 1))
+            for position, value in enumerate(op.operands):
+                table = self.tables[value]
+                connect(value, node, np.array([table.number[s.operands[position]] for s in choices]), op.weight)
+        for value, number in work.updates:
+            node, index = layouts_of[number]
+            connect(value, node, index, 1.0)
+        return CostNetwork(
+            tuple(costs), tuple(usages), tuple(intervals), tuple(edges), tuple(matrices), self.memory
+        )
+
+    def shardings(self, choice: Sequence[int]) -> Shardings:
+        """What a choice of the network means."""
+        rest = iter(choice)
+        arguments = tuple(layouts[next(rest)] for layouts in self.argument_layouts)
+        chosen = tuple(None if choices is None else choices[next(rest)] for choices in self.strategies)
+        return Shardings(arguments, chosen, float(self.network.cost(choice)))
+
+    def _last_reads(self, end: int) -> list[int]:
+        last = [0] * len(self.work.values)
+        for at, op in enumerate(self.work.operations):
+            for value in (*op.operands, *op.results):
+                last[value] = at
+        for value in self.work.kept:
+            last[value] = end - 1
+        return last
+
+    def _block(self, value: int, source: _Matrix, target: _Matrix) -> _Matrix:
+        """Seconds from each of the source's layouts to each of the target's."""
+        table = self.tables[value]
+        key = id(table), source.tobytes(), target.tobytes()
+        if key not in self._blocks:
+            self._blocks[key] = table.seconds[np.ix_(source, target)]
+        return self._blocks[key]
+
+
+def seconds_of(model: ShardingModel, shardings: Shardings) -> float:
+    """The predicted seconds of shardings, added up op by op: what the network's cost must equal."""
+    work, total = model.work, 0.0
+    layouts: dict[int, Layout] = dict(enumerate(shardings.arguments))
+    for op, strategy in zip(work.operations, shardings.chosen, strict=True):
+        if strategy is None:
+            continue
+        total += op.weight * (op.seconds / strategy.parts + strategy.reduction_seconds)
+        for value, needed in zip(op.operands, strategy.operands, strict=True):
+            if value in layouts:
+                total += op.weight * sum(move.seconds for move in model.tables[value].way(layouts[value], needed))
+        layouts.update(zip(op.results, strategy.results, strict=True))
+    for value, number in work.updates:
+        if value in layouts:
+            way = model.tables[value].way(layouts[value], shardings.arguments[number])
+            total += sum(move.seconds for move in way)
+    return total
+
+
+def _in_order(layout: Layout) -> bool:
+    return all(list(axes) == sorted(axes) for axes in layout)

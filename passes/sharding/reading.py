@@ -1,0 +1,241 @@
+"""From ``@main`` to what the sharding model sees of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import sdy
+
+from bactrian.passes.cluster import Cluster
+from bactrian.passes.costs import HEAVY, CostModel
+from bactrian.passes.errors import PassError
+from bactrian.passes.program import (
+    BOUNDARY,
+    MICROBATCH_INDEX,
+    UPDATE,
+    Dataflow,
+    argument_roles,
+    custom_call_target,
+    phase_of,
+    result_updates,
+)
+from bactrian.passes.sharding.layouts import Layout
+from bactrian.passes.sharding.mesh import Mesh
+from bactrian.passes.sharding.model import Operation, Tensor, Work
+from bactrian.passes.sharding.rules import Dims, Rule, whole
+
+RULE = "sdy.sharding_rule"
+SHARDING = "sdy.sharding"
+_SUMS = frozenset({"stablehlo.add"})
+_REDUCERS = frozenset({"stablehlo.reduce", "stablehlo.reduce_window", "stablehlo.scatter", "stablehlo.select_and_scatter"})
+# What XLA computes in the loop of its reader, so that no tensor of it need ever exist.
+_NOT_FUSED = HEAVY | frozenset(
+    f"stablehlo.{name}"
+    for name in (
+        "reduce reduce_window scatter gather sort while case custom_call rng_bit_generator select_and_scatter "
+        "dynamic_update_slice fft cholesky triangular_solve all_reduce all_gather optimization_barrier"
+    ).split()
+)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A program, and where its parts come from.
+
+    Attributes:
+        work: what the model sees.
+        flow: the data flow of ``@main``.
+        ops: of each op of ``work`` its number in ``flow``.
+        value_of: of each value of ``flow`` its number in ``work``.
+        rules: of each op of ``work`` its rule, also where it is free.
+    """
+
+    work: Work
+    flow: Dataflow
+    ops: tuple[int, ...]
+    value_of: tuple[int, ...]
+    rules: tuple[Rule, ...]
+
+
+def read_program(
+    main: ir.Operation, mesh: Mesh, cluster: Cluster, num_microbatches: int, remark: Callable[[ir.Operation, str], None]
+) -> Reading:
+    """Read ``@main``.
+
+    Args:
+        main: with ``sdy.sharding_rule`` on its ops (``sdy-populate-op-sharding-rules``) and phases.
+        mesh: the devices; layouts that are given name its axes.
+        cluster: whose devices do the work.
+        num_microbatches: how often forward and backward run in a step.
+        remark: told of ops that nothing is known of.
+    """
+    flow = Dataflow.of(main)
+    model = CostModel()
+    value_of = list(range(len(flow.values)))
+    for index, op in enumerate(flow.ops):
+        if custom_call_target(op) == BOUNDARY:  # a result is its operand
+            for value, operand in zip(flow.results[index], flow.operands[index], strict=True):
+                value_of[value] = value_of[operand]
+    free = [False] * len(flow.values)
+    reads_kept = _read_from_memory(flow, value_of)
+    operations, numbers, rules = list[Operation](), list[int](), list[Rule]()
+    for index, op in enumerate(flow.ops[:-1]):
+        if custom_call_target(op) == BOUNDARY:
+            continue
+        operands = tuple(value_of[value] for value in flow.operands[index])
+        results = tuple(flow.results[index])
+        is_free = _is_source(op) or (bool(operands) and all(free[v] for v in operands) and op.name not in HEAVY)
+        for value in results:
+            free[value] = is_free
+        rule = _rule_of(op, flow, index)
+        if rule is None:
+            if not is_free and any(_shape(flow.values[value]) for value in (*operands, *results)):
+                remark(op, f"nothing is known of {op.name}: every device computes it whole")
+            rule = whole(
+                tuple(_shape(flow.values[v]) for v in flow.operands[index]), tuple(_shape(flow.values[v]) for v in results)
+            )
+        keeps = op.name in _NOT_FUSED or any(reads_kept[value] for value in results)
+        operations.append(
+            Operation(
+                operands=operands[: len(rule.operands)],
+                results=results,
+                rule=None if is_free else rule,
+                seconds=_seconds(op, model, cluster, keeps, reads_kept, operands),
+                weight=1.0 if phase_of(op) == UPDATE else float(num_microbatches),
+                scatters=_sums(op),
+                keeps=keeps,
+                given=_given(op, mesh),
+            )
+        )
+        numbers.append(index)
+        rules.append(rule)
+    updates = tuple(
+        (value_of[value], argument)
+        for value, argument in zip(flow.operands[-1], result_updates(main), strict=True)
+        if argument is not None
+    )
+    work = Work(
+        values=tuple(Tensor(_shape(value), size) for value, size in zip(flow.values, flow.sizes, strict=True)),
+        num_arguments=flow.num_arguments,
+        operations=tuple(operations),
+        updates=tuple(pair for pair in updates if pair[0] != pair[1]),
+        fixed=tuple(_fixed(main, flow, mesh)),
+        kept=tuple(value_of[value] for value in flow.operands[-1]),
+    )
+    return Reading(work, flow, tuple(numbers), tuple(value_of), tuple(rules))
+
+
+def _read_from_memory(flow: Dataflow, value_of: list[int]) -> list[bool]:
+    """Which values must exist: an op that is not fused, another phase or the caller reads them."""
+    read = [False] * len(flow.values)
+    for value in flow.operands[-1]:
+        read[value_of[value]] = True
+    for index, op in enumerate(flow.ops[:-1]):
+        separate = op.name in _NOT_FUSED
+        for value in flow.operands[index]:
+            source = value_of[value]
+            producer = flow.producer[source]
+            if separate or source != value or (producer >= 0 and flow.phases[producer] != flow.phases[index]):
+                read[source] = True
+    return read
+
+
+def _is_source(op: ir.Operation) -> bool:
+    return op.name in ("stablehlo.constant", "stablehlo.iota") or custom_call_target(op) == MICROBATCH_INDEX
+
+
+def _shape(value: ir.Value) -> tuple[int, ...]:
+    return tuple(value.type.shape) if isinstance(value.type, ir.RankedTensorType) else ()
+
+
+def _seconds(
+    op: ir.Operation,
+    model: CostModel,
+    cluster: Cluster,
+    keeps: bool,
+    from_memory: list[bool],
+    operands: tuple[int, ...],
+) -> float:
+    """Roofline time on one device; of a fused op only what it brings to and from memory."""
+    cost = model.cost(op)
+    device = cluster.device
+    if op.name in _NOT_FUSED:
+        return device.seconds(cost)
+    flops = cost.flops / (device.flops_per_second.get(cost.dtype) or device.flops_per_second["default"])
+    moved = sum(model.size(value.type).bytes for value in op.results) if keeps else 0
+    moved += sum(
+        model.size(value.type).bytes for value, number in zip(op.operands, operands, strict=False) if from_memory[number]
+    )
+    return max(flops, moved / device.bytes_per_second)
+
+
+def _sums(op: ir.Operation) -> bool:
+    """Whether an op's reduction is a sum: what its region does, where it has one."""
+    if op.name not in _REDUCERS:
+        return True
+    names = {nested.operation.name for nested in op.regions[0].blocks[0].operations} - {"stablehlo.return"}
+    return names <= _SUMS and len(op.results) == 1
+
+
+def _rule_of(op: ir.Operation, flow: Dataflow, index: int) -> Rule | None:
+    if RULE not in op.attributes:
+        return None
+    rule = sdy.OpShardingRuleAttr(op.attributes[RULE])
+
+    def dims(mapping: ir.Attribute) -> Dims:
+        tensor = sdy.TensorMappingAttr(mapping)
+        return tuple(tuple(sdy.DimMappingAttr(dim).factor_indices) for dim in tensor.dim_mappings)
+
+    made = Rule(
+        sizes=tuple(rule.factor_sizes),
+        operands=tuple(dims(mapping) for mapping in rule.operand_mappings),
+        results=tuple(dims(mapping) for mapping in rule.result_mappings),
+        reduction=frozenset(rule.reduction_factors),
+        replicated=frozenset(rule.need_replication_factors),
+        permuted=frozenset(rule.permutation_factors),
+    )
+    shapes = [_shape(flow.values[v]) for v in flow.operands[index]][: len(made.operands)]
+    shapes += [_shape(flow.values[v]) for v in flow.results[index]]
+    if tuple(shapes) != made.shapes:
+        # A tensor may be smaller than its factors say (a reshape of a part); such an op is done whole.
+        return None
+    return made
+
+
+def layout_of(sharding: ir.Attribute, mesh: Mesh) -> Layout:
+    """An ``sdy.sharding`` as a layout.
+
+    Raises:
+        PassError: it names axes that the mesh doesn't have, or parts of axes.
+    """
+    given = sdy.TensorShardingAttr(sharding)
+    numbers = {axis.name: number for number, axis in enumerate(mesh.axes)}
+    layout = list[tuple[int, ...]]()
+    for dim in given.dimension_shardings:
+        axes = list[int]()
+        for reference in sdy.DimensionShardingAttr(dim).axes:
+            axis = sdy.AxisRefAttr(reference)
+            if axis.name not in numbers or axis.sub_axis_info is not None:
+                raise PassError(
+                    f"sharding {sharding} is not over whole axes of the mesh", fix=f"axes: {', '.join(numbers)}"
+                )
+            axes.append(numbers[axis.name])
+        layout.append(tuple(axes))
+    return tuple(layout)
+
+
+def _fixed(main: ir.Operation, flow: Dataflow, mesh: Mesh) -> list[tuple[int, Layout]]:
+    if "arg_attrs" not in main.attributes:
+        return []
+    found = list[tuple[int, Layout]]()
+    for number, attribute in enumerate(ir.ArrayAttr(main.attributes["arg_attrs"])):
+        entry = ir.DictAttr(attribute)
+        if SHARDING in entry:
+            found.append((number, layout_of(entry[SHARDING], mesh)))
+    return found
+
+
+def _given(op: ir.Operation, mesh: Mesh) -> Layout | None:
+    return layout_of(op.attributes["sharding"], mesh) if op.name == "sdy.sharding_constraint" else None

@@ -1,0 +1,151 @@
+"""The choices of an op: which axes of the mesh go over which factors of its rule, and what becomes of partial sums."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+from bactrian.passes.sharding.layouts import Layout, is_divisible, local_bytes
+from bactrian.passes.sharding.mesh import Mesh
+from bactrian.passes.sharding.rules import Dims, Rule
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """A collective that adds up an op's partial results, or folds them with another function.
+
+    Attributes:
+        kind: ``all_reduce`` or ``reduce_scatter``.
+        axis: of the mesh.
+        dim: of the result that is cut, with ``reduce_scatter``.
+        seconds: what it takes for all results.
+        nbytes: what each device sends.
+    """
+
+    kind: str
+    axis: int
+    dim: int | None
+    seconds: float
+    nbytes: float
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """One way to carry out an op.
+
+    Attributes:
+        factors: for each axis of the mesh the factor that it cuts, or None: the work is done along it again.
+        operands: the layouts that the operands are needed in.
+        partial: the layouts that the results come in before ``reductions``.
+        results: the layouts that they have in the end.
+        reductions: in their order.
+        parts: how many devices share the work.
+    """
+
+    factors: tuple[int | None, ...]
+    operands: tuple[Layout, ...]
+    partial: tuple[Layout, ...]
+    results: tuple[Layout, ...]
+    reductions: tuple[Reduction, ...]
+    parts: int
+
+    @property
+    def reduction_seconds(self) -> float:
+        """Of all reductions."""
+        return sum(each.seconds for each in self.reductions)
+
+
+@lru_cache(maxsize=4096)
+def strategies(
+    rule: Rule, result_bytes: tuple[float, ...], mesh: Mesh, scatters: bool = True
+) -> tuple[Strategy, ...]:
+    """All strategies of an op; the first does everything on every device.
+
+    Axes of one factor cut it in the mesh's order. A factor inside of a dim is cut only if those before it are cut to
+    pieces of one: there are no layouts with strides.
+
+    Args:
+        rule: of the op.
+        result_bytes: bytes of each whole result.
+        mesh: the devices.
+        scatters: whether partial results can be scattered while they are reduced (sums only).
+    """
+    cuttable = [None, *(f for f in range(len(rule.sizes)) if f not in rule.replicated | rule.permuted)]
+    choices = [cuttable if axis.size > 1 else [None] for axis in mesh.axes]
+    found = list[Strategy]()
+    for factors in itertools.product(*choices):
+        axes_of: dict[int, tuple[int, ...]] = {}
+        for axis, factor in enumerate(factors):
+            if factor is not None:
+                axes_of[factor] = (*axes_of.get(factor, ()), axis)
+        if any(rule.sizes[factor] % mesh.parts(axes) for factor, axes in axes_of.items()):
+            continue
+        operands = _layouts(rule.operands, rule, axes_of, mesh)
+        partial = _layouts(rule.results, rule, axes_of, mesh)
+        if operands is None or partial is None:
+            continue
+        parts = mesh.parts([axis for axes in axes_of.values() for axis in axes])
+        reduced = [axis for axis, factor in enumerate(factors) if factor in rule.reduction]
+        for results, reductions in _reductions(rule, reduced, partial, result_bytes, mesh, scatters):
+            found.append(Strategy(factors, operands, partial, results, reductions, parts))
+    return tuple(found)
+
+
+def _layouts(
+    tensors: Sequence[Dims], rule: Rule, axes_of: dict[int, tuple[int, ...]], mesh: Mesh
+) -> tuple[Layout, ...] | None:
+    """The tensors' layouts; None where one would have strides."""
+    layouts = list[Layout]()
+    for dims in tensors:
+        layout = list[tuple[int, ...]]()
+        for dim in dims:
+            axes = tuple[int, ...]()
+            open_ = True  # every factor so far is cut to pieces of one
+            for factor in dim:
+                mine = axes_of.get(factor, ())
+                if mine and not open_:
+                    return None
+                axes += mine
+                open_ = open_ and mesh.parts(mine) == rule.sizes[factor]
+            layout.append(axes)
+        layouts.append(tuple(layout))
+    return tuple(layouts)
+
+
+def _reductions(
+    rule: Rule,
+    axes: list[int],
+    partial: tuple[Layout, ...],
+    result_bytes: tuple[float, ...],
+    mesh: Mesh,
+    scatters: bool,
+) -> Iterator[tuple[tuple[Layout, ...], tuple[Reduction, ...]]]:
+    """The ways to reduce over ``axes``: each scattered into a dim, which makes what is left smaller, or everywhere."""
+    if not axes:
+        yield partial, ()
+        return
+    single = scatters and len(partial) == 1
+    targets = [None, *(range(len(partial[0])) if single else ())]
+    shape = rule.shapes[len(rule.operands)]
+    for dims in itertools.product(targets, repeat=len(axes)):
+        scattered = [(axis, dim) for axis, dim in zip(axes, dims, strict=True) if dim is not None]
+        layouts = partial
+        for axis, dim in scattered:
+            layout = layouts[0]
+            layouts = ((*layout[:dim], (*layout[dim], axis), *layout[dim + 1 :]),)
+        if scattered and not is_divisible(shape, layouts[0], mesh):
+            continue
+        held = [local_bytes(nbytes, layout, mesh) for nbytes, layout in zip(result_bytes, partial, strict=True)]
+        made = list[Reduction]()
+        for axis, dim in scattered:
+            size = mesh.axes[axis].size
+            seconds = mesh.axes[axis].reduce_scatter(held[0])
+            made.append(Reduction("reduce_scatter", axis, dim, seconds, (size - 1) / size * held[0]))
+            held[0] /= size
+        for axis in (axis for axis, dim in zip(axes, dims, strict=True) if dim is None):
+            size = mesh.axes[axis].size
+            seconds = sum(mesh.axes[axis].all_reduce(nbytes) for nbytes in held)
+            made.append(Reduction("all_reduce", axis, None, seconds, sum(2 * (size - 1) / size * x for x in held)))
+        yield layouts, tuple(made)

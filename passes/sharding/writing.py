@@ -1,0 +1,163 @@
+"""From chosen layouts to ``sdy.sharding`` on every value, and every move as an op."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import sdy
+
+from bactrian.passes.program import body, set_operand, terminator
+from bactrian.passes.sharding.layouts import Layout, replicated
+from bactrian.passes.sharding.mesh import Mesh
+from bactrian.passes.sharding.model import ShardingModel, Shardings
+from bactrian.passes.sharding.reading import RULE, SHARDING, Reading
+from bactrian.passes.sharding.strategies import Strategy, strategies
+
+_PLACE = ("bactrian.phase", "bactrian.stage", "bactrian.layer")
+
+
+def sharding_attribute(layout: Layout, mesh: Mesh, mesh_name: str) -> ir.Attribute:
+    """A layout as ``#sdy.sharding<@mesh, [...]>``, closed: nothing may cut further."""
+    dims = [
+        sdy.DimensionShardingAttr.get([sdy.AxisRefAttr.get(mesh.axes[axis].name) for axis in axes], is_closed=True)
+        for axes in layout
+    ]
+    return sdy.TensorShardingAttr.get(mesh_name, dims)
+
+
+class Writer:
+    """Writes shardings into ``@main``.
+
+    A result has the layout in which its op leaves it once partial results are added up; every other layout is reached
+    by a chain of ``sdy.reshard``, each of which is one collective. Readers of one phase share a chain.
+
+    Args:
+        main: the function.
+        reading: what was read of it.
+        model: its tables.
+        shardings: what was chosen.
+        mesh_name: the symbol of the mesh.
+    """
+
+    def __init__(
+        self, main: ir.Operation, reading: Reading, model: ShardingModel, shardings: Shardings, mesh_name: str
+    ) -> None:
+        self.main, self.reading, self.model, self.mesh_name = main, reading, model, mesh_name
+        self.mesh = model.mesh
+        self.num_reshards = 0
+        self._chosen = self._free_ones_chosen(shardings)
+        self._arguments = shardings.arguments
+        # (value, phase, layout) -> the value in that layout; the value itself under the layout that it is made in
+        self._copies: dict[tuple[int, str, Layout], ir.Value] = {}
+        self._home: dict[int, Layout] = {}
+
+    def write(self) -> None:
+        """Write everything."""
+        flow, value_of = self.reading.flow, self.reading.value_of
+        for number, layout in enumerate(self._arguments):
+            self._home[number] = layout
+        for index, strategy in zip(self.reading.ops, self._chosen, strict=True):
+            op = flow.ops[index]
+            for position, layout in enumerate(strategy.operands):
+                value = value_of[flow.operands[index][position]]
+                if flow.values[value].type != op.operands[position].type:
+                    raise AssertionError("an operand is not what was read")
+                set_operand(op, position, self._read(value, layout, op, op.operands[position]))
+            if op.name == "sdy.sharding_constraint":
+                self._home[flow.results[index][0]] = strategy.results[0]
+                continue
+            self._annotate(op, strategy.partial)
+            for value, made, final in zip(flow.results[index], strategy.partial, strategy.results, strict=True):
+                self._home[value] = final
+                if made != final:
+                    self._scatter(op, flow.values[value], value, final)
+        self._results()
+        for op in flow.ops:
+            if RULE in op.attributes:
+                del op.attributes[RULE]
+
+    def _free_ones_chosen(self, shardings: Shardings) -> list[Strategy]:
+        """All strategies, those of free ops included: they make what their readers want, or, where these want different
+        layouts, the whole of it, which is cut for nothing."""
+        work = self.reading.work
+        wanted: dict[int, set[Layout]] = {}
+        chosen = list[Strategy]()
+        for at in range(len(work.operations) - 1, -1, -1):
+            op, strategy = work.operations[at], shardings.chosen[at]
+            if strategy is None:
+                sizes = tuple(float(work.values[value].nbytes) for value in op.results)
+                choices = strategies(self.reading.rules[at], sizes, self.mesh, False)
+                targets = tuple(_only(wanted.get(value), len(work.values[value].shape)) for value in op.results)
+                strategy = next((s for s in choices if s.results == targets and not s.reductions), choices[0])
+            chosen.append(strategy)
+            for value, layout in zip(op.operands, strategy.operands, strict=True):
+                wanted.setdefault(value, set()).add(layout)
+        return chosen[::-1]
+
+    def _annotate(self, op: ir.Operation, layouts: Sequence[Layout]) -> None:
+        attributes = [sharding_attribute(layout, self.mesh, self.mesh_name) for layout in layouts]
+        op.attributes[SHARDING] = sdy.TensorShardingPerValueAttr.get(attributes)
+
+    def _scatter(self, op: ir.Operation, made: ir.Value, value: int, final: Layout) -> None:
+        """Cut a reduced result: together with the reduction, a reduce-scatter."""
+        with ir.InsertionPoint.after(op):
+            cut = self._reshard(made, final, op)
+        self._copies[value, _phase(op), self._home[value]] = cut
+
+    def _read(self, value: int, layout: Layout, reader: ir.Operation, present: ir.Value) -> ir.Value:
+        """A value in the layout that an op needs."""
+        home = self._home.get(value)
+        if home is None or not self.reading.work.values[value].shape:
+            return present
+        phase = _phase(reader)
+        start = next((self._copies[key] for key in self._copies if key[0] == value and key[2] == home), present)
+        if home == layout:
+            return start
+        current = start
+        with ir.InsertionPoint(reader):
+            for move in self.model.tables[value].way(home, layout):
+                key = value, phase, move.target
+                if key not in self._copies:
+                    self._copies[key] = self._reshard(current, move.target, reader)
+                current = self._copies[key]
+        return current
+
+    def _reshard(self, value: ir.Value, layout: Layout, place: ir.Operation) -> ir.Value:
+        self.num_reshards += 1
+        attribute = sharding_attribute(layout, self.mesh, self.mesh_name)
+        attributes = {"sharding": attribute} | {n: place.attributes[n] for n in _PLACE if n in place.attributes}
+        op = ir.Operation.create("sdy.reshard", [value.type], [value], attributes, loc=place.location)
+        return op.results[0]
+
+    def _results(self) -> None:
+        """Next values of state in their arguments' layouts; other results as they are."""
+        flow, value_of, main = self.reading.flow, self.reading.value_of, self.main
+        end = terminator(main)
+        updates = dict(self.reading.work.updates)
+        layouts = list[Layout]()
+        for position, value in enumerate(flow.operands[-1]):
+            source = value_of[value]
+            rank = len(self.reading.work.values[source].shape)
+            target = self._arguments[updates[source]] if source in updates else self._home.get(source, replicated(rank))
+            set_operand(end, position, self._read(source, target, end, end.operands[position]))
+            layouts.append(target)
+        for name, chosen in (("arg_attrs", self._arguments), ("res_attrs", layouts)):
+            count = len(chosen)
+            present = ir.ArrayAttr(main.attributes[name]) if name in main.attributes else [ir.DictAttr.get({})] * count
+            entries = list[ir.Attribute]()
+            for attribute, layout in zip(present, chosen, strict=True):
+                entry = ir.DictAttr(attribute)
+                own = {item.name: item.attr for item in entry}
+                own[SHARDING] = sharding_attribute(layout, self.mesh, self.mesh_name)
+                entries.append(ir.DictAttr.get(own))
+            main.attributes[name] = ir.ArrayAttr.get(entries)
+        assert len(body(main).arguments) == len(self._arguments)
+
+
+def _only(layouts: set[Layout] | None, rank: int) -> Layout:
+    return next(iter(layouts)) if layouts and len(layouts) == 1 else replicated(rank)
+
+
+def _phase(op: ir.Operation) -> str:
+    return str(op.attributes["bactrian.phase"]) if "bactrian.phase" in op.attributes else ""

@@ -1,0 +1,116 @@
+"""``solve-shardings``: every value gets its layout on the mesh of its stage."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import sdy
+
+from bactrian.passes.cluster import CPU_HOST, read_cluster
+from bactrian.passes.errors import ConfigError, PassError
+from bactrian.passes.frame.base import Pass, PassContext, Statistic, option
+from bactrian.passes.network.solve import solve
+from bactrian.passes.program import integer_attribute, main_function
+from bactrian.passes.sharding.mesh import Mesh
+from bactrian.passes.sharding.model import ShardingModel
+from bactrian.passes.sharding.reading import read_program
+from bactrian.passes.sharding.writing import Writer
+
+
+@dataclass(frozen=True)
+class SolveShardings(Pass):
+    """Choose the layout of every value so that a step takes the least time that the cost model knows of.
+
+    The choices of an op are the assignments of mesh axes to the factors of its ``sdy.sharding_rule``; a value that is
+    read in another layout than it is made in is moved by the cheapest sequence of collectives, each of which becomes an
+    ``sdy.reshard``. All choices are made together, by integer programming, below the memory of a device. Work that
+    devices do twice costs its time, collectives cost latency and bytes over the links of the cluster; forward and
+    backward count once per microbatch, the update once per step. The next value of a state has the layout of the state.
+
+    Layouts that are there already (``sdy.sharding`` on arguments, ``sdy.sharding_constraint``) stay.
+
+    Requires: ``sdy.sharding_rule`` on ops (``func.func(sdy-populate-op-sharding-rules)``); a mesh ``@stage0``; one
+    stage.
+    Ensures: ``sdy.sharding`` on every argument, result and op; no rules.
+
+    Example: the batch is large, so it is cut.
+
+    ```mlir
+    module attributes {bactrian.num_microbatches = 1 : i64, bactrian.num_stages = 1 : i64} {
+      sdy.mesh @stage0 = <["data"=4]>
+      func.func public @main(%x: tensor<4096x64xf32> {bactrian.role = "batch"}, %w: tensor<64x64xf32> {bactrian.role = "state"}) -> tensor<4096x64xf32> {
+        %y = stablehlo.dot_general %x, %w, contracting_dims = [1] x [0] {bactrian.phase = "forward", bactrian.stage = 0 : i64, sdy.sharding_rule = #sdy.op_sharding_rule<([i, k], [k, j])->([i, j]) {i=4096, j=64, k=64} reduction={k}>} : (tensor<4096x64xf32>, tensor<64x64xf32>) -> tensor<4096x64xf32>
+        return %y : tensor<4096x64xf32>
+      }
+    }
+    ```
+
+    ```mlir
+    module attributes {bactrian.num_microbatches = 1 : i64, bactrian.num_stages = 1 : i64} {
+      sdy.mesh @stage0 = <["data"=4]>
+      func.func public @main(%x: tensor<4096x64xf32> {bactrian.role = "batch", sdy.sharding = #sdy.sharding<@stage0, [{"data"}, {}]>}, %w: tensor<64x64xf32> {bactrian.role = "state", sdy.sharding = #sdy.sharding<@stage0, [{}, {}]>}) -> (tensor<4096x64xf32> {sdy.sharding = #sdy.sharding<@stage0, [{"data"}, {}]>}) {
+        %y = stablehlo.dot_general %x, %w, contracting_dims = [1] x [0] {bactrian.phase = "forward", bactrian.stage = 0 : i64, sdy.sharding = #sdy.sharding_per_value<[<@stage0, [{"data"}, {}]>]>} : (tensor<4096x64xf32>, tensor<64x64xf32>) -> tensor<4096x64xf32>
+        return %y : tensor<4096x64xf32>
+      }
+    }
+    ```
+    """
+
+    name: ClassVar[str] = "solve-shardings"
+    summary: ClassVar[str] = "choose the layout of every value over the mesh of its stage"
+    statistics: ClassVar[tuple[Statistic, ...]] = (
+        Statistic("strategies", "choices of all ops and arguments"),
+        Statistic("reshards", "collectives and slices between ops"),
+    )
+
+    cluster: str = option("", help="TOML file of the cluster; the host's cores by default")
+    memory_bytes: int = option(0, help="of each device; 0 for what the cluster says")
+    time_limit: float = option(60.0, help="seconds for the solver")
+
+    def check_options(self) -> None:
+        """Refuse what has no meaning."""
+        if self.memory_bytes < 0:
+            raise ConfigError(f"memory-bytes is {self.memory_bytes}, must not be negative")
+        if not self.time_limit > 0:
+            raise ConfigError(f"time-limit is {self.time_limit}, must be positive")
+
+    def apply(self, module: ir.Module, ctx: PassContext) -> None:
+        """Read, solve, write."""
+        stages = integer_attribute(module.operation, "bactrian.num_stages") or 1
+        meshes = _meshes(module)
+        wide = [name for name, axes in meshes.items() if any(size > 1 for _, size in axes)]
+        if not wide:
+            return
+        if stages > 1:
+            raise ConfigError(
+                f"mesh @{wide[0]} has several devices, and the program has {stages} stages",
+                why="shardings inside of pipeline stages are not there yet",
+                fix="one stage on a mesh, or stages of one device",
+            )
+        if wide != ["stage0"]:
+            raise PassError(f"mesh @{wide[0]} has several devices, but belongs to no stage", fix="call it @stage0")
+        main = main_function(module)
+        cluster = read_cluster(self.cluster) if self.cluster else CPU_HOST
+        mesh: Mesh = cluster.mesh(meshes["stage0"])
+        count = integer_attribute(module.operation, "bactrian.num_microbatches") or 1
+        reading = read_program(main, mesh, cluster, count, ctx.remark)
+        model = ShardingModel(reading.work, mesh, self.memory_bytes or cluster.memory_bytes)
+        ctx.count("strategies", model.network.num_strategies)
+        solution = solve(model.network, self.time_limit)
+        writer = Writer(main, reading, model, model.shardings(solution.choice), "stage0")
+        writer.write()
+        ctx.count("reshards", writer.num_reshards)
+        gap = "optimal" if solution.optimal else f"at least {solution.bound:.4g} s"
+        ctx.remark(main, f"a step takes {solution.cost:.4g} s ({gap}), a device holds {solution.memory / 2**20:.1f} MiB")
+
+
+def _meshes(module: ir.Module) -> dict[str, tuple[tuple[str, int], ...]]:
+    found = dict[str, tuple[tuple[str, int], ...]]()
+    for view in module.body.operations:
+        op = view.operation
+        if op.name == "sdy.mesh":
+            axes = [sdy.MeshAxisAttr(axis) for axis in sdy.MeshAttr(op.attributes["mesh"]).axes]
+            found[ir.StringAttr(op.attributes["sym_name"]).value] = tuple((axis.name, axis.size) for axis in axes)
+    return found
