@@ -16,10 +16,12 @@ from jax._src.core import ShapedArray  # pyright: ignore
 from jax._src.interpreters import mlir as jax_mlir  # pyright: ignore
 from jax._src.interpreters import pxla  # pyright: ignore
 from jax._src.lib import xla_client  # pyright: ignore
-from jax.sharding import Sharding, SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import sdy
 
 from bactrian.driver.extract import numpy_dtype
+from bactrian.passes.program import body, main_function, nested_operands
 from bactrian.runtime.transport import device_array as plain_device_array
 
 Device = Any  # jax.Device, which its own stubs declare as a variable
@@ -62,17 +64,50 @@ def _standalone(op: ir.Operation, symbol: str) -> str:
     return str(root.get_asm(enable_debug_info=True))
 
 
-def compile_function(text: str, device: Device) -> Any:
-    """Compile one stage function for one device; returns the loaded executable."""
-    client = device.client
-    devices = np.array([device])
+def constrain(main: ir.Operation) -> None:
+    """Write shardings as XLA's import reads them.
+
+    ``sdy.reshard`` becomes ``sdy.sharding_constraint``. A ``while`` whose regions capture values keeps no sharding: XLA
+    makes the captured values operands, and then misses their shardings in the list.
+    """
+    operations = [view.operation for view in body(main).operations]
+    for op in operations:
+        if op.name == "stablehlo.while" and "sdy.sharding" in op.attributes and any(nested_operands(op)):
+            del op.attributes["sdy.sharding"]
+    for op in [op for op in operations if op.name == "sdy.reshard"]:
+        with ir.InsertionPoint(op):
+            made = ir.Operation.create(
+                "sdy.sharding_constraint",
+                [op.results[0].type],
+                [op.operands[0]],
+                {"sharding": op.attributes["sharding"]},
+                loc=op.location,
+            )
+        op.results[0].replace_all_uses_with(made.results[0])
+        op.erase()
+
+
+def compile_function(text: str, devices: Sequence[Device]) -> Any:
+    """Compile one stage function; returns the loaded executable.
+
+    Args:
+        text: a module; for several devices with ``mhlo.num_partitions`` and ``sdy.sharding``, which Shardy follows.
+        devices: in the order of the mesh.
+    """
+    client = devices[0].client
     options = compiler.get_compile_options(
-        num_replicas=1, num_partitions=1, device_assignment=np.array([[device.id]]), backend=client
+        num_replicas=1,
+        num_partitions=len(devices),
+        device_assignment=np.array([[device.id for device in devices]]),
+        backend=client,
     )
+    if len(devices) > 1:
+        options.executable_build_options.use_spmd_partitioning = True
+        options.executable_build_options.use_shardy_partitioner = True
     with jax_mlir.make_ir_context():
         module = ir.Module.parse(text)
         return compiler.compile_or_get_cached(
-            client, module, devices, options, [], xla_client.DeviceList(tuple(devices.flat))
+            client, module, np.array(devices), options, [], xla_client.DeviceList(tuple(devices))
         )
 
 
@@ -89,7 +124,7 @@ def compile_functions(texts: Mapping[str, str], devices: Mapping[str, Device]) -
         device = devices[symbol]
         key = (text, device)
         if key not in made:
-            made[key] = _callable(compile_function(text, device), text, device)
+            made[key] = _callable(compile_function(text, [device]), text, [device])
         functions[symbol] = made[key]
     return functions
 
@@ -111,9 +146,46 @@ def device_array(view: Any, place: Sharding, copy: bool) -> jax.Array:
 _placements: dict[tuple[tuple[int, ...], Any, Sharding, bool], tuple[ShapedArray, list[Device]]] = {}
 
 
-def _callable(executable: Any, text: str, device: Device) -> StageFunction:
-    """Call an executable on one device with JAX arrays; results come back before they are computed."""
-    execute, handlers = executable.execute_sharded, _result_handlers(text, device)
+def sharded_function(text: str, devices: Sequence[Device]) -> tuple[StageFunction, list[Sharding]]:
+    """Compile a function for a mesh of several devices: what calls it, and where its arguments have to be.
+
+    Args:
+        text: a module with one ``sdy.mesh`` and ``sdy.sharding`` on all arguments and results of ``@main``.
+        devices: in the order of the mesh.
+    """
+    return _callable(compile_function(text, devices), text, devices), signature_shardings(text, devices)[0]
+
+
+def signature_shardings(text: str, devices: Sequence[Device]) -> tuple[list[Sharding], list[Sharding]]:
+    """The shardings of the arguments and of the results of ``@main``; on one device that device."""
+    with jax_mlir.make_ir_context():
+        module = ir.Module.parse(text)
+        main = main_function(module)
+        type_ = ir.FunctionType(ir.TypeAttr(main.attributes["function_type"]).value)
+        counts = {"arg_attrs": len(type_.inputs), "res_attrs": len(type_.results)}
+        if len(devices) == 1:
+            single = SingleDeviceSharding(devices[0])
+            return [single] * counts["arg_attrs"], [single] * counts["res_attrs"]
+        op = next(view.operation for view in module.body.operations if view.operation.name == "sdy.mesh")
+        axes = [sdy.MeshAxisAttr(axis) for axis in sdy.MeshAttr(op.attributes["mesh"]).axes]
+        mesh = Mesh(np.array(devices).reshape([axis.size for axis in axes]), [axis.name for axis in axes])
+
+        def of(name: str) -> list[Sharding]:
+            entries = [ir.DictAttr(entry) for entry in ir.ArrayAttr(main.attributes[name])]
+            return [NamedSharding(mesh, _spec(sdy.TensorShardingAttr(entry["sdy.sharding"]))) for entry in entries]
+
+        return (of("arg_attrs") if counts["arg_attrs"] else []), (of("res_attrs") if counts["res_attrs"] else [])
+
+
+def _spec(sharding: sdy.TensorShardingAttr) -> PartitionSpec:
+    dims = [sdy.DimensionShardingAttr(dim) for dim in sharding.dimension_shardings]
+    names = [tuple(sdy.AxisRefAttr(axis).name for axis in dim.axes) for dim in dims]
+    return PartitionSpec(*(axes or None for axes in names))
+
+
+def _callable(executable: Any, text: str, devices: Sequence[Device]) -> StageFunction:
+    """Call an executable with JAX arrays; results come back before they are computed."""
+    execute, handlers = executable.execute_sharded, _result_handlers(text, devices)
 
     def call(arguments: Sequence[jax.Array]) -> list[jax.Array]:
         return execute(arguments).consume_with_handlers(handlers)
@@ -121,12 +193,15 @@ def _callable(executable: Any, text: str, device: Device) -> StageFunction:
     return call
 
 
-def _result_handlers(text: str, device: Device) -> list[Any]:
+def _result_handlers(text: str, devices: Sequence[Device]) -> list[Any]:
     """What makes JAX arrays of an executable's results, without a sharding object made for each."""
-    sharding = SingleDeviceSharding(device)
+    shardings = signature_shardings(text, devices)[1]
     with jax_mlir.make_ir_context():
         module = ir.Module.parse(text)
-        signature = ir.FunctionType(ir.TypeAttr(module.body.operations[0].attributes["function_type"]).value)
+        signature = ir.FunctionType(ir.TypeAttr(main_function(module).attributes["function_type"]).value)
         types = [ir.RankedTensorType(type_) for type_ in signature.results]
         avals = [ShapedArray(tuple(t.shape), jnp.dtype(numpy_dtype(t.element_type))) for t in types]
-    return [pxla.global_aval_to_result_handler(aval, sharding, True) for aval in avals]  # pyright: ignore
+    return [
+        pxla.global_aval_to_result_handler(aval, sharding, True)  # pyright: ignore
+        for aval, sharding in zip(avals, shardings, strict=True)
+    ]

@@ -15,7 +15,7 @@ from bactrian.passes.network.solve import solve
 from bactrian.passes.program import integer_attribute, main_function
 from bactrian.passes.sharding.mesh import Mesh
 from bactrian.passes.sharding.model import ShardingModel
-from bactrian.passes.sharding.reading import read_program
+from bactrian.passes.sharding.reading import drop_rules, read_program
 from bactrian.passes.sharding.writing import Writer
 
 
@@ -82,6 +82,7 @@ class SolveShardings(Pass):
         meshes = _meshes(module)
         wide = [name for name, axes in meshes.items() if any(size > 1 for _, size in axes)]
         if not wide:
+            drop_rules(main_function(module))
             return
         if stages > 1:
             raise ConfigError(
@@ -103,7 +104,9 @@ class SolveShardings(Pass):
         writer.write()
         ctx.count("reshards", writer.num_reshards)
         gap = "optimal" if solution.optimal else f"at least {solution.bound:.4g} s"
-        ctx.remark(main, f"a step takes {solution.cost:.4g} s ({gap}), a device holds {solution.memory / 2**20:.1f} MiB")
+        ctx.remark(
+            main, f"a step takes {solution.cost:.4g} s ({gap}), a device holds {solution.memory / 2**20:.1f} MiB"
+        )
 
 
 def _meshes(module: ir.Module) -> dict[str, tuple[tuple[str, int], ...]]:

@@ -90,7 +90,8 @@ class LayoutTable:
         self.shape, self.nbytes, self.mesh = shape, nbytes, mesh
         self.layouts = all_layouts(shape, mesh)
         self.number = {layout: index for index, layout in enumerate(self.layouts)}
-        self.local = np.array([local_bytes(nbytes, layout, mesh) for layout in self.layouts])
+        self.shares = np.array([local_bytes(1.0, layout, mesh) for layout in self.layouts])  # of the tensor, a device's
+        self.local = nbytes * self.shares
         self._moves: dict[tuple[int, int], Move] = {}
         for index, layout in enumerate(self.layouts):
             for move in self._moves_from(layout):
@@ -178,9 +179,7 @@ class LayoutTable:
 
 
 def _put(layout: Layout, changes: dict[tuple[int, int], int]) -> Layout:
-    return tuple(
-        tuple(changes.get((dim, at), axis) for at, axis in enumerate(axes)) for dim, axes in enumerate(layout)
-    )
+    return tuple(tuple(changes.get((dim, at), axis) for at, axis in enumerate(axes)) for dim, axes in enumerate(layout))
 
 
 @lru_cache(maxsize=4096)

@@ -61,6 +61,7 @@ class Work:
         operations: in the order of work.
         updates: pairs (value, argument): the value is the argument's next one, in its place and its layout.
         fixed: layouts that were given, by argument.
+        loads: for arguments that come from the host in every step, the seconds that all of one takes one device.
         kept: values that must be there when the program ends; they may have any layout.
     """
 
@@ -69,6 +70,7 @@ class Work:
     operations: tuple[Operation, ...]
     updates: tuple[tuple[int, int], ...] = ()
     fixed: tuple[tuple[int, Layout], ...] = ()
+    loads: tuple[tuple[int, float], ...] = ()
     kept: tuple[int, ...] = ()
 
 
@@ -137,14 +139,14 @@ class ShardingModel:
         work = self.work
         end = len(work.operations) + 1
         last = self._last_reads(end)
-        own = {value: number for value, number in work.updates}
+        own, loads = dict(work.updates), dict(work.loads)
         costs, usages, intervals = list[_Matrix](), list[_Matrix](), list[tuple[int, int]]()
         layouts_of: dict[int, tuple[int, _Matrix]] = {}  # value -> node, number of its layout by strategy
         for number, layouts in enumerate(self.argument_layouts):
             table = self.tables[number]
             index = np.array([table.number[layout] for layout in layouts])
             layouts_of[number] = len(costs), index
-            costs.append(np.zeros(len(layouts)))
+            costs.append(loads.get(number, 0.0) * table.shares[index])
             usages.append(table.local[index])
             intervals.append((0, end))
         edges, matrices = list[tuple[int, int]](), list[_Matrix]()
@@ -179,9 +181,7 @@ class ShardingModel:
         for value, number in work.updates:
             node, index = layouts_of[number]
             connect(value, node, index, 1.0)
-        return CostNetwork(
-            tuple(costs), tuple(usages), tuple(intervals), tuple(edges), tuple(matrices), self.memory
-        )
+        return CostNetwork(tuple(costs), tuple(usages), tuple(intervals), tuple(edges), tuple(matrices), self.memory)
 
     def shardings(self, choice: Sequence[int]) -> Shardings:
         """What a choice of the network means."""
@@ -210,8 +210,9 @@ class ShardingModel:
 
 def seconds_of(model: ShardingModel, shardings: Shardings) -> float:
     """The predicted seconds of shardings, added up op by op: what the network's cost must equal."""
-    work, total = model.work, 0.0
+    work = model.work
     layouts: dict[int, Layout] = dict(enumerate(shardings.arguments))
+    total = sum(seconds / model.mesh.parts(sum(layouts[number], ())) for number, seconds in work.loads)
     for op, strategy in zip(work.operations, shardings.chosen, strict=True):
         if strategy is None:
             continue

@@ -16,7 +16,7 @@ from bactrian.passes.program import (
     MICROBATCH_INDEX,
     UPDATE,
     Dataflow,
-    argument_roles,
+    body,
     custom_call_target,
     phase_of,
     result_updates,
@@ -29,14 +29,31 @@ from bactrian.passes.sharding.rules import Dims, Rule, whole
 RULE = "sdy.sharding_rule"
 SHARDING = "sdy.sharding"
 _SUMS = frozenset({"stablehlo.add"})
-_REDUCERS = frozenset({"stablehlo.reduce", "stablehlo.reduce_window", "stablehlo.scatter", "stablehlo.select_and_scatter"})
+_REDUCERS = frozenset(
+    {"stablehlo.reduce", "stablehlo.reduce_window", "stablehlo.scatter", "stablehlo.select_and_scatter"}
+)
 # What XLA computes in the loop of its reader, so that no tensor of it need ever exist.
 _NOT_FUSED = HEAVY | frozenset(
     f"stablehlo.{name}"
-    for name in (
-        "reduce reduce_window scatter gather sort while case custom_call rng_bit_generator select_and_scatter "
-        "dynamic_update_slice fft cholesky triangular_solve all_reduce all_gather optimization_barrier"
-    ).split()
+    for name in [
+        "reduce",
+        "reduce_window",
+        "scatter",
+        "gather",
+        "sort",
+        "while",
+        "case",
+        "custom_call",
+        "rng_bit_generator",
+        "select_and_scatter",
+        "dynamic_update_slice",
+        "fft",
+        "cholesky",
+        "triangular_solve",
+        "all_reduce",
+        "all_gather",
+        "optimization_barrier",
+    ]
 )
 
 
@@ -70,8 +87,15 @@ def read_program(
         cluster: whose devices do the work.
         num_microbatches: how often forward and backward run in a step.
         remark: told of ops that nothing is known of.
+
+    Raises:
+        PassError: no op has a rule; a sharding that is given does not fit the mesh.
     """
     flow = Dataflow.of(main)
+    if not any(RULE in op.attributes for op in flow.ops):
+        raise PassError(
+            "no op of @main has an sdy.sharding_rule", fix="run func.func(sdy-populate-op-sharding-rules) first"
+        )
     model = CostModel()
     value_of = list(range(len(flow.values)))
     for index, op in enumerate(flow.ops):
@@ -94,7 +118,8 @@ def read_program(
             if not is_free and any(_shape(flow.values[value]) for value in (*operands, *results)):
                 remark(op, f"nothing is known of {op.name}: every device computes it whole")
             rule = whole(
-                tuple(_shape(flow.values[v]) for v in flow.operands[index]), tuple(_shape(flow.values[v]) for v in results)
+                tuple(_shape(flow.values[v]) for v in flow.operands[index]),
+                tuple(_shape(flow.values[v]) for v in results),
             )
         keeps = op.name in _NOT_FUSED or any(reads_kept[value] for value in results)
         operations.append(
@@ -122,6 +147,10 @@ def read_program(
         operations=tuple(operations),
         updates=tuple(pair for pair in updates if pair[0] != pair[1]),
         fixed=tuple(_fixed(main, flow, mesh)),
+        loads=tuple(
+            (number, num_microbatches * flow.sizes[number] / cluster.device.bytes_per_second)
+            for number in _batch_arguments(main)
+        ),
         kept=tuple(value_of[value] for value in flow.operands[-1]),
     )
     return Reading(work, flow, tuple(numbers), tuple(value_of), tuple(rules))
@@ -166,7 +195,9 @@ def _seconds(
     flops = cost.flops / (device.flops_per_second.get(cost.dtype) or device.flops_per_second["default"])
     moved = sum(model.size(value.type).bytes for value in op.results) if keeps else 0
     moved += sum(
-        model.size(value.type).bytes for value, number in zip(op.operands, operands, strict=False) if from_memory[number]
+        model.size(value.type).bytes
+        for value, number in zip(op.operands, operands, strict=False)
+        if from_memory[number]
     )
     return max(flops, moved / device.bytes_per_second)
 
@@ -204,6 +235,13 @@ def _rule_of(op: ir.Operation, flow: Dataflow, index: int) -> Rule | None:
     return made
 
 
+def drop_rules(main: ir.Operation) -> None:
+    """Take the rules off all ops: nothing after the choice reads them."""
+    for view in body(main).operations:
+        if RULE in view.operation.attributes:
+            del view.operation.attributes[RULE]
+
+
 def layout_of(sharding: ir.Attribute, mesh: Mesh) -> Layout:
     """An ``sdy.sharding`` as a layout.
 
@@ -224,6 +262,16 @@ def layout_of(sharding: ir.Attribute, mesh: Mesh) -> Layout:
             axes.append(numbers[axis.name])
         layout.append(tuple(axes))
     return tuple(layout)
+
+
+def _batch_arguments(main: ir.Operation) -> list[int]:
+    if "arg_attrs" not in main.attributes:
+        return []
+    entries = [ir.DictAttr(entry) for entry in ir.ArrayAttr(main.attributes["arg_attrs"])]
+    batch = ir.StringAttr.get("batch")
+    return [
+        number for number, entry in enumerate(entries) if "bactrian.role" in entry and entry["bactrian.role"] == batch
+    ]
 
 
 def _fixed(main: ir.Operation, flow: Dataflow, mesh: Mesh) -> list[tuple[int, Layout]]:

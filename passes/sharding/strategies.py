@@ -58,9 +58,7 @@ class Strategy:
 
 
 @lru_cache(maxsize=4096)
-def strategies(
-    rule: Rule, result_bytes: tuple[float, ...], mesh: Mesh, scatters: bool = True
-) -> tuple[Strategy, ...]:
+def strategies(rule: Rule, result_bytes: tuple[float, ...], mesh: Mesh, scatters: bool = True) -> tuple[Strategy, ...]:
     """All strategies of an op; the first does everything on every device.
 
     Axes of one factor cut it in the mesh's order. A factor inside of a dim is cut only if those before it are cut to

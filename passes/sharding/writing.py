@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import sdy
 
-from bactrian.passes.program import body, set_operand, terminator
+from bactrian.passes.program import nested_operations, set_operand, terminator
 from bactrian.passes.sharding.layouts import Layout, replicated
 from bactrian.passes.sharding.mesh import Mesh
 from bactrian.passes.sharding.model import ShardingModel, Shardings
-from bactrian.passes.sharding.reading import RULE, SHARDING, Reading
+from bactrian.passes.sharding.reading import SHARDING, Reading, drop_rules
 from bactrian.passes.sharding.strategies import Strategy, strategies
 
 _PLACE = ("bactrian.phase", "bactrian.stage", "bactrian.layer")
@@ -48,34 +48,44 @@ class Writer:
         self.num_reshards = 0
         self._chosen = self._free_ones_chosen(shardings)
         self._arguments = shardings.arguments
-        # (value, phase, layout) -> the value in that layout; the value itself under the layout that it is made in
-        self._copies: dict[tuple[int, str, Layout], ir.Value] = {}
-        self._home: dict[int, Layout] = {}
+        self._home: dict[int, Layout] = {}  # of values: the layout that they have for all readers
+        self._cut: dict[int, ir.Value] = {}  # values that are cut after their reduction, cut
+        self._copies: dict[tuple[int, str, Layout], ir.Value] = {}  # (value, phase, layout) -> in that layout
 
     def write(self) -> None:
         """Write everything."""
         flow, value_of = self.reading.flow, self.reading.value_of
         for number, layout in enumerate(self._arguments):
             self._home[number] = layout
-        for index, strategy in zip(self.reading.ops, self._chosen, strict=True):
-            op = flow.ops[index]
+        strategy_of = dict(zip(self.reading.ops, self._chosen, strict=True))
+        for index, op in enumerate(flow.ops[:-1]):
+            if index not in strategy_of:  # the gradient boundary hands its operands on as they are
+                for position in range(len(op.operands)):
+                    present = op.operands[position]
+                    value = value_of[flow.operands[index][position]]
+                    set_operand(op, position, self._at_home(value, present))
+                continue
+            strategy = strategy_of[index]
             for position, layout in enumerate(strategy.operands):
-                value = value_of[flow.operands[index][position]]
-                if flow.values[value].type != op.operands[position].type:
-                    raise AssertionError("an operand is not what was read")
-                set_operand(op, position, self._read(value, layout, op, op.operands[position]))
+                number = flow.operands[index][position]
+                present = flow.values[number]
+                value = self._read(value_of[number], layout, op, present)
+                if position < len(op.operands):
+                    set_operand(op, position, value)
+                elif value != present:  # an op in its regions reads it
+                    for nested in nested_operations(op):
+                        nested.replace_uses_of_with(present, value)
             if op.name == "sdy.sharding_constraint":
                 self._home[flow.results[index][0]] = strategy.results[0]
                 continue
             self._annotate(op, strategy.partial)
             for value, made, final in zip(flow.results[index], strategy.partial, strategy.results, strict=True):
                 self._home[value] = final
-                if made != final:
-                    self._scatter(op, flow.values[value], value, final)
+                if made != final:  # together with the reduction, a reduce-scatter
+                    with ir.InsertionPoint.after(op):
+                        self._cut[value] = self._reshard(flow.values[value], final, op)
         self._results()
-        for op in flow.ops:
-            if RULE in op.attributes:
-                del op.attributes[RULE]
+        drop_rules(self.main)
 
     def _free_ones_chosen(self, shardings: Shardings) -> list[Strategy]:
         """All strategies, those of free ops included: they make what their readers want, or, where these want different
@@ -99,22 +109,17 @@ class Writer:
         attributes = [sharding_attribute(layout, self.mesh, self.mesh_name) for layout in layouts]
         op.attributes[SHARDING] = sdy.TensorShardingPerValueAttr.get(attributes)
 
-    def _scatter(self, op: ir.Operation, made: ir.Value, value: int, final: Layout) -> None:
-        """Cut a reduced result: together with the reduction, a reduce-scatter."""
-        with ir.InsertionPoint.after(op):
-            cut = self._reshard(made, final, op)
-        self._copies[value, _phase(op), self._home[value]] = cut
+    def _at_home(self, value: int, present: ir.Value) -> ir.Value:
+        """A value as all readers find it; ``present`` is what one reads now, before or behind the boundary."""
+        return self._cut.get(value, present) if present == self.reading.flow.values[value] else present
 
     def _read(self, value: int, layout: Layout, reader: ir.Operation, present: ir.Value) -> ir.Value:
         """A value in the layout that an op needs."""
+        current = self._at_home(value, present)
         home = self._home.get(value)
-        if home is None or not self.reading.work.values[value].shape:
-            return present
+        if home is None or home == layout or not self.reading.work.values[value].shape:
+            return current
         phase = _phase(reader)
-        start = next((self._copies[key] for key in self._copies if key[0] == value and key[2] == home), present)
-        if home == layout:
-            return start
-        current = start
         with ir.InsertionPoint(reader):
             for move in self.model.tables[value].way(home, layout):
                 key = value, phase, move.target
@@ -152,7 +157,6 @@ class Writer:
                 own[SHARDING] = sharding_attribute(layout, self.mesh, self.mesh_name)
                 entries.append(ir.DictAttr.get(own))
             main.attributes[name] = ir.ArrayAttr.get(entries)
-        assert len(body(main).arguments) == len(self._arguments)
 
 
 def _only(layouts: set[Layout] | None, rank: int) -> Layout:

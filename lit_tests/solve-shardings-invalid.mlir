@@ -1,0 +1,54 @@
+// RUN: bactrian-opt %s --solve-shardings=memory-bytes=1000 --split-input-file --verify-diagnostics
+
+// expected-error@unknown {{no op of @main has an sdy.sharding_rule}}
+module @no_rules attributes {bactrian.num_stages = 1 : i64} {
+  sdy.mesh @stage0 = <["data"=4]>
+  func.func public @main(%x: tensor<4xf32> {bactrian.role = "batch"}) -> tensor<4xf32> {
+    %y = stablehlo.sine %x {bactrian.phase = "forward"} : tensor<4xf32>
+    return %y : tensor<4xf32>
+  }
+}
+
+// -----
+
+// expected-error@unknown {{has several devices, and the program has 2 stages}}
+module @two_stages attributes {bactrian.num_stages = 2 : i64} {
+  sdy.mesh @stage0 = <["data"=1]>
+  sdy.mesh @stage1 = <["data"=2]>
+  func.func public @main(%x: tensor<4xf32> {bactrian.role = "batch"}) -> tensor<4xf32> {
+    return %x : tensor<4xf32>
+  }
+}
+
+// -----
+
+// expected-error@unknown {{is not over whole axes of the mesh}}
+module @other_axis attributes {bactrian.num_stages = 1 : i64} {
+  sdy.mesh @stage0 = <["data"=4]>
+  sdy.mesh @other = <["model"=1]>
+  func.func public @main(%x: tensor<4xf32> {bactrian.role = "batch", sdy.sharding = #sdy.sharding<@other, [{"model"}]>}) -> tensor<4xf32> {
+    %y = stablehlo.sine %x {bactrian.phase = "forward", sdy.sharding_rule = #sdy.op_sharding_rule<([i])->([i]) {i=4}>} : tensor<4xf32>
+    return %y : tensor<4xf32>
+  }
+}
+
+// -----
+
+// expected-error@unknown {{needs 128 devices, cpu-host has 64}}
+module @too_many_devices attributes {bactrian.num_stages = 1 : i64} {
+  sdy.mesh @stage0 = <["data"=128]>
+  func.func public @main(%x: tensor<4xf32> {bactrian.role = "batch"}) -> tensor<4xf32> {
+    return %x : tensor<4xf32>
+  }
+}
+
+// -----
+
+// expected-error@unknown {{no choice fits into a memory of 1,000}}
+module @no_memory attributes {bactrian.num_stages = 1 : i64} {
+  sdy.mesh @stage0 = <["data"=2]>
+  func.func public @main(%x: tensor<1024xf32> {bactrian.role = "state"}) -> tensor<1024xf32> {
+    %y = stablehlo.sine %x {bactrian.phase = "update", sdy.sharding_rule = #sdy.op_sharding_rule<([i])->([i]) {i=1024}>} : tensor<1024xf32>
+    return %y : tensor<1024xf32>
+  }
+}

@@ -1,0 +1,80 @@
+// RUN: bactrian-opt %s --pass-pipeline='builtin.module(func.func(sdy-populate-op-sharding-rules),solve-shardings{time-limit=30})' --split-input-file | FileCheck %s
+
+// With all of the batch everywhere, every device has some columns of the weight, of the product and of the gradient:
+// nothing is sent at all.
+// CHECK-LABEL: module @columns
+module @columns attributes {bactrian.num_stages = 1 : i64} {
+  sdy.mesh @stage0 = <["data"=4]>
+  // CHECK: tensor<65536x64xf32> {bactrian.role = "batch", sdy.sharding = #sdy.sharding<@stage0, [{}, {}]>}
+  // CHECK-SAME: tensor<64x64xf32> {bactrian.role = "state", sdy.sharding = #sdy.sharding<@stage0, [{}, {"data"}]>}
+  // CHECK-NOT: sdy.reshard
+  // CHECK: return
+  func.func public @main(%x: tensor<65536x64xf32> {bactrian.role = "batch", sdy.sharding = #sdy.sharding<@stage0, [{}, {}]>}, %w: tensor<64x64xf32> {bactrian.role = "state"}) -> (tensor<64x64xf32> {bactrian.updates = 1 : i64}) {
+    %y = stablehlo.dot_general %x, %w, contracting_dims = [1] x [0] {bactrian.phase = "forward"} : (tensor<65536x64xf32>, tensor<64x64xf32>) -> tensor<65536x64xf32>
+    %g = stablehlo.dot_general %x, %y, contracting_dims = [0] x [0] {bactrian.phase = "backward"} : (tensor<65536x64xf32>, tensor<65536x64xf32>) -> tensor<64x64xf32>
+    %n = stablehlo.subtract %w, %g {bactrian.phase = "update"} : tensor<64x64xf32>
+    return %n : tensor<64x64xf32>
+  }
+}
+
+// -----
+
+// A large batch and a small weight: the batch is cut, the weight's gradient is reduced once, the update is whole.
+// CHECK-LABEL: module @data_parallel
+module @data_parallel attributes {bactrian.num_stages = 1 : i64} {
+  sdy.mesh @stage0 = <["data"=4]>
+  // CHECK: @main(%[[X:[^:]*]]: tensor<65536x64xf32> {bactrian.role = "batch", sdy.sharding = #sdy.sharding<@stage0, [{"data"}, {}]>}
+  // CHECK-SAME: %[[W:[^:]*]]: tensor<64x64xf32> {bactrian.role = "state", sdy.sharding = #sdy.sharding<@stage0, [{}, {}]>}
+  // CHECK-SAME: -> (tensor<64x64xf32> {bactrian.updates = 1 : i64, sdy.sharding = #sdy.sharding<@stage0, [{}, {}]>})
+  // CHECK: stablehlo.dot_general %[[X]], %[[W]]
+  // CHECK-SAME: <@stage0, [{"data"}, {}]>
+  // CHECK-NOT: sdy.reshard
+  // CHECK: stablehlo.dot_general
+  // CHECK-SAME: contracting_dims = [0] x [0]
+  // CHECK-SAME: <@stage0, [{}, {}]>
+  // CHECK-NOT: sdy.reshard
+  // CHECK-NOT: sdy.sharding_rule
+  // CHECK: return
+  func.func public @main(%x: tensor<65536x64xf32> {bactrian.role = "batch"}, %w: tensor<64x64xf32> {bactrian.role = "state"}) -> (tensor<64x64xf32> {bactrian.updates = 1 : i64}) {
+    %y = stablehlo.dot_general %x, %w, contracting_dims = [1] x [0] {bactrian.phase = "forward"} : (tensor<65536x64xf32>, tensor<64x64xf32>) -> tensor<65536x64xf32>
+    %g = stablehlo.dot_general %x, %y, contracting_dims = [0] x [0] {bactrian.phase = "backward"} : (tensor<65536x64xf32>, tensor<65536x64xf32>) -> tensor<64x64xf32>
+    %n = stablehlo.subtract %w, %g {bactrian.phase = "update"} : tensor<64x64xf32>
+    return %n : tensor<64x64xf32>
+  }
+}
+
+// -----
+
+// What somebody has decided stays: the weight is cut by columns, so the product is; it is wanted whole, and after that
+// every device takes its own part of the work.
+// CHECK-LABEL: module @given
+module @given attributes {bactrian.num_stages = 1 : i64} {
+  sdy.mesh @stage0 = <["model"=4]>
+  // CHECK: %[[W:[^:]*]]: tensor<64x64xf32> {bactrian.role = "state", sdy.sharding = #sdy.sharding<@stage0, [{}, {"model"}]>}
+  // CHECK: %[[Y:.*]] = stablehlo.dot_general
+  // CHECK-SAME: <@stage0, [{}, {"model"}]>
+  // CHECK: %[[C:.*]] = sdy.reshard %[[Y]] <@stage0, [{}, {}]>
+  // CHECK: sdy.sharding_constraint %[[C]] <@stage0, [{}, {}]>
+  // CHECK: sdy.reshard {{.*}} <@stage0, [{{{.*}}"model"{{.*}}}]>
+  // CHECK-NEXT: stablehlo.sine
+  func.func public @main(%x: tensor<4096x64xf32> {bactrian.role = "batch", sdy.sharding = #sdy.sharding<@stage0, [{}, {}]>}, %w: tensor<64x64xf32> {bactrian.role = "state", sdy.sharding = #sdy.sharding<@stage0, [{}, {"model"}]>}) -> tensor<4096x64xf32> {
+    %y = stablehlo.dot_general %x, %w, contracting_dims = [1] x [0] {bactrian.phase = "forward"} : (tensor<4096x64xf32>, tensor<64x64xf32>) -> tensor<4096x64xf32>
+    %c = sdy.sharding_constraint %y <@stage0, [{}, {}]> {bactrian.phase = "forward"} : tensor<4096x64xf32>
+    %z = stablehlo.sine %c {bactrian.phase = "forward"} : tensor<4096x64xf32>
+    return %z : tensor<4096x64xf32>
+  }
+}
+
+// -----
+
+// A mesh of one device: nothing to do.
+// CHECK-LABEL: module @one_device
+module @one_device attributes {bactrian.num_stages = 1 : i64} {
+  sdy.mesh @stage0 = <["data"=1]>
+  // CHECK-NOT: sdy.sharding
+  // CHECK: return
+  func.func public @main(%x: tensor<4xf32> {bactrian.role = "batch"}) -> tensor<4xf32> {
+    %y = stablehlo.sine %x {bactrian.phase = "forward"} : tensor<4xf32>
+    return %y : tensor<4xf32>
+  }
+}

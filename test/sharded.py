@@ -1,0 +1,88 @@
+"""Programs over a mesh of virtual devices: read, solve or choose at random, write, compile, run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jaxlib.mlir import ir
+
+from bactrian.driver.xla import constrain, sharded_function
+from bactrian.passes.cluster import CPU_HOST, Cluster
+from bactrian.passes.frame.context import make_context
+from bactrian.passes.frame.pipeline import run_pipeline
+from bactrian.passes.program import BOUNDARY, body, custom_call_target, main_function
+from bactrian.passes.sharding.model import ShardingModel
+from bactrian.passes.sharding.reading import Reading, read_program
+from bactrian.passes.sharding.writing import Writer
+
+Axes = tuple[tuple[str, int], ...]
+
+
+def lowered(function: Callable[..., Any], arguments: Sequence[Any], axes: Axes) -> ir.Module:
+    """A jax function as a flat module with a mesh and rules."""
+    text = jax.jit(function, keep_unused=True).lower(*arguments).as_text()
+    return prepared(text, axes)
+
+
+def prepared(text: str, axes: Axes) -> ir.Module:
+    """A module's text with a mesh and rules; the mesh that is there is replaced."""
+    with make_context():
+        module = ir.Module.parse(text)
+        for view in list(module.body.operations):
+            if view.operation.name == "sdy.mesh":
+                view.operation.erase()
+        sizes = ", ".join(f'"{name}"={size}' for name, size in axes)
+        mesh = ir.Module.parse(f"sdy.mesh @stage0 = <[{sizes}]>").body.operations[0].operation
+        clone = mesh.clone(ip=ir.InsertionPoint.at_block_begin(module.body))
+        assert clone.operation.name == "sdy.mesh"
+    run_pipeline(module, "builtin.module(flatten-calls,canonicalize,cse,func.func(sdy-populate-op-sharding-rules))")
+    return module
+
+
+def read(module: ir.Module, axes: Axes, cluster: Cluster = CPU_HOST) -> tuple[Reading, ShardingModel]:
+    """What the model sees of a module."""
+    mesh = cluster.mesh(axes)
+    with module.context:
+        reading = read_program(main_function(module), mesh, cluster, 1, lambda op, text: None)
+    return reading, ShardingModel(reading.work, mesh)
+
+
+def write(module: ir.Module, reading: Reading, model: ShardingModel, choice: Sequence[int]) -> None:
+    """Write a choice of the model's network into the module."""
+    with module.context, ir.Location.unknown():
+        Writer(main_function(module), reading, model, model.shardings(choice), "stage0").write()
+
+
+def text_for_xla(module: ir.Module, num_devices: int) -> str:
+    """The module as XLA takes it: no attribute of ours, no boundary."""
+    with module.context, ir.Location.unknown():
+        clone = ir.Module.parse(str(module.operation.get_asm()))
+        main = main_function(clone)
+        for view in list(body(main).operations):
+            op = view.operation
+            if custom_call_target(op) == BOUNDARY:
+                for result, operand in zip(list(op.results), list(op.operands), strict=True):
+                    result.replace_all_uses_with(operand)
+                op.erase()
+        constrain(main)
+        number = ir.IntegerAttr.get(ir.IntegerType.get_signless(32), num_devices)
+        clone.operation.attributes["mhlo.num_partitions"] = number
+        for name in ("arg_attrs", "res_attrs"):
+            if name in main.attributes:
+                kept = [
+                    ir.DictAttr.get({"sdy.sharding": ir.DictAttr(entry)["sdy.sharding"]})
+                    for entry in ir.ArrayAttr(main.attributes[name])
+                ]
+                main.attributes[name] = ir.ArrayAttr.get(kept)
+        return str(clone)
+
+
+def run(module: ir.Module, axes: Axes, arguments: Sequence[Any]) -> list[np.ndarray[Any, Any]]:
+    """Run a sharded module on virtual devices; whole results."""
+    devices = jax.devices()[: int(np.prod([size for _, size in axes]))]
+    function, shardings = sharded_function(text_for_xla(module, len(devices)), devices)
+    placed = [jax.device_put(x, s) for x, s in zip(arguments, shardings, strict=True)]
+    return [np.asarray(x) for x in function(placed)]

@@ -1,0 +1,231 @@
+"""Layouts, strategies and the cost network, by numbers; the solver against every choice there is."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from jaxlib.mlir import ir
+from jaxlib.mlir.passmanager import PassManager
+
+from bactrian.passes.errors import ConfigError
+from bactrian.passes.frame.context import make_context
+from bactrian.passes.network.solve import solve
+from bactrian.passes.sharding.layouts import LayoutTable, Move, all_layouts
+from bactrian.passes.sharding.mesh import Axis, Mesh, parse_axes
+from bactrian.passes.sharding.model import Operation, ShardingModel, Shardings, Tensor, Work, seconds_of
+from bactrian.passes.sharding.rules import Rule, elementwise, whole
+from bactrian.passes.sharding.strategies import strategies
+from bactrian.passes.sharding.writing import sharding_attribute
+
+TWO = Mesh((Axis("x", 2, 1e-6, 1e-9), Axis("y", 4, 2e-6, 1e-10)))
+EQUAL = Mesh((Axis("x", 2, 1e-6, 1e-9), Axis("y", 2, 2e-6, 1e-10)))
+DOT = Rule((64, 32, 16), (((0,), (1,)), ((1,), (2,))), (((0,), (2,)),), frozenset({1}))
+
+
+def test_mesh_text() -> None:
+    assert parse_axes("data=2, model=4") == (("data", 2), ("model", 4))
+    for text in ("", "data", "data=2,,", "2=data", "data=-1"):
+        with pytest.raises(ConfigError, match="list of axes"):
+            parse_axes(text)
+
+
+@pytest.mark.parametrize(
+    "axes",
+    [
+        (Axis("a", 0),),
+        (Axis("a", 2), Axis("a", 2)),
+        (Axis("a", 2, latency=math.nan),),
+        (Axis("a", 2, seconds_per_byte=-1.0),),
+        (Axis("a", 2, seconds_per_byte=math.inf),),
+    ],
+)
+def test_a_mesh_without_meaning_is_refused(axes: tuple[Axis, ...]) -> None:
+    with pytest.raises(ConfigError):
+        Mesh(axes)
+
+
+def test_layouts_cut_evenly() -> None:
+    assert len(all_layouts((8, 8), TWO)) == 1 + 2 + 2 + 2 + 2 + 2  # none; x; y; one each; both, in two orders
+    assert all_layouts((2, 3), TWO) == [((), ()), ((0,), ())]  # y is wider than 2, nothing divides 3
+    assert all_layouts((8,), Mesh((Axis("x", 1),))) == [((),)]
+
+
+def test_seconds_of_single_moves() -> None:
+    table = LayoutTable((8, 8), 1024.0, TWO)
+    number = table.number
+    seconds = table.seconds
+    none, x, y = number[((), ())], number[((0,), ())], number[((1,), ())]
+    assert seconds[none, x] == 0.0
+    assert seconds[x, none] == pytest.approx(1e-6 + 512 * 1e-9)
+    assert seconds[y, none] == pytest.approx(2e-6 + 3 * 256 * 1e-10)
+    assert seconds[y, number[((), (1,))]] == pytest.approx(2e-6 + 3 / 4 * 256 * 1e-10)
+
+
+@pytest.mark.parametrize("mesh", [TWO, EQUAL], ids=["2x4", "2x2"])
+def test_ways_are_shortest_and_add_up(mesh: Mesh) -> None:
+    table = LayoutTable((16, 16, 16), 16384.0, mesh)
+    seconds = table.seconds
+    assert np.isfinite(seconds).all()
+    assert (seconds[:, :, None] <= seconds[:, None, :] + seconds.T[None, :, :] + 1e-15).all()
+    for source, target in itertools.product(table.layouts, repeat=2):
+        moves = table.way(source, target)
+        assert (moves[-1].target if moves else source) == target
+        cost = sum(move.seconds for move in moves)
+        assert cost == pytest.approx(seconds[table.number[source], table.number[target]], abs=1e-15)
+
+
+@pytest.mark.parametrize("mesh", [TWO, EQUAL], ids=["2x4", "2x2"])
+def test_each_move_is_one_collective_of_shardy(mesh: Mesh) -> None:
+    """``sdy-reshard-to-collectives`` turns a reshard from before to after a move into that collective."""
+    table = LayoutTable((16, 16, 16), 16384.0, mesh)
+    moves = dict[tuple[int, int], Move]()
+    for source, target in itertools.product(range(len(table.layouts)), repeat=2):
+        at = table.layouts[source]
+        for move in table.way(at, table.layouts[target]):
+            moves[table.number[at], table.number[move.target]] = move
+            at = move.target
+    kinds = {"slice": "all_slice"}
+    sizes = ", ".join(f'"{axis.name}"={axis.size}' for axis in mesh.axes)
+    with make_context():
+        lines = [f"sdy.mesh @m = <[{sizes}]>"]
+        for source, target in moves:
+            before, after = (sharding_attribute(table.layouts[n], mesh, "m") for n in (source, target))
+            short = str(after).removeprefix("#sdy.sharding")
+            lines.append(
+                f"func.func @f{source}_{target}(%a: tensor<16x16x16xf32> {{sdy.sharding = {before}}}) -> tensor<16x16x16xf32> {{"
+            )
+            lines.append(f"%0 = sdy.reshard %a {short} : tensor<16x16x16xf32>\nreturn %0 : tensor<16x16x16xf32>\n}}")
+        module = ir.Module.parse("\n".join(lines))
+        PassManager.parse("builtin.module(func.func(sdy-reshard-to-collectives))").run(module.operation)
+        functions = [view.operation for view in module.body.operations if view.operation.name == "func.func"]
+        found = [[op.operation.name for op in f.regions[0].blocks[0].operations][:-1] for f in functions]
+    assert found == [[f"sdy.{kinds.get(move.kind, move.kind)}"] for move in moves.values()]
+
+
+def test_strategies_of_a_product() -> None:
+    found = strategies(DOT, (64 * 16 * 4.0,), TWO)
+    assert found[0].factors == (None, None)
+    assert found[0].parts == 1
+    by_factors = dict[tuple[int | None, ...], list[tuple[int, ...]]]()
+    for strategy in found:
+        by_factors.setdefault(strategy.factors, []).append(tuple(r.axis for r in strategy.reductions))
+    assert len(by_factors) == 16
+    assert len(by_factors[0, 2]) == 1  # nothing is reduced
+    assert len(by_factors[1, None]) == 3  # everywhere, or scattered into either dim
+    assert len(by_factors[1, 1]) == 9
+    both = next(s for s in found if s.factors == (1, 2))
+    assert both.operands == (((), (0,)), ((0,), (1,)))
+    assert both.partial == (((), (1,)),)
+    (reduction,) = both.reductions
+    assert reduction.kind == "all_reduce"
+    assert reduction.seconds == pytest.approx(1e-6 + 2 * 0.5 * 64 * 16 * 4 / 4 * 1e-9)
+
+
+def test_a_scattered_reduction_leaves_less_for_the_next() -> None:
+    found = strategies(DOT, (4096.0,), TWO)
+    strategy = next(s for s in found if s.factors == (1, 1) and s.results == (((), (1,)),))
+    scatter, reduce = strategy.reductions
+    assert (scatter.kind, scatter.axis, scatter.nbytes) == ("reduce_scatter", 1, 3 / 4 * 4096)
+    assert (reduce.kind, reduce.axis, reduce.nbytes) == ("all_reduce", 0, 2 * 0.5 * 1024)
+
+
+def test_no_layout_has_strides() -> None:
+    """``[8, 4] -> [32]``: the minor factor is cut only where the major one is cut to pieces of one."""
+    rule = Rule((2, 16), (((0,), (1,)),), (((0, 1),),))
+    found = {strategy.factors: strategy.results for strategy in strategies(rule, (128.0,), TWO)}
+    assert found == {
+        (None, None): (((),),),
+        (0, None): (((0,),),),
+        (0, 1): (((0, 1),),),
+    }
+
+
+def test_what_is_needed_whole_is_not_cut() -> None:
+    rule = Rule((8, 8), (((0,), (1,)),), (((0,), (1,)),), replicated=frozenset({0}), permuted=frozenset({1}))
+    assert len(strategies(rule, (256.0,), TWO)) == 1
+    assert len(strategies(whole(((8, 8),), ((8,),)), (32.0,), TWO)) == 1
+
+
+def test_only_sums_are_scattered() -> None:
+    assert all(r.kind == "all_reduce" for s in strategies(DOT, (1.0,), TWO, False) for r in s.reductions)
+
+
+def programs(seed: int) -> Work:
+    """A chain with branches of products and elementwise ops on 8 x 8, the last one the next value of an argument."""
+    random = np.random.default_rng(seed)
+    tensor = Tensor((8, 8), 256)
+    values, operations = [tensor] * 2, list[Operation]()
+    for _ in range(int(random.integers(1, 5))):
+        left, right = (int(random.integers(len(values))) for _ in range(2))
+        rule = (DOT8, elementwise((8, 8), 2))[int(random.integers(2))]
+        seconds, weight = float(random.uniform(0, 4e-6)), float(random.integers(1, 3))
+        operations.append(Operation((left, right), (len(values),), rule, seconds, weight))
+        values.append(tensor)
+    last = len(values) - 1
+    return Work(tuple(values), 2, tuple(operations), updates=((last, 0),), loads=((1, 1e-6),), kept=(last,))
+
+
+DOT8 = Rule((8, 8, 8), (((0,), (1,)), ((1,), (2,))), (((0,), (2,)),), frozenset({1}))
+LINE = Mesh((Axis("x", 4, 1e-7, 1e-8),))
+
+
+def everything(model: ShardingModel) -> Iterator[tuple[tuple[int, ...], Shardings]]:
+    """All choices."""
+    for choice in itertools.product(*(range(len(costs)) for costs in model.network.costs)):
+        yield choice, model.shardings(choice)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_the_solver_finds_the_least(seed: int) -> None:
+    check_least(seed)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("block", range(10))
+def test_the_solver_finds_the_least_of_many(block: int) -> None:
+    for seed in range(100 * block, 100 * (block + 1)):
+        check_least(seed)
+
+
+def check_least(seed: int) -> None:
+    """The cost added up op by op, of all choices that fit into memory."""
+    work = programs(seed)
+    model = ShardingModel(work, LINE)
+    if model.network.num_strategies > 30:
+        work = Work(work.values, 2, work.operations[:2], ((3, 0),), loads=work.loads, kept=(3,))
+        model = ShardingModel(work, LINE)
+    costs = dict[tuple[int, ...], float]()
+    for choice, shardings in everything(model):
+        costs[choice] = seconds_of(model, shardings)
+    sample = next(iter(costs))
+    assert model.network.cost(sample) == pytest.approx(costs[sample], rel=1e-9, abs=1e-18)
+    peaks = {choice: model.network.peak(choice) for choice in costs}
+    least = min(costs.values())
+    for memory in (None, int(np.median(list(peaks.values())))):
+        limited = ShardingModel(work, LINE, memory)
+        allowed = [cost for choice, cost in costs.items() if memory is None or peaks[choice] <= memory]
+        solution = solve(limited.network, 20.0)
+        assert solution.optimal
+        assert solution.cost == pytest.approx(min(allowed), rel=1e-9, abs=1e-18)
+        assert solution.cost >= least * (1 - 1e-9)
+        assert seconds_of(limited, limited.shardings(solution.choice)) == pytest.approx(
+            solution.cost, rel=1e-9, abs=1e-18
+        )
+
+
+def test_what_is_given_stays() -> None:
+    work = Work(
+        (Tensor((8, 8), 256),) * 3,
+        2,
+        (Operation((0, 1), (2,), elementwise((8, 8), 2), 1e-3, given=((), (0,))),),
+        fixed=((0, ((0,), ())),),
+    )
+    model = ShardingModel(work, LINE)
+    shardings = model.shardings(solve(model.network).choice)
+    assert shardings.arguments[0] == ((0,), ())
+    assert shardings.chosen[0] is not None
+    assert shardings.chosen[0].results == (((), (0,)),)

@@ -1,0 +1,142 @@
+"""Random programs with random layouts on 8 virtual devices give what one device gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import sharded
+from jax import lax
+
+MESHES = ((("x", 8),), (("x", 2), ("y", 4)), (("x", 2), ("y", 2), ("z", 2)))
+
+
+def _dot(random: np.random.Generator, x: jax.Array, y: jax.Array) -> jax.Array:
+    if x.ndim == 3 and y.ndim == 3:
+        return jnp.einsum("bik,bjk->bij", x, y)
+    return jnp.tensordot(x, y, axes=([x.ndim - 1], [y.ndim - 1]))
+
+
+def _fold(random: np.random.Generator, x: jax.Array, y: jax.Array) -> jax.Array:
+    fold = (jnp.sum, jnp.max, jnp.min, jnp.prod)[random.integers(4)]
+    return fold(x / 4, axis=int(random.integers(x.ndim)))
+
+
+def _flags(random: np.random.Generator, x: jax.Array, y: jax.Array) -> jax.Array:
+    fold = (jnp.any, jnp.all)[random.integers(2)]
+    return fold(x > 0.5, axis=int(random.integers(x.ndim))).astype(jnp.float32)
+
+
+def _best(random: np.random.Generator, x: jax.Array, y: jax.Array) -> jax.Array:
+    fold = (jnp.argmax, jnp.argmin)[random.integers(2)]
+    return fold(x, axis=int(random.integers(x.ndim))).astype(jnp.float32) / 16
+
+
+def _elementwise(random: np.random.Generator, x: jax.Array, y: jax.Array) -> jax.Array:
+    other = y if y.shape == x.shape else jnp.sin(x)
+    return (x + other, x * other, jnp.where(x > 0, x, other))[random.integers(3)]
+
+
+def _transposed(random: np.random.Generator, x: jax.Array, y: jax.Array) -> jax.Array:
+    return jnp.transpose(x, random.permutation(x.ndim))
+
+
+def _reshaped(random: np.random.Generator, x: jax.Array, y: jax.Array) -> jax.Array:
+    if x.ndim == 3:
+        return x.reshape(x.shape[0] * x.shape[1], x.shape[2])
+    return x.reshape(-1, 8, x.shape[-1]) if x.ndim == 2 and x.shape[0] % 8 == 0 else x
+
+
+def _broadcast(random: np.random.Generator, x: jax.Array, y: jax.Array) -> jax.Array:
+    return jnp.broadcast_to(x[None], (8, *x.shape)) if x.ndim < 3 else x + x[0]
+
+
+def _sliced(random: np.random.Generator, x: jax.Array, y: jax.Array) -> jax.Array:
+    return jnp.concatenate([x[x.shape[0] // 2 :], x[: x.shape[0] // 2]])
+
+
+def _looked_up(random: np.random.Generator, x: jax.Array, y: jax.Array) -> jax.Array:
+    rows = (jnp.abs(y).reshape(-1)[:16] * 7).astype(jnp.int32) % x.shape[0]
+    return jnp.take(x, rows, axis=0)
+
+
+def _added_at(random: np.random.Generator, x: jax.Array, y: jax.Array) -> jax.Array:
+    rows = (jnp.abs(x).reshape(-1)[:8] * 7).astype(jnp.int32) % x.shape[0]
+    return x.at[rows].add(x[:8])
+
+
+def _sorted(random: np.random.Generator, x: jax.Array, y: jax.Array) -> jax.Array:
+    return jnp.sort(x, axis=int(random.integers(x.ndim)))
+
+
+def _cumulated(random: np.random.Generator, x: jax.Array, y: jax.Array) -> jax.Array:
+    return jnp.cumsum(x, axis=0) / 8
+
+
+def _looped(random: np.random.Generator, x: jax.Array, y: jax.Array) -> jax.Array:
+    return lax.fori_loop(0, 3, lambda i, z: jnp.sin(z) + x, x)
+
+
+OPS: tuple[Callable[..., jax.Array], ...] = (
+    _dot, _dot, _fold, _flags, _best, _elementwise, _elementwise, _transposed, _reshaped, _broadcast, _sliced, _looked_up,
+    _added_at, _sorted, _cumulated, _looped,
+)  # fmt: skip
+
+
+def program(seed: int) -> tuple[Callable[..., Any], list[np.ndarray[Any, Any]]]:
+    """A function of two to three arrays with up to eight ops, and its arguments."""
+    random = np.random.default_rng(seed)
+    shapes = [tuple(int(n) for n in random.choice([8, 16], size=random.integers(2, 4))) for _ in range(3)]
+    arguments = [random.uniform(-1, 1, shape).astype(np.float32) for shape in shapes]
+    picks = [(OPS[random.integers(len(OPS))], int(random.integers(1 << 30))) for _ in range(random.integers(2, 9))]
+
+    def function(*leaves: jax.Array) -> Any:
+        values = list(leaves)
+        for op, own in picks:
+            inner = np.random.default_rng(own)
+            x, y = (values[inner.integers(len(values))] for _ in range(2))
+            if x.ndim == 0 or x.size > 4096:
+                continue
+            if op is _dot and (y.ndim == 0 or x.shape[-1] != y.shape[-1] or (x.ndim == 3) != (y.ndim == 3)):
+                continue
+            if op is _dot and x.ndim == 3 and x.shape[0] != y.shape[0]:
+                continue
+            if op is _added_at and x.shape[0] < 8:
+                continue
+            values.append(op(inner, x, y))
+        return values[len(leaves) :] or [values[0] + 1]
+
+    return function, arguments
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_random_layouts_change_nothing(seed: int) -> None:
+    check_numbers(seed)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("block", range(20))
+def test_random_layouts_of_many_programs_change_nothing(block: int) -> None:
+    for seed in range(50 * block, 50 * (block + 1)):
+        check_numbers(seed)
+
+
+def check_numbers(seed: int) -> None:
+    """One program, one choice of layouts."""
+    function, arguments = program(seed)
+    axes = MESHES[seed % len(MESHES)]
+    module = sharded.lowered(function, arguments, axes)
+    reading, model = sharded.read(module, axes)
+    random = np.random.default_rng(seed)
+    choice = [int(random.integers(len(costs))) for costs in model.network.costs]
+    sharded.write(module, reading, model, choice)
+    got = sharded.run(module, axes, arguments)
+    expected = jax.tree.leaves(jax.jit(function)(*arguments))
+    for one, other in zip(got, expected, strict=True):
+        other = np.asarray(other)
+        assert one.shape == other.shape
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5 * max(1.0, np.abs(other).max(initial=0)))
