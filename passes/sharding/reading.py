@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -219,20 +220,27 @@ def _rule_of(op: ir.Operation, flow: Dataflow, index: int) -> Rule | None:
         tensor = sdy.TensorMappingAttr(mapping)
         return tuple(tuple(sdy.DimMappingAttr(dim).factor_indices) for dim in tensor.dim_mappings)
 
-    made = Rule(
-        sizes=tuple(rule.factor_sizes),
-        operands=tuple(dims(mapping) for mapping in rule.operand_mappings),
-        results=tuple(dims(mapping) for mapping in rule.result_mappings),
+    sizes = tuple(rule.factor_sizes)
+    operands = tuple(dims(mapping) for mapping in rule.operand_mappings)
+    results = tuple(dims(mapping) for mapping in rule.result_mappings)
+    shapes = [_shape(flow.values[v]) for v in flow.operands[index]][: len(operands)]
+    shapes += [_shape(flow.values[v]) for v in flow.results[index]]
+    # A dim may be smaller than its factors (the result of a slice): equal pieces of one are none of the other.
+    uneven = {
+        factor
+        for tensor, shape in zip((*operands, *results), shapes, strict=True)
+        for dim, size in zip(tensor, shape, strict=True)
+        if math.prod(sizes[factor] for factor in dim) != size
+        for factor in dim
+    }
+    return Rule(
+        sizes=sizes,
+        operands=operands,
+        results=results,
         reduction=frozenset(rule.reduction_factors),
-        replicated=frozenset(rule.need_replication_factors),
+        replicated=frozenset(rule.need_replication_factors) | uneven,
         permuted=frozenset(rule.permutation_factors),
     )
-    shapes = [_shape(flow.values[v]) for v in flow.operands[index]][: len(made.operands)]
-    shapes += [_shape(flow.values[v]) for v in flow.results[index]]
-    if tuple(shapes) != made.shapes:
-        # A tensor may be smaller than its factors say (a reshape of a part); such an op is done whole.
-        return None
-    return made
 
 
 def drop_rules(main: ir.Operation) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 Dims = tuple[tuple[int, ...], ...]
@@ -30,14 +29,6 @@ class Rule:
     reduction: frozenset[int] = frozenset()
     replicated: frozenset[int] = frozenset()
     permuted: frozenset[int] = frozenset()
-
-    @property
-    def shapes(self) -> tuple[tuple[int, ...], ...]:
-        """Of all operands and results."""
-        return tuple(
-            tuple(math.prod(self.sizes[factor] for factor in dim) for dim in dims)
-            for dims in (*self.operands, *self.results)
-        )
 
 
 def elementwise(shape: tuple[int, ...], num_operands: int) -> Rule:

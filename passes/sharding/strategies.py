@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -124,9 +125,10 @@ def _reductions(
     if not axes:
         yield partial, ()
         return
-    single = scatters and len(partial) == 1
-    targets = [None, *(range(len(partial[0])) if single else ())]
-    shape = rule.shapes[len(rule.operands)]
+    whole = rule.replicated | rule.permuted
+    result = rule.results[0] if scatters and len(partial) == 1 else ()
+    targets = [None, *(number for number, dim in enumerate(result) if whole.isdisjoint(dim))]
+    shape = tuple(math.prod(rule.sizes[factor] for factor in dim) for dim in rule.results[0])
     for dims in itertools.product(targets, repeat=len(axes)):
         scattered = [(axis, dim) for axis, dim in zip(axes, dims, strict=True) if dim is not None]
         layouts = partial
