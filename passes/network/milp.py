@@ -24,6 +24,7 @@ from bactrian.passes.network.reduce import Array, ReducedNetwork
 _ROWS_AT_ONCE = 12  # memory rows added after one solve
 _OBJECTIVE = 1e6  # the largest coefficient after scaling
 _GAP = 1e-9  # relative, at which a solution of costs that are no integers is called optimal
+_INTEGRAL = 1e-6  # as far from 0 and 1, HiGHS calls a variable integral
 _UNIT_GAP = 0.99  # for integers: what is left of a gap below 1 is none
 # Beside larger integers HiGHS's tolerances hide a difference of 1; nothing is called optimal then.
 MOST_EXACT = 10**12
@@ -37,6 +38,14 @@ class Outcome:
     bound: float
     optimal: bool
     memory_rows: int
+
+
+@dataclass(frozen=True)
+class _Twins:
+    """Classes of rows: the ``first`` row of each class, and the class ``number`` of each row."""
+
+    first: Array
+    number: Array
 
 
 class IntegerProgram:
@@ -68,13 +77,26 @@ class IntegerProgram:
             if values is None:
                 return Outcome(None, bound, optimal=False, memory_rows=len(self._rows))
             if not integer:
-                integer = not self._add_rows(self._relaxed_profile(values))
-                continue
+                if self._add_rows(self._relaxed_profile(values)):
+                    continue
+                integer = True
+                if status != mathopt.TerminationReason.OPTIMAL or not self._is_tight(values, bound_here):
+                    continue
             choice = self._choice(values)
             profile = self._network.profile(choice)
             if not self._add_rows(profile) and not self._add_covers(choice, profile):
                 optimal = status == mathopt.TerminationReason.OPTIMAL and self.is_exact
                 return Outcome(choice, bound, optimal, len(self._rows))
+
+    def _is_tight(self, values: Array, bound: float) -> bool:
+        """Whether the relaxed program's solution is a choice, as it mostly is: then it is the best one."""
+        least = float(values[: self._num_binary][values[: self._num_binary] > 0.5].min(initial=1.0))
+        if least < 1 - _INTEGRAL or np.count_nonzero(values[: self._num_binary] > 0.5) != len(self._nodes):
+            return False
+        cost = self._network.cost(self._choice(values))
+        if self._network.whole:
+            return cost - bound < _UNIT_GAP
+        return cost - bound <= _GAP * abs(cost - self._network.constant)
 
     @property
     def is_exact(self) -> bool:
@@ -97,6 +119,9 @@ class IntegerProgram:
 
     def _build(self) -> None:
         network = self._network
+        largest = max((float(m[np.isfinite(m)].max(initial=0.0)) for m in network.pairs.values()), default=0.0)
+        # Costs that are no integers and differ by less are equal: all together, far less than the gap that is proved.
+        self._finest = None if network.whole else max(1e-14 * largest, 1e-300)
         costs = [network.costs[node] for node in self._nodes]
         rows, columns, values, low = list[Array](), list[Array](), list[Array](), list[float]()
         for node, own in zip(self._nodes, costs, strict=True):
@@ -106,21 +131,24 @@ class IntegerProgram:
             low.append(1.0)
         at = self._num_binary
         for (i, j), matrix in network.pairs.items():
-            first, second = np.nonzero(np.isfinite(matrix))
+            own, others = self._twins(matrix), self._twins(matrix.T)
+            small = matrix[np.ix_(own.first, others.first)]
+            first, second = np.nonzero(np.isfinite(small))
             pairs = at + np.arange(len(first))
             at += len(first)
-            count = matrix.shape[0] + matrix.shape[1]
-            base = len(low)
-            rows += [base + first, base + matrix.shape[0] + second, base + np.arange(count)]
+            base, middle = len(low), len(low) + small.shape[0]
+            rows += [base + first, middle + second, base + own.number, middle + others.number]
             columns += [pairs, pairs]
-            columns.append(
-                np.concatenate(
-                    [self._start[i] + np.arange(matrix.shape[0]), self._start[j] + np.arange(matrix.shape[1])]
-                )
-            )
-            values += [np.ones(len(first)), np.ones(len(first)), -np.ones(count)]
-            low += [0.0] * count
-            costs.append(matrix[first, second])
+            columns.append(self._start[i] + np.arange(matrix.shape[0]))
+            columns.append(self._start[j] + np.arange(matrix.shape[1]))
+            values += [
+                np.ones(len(first)),
+                np.ones(len(first)),
+                -np.ones(len(own.number)),
+                -np.ones(len(others.number)),
+            ]
+            low += [0.0] * (small.shape[0] + small.shape[1])
+            costs.append(small[first, second])
         objective = np.concatenate(costs) if costs else np.zeros(0)
         self._factor = _OBJECTIVE / max(float(np.abs(objective).max(initial=0.0)), 1e-300)
         self._objective = objective * self._factor
@@ -128,6 +156,14 @@ class IntegerProgram:
         triples = (_joined(values, float), (_joined(rows, int), _joined(columns, int)))
         self._matrix = scipy.sparse.csr_matrix(triples, shape=shape)
         self._low, self._high = np.array(low), np.array(low)
+
+    def _twins(self, matrix: Array) -> _Twins:
+        """Rows that are equal: one variable serves them all."""
+        finest = self._finest
+        keys = matrix if finest is None else np.round(np.where(np.isfinite(matrix), matrix, 0.0) / finest)
+        keys = np.where(np.isfinite(matrix), keys, -1.0)  # costs are not negative
+        _, first, number = np.unique(keys, axis=0, return_index=True, return_inverse=True)
+        return _Twins(first, number.reshape(-1))
 
     def _run(self, deadline: float, *, integer: bool) -> tuple[Any, Array | None, float]:
         left = deadline - time.monotonic()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from bactrian.passes.errors import ConfigError
 from bactrian.passes.network.local import LocalSearch
@@ -11,6 +11,8 @@ from bactrian.passes.network.problem import CostNetwork
 from bactrian.passes.network.reduce import ReducedNetwork
 
 _REDUCTION_SHARE = 0.5  # of the time, at most
+_RELAXED_SHARE = 0.25  # of the time, at most, for a first try without the memory limit
+_RELAXED_PAIRS = 0.8  # it is made if that leaves less than this part of the pairs
 _MOST_PRUNINGS = 4
 _SEARCH_SHARE = 0.15  # of the time, kept for a choice without proof where the program has given none
 
@@ -50,6 +52,9 @@ def solve(problem: CostNetwork, time_limit: float = 60.0) -> Solution:
     deadline = begin + time_limit
     network = ReducedNetwork(problem)
     network.reduce(begin + _REDUCTION_SHARE * time_limit)
+    relaxed = _relaxed(problem, network, begin + _RELAXED_SHARE * time_limit)
+    if relaxed is not None:
+        return replace(relaxed, seconds=time.monotonic() - begin)
     count, rows = len(problem.costs), 0
     figures = {
         "nodes": count,
@@ -98,6 +103,25 @@ def solve(problem: CostNetwork, time_limit: float = 60.0) -> Solution:
         seconds=time.monotonic() - begin,
         figures=figures,
     )
+
+
+def _relaxed(problem: CostNetwork, network: ReducedNetwork, deadline: float) -> Solution | None:
+    """The answer without the memory limit, if it keeps the limit: nothing that does can cost less.
+
+    Without memory, nodes with few edges can be eliminated that otherwise have to stay.
+    """
+    if problem.limit is None or not network.costs:
+        return None
+    free = replace(problem, limit=None)
+    smaller = ReducedNetwork(free)
+    smaller.reduce(deadline)
+    if smaller.num_pairs > _RELAXED_PAIRS * network.num_pairs or time.monotonic() > deadline:
+        return None
+    try:
+        found = solve(free, deadline - time.monotonic())
+    except ConfigError:  # none in time
+        return None
+    return found if problem.is_allowed(found.choice) and found.optimal else None
 
 
 def _allowed(problem: CostNetwork, choice: list[int]) -> list[int] | None:
