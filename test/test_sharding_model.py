@@ -110,13 +110,13 @@ def test_strategies_of_a_product() -> None:
     found = strategies(DOT, (64 * 16 * 4.0,), TWO)
     assert found[0].factors == (None, None)
     assert found[0].parts == 1
-    by_factors = dict[tuple[int | None, ...], list[tuple[int, ...]]]()
+    by_factors = dict[tuple[int | None, ...], list[tuple[tuple[int, ...], ...]]]()
     for strategy in found:
-        by_factors.setdefault(strategy.factors, []).append(tuple(r.axis for r in strategy.reductions))
+        by_factors.setdefault(strategy.factors, []).append(tuple(r.axes for r in strategy.reductions))
     assert len(by_factors) == 16
     assert len(by_factors[0, 2]) == 1  # nothing is reduced
     assert len(by_factors[1, None]) == 3  # everywhere, or scattered into either dim
-    assert len(by_factors[1, 1]) == 9
+    assert len(by_factors[1, 1]) == 5  # everywhere, or along each axis into either dim
     both = next(s for s in found if s.factors == (1, 2))
     assert both.operands == (((), (0,)), ((0,), (1,)))
     assert both.partial == (((), (1,)),)
@@ -125,12 +125,20 @@ def test_strategies_of_a_product() -> None:
     assert reduction.seconds == pytest.approx(1e-6 + 2 * 0.5 * 64 * 16 * 4 / 4 * 1e-9)
 
 
-def test_a_scattered_reduction_leaves_less_for_the_next() -> None:
+def test_a_scatter_leaves_less_for_the_next() -> None:
     found = strategies(DOT, (4096.0,), TWO)
-    strategy = next(s for s in found if s.factors == (1, 1) and s.results == (((), (1,)),))
-    scatter, reduce = strategy.reductions
-    assert (scatter.kind, scatter.axis, scatter.nbytes) == ("reduce_scatter", 1, 3 / 4 * 4096)
-    assert (reduce.kind, reduce.axis, reduce.nbytes) == ("all_reduce", 0, 2 * 0.5 * 1024)
+    strategy = next(s for s in found if s.factors == (1, 1) and s.results == (((1,), (0,)),))
+    first, second = strategy.reductions
+    assert (first.kind, first.axes, first.nbytes) == ("reduce_scatter", (0,), 1 / 2 * 4096)
+    assert (second.kind, second.axes, second.nbytes) == ("reduce_scatter", (1,), 3 / 4 * 2048)
+
+
+def test_one_all_reduce_over_two_axes() -> None:
+    found = strategies(DOT, (4096.0,), TWO)
+    (reduction,) = next(s for s in found if s.factors == (1, 1) and s.results == (((), ()),)).reductions
+    assert (reduction.kind, reduction.axes, reduction.nbytes) == ("all_reduce", (0, 1), 2 * 7 / 8 * 4096)
+    fast_then_slow = 2 * 3 / 4 * 4096 * 1e-10 + 2 * 1 / 2 * 1024 * 1e-9
+    assert reduction.seconds == pytest.approx(2e-6 + fast_then_slow)
 
 
 def test_no_layout_has_strides() -> None:

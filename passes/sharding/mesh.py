@@ -40,10 +40,6 @@ class Axis:
         """Seconds, for ``nbytes`` on each device before."""
         return self.latency + (self.size - 1) / self.size * nbytes * self.seconds_per_byte
 
-    def all_reduce(self, nbytes: float) -> float:
-        """Seconds, for ``nbytes`` on each device: a reduce-scatter and an all-gather, in one go."""
-        return self.latency + 2 * (self.size - 1) / self.size * nbytes * self.seconds_per_byte
-
     def permute(self, nbytes: float) -> float:
         """Seconds, for ``nbytes`` on each device."""
         return self.latency + nbytes * self.seconds_per_byte
@@ -75,6 +71,18 @@ class Mesh:
     def num_devices(self) -> int:
         """All of them."""
         return math.prod(self.sizes)
+
+    def all_reduce(self, axes: Sequence[int], nbytes: float) -> float:
+        """Seconds of one all-reduce over several axes, for ``nbytes`` on each device.
+
+        Reduce-scatters along one axis after the other, the fastest first, so that the slowest carries the least, and
+        all-gathers in the opposite order; the latency is that of the slowest.
+        """
+        seconds = 0.0
+        for axis in sorted((self.axes[number] for number in axes), key=lambda axis: axis.seconds_per_byte):
+            seconds += 2 * (axis.size - 1) / axis.size * nbytes * axis.seconds_per_byte
+            nbytes /= axis.size
+        return seconds + max((self.axes[number].latency for number in axes), default=0.0)
 
     def parts(self, axes: Sequence[int]) -> int:
         """How many pieces these axes cut something into."""

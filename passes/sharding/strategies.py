@@ -19,14 +19,14 @@ class Reduction:
 
     Attributes:
         kind: ``all_reduce`` or ``reduce_scatter``.
-        axis: of the mesh.
+        axes: of the mesh: one with ``reduce_scatter``.
         dim: of the result that is cut, with ``reduce_scatter``.
         seconds: what it takes for all results.
         nbytes: what each device sends.
     """
 
     kind: str
-    axis: int
+    axes: tuple[int, ...]
     dim: int | None
     seconds: float
     nbytes: float
@@ -121,31 +121,29 @@ def _reductions(
     mesh: Mesh,
     scatters: bool,
 ) -> Iterator[tuple[tuple[Layout, ...], tuple[Reduction, ...]]]:
-    """The ways to reduce over ``axes``: each scattered into a dim, which makes what is left smaller, or everywhere."""
+    """The ways to reduce over ``axes``: one all-reduce, or a scatter along each, which leaves less for the next.
+
+    Not some of each: partitioners make one all-reduce of that, and cut its result.
+    """
     if not axes:
         yield partial, ()
         return
+    held = [local_bytes(nbytes, layout, mesh) for nbytes, layout in zip(result_bytes, partial, strict=True)]
+    parts = mesh.parts(axes)
+    seconds = sum(mesh.all_reduce(axes, nbytes) for nbytes in held)
+    yield partial, (Reduction("all_reduce", tuple(axes), None, seconds, 2 * (parts - 1) / parts * sum(held)),)
+    if not scatters or len(partial) != 1:
+        return
     whole = rule.replicated | rule.permuted
-    result = rule.results[0] if scatters and len(partial) == 1 else ()
-    targets = [None, *(number for number, dim in enumerate(result) if whole.isdisjoint(dim))]
+    targets = [number for number, dim in enumerate(rule.results[0]) if whole.isdisjoint(dim)]
     shape = tuple(math.prod(rule.sizes[factor] for factor in dim) for dim in rule.results[0])
     for dims in itertools.product(targets, repeat=len(axes)):
-        scattered = [(axis, dim) for axis, dim in zip(axes, dims, strict=True) if dim is not None]
-        layouts = partial
-        for axis, dim in scattered:
-            layout = layouts[0]
-            layouts = ((*layout[:dim], (*layout[dim], axis), *layout[dim + 1 :]),)
-        if scattered and not is_divisible(shape, layouts[0], mesh):
-            continue
-        held = [local_bytes(nbytes, layout, mesh) for nbytes, layout in zip(result_bytes, partial, strict=True)]
-        made = list[Reduction]()
-        for axis, dim in scattered:
+        layout, left, made = partial[0], held[0], list[Reduction]()
+        for axis, dim in zip(axes, dims, strict=True):
+            layout = (*layout[:dim], (*layout[dim], axis), *layout[dim + 1 :])
             size = mesh.axes[axis].size
-            seconds = mesh.axes[axis].reduce_scatter(held[0])
-            made.append(Reduction("reduce_scatter", axis, dim, seconds, (size - 1) / size * held[0]))
-            held[0] /= size
-        for axis in (axis for axis, dim in zip(axes, dims, strict=True) if dim is None):
-            size = mesh.axes[axis].size
-            seconds = sum(mesh.axes[axis].all_reduce(nbytes) for nbytes in held)
-            made.append(Reduction("all_reduce", axis, None, seconds, sum(2 * (size - 1) / size * x for x in held)))
-        yield layouts, tuple(made)
+            sent = (size - 1) / size * left
+            made.append(Reduction("reduce_scatter", (axis,), dim, mesh.axes[axis].reduce_scatter(left), sent))
+            left /= size
+        if is_divisible(shape, layout, mesh):
+            yield (layout,), tuple(made)

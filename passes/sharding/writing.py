@@ -46,6 +46,7 @@ class Writer:
         self.main, self.reading, self.model, self.mesh_name = main, reading, model, mesh_name
         self.mesh = model.mesh
         self.num_reshards = 0
+        self.sent: dict[str, float] = {}  # by kind of collective, bytes that each device sends when all ops run once
         self._chosen = self._free_ones_chosen(shardings)
         self._arguments = shardings.arguments
         self._home: dict[int, Layout] = {}  # of values: the layout that they have for all readers
@@ -79,6 +80,8 @@ class Writer:
                 self._home[flow.results[index][0]] = strategy.results[0]
                 continue
             self._annotate(op, strategy.partial)
+            for reduction in strategy.reductions:
+                self._count(reduction.kind, reduction.nbytes)
             for value, made, final in zip(flow.results[index], strategy.partial, strategy.results, strict=True):
                 self._home[value] = final
                 if made != final:  # together with the reduction, a reduce-scatter
@@ -124,9 +127,14 @@ class Writer:
             for move in self.model.tables[value].way(home, layout):
                 key = value, phase, move.target
                 if key not in self._copies:
+                    self._count(move.kind, move.nbytes)
                     self._copies[key] = self._reshard(current, move.target, reader)
                 current = self._copies[key]
         return current
+
+    def _count(self, kind: str, nbytes: float) -> None:
+        if nbytes:
+            self.sent[kind] = self.sent.get(kind, 0.0) + nbytes
 
     def _reshard(self, value: ir.Value, layout: Layout, place: ir.Operation) -> ir.Value:
         self.num_reshards += 1

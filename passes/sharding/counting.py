@@ -1,0 +1,127 @@
+"""What a sharded module sends, counted from the collectives that Shardy makes of it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import sdy
+from jaxlib.mlir.passmanager import PassManager
+
+from bactrian.passes.costs import tensor_size
+from bactrian.passes.errors import PassError
+from bactrian.passes.frame.context import make_context
+from bactrian.passes.program import body, main_function
+
+_EXPLICIT = (
+    "builtin.module(func.func(sdy-insert-explicit-reshards{enable-full-version=true},sdy-reshard-to-collectives),"
+    "canonicalize)"
+)
+_KINDS = frozenset({"all_gather", "all_to_all", "all_reduce", "reduce_scatter", "collective_permute", "all_slice"})
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One collective of a module.
+
+    Attributes:
+        kind: Shardy's name of it.
+        group: devices that take part together.
+        nbytes: what each of them sends; 0 for a slice.
+        where: location of the op.
+    """
+
+    kind: str
+    group: int
+    nbytes: float
+    where: str
+
+
+def count_collectives(module: ir.Module) -> list[Collective]:
+    """The collectives of ``@main``, in order, of a copy of the module that Shardy has made them explicit in.
+
+    Raises:
+        PassError: Shardy can't.
+    """
+    text = str(module.operation.get_asm(enable_debug_info=True))
+    with make_context():
+        copy = ir.Module.parse(text)
+        try:
+            PassManager.parse(_EXPLICIT).run(copy.operation)
+        except ir.MLIRError as error:
+            raise PassError("Shardy can't make the collectives explicit", why=str(error)) from None
+        sizes = _axis_sizes(copy)
+        found = list[Collective]()
+        for view in body(main_function(copy)).operations:
+            op = view.operation
+            kind = op.name.removeprefix("sdy.")
+            if kind in _KINDS:
+                found.append(_collective(op, kind, sizes))
+        return found
+
+
+def _axis_sizes(module: ir.Module) -> dict[str, int]:
+    sizes = dict[str, int]()
+    for view in module.body.operations:
+        if view.operation.name == "sdy.mesh":
+            for axis in sdy.MeshAttr(view.operation.attributes["mesh"]).axes:
+                sizes[sdy.MeshAxisAttr(axis).name] = sdy.MeshAxisAttr(axis).size
+    return sizes
+
+
+def _collective(op: ir.Operation, kind: str, sizes: dict[str, int]) -> Collective:
+    after = _parts(op.attributes["out_sharding"], sizes)
+    whole = tensor_size(op.results[0].type).bytes
+    before = _parts(_sharding_of(op.operands[0]), sizes)
+    held, left = whole / before, whole / after
+    if kind == "all_gather":
+        group = before // after
+        nbytes = (group - 1) * held
+    elif kind == "reduce_scatter":
+        group = after // before
+        nbytes = (group - 1) * left
+    elif kind == "all_reduce":
+        axes = str(op.attributes["reduction_axes"])
+        group = math.prod(size for name, size in sizes.items() if f'"{name}"' in axes)
+        nbytes = 2 * (group - 1) / group * held
+    elif kind == "all_to_all":
+        axes = str(op.attributes["params"])
+        group = math.prod(size for name, size in sizes.items() if f'"{name}"' in axes)
+        nbytes = (group - 1) / group * held
+    elif kind == "collective_permute":
+        group, nbytes = math.prod(sizes.values()), held
+    else:
+        group, nbytes = after // before, 0.0
+    return Collective(kind, group, nbytes, str(op.location))
+
+
+def _parts(sharding: ir.Attribute | None, sizes: dict[str, int]) -> int:
+    if sharding is None:
+        return 1
+    dims = sdy.TensorShardingAttr(sharding).dimension_shardings
+    references = [sdy.AxisRefAttr(axis) for dim in dims for axis in sdy.DimensionShardingAttr(dim).axes]
+    for reference in references:
+        if reference.sub_axis_info is not None:
+            raise PassError(f"sharding {sharding} has a part of an axis")
+    return math.prod(sizes[reference.name] for reference in references)
+
+
+def _sharding_of(value: ir.Value) -> ir.Attribute | None:
+    """The sharding of an argument, of a result, or that a collective gives."""
+    owner = value.owner
+    if isinstance(owner, ir.Block):
+        argument = ir.BlockArgument(value)
+        attributes = owner.owner.operation.attributes
+        entry = ir.DictAttr(ir.ArrayAttr(attributes["arg_attrs"])[argument.arg_number])
+        if "sdy.sharding" in entry:
+            return entry["sdy.sharding"]
+        return None
+    op = owner.operation
+    for name in ("out_sharding", "sharding"):
+        if name in op.attributes:
+            return op.attributes[name]
+    if "sdy.sharding" not in op.attributes:
+        return None
+    shardings = sdy.TensorShardingPerValueAttr(op.attributes["sdy.sharding"]).shardings
+    return list(shardings)[ir.OpResult(value).result_number]
