@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import sdy
 
-from bactrian.passes.program import nested_operations, set_operand, terminator
+from bactrian.passes.program import UPDATE, nested_operations, set_operand, terminator
 from bactrian.passes.sharding.layouts import Layout, replicated
 from bactrian.passes.sharding.mesh import Mesh
 from bactrian.passes.sharding.model import ShardingModel, Shardings
@@ -138,10 +138,20 @@ class Writer:
 
     def _reshard(self, value: ir.Value, layout: Layout, place: ir.Operation) -> ir.Value:
         self.num_reshards += 1
-        attribute = sharding_attribute(layout, self.mesh, self.mesh_name)
-        attributes = {"sharding": attribute} | {n: place.attributes[n] for n in _PLACE if n in place.attributes}
+        attributes = {"sharding": sharding_attribute(layout, self.mesh, self.mesh_name)}
+        attributes |= self._place(place, value)
         op = ir.Operation.create("sdy.reshard", [value.type], [value], attributes, loc=place.location)
         return op.results[0]
+
+    def _place(self, reader: ir.Operation, value: ir.Value) -> dict[str, ir.Attribute]:
+        """Phase, stage and layer of a move: those of its reader; before the return it is the maker's last work."""
+        source = reader
+        if reader.name == "func.return" and not isinstance(value.owner, ir.Block):
+            source = value.owner.operation
+        found = {name: source.attributes[name] for name in _PLACE if name in source.attributes}
+        if source is not reader and _PLACE[0] in found:
+            found[_PLACE[0]] = ir.StringAttr.get(UPDATE)
+        return found
 
     def _results(self) -> None:
         """Next values of state in their arguments' layouts; other results as they are."""

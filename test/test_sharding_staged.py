@@ -1,0 +1,80 @@
+"""A captured step with microbatches is sharded, and the passes after it take what comes out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import sharded
+from jaxlib.mlir import ir
+
+import bactrian
+from bactrian.passes.frame.pipeline import run_pipeline
+from bactrian.passes.program import BOUNDARY, Dataflow, body, custom_call_target, main_function, phase_of, stage_of
+
+BEFORE = (
+    "builtin.module(flatten-calls,verify-program,canonicalize,cse,infer-phases,group-layers{num-layers=1},"
+    "assign-stages{num-stages=1},clone-cheap-ops,accumulate-gradients)"
+)
+AXES = (("data", 2), ("model", 4))
+
+
+def captured() -> tuple[ir.Module, list[Any]]:
+    """A small step of gradient descent with 4 microbatches; the module and its arguments."""
+    random = np.random.default_rng(0)
+    state = [random.standard_normal((64, 64)).astype(np.float32) / 8 for _ in range(3)]
+    batch = random.standard_normal((2, 512, 64)).astype(np.float32)
+
+    def loss(weights: Any, pair: Any) -> jax.Array:
+        x, y = pair
+        for weight in weights:
+            x = jnp.tanh(x @ weight)
+        return jnp.square(x - y).mean()
+
+    def step(weights: Any, pair: Any) -> Any:
+        value, gradients = bactrian.value_and_grad(loss)(weights, pair)
+        return jax.tree.map(lambda p, g: p - 0.1 * g, weights, gradients), value
+
+    parallel = bactrian.parallelize(step, num_stages=1, num_microbatches=4)
+    arguments = state, tuple(batch)
+    module = parallel.trace(*arguments).captured.module(None)
+    run_pipeline(module, BEFORE)
+    made = sharded.prepared(str(module.operation.get_asm(enable_debug_info=True)), AXES)
+    run_pipeline(made, "builtin.module(solve-shardings)")
+    return made, jax.tree.leaves(arguments)
+
+
+def test_what_comes_out_has_a_place() -> None:
+    module, _ = captured()
+    with module.context:
+        main = main_function(module)
+        for view in body(main).operations:
+            op = view.operation
+            if op.name != "func.return" and custom_call_target(op) != BOUNDARY:
+                assert phase_of(op) is not None, op
+                assert stage_of(op) == 0, op
+        flow = Dataflow.of(main)
+        below = range(flow.boundary + 1, len(flow.ops) - 1)
+        assert all(flow.phases[i] == "update" for i in below)
+        assert any(op.name == "sdy.reshard" for op in flow.ops)
+    run_pipeline(module, "builtin.module(split-stages,loop-microbatches,schedule-microbatches)")
+
+
+def test_one_microbatch_of_it_gives_the_numbers() -> None:
+    """The boundary left out, the module is a step on one microbatch that weighs a quarter: on 8 devices as on one."""
+    module, arguments = captured()
+    state, (x, y) = arguments[:3], arguments[3:]
+    got = sharded.run(module, AXES, [*state, x[:128], y[:128]])
+
+    def loss(weights: Any) -> jax.Array:
+        value = x[:128]
+        for weight in weights:
+            value = jnp.tanh(value @ weight)
+        return jnp.square(value - y[:128]).mean()
+
+    value, gradients = jax.value_and_grad(loss)(state)
+    expected = [*(w - 0.1 * g / 4 for w, g in zip(state, gradients, strict=True)), value / 4]
+    for one, other in zip(got, expected, strict=True):
+        np.testing.assert_allclose(one, np.asarray(other), rtol=1e-5, atol=1e-6)
