@@ -34,6 +34,17 @@ module @other_axis attributes {bactrian.num_stages = 1 : i64} {
 
 // -----
 
+// expected-error@unknown {{dim 0 of size 6 can't be cut into 4 equal pieces}}
+module @uneven attributes {bactrian.num_stages = 1 : i64} {
+  sdy.mesh @stage0 = <["data"=4]>
+  func.func public @main(%x: tensor<6xf32> {bactrian.role = "batch", sdy.sharding = #sdy.sharding<@stage0, [{"data"}]>}) -> tensor<6xf32> {
+    %y = stablehlo.sine %x {bactrian.phase = "forward", sdy.sharding_rule = #sdy.op_sharding_rule<([i])->([i]) {i=6}>} : tensor<6xf32>
+    return %y : tensor<6xf32>
+  }
+}
+
+// -----
+
 // expected-error@unknown {{needs 128 devices, cpu-host has 64}}
 module @too_many_devices attributes {bactrian.num_stages = 1 : i64} {
   sdy.mesh @stage0 = <["data"=128]>

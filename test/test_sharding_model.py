@@ -14,7 +14,7 @@ from jaxlib.mlir.passmanager import PassManager
 from bactrian.passes.errors import ConfigError
 from bactrian.passes.frame.context import make_context
 from bactrian.passes.network.solve import solve
-from bactrian.passes.sharding.layouts import LayoutTable, Move, all_layouts
+from bactrian.passes.sharding.layouts import Layout, LayoutTable, Move, all_layouts
 from bactrian.passes.sharding.mesh import Axis, Mesh, parse_axes
 from bactrian.passes.sharding.model import Operation, ShardingModel, Shardings, Tensor, Work, seconds_of
 from bactrian.passes.sharding.rules import Rule, elementwise, whole
@@ -226,14 +226,19 @@ def check_least(seed: int) -> None:
 
 
 def test_what_is_given_stays() -> None:
+    """An argument, and a value between two ops, in an order of axes that no strategy gives."""
+    last_first: Layout = ((), (1, 0))
     work = Work(
-        (Tensor((8, 8), 256),) * 3,
+        (Tensor((8, 8), 256),) * 4,
         2,
-        (Operation((0, 1), (2,), elementwise((8, 8), 2), 1e-3, given=((), (0,))),),
+        (
+            Operation((0, 1), (2,), elementwise((8, 8), 2), 1e-3),
+            Operation((2,), (3,), elementwise((8, 8), 1), given=last_first),
+        ),
         fixed=((0, ((0,), ())),),
     )
-    model = ShardingModel(work, LINE)
+    model = ShardingModel(work, TWO)
     shardings = model.shardings(solve(model.network).choice)
     assert shardings.arguments[0] == ((0,), ())
-    assert shardings.chosen[0] is not None
-    assert shardings.chosen[0].results == (((), (0,)),)
+    assert shardings.chosen[1] is not None
+    assert shardings.chosen[1].operands == shardings.chosen[1].results == (last_first,)

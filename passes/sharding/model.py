@@ -38,7 +38,7 @@ class Operation:
         weight: how often it runs in a step.
         scatters: whether its partial results are sums.
         keeps: whether its results take memory; what is fused into its readers does not.
-        given: the layout that its result must have, if somebody has decided that.
+        given: if somebody has decided that, the layout that its operand and its result must have.
     """
 
     operands: tuple[int, ...]
@@ -129,9 +129,11 @@ class ShardingModel:
     def _strategies_of(self, op: Operation) -> tuple[Strategy, ...] | None:
         if op.rule is None:
             return None
+        if op.given is not None:
+            one = (op.given,)
+            return (Strategy((None,) * len(self.mesh.axes), one, one, one, (), self.mesh.parts(sum(op.given, ()))),)
         sizes = tuple(float(self.work.values[value].nbytes) for value in op.results)
-        found = strategies(op.rule, sizes, self.mesh, op.scatters)
-        return found if op.given is None else tuple(s for s in found if s.results[0] == op.given)
+        return strategies(op.rule, sizes, self.mesh, op.scatters)
 
     @cached_property
     def network(self) -> CostNetwork:

@@ -11,7 +11,7 @@ from jaxlib.mlir.dialects import sdy
 
 from bactrian.passes.cluster import Cluster
 from bactrian.passes.costs import HEAVY, CostModel
-from bactrian.passes.errors import PassError
+from bactrian.passes.errors import PassError, ProgramError
 from bactrian.passes.program import (
     BOUNDARY,
     MICROBATCH_INDEX,
@@ -90,7 +90,8 @@ def read_program(
         remark: told of ops that nothing is known of.
 
     Raises:
-        PassError: no op has a rule; a sharding that is given does not fit the mesh.
+        PassError: no op has a rule; a sharding that is given names other axes.
+        ProgramError: a sharding that is given does not cut evenly.
     """
     flow = Dataflow.of(main)
     if not any(RULE in op.attributes for op in flow.ops):
@@ -289,9 +290,30 @@ def _fixed(main: ir.Operation, flow: Dataflow, mesh: Mesh) -> list[tuple[int, La
     for number, attribute in enumerate(ir.ArrayAttr(main.attributes["arg_attrs"])):
         entry = ir.DictAttr(attribute)
         if SHARDING in entry:
-            found.append((number, layout_of(entry[SHARDING], mesh)))
+            found.append((number, _checked(entry[SHARDING], flow.values[number], mesh)))
     return found
 
 
 def _given(op: ir.Operation, mesh: Mesh) -> Layout | None:
-    return layout_of(op.attributes["sharding"], mesh) if op.name == "sdy.sharding_constraint" else None
+    if op.name != "sdy.sharding_constraint":
+        return None
+    return _checked(op.attributes["sharding"], op.results[0], mesh)
+
+
+def _checked(sharding: ir.Attribute, value: ir.Value, mesh: Mesh) -> Layout:
+    """A layout that was asked for.
+
+    Raises:
+        ProgramError: it does not cut the value into equal pieces.
+    """
+    layout, shape = layout_of(sharding, mesh), _shape(value)
+    for dim, (size, axes) in enumerate(zip(shape, layout, strict=True)):
+        if size % mesh.parts(axes):
+            names = ", ".join(mesh.axes[axis].name for axis in axes)
+            raise ProgramError(
+                f"dim {dim} of size {size} can't be cut into {mesh.parts(axes)} equal pieces",
+                where=str(value.location),
+                why=f"it is asked to be cut over {names}",
+                fix="make the dim a multiple of that, or cut another one",
+            )
+    return layout
