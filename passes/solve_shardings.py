@@ -25,11 +25,13 @@ class SolveShardings(Pass):
 
     The choices of an op are the assignments of mesh axes to the factors of its ``sdy.sharding_rule``; a value that is
     read in another layout than it is made in is moved by the cheapest sequence of collectives, each of which becomes an
-    ``sdy.reshard``. All choices are made together, by integer programming, below the memory of a device. Work that
+    ``sdy.reshard``. All choices are made together, by integer programming, below the memory of a device (of arguments and
+    results; copies in other layouts, and next values of state before they are cut, are not counted yet). Work that
     devices do twice costs its time, collectives cost latency and bytes over the links of the cluster; forward and
     backward count once per microbatch, the update once per step. The next value of a state has the layout of the state.
 
-    Layouts that are there already (``sdy.sharding`` on arguments, ``sdy.sharding_constraint``) stay.
+    Layouts that are there already (``sdy.sharding`` on arguments, ``sdy.sharding_constraint``) stay. Loops and other ops
+    without a rule are done whole by every device, with a remark; barriers and the gradient boundary hand layouts on.
 
     Requires: ``sdy.sharding_rule`` on ops (``func.func(sdy-populate-op-sharding-rules)``); a mesh ``@stage0``; one
     stage.

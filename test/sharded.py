@@ -70,6 +70,8 @@ def text_for_xla(module: ir.Module, num_devices: int) -> str:
         constrain(main)
         number = ir.IntegerAttr.get(ir.IntegerType.get_signless(32), num_devices)
         clone.operation.attributes["mhlo.num_partitions"] = number
+        clone.operation.attributes["mhlo.num_replicas"] = ir.IntegerAttr.get(number.type, 1)
+        clone.operation.attributes["sym_name"] = ir.StringAttr.get("program")
         for name in ("arg_attrs", "res_attrs"):
             if name in main.attributes:
                 kept = [

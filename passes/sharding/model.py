@@ -94,7 +94,8 @@ class ShardingModel:
     """The cost network of a program on a mesh.
 
     Nodes are the arguments, then the ops that are not free; the cost of an op is its share of the work and its
-    reductions, the cost of an edge the cheapest way from the layout that a value has to that in which it is read.
+    reductions, the cost of an edge the cheapest way from the layout that a value has to that in which it is read. Memory
+    is that of arguments and results; copies in other layouts are not counted, and the next value of a state is in its place.
 
     Args:
         work: the program.
@@ -141,7 +142,7 @@ class ShardingModel:
         work = self.work
         end = len(work.operations) + 1
         last = self._last_reads(end)
-        own, loads = dict(work.updates), dict(work.loads)
+        own, loads = {value for value, _ in work.updates}, dict(work.loads)
         costs, usages, intervals = list[_Matrix](), list[_Matrix](), list[tuple[int, int]]()
         layouts_of: dict[int, tuple[int, _Matrix]] = {}  # value -> node, number of its layout by strategy
         for number, layouts in enumerate(self.argument_layouts):
@@ -149,7 +150,7 @@ class ShardingModel:
             index = np.array([table.number[layout] for layout in layouts])
             layouts_of[number] = len(costs), index
             costs.append(loads.get(number, 0.0) * table.shares[index])
-            usages.append(table.local[index])
+            usages.append(_whole_bytes(table.local[index]))
             intervals.append((0, end))
         edges, matrices = list[tuple[int, int]](), list[_Matrix]()
 
@@ -175,7 +176,7 @@ class ShardingModel:
                 layouts_of[value] = node, index
                 if op.keeps and value not in own:
                     held = held + self.tables[value].local[index]
-            usages.append(held)
+            usages.append(_whole_bytes(held))
             intervals.append((at, max((last[value] for value in op.results), default=at) + 1))
             for position, value in enumerate(op.operands):
                 table = self.tables[value]
@@ -228,6 +229,11 @@ def seconds_of(model: ShardingModel, shardings: Shardings) -> float:
             way = model.tables[value].way(layouts[value], shardings.arguments[number])
             total += sum(move.seconds for move in way)
     return total
+
+
+def _whole_bytes(usage: _Matrix) -> _Matrix:
+    """Equal pieces of whole bytes are whole bytes: as integers they add up without rounding."""
+    return np.rint(usage).astype(np.int64)
 
 
 def _in_order(layout: Layout) -> bool:

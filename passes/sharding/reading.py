@@ -17,15 +17,15 @@ from bactrian.passes.program import (
     MICROBATCH_INDEX,
     UPDATE,
     Dataflow,
-    body,
     custom_call_target,
+    nested_operations,
     phase_of,
     result_updates,
 )
 from bactrian.passes.sharding.layouts import Layout
 from bactrian.passes.sharding.mesh import Mesh
 from bactrian.passes.sharding.model import Operation, Tensor, Work
-from bactrian.passes.sharding.rules import Dims, Rule, whole
+from bactrian.passes.sharding.rules import Dims, Rule, elementwise, whole
 
 RULE = "sdy.sharding_rule"
 SHARDING = "sdy.sharding"
@@ -58,6 +58,11 @@ _NOT_FUSED = HEAVY | frozenset(
 )
 
 
+_WITHOUT_RULE = frozenset(
+    f"stablehlo.{name}" for name in ("constant", "iota", "custom_call", "while", "case", "if", "optimization_barrier")
+)
+
+
 @dataclass(frozen=True)
 class Reading:
     """A program, and where its parts come from.
@@ -66,6 +71,7 @@ class Reading:
         work: what the model sees.
         flow: the data flow of ``@main``.
         ops: of each op of ``work`` its number in ``flow``.
+        reads: of each op of ``work`` the numbers in ``flow`` of what it reads: its operands, then what only its regions read.
         value_of: of each value of ``flow`` its number in ``work``.
         rules: of each op of ``work`` its rule, also where it is free.
     """
@@ -73,6 +79,7 @@ class Reading:
     work: Work
     flow: Dataflow
     ops: tuple[int, ...]
+    reads: tuple[tuple[int, ...], ...]
     value_of: tuple[int, ...]
     rules: tuple[Rule, ...]
 
@@ -94,33 +101,40 @@ def read_program(
         ProgramError: a sharding that is given does not cut evenly.
     """
     flow = Dataflow.of(main)
-    if not any(RULE in op.attributes for op in flow.ops):
+    ruled = [op for op in flow.ops if op.name.startswith("stablehlo.") and op.name not in _WITHOUT_RULE]
+    if ruled and not any(RULE in op.attributes for op in ruled):
         raise PassError(
             "no op of @main has an sdy.sharding_rule", fix="run func.func(sdy-populate-op-sharding-rules) first"
         )
+    _refuse_result_shardings(main)
     model = CostModel()
     value_of = list(range(len(flow.values)))
     for index, op in enumerate(flow.ops):
-        if custom_call_target(op) == BOUNDARY:  # a result is its operand
+        if _hands_on(op):
             for value, operand in zip(flow.results[index], flow.operands[index], strict=True):
                 value_of[value] = value_of[operand]
     free = [False] * len(flow.values)
     reads_kept = _read_from_memory(flow, value_of)
-    operations, numbers, rules = list[Operation](), list[int](), list[Rule]()
+    operations, numbers, rules, reads = list[Operation](), list[int](), list[Rule](), list[tuple[int, ...]]()
     for index, op in enumerate(flow.ops[:-1]):
-        if custom_call_target(op) == BOUNDARY:
+        if _hands_on(op):
             continue
-        operands = tuple(value_of[value] for value in flow.operands[index])
+        read = _distinct(flow.operands[index], len(op.operands))
+        operands = tuple(value_of[value] for value in read)
         results = tuple(flow.results[index])
-        is_free = _is_source(op) or (bool(operands) and all(free[v] for v in operands) and op.name not in HEAVY)
+        given = _given(op, mesh)
+        is_free = given is None and (
+            _is_source(op) or (bool(operands) and all(free[v] for v in operands) and op.name not in HEAVY)
+        )
         for value in results:
             free[value] = is_free
         rule = _rule_of(op, flow, index)
+        rule = elementwise(_shape(op.results[0]), 1) if given is not None else rule
         if rule is None:
             if not is_free and any(_shape(flow.values[value]) for value in (*operands, *results)):
                 remark(op, f"nothing is known of {op.name}: every device computes it whole")
             rule = whole(
-                tuple(_shape(flow.values[v]) for v in flow.operands[index]),
+                tuple(_shape(flow.values[v]) for v in read),
                 tuple(_shape(flow.values[v]) for v in results),
             )
         keeps = op.name in _NOT_FUSED or any(reads_kept[value] for value in results)
@@ -133,11 +147,12 @@ def read_program(
                 weight=1.0 if phase_of(op) == UPDATE else float(num_microbatches),
                 scatters=_sums(op),
                 keeps=keeps,
-                given=_given(op, mesh),
+                given=given,
             )
         )
         numbers.append(index)
         rules.append(rule)
+        reads.append(read[: len(rule.operands)])
     updates = tuple(
         (value_of[value], argument)
         for value, argument in zip(flow.operands[-1], result_updates(main), strict=True)
@@ -147,7 +162,7 @@ def read_program(
         values=tuple(Tensor(_shape(value), size) for value, size in zip(flow.values, flow.sizes, strict=True)),
         num_arguments=flow.num_arguments,
         operations=tuple(operations),
-        updates=tuple(pair for pair in updates if pair[0] != pair[1]),
+        updates=tuple(dict.fromkeys(pair for pair in updates if pair[0] != pair[1])),
         fixed=tuple(_fixed(main, flow, mesh)),
         loads=tuple(
             (number, num_microbatches * flow.sizes[number] / cluster.device.bytes_per_second)
@@ -155,7 +170,7 @@ def read_program(
         ),
         kept=tuple(value_of[value] for value in flow.operands[-1]),
     )
-    return Reading(work, flow, tuple(numbers), tuple(value_of), tuple(rules))
+    return Reading(work, flow, tuple(numbers), tuple(reads), tuple(value_of), tuple(rules))
 
 
 def _read_from_memory(flow: Dataflow, value_of: list[int]) -> list[bool]:
@@ -168,9 +183,20 @@ def _read_from_memory(flow: Dataflow, value_of: list[int]) -> list[bool]:
         for value in flow.operands[index]:
             source = value_of[value]
             producer = flow.producer[source]
-            if separate or source != value or (producer >= 0 and flow.phases[producer] != flow.phases[index]):
+            if separate or source != value or producer < 0 or flow.phases[producer] != flow.phases[index]:
                 read[source] = True
     return read
+
+
+def _hands_on(op: ir.Operation) -> bool:
+    """Whether the results of an op are its operands, one by one."""
+    return op.name == "stablehlo.optimization_barrier" or custom_call_target(op) == BOUNDARY
+
+
+def _distinct(values: tuple[int, ...], num_operands: int) -> tuple[int, ...]:
+    """The operands of an op, and once each what its regions read besides."""
+    direct = values[:num_operands]
+    return direct + tuple(value for value in dict.fromkeys(values[num_operands:]) if value not in direct)
 
 
 def _is_source(op: ir.Operation) -> bool:
@@ -246,31 +272,49 @@ def _rule_of(op: ir.Operation, flow: Dataflow, index: int) -> Rule | None:
 
 def drop_rules(main: ir.Operation) -> None:
     """Take the rules off all ops: nothing after the choice reads them."""
-    for view in body(main).operations:
-        if RULE in view.operation.attributes:
-            del view.operation.attributes[RULE]
+    for op in nested_operations(main):
+        if RULE in op.attributes:
+            del op.attributes[RULE]
 
 
 def layout_of(sharding: ir.Attribute, mesh: Mesh) -> Layout:
-    """An ``sdy.sharding`` as a layout.
+    """An ``sdy.sharding`` as a layout; axes of size 1 cut nothing and are left out.
 
     Raises:
-        PassError: it names axes that the mesh doesn't have, or parts of axes.
+        PassError: it names axes that the mesh doesn't have, or parts of axes; it leaves dims open.
     """
-    given = sdy.TensorShardingAttr(sharding)
     numbers = {axis.name: number for number, axis in enumerate(mesh.axes)}
     layout = list[tuple[int, ...]]()
-    for dim in given.dimension_shardings:
+    for attribute in sdy.TensorShardingAttr(sharding).dimension_shardings:
+        dim = sdy.DimensionShardingAttr(attribute)
+        if not dim.is_closed:
+            raise PassError(
+                f"sharding {sharding} leaves a dim open",
+                why="a layout that is given in part is not there yet",
+                fix="give the axes of every dim, or no sharding",
+            )
         axes = list[int]()
-        for reference in sdy.DimensionShardingAttr(dim).axes:
+        for reference in dim.axes:
             axis = sdy.AxisRefAttr(reference)
             if axis.name not in numbers or axis.sub_axis_info is not None:
                 raise PassError(
                     f"sharding {sharding} is not over whole axes of the mesh", fix=f"axes: {', '.join(numbers)}"
                 )
             axes.append(numbers[axis.name])
-        layout.append(tuple(axes))
+        layout.append(tuple(axis for axis in axes if mesh.axes[axis].size > 1))
     return tuple(layout)
+
+
+def _refuse_result_shardings(main: ir.Operation) -> None:
+    if "res_attrs" not in main.attributes:
+        return
+    for number, entry in enumerate(ir.ArrayAttr(main.attributes["res_attrs"])):
+        if SHARDING in ir.DictAttr(entry):
+            raise PassError(
+                f"result {number} of @main has an {SHARDING} already",
+                why="layouts of results follow from those of their values",
+                fix="constrain the value with sdy.sharding_constraint",
+            )
 
 
 def _batch_arguments(main: ir.Operation) -> list[int]:

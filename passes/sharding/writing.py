@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import sdy
 
-from bactrian.passes.program import UPDATE, nested_operations, set_operand, terminator
+from bactrian.passes.program import UPDATE, nested_operations, result_updates, set_operand, terminator
 from bactrian.passes.sharding.layouts import Layout, replicated
 from bactrian.passes.sharding.mesh import Mesh
 from bactrian.passes.sharding.model import ShardingModel, Shardings
@@ -58,22 +58,19 @@ class Writer:
         flow, value_of = self.reading.flow, self.reading.value_of
         for number, layout in enumerate(self._arguments):
             self._home[number] = layout
-        strategy_of = dict(zip(self.reading.ops, self._chosen, strict=True))
+        own = zip(self._chosen, self.reading.reads, strict=True)
+        strategy_of = dict(zip(self.reading.ops, own, strict=True))
         for index, op in enumerate(flow.ops[:-1]):
-            if index not in strategy_of:  # the gradient boundary hands its operands on as they are
-                for position in range(len(op.operands)):
-                    present = op.operands[position]
-                    value = value_of[flow.operands[index][position]]
-                    set_operand(op, position, self._at_home(value, present))
+            if index not in strategy_of:  # its results are its operands
+                self._hand_on(index, op)
                 continue
-            strategy = strategy_of[index]
-            for position, layout in enumerate(strategy.operands):
-                number = flow.operands[index][position]
+            strategy, reads = strategy_of[index]
+            for position, (number, layout) in enumerate(zip(reads, strategy.operands, strict=True)):
                 present = flow.values[number]
                 value = self._read(value_of[number], layout, op, present)
                 if position < len(op.operands):
                     set_operand(op, position, value)
-                elif value != present:  # an op in its regions reads it
+                if value != present and len(op.regions):
                     for nested in nested_operations(op):
                         nested.replace_uses_of_with(present, value)
             if op.name == "sdy.sharding_constraint":
@@ -90,11 +87,22 @@ class Writer:
         self._results()
         drop_rules(self.main)
 
+    def _hand_on(self, index: int, op: ir.Operation) -> None:
+        flow, value_of, work = self.reading.flow, self.reading.value_of, self.reading.work
+        layouts = list[Layout]()
+        for position, number in enumerate(flow.operands[index]):
+            value = value_of[number]
+            set_operand(op, position, self._at_home(value, flow.values[number]))
+            layouts.append(self._home.get(value, replicated(len(work.values[value].shape))))
+        self._annotate(op, layouts)
+
     def _free_ones_chosen(self, shardings: Shardings) -> list[Strategy]:
         """All strategies, those of free ops included: they make what their readers want, or, where these want different
         layouts, the whole of it, which is cut for nothing."""
         work = self.reading.work
         wanted: dict[int, set[Layout]] = {}
+        for value, argument in work.updates:
+            wanted.setdefault(value, set()).add(shardings.arguments[argument])
         chosen = list[Strategy]()
         for at in range(len(work.operations) - 1, -1, -1):
             op, strategy = work.operations[at], shardings.chosen[at]
@@ -157,12 +165,12 @@ class Writer:
         """Next values of state in their arguments' layouts; other results as they are."""
         flow, value_of, main = self.reading.flow, self.reading.value_of, self.main
         end = terminator(main)
-        updates = dict(self.reading.work.updates)
         layouts = list[Layout]()
-        for position, value in enumerate(flow.operands[-1]):
+        for position, (value, updated) in enumerate(zip(flow.operands[-1], result_updates(main), strict=True)):
             source = value_of[value]
             rank = len(self.reading.work.values[source].shape)
-            target = self._arguments[updates[source]] if source in updates else self._home.get(source, replicated(rank))
+            home = self._home.get(source, replicated(rank))
+            target = home if updated is None else self._arguments[updated]
             set_operand(end, position, self._read(source, target, end, end.operands[position]))
             layouts.append(target)
         for name, chosen in (("arg_attrs", self._arguments), ("res_attrs", layouts)):
