@@ -64,24 +64,37 @@ _WITHOUT_RULE = frozenset(
 
 
 @dataclass(frozen=True)
+class Part:
+    """One op.
+
+    Attributes:
+        index: its number in the data flow.
+        operation: what the model sees.
+        rule: its rule, also where it is free.
+        reads: values of the data flow: its operands, then what only its regions read.
+    """
+
+    index: int
+    operation: Operation
+    rule: Rule
+    reads: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Reading:
     """A program, and where its parts come from.
 
     Attributes:
         work: what the model sees.
         flow: the data flow of ``@main``.
-        ops: of each op of ``work`` its number in ``flow``.
-        reads: of each op of ``work`` the numbers in ``flow`` of what it reads: its operands, then what only its regions read.
-        value_of: of each value of ``flow`` its number in ``work``.
-        rules: of each op of ``work`` its rule, also where it is free.
+        parts: of each op of ``work``.
+        value_of: of each value of ``flow`` the one of ``work``: what a barrier or the boundary hands on is one value.
     """
 
     work: Work
     flow: Dataflow
-    ops: tuple[int, ...]
-    reads: tuple[tuple[int, ...], ...]
+    parts: tuple[Part, ...]
     value_of: tuple[int, ...]
-    rules: tuple[Rule, ...]
 
 
 def read_program(
@@ -107,61 +120,18 @@ def read_program(
             "no op of @main has an sdy.sharding_rule", fix="run func.func(sdy-populate-op-sharding-rules) first"
         )
     _refuse_result_shardings(main)
-    model = CostModel()
-    value_of = list(range(len(flow.values)))
-    for index, op in enumerate(flow.ops):
-        if _hands_on(op):
-            for value, operand in zip(flow.results[index], flow.operands[index], strict=True):
-                value_of[value] = value_of[operand]
-    free = [False] * len(flow.values)
-    reads_kept = _read_from_memory(flow, value_of)
-    operations, numbers, rules, reads = list[Operation](), list[int](), list[Rule](), list[tuple[int, ...]]()
-    for index, op in enumerate(flow.ops[:-1]):
-        if _hands_on(op):
-            continue
-        read = _distinct(flow.operands[index], len(op.operands))
-        operands = tuple(value_of[value] for value in read)
-        results = tuple(flow.results[index])
-        given = _given(op, mesh)
-        is_free = given is None and (
-            _is_source(op) or (bool(operands) and all(free[v] for v in operands) and op.name not in HEAVY)
-        )
-        for value in results:
-            free[value] = is_free
-        rule = _rule_of(op, flow, index)
-        rule = elementwise(_shape(op.results[0]), 1) if given is not None else rule
-        if rule is None:
-            if not is_free and any(_shape(flow.values[value]) for value in (*operands, *results)):
-                remark(op, f"nothing is known of {op.name}: every device computes it whole")
-            rule = whole(
-                tuple(_shape(flow.values[v]) for v in read),
-                tuple(_shape(flow.values[v]) for v in results),
-            )
-        keeps = op.name in _NOT_FUSED or any(reads_kept[value] for value in results)
-        operations.append(
-            Operation(
-                operands=operands[: len(rule.operands)],
-                results=results,
-                rule=None if is_free else rule,
-                seconds=_seconds(op, model, cluster, keeps, reads_kept, operands),
-                weight=1.0 if phase_of(op) == UPDATE else float(num_microbatches),
-                scatters=_sums(op),
-                keeps=keeps,
-                given=given,
-            )
-        )
-        numbers.append(index)
-        rules.append(rule)
-        reads.append(read[: len(rule.operands)])
-    updates = tuple(
+    reader = _Reader(flow, mesh, cluster, num_microbatches, remark)
+    parts = [reader.part(index) for index, op in enumerate(flow.ops[:-1]) if not _hands_on(op)]
+    value_of = reader.value_of
+    updates = [
         (value_of[value], argument)
         for value, argument in zip(flow.operands[-1], result_updates(main), strict=True)
         if argument is not None
-    )
+    ]
     work = Work(
         values=tuple(Tensor(_shape(value), size) for value, size in zip(flow.values, flow.sizes, strict=True)),
         num_arguments=flow.num_arguments,
-        operations=tuple(operations),
+        operations=tuple(part.operation for part in parts),
         updates=tuple(dict.fromkeys(pair for pair in updates if pair[0] != pair[1])),
         fixed=tuple(_fixed(main, flow, mesh)),
         loads=tuple(
@@ -170,7 +140,61 @@ def read_program(
         ),
         kept=tuple(value_of[value] for value in flow.operands[-1]),
     )
-    return Reading(work, flow, tuple(numbers), tuple(reads), tuple(value_of), tuple(rules))
+    return Reading(work, flow, tuple(parts), tuple(value_of))
+
+
+class _Reader:
+    """Reads op by op, in their order."""
+
+    def __init__(
+        self,
+        flow: Dataflow,
+        mesh: Mesh,
+        cluster: Cluster,
+        num_microbatches: int,
+        remark: Callable[[ir.Operation, str], None],
+    ) -> None:
+        self._flow, self._mesh, self._cluster = flow, mesh, cluster
+        self._num_microbatches, self._remark = num_microbatches, remark
+        self._model = CostModel()
+        self._free = [False] * len(flow.values)
+        self.value_of = list(range(len(flow.values)))
+        for index, op in enumerate(flow.ops):
+            if _hands_on(op):
+                for value, operand in zip(flow.results[index], flow.operands[index], strict=True):
+                    self.value_of[value] = self.value_of[operand]
+        self._from_memory = _read_from_memory(flow, self.value_of)
+
+    def part(self, index: int) -> Part:
+        """One op."""
+        op = self._flow.ops[index]
+        read = _distinct(self._flow.operands[index], len(op.operands))
+        operands = tuple(self.value_of[value] for value in read)
+        results = tuple(self._flow.results[index])
+        given = _given(op, self._mesh)
+        is_free = given is None and (
+            _is_source(op) or (bool(operands) and all(self._free[v] for v in operands) and op.name not in HEAVY)
+        )
+        for value in results:
+            self._free[value] = is_free
+        rule = elementwise(_shape(op.results[0]), 1) if given is not None else _rule_of(op, self._flow, index)
+        if rule is None:
+            shapes = [tuple(_shape(self._flow.values[value]) for value in each) for each in (read, results)]
+            if not is_free and any(shapes[0] + shapes[1]):
+                self._remark(op, f"nothing is known of {op.name}: every device computes it whole")
+            rule = whole(*shapes)
+        keeps = op.name in _NOT_FUSED or any(self._from_memory[value] for value in results)
+        operation = Operation(
+            operands=operands[: len(rule.operands)],
+            results=results,
+            rule=None if is_free else rule,
+            seconds=_seconds(op, self._model, self._cluster, keeps, self._from_memory, operands),
+            weight=1.0 if phase_of(op) == UPDATE else float(self._num_microbatches),
+            scatters=_sums(op),
+            keeps=keeps,
+            given=given,
+        )
+        return Part(index, operation, rule, read[: len(rule.operands)])
 
 
 def _read_from_memory(flow: Dataflow, value_of: list[int]) -> list[bool]:

@@ -51,23 +51,24 @@ class Writer:
         self._arguments = shardings.arguments
         self._home: dict[int, Layout] = {}  # of values: the layout that they have for all readers
         self._cut: dict[int, ir.Value] = {}  # values that are cut after their reduction, cut
-        self._copies: dict[tuple[int, str, Layout], ir.Value] = {}  # (value, phase, layout) -> in that layout
+        self._copies: dict[
+            tuple[int, str, Layout], ir.Value
+        ] = {}  # (value of the flow, phase, layout) -> in that layout
 
     def write(self) -> None:
         """Write everything."""
-        flow, value_of = self.reading.flow, self.reading.value_of
+        flow = self.reading.flow
         for number, layout in enumerate(self._arguments):
             self._home[number] = layout
-        own = zip(self._chosen, self.reading.reads, strict=True)
-        strategy_of = dict(zip(self.reading.ops, own, strict=True))
+        chosen = {part.index: (part, strategy) for part, strategy in zip(self.reading.parts, self._chosen, strict=True)}
         for index, op in enumerate(flow.ops[:-1]):
-            if index not in strategy_of:  # its results are its operands
+            if index not in chosen:  # its results are its operands
                 self._hand_on(index, op)
                 continue
-            strategy, reads = strategy_of[index]
-            for position, (number, layout) in enumerate(zip(reads, strategy.operands, strict=True)):
+            part, strategy = chosen[index]
+            for position, (number, layout) in enumerate(zip(part.reads, strategy.operands, strict=True)):
                 present = flow.values[number]
-                value = self._read(value_of[number], layout, op, present)
+                value = self._read(number, layout, op)
                 if position < len(op.operands):
                     set_operand(op, position, value)
                 if value != present and len(op.regions):
@@ -92,7 +93,7 @@ class Writer:
         layouts = list[Layout]()
         for position, number in enumerate(flow.operands[index]):
             value = value_of[number]
-            set_operand(op, position, self._at_home(value, flow.values[number]))
+            set_operand(op, position, self._at_home(number))
             layouts.append(self._home.get(value, replicated(len(work.values[value].shape))))
         self._annotate(op, layouts)
 
@@ -108,7 +109,7 @@ class Writer:
             op, strategy = work.operations[at], shardings.chosen[at]
             if strategy is None:
                 sizes = tuple(float(work.values[value].nbytes) for value in op.results)
-                choices = strategies(self.reading.rules[at], sizes, self.mesh, False)
+                choices = strategies(self.reading.parts[at].rule, sizes, self.mesh, False)
                 targets = tuple(_only(wanted.get(value), len(work.values[value].shape)) for value in op.results)
                 strategy = next((s for s in choices if s.results == targets and not s.reductions), choices[0])
             chosen.append(strategy)
@@ -120,20 +121,22 @@ class Writer:
         attributes = [sharding_attribute(layout, self.mesh, self.mesh_name) for layout in layouts]
         op.attributes[SHARDING] = sdy.TensorShardingPerValueAttr.get(attributes)
 
-    def _at_home(self, value: int, present: ir.Value) -> ir.Value:
-        """A value as all readers find it; ``present`` is what one reads now, before or behind the boundary."""
-        return self._cut.get(value, present) if present == self.reading.flow.values[value] else present
+    def _at_home(self, number: int) -> ir.Value:
+        """A value of the flow as all readers find it; what a barrier or the boundary hands on is a value of its own."""
+        present = self.reading.flow.values[number]
+        return self._cut.get(number, present)
 
-    def _read(self, value: int, layout: Layout, reader: ir.Operation, present: ir.Value) -> ir.Value:
-        """A value in the layout that an op needs."""
-        current = self._at_home(value, present)
+    def _read(self, number: int, layout: Layout, reader: ir.Operation) -> ir.Value:
+        """A value of the flow in the layout that an op needs."""
+        value = self.reading.value_of[number]
+        current = self._at_home(number)
         home = self._home.get(value)
         if home is None or home == layout or not self.reading.work.values[value].shape:
             return current
         phase = _phase(reader)
         with ir.InsertionPoint(reader):
             for move in self.model.tables[value].way(home, layout):
-                key = value, phase, move.target
+                key = number, phase, move.target
                 if key not in self._copies:
                     self._count(move.kind, move.nbytes)
                     self._copies[key] = self._reshard(current, move.target, reader)
@@ -171,7 +174,7 @@ class Writer:
             rank = len(self.reading.work.values[source].shape)
             home = self._home.get(source, replicated(rank))
             target = home if updated is None else self._arguments[updated]
-            set_operand(end, position, self._read(source, target, end, end.operands[position]))
+            set_operand(end, position, self._read(value, target, end))
             layouts.append(target)
         for name, chosen in (("arg_attrs", self._arguments), ("res_attrs", layouts)):
             count = len(chosen)
