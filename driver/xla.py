@@ -67,24 +67,35 @@ def _standalone(op: ir.Operation, symbol: str) -> str:
 def constrain(main: ir.Operation) -> None:
     """Write shardings as XLA's import reads them.
 
-    ``sdy.reshard`` becomes ``sdy.sharding_constraint``. A ``while`` whose regions capture values keeps no sharding: XLA
-    makes the captured values operands, and then misses their shardings in the list.
+    ``sdy.reshard`` becomes ``sdy.sharding_constraint``. Shardy gives the layout of a constraint to the op that makes its
+    operand, whatever that has: an op is constrained to its own layout before its result goes on to another. A ``while``
+    whose regions capture values keeps no sharding: XLA makes the captured values operands, and then misses their
+    shardings in the list.
     """
     operations = [view.operation for view in body(main).operations]
     for op in operations:
         if op.name == "stablehlo.while" and "sdy.sharding" in op.attributes and any(nested_operands(op)):
             del op.attributes["sdy.sharding"]
+    own: dict[ir.Value, ir.Value] = {}
     for op in [op for op in operations if op.name == "sdy.reshard"]:
+        source = op.operands[0]
+        if source not in own and not isinstance(source.owner, ir.Block):
+            maker = source.owner.operation
+            if "sdy.sharding" in maker.attributes:
+                shardings = sdy.TensorShardingPerValueAttr(maker.attributes["sdy.sharding"]).shardings
+                with ir.InsertionPoint(op):
+                    own[source] = _constraint(source, list(shardings)[ir.OpResult(source).result_number], op)
         with ir.InsertionPoint(op):
-            made = ir.Operation.create(
-                "sdy.sharding_constraint",
-                [op.results[0].type],
-                [op.operands[0]],
-                {"sharding": op.attributes["sharding"]},
-                loc=op.location,
-            )
-        op.results[0].replace_all_uses_with(made.results[0])
+            made = _constraint(own.get(source, source), op.attributes["sharding"], op)
+        op.results[0].replace_all_uses_with(made)
         op.erase()
+
+
+def _constraint(value: ir.Value, sharding: ir.Attribute, place: ir.Operation) -> ir.Value:
+    attributes = {"sharding": sharding}
+    return ir.Operation.create(
+        "sdy.sharding_constraint", [value.type], [value], attributes, loc=place.location
+    ).results[0]
 
 
 def compile_function(text: str, devices: Sequence[Device]) -> Any:
