@@ -86,7 +86,7 @@ def constrain(main: ir.Operation) -> None:
                 with ir.InsertionPoint(op):
                     own[source] = _constraint(source, list(shardings)[ir.OpResult(source).result_number], op)
         with ir.InsertionPoint(op):
-            made = _constraint(own.get(source, source), op.attributes["sharding"], op)
+            made = _constraint(own[source] if source in own else source, op.attributes["sharding"], op)
         op.results[0].replace_all_uses_with(made)
         op.erase()
 

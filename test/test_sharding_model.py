@@ -158,13 +158,6 @@ def test_what_is_needed_whole_is_not_cut() -> None:
     assert len(strategies(whole(((8, 8),), ((8,),)), (32.0,), TWO)) == 1
 
 
-def test_a_factor_that_is_cut_alone() -> None:
-    rule = Rule(DOT.sizes, DOT.operands, DOT.results, DOT.reduction, alone=DOT.reduction)
-    found = {strategy.factors for strategy in strategies(rule, (1.0,), TWO)}
-    assert {(1, None), (None, 1), (1, 1), (0, 2)} <= found
-    assert not {(0, 1), (1, 2)} & found
-
-
 def test_only_sums_are_scattered() -> None:
     assert all(r.kind == "all_reduce" for s in strategies(DOT, (1.0,), TWO, False) for r in s.reductions)
 

@@ -58,9 +58,6 @@ _NOT_FUSED = HEAVY | frozenset(
 )
 
 
-# With the table cut both along what is looked up and across it, XLA's partitioner (jaxlib 0.11.2) fails a check and ends the
-# process if the result is cut further.
-_LOOKUPS = frozenset({"stablehlo.gather", "stablehlo.scatter"})
 _WITHOUT_RULE = frozenset(
     f"stablehlo.{name}" for name in ("constant", "iota", "custom_call", "while", "case", "if", "optimization_barrier")
 )
@@ -294,7 +291,6 @@ def _rule_of(op: ir.Operation, flow: Dataflow, index: int) -> Rule | None:
         reduction=frozenset(rule.reduction_factors),
         replicated=frozenset(rule.need_replication_factors) | uneven,
         permuted=frozenset(rule.permutation_factors),
-        alone=frozenset(rule.reduction_factors) if op.name in _LOOKUPS else frozenset(),
     )
 
 

@@ -21,7 +21,6 @@ class Rule:
         reduction: factors that the op sums over: they are in operands only.
         replicated: factors that every device needs whole.
         permuted: factors of which a device needs some of its neighbours' part.
-        alone: factors that are cut only if no other one is.
     """
 
     sizes: tuple[int, ...]
@@ -30,7 +29,6 @@ class Rule:
     reduction: frozenset[int] = frozenset()
     replicated: frozenset[int] = frozenset()
     permuted: frozenset[int] = frozenset()
-    alone: frozenset[int] = frozenset()
 
 
 def elementwise(shape: tuple[int, ...], num_operands: int) -> Rule:

@@ -81,8 +81,6 @@ def strategies(rule: Rule, result_bytes: tuple[float, ...], mesh: Mesh, scatters
                 axes_of[factor] = (*axes_of.get(factor, ()), axis)
         if any(rule.sizes[factor] % mesh.parts(axes) for factor, axes in axes_of.items()):
             continue
-        if len(axes_of) > 1 and not rule.alone.isdisjoint(axes_of):
-            continue
         operands = _layouts(rule.operands, rule, axes_of, mesh)
         partial = _layouts(rule.results, rule, axes_of, mesh)
         if operands is None or partial is None:
