@@ -85,8 +85,9 @@ def constrain(main: ir.Operation) -> None:
                 shardings = sdy.TensorShardingPerValueAttr(maker.attributes["sdy.sharding"]).shardings
                 with ir.InsertionPoint(op):
                     own[source] = _constraint(source, list(shardings)[ir.OpResult(source).result_number], op)
+        start = own.get(source)
         with ir.InsertionPoint(op):
-            made = _constraint(own[source] if source in own else source, op.attributes["sharding"], op)
+            made = _constraint(source if start is None else start, op.attributes["sharding"], op)
         op.results[0].replace_all_uses_with(made)
         op.erase()
 
