@@ -18,10 +18,12 @@ from bactrian.driver.planning import Decisions, Staged, stage_program
 from bactrian.driver.reference import reference
 from bactrian.driver.session import World, open_session, stage_ranks
 from bactrian.driver.source import line_here
+from bactrian.passes.cluster import read_cluster
 from bactrian.passes.errors import ConfigError
 from bactrian.passes.frame.reproducer import versions
-from bactrian.passes.plan import Plan
+from bactrian.passes.plan import Axes, Plan, axes_words
 from bactrian.passes.schedules import SCHEDULES
+from bactrian.passes.sharding.mesh import parse_axes
 from bactrian.runtime import faults
 
 _log = logging.getLogger("bactrian")
@@ -36,11 +38,12 @@ def parallelize(
     schedule: str = "1f1b",
     batch_argnums: int | Sequence[int] = (1,),
     state: Mapping[int, int | None] | None = None,
-    cluster: Any = None,
+    cluster: str | Path | None = None,
     plan: Plan | str | Path | None = None,
     donate: bool = True,
     forward_only: bool = False,
     out_reduction: Any = "concat",
+    mesh: str | Mapping[str, int] | None = None,
 ) -> Parallelized: ...
 @overload
 def parallelize(
@@ -51,11 +54,12 @@ def parallelize(
     schedule: str = "1f1b",
     batch_argnums: int | Sequence[int] = (1,),
     state: Mapping[int, int | None] | None = None,
-    cluster: Any = None,
+    cluster: str | Path | None = None,
     plan: Plan | str | Path | None = None,
     donate: bool = True,
     forward_only: bool = False,
     out_reduction: Any = "concat",
+    mesh: str | Mapping[str, int] | None = None,
 ) -> Callable[[Callable[..., Any]], Parallelized]: ...
 def parallelize(
     fun: Callable[..., Any] | None = None,
@@ -65,11 +69,12 @@ def parallelize(
     schedule: str = "1f1b",
     batch_argnums: int | Sequence[int] = (1,),
     state: Mapping[int, int | None] | None = None,
-    cluster: Any = None,
+    cluster: str | Path | None = None,
     plan: Plan | str | Path | None = None,
     donate: bool = True,
     forward_only: bool = False,
     out_reduction: Any = "concat",
+    mesh: str | Mapping[str, int] | None = None,
 ) -> Parallelized | Callable[[Callable[..., Any]], Parallelized]:
     """Run a train step as a pipeline over the ranks of this job.
 
@@ -84,12 +89,15 @@ def parallelize(
         batch_argnums: positional arguments whose leaves have the batch as dim 0.
         state: for some arguments, the index of the result that is the next value; the rest is matched by tree, shapes
             and dtypes.
-        cluster: description of the machines; not used yet, must be None.
+        cluster: the TOML file that describes the machines (`bactrian.passes.cluster.read_cluster` says how); by
+            default the cores of this host.
         plan: a `Plan`, or the folder or file of a saved one; its decisions are applied instead of found.
         donate: let the step reuse the buffers of the state that it is given.
         forward_only: ``fun`` takes no gradient and is run as a forward pipeline.
         out_reduction: for ``forward_only``, how results are put together over the microbatches: one word or a prefix
             tree of ``concat``, ``mean``, ``sum``, ``last``.
+        mesh: the axes of the devices of a stage, as in ``{"data": 2, "model": 4}`` or ``"data=2,model=4"``; each value
+            of the step is laid out over them so that a step takes the least time. One device by default.
 
     Returns:
         A `Parallelized`, to be called like ``fun``.
@@ -97,7 +105,6 @@ def parallelize(
     Raises:
         ConfigError: an option is wrong.
     """
-    _refuse_cluster(cluster)
     options = _Options(
         num_stages,
         num_microbatches,
@@ -108,6 +115,8 @@ def parallelize(
         donate,
         forward_only,
         out_reduction,
+        _mesh(mesh),
+        "" if cluster is None else _cluster_file(cluster),
     )
     if fun is None:
         return lambda function: Parallelized(function, options)
@@ -127,6 +136,8 @@ class _Options:
     donate: bool
     forward_only: bool
     out_reduction: Any
+    mesh: Axes | None = None
+    cluster: str = ""
 
     def __post_init__(self) -> None:
         if self.num_stages is not None and self.num_stages < 1:
@@ -140,18 +151,34 @@ class _Options:
             if self.num_stages not in (None, plan.num_stages):
                 raise ConfigError(f"num_stages is {self.num_stages}, but the plan has {plan.num_stages} stages")
             num_microbatches, schedule = _of_plan(plan, self.num_microbatches, self.schedule)
+            if self.mesh not in (None, plan.stages[0].mesh):
+                raise ConfigError(
+                    f"mesh is {axes_words(self.mesh)}, but the plan has {axes_words(plan.stages[0].mesh)}",
+                    fix="leave it out, or make the plan again",
+                )
+            object.__setattr__(self, "mesh", plan.stages[0].mesh)
             object.__setattr__(self, "num_stages", plan.num_stages)
             object.__setattr__(self, "num_microbatches", num_microbatches)
             object.__setattr__(self, "schedule", schedule)
 
 
-def _refuse_cluster(cluster: Any) -> None:
-    if cluster is not None:
-        raise ConfigError(
-            "cluster descriptions are not read yet",
-            why="stages run on one device each, balanced by flops",
-            fix="leave cluster=None",
-        )
+def _mesh(mesh: str | Mapping[str, int] | None) -> Axes | None:
+    """Names and sizes of axes.
+
+    Raises:
+        ConfigError: they are no mesh.
+    """
+    if mesh is None:
+        return None
+    if isinstance(mesh, str):
+        return parse_axes(mesh)
+    return parse_axes(",".join(f"{name}={size}" for name, size in mesh.items()))
+
+
+def _cluster_file(cluster: str | Path) -> str:
+    """The file of a cluster, once it is seen that it can be read."""
+    read_cluster(cluster)
+    return str(Path(cluster))
 
 
 def _of_plan(plan: Plan, num_microbatches: int, schedule: str) -> tuple[int, str]:
@@ -289,7 +316,7 @@ class Traced:
 
     def plan(
         self,
-        cluster: Any = None,
+        cluster: str | Path | None = None,
         *,
         num_stages: int | None = None,
         num_layers: int | None = None,
@@ -298,7 +325,7 @@ class Traced:
         """Cut the program into stages; needs no device.
 
         Args:
-            cluster: not used yet, must be None.
+            cluster: the file that describes the machines, in the place of what ``parallelize`` was told.
             num_stages: overrides what ``parallelize`` was told; by default that of the step that placed the state,
                 or one per rank.
             num_layers: groups of forward ops that stages are made of; as many as stages by default.
@@ -308,20 +335,26 @@ class Traced:
             ProgramError: the program can't be cut so; the plan was made for another program.
             ConfigError: the state was placed by a step with another number of stages.
         """
-        _refuse_cluster(cluster)
         faults.at("plan")
+        cluster = self.options.cluster if cluster is None else _cluster_file(cluster)
         plan = plan or self.options.plan
         if plan is not None:
             plan.check_program(self.captured.fingerprint)
             self._check_plan(plan)
             self._check_homes(plan.num_stages)
-            decisions = Decisions.of_plan(plan, self.options.donate)
+            decisions = Decisions.of_plan(plan, self.options.donate, cluster)
         else:
             stages = num_stages or self.options.num_stages
             if stages is not None:
                 self._check_homes(stages)
             stages = stages or (self.homes.num_stages if self.homes is not None else World.current().num_ranks)
-            decisions = Decisions(stages, num_layers or stages, donate=self.options.donate)
+            decisions = Decisions(
+                stages,
+                num_layers or stages,
+                donate=self.options.donate,
+                mesh=self.options.mesh or (("data", 1),),
+                cluster=cluster,
+            )
         with paused_collection():
             staged = stage_program(
                 self.captured.module(self.homes),

@@ -15,6 +15,8 @@ from bactrian.driver.source import line_here
 from bactrian.driver.xla import device_array
 from bactrian.passes.errors import BactrianError, ConfigError, ProgramError
 
+Axes = tuple[tuple[str, int], ...]  # names and sizes of a mesh's axes
+Layout = tuple[tuple[str, ...], ...]  # the axes that cut each dim
 _CHUNK_BYTES = 1 << 30  # MPI counts are 32 bits
 
 
@@ -78,7 +80,8 @@ class Placement:
         stages: the stages that hold it, in order.
         shardings: for the stages that this rank runs, where their copies go.
         ranks: for every stage in ``stages``, the ranks that run it.
-        layout: what mesh and sharding to show, for people.
+        layouts: for every stage in ``stages``, the axes of its mesh that cut each dim; empty on one device.
+        meshes: for every stage in ``stages``, names and sizes of its mesh's axes.
         key_impl: of a typed key, which is carried as its uint32 words.
         num_stages: of the step that placed it; 0 if no step did.
         weak_type: JAX's weak type, so that a state that began as a Python number is not traced a second time.
@@ -92,10 +95,29 @@ class Placement:
     stages: tuple[int, ...]
     shardings: Mapping[int, jax.sharding.Sharding] = field(default_factory=dict[int, jax.sharding.Sharding])
     ranks: Mapping[int, tuple[int, ...]] = field(default_factory=dict[int, tuple[int, ...]])
-    layout: str = ""
+    layouts: Mapping[int, Layout] = field(default_factory=dict[int, Layout])
+    meshes: Mapping[int, Axes] = field(default_factory=dict[int, Axes])
     key_impl: Any = None
     num_stages: int = 0
     weak_type: bool = False
+
+    @property
+    def layout(self) -> str:
+        """Meshes and layouts in words."""
+        texts = list[str]()
+        for stage in self.stages:
+            axes = self.meshes.get(stage, ())
+            if all(size == 1 for _, size in axes):
+                texts.append("whole on one device")
+                continue
+            mesh = ",".join(f"{name}={size}" for name, size in axes)
+            cuts = [f"dim {dim} over {' and '.join(names)}" for dim, names in enumerate(self.layouts[stage]) if names]
+            texts.append(f"{', '.join(cuts) or 'whole on every device'} of {mesh}")
+        return "; ".join(dict.fromkeys(texts))
+
+    def same_place(self, other: Placement) -> bool:
+        """Whether what lives at the other one lives here too, piece by piece."""
+        return self.stages == other.stages and self.shardings == other.shardings
 
     @cached_property
     def aval_key(self) -> tuple[tuple[int, ...], Any, bool]:

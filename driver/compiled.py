@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import SingleDeviceSharding
 
 from bactrian.driver.arrays import (
     MPI,
@@ -42,25 +41,26 @@ class Compiled:
         self.captured, self.session = captured, session
         self.communicator: Communicator = SingleProcess() if session.world.comm is None else MPI(session.world.comm)
         program = session.staged.program
-        arguments: dict[int, list[int]] = {}
+        arguments: dict[int, dict[int, int]] = {}  # argument -> stage -> value there
         for piece in program.arguments:
-            arguments.setdefault(piece.argument, []).append(program.values[piece.value].stage)
-        results: dict[int, list[int]] = {}
+            arguments.setdefault(piece.argument, {})[program.values[piece.value].stage] = piece.value
+        results: dict[int, dict[int, int]] = {}
         for piece in program.results:
-            results.setdefault(piece.result, []).append(program.values[piece.value].stage)
+            results.setdefault(piece.result, {})[program.values[piece.value].stage] = piece.value
         self._batch = [info.number for info in captured.arguments if info.role == "batch"]
         self._state = {info.number for info in captured.arguments if info.role == "state"}
         self._held = {
-            info.number: self._placement(info, tuple(sorted(arguments.get(info.number, ()))))
+            info.number: self._placement(info, arguments.get(info.number, {}))
             for info in captured.arguments
             if info.role != "batch"
         }
         self._kept = dict[int, Placement]()
         for info in captured.results:
             if info.updates is not None:
-                stages, held = tuple(sorted(results.get(info.number, ()))), self._held[info.updates]
-                same = stages == held.stages  # one object then, so that the next call sees at a glance that it fits
-                self._kept[info.number] = held if same else self._placement(captured.arguments[info.updates], stages)
+                held = self._held[info.updates]
+                kept = self._placement(captured.arguments[info.updates], results.get(info.number, {}))
+                # One object if it is the same, so that the next call sees at a glance that it fits.
+                self._kept[info.number] = held if kept == held else kept
         self._home = jax.local_devices()[0]
         self._told_of_moves = False
         # How results are put together: with a placement, a distributed array of the pieces at some positions of what
@@ -171,8 +171,10 @@ class Compiled:
         """Write the recorded steps as one Chrome trace: one row per rank, arrows from send to receive (collective)."""
         self.session.write_trace(path)
 
-    def _placement(self, info: ArgumentInfo, stages: tuple[int, ...]) -> Placement:
-        devices = self.session.devices
+    def _placement(self, info: ArgumentInfo, values: Mapping[int, int]) -> Placement:
+        """Where the values of an argument are, given by stage."""
+        devices, places, program = self.session.devices, self.session.places, self.session.staged.program
+        stages = tuple(sorted(values))
         ranks = {rank_list.rank: rank_list.stages for rank_list in self.session.lists}
         alone = self.session.world.comm is None
         return Placement(
@@ -182,12 +184,13 @@ class Compiled:
             shape=info.shape,
             dtype=info.dtype,
             stages=stages,
-            shardings={stage: SingleDeviceSharding(devices[stage]) for stage in stages if stage in devices},
+            shardings={stage: places.of_value(values[stage]) for stage in stages if stage in devices},
             ranks={
                 stage: tuple(rank if not alone else 0 for rank, own in ranks.items() if stage in own)
                 for stage in stages
             },
-            layout="whole on one device of each",
+            layouts={stage: program.values[values[stage]].layout for stage in stages},
+            meshes={stage: program.mesh(stage) for stage in stages},
             key_impl=info.key_impl,
             num_stages=self.plan.num_stages,
         )
@@ -199,18 +202,23 @@ class Compiled:
             How many bytes stages got so.
         """
         leaf.check_usable()
-        if leaf.placement is placement or (
-            leaf.placement.stages == placement.stages and leaf.pieces.keys() == placement.shardings.keys()
-        ):
+        if leaf.placement is placement or leaf.placement.same_place(placement):
             for stage, piece in leaf.pieces.items():
                 pieces[placement.argument, stage] = piece
             return 0
         missing = [stage for stage in placement.stages if stage not in leaf.placement.stages]
         values = physical_values(leaf) if missing else np.empty(0)
+        other = 0  # bytes that come in another layout
         for stage, sharding in placement.shardings.items():
-            here = stage not in missing
-            pieces[placement.argument, stage] = leaf.pieces[stage] if here else jax.device_put(values, sharding)
-        return len(missing) * values.nbytes
+            if stage in missing:
+                piece = jax.device_put(values, sharding)
+            else:
+                piece = leaf.pieces[stage]
+                if piece.sharding != sharding:
+                    other += piece.nbytes
+                    piece = jax.device_put(piece, sharding)
+            pieces[placement.argument, stage] = piece
+        return len(missing) * values.nbytes + other
 
     def _refuse_given_twice(self, leaves: Sequence[Any], donated: Sequence[DistributedArray], where: str) -> None:
         """Refuse a value that one call both consumes and reads elsewhere, while nothing is consumed yet."""
@@ -259,6 +267,9 @@ class Compiled:
         return self.captured.unflatten(leaves)
 
     def _local(self, value: jax.Array, info: ResultInfo) -> jax.Array:
+        if value.sharding.num_devices > 1:
+            whole = value.is_fully_replicated
+            value = value.addressable_data(0) if whole else jax.device_put(value, self._home)
         if self._home not in value.devices():
             value = jax.device_put(value, self._home)
         return value if info.key_impl is None else jax.random.wrap_key_data(value, impl=info.key_impl)
@@ -274,7 +285,7 @@ def _moves_text(name: str, moved: Mapping[str, int]) -> str:
     more = f" and {len(moved) - len(largest)} more" if len(moved) > len(largest) else ""
     return (
         f"every call of {name} moves {human_bytes(sum(moved.values()))} of arguments to stages that read them but do "
-        f"not hold them: {names}{more}"
+        f"not hold them so: {names}{more}"
     )
 
 

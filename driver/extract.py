@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from jaxlib.mlir import ir
 
+from bactrian.passes.mesh_tensors import axis_names, mesh_tensor_parts, stage_axes
 from bactrian.passes.program import (
     UPDATE,
     body,
@@ -49,21 +50,12 @@ class _Reader:
 
     def add(self, value: ir.Value, per_microbatch: bool) -> int:
         """Number one value of the staged ``@main``."""
-        stage, tensor = _mesh_tensor(value.type)
+        stage, tensor, sharding = mesh_tensor_parts(value.type)
         number = len(self.values)
-        shape = tuple(tensor.shape)
-        self.values.append(Value(number, stage, shape, numpy_dtype(tensor.element_type), per_microbatch))
+        shape, dtype = tuple(tensor.shape), numpy_dtype(tensor.element_type)
+        self.values.append(Value(number, stage, shape, dtype, per_microbatch, axis_names(sharding)))
         self.number[value] = number
         return number
-
-
-def _mesh_tensor(type_: ir.Type) -> tuple[int, ir.RankedTensorType]:
-    """Stage and tensor type of ``!mpmd.mesh_tensor<"stage<s>", tensor<...>>`` (the type has no Python accessors)."""
-    text = str(type_)
-    prefix = '!mpmd.mesh_tensor<"stage'
-    assert text.startswith(prefix) and text.endswith(">"), text
-    stage, _, tensor = text[len(prefix) : -1].partition('", ')
-    return int(stage), ir.RankedTensorType(ir.Type.parse(tensor))
 
 
 def extract(module: ir.Module) -> StagedProgram:
@@ -101,8 +93,9 @@ def _extract(module: ir.Module) -> StagedProgram:
             once = string_attribute(op, "bactrian.phase") == UPDATE
             target = reader.add(op.results[0], reader.values[source].per_microbatch and not once)
             transfers.append(Transfer(source, target))
+    num_stages = required_integer(root, "bactrian.num_stages", "assign-stages")
     return StagedProgram(
-        num_stages=required_integer(root, "bactrian.num_stages", "assign-stages"),
+        num_stages=num_stages,
         num_microbatches=required_integer(root, "bactrian.num_microbatches", "capture"),
         schedule=string_attribute(root, "bactrian.schedule") or "",
         values=tuple(reader.values),
@@ -114,6 +107,7 @@ def _extract(module: ir.Module) -> StagedProgram:
             tuple(ir.StringAttr(token).value for token in ir.ArrayAttr(tokens))
             for tokens in ir.ArrayAttr(root.attributes["bactrian.order"])
         ),
+        meshes=stage_axes(module, num_stages),
     )
 
 

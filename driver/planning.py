@@ -14,8 +14,9 @@ from bactrian.driver.extract import extract
 from bactrian.passes.costs import CPU_CORE, CostModel, Device, OpCost
 from bactrian.passes.frame.diagnostics import Diagnostic
 from bactrian.passes.frame.location import name_stack, user_place
-from bactrian.passes.frame.pipeline import run_pipeline
-from bactrian.passes.plan import LayerPlan, Plan, StagePlan
+from bactrian.passes.frame.pipeline import quote, run_pipeline
+from bactrian.passes.mesh_tensors import num_devices
+from bactrian.passes.plan import Axes, LayerPlan, Plan, StagePlan
 from bactrian.passes.program import body, integer_attribute, main_function, phase_of, stage_of
 from bactrian.passes.schedules import peak_in_flight
 from bactrian.runtime.program import StagedProgram
@@ -25,32 +26,57 @@ _DEVICES: dict[str, Device] = {"cpu": CPU_CORE}
 
 @dataclass(frozen=True)
 class Decisions:
-    """What a plan decides before any pass runs; ``first_layers`` gives the first layer of every stage, if given."""
+    """What is decided before any pass runs.
+
+    Attributes:
+        num_stages, num_layers: how many.
+        first_layers: the first layer of every stage, if given.
+        donate: whether the update reuses the buffers of the old state.
+        mesh: names and sizes of the axes of every stage's mesh.
+        cluster: the file that describes the machines, "" for the cores of this host.
+        time_limit: seconds for the choice of layouts.
+    """
 
     num_stages: int
     num_layers: int
     first_layers: tuple[int, ...] = ()
     donate: bool = True
+    mesh: Axes = (("data", 1),)
+    cluster: str = ""
+    time_limit: float = 60.0
 
     @classmethod
-    def of_plan(cls, plan: Plan, donate: bool) -> Decisions:
+    def of_plan(cls, plan: Plan, donate: bool, cluster: str = "") -> Decisions:
         """The decisions of an existing plan."""
-        return cls(plan.num_stages, plan.num_layers, tuple(stage.first_layer for stage in plan.stages), donate)
+        firsts = tuple(stage.first_layer for stage in plan.stages)
+        return cls(plan.num_stages, plan.num_layers, firsts, donate, plan.stages[0].mesh, cluster)
 
     def assignment_pipeline(self) -> str:
         """The passes up to ``assign-stages``."""
+        mesh = f" mesh={','.join(f'{name}={size}' for name, size in self.mesh)}" if self.is_wide else ""
         boundaries = f" boundaries={','.join(map(str, self.first_layers))}" if self.first_layers else ""
         return (
             "builtin.module(flatten-calls,verify-program,canonicalize,cse,infer-phases,"
             f"group-layers{{num-layers={self.num_layers}}},"
-            f"assign-stages{{num-stages={self.num_stages}{boundaries}}})"
+            f"assign-stages{{num-stages={self.num_stages}{boundaries}{mesh}}})"
         )
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether stages have several devices."""
+        return num_devices(self.mesh) > 1
 
     def staging_pipeline(self) -> str:
         """The passes from there to the scheduled module."""
         donate = "" if self.donate else "{donate=false}"
+        shardings = ""
+        if self.is_wide:
+            cluster = f" cluster={quote(self.cluster)}" if self.cluster else ""
+            shardings = (
+                f"func.func(sdy-populate-op-sharding-rules),solve-shardings{{time-limit={self.time_limit}{cluster}}},"
+            )
         return (
-            "builtin.module(clone-cheap-ops,select-residuals,accumulate-gradients,"
+            f"builtin.module(clone-cheap-ops,select-residuals,accumulate-gradients,{shardings}"
             f"split-stages{donate},loop-microbatches,schedule-microbatches)"
         )
 
@@ -255,6 +281,7 @@ def _stage_plan(
         num_parameters=sum(_elements(program.values[value].shape) for value in parameters),
         parameter_bytes=sum(program.values[value].nbytes for value in parameters),
         state_bytes=sum(program.values[v].nbytes for v in traffic.state_values(lambda phase: True)),
+        mesh=program.mesh(stage),
         activation_bytes=traffic.activation_bytes(),
         microbatches_in_flight=peak_in_flight(program.order[stage]),
         sent_bytes_forward=traffic.sent_bytes(("forward",)),

@@ -11,16 +11,25 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import Sharding
 
 from bactrian.driver.planning import Staged
-from bactrian.driver.xla import Device, StageFunction, compile_functions, device_array, function_texts
+from bactrian.driver.xla import (
+    Device,
+    StageFunction,
+    compile_functions,
+    device_array,
+    function_texts,
+    mesh_sharding,
+)
 from bactrian.passes.errors import ConfigError
 from bactrian.runtime import faults
 from bactrian.runtime.check import Report, check_lists
 from bactrian.runtime.executor import Executor, Meter, run_together
-from bactrian.runtime.instructions import RankList
+from bactrian.runtime.instructions import RankList, Slot
 from bactrian.runtime.launch import has_own_cores, pin_cores
 from bactrian.runtime.lists import build_lists
+from bactrian.runtime.program import StagedProgram
 from bactrian.runtime.trace import Tracer, gather_traces, write_trace
 from bactrian.runtime.transport import InProcessTransport, LocalNetwork, Transport
 
@@ -78,6 +87,30 @@ class World:
                 )
 
 
+class Places:
+    """Where the values of a staged program live in this process."""
+
+    def __init__(self, program: StagedProgram, devices: Mapping[int, Sequence[Device]]) -> None:
+        self._program, self._devices = program, devices
+        self._known: dict[tuple[int, tuple[tuple[str, ...], ...]], Sharding] = {}
+
+    def of_slot(self, slot: Slot) -> Sharding:
+        """The sharding of a slot."""
+        layout = self._program.values[slot.value].layout if slot.value >= 0 else ()
+        return self.of_layout(slot.stage, layout)
+
+    def of_value(self, value: int) -> Sharding:
+        """The sharding of a value of the staged program."""
+        return self.of_layout(self._program.values[value].stage, self._program.values[value].layout)
+
+    def of_layout(self, stage: int, layout: tuple[tuple[str, ...], ...]) -> Sharding:
+        """The sharding of a layout on a stage's mesh."""
+        key = stage, layout
+        if key not in self._known:
+            self._known[key] = mesh_sharding(self._devices[stage], self._program.mesh(stage), layout)
+        return self._known[key]
+
+
 @dataclass
 class Session:
     """The stages of one step function that live in this process, ready to run.
@@ -91,9 +124,10 @@ class Session:
     lists: tuple[RankList, ...]
     report: Report
     executors: tuple[Executor, ...]
-    devices: dict[int, Device]  # stage -> device, stages of this process only
+    devices: dict[int, tuple[Device, ...]]  # stage -> its mesh's devices, stages of this process only
     functions: dict[str, StageFunction]
     compile_seconds: float
+    places: Places
     tracer: Tracer | None = None
     meter: Meter | None = None
     _make: Callable[..., tuple[Executor, ...]] = field(default=lambda: (), repr=False)
@@ -151,30 +185,33 @@ def open_session(staged: Staged, world: World) -> Session:
     """Compile this process's stages and build its lists (collective under MPI)."""
     program = staged.program
     local = jax.local_devices()
-    num_ranks = world.num_ranks if world.comm is not None else min(program.num_stages, len(local))
+    _check_devices(program, local, world.comm is not None)
+    num_ranks = world.num_ranks if world.comm is not None else _own_ranks(program, len(local))
     ranks = stage_ranks(program.num_stages, num_ranks)
     lists = build_lists(program, ranks, broadcast_results=world.comm is not None)
     report = check_lists(lists)
     if world.comm is not None:
         own = (lists[world.rank],)
-        devices = {stage: local[i % len(local)] for i, stage in enumerate(own[0].stages)}
+        devices = {stage: _devices_of(program, stage, i, local) for i, stage in enumerate(own[0].stages)}
         from bactrian.runtime.mpi import MpiTransport
 
         transports: list[Transport] = [MpiTransport(world.comm, own_cores=has_own_cores(), device_array=device_array)]
     else:
         own = lists
-        devices = {stage: local[rank] for stage, rank in enumerate(ranks)}
+        devices = {stage: _devices_of(program, stage, rank, local) for stage, rank in enumerate(ranks)}
         network = LocalNetwork()
         transports = [InProcessTransport(network, rank_list.rank) for rank_list in own]
     functions, seconds = _compile(staged, devices)
-    inline = world.comm is not None and len(pin_cores()) == 1 and all(d.platform == "cpu" for d in devices.values())
+    on_cores = all(device.platform == "cpu" for mesh in devices.values() for device in mesh)
+    inline = world.comm is not None and len(pin_cores()) == 1 and on_cores
+    places = Places(program, devices)
 
     def make(tracer: Tracer | None = None, meter: Meter | None = None) -> tuple[Executor, ...]:
         return tuple(
             Executor(
                 rank_list,
                 functions,
-                lambda slot: devices[slot.stage],
+                places.of_slot,
                 transport,
                 tracer=tracer,
                 meter=meter,
@@ -184,10 +221,38 @@ def open_session(staged: Staged, world: World) -> Session:
             for rank_list, transport in zip(own, transports, strict=True)
         )
 
-    return Session(staged, world, lists, report, make(), devices, functions, seconds, _make=make)
+    return Session(staged, world, lists, report, make(), devices, functions, seconds, places, _make=make)
 
 
-def _compile(staged: Staged, devices: Mapping[int, Device]) -> tuple[dict[str, StageFunction], float]:
+def _check_devices(program: StagedProgram, local: Sequence[Device], several: bool) -> None:
+    """Refuse a mesh that this process has not the devices for."""
+    for stage in range(program.num_stages):
+        needed = program.num_devices(stage)
+        if needed > len(local):
+            mesh = ",".join(f"{name}={size}" for name, size in program.mesh(stage))
+            whose = "each rank" if several else "this process"
+            raise ConfigError(
+                f"stage {stage} has a mesh of {needed} devices ({mesh}), {whose} has {len(local)}",
+                why="the devices of one mesh belong to one process",
+                fix=f"bactrian run --devices {needed}, or XLA_FLAGS=--xla_force_host_platform_device_count={needed}, "
+                "makes as many of a CPU; or take a smaller mesh",
+            )
+
+
+def _own_ranks(program: StagedProgram, num_devices: int) -> int:
+    """How many stages can have devices of their own in one process, all meshes taken to be as large as the largest."""
+    largest = max(program.num_devices(stage) for stage in range(program.num_stages))
+    return min(program.num_stages, num_devices // largest)
+
+
+def _devices_of(program: StagedProgram, stage: int, place: int, local: Sequence[Device]) -> tuple[Device, ...]:
+    """The devices of a stage's mesh: the ``place``-th lot of so many, beginning again when there are no more."""
+    count = program.num_devices(stage)
+    first = count * (place % (len(local) // count))
+    return tuple(local[first : first + count])
+
+
+def _compile(staged: Staged, devices: Mapping[int, Sequence[Device]]) -> tuple[dict[str, StageFunction], float]:
     faults.at("compile")
     begin = time.perf_counter()
     texts = function_texts(staged.module)

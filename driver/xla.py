@@ -21,6 +21,14 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import sdy
 
 from bactrian.driver.extract import numpy_dtype
+from bactrian.passes.mesh_tensors import (
+    SHARDING,
+    Axes,
+    axis_names,
+    mesh_attribute,
+    mesh_axes,
+    num_devices,
+)
 from bactrian.passes.program import body, main_function, nested_operands
 from bactrian.runtime.transport import device_array as plain_device_array
 
@@ -32,34 +40,43 @@ def function_texts(staged: ir.Module) -> dict[str, str]:
     """Each stage function as a module of its own (text with ``@main``), by its symbol."""
     with staged.context:
         texts: dict[str, str] = {}
+        meshes = mesh_axes(staged)
         for view in staged.body.operations:
             op = view.operation
             if op.name != "func.func":
                 continue
             symbol = ir.StringAttr(op.attributes["sym_name"]).value
             if symbol != "main":
-                texts[symbol] = _standalone(op, symbol)
+                mesh = symbol.partition(".")[0]
+                texts[symbol] = _standalone(op, symbol, mesh, meshes.get(mesh, ()))
         return texts
 
 
-def _standalone(op: ir.Operation, symbol: str) -> str:
-    """A function as a module that XLA accepts: public ``@main``, and no attribute but aliasing."""
+def _standalone(op: ir.Operation, symbol: str, mesh: str, axes: Axes) -> str:
+    """A function as a module that XLA accepts: public ``@main``, and no attribute but aliasing and layouts."""
     clone = op.clone(ip=False).operation
     clone.attributes["sym_name"] = ir.StringAttr.get("main")
     clone.attributes["sym_visibility"] = ir.StringAttr.get("public")
     del clone.attributes["mesh_shape"]
     kept = [
-        ir.DictAttr.get({name: entry[name] for name in ("tf.aliasing_output",) if name in entry})
+        ir.DictAttr.get({name: entry[name] for name in ("tf.aliasing_output", SHARDING) if name in entry})
         for entry in (ir.DictAttr(attribute) for attribute in ir.ArrayAttr(op.attributes["arg_attrs"]))
     ]
     clone.attributes["arg_attrs"] = ir.ArrayAttr.get(kept)
+    partitions = num_devices(axes)
     with op.location:
         module = ir.Module.create()
+        if partitions > 1:
+            with ir.InsertionPoint(module.body):
+                sdy.MeshOp(mesh, mesh_attribute(axes))
     module.body.append(clone)
+    if partitions > 1:
+        with op.location:
+            constrain(clone)
     root = module.operation
     root.attributes["sym_name"] = ir.StringAttr.get(symbol.replace(".", "_"))
     i32 = ir.IntegerType.get_signless(32)
-    root.attributes["mhlo.num_partitions"] = ir.IntegerAttr.get(i32, 1)
+    root.attributes["mhlo.num_partitions"] = ir.IntegerAttr.get(i32, partitions)
     root.attributes["mhlo.num_replicas"] = ir.IntegerAttr.get(i32, 1)
     return str(root.get_asm(enable_debug_info=True))
 
@@ -123,20 +140,19 @@ def compile_function(text: str, devices: Sequence[Device]) -> Any:
         )
 
 
-def compile_functions(texts: Mapping[str, str], devices: Mapping[str, Device]) -> dict[str, StageFunction]:
-    """Compile stage functions, each for its stage's device.
+def compile_functions(texts: Mapping[str, str], devices: Mapping[str, Sequence[Device]]) -> dict[str, StageFunction]:
+    """Compile stage functions, each for its stage's mesh.
 
     Args:
-        texts: module text by symbol; equal texts for one device are compiled once.
-        devices: the device of each symbol.
+        texts: module text by symbol; equal texts for equal devices are compiled once.
+        devices: the devices of each symbol's mesh, in its order.
     """
-    made: dict[tuple[str, Device], StageFunction] = {}
+    made: dict[tuple[str, tuple[Device, ...]], StageFunction] = {}
     functions: dict[str, StageFunction] = {}
     for symbol, text in texts.items():
-        device = devices[symbol]
-        key = (text, device)
+        key = (text, tuple(devices[symbol]))
         if key not in made:
-            made[key] = _callable(compile_function(text, [device]), text, [device])
+            made[key] = _callable(compile_function(*key), *key)
         functions[symbol] = made[key]
     return functions
 
@@ -156,6 +172,20 @@ def device_array(view: Any, place: Sharding, copy: bool) -> jax.Array:
 
 
 _placements: dict[tuple[tuple[int, ...], Any, Sharding, bool], tuple[ShapedArray, list[Device]]] = {}
+
+
+def mesh_sharding(devices: Sequence[Device], axes: Axes, layout: Sequence[Sequence[str]]) -> Sharding:
+    """Where a value of a stage is.
+
+    Args:
+        devices: of the stage's mesh, in its order.
+        axes: names and sizes of the mesh's axes.
+        layout: the names of the axes that cut each dim; dims at the end may be left out.
+    """
+    if len(devices) == 1:
+        return SingleDeviceSharding(devices[0])
+    mesh = Mesh(np.array(devices).reshape([size for _, size in axes]), [name for name, _ in axes])
+    return NamedSharding(mesh, PartitionSpec(*(tuple(names) or None for names in layout)))
 
 
 def sharded_function(text: str, devices: Sequence[Device]) -> tuple[StageFunction, list[Sharding]]:
@@ -178,21 +208,13 @@ def signature_shardings(text: str, devices: Sequence[Device]) -> tuple[list[Shar
         if len(devices) == 1:
             single = SingleDeviceSharding(devices[0])
             return [single] * counts["arg_attrs"], [single] * counts["res_attrs"]
-        op = next(view.operation for view in module.body.operations if view.operation.name == "sdy.mesh")
-        axes = [sdy.MeshAxisAttr(axis) for axis in sdy.MeshAttr(op.attributes["mesh"]).axes]
-        mesh = Mesh(np.array(devices).reshape([axis.size for axis in axes]), [axis.name for axis in axes])
+        axes = next(iter(mesh_axes(module).values()))
 
         def of(name: str) -> list[Sharding]:
             entries = [ir.DictAttr(entry) for entry in ir.ArrayAttr(main.attributes[name])]
-            return [NamedSharding(mesh, _spec(sdy.TensorShardingAttr(entry["sdy.sharding"]))) for entry in entries]
+            return [mesh_sharding(devices, axes, axis_names(entry[SHARDING])) for entry in entries]
 
         return (of("arg_attrs") if counts["arg_attrs"] else []), (of("res_attrs") if counts["res_attrs"] else [])
-
-
-def _spec(sharding: sdy.TensorShardingAttr) -> PartitionSpec:
-    dims = [sdy.DimensionShardingAttr(dim) for dim in sharding.dimension_shardings]
-    names = [tuple(sdy.AxisRefAttr(axis).name for axis in dim.axes) for dim in dims]
-    return PartitionSpec(*(axes or None for axes in names))
 
 
 def _callable(executable: Any, text: str, devices: Sequence[Device]) -> StageFunction:

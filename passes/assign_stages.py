@@ -14,6 +14,7 @@ from bactrian.passes import layering
 from bactrian.passes.costs import CostModel
 from bactrian.passes.errors import ConfigError
 from bactrian.passes.frame.base import Pass, PassContext, Statistic, option
+from bactrian.passes.mesh_tensors import Axes, mesh_attribute
 from bactrian.passes.program import (
     BACKWARD,
     FORWARD,
@@ -24,6 +25,7 @@ from bactrian.passes.program import (
     main_function,
     required_integer,
 )
+from bactrian.passes.sharding.mesh import parse_axes
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class AssignStages(Pass):
 
     The slowest stage sets the pace of a pipeline, so the largest sum of forward and backward flops of a stage is made
     as small as it can be; among equals, the fewest bytes cross between stages. Or the first layer of each stage is
-    given with ``boundaries``. Every stage gets a mesh of one device; a planner may give it a larger one.
+    given with ``boundaries``. Every stage gets a mesh: of one device, or with the axes of ``mesh``.
 
     Requires: ``bactrian.num_layers`` and ``bactrian.layer`` (``group-layers``).
     Ensures: ``bactrian.num_stages``; ``bactrian.stage`` on every op that has a layer, growing with the layer; meshes
@@ -73,11 +75,13 @@ class AssignStages(Pass):
 
     num_stages: int = option(0, help="how many stages to make; 0: one per layer")
     boundaries: str = option("", help='the first layer of each stage, as in "0,3,5"; found if not given')
+    mesh: str = option("", help='the axes of every stage\'s mesh, as in "data=2,model=4"; one device if not given')
 
     def check_options(self) -> None:
         """Boundaries begin with 0, grow, and are as many as the stages."""
         if self.num_stages < 0:
             raise ConfigError(f"num-stages is {self.num_stages}, must not be negative")
+        self._axes()
         starts = self._given()
         if starts is None:
             return
@@ -87,6 +91,9 @@ class AssignStages(Pass):
             raise ConfigError(
                 f"boundaries {self.boundaries!r} begin {len(starts)} stages, num-stages is {self.num_stages}"
             )
+
+    def _axes(self) -> Axes:
+        return parse_axes(self.mesh) if self.mesh.strip() else (("data", 1),)
 
     def _given(self) -> list[int] | None:
         if not self.boundaries.strip():
@@ -118,7 +125,7 @@ class AssignStages(Pass):
             if layer is not None:
                 op.attributes["bactrian.stage"] = stages[layer]
         module.operation.attributes["bactrian.num_stages"] = integer(len(starts))
-        _make_meshes(module, len(starts))
+        _make_meshes(module, len(starts), self._axes())
         ctx.count("cut-bytes", sum(crossing[start] for start in starts[1:]))
 
     def _balanced(
@@ -164,8 +171,8 @@ def _layer_costs(
     return flops, list(itertools.accumulate(change[:num_layers]))
 
 
-def _make_meshes(module: ir.Module, num_stages: int) -> None:
-    """One mesh of one device per stage, at the top of the module; meshes that are there already stay."""
+def _make_meshes(module: ir.Module, num_stages: int, axes: Axes) -> None:
+    """One mesh per stage, at the top of the module; meshes that are there already stay."""
     present = {
         ir.StringAttr(op.operation.attributes["sym_name"]).value
         for op in module.body.operations
@@ -174,4 +181,4 @@ def _make_meshes(module: ir.Module, num_stages: int) -> None:
     with ir.InsertionPoint.at_block_begin(module.body), ir.Location.unknown():
         for stage in range(num_stages):
             if f"stage{stage}" not in present:
-                sdy.MeshOp(f"stage{stage}", sdy.MeshAttr.get([sdy.MeshAxisAttr.get("data", 1)]))
+                sdy.MeshOp(f"stage{stage}", mesh_attribute(axes))

@@ -111,7 +111,9 @@ def read_cluster(path: str | Path, table: str | None = None) -> Cluster:
     try:
         data: Any = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot read the cluster {path}", why=str(error)) from None
+        raise ConfigError(
+            f"cannot read the cluster {path}", why=str(error), fix="name a TOML file with the keys of read_cluster"
+        ) from None
     where = str(path)
     for part in table.split(".") if table else ():
         if not isinstance(data, dict) or part not in data:

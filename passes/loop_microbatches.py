@@ -11,6 +11,7 @@ from jaxlib.mlir.dialects import func
 
 from bactrian.passes.build import binary, less, rows_from, scalar_i32, splat
 from bactrian.passes.frame.base import Pass, PassContext, Statistic
+from bactrian.passes.mesh_tensors import mesh_tensor_parts, num_devices, stage_axes
 from bactrian.passes.program import (
     INITIALIZE,
     UPDATE,
@@ -32,7 +33,8 @@ class LoopMicrobatches(Pass):
 
     With a single stage nobody waits for a microbatch, so there is nothing to schedule between two of them, and each call
     of a stage function costs its entry and hands every accumulator over. The loop slices the batch itself. With several
-    stages, or with forward and backward functions apart (``gpipe``), the module stays as it is.
+    stages, with forward and backward functions apart (``gpipe``), or on a mesh of several devices (a microbatch is no
+    slice of what each of them holds of a batch), the module stays as it is.
 
     Requires: the staged form (``split-stages``).
     Ensures: where it applies, one function ``stage0.forward_backward`` that takes whole batches, and
@@ -102,6 +104,8 @@ class LoopMicrobatches(Pass):
         stages = required_integer(module.operation, "bactrian.num_stages", "assign-stages")
         calls = [view.operation for view in body(main).operations if view.operation.name == "mpmd.fragment_call"]
         phases = [string_attribute(call, "bactrian.phase") for call in calls]
+        if num_devices(stage_axes(module, 1)[0]) > 1:
+            return
         if count == 1 or stages != 1 or phases.count(FUSED) != 1 or {*phases} - {INITIALIZE, FUSED, UPDATE}:
             return
         _Merger(module, main, calls, count).merge()
@@ -283,9 +287,7 @@ def _role(entry: ir.Attribute) -> str:
 
 
 def _tensor(type_: ir.Type) -> ir.Type:
-    """The tensor type of a mesh tensor (the type has no Python accessors)."""
-    text = str(type_)
-    return ir.Type.parse(text[text.index("tensor<", len("!mpmd.mesh_tensor<")) : -1])
+    return mesh_tensor_parts(type_)[1]
 
 
 def _carries(function: ir.Operation) -> dict[int, int]:

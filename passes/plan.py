@@ -17,6 +17,8 @@ VERSION = 1
 PLAN_FILE = "plan.json"
 STAGED_FILE = "staged.mlir"
 
+Axes = tuple[tuple[str, int], ...]
+"""Names and sizes of a mesh's axes, the major one first."""
 Option = str | int | float | bool | None
 
 
@@ -41,7 +43,7 @@ class StagePlan:
     stage: int
     first_layer: int
     last_layer: int  # inclusive
-    mesh: tuple[tuple[str, int], ...] = (("data", 1),)  # axis name and size, major axis first
+    mesh: tuple[tuple[str, int], ...] = (("data", 1),)
     forward_flops: int | None = None
     backward_flops: int | None = None
     num_parameters: int | None = None
@@ -221,6 +223,11 @@ def load_staged(directory: str | Path) -> str:
 def fingerprint_text(text: str) -> str:
     """The fingerprint of a program's text: SHA-256 as 64 hexadecimal digits."""
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def axes_words(axes: Axes) -> str:
+    """``data=2,model=4``, as a mesh is given."""
+    return ",".join(f"{name}={size}" for name, size in axes)
 
 
 def add_known(*values: int | None) -> int | None:

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import sdy
 
 from bactrian.passes.cluster import CPU_HOST, read_cluster
 from bactrian.passes.errors import ConfigError, PassError
 from bactrian.passes.frame.base import Pass, PassContext, Statistic, option
+from bactrian.passes.mesh_tensors import mesh_axes, num_devices
 from bactrian.passes.network.solve import solve
 from bactrian.passes.program import integer_attribute, main_function
 from bactrian.passes.sharding.mesh import Mesh
@@ -81,8 +81,8 @@ class SolveShardings(Pass):
     def apply(self, module: ir.Module, ctx: PassContext) -> None:
         """Read, solve, write."""
         stages = integer_attribute(module.operation, "bactrian.num_stages") or 1
-        meshes = _meshes(module)
-        wide = [name for name, axes in meshes.items() if any(size > 1 for _, size in axes)]
+        meshes = mesh_axes(module)
+        wide = [name for name, axes in meshes.items() if num_devices(axes) > 1]
         if not wide:
             drop_rules(main_function(module))
             return
@@ -109,13 +109,3 @@ class SolveShardings(Pass):
         ctx.remark(
             main, f"a step takes {solution.cost:.4g} s ({gap}), a device holds {solution.memory / 2**20:.1f} MiB"
         )
-
-
-def _meshes(module: ir.Module) -> dict[str, tuple[tuple[str, int], ...]]:
-    found = dict[str, tuple[tuple[str, int], ...]]()
-    for view in module.body.operations:
-        op = view.operation
-        if op.name == "sdy.mesh":
-            axes = [sdy.MeshAxisAttr(axis) for axis in sdy.MeshAttr(op.attributes["mesh"]).axes]
-            found[ir.StringAttr(op.attributes["sym_name"]).value] = tuple((axis.name, axis.size) for axis in axes)
-    return found

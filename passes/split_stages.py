@@ -8,8 +8,21 @@ from typing import ClassVar
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import func
 
+from bactrian.passes.build import scalar_i32
+from bactrian.passes.errors import PassError
 from bactrian.passes.frame.base import Pass, PassContext, Statistic, option
+from bactrian.passes.mesh_tensors import (
+    SHARDING,
+    axes_text,
+    mesh_attribute,
+    mesh_tensor,
+    num_devices,
+    stage_axes,
+    value_shardings,
+    whole_sharding,
+)
 from bactrian.passes.program import (
+    INITIALIZE,
     UPDATE,
     boundary_words,
     find_boundary,
@@ -139,8 +152,12 @@ class _Emitter:
         self._locations = [value.location for value in staging.flow.values]
         self._updates = result_updates(main)
         self._arg_attributes = [ir.DictAttr(a) for a in ir.ArrayAttr(main.attributes["arg_attrs"])]
-        self._mesh_types: dict[tuple[ir.Type, int], ir.Type] = {}
-        self._mesh = ir.Attribute.parse('#sdy.mesh<["data"=1]>')
+        self._mesh_types: dict[tuple[ir.Type, ir.Attribute | None, int], ir.Type] = {}
+        self._axes = stage_axes(module, num_stages)
+        # Layouts, where a stage has several devices.
+        wide = any(num_devices(axes) > 1 for axes in self._axes)
+        values = staging.flow.values
+        self._shardings = value_shardings(main, values) if wide else [None] * len(values)
         self._aliases = self._find_aliases()
         self._counters: dict[int, ir.Value] = {}
         self._crossings: dict[int, list[Crossing]] = {}
@@ -165,7 +182,14 @@ class _Emitter:
             for index in function.ops:
                 op = flow.ops[index]
                 if "bactrian.accumulate" in op.attributes:
-                    aliases[number, flow.operands[index][0]] = flow.results[index][0]
+                    before = flow.operands[index][0]
+                    if flow.phases[flow.producer[before]] != INITIALIZE:
+                        raise PassError(
+                            "an accumulator is no result of the initialize phase",
+                            where=str(op.location),
+                            why="it would lose what the microbatches before have added",
+                        )
+                    aliases[number, before] = flow.results[index][0]
             for value in function.inputs:
                 last_reader[value, function.key.stage] = number
         if not self._donate:
@@ -181,7 +205,7 @@ class _Emitter:
             key = staging.home[value]
             if number is None or staging.functions[number].key != key or key.phase not in final:
                 continue  # what runs once per microbatch must not use up the state that the next one reads
-            if self._types[old] == self._types[value]:
+            if self._types[old] == self._types[value] and self._shardings[old] == self._shardings[value]:
                 aliases[number, old] = value
                 taken.add(value)
         return aliases
@@ -192,17 +216,31 @@ class _Emitter:
         ins = [self._types[value] for value in function.inputs]
         outs = [self._types[value] for value in function.outputs]
         if function.index_ops:
-            ins.append(ir.Type.parse("tensor<i32>"))
+            ins.append(scalar_i32())
         with ir.InsertionPoint(self._module.body), self._main.location:
             operation = func.FuncOp(function.key.symbol, (ins, outs), visibility="private")
         block = operation.add_entry_block(self._input_locations(function))
         self._fill(function, block)
         attributes = [self._input_attributes(function, number, value) for value in function.inputs]
+        stage = function.key.stage
         if function.index_ops:
-            attributes.append(ir.DictAttr.get({"bactrian.microbatch_index": ir.UnitAttr.get()}))
+            index: dict[str, ir.Attribute] = {"bactrian.microbatch_index": ir.UnitAttr.get()}
+            layout = self._index_sharding(stage)
+            attributes.append(ir.DictAttr.get(index if layout is None else index | {SHARDING: layout}))
         operation.attributes["arg_attrs"] = ir.ArrayAttr.get(attributes)
-        operation.attributes["mesh_shape"] = self._mesh
+        layouts = [self._sharding_entry(value) for value in function.outputs]
+        if any(layouts):
+            operation.attributes["res_attrs"] = ir.ArrayAttr.get([ir.DictAttr.get(entry) for entry in layouts])
+        operation.attributes["mesh_shape"] = mesh_attribute(self._axes[stage])
         return operation.operation
+
+    def _sharding_entry(self, value: int) -> dict[str, ir.Attribute]:
+        """A value's layout as an attribute of an argument or a result of a function."""
+        sharding = self._shardings[value]
+        return {} if sharding is None else {SHARDING: sharding}
+
+    def _index_sharding(self, stage: int) -> ir.Attribute | None:
+        return whole_sharding(f"stage{stage}", 0) if num_devices(self._axes[stage]) > 1 else None
 
     def _input_locations(self, function: StageFunction) -> list[ir.Location]:
         values = [self._locations[value] for value in function.inputs]
@@ -238,26 +276,28 @@ class _Emitter:
 
     def _input_attributes(self, function: StageFunction, number: int, value: int) -> ir.DictAttr:
         alias = self._aliases.get((number, value))
+        attributes = self._sharding_entry(value)
         if alias is None:
-            return ir.DictAttr.get({})
+            return ir.DictAttr.get(attributes)
         place = ir.IntegerAttr.get(ir.IntegerType.get_signless(32), function.outputs.index(alias))
-        attributes: dict[str, ir.Attribute] = {"tf.aliasing_output": place}
+        attributes["tf.aliasing_output"] = place
         if value >= self._flow.num_arguments:
             attributes["bactrian.accumulator"] = ir.UnitAttr.get()
         return ir.DictAttr.get(attributes)
 
     def _mesh_type(self, value: int, stage: int) -> ir.Type:
-        type_ = self._types[value]
-        if (type_, stage) not in self._mesh_types:
-            text = f'!mpmd.mesh_tensor<"stage{stage}", {type_}>'
-            self._mesh_types[type_, stage] = ir.Type.parse(text)
-        return self._mesh_types[type_, stage]
+        key = self._types[value], self._shardings[value], stage
+        if key not in self._mesh_types:
+            type_, sharding, _ = key
+            self._mesh_types[key] = mesh_tensor(stage, type_, sharding)
+        return self._mesh_types[key]
 
     def _emit_main(self) -> ir.Operation:
         staging = self._staging
         ins = [self._mesh_type(argument, stage) for argument, stage in staging.argument_pieces]
         counters = sorted({function.key.stage for function in staging.functions if function.index_ops})
-        ins += [ir.Type.parse(f'!mpmd.mesh_tensor<"stage{stage}", tensor<i32>>') for stage in counters]
+        scalar = scalar_i32()
+        ins += [mesh_tensor(stage, scalar, self._index_sharding(stage)) for stage in counters]
         outs = [self._mesh_type(value, stage) for _, stage, value in staging.result_pieces]
         with ir.InsertionPoint.at_block_begin(self._module.body), self._main.location:
             main = func.FuncOp("main", (ins, outs), visibility="public")
@@ -271,7 +311,7 @@ class _Emitter:
         pieces = [self._piece(argument) for argument, _ in staging.argument_pieces]
         main.attributes["arg_attrs"] = ir.ArrayAttr.get(pieces + [counter] * len(counters))
         main.attributes["res_attrs"] = ir.ArrayAttr.get([self._kept(result) for result, _, _ in staging.result_pieces])
-        meshes = ", ".join(f'<"stage{stage}" : <["data"=1]>>' for stage in range(self._num_stages))
+        meshes = ", ".join(f'<"stage{stage}" : <{axes_text(axes)}>>' for stage, axes in enumerate(self._axes))
         main.attributes["topology"] = ir.Attribute.parse(f"#mpmd.topology<{meshes}>")
         here: dict[tuple[int, int, bool], ir.Value] = {}
         for (argument, stage), value in zip(staging.argument_pieces, block.arguments, strict=False):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 
@@ -11,6 +12,7 @@ class Value:
 
     ``per_microbatch`` is true where each microbatch has its own (batch pieces, forward and backward results);
     false for state, read-only pieces and results of ``initialize`` and ``update``.
+    ``layout`` names the axes of the stage's mesh that cut each dim; on a mesh of one device it is empty.
     """
 
     id: int
@@ -18,6 +20,7 @@ class Value:
     shape: tuple[int, ...]
     dtype: str  # numpy name: "float32", "bfloat16", "int32", "bool", ...
     per_microbatch: bool
+    layout: tuple[tuple[str, ...], ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -94,6 +97,7 @@ class StagedProgram:
     ``calls`` and ``transfers`` are in a valid program order. ``order[s]`` holds tokens ``"F<m>"``, ``"B<m>"`` and
     ``"FB<m>"``: the forward, backward or fused call of stage ``s`` for microbatch ``m``.
     A value of a microbatch that an update (or a result) reads is the last microbatch's.
+    ``meshes`` holds names and sizes of the axes of each stage's mesh; empty stands for one device each.
     """
 
     num_stages: int
@@ -105,3 +109,12 @@ class StagedProgram:
     arguments: tuple[ArgumentPiece, ...]
     results: tuple[ResultPiece, ...]
     order: tuple[tuple[str, ...], ...]
+    meshes: tuple[tuple[tuple[str, int], ...], ...] = ()
+
+    def mesh(self, stage: int) -> tuple[tuple[str, int], ...]:
+        """Names and sizes of the axes of a stage's mesh, the major one first."""
+        return self.meshes[stage] if self.meshes else (("data", 1),)
+
+    def num_devices(self, stage: int) -> int:
+        """Devices of a stage's mesh."""
+        return math.prod(size for _, size in self.mesh(stage))

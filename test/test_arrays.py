@@ -18,7 +18,7 @@ def placement(number=0, path="state['w']", value=None, stages=(0, 1), **options)
     value = np.ones((2, 3), np.float32) if value is None else value
     shardings = {stage: SingleDeviceSharding(jax.devices()[0]) for stage in stages}
     return Placement(
-        number, 0, path, value.shape, value.dtype, stages, shardings, dict.fromkeys(stages, (0,)), "data=1", **options
+        number, 0, path, value.shape, value.dtype, stages, shardings, dict.fromkeys(stages, (0,)), **options
     )
 
 
@@ -29,7 +29,7 @@ def distributed(**options):
 
 def test_it_says_what_it_is():
     array = distributed()
-    assert repr(array) == "DistributedArray(state['w'], float32[2,3], stages 0, 1, data=1)"
+    assert repr(array) == "DistributedArray(state['w'], float32[2,3], stages 0, 1, whole on one device)"
     assert (array.shape, array.dtype, array.ndim, array.size, array.stages) == ((2, 3), np.float32, 2, 6, (0, 1))
     assert jax.tree.leaves({"a": array})[0] is array
 

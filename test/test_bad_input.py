@@ -224,7 +224,7 @@ def test_a_plan_of_another_program(tmp_path: Path) -> None:
         ({"num_stages": 0}, "num_stages is 0"),
         ({"num_microbatches": -1}, "num_microbatches is -1"),
         ({"schedule": "1b1f"}, "unknown schedule '1b1f'"),
-        ({"cluster": "here"}, "cluster descriptions"),
+        ({"cluster": "/no/such/cluster.toml"}, "cannot read the cluster"),
         ({"plan": "/no/such/plan"}, "cannot read plan"),
     ],
 )

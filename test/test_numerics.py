@@ -130,7 +130,7 @@ def test_bits_of_the_same_functions_run_serially(case: models.Case) -> None:
     built = case.make()
     compiled = bactrian.parallelize(built.step, **built.options).trace(built.state, *built.batches[0]).plan().compile()
     program, functions = compiled.session.staged.program, compiled.session.functions
-    homes = {call.function: compiled.session.devices[call.stage] for call in program.calls}
+    homes = {call.function: compiled.session.devices[call.stage][0] for call in program.calls}
 
     def alone(symbol: str) -> Any:
         def call(*inputs: np.ndarray) -> Any:  # on copies, since the function may donate what it gets

@@ -93,7 +93,7 @@ def parse_axes(text: str) -> tuple[tuple[str, int], ...]:
     """``"data=2,model=4"`` as names and sizes.
 
     Raises:
-        ConfigError: another form, or a size of 0.
+        ConfigError: another form, a name twice, or a size of 0.
     """
     found = list[tuple[str, int]]()
     for part in text.split(","):
@@ -101,4 +101,9 @@ def parse_axes(text: str) -> tuple[tuple[str, int], ...]:
         if match is None:
             raise ConfigError(f"mesh {text!r} is not a list of axes", fix='write it as in "data=2,model=4"')
         found.append((match[1], int(match[2])))
+    names = [name for name, _ in found]
+    if len(set(names)) != len(names):
+        raise ConfigError(f"mesh {text!r} has two axes of one name")
+    if any(size == 0 for _, size in found):
+        raise ConfigError(f"mesh {text!r} has an axis of size 0", fix="give sizes of 1 or more")
     return tuple(found)

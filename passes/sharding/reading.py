@@ -178,6 +178,8 @@ class _Reader:
         for value in results:
             self._free[value] = is_free
         rule = elementwise(_shape(op.results[0]), 1) if given is not None else _rule_of(op, self._flow, index)
+        if rule is None and _is_source(op):  # every device makes its own piece
+            rule = elementwise(_shape(op.results[0]), 0)
         if rule is None:
             shapes = [tuple(_shape(self._flow.values[value]) for value in each) for each in (read, results)]
             if not is_free and any(shapes[0] + shapes[1]):
