@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from bactrian.passes.errors import InfeasiblePlanError
+from bactrian.passes.network.interned import Array, Interner
 from bactrian.passes.network.problem import FORBIDDEN, CostNetwork
 
-Array = np.ndarray[Any, np.dtype[Any]]
 _Undo = Callable[[dict[int, int]], None]
 
 _ROUNDING = 1e-13  # of the largest of the numbers that were added, where these are no integers
@@ -25,7 +25,7 @@ _MOST_DOMINANCE = 300  # strategies of a node for which dominance is looked at: 
 
 
 class ReducedNetwork:
-    """A network that shrinks in place. Costs are floats; forbidden ones infinite.
+    """A network that shrinks in place. Costs are floats; forbidden ones infinite. Equal arrays are one object.
 
     Attributes:
         costs: node -> cost of each strategy left.
@@ -37,11 +37,12 @@ class ReducedNetwork:
 
     def __init__(self, problem: CostNetwork) -> None:
         self.whole = all(a.dtype.kind == "i" for a in (*problem.costs, *problem.edge_costs, *problem.usages))
+        self.arrays = Interner()
         self.constant = 0.0
         self._range = 0  # of all costs together
         self.costs: dict[int, Array] = {n: self._read(c) for n, c in enumerate(problem.costs)}
         self.pairs: dict[tuple[int, int], Array] = {}
-        self.neighbours: dict[int, set[int]] = {n: set() for n in self.costs}
+        self.neighbours: dict[int, dict[int, None]] = {n: {} for n in self.costs}  # sets, in the order of entry
         self.limit = problem.limit
         self._undo: list[_Undo] = []
         for (i, j), matrix in zip(problem.edges, problem.edge_costs, strict=True):
@@ -73,7 +74,7 @@ class ReducedNetwork:
 
     def matrix(self, i: int, j: int) -> Array:
         """Pair costs with the strategies of ``i`` as rows."""
-        return self.pairs[i, j] if i < j else self.pairs[j, i].T
+        return self.pairs[i, j] if i < j else self.arrays.turned(self.pairs[j, i])
 
     def cost(self, choice: dict[int, int]) -> float:
         """Cost of a choice for the nodes left, what is decided included."""
@@ -145,14 +146,12 @@ class ReducedNetwork:
 
     def normalise(self) -> None:
         """Take the least cost of every node and edge to the constant: what is left is what a choice can save."""
-        for node, costs in self.costs.items():
-            least = float(costs.min())
-            self.constant += least
-            self.costs[node] = costs - least
-        for pair, matrix in self.pairs.items():
-            least = float(matrix.min())
-            self.constant += least
-            self.pairs[pair] = matrix - least
+        for table in (self.costs, self.pairs):
+            for key, values in table.items():
+                least = self.arrays.known("least", _least, values)
+                self.constant += least
+                if least:
+                    table[key] = self.arrays.made("above least", _above_least, values)  # pyright: ignore
 
     def forbid_by_memory(self) -> None:
         """Drop strategies that don't fit even if everything else takes its least.
@@ -186,9 +185,9 @@ class ReducedNetwork:
         """Forbid what no choice of at most this cost contains; after `normalise`."""
         most = (cost - self.constant) * (1 + 1e-9)
         for node, costs in self.costs.items():
-            self.costs[node] = np.where(costs > most, np.inf, costs)
+            self.costs[node] = self.arrays.array(np.where(costs > most, np.inf, costs))
         for pair, matrix in self.pairs.items():
-            self.pairs[pair] = np.where(matrix > most, np.inf, matrix)
+            self.pairs[pair] = self.arrays.array(np.where(matrix > most, np.inf, matrix))
         self.forbid()
 
     def forbid(self) -> None:
@@ -197,13 +196,11 @@ class ReducedNetwork:
         while todo:
             node = next(iter(todo))
             del todo[node]
-            keep = np.isfinite(self.costs[node])
-            for other in self.neighbours[node]:
-                keep &= np.isfinite(self.matrix(node, other)).any(axis=1)
-            if not keep.any():
-                raise _nothing_allowed(node)
-            if not keep.all():
-                self._restrict(node, np.flatnonzero(keep))
+            keep = self.arrays.known("possible", _possible, self.costs[node], *self._around(node))
+            if keep is not None:
+                if not len(keep):
+                    raise _nothing_allowed(node)
+                self._restrict(node, keep)
                 todo.update(dict.fromkeys(self.neighbours[node]))
 
     def contract(self) -> None:
@@ -216,23 +213,19 @@ class ReducedNetwork:
                 continue
             if len(self.neighbours[i]) < len(self.neighbours[j]):
                 i, j = j, i  # the one with fewer neighbours goes
-            finite = np.isfinite(self.matrix(i, j))
-            if finite.shape[0] == finite.shape[1] and (finite.sum(0) == 1).all() and (finite.sum(1) == 1).all():
-                near = self.neighbours[j] - {i}
-                self._merge(i, j, finite.argmax(1))
+            partner = self.arrays.known("partners", _partners, self.matrix(i, j))
+            if partner is not None:
+                near = [other for other in self.neighbours[j] if other != i]
+                self._merge(i, j, self.arrays.array(partner))
                 todo.update(dict.fromkeys((min(i, other), max(i, other)) for other in near))
 
     def separate(self) -> None:
         """Give edges that are sums of a row and a column to their ends."""
         for i, j in list(self.pairs):
-            matrix = self.pairs[i, j]
-            if not np.isfinite(matrix).all():
-                continue
-            row = matrix[:1] - matrix[0, 0]
-            rest = np.abs(matrix - matrix[:, :1] - row).max()
-            if rest <= (0.0 if self.whole else _ROUNDING * np.abs(matrix).max()):
-                self.costs[i] = self.costs[i] + matrix[:, 0]
-                self.costs[j] = self.costs[j] + row[0]
+            parts = self.arrays.known("separated", _separated, self.pairs[i, j], int(self.whole))
+            if parts is not None:
+                for node, part in zip((i, j), parts, strict=True):
+                    self._raise(node, self.arrays.array(part))
                 self._drop_pair(i, j)
 
     def eliminate(self) -> None:
@@ -272,56 +265,43 @@ class ReducedNetwork:
 
     def _undominated(self, node: int) -> Array | None:
         costs = self.costs[node]
-        count = len(costs)
-        if not 1 < count <= _MOST_DOMINANCE:
+        if not 1 < len(costs) <= _MOST_DOMINANCE:
             return None
-        better = np.ones((count, count), bool)  # [p, q]: q can replace p
-        np.fill_diagonal(better, False)
-        for _, _, usage in self.spans(node):
-            better &= usage[None, :] <= usage[:, None]
-            if not better.any():
-                return None
-        if not better.any():
-            return None
-        excess = costs[None, :] - costs[:, None]
-        for other in self.neighbours[node]:
-            matrix = self.matrix(node, other)
-            with np.errstate(invalid="ignore"):
-                worst = matrix[None, :, :] - matrix[:, None, :]  # [p, q, k]: what q costs more than p beside k
-            excess = excess + np.where(np.isnan(worst), -np.inf, worst).max(axis=2)
-            better &= ~(excess == np.inf)
-            if not better.any():
-                return None
-        better &= excess <= 0
-        alive = np.ones(count, bool)
-        for p in range(count):
-            if (better[p] & alive).any():
-                alive[p] = False
-        return None if alive.all() else np.flatnonzero(alive)
+        spans = [self.arrays.array(usage) for _, _, usage in self.spans(node)]
+        return self.arrays.known("undominated", _undominated, len(spans), costs, *spans, *self._around(node))
+
+    def _around(self, node: int) -> list[Array]:
+        """The matrices to a node's neighbours, in an order that is equal where they are."""
+        found = [self.matrix(node, other) for other in self.neighbours[node]]
+        return sorted(found, key=self.arrays.number) if len(found) > 1 else found
 
     # Steps
 
     def _add_pair(self, i: int, j: int, matrix: Array) -> None:
         if i > j:
-            i, j, matrix = j, i, matrix.T
+            i, j, matrix = j, i, self.arrays.turned(matrix)
         known = self.pairs.get((i, j))
-        self.pairs[i, j] = matrix if known is None else known + matrix
-        self.neighbours[i].add(j)
-        self.neighbours[j].add(i)
+        self.pairs[i, j] = matrix if known is None else self.arrays.made("add", np.add, known, matrix)
+        self.neighbours[i][j] = self.neighbours[j][i] = None
+
+    def _raise(self, node: int, costs: Array) -> None:
+        """Add to a node's costs."""
+        self.costs[node] = self.arrays.made("add", np.add, self.costs[node], costs)
 
     def _drop_pair(self, i: int, j: int) -> None:
         del self.pairs[min(i, j), max(i, j)]
-        self.neighbours[i].discard(j)
-        self.neighbours[j].discard(i)
+        del self.neighbours[i][j], self.neighbours[j][i]
 
     def _restrict(self, node: int, keep: Array) -> None:
         """Only the strategies ``keep`` of a node are left."""
-        self.costs[node] = self.costs[node][keep]
+        keep = self.arrays.array(keep)
+        self.costs[node] = self.arrays.made("rows", _rows, self.costs[node], keep)
         for other in self.neighbours[node]:
+            rest = self.arrays.made("rows", _rows, self.matrix(node, other), keep)
             if node < other:
-                self.pairs[node, other] = self.pairs[node, other][keep]
+                self.pairs[node, other] = rest
             else:
-                self.pairs[other, node] = self.pairs[other, node][:, keep]
+                self.pairs[other, node] = self.arrays.turned(rest)
         if node in self._changes:
             self._hold(node, {place: values[keep] for place, values in self._changes[node].items()})
         old = keep.tolist()
@@ -366,7 +346,7 @@ class ReducedNetwork:
         self.constant += least
         if self.whole and allowed.size:
             self._range += allowed.max().item() - least
-        return np.where(costs >= FORBIDDEN, np.inf, (costs - least).astype(np.float64))
+        return self.arrays.array(np.where(costs >= FORBIDDEN, np.inf, (costs - least).astype(np.float64)))
 
     def _read_memory(self, problem: CostNetwork) -> None:
         lasting = [(n, first, end) for n, (first, end) in enumerate(problem.intervals) if first < end]
@@ -380,10 +360,11 @@ class ReducedNetwork:
     def _merge(self, i: int, j: int, partner: Array) -> None:
         """Node ``j`` follows node ``i``: strategy k of ``i`` goes with ``partner[k]`` of ``j``."""
         matrix = self.matrix(i, j)
-        self.costs[i] = self.costs[i] + self.costs[j][partner] + matrix[np.arange(len(partner)), partner]
+        self._raise(i, self.arrays.made("rows", _rows, self.costs[j], partner))
+        self._raise(i, self.arrays.made("along", _along, matrix, partner))
         self._drop_pair(i, j)
         for other in list(self.neighbours[j]):
-            moved = self.matrix(j, other)[partner]
+            moved = self.arrays.made("rows", _rows, self.matrix(j, other), partner)
             self._drop_pair(j, other)
             self._add_pair(i, other, moved)
         if j in self._changes:
@@ -403,7 +384,7 @@ class ReducedNetwork:
             raise _nothing_allowed(node)
         self.constant += float(self.costs[node][0])
         for other in list(self.neighbours[node]):
-            self.costs[other] = self.costs[other] + self.matrix(node, other)[0]
+            self._raise(other, self.arrays.made("row", _row, self.matrix(node, other), 0))
             self._drop_pair(node, other)
         self._forget(node, lambda _: 0)
 
@@ -416,20 +397,28 @@ class ReducedNetwork:
             self.constant += float(costs[best])
             self._forget(node, lambda _: best)
             return
-        first = self.matrix(node, near[0]) + costs[:, None]
         if len(near) == 1:
-            table = first.argmin(0)
-            self.costs[near[0]] = self.costs[near[0]] + first.min(0)
+            least, table = self.arrays.known("leaf", self._leaf, costs, self.matrix(node, near[0]))
+            self._raise(near[0], least)
             self._drop_pair(node, near[0])
             self._forget(node, lambda choice: int(table[choice[near[0]]]))
             return
-        second = self.matrix(node, near[1])
-        total = first[:, :, None] + second[:, None, :]
-        table = total.argmin(0)
+        between = [self.matrix(node, other) for other in near]
+        made, both = self.arrays.known("link", self._link, costs, *between)
         self._drop_pair(node, near[0])
         self._drop_pair(node, near[1])
-        self._add_pair(near[0], near[1], total.min(0))
-        self._forget(node, lambda choice: int(table[choice[near[0]], choice[near[1]]]))
+        self._add_pair(near[0], near[1], made)
+        self._forget(node, lambda choice: int(both[choice[near[0]], choice[near[1]]]))
+
+    def _leaf(self, costs: Array, matrix: Array) -> tuple[Array, Array]:
+        """What a node with one neighbour costs this at least, and with which of its strategies."""
+        total = matrix + costs[:, None]
+        return self.arrays.array(total.min(0)), total.argmin(0)
+
+    def _link(self, costs: Array, first: Array, second: Array) -> tuple[Array, Array]:
+        """The same for each pair of strategies of two neighbours."""
+        total = (first + costs[:, None])[:, :, None] + second[:, None, :]
+        return self.arrays.array(total.min(0)), total.argmin(0)
 
     def _forget(self, node: int, choose: Callable[[dict[int, int]], int]) -> None:
         del self.costs[node], self.neighbours[node]
@@ -438,6 +427,81 @@ class ReducedNetwork:
             choice[node] = choose(choice)
 
         self._undo.append(undo)
+
+
+def _least(values: Array) -> float:
+    return float(values.min())
+
+
+def _above_least(values: Array) -> Array:
+    return values - values.min()
+
+
+def _rows(values: Array, keep: Array) -> Array:
+    return values[keep]
+
+
+def _row(matrix: Array, number: int) -> Array:
+    return matrix[number]
+
+
+def _along(matrix: Array, partner: Array) -> Array:
+    return matrix[np.arange(len(partner)), partner]
+
+
+def _possible(costs: Array, *around: Array) -> Array | None:
+    """The strategies with a finite partner on every edge; None if all have one."""
+    keep = np.isfinite(costs)
+    for matrix in around:
+        keep &= np.isfinite(matrix).any(axis=1)
+    return None if keep.all() else np.flatnonzero(keep)
+
+
+def _partners(matrix: Array) -> Array | None:
+    """For each row its one finite column, if there is one for each."""
+    finite = np.isfinite(matrix)
+    if finite.shape[0] != finite.shape[1] or (finite.sum(0) != 1).any() or (finite.sum(1) != 1).any():
+        return None
+    return finite.argmax(1)
+
+
+def _separated(matrix: Array, whole: int) -> tuple[Array, Array] | None:
+    """A column and a row that a matrix is the sum of, if it is one."""
+    if not np.isfinite(matrix).all():
+        return None
+    row = matrix[:1] - matrix[0, 0]
+    rest = np.abs(matrix - matrix[:, :1] - row).max()
+    return (matrix[:, 0], row[0]) if rest <= (0.0 if whole else _ROUNDING * np.abs(matrix).max()) else None
+
+
+def _undominated(num_spans: int, costs: Array, *rest: Array) -> Array | None:
+    """The strategies that no other one can always replace; None if these are all.
+
+    Args:
+        num_spans: how many of ``rest`` are usages of memory; the others are matrices to neighbours.
+        costs: of the strategies.
+    """
+    count = len(costs)
+    better = np.ones((count, count), bool)  # [p, q]: q can replace p
+    np.fill_diagonal(better, False)
+    for usage in rest[:num_spans]:
+        better &= usage[None, :] <= usage[:, None]
+        if not better.any():
+            return None
+    excess = costs[None, :] - costs[:, None]
+    for matrix in rest[num_spans:]:
+        with np.errstate(invalid="ignore"):
+            worst = matrix[None, :, :] - matrix[:, None, :]  # [p, q, k]: what q costs more than p beside k
+        excess = excess + np.where(np.isnan(worst), -np.inf, worst).max(axis=2)
+        better &= ~(excess == np.inf)
+        if not better.any():
+            return None
+    better &= excess <= 0
+    alive = np.ones(count, bool)
+    for p in range(count):
+        if (better[p] & alive).any():
+            alive[p] = False
+    return None if alive.all() else np.flatnonzero(alive)
 
 
 def _nothing_allowed(node: int) -> InfeasiblePlanError:

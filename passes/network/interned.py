@@ -1,0 +1,70 @@
+"""Arrays that are made once.
+
+Repeated layers make the same arrays again and again. Here equal arrays are one object, and a function of such objects is
+computed once (hash consing): what a reduction costs grows with what is different in a network, not with its size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import numpy as np
+
+Array = np.ndarray[Any, np.dtype[Any]]
+_T = TypeVar("_T")
+
+
+class Interner:
+    """Knows arrays by their contents, and results by what they were made of."""
+
+    def __init__(self) -> None:
+        self._by_content: dict[tuple[tuple[int, ...], str, bytes], Array] = {}
+        self._numbers: dict[int, int] = {}  # id -> number
+        self._known: list[Array] = []  # keeps what has a number
+        self._made: dict[tuple[Any, ...], Any] = {}
+        self._turned: dict[int, Array] = {}
+
+    def array(self, values: Array) -> Array:
+        """The one array with these contents. It must not be written to."""
+        if id(values) in self._numbers:
+            return values
+        values = np.ascontiguousarray(values)
+        key = values.shape, values.dtype.str, values.tobytes()
+        found = self._by_content.get(key)
+        if found is None:
+            found = self._by_content[key] = values
+            self._enter(found)
+        return found
+
+    def _enter(self, array: Array) -> None:
+        self._numbers[id(array)] = len(self._known)
+        self._known.append(array)
+
+    def number(self, array: Array) -> int:
+        """The number of an array that came from here: equal arrays, and only they, have equal ones."""
+        return self._numbers[id(array)]
+
+    def turned(self, matrix: Array) -> Array:
+        """The transpose."""
+        number = self._numbers[id(matrix)]
+        found = self._turned.get(number)
+        if found is None:
+            found = self.array(matrix.T)
+            self._turned[number] = found
+            self._turned.setdefault(self._numbers[id(found)], matrix)
+        return found
+
+    def made(self, name: str, function: Callable[..., Array], *parts: Array | int) -> Array:
+        """``function`` of arrays that came from here, computed once; the result is from here too."""
+        return self.known(name, lambda *values: self.array(function(*values)), *parts)
+
+    def known(self, name: str, function: Callable[..., _T], *parts: Array | int) -> _T:
+        """``function`` of arrays that came from here, or of integers, computed once."""
+        numbers = self._numbers
+        key = (name, *[part if isinstance(part, int) else numbers[id(part)] for part in parts])
+        try:
+            return self._made[key]
+        except KeyError:
+            found = self._made[key] = function(*parts)
+            return found
