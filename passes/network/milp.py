@@ -7,22 +7,16 @@ XLA's ``e >= s_p + s_q - 1`` is not. Memory rows are added when a solution viola
 
 from __future__ import annotations
 
-import datetime
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import scipy.sparse
-from ortools.math_opt import model_pb2
-from ortools.math_opt.python import mathopt
 
 from bactrian.passes.errors import InfeasiblePlanError
+from bactrian.passes.network.linear import LinearProgram, Result, Twins, finest_of, joined
 from bactrian.passes.network.reduce import Array, ReducedNetwork
 
 _ROWS_AT_ONCE = 12  # memory rows added after one solve
-_OBJECTIVE = 1e6  # the largest coefficient after scaling
 _GAP = 1e-9  # relative, at which a solution of costs that are no integers is called optimal
 _INTEGRAL = 1e-6  # as far from 0 and 1, HiGHS calls a variable integral
 _UNIT_GAP = 0.99  # for integers: what is left of a gap below 1 is none
@@ -38,14 +32,6 @@ class Outcome:
     bound: float
     optimal: bool
     memory_rows: int
-
-
-@dataclass(frozen=True)
-class _Twins:
-    """Classes of rows: the ``first`` row of each class, and the class ``number`` of each row."""
-
-    first: Array
-    number: Array
 
 
 class IntegerProgram:
@@ -70,9 +56,10 @@ class IntegerProgram:
         bound = self._network.constant
         integer = False  # first relaxed: its violated memory rows are most of those that bind
         while True:
-            status, values, bound_here = self._run(deadline, integer=integer)
-            if status == mathopt.TerminationReason.INFEASIBLE:
+            result = self._run(deadline, integer=integer)
+            if result.is_infeasible:
                 raise self._infeasible()
+            values, bound_here = result.values, result.bound + self._network.constant
             bound = max(bound, bound_here)
             if values is None:
                 return Outcome(None, bound, optimal=False, memory_rows=len(self._rows))
@@ -80,13 +67,12 @@ class IntegerProgram:
                 if self._add_rows(self._relaxed_profile(values)):
                     continue
                 integer = True
-                if status != mathopt.TerminationReason.OPTIMAL or not self._is_tight(values, bound_here):
+                if not result.is_optimal or not self._is_tight(values, bound_here):
                     continue
             choice = self._choice(values)
             profile = self._network.profile(choice)
             if not self._add_rows(profile) and not self._add_covers(choice, profile):
-                optimal = status == mathopt.TerminationReason.OPTIMAL and self.is_exact
-                return Outcome(choice, bound, optimal, len(self._rows))
+                return Outcome(choice, bound, result.is_optimal and self.is_exact, len(self._rows))
 
     def _is_tight(self, values: Array, bound: float) -> bool:
         """Whether the relaxed program's solution is a choice, as it mostly is: then it is the best one."""
@@ -101,8 +87,7 @@ class IntegerProgram:
     @property
     def is_exact(self) -> bool:
         """Whether HiGHS's tolerances are finer than the costs' differences."""
-        largest = float(np.abs(self._objective).max(initial=0.0)) / self._factor
-        return not self._network.whole or largest <= MOST_EXACT
+        return not self._network.whole or self._program.largest <= MOST_EXACT
 
     def _infeasible(self) -> InfeasiblePlanError:
         if self._network.limit is None or not self._rows:
@@ -119,9 +104,7 @@ class IntegerProgram:
 
     def _build(self) -> None:
         network = self._network
-        largest = max((float(m[np.isfinite(m)].max(initial=0.0)) for m in network.pairs.values()), default=0.0)
-        # Costs that are no integers and differ by less are equal: all together, far less than the gap that is proved.
-        self._finest = None if network.whole else max(1e-14 * largest, 1e-300)
+        finest = finest_of(list(network.pairs.values()), network.whole)
         costs = [network.costs[node] for node in self._nodes]
         rows, columns, values, low = list[Array](), list[Array](), list[Array](), list[float]()
         for node, own in zip(self._nodes, costs, strict=True):
@@ -131,7 +114,7 @@ class IntegerProgram:
             low.append(1.0)
         at = self._num_binary
         for (i, j), matrix in network.pairs.items():
-            own, others = self._twins(matrix), self._twins(matrix.T)
+            own, others = Twins.of(matrix, finest), Twins.of(matrix.T, finest)
             small = matrix[np.ix_(own.first, others.first)]
             first, second = np.nonzero(np.isfinite(small))
             pairs = at + np.arange(len(first))
@@ -149,63 +132,18 @@ class IntegerProgram:
             ]
             low += [0.0] * (small.shape[0] + small.shape[1])
             costs.append(small[first, second])
-        objective = np.concatenate(costs) if costs else np.zeros(0)
-        self._factor = _OBJECTIVE / max(float(np.abs(objective).max(initial=0.0)), 1e-300)
-        self._objective = objective * self._factor
-        shape = len(low), len(objective)
-        triples = (_joined(values, float), (_joined(rows, int), _joined(columns, int)))
-        self._matrix = scipy.sparse.csr_matrix(triples, shape=shape)
-        self._low, self._high = np.array(low), np.array(low)
+        triples = joined(values, float), joined(rows, int), joined(columns, int)
+        bounds = np.array(low)
+        self._program = LinearProgram(joined(costs, float), triples, bounds, bounds, self._num_binary)
 
-    def _twins(self, matrix: Array) -> _Twins:
-        """Rows that are equal: one variable serves them all."""
-        finest = self._finest
-        keys = matrix if finest is None else np.round(np.where(np.isfinite(matrix), matrix, 0.0) / finest)
-        keys = np.where(np.isfinite(matrix), keys, -1.0)  # costs are not negative
-        _, first, number = np.unique(keys, axis=0, return_index=True, return_inverse=True)
-        return _Twins(first, number.reshape(-1))
-
-    def _run(self, deadline: float, *, integer: bool) -> tuple[Any, Array | None, float]:
-        left = deadline - time.monotonic()
-        if left <= 0:
-            return None, None, -np.inf
-        model = mathopt.Model.from_model_proto(self._proto(integer))
-        result = mathopt.solve(
-            model,
-            mathopt.SolverType.HIGHS,
-            params=mathopt.SolveParameters(
-                time_limit=datetime.timedelta(seconds=left),
-                relative_gap_tolerance=0.0 if self._network.whole else _GAP,
-                absolute_gap_tolerance=_UNIT_GAP * self._factor if self._network.whole else None,
-                random_seed=0,
-            ),
+    def _run(self, deadline: float, *, integer: bool) -> Result:
+        whole = self._network.whole
+        return self._program.solve(
+            deadline,
+            integer=integer,
+            relative_gap=0.0 if whole else _GAP,
+            absolute_gap=_UNIT_GAP if whole else None,
         )
-        found = result.has_primal_feasible_solution()
-        values = np.fromiter(result.variable_values().values(), float, len(self._objective)) if found else None
-        bound = float(result.best_objective_bound())
-        return result.termination.reason, values, bound / self._factor + self._network.constant
-
-    def _proto(self, integer: bool) -> Any:
-        """The program as MathOpt reads it: building it variable by variable in Python would take longer than solving."""
-        count, rows = len(self._objective), len(self._low)
-        proto = model_pb2.ModelProto()
-        proto.variables.ids.extend(range(count))
-        proto.variables.lower_bounds.extend([0.0] * count)
-        proto.variables.upper_bounds.extend([1.0] * count)
-        proto.variables.integers.extend([integer and column < self._num_binary for column in range(count)])
-        used = np.flatnonzero(self._objective)
-        proto.objective.linear_coefficients.ids.extend(used.tolist())
-        proto.objective.linear_coefficients.values.extend(self._objective[used].tolist())
-        proto.linear_constraints.ids.extend(range(rows))
-        proto.linear_constraints.lower_bounds.extend(self._low.tolist())
-        proto.linear_constraints.upper_bounds.extend(self._high.tolist())
-        matrix = self._matrix.tocsr()
-        matrix.sort_indices()
-        matrix = matrix.tocoo()
-        proto.linear_constraint_matrix.row_ids.extend(matrix.row.tolist())
-        proto.linear_constraint_matrix.column_ids.extend(matrix.col.tolist())
-        proto.linear_constraint_matrix.coefficients.extend(matrix.data.tolist())
-        return proto
 
     def _choice(self, values: Array) -> dict[int, int]:
         return {
@@ -258,15 +196,7 @@ class IntegerProgram:
                 values.append(usage / unit)
             high.append((network.limit - float(fixed[place])) / unit)
         self._rows.update(places)
-        self._append_rows(rows, columns, values, high)
-
-    def _append_rows(self, rows: list[Array], columns: list[Array], values: list[Array], high: list[float]) -> None:
-        shape = len(high), len(self._objective)
-        triples = (_joined(values, float), (_joined(rows, int), _joined(columns, int)))
-        more = scipy.sparse.csr_matrix(triples, shape=shape)
-        self._matrix = scipy.sparse.vstack([self._matrix, more], format="csr")
-        self._low = np.concatenate([self._low, np.full(len(high), -np.inf)])
-        self._high = np.concatenate([self._high, high])
+        self._program.add_rows(values, rows, columns, high)
 
     def _over(self, profile: Array) -> Array:
         """Places where there is too much memory."""
@@ -294,9 +224,5 @@ class IntegerProgram:
                         columns.append(found)
             high.append(nodes - 1.0)
         if high:
-            self._append_rows(rows, columns, [np.ones(len(found)) for found in columns], high)
+            self._program.add_rows([np.ones(len(found)) for found in columns], rows, columns, high)
         return bool(high)
-
-
-def _joined(parts: Sequence[Array], kind: type) -> Array:
-    return np.concatenate(parts) if parts else np.zeros(0, kind)

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -115,12 +114,24 @@ class ReducedNetwork:
                 change[place] += values[choice[node]]
         return np.cumsum(change)
 
-    def expand(self, choice: dict[int, int], num_nodes: int) -> list[int]:
-        """The choice for the original nodes."""
+    def expand(self, choice: Mapping[int, int]) -> dict[int, int]:
+        """The choice for the nodes that were there at first."""
         whole = dict(choice)
         for undo in reversed(self._undo):
             undo(whole)
-        return [whole[node] for node in range(num_nodes)]
+        return whole
+
+    def restricted(self, keep: Mapping[int, Array]) -> ReducedNetwork:
+        """A copy with some strategies only, by node. Its `expand` leads back to this network."""
+        copy = ReducedNetwork.__new__(ReducedNetwork)
+        copy.__dict__.update(self.__dict__)
+        copy.costs, copy.pairs, copy._undo = dict(self.costs), dict(self.pairs), []
+        copy.neighbours = {node: dict(near) for node, near in self.neighbours.items()}
+        copy._fixed, copy._changes, copy._spans = self._fixed.copy(), dict(self._changes), {}
+        for node, strategies in keep.items():
+            if len(strategies) < len(copy.costs[node]):
+                copy._restrict(node, strategies)
+        return copy
 
     # Reductions
 

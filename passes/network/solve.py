@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, replace
 
-from bactrian.passes.errors import ConfigError
+from bactrian.passes.errors import ConfigError, InfeasiblePlanError
 from bactrian.passes.network.local import LocalSearch
 from bactrian.passes.network.problem import CostNetwork
 from bactrian.passes.network.reduce import ReducedNetwork
@@ -13,6 +13,7 @@ from bactrian.passes.network.reduce import ReducedNetwork
 _REDUCTION_SHARE = 0.5  # of the time, at most
 _RELAXED_SHARE = 0.25  # of the time, at most, for a first try without the memory limit
 _RELAXED_PAIRS = 0.8  # it is made if that leaves less than this part of the pairs
+_LIFTED_SHARE = 0.5  # of the time, at most, for classes of nodes that look alike
 _MOST_PRUNINGS = 4
 _SEARCH_SHARE = 0.15  # of the time, kept for a choice without proof where the program has given none
 
@@ -64,27 +65,46 @@ def solve(problem: CostNetwork, time_limit: float = 60.0) -> Solution:
         "pairs left": network.num_pairs,
     }
     choice, bound, proved = None, network.constant, True
-    if not network.costs:
-        choice = _allowed(problem, network.expand({}, count))
-    else:
-        from bactrian.passes.network.milp import IntegerProgram  # imports a solver
+    if network.costs:
+        from bactrian.passes.network.lifted import solve_lifted  # imports a solver
 
+        lifted = solve_lifted(network, begin + _LIFTED_SHARE * time_limit)
+        if lifted is not None:
+            bound, proved = lifted.bound, lifted.optimal
+            if lifted.choice is not None:
+                choice = _allowed(problem, _in_order(lifted.choice))
+            figures["classes"] = lifted.num_classes
+    if not network.costs:
+        choice = choice or _allowed(problem, _in_order(network.expand({})))
+    elif choice is None or not proved:
+        from bactrian.passes.network.milp import IntegerProgram
+
+        proved = True
+        best = choice
         for _ in range(_MOST_PRUNINGS):
             program = IntegerProgram(network)
-            outcome = program.solve(deadline - _SEARCH_SHARE * time_limit)
+            try:
+                outcome = program.solve(deadline - _SEARCH_SHARE * time_limit)
+            except InfeasiblePlanError:
+                if best is None:
+                    raise
+                proved = True  # what is better than the best was looked for, and is not there
+                break
             bound, proved, rows = max(bound, outcome.bound), outcome.optimal, rows + outcome.memory_rows
             if outcome.choice is not None:
-                choice = _allowed(problem, network.expand(outcome.choice, count))
+                choice = _allowed(problem, _in_order(network.expand(outcome.choice)))
             if choice is None or proved or program.is_exact:
                 break
             # Costs that the answer rules out are so large that they hide small differences: once more without them.
             network.prune(network.cost(outcome.choice or {}))
             network.reduce(deadline)
             if not network.costs:
-                choice, proved = _allowed(problem, network.expand({}, count)), True
+                choice, proved = _allowed(problem, _in_order(network.expand({}))), True
                 break
+        if best is not None and (choice is None or problem.cost(best) < problem.cost(choice)):
+            choice = best
         if choice is None and (found := LocalSearch(network).search(deadline)) is not None:
-            choice, proved = _allowed(problem, network.expand(found, count)), False
+            choice, proved = _allowed(problem, _in_order(network.expand(found))), False
     if choice is None:
         raise ConfigError(
             f"no allowed choice was found in {time_limit:g} s",
@@ -122,6 +142,10 @@ def _relaxed(problem: CostNetwork, network: ReducedNetwork, deadline: float) -> 
     except ConfigError:  # none in time
         return None
     return found if problem.is_allowed(found.choice) and found.optimal else None
+
+
+def _in_order(choice: dict[int, int]) -> list[int]:
+    return [choice[node] for node in sorted(choice)]
 
 
 def _allowed(problem: CostNetwork, choice: list[int]) -> list[int] | None:

@@ -1,0 +1,120 @@
+"""Repeated layers solved as one: the bound is one, and what is called proved is the best."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+
+from bactrian.passes.errors import InfeasiblePlanError
+from bactrian.passes.network import lifted
+from bactrian.passes.network.interned import Interner
+from bactrian.passes.network.problem import CostNetwork
+from bactrian.passes.network.reduce import ReducedNetwork
+from bactrian.passes.network.solve import Solution, solve
+
+
+def layers(seed: int) -> CostNetwork:
+    """Equal layers in a chain, with edges inside, to the next layer and back from a last node; other nodes at the ends."""
+    random = np.random.default_rng(seed)
+    inside, strategies, count = int(random.integers(2, 5)), int(random.integers(2, 5)), int(random.integers(4, 12))
+    kind: Any = random.choice([int, float])
+
+    def draw(*shape: int) -> Any:
+        values = random.integers(0, 30, shape)
+        values[random.random(shape) < 0.3] = 0
+        return values if kind is int else values / 7
+
+    own = [draw(strategies) for _ in range(inside)]
+    within = [(i, j, draw(strategies, strategies)) for i in range(inside) for j in range(i) if random.random() < 0.8]
+    onward = [(int(random.integers(inside)), int(random.integers(inside)), draw(strategies, strategies)) for _ in "ab"]
+    use = [random.integers(0, 9, strategies) for _ in range(inside)]
+    costs, usages, intervals = list[Any](), list[Any](), list[tuple[int, int]]()
+    edges, matrices = list[tuple[int, int]](), list[Any]()
+    for layer in range(count):
+        base = layer * inside
+        for node in range(inside):
+            costs.append(own[node])
+            usages.append(use[node])
+            intervals.append((base + node, 2 * count * inside - base - node))
+        for i, j, matrix in within:
+            edges.append((base + i, base + j))
+            matrices.append(matrix)
+        for i, j, matrix in onward if layer else ():
+            edges.append((base - inside + i, base + j))
+            matrices.append(matrix)
+    for end in (0, (count - 1) * inside):
+        costs.append(draw(strategies))
+        usages.append(np.zeros(strategies, int))
+        intervals.append((0, 0))
+        edges.append((end, len(costs) - 1))
+        matrices.append(draw(strategies, strategies))
+    problem = CostNetwork(tuple(costs), tuple(usages), tuple(intervals), tuple(edges), tuple(matrices))
+    if random.random() < 0.5:
+        return problem
+    least = CostNetwork(tuple(usages), tuple(usages), tuple(intervals), (), (), None)
+    low = least.peak([int(np.argmin(usage)) for usage in usages])
+    high = problem.peak(list(solve(problem).choice))
+    limit = int(low + random.random() * max(high - low, 0))
+    return CostNetwork(tuple(costs), tuple(usages), tuple(intervals), tuple(edges), tuple(matrices), limit)
+
+
+def plainly(problem: CostNetwork, monkeypatch: pytest.MonkeyPatch) -> Solution | None:
+    """The answer without classes."""
+    with monkeypatch.context() as patch:
+        patch.setattr(lifted, "solve_lifted", lambda *_: None)
+        try:
+            return solve(problem)
+        except InfeasiblePlanError:
+            return None
+
+
+@pytest.mark.parametrize(
+    "seeds", [range(60), *(pytest.param(range(n, n + 100), marks=pytest.mark.long) for n in range(60, 2060, 100))]
+)
+def test_bounds_and_proofs(seeds: range, monkeypatch: pytest.MonkeyPatch) -> None:
+    proved = tried = 0
+    for seed in seeds:
+        problem = layers(seed)
+        best = plainly(problem, monkeypatch)
+        if best is None:
+            with pytest.raises(InfeasiblePlanError):
+                solve(problem)
+            continue
+        assert best.optimal
+        tolerance = 0 if isinstance(best.cost, int) else 1e-8 * abs(best.cost)
+        network = ReducedNetwork(problem)
+        network.forbid()
+        network.forbid_by_memory()
+        network.normalise()
+        found = lifted.solve_lifted(network, time.monotonic() + 30)
+        if found is not None:
+            tried += 1
+            assert found.bound <= best.cost + tolerance
+            if found.choice is not None:
+                choice = [found.choice[node] for node in range(len(problem.costs))]
+                assert problem.is_allowed(choice)
+                assert problem.cost(choice) >= best.cost - tolerance
+                if found.optimal:
+                    proved += 1
+                    assert problem.cost(choice) <= best.cost + tolerance
+        whole = solve(problem)
+        assert whole.optimal
+        assert abs(whole.cost - best.cost) <= tolerance
+    assert tried > 0.5 * len(seeds)
+    assert proved > 0.5 * tried
+
+
+def test_equal_arrays_are_one() -> None:
+    arrays = Interner()
+    first, second = arrays.array(np.arange(6.0).reshape(2, 3)), arrays.array(np.arange(6.0).reshape(2, 3))
+    assert first is second
+    assert arrays.turned(arrays.turned(first)) is first
+    assert arrays.array(np.arange(6).reshape(2, 3)) is not first  # integers are others
+    calls = list[int]()
+    for _ in range(2):
+        made = arrays.made("double", lambda values: calls.append(1) or 2 * values, first)
+        assert made is arrays.array(2 * np.arange(6.0).reshape(2, 3))
+    assert len(calls) == 1
