@@ -13,12 +13,12 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from bactrian.passes.errors import InfeasiblePlanError
+from bactrian.passes.network import steps
 from bactrian.passes.network.interned import Array, Interner
 from bactrian.passes.network.problem import FORBIDDEN, CostNetwork
 
 _Undo = Callable[[dict[int, int]], None]
 
-_ROUNDING = 1e-13  # of the largest of the numbers that were added, where these are no integers
 _MOST_PAIRS = 4096  # entries of an edge that an elimination may make
 _MOST_DOMINANCE = 300  # strategies of a node for which dominance is looked at: the test is cubic
 
@@ -159,10 +159,10 @@ class ReducedNetwork:
         """Take the least cost of every node and edge to the constant: what is left is what a choice can save."""
         for table in (self.costs, self.pairs):
             for key, values in table.items():
-                least = self.arrays.known("least", _least, values)
+                least = self.arrays.known("least", steps.least, values)
                 self.constant += least
                 if least:
-                    table[key] = self.arrays.made("above least", _above_least, values)  # pyright: ignore
+                    table[key] = self.arrays.made("above least", steps.above_least, values)  # pyright: ignore
 
     def forbid_by_memory(self) -> None:
         """Drop strategies that don't fit even if everything else takes its least.
@@ -203,37 +203,35 @@ class ReducedNetwork:
 
     def forbid(self) -> None:
         """Drop strategies without a finite partner on some edge (arc consistency)."""
-        todo = dict.fromkeys(self.costs)
+        todo = steps.Queue(self.costs)
         while todo:
-            node = next(iter(todo))
-            del todo[node]
-            keep = self.arrays.known("possible", _possible, self.costs[node], *self._around(node))
+            node = todo.take()
+            keep = self.arrays.known("possible", steps.possible, self.costs[node], *self._around(node))
             if keep is not None:
                 if not len(keep):
                     raise _nothing_allowed(node)
                 self._restrict(node, keep)
-                todo.update(dict.fromkeys(self.neighbours[node]))
+                todo.add(self.neighbours[node])
 
     def contract(self) -> None:
         """Merge the ends of edges on which each strategy goes with exactly one of the other end."""
-        todo = dict.fromkeys(self.pairs)
+        todo = steps.Queue(self.pairs)
         while todo:
-            i, j = next(iter(todo))
-            del todo[i, j]
+            i, j = todo.take()
             if (i, j) not in self.pairs:
                 continue
             if len(self.neighbours[i]) < len(self.neighbours[j]):
                 i, j = j, i  # the one with fewer neighbours goes
-            partner = self.arrays.known("partners", _partners, self.matrix(i, j))
+            partner = self.arrays.known("partners", steps.partners, self.matrix(i, j))
             if partner is not None:
                 near = [other for other in self.neighbours[j] if other != i]
                 self._merge(i, j, self.arrays.array(partner))
-                todo.update(dict.fromkeys((min(i, other), max(i, other)) for other in near))
+                todo.add((min(i, other), max(i, other)) for other in near)
 
     def separate(self) -> None:
         """Give edges that are sums of a row and a column to their ends."""
         for i, j in list(self.pairs):
-            parts = self.arrays.known("separated", _separated, self.pairs[i, j], int(self.whole))
+            parts = self.arrays.known("separated", steps.separated, self.pairs[i, j], int(self.whole))
             if parts is not None:
                 for node, part in zip((i, j), parts, strict=True):
                     self._raise(node, self.arrays.array(part))
@@ -241,16 +239,15 @@ class ReducedNetwork:
 
     def eliminate(self) -> None:
         """Decide nodes that hold no memory of their own and have at most two neighbours, as functions of these."""
-        todo = dict.fromkeys(self.costs)
+        todo = steps.Queue(self.costs)
         while todo:
-            node = next(iter(todo))
-            del todo[node]
+            node = todo.take()
             if node not in self.costs:
                 continue
             if len(self.costs[node]) == 1:
                 near = list(self.neighbours[node])
                 self._decide(node)
-                todo.update(dict.fromkeys(near))
+                todo.add(near)
                 continue
             near = sorted(self.neighbours[node])
             if node in self._changes or len(near) > 2:
@@ -261,25 +258,24 @@ class ReducedNetwork:
                 if made > max(paid, 64) and (made > _MOST_PAIRS or tuple(near) not in self.pairs):
                     continue
             self._eliminate(node, near)
-            todo.update(dict.fromkeys(near))
+            todo.add(near)
 
     def dominate(self, deadline: float = float("inf")) -> None:
         """Drop strategies that another one of the same node can always replace, at no more cost and memory."""
-        todo = dict.fromkeys(self.costs)
+        todo = steps.Queue(self.costs)
         while todo and time.monotonic() < deadline:
-            node = next(iter(todo))
-            del todo[node]
+            node = todo.take()
             keep = self._undominated(node)
             if keep is not None:
                 self._restrict(node, keep)
-                todo.update(dict.fromkeys(self.neighbours[node]))
+                todo.add(self.neighbours[node])
 
     def _undominated(self, node: int) -> Array | None:
         costs = self.costs[node]
         if not 1 < len(costs) <= _MOST_DOMINANCE:
             return None
         spans = [self.arrays.array(usage) for _, _, usage in self.spans(node)]
-        return self.arrays.known("undominated", _undominated, len(spans), costs, *spans, *self._around(node))
+        return self.arrays.known("undominated", steps.undominated, len(spans), costs, *spans, *self._around(node))
 
     def _around(self, node: int) -> list[Array]:
         """The matrices to a node's neighbours, in an order that is equal where they are."""
@@ -306,9 +302,9 @@ class ReducedNetwork:
     def _restrict(self, node: int, keep: Array) -> None:
         """Only the strategies ``keep`` of a node are left."""
         keep = self.arrays.array(keep)
-        self.costs[node] = self.arrays.made("rows", _rows, self.costs[node], keep)
+        self.costs[node] = self.arrays.made("rows", steps.rows, self.costs[node], keep)
         for other in self.neighbours[node]:
-            rest = self.arrays.made("rows", _rows, self.matrix(node, other), keep)
+            rest = self.arrays.made("rows", steps.rows, self.matrix(node, other), keep)
             if node < other:
                 self.pairs[node, other] = rest
             else:
@@ -371,11 +367,11 @@ class ReducedNetwork:
     def _merge(self, i: int, j: int, partner: Array) -> None:
         """Node ``j`` follows node ``i``: strategy k of ``i`` goes with ``partner[k]`` of ``j``."""
         matrix = self.matrix(i, j)
-        self._raise(i, self.arrays.made("rows", _rows, self.costs[j], partner))
-        self._raise(i, self.arrays.made("along", _along, matrix, partner))
+        self._raise(i, self.arrays.made("rows", steps.rows, self.costs[j], partner))
+        self._raise(i, self.arrays.made("along", steps.along, matrix, partner))
         self._drop_pair(i, j)
         for other in list(self.neighbours[j]):
-            moved = self.arrays.made("rows", _rows, self.matrix(j, other), partner)
+            moved = self.arrays.made("rows", steps.rows, self.matrix(j, other), partner)
             self._drop_pair(j, other)
             self._add_pair(i, other, moved)
         if j in self._changes:
@@ -395,7 +391,7 @@ class ReducedNetwork:
             raise _nothing_allowed(node)
         self.constant += float(self.costs[node][0])
         for other in list(self.neighbours[node]):
-            self._raise(other, self.arrays.made("row", _row, self.matrix(node, other), 0))
+            self._raise(other, self.arrays.made("row", steps.row, self.matrix(node, other), 0))
             self._drop_pair(node, other)
         self._forget(node, lambda _: 0)
 
@@ -438,81 +434,6 @@ class ReducedNetwork:
             choice[node] = choose(choice)
 
         self._undo.append(undo)
-
-
-def _least(values: Array) -> float:
-    return float(values.min())
-
-
-def _above_least(values: Array) -> Array:
-    return values - values.min()
-
-
-def _rows(values: Array, keep: Array) -> Array:
-    return values[keep]
-
-
-def _row(matrix: Array, number: int) -> Array:
-    return matrix[number]
-
-
-def _along(matrix: Array, partner: Array) -> Array:
-    return matrix[np.arange(len(partner)), partner]
-
-
-def _possible(costs: Array, *around: Array) -> Array | None:
-    """The strategies with a finite partner on every edge; None if all have one."""
-    keep = np.isfinite(costs)
-    for matrix in around:
-        keep &= np.isfinite(matrix).any(axis=1)
-    return None if keep.all() else np.flatnonzero(keep)
-
-
-def _partners(matrix: Array) -> Array | None:
-    """For each row its one finite column, if there is one for each."""
-    finite = np.isfinite(matrix)
-    if finite.shape[0] != finite.shape[1] or (finite.sum(0) != 1).any() or (finite.sum(1) != 1).any():
-        return None
-    return finite.argmax(1)
-
-
-def _separated(matrix: Array, whole: int) -> tuple[Array, Array] | None:
-    """A column and a row that a matrix is the sum of, if it is one."""
-    if not np.isfinite(matrix).all():
-        return None
-    row = matrix[:1] - matrix[0, 0]
-    rest = np.abs(matrix - matrix[:, :1] - row).max()
-    return (matrix[:, 0], row[0]) if rest <= (0.0 if whole else _ROUNDING * np.abs(matrix).max()) else None
-
-
-def _undominated(num_spans: int, costs: Array, *rest: Array) -> Array | None:
-    """The strategies that no other one can always replace; None if these are all.
-
-    Args:
-        num_spans: how many of ``rest`` are usages of memory; the others are matrices to neighbours.
-        costs: of the strategies.
-    """
-    count = len(costs)
-    better = np.ones((count, count), bool)  # [p, q]: q can replace p
-    np.fill_diagonal(better, False)
-    for usage in rest[:num_spans]:
-        better &= usage[None, :] <= usage[:, None]
-        if not better.any():
-            return None
-    excess = costs[None, :] - costs[:, None]
-    for matrix in rest[num_spans:]:
-        with np.errstate(invalid="ignore"):
-            worst = matrix[None, :, :] - matrix[:, None, :]  # [p, q, k]: what q costs more than p beside k
-        excess = excess + np.where(np.isnan(worst), -np.inf, worst).max(axis=2)
-        better &= ~(excess == np.inf)
-        if not better.any():
-            return None
-    better &= excess <= 0
-    alive = np.ones(count, bool)
-    for p in range(count):
-        if (better[p] & alive).any():
-            alive[p] = False
-    return None if alive.all() else np.flatnonzero(alive)
 
 
 def _nothing_allowed(node: int) -> InfeasiblePlanError:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from bactrian.passes.errors import ConfigError, InfeasiblePlanError
 from bactrian.passes.network.local import LocalSearch
 from bactrian.passes.network.problem import CostNetwork
@@ -14,6 +16,7 @@ _REDUCTION_SHARE = 0.5  # of the time, at most
 _RELAXED_SHARE = 0.25  # of the time, at most, for a first try without the memory limit
 _RELAXED_PAIRS = 0.8  # it is made if that leaves less than this part of the pairs
 _LIFTED_SHARE = 0.5  # of the time, at most, for classes of nodes that look alike
+_FIRST_SHARE = 0.05  # of the time, at most, for a first choice
 _MOST_PRUNINGS = 4
 _SEARCH_SHARE = 0.15  # of the time, kept for a choice without proof where the program has given none
 
@@ -81,6 +84,12 @@ def solve(problem: CostNetwork, time_limit: float = 60.0) -> Solution:
 
         proved = True
         best = choice
+        if not IntegerProgram(network).is_exact:
+            # Some costs are so large that they hide small differences: those that any answer rules out can go.
+            found = LocalSearch(network).search(time.monotonic() + _FIRST_SHARE * time_limit)
+            if found is not None and network.profile(found).max(initial=0) <= (problem.limit or np.inf):
+                network.prune(network.cost(found))
+                network.reduce(deadline)
         for _ in range(_MOST_PRUNINGS):
             program = IntegerProgram(network)
             try:
