@@ -24,6 +24,7 @@ from bactrian.passes.frame.reproducer import versions
 from bactrian.passes.plan import Axes, Plan, axes_words
 from bactrian.passes.schedules import SCHEDULES
 from bactrian.passes.sharding.mesh import parse_axes
+from bactrian.passes.sharding.named import check_strategy
 from bactrian.runtime import faults
 
 _log = logging.getLogger("bactrian")
@@ -44,6 +45,7 @@ def parallelize(
     forward_only: bool = False,
     out_reduction: Any = "concat",
     mesh: str | Mapping[str, int] | None = None,
+    strategy: str = "auto",
 ) -> Parallelized: ...
 @overload
 def parallelize(
@@ -60,6 +62,7 @@ def parallelize(
     forward_only: bool = False,
     out_reduction: Any = "concat",
     mesh: str | Mapping[str, int] | None = None,
+    strategy: str = "auto",
 ) -> Callable[[Callable[..., Any]], Parallelized]: ...
 def parallelize(
     fun: Callable[..., Any] | None = None,
@@ -75,6 +78,7 @@ def parallelize(
     forward_only: bool = False,
     out_reduction: Any = "concat",
     mesh: str | Mapping[str, int] | None = None,
+    strategy: str = "auto",
 ) -> Parallelized | Callable[[Callable[..., Any]], Parallelized]:
     """Run a train step as a pipeline over the ranks of this job.
 
@@ -98,6 +102,8 @@ def parallelize(
             tree of ``concat``, ``mean``, ``sum``, ``last``.
         mesh: the axes of the devices of a stage, as in ``{"data": 2, "model": 4}`` or ``"data=2,model=4"``; each value
             of the step is laid out over them so that a step takes the least time. One device by default.
+        strategy: ``auto``, or a well-known plan for arguments on a mesh, for comparison: ``data``, ``zero1``, ``zero2``,
+            ``zero3``, ``megatron``; what it leaves open is chosen.
 
     Returns:
         A `Parallelized`, to be called like ``fun``.
@@ -117,6 +123,7 @@ def parallelize(
         out_reduction,
         _mesh(mesh),
         "" if cluster is None else _cluster_file(cluster),
+        strategy,
     )
     if fun is None:
         return lambda function: Parallelized(function, options)
@@ -138,6 +145,7 @@ class _Options:
     out_reduction: Any
     mesh: Axes | None = None
     cluster: str = ""
+    strategy: str = "auto"
 
     def __post_init__(self) -> None:
         if self.num_stages is not None and self.num_stages < 1:
@@ -146,6 +154,7 @@ class _Options:
             raise ConfigError(f"num_microbatches is {self.num_microbatches}", fix="give a number of 1 or more")
         if self.schedule not in SCHEDULES:
             raise ConfigError(f"unknown schedule {self.schedule!r}", fix=f"use one of {', '.join(sorted(SCHEDULES))}")
+        check_strategy(self.strategy)
         plan = self.plan
         if plan is not None:
             if self.num_stages not in (None, plan.num_stages):
@@ -321,6 +330,7 @@ class Traced:
         num_stages: int | None = None,
         num_layers: int | None = None,
         plan: Plan | None = None,
+        compare: bool = False,
     ) -> Planned:
         """Cut the program into stages; needs no device.
 
@@ -330,6 +340,7 @@ class Traced:
                 or one per rank.
             num_layers: groups of forward ops that stages are made of; as many as stages by default.
             plan: decisions to apply.
+            compare: on a mesh, predict what the well-known plans would take too.
 
         Raises:
             ProgramError: the program can't be cut so; the plan was made for another program.
@@ -352,8 +363,16 @@ class Traced:
                 stages,
                 num_layers or stages,
                 donate=self.options.donate,
-                mesh=self.options.mesh or (("data", 1),),
+                mesh=self._mesh(),
                 cluster=cluster,
+                strategy=self.options.strategy,
+                compare=compare,
+            )
+        if decisions.is_wide and not cluster and self.captured.platform != "cpu":
+            raise ConfigError(
+                f"a mesh of {self.captured.platform} devices needs a cluster file",
+                why="layouts depend on what the devices and their links can do, and only the cores of this host are known",
+                fix="parallelize(cluster='cluster.toml')",
             )
         with paused_collection():
             staged = stage_program(
@@ -364,8 +383,22 @@ class Traced:
                 schedule=self.captured.schedule,
                 num_microbatches=self.captured.num_microbatches,
                 plan=plan,
+                paths=[argument.path for argument in self.captured.arguments],
+                layouts=dict(self.homes.layouts) if self.homes is not None else None,
             )
         return Planned(self.captured, staged)
+
+    def _mesh(self) -> Axes:
+        """The mesh of every stage: the one that was asked for, or that on which the arguments are."""
+        asked, placed = self.options.mesh, None if self.homes is None else self.homes.mesh
+        if asked is not None and placed is not None and asked != placed:
+            raise ConfigError(
+                f"mesh is {axes_words(asked)}, but the arguments were placed on {axes_words(placed)}",
+                where=line_here(),
+                why="steps that share state share its mesh",
+                fix="leave mesh out, or pass bactrian.gather(...) of the state",
+            )
+        return asked or placed or (("data", 1),)
 
     def _check_homes(self, num_stages: int) -> None:
         placed = num_stages if self.homes is None else self.homes.num_stages

@@ -110,7 +110,7 @@ class Placement:
             if all(size == 1 for _, size in axes):
                 texts.append("whole on one device")
                 continue
-            mesh = ",".join(f"{name}={size}" for name, size in axes)
+            mesh = _words(axes)
             cuts = [f"dim {dim} over {' and '.join(names)}" for dim, names in enumerate(self.layouts[stage]) if names]
             texts.append(f"{', '.join(cuts) or 'whole on every device'} of {mesh}")
         return "; ".join(dict.fromkeys(texts))
@@ -118,6 +118,14 @@ class Placement:
     def same_place(self, other: Placement) -> bool:
         """Whether what lives at the other one lives here too, piece by piece."""
         return self.stages == other.stages and self.shardings == other.shardings
+
+    def same_layouts(self, other: Placement) -> bool:
+        """Whether the other one's stages have equal meshes here, and equal layouts."""
+        return all(
+            self.meshes.get(stage) == mesh and self.layouts.get(stage) == other.layouts.get(stage)
+            for stage, mesh in other.meshes.items()
+            if any(size > 1 for _, size in mesh)
+        )
 
     @cached_property
     def aval_key(self) -> tuple[tuple[int, ...], Any, bool]:
@@ -280,17 +288,21 @@ class Homes:
     Attributes:
         num_stages: of the step that placed them.
         stages: the stages that hold each, by argument number.
+        mesh: of every stage, if it has several devices.
+        layouts: the axes that cut the dims of each, by argument number, on such a mesh.
     """
 
     num_stages: int
     stages: tuple[tuple[int, tuple[int, ...]], ...]
+    mesh: Axes | None = None
+    layouts: tuple[tuple[int, Layout], ...] = ()
 
     @classmethod
     def of(cls, leaves: Sequence[Any]) -> Homes | None:
         """The homes of a call's array leaves, None if no step placed any.
 
         Raises:
-            ConfigError: the leaves come from steps with different numbers of stages.
+            ConfigError: the leaves come from steps with different numbers of stages or meshes.
         """
         placed = [
             (number, leaf)
@@ -309,7 +321,25 @@ class Homes:
                     why="arguments that are placed already share their stages",
                     fix="give both steps the same num_stages, or pass bactrian.gather(...) of one of them",
                 )
-        return cls(first.placement.num_stages, tuple((number, leaf.stages) for number, leaf in placed))
+        stages = tuple((number, leaf.stages) for number, leaf in placed)
+        meshes = {mesh: leaf for _, leaf in placed for mesh in leaf.placement.meshes.values()}
+        if len(meshes) > 1:
+            (one, leaf), (other, another) = list(meshes.items())[:2]
+            raise ConfigError(
+                f"{leaf.path} was placed on a mesh {_words(one)}, {another.path} on {_words(other)}",
+                where=line_here(),
+                why="arguments that are placed already share their mesh",
+                fix="give both steps the same mesh, or pass bactrian.gather(...) of one of them",
+            )
+        mesh = next(iter(meshes), None)
+        if mesh is None or all(size == 1 for _, size in mesh):
+            return cls(first.placement.num_stages, stages)
+        layouts = tuple((number, leaf.placement.layouts[leaf.stages[0]]) for number, leaf in placed)
+        return cls(first.placement.num_stages, stages, mesh, layouts)
+
+
+def _words(mesh: Axes) -> str:
+    return ",".join(f"{name}={size}" for name, size in mesh)
 
 
 def gather(tree: Any) -> Any:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from bactrian import __version__
 from bactrian.driver import script as scripts
 from bactrian.passes.errors import BactrianError, ConfigError
+from bactrian.passes.sharding.mesh import parse_axes
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -95,6 +96,9 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--num-stages", type=_count, metavar="S", help="pipeline stages")
     plan.add_argument("--num-microbatches", type=_count, metavar="M", help="microbatches per step")
     plan.add_argument("--schedule", help="order of the microbatches, e.g. 1f1b or gpipe")
+    plan.add_argument("--mesh", metavar="A=N,B=M", help="devices of the stage by axes, as in data=2,model=4")
+    plan.add_argument("--cluster", metavar="FILE", help="TOML file of the machines (default: the cores of this host)")
+    plan.add_argument("--strategy", metavar="NAME", help="auto, data, zero1, zero2, zero3 or megatron, on a mesh")
     plan.add_argument("--save", metavar="DIR", help="write plan.json and staged.mlir into this folder")
     plan.add_argument("--json", action="store_true", help="print the plan as JSON instead of a table")
 
@@ -160,9 +164,12 @@ def _plan(options: argparse.Namespace) -> int:
             f"cannot plan {options.step}: it is {_kind(step)}, not a parallelized function",
             fix="decorate the train step with `@bactrian.parallelize(...)` and name that",
         )
-    given = {name: getattr(options, name) for name in ("num_stages", "num_microbatches", "schedule")}
-    changes = {name: value for name, value in given.items() if value is not None}
-    planned = step.with_options(**changes).trace(*_example_arguments(options)).plan()
+    names = ("num_stages", "num_microbatches", "schedule", "strategy")
+    changes = {name: value for name in names if (value := getattr(options, name)) is not None}
+    if options.mesh is not None:
+        changes["mesh"] = parse_axes(options.mesh)
+    traced = step.with_options(**changes).trace(*_example_arguments(options))
+    planned = traced.plan(options.cluster, compare=True)
     if options.save:
         planned.save(options.save)
     if options.json:

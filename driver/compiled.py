@@ -125,6 +125,8 @@ class Compiled:
                     return False
                 if here.stages != wanted.stages and not set(wanted.stages).issubset(here.stages):
                     return False
+                if here.num_stages and not here.same_layouts(wanted):
+                    return False
         return True
 
     def call_placed(self, leaves: Sequence[Any]) -> Any:

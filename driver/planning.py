@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path, PurePath
@@ -11,6 +11,7 @@ from pathlib import Path, PurePath
 from jaxlib.mlir import ir
 
 from bactrian.driver.extract import extract
+from bactrian.driver.shardings import Layout, plan_layouts, read_sharding, write_layouts
 from bactrian.passes.costs import CPU_CORE, CostModel, Device, OpCost
 from bactrian.passes.frame.diagnostics import Diagnostic
 from bactrian.passes.frame.location import name_stack, user_place
@@ -19,6 +20,7 @@ from bactrian.passes.mesh_tensors import num_devices
 from bactrian.passes.plan import Axes, LayerPlan, Plan, StagePlan
 from bactrian.passes.program import body, integer_attribute, main_function, phase_of, stage_of
 from bactrian.passes.schedules import peak_in_flight
+from bactrian.passes.sharding_plan import ShardingPlan
 from bactrian.runtime.program import StagedProgram
 
 _DEVICES: dict[str, Device] = {"cpu": CPU_CORE}
@@ -34,6 +36,8 @@ class Decisions:
         donate: whether the update reuses the buffers of the old state.
         mesh: names and sizes of the axes of every stage's mesh.
         cluster: the file that describes the machines, "" for the cores of this host.
+        strategy: how layouts are chosen, as ``solve-shardings`` knows it.
+        compare: whether known plans are looked at too.
         time_limit: seconds for the choice of layouts.
     """
 
@@ -43,6 +47,8 @@ class Decisions:
     donate: bool = True
     mesh: Axes = (("data", 1),)
     cluster: str = ""
+    strategy: str = "auto"
+    compare: bool = False
     time_limit: float = 60.0
 
     @classmethod
@@ -71,10 +77,9 @@ class Decisions:
         donate = "" if self.donate else "{donate=false}"
         shardings = ""
         if self.is_wide:
-            cluster = f" cluster={quote(self.cluster)}" if self.cluster else ""
-            shardings = (
-                f"func.func(sdy-populate-op-sharding-rules),solve-shardings{{time-limit={self.time_limit}{cluster}}},"
-            )
+            options = f"time-limit={self.time_limit} strategy={self.strategy} compare={str(self.compare).lower()}"
+            options += f" cluster={quote(self.cluster)}" if self.cluster else ""
+            shardings = f"func.func(sdy-populate-op-sharding-rules),solve-shardings{{{options}}},"
         return (
             f"builtin.module(clone-cheap-ops,select-residuals,accumulate-gradients,{shardings}"
             f"split-stages{donate},loop-microbatches,schedule-microbatches)"
@@ -114,12 +119,16 @@ def stage_program(
     schedule: str,
     num_microbatches: int,
     plan: Plan | None = None,
+    paths: Sequence[str] = (),
+    layouts: Mapping[int, Layout] | None = None,
     reproducer_dir: str | None = None,
 ) -> Staged:
     """Run the passes on a captured module (which is consumed) and say what is predicted of the outcome.
 
     Args:
         plan: an existing plan to apply; its predictions are replaced by those of this run.
+        paths: of the arguments, for people.
+        layouts: of arguments on the mesh of the one stage, where they are given: the axes of each dim.
         reproducer_dir: where a failing pass writes its reproducer.
     """
     first = run_pipeline(module, decisions.assignment_pipeline(), reproducer_dir=reproducer_dir)
@@ -128,12 +137,23 @@ def stage_program(
         work = _measure(ops)
         layers = _name_layers(ops, decisions.num_layers)
         first_layers = _first_layers(ops, decisions.num_stages)
+        if decisions.is_wide:
+            given = {} if plan is None else plan_layouts(plan, paths)
+            write_layouts(module, given | dict(layouts or {}))
     second = run_pipeline(module, decisions.staging_pipeline(), reproducer_dir=reproducer_dir)
     program = extract(module)
     device = _DEVICES.get(platform)
+    sharding = read_sharding(module, program, paths)
     stages = tuple(
         _stage_plan(
-            program, stage, first_layers, decisions.num_layers, work.get(stage, _Work()), device, num_microbatches
+            program,
+            stage,
+            first_layers,
+            decisions.num_layers,
+            work.get(stage, _Work()),
+            device,
+            num_microbatches,
+            sharding,
         )
         for stage in range(decisions.num_stages)
     )
@@ -146,8 +166,8 @@ def stage_program(
         layers=layers,
         fingerprint=fingerprint,
         platform=platform,
-        predicted_step_seconds=_step_seconds(work, num_microbatches, device),
-        peak_memory_bytes=max((s.memory_bytes or 0 for s in stages), default=0),
+        predicted_step_seconds=_step_seconds(work, num_microbatches, device) if sharding is None else sharding.seconds,
+        peak_memory_bytes=max((s.device_memory_bytes or 0 for s in stages), default=0),
         options=plan.options if plan is not None else (),
     )
     return Staged(made, module, decisions.donate, (*first.diagnostics, *second.diagnostics))
@@ -267,6 +287,7 @@ def _stage_plan(
     work: _Work,
     device: Device | None,
     num_microbatches: int,
+    sharding: ShardingPlan | None,
 ) -> StagePlan:
     last = first_layers[stage + 1] - 1 if stage + 1 < len(first_layers) else num_layers - 1
     traffic = _Traffic(program, stage)
@@ -287,7 +308,8 @@ def _stage_plan(
         sent_bytes_forward=traffic.sent_bytes(("forward",)),
         sent_bytes_backward=traffic.sent_bytes(("backward", "forward_backward")),
         update_sent_bytes=traffic.sent_bytes(None),
-        predicted_seconds=per_step if device is not None else None,
+        predicted_seconds=sharding.seconds if sharding is not None else per_step if device is not None else None,
+        sharding=sharding,
     )
 
 

@@ -1,4 +1,7 @@
 // RUN: bactrian-opt %s --solve-shardings=memory-bytes=1000 --split-input-file --verify-diagnostics
+// RUN: not bactrian-opt %s --solve-shardings=strategy=zero4 2>&1 | FileCheck %s --check-prefix=STRATEGY
+// STRATEGY: unknown strategy 'zero4'
+// STRATEGY: use auto, or one of data, zero1, zero2, zero3, megatron
 
 // expected-error@unknown {{no op of @main has an sdy.sharding_rule}}
 module @no_rules attributes {bactrian.num_stages = 1 : i64} {

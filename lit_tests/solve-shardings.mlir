@@ -1,5 +1,13 @@
 // RUN: bactrian-opt %s --pass-pipeline='builtin.module(func.func(sdy-populate-op-sharding-rules),solve-shardings{time-limit=30})' --split-input-file | FileCheck %s
 
+// RUN: bactrian-opt %s --pass-pipeline='builtin.module(func.func(sdy-populate-op-sharding-rules),solve-shardings{strategy=zero3 compare=true})' --split-input-file | FileCheck %s --check-prefix=ZERO
+
+// Parameters, and what is added to them, are cut; the choice is compared with all known plans.
+// ZERO-LABEL: module @data_parallel
+// ZERO-SAME: compared = [{communication_seconds = {{.*}}, memory_bytes = {{.*}}, name = "data", seconds = {{.*}}}, {{.*}}name = "megatron"
+// ZERO-SAME: strategy = "zero3"
+// ZERO: tensor<64x64xf32> {bactrian.role = "state", sdy.sharding = #sdy.sharding<@stage0, [{"data"}, {}]>}
+
 // With all of the batch everywhere, every device has some columns of the weight, of the product and of the gradient:
 // nothing is sent at all.
 // CHECK-LABEL: module @columns

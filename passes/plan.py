@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import operator
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, cast
 
 from bactrian.passes.errors import ConfigError, ProgramError
+from bactrian.passes.plan_fields import Option, add_record, as_mapping, check_types, decode, encode
+from bactrian.passes.sharding_plan import ShardingPlan
 
 VERSION = 1
 PLAN_FILE = "plan.json"
@@ -19,7 +19,6 @@ STAGED_FILE = "staged.mlir"
 
 Axes = tuple[tuple[str, int], ...]
 """Names and sizes of a mesh's axes, the major one first."""
-Option = str | int | float | bool | None
 
 
 @dataclass(frozen=True)
@@ -55,6 +54,7 @@ class StagePlan:
     sent_bytes_backward: int | None = None
     update_sent_bytes: int | None = None
     predicted_seconds: float | None = None
+    sharding: ShardingPlan | None = None
 
     @property
     def num_layers(self) -> int:
@@ -77,6 +77,15 @@ class StagePlan:
         if self.state_bytes is None or self.activation_bytes is None or self.microbatches_in_flight is None:
             return None
         return self.state_bytes + self.activation_bytes * self.microbatches_in_flight
+
+    @property
+    def device_memory_bytes(self) -> int | None:
+        """Bytes of each device: what its layouts leave there, on a mesh of several."""
+        return self.memory_bytes if self.sharding is None else sum(nbytes for _, nbytes in self.sharding.memory_bytes)
+
+
+add_record(LayerPlan, "a list of layers")
+add_record(StagePlan, "a list of stages")
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,7 +112,7 @@ class Plan:
     version: int = field(default=VERSION, kw_only=True)
 
     def __post_init__(self) -> None:
-        _check_types(self, "plan")
+        check_types(self, "plan")
         object.__setattr__(self, "options", tuple(sorted(self.options, key=lambda option: option[0])))
         _check_decisions(self)
 
@@ -165,7 +174,7 @@ class Plan:
 
     def to_json(self) -> str:
         """Canonical JSON: fields in declaration order, options sorted, a newline at the end."""
-        return json.dumps({"version": self.version} | _encode(self), indent=1, allow_nan=False) + "\n"
+        return json.dumps({"version": self.version} | encode(self), indent=1, allow_nan=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str, *, source: str = PLAN_FILE) -> Plan:
@@ -182,7 +191,7 @@ class Plan:
             raise ConfigError(
                 f"cannot read plan {source}: not JSON: {error}", fix="restore or remake the plan"
             ) from None
-        data = _as_mapping(data, "plan", source)
+        data = as_mapping(data, "plan", source)
         version = data.get("version")
         if type(version) is not int or version != VERSION:
             shown = "no version" if version is None else f"version {json.dumps(version)}"
@@ -190,7 +199,7 @@ class Plan:
                 f"cannot read plan {source}: it has {shown}, this Bactrian reads version {VERSION}",
                 fix="make the plan again with `bactrian plan --save`",
             )
-        return _decode(cls, data, "plan", source)
+        return decode(cls, data, "plan", source)
 
     def save(self, directory: str | Path, staged_text: str | None = None) -> None:
         """Write ``plan.json``, and the staged module as ``staged.mlir`` if it is given, into a folder."""
@@ -290,88 +299,6 @@ def _show(value: Any) -> str:
     return f"{value:,}" if type(value) is int else str(value) or '""'
 
 
-# The JSON form. Each field is described by one kind, so that reading, writing and checking can't disagree.
-
-_Check = Callable[[Any], Any]
-
-
-def _integer(value: Any) -> int:
-    if isinstance(value, bool) or (number := operator.index(value)) < 0:
-        raise TypeError
-    return number
-
-
-def _number(value: Any) -> float:
-    if isinstance(value, (bool, str)) or not math.isfinite(number := float(value)) or number < 0:
-        raise TypeError
-    return number + 0.0  # -0.0 becomes 0.0
-
-
-def _string(value: Any) -> str:
-    if not isinstance(value, str):
-        raise TypeError
-    value.encode()  # a lone surrogate has no UTF-8
-    return value
-
-
-def _option(value: Any) -> Option:
-    if isinstance(value, float) and not math.isfinite(value):
-        raise TypeError
-    if value is not None and not isinstance(value, (str, int, float, bool)):
-        raise TypeError
-    return value
-
-
-def _items(value: Any, check: _Check) -> tuple[Any, ...]:
-    if isinstance(value, (str, Mapping)) or not isinstance(value, Iterable):
-        raise TypeError
-    return tuple(check(item) for item in cast(Iterable[Any], value))
-
-
-def _pairs(value: Any, check: _Check) -> tuple[tuple[str, Any], ...]:
-    pairs = tuple((_string(name), check(item)) for name, item in cast(Iterable[tuple[Any, Any]], value))
-    if len(dict(pairs)) != len(pairs):
-        raise TypeError
-    return pairs
-
-
-def _record(kind: type) -> _Check:
-    def check(value: Any) -> Any:
-        if not isinstance(value, kind):
-            raise TypeError
-        _check_types(value, kind.__name__)
-        return value
-
-    return check
-
-
-# Field type as it is written above -> (what it should be, check).
-_KINDS: dict[str, tuple[str, _Check]] = {
-    "int": ("an integer >= 0", _integer),
-    "float": ("a finite number >= 0", _number),
-    "str": ("a string", _string),
-    "tuple[str, ...]": ("a list of strings", lambda value: _items(value, _string)),
-    "tuple[tuple[str, int], ...]": ("axis names with sizes", lambda value: _pairs(value, _integer)),
-    "tuple[tuple[str, Option], ...]": ("option names with plain values", lambda value: _pairs(value, _option)),
-    "tuple[StagePlan, ...]": ("a list of stages", lambda value: _items(value, _record(StagePlan))),
-    "tuple[LayerPlan, ...]": ("a list of layers", lambda value: _items(value, _record(LayerPlan))),
-}
-_RECORDS: dict[str, type] = {"tuple[StagePlan, ...]": StagePlan, "tuple[LayerPlan, ...]": LayerPlan}
-
-
-def _check_types(record: Any, where: str) -> None:
-    """Bring every field into its one canonical form (numpy integers, lists and so on), or say what it should be."""
-    for item in fields(record):
-        kind, value = str(item.type), getattr(record, item.name)
-        if value is None and kind.endswith(" | None"):
-            continue
-        expected, check = _KINDS[kind.removesuffix(" | None")]
-        try:
-            object.__setattr__(record, item.name, check(value))
-        except (TypeError, ValueError, OverflowError):
-            raise ConfigError(f"bad plan: {where}.{item.name} should be {expected}, got {_brief(value)}") from None
-
-
 def _check_decisions(plan: Plan) -> None:
     problems: list[str] = []
     for name in ("num_stages", "num_microbatches", "num_layers"):
@@ -399,78 +326,6 @@ def _check_decisions(plan: Plan) -> None:
         problems.append(f"the stages end at layer {following - 1}, should end at layer {plan.num_layers - 1}")
     if problems:
         raise ConfigError("bad plan: " + "; ".join(problems[:5]))
-
-
-def _encode(record: Any) -> dict[str, Any]:
-    encoded: dict[str, Any] = {}
-    for item in fields(record):
-        kind, value = str(item.type), getattr(record, item.name)
-        if value is None:
-            continue
-        if kind.startswith("tuple[tuple["):
-            value = dict(value)
-        elif kind in _RECORDS:
-            value = [_encode(entry) for entry in value]
-        encoded[item.name] = value
-    return encoded
-
-
-def _decode(kind: type, data: dict[str, Any], where: str, source: str) -> Any:
-    known = {item.name: item for item in fields(kind)}
-    unknown = sorted(data.keys() - known.keys())
-    missing = [name for name, item in known.items() if item.default is MISSING and name not in data]
-    for label, names in (("unknown", unknown), ("missing", missing)):
-        if names:
-            keys = "key" if len(names) == 1 else "keys"
-            raise ConfigError(
-                f"cannot read plan {source}: {label} {keys} in {where}: {', '.join(map(repr, names[:5]))}",
-                fix=f"keys of {where.split('.')[-1].split('[')[0]} are {', '.join(known)}",
-            )
-    arguments: dict[str, Any] = {}
-    for name, value in data.items():
-        place, field_kind = f"{where}.{name}", str(known[name].type)
-        if field_kind in _RECORDS:
-            entries: list[Any] = (
-                cast(list[Any], value) if isinstance(value, list) else _wrong(source, place, "a list", value)
-            )
-            records = [_as_mapping(entry, f"{place}[{i}]", source) for i, entry in enumerate(entries)]
-            value = tuple(
-                _decode(_RECORDS[field_kind], entry, f"{place}[{i}]", source) for i, entry in enumerate(records)
-            )
-        else:
-            value = _decode_field(field_kind, value, place, source)
-        arguments[name] = value
-    try:
-        return kind(**arguments)
-    except ConfigError as error:
-        raise ConfigError(f"cannot read plan {source}: {error.message}") from None
-
-
-def _decode_field(kind: str, value: Any, place: str, source: str) -> Any:
-    if value is None and kind.endswith(" | None"):
-        return None
-    expected, check = _KINDS[kind.removesuffix(" | None")]
-    if kind.startswith("tuple[tuple["):
-        value = tuple(_as_mapping(value, place, source).items())
-    elif kind.startswith("tuple[") and not isinstance(value, list):
-        _wrong(source, place, expected, value)
-    try:
-        return check(value)
-    except (TypeError, ValueError, OverflowError):
-        return _wrong(source, place, expected, value)
-
-
-def _as_mapping(value: Any, where: str, source: str) -> dict[str, Any]:
-    return cast(dict[str, Any], value) if isinstance(value, dict) else _wrong(source, where, "an object", value)
-
-
-def _wrong(source: str, where: str, expected: str, value: Any) -> Any:
-    raise ConfigError(f"cannot read plan {source}: {where} should be {expected}, got {_brief(value)}")
-
-
-def _brief(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _refuse_constant(name: str) -> Any:

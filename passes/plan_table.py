@@ -7,6 +7,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 from bactrian.passes.plan import Option, Plan, StagePlan, add_known
+from bactrian.passes.sharding_table import compared_table, sharding_lines
 
 if TYPE_CHECKING:
     from rich.console import Console, Group, RenderableType
@@ -121,6 +122,11 @@ def render_plan(plan: Plan) -> Group:
     if any(stage.update_sent_bytes for stage in plan.stages):
         notes += f" · update sends {human_bytes(add_known(*(s.update_sent_bytes or 0 for s in plan.stages)))} a step"
     parts.append(Text(notes, style=_QUIET))
+    for stage in plan.stages:
+        if stage.sharding is not None:
+            lines = sharding_lines(stage.sharding, human_seconds, human_bytes)
+            parts += [Text(""), *(Text(line) for line in lines)]
+            parts.append(compared_table(stage.sharding, human_seconds, human_bytes))
     if plan.options:
         parts.append(
             Text("options: " + "  ".join(f"{name}={_option_text(value)}" for name, value in plan.options), style=_QUIET)

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from jaxlib.mlir import ir
 
 from bactrian.passes.cluster import CPU_HOST, read_cluster
-from bactrian.passes.errors import ConfigError, PassError
+from bactrian.passes.errors import ConfigError, InfeasiblePlanError, PassError
 from bactrian.passes.frame.base import Pass, PassContext, Statistic, option
 from bactrian.passes.mesh_tensors import mesh_axes, num_devices
 from bactrian.passes.network.solve import solve
-from bactrian.passes.program import integer_attribute, main_function
+from bactrian.passes.program import argument_roles, integer, integer_attribute, main_function, string_attribute
+from bactrian.passes.sharding.accounts import account
 from bactrian.passes.sharding.mesh import Mesh
 from bactrian.passes.sharding.model import ShardingModel
-from bactrian.passes.sharding.reading import drop_rules, read_program
+from bactrian.passes.sharding.named import AUTO, NAMED, check_strategy, named
+from bactrian.passes.sharding.reading import Reading, drop_rules, read_program
 from bactrian.passes.sharding.writing import Writer
 
 
@@ -30,12 +33,13 @@ class SolveShardings(Pass):
     devices do twice costs its time, collectives cost latency and bytes over the links of the cluster; forward and
     backward count once per microbatch, the update once per step. The next value of a state has the layout of the state.
 
-    Layouts that are there already (``sdy.sharding`` on arguments, ``sdy.sharding_constraint``) stay. Loops and other ops
+    Layouts that are there already (``sdy.sharding`` on arguments, ``sdy.sharding_constraint``) stay. With ``strategy``, the
+    arguments have the layouts of a known plan, and the rest is chosen. Loops and other ops
     without a rule are done whole by every device, with a remark; barriers and the gradient boundary hand layouts on.
 
     Requires: ``sdy.sharding_rule`` on ops (``func.func(sdy-populate-op-sharding-rules)``); a mesh ``@stage0``; one
     stage.
-    Ensures: ``sdy.sharding`` on every argument, result and op; no rules.
+    Ensures: ``sdy.sharding`` on every argument, result and op; no rules; ``bactrian.sharding`` with what is predicted.
 
     Example: the batch is large, so it is cut.
 
@@ -50,7 +54,7 @@ class SolveShardings(Pass):
     ```
 
     ```mlir
-    module attributes {bactrian.num_microbatches = 1 : i64, bactrian.num_stages = 1 : i64} {
+    module attributes {bactrian.num_microbatches = 1 : i64, bactrian.num_stages = 1 : i64, bactrian.sharding = {bound_seconds = 1.9398655999999998E-4 : f64, communication_seconds = 0.000000e+00 : f64, limit_bytes = 4294967296 : i64, memory_bytes = [{bytes = 262144 : i64, name = "batch"}, {bytes = 262144 : i64, name = "activations"}, {bytes = 16384 : i64, name = "parameters"}], seconds = 1.9398655999999998E-4 : f64, sent_bytes = {}, strategy = "auto"}} {
       sdy.mesh @stage0 = <["data"=4]>
       func.func public @main(%x: tensor<4096x64xf32> {bactrian.role = "batch", sdy.sharding = #sdy.sharding<@stage0, [{"data"}, {}]>}, %w: tensor<64x64xf32> {bactrian.role = "state", sdy.sharding = #sdy.sharding<@stage0, [{}, {}]>}) -> (tensor<4096x64xf32> {sdy.sharding = #sdy.sharding<@stage0, [{"data"}, {}]>}) {
         %y = stablehlo.dot_general %x, %w, contracting_dims = [1] x [0] {bactrian.phase = "forward", bactrian.stage = 0 : i64, sdy.sharding = #sdy.sharding_per_value<[<@stage0, [{"data"}, {}]>]>} : (tensor<4096x64xf32>, tensor<64x64xf32>) -> tensor<4096x64xf32>
@@ -70,6 +74,8 @@ class SolveShardings(Pass):
     cluster: str = option("", help="TOML file of the cluster; the host's cores by default")
     memory_bytes: int = option(0, help="of each device; 0 for what the cluster says")
     time_limit: float = option(60.0, help="seconds for the solver")
+    strategy: str = option(AUTO, help=f"auto, or a known plan: {', '.join(NAMED)}")
+    compare: bool = option(False, help="say what the known plans would take")
 
     def check_options(self) -> None:
         """Refuse what has no meaning."""
@@ -77,6 +83,7 @@ class SolveShardings(Pass):
             raise ConfigError(f"memory-bytes is {self.memory_bytes}, must not be negative")
         if not self.time_limit > 0:
             raise ConfigError(f"time-limit is {self.time_limit}, must be positive")
+        check_strategy(self.strategy)
 
     def apply(self, module: ir.Module, ctx: PassContext) -> None:
         """Read, solve, write."""
@@ -98,14 +105,70 @@ class SolveShardings(Pass):
         cluster = read_cluster(self.cluster) if self.cluster else CPU_HOST
         mesh: Mesh = cluster.mesh(meshes["stage0"])
         count = integer_attribute(module.operation, "bactrian.num_microbatches") or 1
-        reading = read_program(main, mesh, cluster, count, ctx.remark)
-        model = ShardingModel(reading.work, mesh, self.memory_bytes or cluster.memory_bytes)
+        limit = self.memory_bytes or cluster.memory_bytes
+        roles = argument_roles(main)
+        in_flight = count if string_attribute(module.operation, "bactrian.schedule") == "gpipe" else 1
+        reading = read_program(main, mesh, cluster, count, ctx.remark, in_flight)
+        compared = list[ir.Attribute]()
+        for name in NAMED if self.compare else ():
+            compared.append(
+                _figures(name, _known(named(reading, mesh, roles, name), mesh, limit, roles, self.time_limit))
+            )
+        if self.strategy != AUTO:
+            reading = named(reading, mesh, roles, self.strategy)
+        model = ShardingModel(reading.work, mesh, limit)
         ctx.count("strategies", model.network.num_strategies)
         solution = solve(model.network, self.time_limit)
-        writer = Writer(main, reading, model, model.shardings(solution.choice), "stage0")
+        shardings = model.shardings(solution.choice)
+        writer = Writer(main, reading, model, shardings, "stage0", count)
         writer.write()
         ctx.count("reshards", writer.num_reshards)
         gap = "optimal" if solution.optimal else f"at least {solution.bound:.4g} s"
         ctx.remark(
             main, f"a step takes {solution.cost:.4g} s ({gap}), a device holds {solution.memory / 2**20:.1f} MiB"
         )
+        taken = account(model, reading, roles, solution.choice, shardings)
+        sent = {kind: round(nbytes) for kind, nbytes in sorted(writer.sent_in_step.items())}
+        predicted: dict[str, ir.Attribute] = {
+            "strategy": ir.StringAttr.get(self.strategy),
+            "seconds": _number(solution.cost),
+            "bound_seconds": _number(solution.bound),
+            "communication_seconds": _number(taken.communication_seconds),
+            "limit_bytes": integer(limit),
+            "sent_bytes": ir.DictAttr.get({kind: integer(nbytes) for kind, nbytes in sent.items()}),
+            "memory_bytes": ir.ArrayAttr.get(
+                [ir.DictAttr.get({"name": ir.StringAttr.get(n), "bytes": integer(b)}) for n, b in taken.memory]
+            ),
+        }
+        if compared:
+            predicted["compared"] = ir.ArrayAttr.get(compared)
+        module.operation.attributes["bactrian.sharding"] = ir.DictAttr.get(predicted)
+
+
+def _known(
+    reading: Reading, mesh: Mesh, limit: int, roles: Sequence[str], time_limit: float
+) -> tuple[float, float, int] | None:
+    """Seconds, those of communication, and memory of a known plan; None where it does not fit."""
+    model = ShardingModel(reading.work, mesh, limit)
+    try:
+        solution = solve(model.network, time_limit)
+    except InfeasiblePlanError:
+        return None
+    taken = account(model, reading, roles, solution.choice, model.shardings(solution.choice))
+    return float(solution.cost), taken.communication_seconds, round(solution.memory)
+
+
+def _figures(name: str, found: tuple[float, float, int] | None) -> ir.Attribute:
+    fields: dict[str, ir.Attribute] = {"name": ir.StringAttr.get(name)}
+    if found is not None:
+        seconds, communication, memory = found
+        fields |= {
+            "seconds": _number(seconds),
+            "communication_seconds": _number(communication),
+            "memory_bytes": integer(memory),
+        }
+    return ir.DictAttr.get(fields)
+
+
+def _number(value: float) -> ir.Attribute:
+    return ir.FloatAttr.get(ir.F64Type.get(), float(value))

@@ -41,7 +41,7 @@ class Step:
     def trace(self, *args):
         assert args == (1, 2), args
         return self
-    def plan(self):
+    def plan(self, cluster=None, compare=False):
         S = self.num_stages
         if S > 4:
             raise InfeasiblePlanError(f"cannot make {S} stages of 4 layers", fix="use at most 4")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import models
 import numerics
 import numpy as np
@@ -13,6 +15,7 @@ import pytest
 import bactrian
 from bactrian.driver.compiled import Compiled
 from bactrian.passes.errors import ConfigError
+from bactrian.passes.sharding.named import NAMED
 
 # Slow devices on fast links: whatever can be cut is.
 SLOW = """
@@ -52,7 +55,13 @@ def cut(compiled: Compiled) -> list[str]:
     return [p.layout for p in compiled.placements if any(any(layout) for layout in p.layouts.values())]
 
 
-@pytest.mark.parametrize("name", models.MODELS_COVER)
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in models.SMALL_COVER else pytest.param(name, marks=pytest.mark.long)
+        for name in models.MODELS_COVER
+    ],
+)
 def test_models_equal_one_device(name: str, slow: Path) -> None:
     number = models.MODELS_COVER.index(name)
     case = models.train_case(name, ("adamw", "sgd")[number % 2], microbatches=(1, 2, 4)[number % 3])
@@ -73,6 +82,74 @@ def test_three_axes_and_sizes_that_are_no_powers_of_two(slow: Path) -> None:
     for mesh in ("data=3,model=2", {"data": 2, "model": 3}, "a=2,b=2,c=2", "a=6"):
         for microbatches in (1, 2):
             assert cut(check(built, mesh=mesh, num_microbatches=microbatches, cluster=slow))
+
+
+@pytest.mark.parametrize(
+    ("name", "strategy"),
+    [("mlp/plain", name) for name in NAMED] + [("gpt-tied-dropout/linen", name) for name in ("zero2", "megatron")],
+)
+def test_known_plans_equal_one_device(name: str, strategy: str, slow: Path) -> None:
+    case = models.train_case(name, "adamw", microbatches=2, schedule=("gpipe", "1f1b")[len(strategy) % 2])
+    compiled = check(case.make(), mesh="data=2,model=2", cluster=slow, strategy=strategy)
+    layouts = cut(compiled)
+    # All dims of this MLP belong together with the batch's, so there are no pairs of columns and rows.
+    assert bool(layouts) == (strategy != "data" and (name, strategy) != ("mlp/plain", "megatron"))
+    if strategy == "megatron":
+        assert all("data" not in layout.partition(" of ")[0] for layout in layouts)
+    sharding = compiled.plan.stages[0].sharding
+    assert sharding is not None and sharding.strategy == strategy and sharding.is_optimal
+
+
+def test_a_plan_is_applied_as_it_is(slow: Path, tmp_path: Path) -> None:
+    """Saved, loaded, applied: the same bytes; changed by hand: the layouts that it says."""
+    built = models.train_case("mlp/plain", "adamw", microbatches=2, stages=1).make()
+    step = bactrian.parallelize(built.step, **built.options, mesh="data=2,model=4", cluster=slow)
+    planned = step.trace(built.state, *built.batches[0]).plan()
+    planned.save(tmp_path)
+    again = bactrian.parallelize(built.step, plan=tmp_path, cluster=slow)
+    assert again.trace(built.state, *built.batches[0]).plan().plan.to_json() == planned.plan.to_json()
+    stage = planned.plan.stages[0]
+    assert stage.sharding is not None
+    layouts = dict(stage.sharding.layouts)
+    path = next(path for path, text in layouts.items() if path.endswith("['w']") and "params" in path)
+    changed = dataclasses.replace(stage.sharding, layouts=((path, "-,model"),))
+    plan = dataclasses.replace(planned.plan, stages=(dataclasses.replace(stage, sharding=changed),))
+    compiled = check(built, plan=plan, mesh=None, cluster=slow)
+    assert [p.layout for p in compiled.placements if p.path == path] == ["dim 1 over model of data=2,model=4"]
+    wrong = dataclasses.replace(stage.sharding, layouts=(("nothing", "-"),))
+    plan = dataclasses.replace(planned.plan, stages=(dataclasses.replace(stage, sharding=wrong),))
+    with pytest.raises(ConfigError, match="nothing, which is no argument"):
+        check(built, plan=plan, cluster=slow)
+
+
+def test_a_second_step_takes_the_placement_of_the_first(slow: Path) -> None:
+    built = models.train_case("mlp/plain", "adamw", stages=1).make()
+    step = bactrian.parallelize(built.step, **built.options, mesh="data=2,model=4", cluster=slow)
+    state, _ = step(built.state, *built.batches[0])
+
+    def evaluate(state: Any, batch: Any) -> Any:
+        return sum(jnp.sum(jnp.square(leaf["w"])) for leaf in state["params"]) + batch["x"].sum()
+
+    forward = bactrian.parallelize(evaluate, num_stages=1, forward_only=True, out_reduction="mean")
+    value = forward(state, *built.batches[0])
+    np.testing.assert_allclose(value, forward.reference(state, *built.batches[0]), rtol=1e-5)
+    for number, placement in enumerate(forward.compiled.placements):
+        assert placement.same_place(step.compiled.placements[number]) or not placement.stages
+    other = bactrian.parallelize(evaluate, num_stages=1, forward_only=True, out_reduction="mean", mesh="data=4")
+    with pytest.raises(ConfigError, match="mesh is data=4, but the arguments were placed on data=2,model=4"):
+        other(state, *built.batches[0])
+
+
+def test_the_choice_is_never_worse_than_a_known_plan(slow: Path) -> None:
+    for name in ("mlp/plain", "conv/linen"):
+        built = models.train_case(name, "adamw", microbatches=1, stages=1).make()
+        for cluster in (slow, None):
+            step = bactrian.parallelize(built.step, **built.options, mesh="data=2,model=2", cluster=cluster)
+            sharding = step.trace(built.state, *built.batches[0]).plan(compare=True).plan.stages[0].sharding
+            assert sharding is not None and sharding.is_optimal
+            assert [row.name for row in sharding.compared] == list(NAMED)
+            for row in sharding.compared:
+                assert row.seconds is None or row.seconds >= sharding.seconds * (1 - 1e-9), row
 
 
 def test_gathered_and_put_again(slow: Path) -> None:

@@ -39,6 +39,8 @@ class Operation:
         scatters: whether its partial results are sums.
         keeps: whether its results take memory; what is fused into its readers does not.
         given: if somebody has decided that, the layout that its operand and its result must have.
+        lasts: whether its results are there during the whole step, as sums over microbatches are.
+        copies: how many of its results are there at once: one for each microbatch in flight.
     """
 
     operands: tuple[int, ...]
@@ -49,6 +51,8 @@ class Operation:
     scatters: bool = True
     keeps: bool = True
     given: Layout | None = None
+    lasts: bool = False
+    copies: int = 1
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,8 @@ class Work:
         fixed: layouts that were given, by argument.
         loads: for arguments that come from the host in every step, the seconds that all of one takes one device.
         kept: values that must be there when the program ends; they may have any layout.
+        wanted: values (no arguments) and the layouts that they are left in by their ops, where these can.
+        batch_copies: how many microbatches of a batch argument are there at once.
     """
 
     values: tuple[Tensor, ...]
@@ -72,6 +78,8 @@ class Work:
     fixed: tuple[tuple[int, Layout], ...] = ()
     loads: tuple[tuple[int, float], ...] = ()
     kept: tuple[int, ...] = ()
+    wanted: tuple[tuple[int, Layout], ...] = ()
+    batch_copies: int = 1
 
 
 @dataclass(frozen=True)
@@ -134,7 +142,16 @@ class ShardingModel:
             one = (op.given,)
             return (Strategy((None,) * len(self.mesh.axes), one, one, one, (), self.mesh.parts(sum(op.given, ()))),)
         sizes = tuple(float(self.work.values[value].nbytes) for value in op.results)
-        return strategies(op.rule, sizes, self.mesh, op.scatters)
+        choices = strategies(op.rule, sizes, self.mesh, op.scatters)
+        for position, value in enumerate(op.results):
+            if value in self._wanted:
+                fitting = tuple(s for s in choices if s.results[position] == self._wanted[value])
+                choices = fitting or choices
+        return choices
+
+    @cached_property
+    def _wanted(self) -> dict[int, Layout]:
+        return dict(self.work.wanted)
 
     @cached_property
     def network(self) -> CostNetwork:
@@ -150,7 +167,7 @@ class ShardingModel:
             index = np.array([table.number[layout] for layout in layouts])
             layouts_of[number] = len(costs), index
             costs.append(loads.get(number, 0.0) * table.shares[index])
-            usages.append(_whole_bytes(table.local[index]))
+            usages.append(_whole_bytes((work.batch_copies if number in loads else 1) * table.local[index]))
             intervals.append((0, end))
         edges, matrices = list[tuple[int, int]](), list[_Matrix]()
 
@@ -176,8 +193,9 @@ class ShardingModel:
                 layouts_of[value] = node, index
                 if op.keeps and value not in own:
                     held = held + self.tables[value].local[index]
-            usages.append(_whole_bytes(held))
-            intervals.append((at, max((last[value] for value in op.results), default=at) + 1))
+            usages.append(_whole_bytes(op.copies * held))
+            until = max((last[value] for value in op.results), default=at) + 1
+            intervals.append((0, end) if op.lasts else (at, until))
             for position, value in enumerate(op.operands):
                 table = self.tables[value]
                 connect(value, node, np.array([table.number[s.operands[position]] for s in choices]), op.weight)

@@ -13,7 +13,9 @@ from bactrian.passes.cluster import Cluster
 from bactrian.passes.costs import HEAVY, CostModel
 from bactrian.passes.errors import PassError, ProgramError
 from bactrian.passes.program import (
+    BACKWARD,
     BOUNDARY,
+    FORWARD,
     MICROBATCH_INDEX,
     UPDATE,
     Dataflow,
@@ -98,7 +100,12 @@ class Reading:
 
 
 def read_program(
-    main: ir.Operation, mesh: Mesh, cluster: Cluster, num_microbatches: int, remark: Callable[[ir.Operation, str], None]
+    main: ir.Operation,
+    mesh: Mesh,
+    cluster: Cluster,
+    num_microbatches: int,
+    remark: Callable[[ir.Operation, str], None],
+    in_flight: int = 1,
 ) -> Reading:
     """Read ``@main``.
 
@@ -108,6 +115,7 @@ def read_program(
         cluster: whose devices do the work.
         num_microbatches: how often forward and backward run in a step.
         remark: told of ops that nothing is known of.
+        in_flight: microbatches whose activations are there at once.
 
     Raises:
         PassError: no op has a rule; a sharding that is given names other axes.
@@ -120,7 +128,7 @@ def read_program(
             "no op of @main has an sdy.sharding_rule", fix="run func.func(sdy-populate-op-sharding-rules) first"
         )
     _refuse_result_shardings(main)
-    reader = _Reader(flow, mesh, cluster, num_microbatches, remark)
+    reader = _Reader(flow, mesh, cluster, num_microbatches, remark, in_flight)
     parts = [reader.part(index) for index, op in enumerate(flow.ops[:-1]) if not _hands_on(op)]
     value_of = reader.value_of
     updates = [
@@ -139,6 +147,7 @@ def read_program(
             for number in _batch_arguments(main)
         ),
         kept=tuple(value_of[value] for value in flow.operands[-1]),
+        batch_copies=in_flight,
     )
     return Reading(work, flow, tuple(parts), tuple(value_of))
 
@@ -153,9 +162,10 @@ class _Reader:
         cluster: Cluster,
         num_microbatches: int,
         remark: Callable[[ir.Operation, str], None],
+        in_flight: int,
     ) -> None:
         self._flow, self._mesh, self._cluster = flow, mesh, cluster
-        self._num_microbatches, self._remark = num_microbatches, remark
+        self._num_microbatches, self._remark, self._in_flight = num_microbatches, remark, in_flight
         self._model = CostModel()
         self._free = [False] * len(flow.values)
         self.value_of = list(range(len(flow.values)))
@@ -164,6 +174,12 @@ class _Reader:
                 for value, operand in zip(flow.results[index], flow.operands[index], strict=True):
                     self.value_of[value] = self.value_of[operand]
         self._from_memory = _read_from_memory(flow, self.value_of)
+        self._in_backward = {
+            self.value_of[value]
+            for reads, phase in zip(flow.operands, flow.phases, strict=True)
+            if phase == BACKWARD
+            for value in reads
+        }
 
     def part(self, index: int) -> Part:
         """One op."""
@@ -195,6 +211,10 @@ class _Reader:
             scatters=_sums(op),
             keeps=keeps,
             given=given,
+            lasts="bactrian.accumulate" in op.attributes,
+            copies=self._in_flight
+            if phase_of(op) == FORWARD and any(value in self._in_backward for value in results)
+            else 1,
         )
         return Part(index, operation, rule, read[: len(rule.operands)])
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import sdy
 
-from bactrian.passes.program import UPDATE, nested_operations, result_updates, set_operand, terminator
+from bactrian.passes.program import UPDATE, nested_operations, phase_of, result_updates, set_operand, terminator
 from bactrian.passes.sharding.layouts import Layout, replicated
 from bactrian.passes.sharding.mesh import Mesh
 from bactrian.passes.sharding.model import ShardingModel, Shardings
@@ -38,15 +38,25 @@ class Writer:
         model: its tables.
         shardings: what was chosen.
         mesh_name: the symbol of the mesh.
+        num_microbatches: how often forward and backward run in a step.
     """
 
     def __init__(
-        self, main: ir.Operation, reading: Reading, model: ShardingModel, shardings: Shardings, mesh_name: str
+        self,
+        main: ir.Operation,
+        reading: Reading,
+        model: ShardingModel,
+        shardings: Shardings,
+        mesh_name: str,
+        num_microbatches: int = 1,
     ) -> None:
         self.main, self.reading, self.model, self.mesh_name = main, reading, model, mesh_name
+        self.num_microbatches = num_microbatches
         self.mesh = model.mesh
         self.num_reshards = 0
-        self.sent: dict[str, float] = {}  # by kind of collective, bytes that each device sends when all ops run once
+        # By kind of collective, bytes that each device sends: when all ops run once, and in a step.
+        self.sent: dict[str, float] = {}
+        self.sent_in_step: dict[str, float] = {}
         self._chosen = self._free_ones_chosen(shardings)
         self._arguments = shardings.arguments
         self._home: dict[int, Layout] = {}  # of values: the layout that they have for all readers
@@ -79,7 +89,7 @@ class Writer:
                 continue
             self._annotate(op, strategy.partial)
             for reduction in strategy.reductions:
-                self._count(reduction.kind, reduction.nbytes)
+                self._count(reduction.kind, reduction.nbytes, part.operation.weight)
             for value, made, final in zip(flow.results[index], strategy.partial, strategy.results, strict=True):
                 self._home[value] = final
                 if made != final:  # together with the reduction, a reduce-scatter
@@ -134,18 +144,20 @@ class Writer:
         if home is None or home == layout or not self.reading.work.values[value].shape:
             return current
         phase = _phase(reader)
+        weight = 1.0 if phase_of(reader) in (UPDATE, None) else self.num_microbatches
         with ir.InsertionPoint(reader):
             for move in self.model.tables[value].way(home, layout):
                 key = number, phase, move.target
                 if key not in self._copies:
-                    self._count(move.kind, move.nbytes)
+                    self._count(move.kind, move.nbytes, weight)
                     self._copies[key] = self._reshard(current, move.target, reader)
                 current = self._copies[key]
         return current
 
-    def _count(self, kind: str, nbytes: float) -> None:
+    def _count(self, kind: str, nbytes: float, weight: float) -> None:
         if nbytes:
             self.sent[kind] = self.sent.get(kind, 0.0) + nbytes
+            self.sent_in_step[kind] = self.sent_in_step.get(kind, 0.0) + weight * nbytes
 
     def _reshard(self, value: ir.Value, layout: Layout, place: ir.Operation) -> ir.Value:
         self.num_reshards += 1

@@ -1,0 +1,97 @@
+"""Layouts between the plan, the user's arguments and the IR."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from jaxlib.mlir import ir
+
+from bactrian.passes.errors import ConfigError
+from bactrian.passes.mesh_tensors import SHARDING
+from bactrian.passes.plan import Plan
+from bactrian.passes.program import main_function
+from bactrian.passes.sharding_plan import ShardingFigures, ShardingPlan
+from bactrian.runtime.program import StagedProgram
+
+Layout = tuple[tuple[str, ...], ...]
+_WHOLE = "-"
+
+
+def layout_text(layout: Layout) -> str:
+    """``data+model,-``: the axes of each dim, ``-`` for a whole one."""
+    return ",".join("+".join(axes) or _WHOLE for axes in layout)
+
+
+def _layout_of(text: str) -> Layout:
+    return tuple(() if dim == _WHOLE else tuple(dim.split("+")) for dim in text.split(",")) if text else ()
+
+
+def plan_layouts(plan: Plan, paths: Sequence[str]) -> dict[int, Layout]:
+    """The layouts that a plan gives to arguments, by number.
+
+    Raises:
+        ConfigError: it names an argument that is not there.
+    """
+    sharding = plan.stages[0].sharding
+    if sharding is None:
+        return {}
+    numbers = {path: number for number, path in enumerate(paths)}
+    unknown = [path for path, _ in sharding.layouts if path not in numbers]
+    if unknown:
+        raise ConfigError(
+            f"the plan has a layout for {unknown[0]}, which is no argument of the step", fix="take it out of the plan"
+        )
+    return {numbers[path]: _layout_of(text) for path, text in sharding.layouts}
+
+
+def write_layouts(module: ir.Module, layouts: Mapping[int, Layout]) -> None:
+    """Give arguments of ``@main`` their layouts on the first stage's mesh."""
+    main = main_function(module)
+    if not layouts:
+        return
+    entries = [ir.DictAttr(entry) for entry in ir.ArrayAttr(main.attributes["arg_attrs"])]
+    for number, layout in layouts.items():
+        dims = ", ".join("{" + ", ".join(f'"{axis}"' for axis in axes) + "}" for axes in layout)
+        own = {item.name: item.attr for item in entries[number]}
+        own[SHARDING] = ir.Attribute.parse(f"#sdy.sharding<@stage0, [{dims}]>")
+        entries[number] = ir.DictAttr.get(own)
+    main.attributes["arg_attrs"] = ir.ArrayAttr.get(entries)
+
+
+def read_sharding(module: ir.Module, program: StagedProgram, paths: Sequence[str]) -> ShardingPlan | None:
+    """What ``solve-shardings`` has written, None where it had nothing to choose."""
+    with module.context:
+        if "bactrian.sharding" not in module.operation.attributes:
+            return None
+        found = ir.DictAttr(module.operation.attributes["bactrian.sharding"])
+        memory = [ir.DictAttr(entry) for entry in ir.ArrayAttr(found["memory_bytes"])]
+        compared = [ir.DictAttr(entry) for entry in ir.ArrayAttr(found["compared"])] if "compared" in found else []
+        layouts = {piece.argument: layout_text(program.values[piece.value].layout) for piece in program.arguments}
+        return ShardingPlan(
+            strategy=ir.StringAttr(found["strategy"]).value,
+            seconds=_float(found["seconds"]),
+            bound_seconds=_float(found["bound_seconds"]),
+            communication_seconds=_float(found["communication_seconds"]),
+            sent_bytes=tuple((item.name, _integer(item.attr)) for item in ir.DictAttr(found["sent_bytes"])),
+            memory_bytes=tuple((ir.StringAttr(entry["name"]).value, _integer(entry["bytes"])) for entry in memory),
+            limit_bytes=_integer(found["limit_bytes"]),
+            layouts=tuple((paths[number], text) for number, text in sorted(layouts.items()) if number < len(paths)),
+            compared=tuple(_figures(entry) for entry in compared),
+        )
+
+
+def _figures(entry: ir.DictAttr) -> ShardingFigures:
+    name = ir.StringAttr(entry["name"]).value
+    if "seconds" not in entry:
+        return ShardingFigures(name)
+    return ShardingFigures(
+        name, _float(entry["seconds"]), _float(entry["communication_seconds"]), _integer(entry["memory_bytes"])
+    )
+
+
+def _float(attribute: ir.Attribute) -> float:
+    return ir.FloatAttr(attribute).value
+
+
+def _integer(attribute: ir.Attribute) -> int:
+    return ir.IntegerAttr(attribute).value

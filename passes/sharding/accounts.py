@@ -1,0 +1,74 @@
+"""What chosen layouts are predicted to take: seconds, and memory by what it is for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from bactrian.passes.program import BACKWARD, FORWARD, UPDATE
+from bactrian.passes.sharding.model import ShardingModel, Shardings
+from bactrian.passes.sharding.named import Roles
+from bactrian.passes.sharding.reading import Reading
+
+_OF_PHASE = {FORWARD: "activations", BACKWARD: "gradients", UPDATE: "update"}
+
+
+@dataclass(frozen=True)
+class Account:
+    """What a step takes.
+
+    Attributes:
+        communication_seconds: the part of its time in which devices exchange values.
+        memory: bytes of a device at the fullest time, by class; what is nothing is left out.
+    """
+
+    communication_seconds: float
+    memory: tuple[tuple[str, int], ...]
+
+
+def account(
+    model: ShardingModel, reading: Reading, roles: Sequence[str], choice: Sequence[int], shardings: Shardings
+) -> Account:
+    """The account of a choice of the model's network."""
+    work = model.work
+    computing = sum(
+        op.weight * op.seconds / strategy.parts
+        for op, strategy in zip(work.operations, shardings.chosen, strict=True)
+        if strategy is not None
+    )
+    loading = sum(s / model.mesh.parts(sum(shardings.arguments[number], ())) for number, s in work.loads)
+    classes = _classes(model, reading, roles)
+    network = model.network
+    held = [usage[k].item() for usage, k in zip(network.usages, choice, strict=True)]
+    change = np.zeros(max(end for _, end in network.intervals) + 1)
+    for (first, end), nbytes in zip(network.intervals, held, strict=True):
+        change[first] += nbytes
+        change[end] -= nbytes
+    fullest = int(np.cumsum(change).argmax())
+    memory = dict[str, int]()
+    for (first, end), nbytes, name in zip(network.intervals, held, classes, strict=True):
+        if first <= fullest < end and nbytes:
+            memory[name] = memory.get(name, 0) + round(nbytes)
+    return Account(
+        max(0.0, shardings.seconds - computing - loading), tuple(sorted(memory.items(), key=lambda x: -x[1]))
+    )
+
+
+def _classes(model: ShardingModel, reading: Reading, roles: Sequence[str]) -> list[str]:
+    """What each node of the network holds."""
+    who = Roles.of(reading, roles)
+    names = ["constants" if role == "constant" else role for role in roles]
+    for number in who.parameters:
+        names[number] = "parameters"
+    for number in who.rest:
+        names[number] = "optimizer state"
+    gradients = set(who.gradients)
+    for part, choices in zip(reading.parts, model.strategies, strict=True):
+        if choices is None:
+            continue
+        phase = reading.flow.phases[part.index]
+        own = gradients.intersection(part.operation.results)
+        names.append("gradients" if own else _OF_PHASE.get(phase or "", "other"))
+    return names

@@ -1,0 +1,71 @@
+"""The part of a plan's table that is about layouts on a mesh."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from bactrian.passes.sharding_plan import ShardingFigures, ShardingPlan
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from rich.table import Table
+    from rich.text import Text
+
+_QUIET = "grey50"
+_BEST = "#3a7d7c"
+
+
+def sharding_lines(
+    plan: ShardingPlan, seconds: Callable[[float | None], str], size: Callable[[float | None], str]
+) -> list[str]:
+    """What is predicted of the chosen layouts, a line each: time, communication by kind, memory by class."""
+    gap = 1 - plan.bound_seconds / plan.seconds if plan.seconds else 0.0
+    proof = "proved optimal in the cost model" if plan.is_optimal else f"at most {100 * gap:.2f} % above the optimum"
+    chosen = "layouts  " if plan.strategy == "auto" else f"layouts  {plan.strategy}, the rest "
+    sent = " · ".join(f"{kind.replace('_', '-')} {size(nbytes)}" for kind, nbytes in plan.sent_bytes)
+    held = " · ".join(f"{name} {size(nbytes)}" for name, nbytes in plan.memory_bytes)
+    total = sum(nbytes for _, nbytes in plan.memory_bytes)
+    limit = "" if plan.limit_bytes is None else f" of {size(plan.limit_bytes)}"
+    return [
+        f"{chosen}{proof}",
+        f"sends    {sent or 'nothing'}"
+        + (f" a step and device, {seconds(plan.communication_seconds)}" if sent else ""),
+        f"holds    {size(total)}{limit} a device: {held}",
+    ]
+
+
+def compared_table(
+    plan: ShardingPlan, seconds: Callable[[float | None], str], size: Callable[[float | None], str]
+) -> Table | Text:
+    """The chosen layouts beside the known plans, the fastest first."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    if not plan.compared:
+        return Text("")
+    total = sum(nbytes for _, nbytes in plan.memory_bytes)
+    name = "chosen" if plan.strategy == "auto" else f"chosen ({plan.strategy})"
+    chosen = ShardingFigures(name, plan.seconds, plan.communication_seconds, total)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table.header_style = "bold"
+    table.add_column("strategy", no_wrap=True)
+    for header in ("step", "of it communication", "memory", "to chosen"):
+        table.add_column(header, justify="right", no_wrap=True)
+    fitting = sorted((row for row in plan.compared if row.seconds is not None), key=lambda row: row.seconds or 0.0)
+    for row in (chosen, *fitting, *(row for row in plan.compared if row.seconds is None)):
+        style = _BEST if row is chosen else "default"
+        if row.seconds is None:
+            table.add_row(row.name, Text("does not fit into memory", style=_QUIET), "", "", "", style=style)
+            continue
+        ratio = f"{row.seconds / plan.seconds:.2f} ×" if plan.seconds else ""
+        table.add_row(
+            row.name,
+            seconds(row.seconds),
+            seconds(row.communication_seconds),
+            size(row.memory_bytes),
+            "" if row is chosen else ratio,
+            style=style,
+        )
+    return table
