@@ -169,3 +169,16 @@ def test_convolutions() -> None:
     _, layouts, sent = plan(loss, [f32(3, 3, 64, 64)] * 3, f32(64, 32, 32, 64), (("data", 8),))
     assert layouts == (((), (), (), ()),) * 3
     assert Counter(c.kind for c in sent) == {"all_reduce": 4}
+
+
+def test_sequences() -> None:
+    """One long sequence, one head: its rows are cut and every device attends with its own queries. What keys and values are
+    made of is gathered, their gradients are scattered, and weights are whole."""
+    width, length = 64, 8192
+    state = {name: f32(width, 1, width) for name in "qkv"} | {"o": f32(1, width, width)}
+    state |= {"f": f32(width, 4 * width), "g": f32(4 * width, width)}
+    _, layouts, sent = plan(block, state, f32(1, length, width), (("x", 8),), batch_layout='[{}, {"x"}, {}]')
+    assert not any(any(layout) for layout in layouts)
+    whole = 7 / 8 * length * width * 4
+    assert Counter(c.kind for c in sent if c.nbytes == whole) == {"all_gather": 1, "reduce_scatter": 2}
+    assert all(c.nbytes < whole / 10 for c in sent if c.nbytes != whole)
