@@ -11,7 +11,7 @@ from pathlib import Path, PurePath
 from jaxlib.mlir import ir
 
 from bactrian.driver.extract import extract
-from bactrian.driver.shardings import Layout, plan_layouts, read_sharding, write_layouts
+from bactrian.driver.shardings import Layout, plan_layouts, read_shardings, write_layouts
 from bactrian.passes.costs import CPU_CORE, CostModel, Device, OpCost
 from bactrian.passes.frame.diagnostics import Diagnostic
 from bactrian.passes.frame.location import name_stack, user_place
@@ -143,7 +143,7 @@ def stage_program(
     second = run_pipeline(module, decisions.staging_pipeline(), reproducer_dir=reproducer_dir)
     program = extract(module)
     device = _DEVICES.get(platform)
-    sharding = read_sharding(module, program, paths)
+    shardings = read_shardings(module, program, paths)
     stages = tuple(
         _stage_plan(
             program,
@@ -153,7 +153,7 @@ def stage_program(
             work.get(stage, _Work()),
             device,
             num_microbatches,
-            sharding,
+            shardings[stage] if shardings else None,
         )
         for stage in range(decisions.num_stages)
     )
@@ -166,7 +166,9 @@ def stage_program(
         layers=layers,
         fingerprint=fingerprint,
         platform=platform,
-        predicted_step_seconds=_step_seconds(work, num_microbatches, device) if sharding is None else sharding.seconds,
+        predicted_step_seconds=_step_seconds(work, num_microbatches, device)
+        if not shardings
+        else max(s.seconds for s in shardings) * (num_microbatches + decisions.num_stages - 1) / num_microbatches,
         peak_memory_bytes=max((s.device_memory_bytes or 0 for s in stages), default=0),
         options=plan.options if plan is not None else (),
     )

@@ -32,20 +32,21 @@ def plan_layouts(plan: Plan, paths: Sequence[str]) -> dict[int, Layout]:
     Raises:
         ConfigError: it names an argument that is not there.
     """
-    sharding = plan.stages[0].sharding
-    if sharding is None:
-        return {}
+    layouts = dict[str, str]()
+    for stage in plan.stages:  # of an argument that several stages read, the first one's
+        for path, text in () if stage.sharding is None else stage.sharding.layouts:
+            layouts.setdefault(path, text)
     numbers = {path: number for number, path in enumerate(paths)}
-    unknown = [path for path, _ in sharding.layouts if path not in numbers]
+    unknown = [path for path in layouts if path not in numbers]
     if unknown:
         raise ConfigError(
             f"the plan has a layout for {unknown[0]}, which is no argument of the step", fix="take it out of the plan"
         )
-    return {numbers[path]: _layout_of(text) for path, text in sharding.layouts}
+    return {numbers[path]: _layout_of(text) for path, text in layouts.items()}
 
 
 def write_layouts(module: ir.Module, layouts: Mapping[int, Layout]) -> None:
-    """Give arguments of ``@main`` their layouts on the first stage's mesh."""
+    """Give arguments of ``@main`` their layouts (the mesh is named by its axes: those of all stages are equal)."""
     main = main_function(module)
     if not layouts:
         return
@@ -58,26 +59,34 @@ def write_layouts(module: ir.Module, layouts: Mapping[int, Layout]) -> None:
     main.attributes["arg_attrs"] = ir.ArrayAttr.get(entries)
 
 
-def read_sharding(module: ir.Module, program: StagedProgram, paths: Sequence[str]) -> ShardingPlan | None:
-    """What ``solve-shardings`` has written, None where it had nothing to choose."""
+def read_shardings(module: ir.Module, program: StagedProgram, paths: Sequence[str]) -> tuple[ShardingPlan, ...]:
+    """What ``solve-shardings`` has written of each stage; nothing where it had nothing to choose."""
     with module.context:
         if "bactrian.sharding" not in module.operation.attributes:
-            return None
-        found = ir.DictAttr(module.operation.attributes["bactrian.sharding"])
-        memory = [ir.DictAttr(entry) for entry in ir.ArrayAttr(found["memory_bytes"])]
-        compared = [ir.DictAttr(entry) for entry in ir.ArrayAttr(found["compared"])] if "compared" in found else []
-        layouts = {piece.argument: layout_text(program.values[piece.value].layout) for piece in program.arguments}
-        return ShardingPlan(
-            strategy=ir.StringAttr(found["strategy"]).value,
-            seconds=_float(found["seconds"]),
-            bound_seconds=_float(found["bound_seconds"]),
-            communication_seconds=_float(found["communication_seconds"]),
-            sent_bytes=tuple((item.name, _integer(item.attr)) for item in ir.DictAttr(found["sent_bytes"])),
-            memory_bytes=tuple((ir.StringAttr(entry["name"]).value, _integer(entry["bytes"])) for entry in memory),
-            limit_bytes=_integer(found["limit_bytes"]),
-            layouts=tuple((paths[number], text) for number, text in sorted(layouts.items()) if number < len(paths)),
-            compared=tuple(_figures(entry) for entry in compared),
-        )
+            return ()
+        found = ir.ArrayAttr(module.operation.attributes["bactrian.sharding"])
+        return tuple(_read(ir.DictAttr(entry), stage, program, paths) for stage, entry in enumerate(found))
+
+
+def _read(found: ir.DictAttr, stage: int, program: StagedProgram, paths: Sequence[str]) -> ShardingPlan:
+    memory = [ir.DictAttr(entry) for entry in ir.ArrayAttr(found["memory_bytes"])]
+    compared = [ir.DictAttr(entry) for entry in ir.ArrayAttr(found["compared"])] if "compared" in found else []
+    layouts = {
+        piece.argument: layout_text(program.values[piece.value].layout)
+        for piece in program.arguments
+        if program.values[piece.value].stage == stage
+    }
+    return ShardingPlan(
+        strategy=ir.StringAttr(found["strategy"]).value,
+        seconds=_float(found["seconds"]),
+        bound_seconds=_float(found["bound_seconds"]),
+        communication_seconds=_float(found["communication_seconds"]),
+        sent_bytes=tuple((item.name, _integer(item.attr)) for item in ir.DictAttr(found["sent_bytes"])),
+        memory_bytes=tuple((ir.StringAttr(entry["name"]).value, _integer(entry["bytes"])) for entry in memory),
+        limit_bytes=_integer(found["limit_bytes"]),
+        layouts=tuple((paths[number], text) for number, text in sorted(layouts.items()) if number < len(paths)),
+        compared=tuple(_figures(entry) for entry in compared),
+    )
 
 
 def _figures(entry: ir.DictAttr) -> ShardingFigures:

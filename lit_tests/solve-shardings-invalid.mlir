@@ -14,7 +14,7 @@ module @no_rules attributes {bactrian.num_stages = 1 : i64} {
 
 // -----
 
-// expected-error@unknown {{has several devices, and the program has 2 stages}}
+// expected-error@unknown {{mesh @stage1 has several devices, @stage0 has one}}
 module @two_stages attributes {bactrian.num_stages = 2 : i64} {
   sdy.mesh @stage0 = <["data"=1]>
   sdy.mesh @stage1 = <["data"=2]>

@@ -86,3 +86,22 @@ module @one_device attributes {bactrian.num_stages = 1 : i64} {
     return %y : tensor<4xf32>
   }
 }
+
+// -----
+
+// Two stages: each is a program of its own, and what the second gets of the first is resharded from mesh to mesh.
+// CHECK-LABEL: module @two_stages
+// CHECK-SAME: bactrian.sharding = [{{{.*}}}, {{{.*}}}]
+module @two_stages attributes {bactrian.num_stages = 2 : i64} {
+  sdy.mesh @stage0 = <["data"=2]>
+  sdy.mesh @stage1 = <["model"=4]>
+  // CHECK: tensor<4096x64xf32> {bactrian.role = "batch", sdy.sharding = #sdy.sharding<@stage0, [{"data"}, {}]>}
+  // CHECK: %[[Y:.*]] = stablehlo.sine {{.*}}<@stage0, [{"data"}, {}]>
+  // CHECK: %[[R:.*]] = sdy.reshard %[[Y]] <@stage1, [{"model"}, {}]> {bactrian.phase = "forward", bactrian.stage = 1 : i64}
+  // CHECK: stablehlo.cosine %[[R]] {{.*}}<@stage1, [{"model"}, {}]>
+  func.func public @main(%x: tensor<4096x64xf32> {bactrian.role = "batch"}) -> tensor<4096x64xf32> {
+    %y = stablehlo.sine %x {bactrian.phase = "forward", bactrian.stage = 0 : i64} : tensor<4096x64xf32>
+    %z = stablehlo.cosine %y {bactrian.phase = "forward", bactrian.stage = 1 : i64} : tensor<4096x64xf32>
+    return %z : tensor<4096x64xf32>
+  }
+}

@@ -72,6 +72,11 @@ def axis_names(sharding: ir.Attribute | None) -> tuple[tuple[str, ...], ...]:
     return tuple(tuple(sdy.AxisRefAttr(axis).name for axis in dim.axes) for dim in dims)
 
 
+def mesh_name(sharding: ir.Attribute) -> str:
+    """The symbol of the mesh that a sharding is over."""
+    return str(sharding).removeprefix("#sdy.sharding<@").partition(",")[0]
+
+
 def whole_sharding(mesh_name: str, rank: int) -> ir.Attribute:
     """The sharding of a tensor that every device has whole."""
     return sdy.TensorShardingAttr.get(mesh_name, [sdy.DimensionShardingAttr.get([], is_closed=True)] * rank)

@@ -12,7 +12,7 @@ from bactrian.passes.cluster import CPU_HOST, read_cluster
 from bactrian.passes.errors import ConfigError, InfeasiblePlanError, PassError
 from bactrian.passes.frame.base import Pass, PassContext, Statistic, option
 from bactrian.passes.mesh_tensors import mesh_axes, num_devices
-from bactrian.passes.network.solve import solve
+from bactrian.passes.network.solve import Solution, solve
 from bactrian.passes.program import argument_roles, integer, integer_attribute, main_function, string_attribute
 from bactrian.passes.sharding.accounts import account
 from bactrian.passes.sharding.mesh import Mesh
@@ -37,7 +37,10 @@ class SolveShardings(Pass):
     arguments have the layouts of a known plan, and the rest is chosen. Loops and other ops
     without a rule are done whole by every device, with a remark; barriers and the gradient boundary hand layouts on.
 
-    Requires: ``sdy.sharding_rule`` on ops (``func.func(sdy-populate-op-sharding-rules)``); a mesh ``@stage0``; one
+    Each stage is a program of its own; what it gets of other stages comes in the layout that it wants, in an ``sdy.reshard``
+    from one mesh to another.
+
+    Requires: ``sdy.sharding_rule`` on ops (``func.func(sdy-populate-op-sharding-rules)``); a mesh ``@stage<s>`` for each
     stage.
     Ensures: ``sdy.sharding`` on every argument, result and op; no rules; ``bactrian.sharding`` with what is predicted.
 
@@ -54,7 +57,7 @@ class SolveShardings(Pass):
     ```
 
     ```mlir
-    module attributes {bactrian.num_microbatches = 1 : i64, bactrian.num_stages = 1 : i64, bactrian.sharding = {bound_seconds = 1.9398655999999998E-4 : f64, communication_seconds = 0.000000e+00 : f64, limit_bytes = 4294967296 : i64, memory_bytes = [{bytes = 262144 : i64, name = "batch"}, {bytes = 262144 : i64, name = "activations"}, {bytes = 16384 : i64, name = "parameters"}], seconds = 1.9398655999999998E-4 : f64, sent_bytes = {}, strategy = "auto"}} {
+    module attributes {bactrian.num_microbatches = 1 : i64, bactrian.num_stages = 1 : i64, bactrian.sharding = [{bound_seconds = 1.9398655999999998E-4 : f64, communication_seconds = 0.000000e+00 : f64, limit_bytes = 4294967296 : i64, memory_bytes = [{bytes = 262144 : i64, name = "batch"}, {bytes = 262144 : i64, name = "activations"}, {bytes = 16384 : i64, name = "parameters"}], seconds = 1.9398655999999998E-4 : f64, sent_bytes = {}, strategy = "auto"}]} {
       sdy.mesh @stage0 = <["data"=4]>
       func.func public @main(%x: tensor<4096x64xf32> {bactrian.role = "batch", sdy.sharding = #sdy.sharding<@stage0, [{"data"}, {}]>}, %w: tensor<64x64xf32> {bactrian.role = "state", sdy.sharding = #sdy.sharding<@stage0, [{}, {}]>}) -> (tensor<4096x64xf32> {sdy.sharding = #sdy.sharding<@stage0, [{"data"}, {}]>}) {
         %y = stablehlo.dot_general %x, %w, contracting_dims = [1] x [0] {bactrian.phase = "forward", bactrian.stage = 0 : i64, sdy.sharding = #sdy.sharding_per_value<[<@stage0, [{"data"}, {}]>]>} : (tensor<4096x64xf32>, tensor<64x64xf32>) -> tensor<4096x64xf32>
@@ -93,43 +96,64 @@ class SolveShardings(Pass):
         if not wide:
             drop_rules(main_function(module))
             return
-        if stages > 1:
+        names = [f"stage{stage}" for stage in range(stages)]
+        if strange := [name for name in wide if name not in names]:
+            raise PassError(f"mesh @{strange[0]} has several devices, but belongs to no stage", fix="call it @stage0")
+        if narrow := [name for name in names if name not in wide]:
             raise ConfigError(
-                f"mesh @{wide[0]} has several devices, and the program has {stages} stages",
-                why="shardings inside of pipeline stages are not there yet",
-                fix="one stage on a mesh, or stages of one device",
+                f"mesh @{wide[0]} has several devices, @{narrow[0]} has one",
+                why="stages with layouts beside stages without are not there yet",
+                fix="give all stages several devices, or one",
             )
-        if wide != ["stage0"]:
-            raise PassError(f"mesh @{wide[0]} has several devices, but belongs to no stage", fix="call it @stage0")
         main = main_function(module)
         cluster = read_cluster(self.cluster) if self.cluster else CPU_HOST
-        mesh: Mesh = cluster.mesh(meshes["stage0"])
         count = integer_attribute(module.operation, "bactrian.num_microbatches") or 1
         limit = self.memory_bytes or cluster.memory_bytes
         roles = argument_roles(main)
-        in_flight = count if string_attribute(module.operation, "bactrian.schedule") == "gpipe" else 1
-        reading = read_program(main, mesh, cluster, count, ctx.remark, in_flight)
-        compared = list[ir.Attribute]()
-        for name in NAMED if self.compare else ():
+        gpipe = string_attribute(module.operation, "bactrian.schedule") == "gpipe"
+        compared = list[list[ir.Attribute]]()
+        solved = list[tuple[Writer, Solution]]()
+        claimed = set[int]()
+        for stage, name in enumerate(names):
+            mesh: Mesh = cluster.mesh(meshes[name])
+            in_flight = count if gpipe else min(count, stages - stage)
+            only = stage if stages > 1 else None
+            reading = read_program(main, mesh, cluster, count, ctx.remark, in_flight, only)
+            known = {name: named(reading, mesh, roles, name) for name in (NAMED if self.compare else ())}
             compared.append(
-                _figures(name, _known(named(reading, mesh, roles, name), mesh, limit, roles, self.time_limit))
+                [_figures(name, _known(each, mesh, limit, roles, self.time_limit)) for name, each in known.items()]
             )
-        if self.strategy != AUTO:
-            reading = named(reading, mesh, roles, self.strategy)
-        model = ShardingModel(reading.work, mesh, limit)
-        ctx.count("strategies", model.network.num_strategies)
-        solution = solve(model.network, self.time_limit)
-        shardings = model.shardings(solution.choice)
-        writer = Writer(main, reading, model, shardings, "stage0", count)
-        writer.write()
-        ctx.count("reshards", writer.num_reshards)
+            if self.strategy != AUTO:
+                reading = named(reading, mesh, roles, self.strategy)
+            model = ShardingModel(reading.work, mesh, limit)
+            ctx.count("strategies", model.network.num_strategies)
+            solution = solve(model.network, self.time_limit)
+            shardings = model.shardings(solution.choice)
+            solved.append((Writer(main, reading, model, shardings, name, count, only, claimed), solution))
+        for writer, _ in solved:
+            writer.write()
+            ctx.count("reshards", writer.num_reshards)
+        predicted = [self._predicted(main, writer, solution, limit, roles, ctx) for writer, solution in solved]
+        for entries, rows in zip(predicted, compared, strict=True):
+            if rows:
+                entries["compared"] = ir.ArrayAttr.get(rows)
+        module.operation.attributes["bactrian.sharding"] = ir.ArrayAttr.get(
+            [ir.DictAttr.get(entries) for entries in predicted]
+        )
+
+    def _predicted(
+        self, main: ir.Operation, writer: Writer, solution: Solution, limit: int, roles: Sequence[str], ctx: PassContext
+    ) -> dict[str, ir.Attribute]:
+        """What is said of one stage."""
         gap = "optimal" if solution.optimal else f"at least {solution.bound:.4g} s"
         ctx.remark(
-            main, f"a step takes {solution.cost:.4g} s ({gap}), a device holds {solution.memory / 2**20:.1f} MiB"
+            main,
+            f"{'a step' if writer.stage is None else f'stage {writer.stage}'} takes {solution.cost:.4g} s ({gap}), a device holds {solution.memory / 2**20:.1f} MiB",
         )
-        taken = account(model, reading, roles, solution.choice, shardings)
+        model = writer.model
+        taken = account(model, writer.reading, roles, solution.choice, model.shardings(solution.choice))
         sent = {kind: round(nbytes) for kind, nbytes in sorted(writer.sent_in_step.items())}
-        predicted: dict[str, ir.Attribute] = {
+        return {
             "strategy": ir.StringAttr.get(self.strategy),
             "seconds": _number(solution.cost),
             "bound_seconds": _number(solution.bound),
@@ -140,9 +164,6 @@ class SolveShardings(Pass):
                 [ir.DictAttr.get({"name": ir.StringAttr.get(n), "bytes": integer(b)}) for n, b in taken.memory]
             ),
         }
-        if compared:
-            predicted["compared"] = ir.ArrayAttr.get(compared)
-        module.operation.attributes["bactrian.sharding"] = ir.DictAttr.get(predicted)
 
 
 def _known(

@@ -15,6 +15,7 @@ from bactrian.passes.mesh_tensors import (
     SHARDING,
     axes_text,
     mesh_attribute,
+    mesh_name,
     mesh_tensor,
     num_devices,
     stage_axes,
@@ -158,6 +159,12 @@ class _Emitter:
         wide = any(num_devices(axes) > 1 for axes in self._axes)
         values = staging.flow.values
         self._shardings = value_shardings(main, values) if wide else [None] * len(values)
+        # (value, stage) -> the argument that it is the next value of, and is kept in the place of.
+        self._kept_for = {
+            (value, stage): argument
+            for result, stage, value in staging.result_pieces
+            if (argument := self._updates[result]) is not None and argument != value
+        }
         self._aliases = self._find_aliases()
         self._counters: dict[int, ir.Value] = {}
         self._crossings: dict[int, list[Crossing]] = {}
@@ -205,7 +212,7 @@ class _Emitter:
             key = staging.home[value]
             if number is None or staging.functions[number].key != key or key.phase not in final:
                 continue  # what runs once per microbatch must not use up the state that the next one reads
-            if self._types[old] == self._types[value] and self._shardings[old] == self._shardings[value]:
+            if self._types[old] == self._types[value] and self._layout(old, stage) == self._layout(value, stage):
                 aliases[number, old] = value
                 taken.add(value)
         return aliases
@@ -228,15 +235,28 @@ class _Emitter:
             layout = self._index_sharding(stage)
             attributes.append(ir.DictAttr.get(index if layout is None else index | {SHARDING: layout}))
         operation.attributes["arg_attrs"] = ir.ArrayAttr.get(attributes)
-        layouts = [self._sharding_entry(value) for value in function.outputs]
+        layouts = [self._sharding_entry(value, stage) for value in function.outputs]
         if any(layouts):
             operation.attributes["res_attrs"] = ir.ArrayAttr.get([ir.DictAttr.get(entry) for entry in layouts])
         operation.attributes["mesh_shape"] = mesh_attribute(self._axes[stage])
         return operation.operation
 
-    def _sharding_entry(self, value: int) -> dict[str, ir.Attribute]:
+    def _layout(self, value: int, stage: int) -> ir.Attribute | None:
+        """A value's sharding on a stage: the one in which it is made there, or received; None on one device."""
+        if num_devices(self._axes[stage]) == 1:
+            return None
+        made = self._shardings[value]
+        if made is not None and mesh_name(made) == f"stage{stage}":
+            return made
+        received = self._staging.received.get((value, stage))
+        if received is None and (argument := self._kept_for.get((value, stage))) is not None:
+            return self._layout(argument, stage)
+        rank = len(ir.RankedTensorType(self._types[value]).shape)
+        return whole_sharding(f"stage{stage}", rank) if received is None else received
+
+    def _sharding_entry(self, value: int, stage: int) -> dict[str, ir.Attribute]:
         """A value's layout as an attribute of an argument or a result of a function."""
-        sharding = self._shardings[value]
+        sharding = self._layout(value, stage)
         return {} if sharding is None else {SHARDING: sharding}
 
     def _index_sharding(self, stage: int) -> ir.Attribute | None:
@@ -276,7 +296,7 @@ class _Emitter:
 
     def _input_attributes(self, function: StageFunction, number: int, value: int) -> ir.DictAttr:
         alias = self._aliases.get((number, value))
-        attributes = self._sharding_entry(value)
+        attributes = self._sharding_entry(value, function.key.stage)
         if alias is None:
             return ir.DictAttr.get(attributes)
         place = ir.IntegerAttr.get(ir.IntegerType.get_signless(32), function.outputs.index(alias))
@@ -286,7 +306,7 @@ class _Emitter:
         return ir.DictAttr.get(attributes)
 
     def _mesh_type(self, value: int, stage: int) -> ir.Type:
-        key = self._types[value], self._shardings[value], stage
+        key = self._types[value], self._layout(value, stage), stage
         if key not in self._mesh_types:
             type_, sharding, _ = key
             self._mesh_types[key] = mesh_tensor(stage, type_, sharding)

@@ -13,6 +13,7 @@ from jaxlib.mlir import ir
 from bactrian.passes.cloning import clone_into_readers, is_elementwise, required_stages
 from bactrian.passes.counters import counters
 from bactrian.passes.errors import PassError
+from bactrian.passes.mesh_tensors import mesh_name, value_shardings
 from bactrian.passes.program import (
     BACKWARD,
     FORWARD,
@@ -78,7 +79,8 @@ class StageFunction:
 
 @dataclass
 class Staging:
-    """The whole split: functions in order, crossings, argument pieces and result pieces (number, stage, value)."""
+    """The whole split: functions in order, crossings, argument pieces and result pieces (number, stage, value);
+    ``received``: the sharding in which a stage has a value of another one, by value and stage."""
 
     flow: Dataflow
     functions: list[StageFunction]
@@ -88,6 +90,7 @@ class Staging:
     home: dict[int, FunctionKey]
     through: dict[int, int]
     sizes: list[int]
+    received: dict[tuple[int, int], ir.Attribute] = field(default_factory=dict[tuple[int, int], ir.Attribute])
     whole: bool = False  # one function does everything, once
 
 
@@ -102,7 +105,8 @@ def analyze(main: ir.Operation, num_stages: int, fuse_last: bool, whole: bool = 
     """
     flow = _assign_rounds(main)
     through = _through_boundary(flow)
-    keys = _function_keys(flow, num_stages, fuse_last, whole)
+    received = _received(flow, main, through)
+    keys = _function_keys(flow, num_stages, fuse_last, whole, through)
     functions = _collect(flow, keys)
     home = {value: key for index, key in enumerate(keys) if key is not None for value in flow.results[index]}
     pieces: set[tuple[int, int]] = set()
@@ -130,15 +134,37 @@ def analyze(main: ir.Operation, num_stages: int, fuse_last: bool, whole: bool = 
     for key, function in functions.items():
         function.outputs = sorted(outgoing[key])
     ordered = [functions[key] for key in sorted(functions)]
-    return Staging(flow, ordered, list(crossings), sorted(pieces), result_pieces, home, through, flow.sizes, whole)
+    return Staging(
+        flow, ordered, list(crossings), sorted(pieces), result_pieces, home, through, flow.sizes, received, whole
+    )
 
 
-def _function_keys(flow: Dataflow, num_stages: int, fuse_last: bool, whole: bool) -> list[FunctionKey | None]:
+def _received(flow: Dataflow, main: ir.Operation, through: dict[int, int]) -> dict[tuple[int, int], ir.Attribute]:
+    """Reshards from one mesh to another are transfers: the values are one, as the boundary's are."""
+    found: dict[tuple[int, int], ir.Attribute] = {}
+    resharded = [index for index, op in enumerate(flow.ops) if op.name == "sdy.reshard"]
+    if not resharded:
+        return found
+    shardings = value_shardings(main, flow.values)
+    for index in resharded:
+        read, made = flow.operands[index][0], flow.results[index][0]
+        value, stage = through.get(read, read), flow.stages[index]
+        before, after = shardings[value], shardings[made]
+        if before is not None and after is not None and stage is not None and mesh_name(before) != mesh_name(after):
+            through[made] = value
+            found[value, stage] = after
+    return found
+
+
+def _function_keys(
+    flow: Dataflow, num_stages: int, fuse_last: bool, whole: bool, through: dict[int, int]
+) -> list[FunctionKey | None]:
     """The function of each op, one key object per function; None for the boundary and the return."""
     known: dict[tuple[int, str, int], FunctionKey] = {}
     keys: list[FunctionKey | None] = []
-    for op, stage, phase in zip(flow.ops, required_stages(flow), flow.phases, strict=True):
-        if stage is None:
+    for index, (op, stage, phase) in enumerate(zip(flow.ops, required_stages(flow), flow.phases, strict=True)):
+        results = flow.results[index]
+        if stage is None or (len(results) == 1 and results[0] in through):
             keys.append(None)
             continue
         if phase is None:

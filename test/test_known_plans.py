@@ -69,7 +69,8 @@ def plan(
     assert solution.optimal
     sharded.write(module, reading, model, solution.choice)
     sent = [collective for collective in count_collectives(module) if collective.nbytes]
-    return solution, model.shardings(solution.choice).arguments[:count], sent
+    arguments = model.shardings(solution.choice).arguments
+    return solution, tuple(arguments[number] for number in range(count)), sent
 
 
 def mlp(weights: Any, x: jax.Array) -> jax.Array:

@@ -74,6 +74,27 @@ def test_traps_equal_one_device(case: models.Case, slow: Path) -> None:
     check(case.make(), mesh="data=2,model=2", cluster=slow)
 
 
+@pytest.mark.parametrize("schedule", ["1f1b", "gpipe"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in models.SMALL_COVER else pytest.param(name, marks=pytest.mark.long)
+        for name in models.MODELS_COVER
+    ],
+)
+def test_pipelines_of_meshes_equal_one_device(name: str, schedule: str, slow: Path) -> None:
+    case = models.train_case(name, "adamw", microbatches=2, stages=2, schedule=schedule)
+    compiled = check(case.make(), mesh="data=2,model=2", cluster=slow, num_stages=2)
+    assert cut(compiled)
+    assert len({device for mesh in compiled.session.devices.values() for device in mesh}) == 8
+
+
+@pytest.mark.parametrize("case", models.TRAPS, ids=lambda case: case.name)
+def test_traps_over_stages_of_two_devices(case: models.Case, slow: Path) -> None:
+    built = case.make()
+    check(built, mesh="data=2", cluster=slow, num_stages=built.options["num_stages"])
+
+
 def test_three_axes_and_sizes_that_are_no_powers_of_two(slow: Path) -> None:
     random = np.random.default_rng(0)
     state = {name: random.standard_normal((24, 24)).astype(np.float32) / 5 for name in "ab"}

@@ -174,7 +174,7 @@ def programs(seed: int) -> Work:
         operations.append(Operation((left, right), (len(values),), rule, seconds, weight))
         values.append(tensor)
     last = len(values) - 1
-    return Work(tuple(values), 2, tuple(operations), updates=((last, 0),), loads=((1, 1e-6),), kept=(last,))
+    return Work(tuple(values), (0, 1), tuple(operations), updates=((last, 0),), loads=((1, 1e-6),), kept=(last,))
 
 
 DOT8 = Rule((8, 8, 8), (((0,), (1,)), ((1,), (2,))), (((0,), (2,)),), frozenset({1}))
@@ -204,7 +204,7 @@ def check_least(seed: int) -> None:
     work = programs(seed)
     model = ShardingModel(work, LINE)
     if model.network.num_strategies > 30:
-        work = Work(work.values, 2, work.operations[:2], ((3, 0),), loads=work.loads, kept=(3,))
+        work = Work(work.values, (0, 1), work.operations[:2], ((3, 0),), loads=work.loads, kept=(3,))
         model = ShardingModel(work, LINE)
     costs = dict[tuple[int, ...], float]()
     for choice, shardings in everything(model):
@@ -230,7 +230,7 @@ def test_what_is_given_stays() -> None:
     last_first: Layout = ((), (1, 0))
     work = Work(
         (Tensor((8, 8), 256),) * 4,
-        2,
+        (0, 1),
         (
             Operation((0, 1), (2,), elementwise((8, 8), 2), 1e-3),
             Operation((2,), (3,), elementwise((8, 8), 1), given=last_first),

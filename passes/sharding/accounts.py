@@ -59,11 +59,9 @@ def account(
 def _classes(model: ShardingModel, reading: Reading, roles: Sequence[str]) -> list[str]:
     """What each node of the network holds."""
     who = Roles.of(reading, roles)
-    names = ["constants" if role == "constant" else role for role in roles]
-    for number in who.parameters:
-        names[number] = "parameters"
-    for number in who.rest:
-        names[number] = "optimizer state"
+    of_input = {number: "constants" if role == "constant" else role for number, role in enumerate(roles)}
+    of_input |= dict.fromkeys(who.parameters, "parameters") | dict.fromkeys(who.rest, "optimizer state")
+    names = [of_input.get(number, "received") for number in model.work.inputs]
     gradients = set(who.gradients)
     for part, choices in zip(reading.parts, model.strategies, strict=True):
         if choices is None:

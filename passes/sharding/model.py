@@ -61,18 +61,19 @@ class Work:
 
     Attributes:
         values: arguments first, then what the ops give, in their order.
-        num_arguments: how many of them are arguments.
+        inputs: values that are there before any op: arguments, and what other stages send.
         operations: in the order of work.
         updates: pairs (value, argument): the value is the argument's next one, in its place and its layout.
-        fixed: layouts that were given, by argument.
-        loads: for arguments that come from the host in every step, the seconds that all of one takes one device.
+        fixed: layouts that were given, by input.
+        loads: for inputs that come from the host or from other stages, the seconds of a step that all of one takes one
+            device.
         kept: values that must be there when the program ends; they may have any layout.
         wanted: values (no arguments) and the layouts that they are left in by their ops, where these can.
-        batch_copies: how many microbatches of a batch argument are there at once.
+        batch_copies: how many microbatches of an input that comes anew with each are there at once.
     """
 
     values: tuple[Tensor, ...]
-    num_arguments: int
+    inputs: tuple[int, ...]
     operations: tuple[Operation, ...]
     updates: tuple[tuple[int, int], ...] = ()
     fixed: tuple[tuple[int, Layout], ...] = ()
@@ -87,12 +88,12 @@ class Shardings:
     """What was chosen.
 
     Attributes:
-        arguments: the layout of each argument.
+        arguments: the layout of each input, by its number.
         chosen: of each op its strategy; None where it is free.
         seconds: predicted, of a step.
     """
 
-    arguments: tuple[Layout, ...]
+    arguments: dict[int, Layout]
     chosen: tuple[Strategy | None, ...]
     seconds: float
 
@@ -101,7 +102,7 @@ class Shardings:
 class ShardingModel:
     """The cost network of a program on a mesh.
 
-    Nodes are the arguments, then the ops that are not free; the cost of an op is its share of the work and its
+    Nodes are the inputs, then the ops that are not free; the cost of an op is its share of the work and its
     reductions, the cost of an edge the cheapest way from the layout that a value has to that in which it is read. Memory
     is that of arguments and results; copies in other layouts are not counted, and the next value of a state is in its place.
 
@@ -123,11 +124,11 @@ class ShardingModel:
 
     @cached_property
     def argument_layouts(self) -> tuple[tuple[Layout, ...], ...]:
-        """The layouts to choose from for every argument: axes of one dim in the mesh's order, or what is given."""
+        """The layouts to choose from for every input: axes of one dim in the mesh's order, or what is given."""
         fixed = dict(self.work.fixed)
         return tuple(
             (fixed[number],) if number in fixed else tuple(x for x in self.tables[number].layouts if _in_order(x))
-            for number in range(self.work.num_arguments)
+            for number in self.work.inputs
         )
 
     @cached_property
@@ -162,7 +163,7 @@ class ShardingModel:
         own, loads = {value for value, _ in work.updates}, dict(work.loads)
         costs, usages, intervals = list[_Matrix](), list[_Matrix](), list[tuple[int, int]]()
         layouts_of: dict[int, tuple[int, _Matrix]] = {}  # value -> node, number of its layout by strategy
-        for number, layouts in enumerate(self.argument_layouts):
+        for number, layouts in zip(work.inputs, self.argument_layouts, strict=True):
             table = self.tables[number]
             index = np.array([table.number[layout] for layout in layouts])
             layouts_of[number] = len(costs), index
@@ -207,7 +208,8 @@ class ShardingModel:
     def shardings(self, choice: Sequence[int]) -> Shardings:
         """What a choice of the network means."""
         rest = iter(choice)
-        arguments = tuple(layouts[next(rest)] for layouts in self.argument_layouts)
+        layouts_of = zip(self.work.inputs, self.argument_layouts, strict=True)
+        arguments = {number: layouts[next(rest)] for number, layouts in layouts_of}
         chosen = tuple(None if choices is None else choices[next(rest)] for choices in self.strategies)
         return Shardings(arguments, chosen, float(self.network.cost(choice)))
 
@@ -232,7 +234,7 @@ class ShardingModel:
 def seconds_of(model: ShardingModel, shardings: Shardings) -> float:
     """The predicted seconds of shardings, added up op by op: what the network's cost must equal."""
     work = model.work
-    layouts: dict[int, Layout] = dict(enumerate(shardings.arguments))
+    layouts: dict[int, Layout] = dict(shardings.arguments)
     total = sum(seconds / model.mesh.parts(sum(layouts[number], ())) for number, seconds in work.loads)
     for op, strategy in zip(work.operations, shardings.chosen, strict=True):
         if strategy is None:

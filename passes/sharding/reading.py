@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from jaxlib.mlir import ir
@@ -11,6 +11,7 @@ from jaxlib.mlir.dialects import sdy
 
 from bactrian.passes.cluster import Cluster
 from bactrian.passes.costs import HEAVY, CostModel
+from bactrian.passes.counters import COUNTER
 from bactrian.passes.errors import PassError, ProgramError
 from bactrian.passes.program import (
     BACKWARD,
@@ -19,12 +20,13 @@ from bactrian.passes.program import (
     MICROBATCH_INDEX,
     UPDATE,
     Dataflow,
+    argument_homes,
     custom_call_target,
     nested_operations,
     phase_of,
     result_updates,
 )
-from bactrian.passes.sharding.layouts import Layout
+from bactrian.passes.sharding.layouts import Layout, replicated
 from bactrian.passes.sharding.mesh import Mesh
 from bactrian.passes.sharding.model import Operation, Tensor, Work
 from bactrian.passes.sharding.rules import Dims, Rule, elementwise, whole
@@ -106,6 +108,7 @@ def read_program(
     num_microbatches: int,
     remark: Callable[[ir.Operation, str], None],
     in_flight: int = 1,
+    stage: int | None = None,
 ) -> Reading:
     """Read ``@main``.
 
@@ -116,6 +119,7 @@ def read_program(
         num_microbatches: how often forward and backward run in a step.
         remark: told of ops that nothing is known of.
         in_flight: microbatches whose activations are there at once.
+        stage: only what this one does; what others send it is an input.
 
     Raises:
         PassError: no op has a rule; a sharding that is given names other axes.
@@ -129,27 +133,70 @@ def read_program(
         )
     _refuse_result_shardings(main)
     reader = _Reader(flow, mesh, cluster, num_microbatches, remark, in_flight)
-    parts = [reader.part(index) for index, op in enumerate(flow.ops[:-1]) if not _hands_on(op)]
+    own = [index for index, op in enumerate(flow.ops[:-1]) if not _hands_on(op) and stage in (None, flow.stages[index])]
+    parts = [reader.part(index) for index in own]
     value_of = reader.value_of
+    inputs = list(range(flow.num_arguments))
+    made = {value for index in own for value in flow.results[index]}
+    if stage is not None:
+        read = {value for part in parts for value in part.operation.operands}
+        homes = argument_homes(main)
+        inputs = [number for number in inputs if number in read or stage in homes.get(number, ())]
+        inputs += sorted(value for value in read - made if value >= flow.num_arguments)
     updates = [
         (value_of[value], argument)
         for value, argument in zip(flow.operands[-1], result_updates(main), strict=True)
-        if argument is not None
+        if argument is not None and (stage is None or (argument in inputs and value_of[value] in made.union(inputs)))
     ]
+    counted = dict(_counted(flow, own, result_updates(main)) if stage is not None else ())
+    loads = [
+        (number, num_microbatches * flow.sizes[number] / cluster.device.bytes_per_second)
+        for number in _batch_arguments(main)
+        if number in inputs
+    ]
+    loads += [
+        (number, _times(flow, number, num_microbatches) * flow.sizes[number] / cluster.intra_host_bytes_per_second)
+        for number in inputs
+        if number >= flow.num_arguments
+    ]
+    elsewhere = {
+        value_of[value]
+        for index, reads in enumerate(flow.operands[:-1])
+        if stage is not None and flow.stages[index] not in (None, stage)
+        for value in reads
+    }
+    kept = [value_of[value] for value in flow.operands[-1]] + sorted(elsewhere)
+    fixed = dict(_fixed(main, flow, mesh)) | {
+        argument: replicated(len(_shape(flow.values[argument]))) for argument in counted.values()
+    }
     work = Work(
         values=tuple(Tensor(_shape(value), size) for value, size in zip(flow.values, flow.sizes, strict=True)),
-        num_arguments=flow.num_arguments,
+        inputs=tuple(inputs),
         operations=tuple(part.operation for part in parts),
         updates=tuple(dict.fromkeys(pair for pair in updates if pair[0] != pair[1])),
-        fixed=tuple(_fixed(main, flow, mesh)),
-        loads=tuple(
-            (number, num_microbatches * flow.sizes[number] / cluster.device.bytes_per_second)
-            for number in _batch_arguments(main)
-        ),
-        kept=tuple(value_of[value] for value in flow.operands[-1]),
+        fixed=tuple((number, layout) for number, layout in sorted(fixed.items()) if number in inputs),
+        loads=tuple(loads),
+        kept=tuple(value for value in dict.fromkeys(kept) if value in made or value in inputs),
+        wanted=tuple((value, replicated(len(_shape(flow.values[value])))) for value in counted),
         batch_copies=in_flight,
     )
     return Reading(work, flow, tuple(parts), tuple(value_of))
+
+
+def _times(flow: Dataflow, value: int, num_microbatches: int) -> int:
+    """How often in a step a value is made."""
+    return 1 if flow.phases[flow.producer[value]] == UPDATE else num_microbatches
+
+
+def _counted(flow: Dataflow, own: list[int], updates: list[int | None]) -> Iterator[tuple[int, int]]:
+    """Counters that a stage brings up to date for itself: their next value, and the argument that it is one of."""
+    for index in own:
+        op = flow.ops[index]
+        if COUNTER in op.attributes:
+            for entry in ir.ArrayAttr(op.attributes[COUNTER]):
+                argument = updates[ir.IntegerAttr(entry).value]
+                if argument is not None:
+                    yield flow.results[index][0], argument
 
 
 class _Reader:

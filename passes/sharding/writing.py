@@ -39,6 +39,8 @@ class Writer:
         shardings: what was chosen.
         mesh_name: the symbol of the mesh.
         num_microbatches: how often forward and backward run in a step.
+        stage: whose ops they are, where there are several stages.
+        claimed: arguments that earlier stages have given their sharding; grows.
     """
 
     def __init__(
@@ -49,9 +51,12 @@ class Writer:
         shardings: Shardings,
         mesh_name: str,
         num_microbatches: int = 1,
+        stage: int | None = None,
+        claimed: set[int] | None = None,
     ) -> None:
         self.main, self.reading, self.model, self.mesh_name = main, reading, model, mesh_name
-        self.num_microbatches = num_microbatches
+        self.num_microbatches, self.stage = num_microbatches, stage
+        self._claimed = set[int]() if claimed is None else claimed
         self.mesh = model.mesh
         self.num_reshards = 0
         # By kind of collective, bytes that each device sends: when all ops run once, and in a step.
@@ -61,6 +66,7 @@ class Writer:
         self._arguments = shardings.arguments
         self._home: dict[int, Layout] = {}  # of values: the layout that they have for all readers
         self._cut: dict[int, ir.Value] = {}  # values that are cut after their reduction, cut
+        self._received: dict[int, ir.Value] = {}  # what other stages have made, as this one has it
         self._copies: dict[
             tuple[int, str, Layout], ir.Value
         ] = {}  # (value of the flow, phase, layout) -> in that layout
@@ -68,12 +74,14 @@ class Writer:
     def write(self) -> None:
         """Write everything."""
         flow = self.reading.flow
-        for number, layout in enumerate(self._arguments):
+        for number, layout in self._arguments.items():
             self._home[number] = layout
+        first = self._receive()
         chosen = {part.index: (part, strategy) for part, strategy in zip(self.reading.parts, self._chosen, strict=True)}
         for index, op in enumerate(flow.ops[:-1]):
-            if index not in chosen:  # its results are its operands
-                self._hand_on(index, op)
+            if index not in chosen:
+                if self.stage is None or flow.stages[index] in (None, self.stage):  # its results are its operands
+                    self._hand_on(index, op)
                 continue
             part, strategy = chosen[index]
             for position, (number, layout) in enumerate(zip(part.reads, strategy.operands, strict=True)):
@@ -95,17 +103,43 @@ class Writer:
                 if made != final:  # together with the reduction, a reduce-scatter
                     with ir.InsertionPoint.after(op):
                         self._cut[value] = self._reshard(flow.values[value], final, op)
-        self._results()
+        self._results(first)
         drop_rules(self.main)
+
+    def _receive(self) -> set[int]:
+        """Make what this stage reads of others its own: a reshard from one mesh to another is a transfer.
+
+        Returns:
+            The arguments that no stage before has read.
+        """
+        if self.stage is None:
+            return set(self._arguments)
+        flow, value_of = self.reading.flow, self.reading.value_of
+        first = {n for n in self._arguments if n < flow.num_arguments} - self._claimed
+        self._claimed |= first
+        readers = dict[int, ir.Operation]()
+        for index, reads in enumerate(flow.operands):
+            if flow.stages[index] == self.stage:
+                for number in reads:
+                    readers.setdefault(value_of[number], flow.ops[index])
+        for number, layout in self._arguments.items():
+            if number not in first and number in readers:
+                with ir.InsertionPoint(readers[number]):
+                    self._received[number] = self._reshard(flow.values[number], layout, readers[number])
+        return first
 
     def _hand_on(self, index: int, op: ir.Operation) -> None:
         flow, value_of, work = self.reading.flow, self.reading.value_of, self.reading.work
         layouts = list[Layout]()
         for position, number in enumerate(flow.operands[index]):
             value = value_of[number]
+            foreign = value not in self._home or value in self._received
+            if foreign and flow.stages[index] is None and self.stage is not None:
+                continue
             set_operand(op, position, self._at_home(number))
             layouts.append(self._home.get(value, replicated(len(work.values[value].shape))))
-        self._annotate(op, layouts)
+        if len(layouts) == len(op.results) and (self.stage is None or flow.stages[index] is not None):
+            self._annotate(op, layouts)
 
     def _free_ones_chosen(self, shardings: Shardings) -> list[Strategy]:
         """All strategies, those of free ops included: they make what their readers want, or, where these want different
@@ -133,8 +167,11 @@ class Writer:
 
     def _at_home(self, number: int) -> ir.Value:
         """A value of the flow as all readers find it; what a barrier or the boundary hands on is a value of its own."""
-        present = self.reading.flow.values[number]
-        return self._cut.get(number, present)
+        flow, value = self.reading.flow, self.reading.value_of[number]
+        received = self._received.get(value)
+        if received is not None and (number == value or flow.stages[flow.producer[number]] != self.stage):
+            return received
+        return self._cut.get(number, flow.values[number])
 
     def _read(self, number: int, layout: Layout, reader: ir.Operation) -> ir.Value:
         """A value of the flow in the layout that an op needs."""
@@ -176,28 +213,43 @@ class Writer:
             found[_PLACE[0]] = ir.StringAttr.get(UPDATE)
         return found
 
-    def _results(self) -> None:
-        """Next values of state in their arguments' layouts; other results as they are."""
+    def _results(self, first: set[int]) -> None:
+        """Next values of state in their arguments' layouts; other results as they are.
+
+        Args:
+            first: the arguments that get their sharding here.
+        """
         flow, value_of, main = self.reading.flow, self.reading.value_of, self.main
         end = terminator(main)
-        layouts = list[Layout]()
+        layouts = dict[int, Layout]()
         for position, (value, updated) in enumerate(zip(flow.operands[-1], result_updates(main), strict=True)):
             source = value_of[value]
+            if self.stage is not None and (source not in self._home or self._is_foreign(source, first)):
+                continue  # another stage's
             rank = len(self.reading.work.values[source].shape)
             home = self._home.get(source, replicated(rank))
-            target = home if updated is None else self._arguments[updated]
+            target = home if updated is None else self._arguments.get(updated, home)
             set_operand(end, position, self._read(value, target, end))
-            layouts.append(target)
-        for name, chosen in (("arg_attrs", self._arguments), ("res_attrs", layouts)):
-            count = len(chosen)
+            layouts[position] = target
+        arguments = {number: layout for number, layout in self._arguments.items() if number in first}
+        counts = flow.num_arguments, len(flow.operands[-1])
+        for name, chosen, count in zip(("arg_attrs", "res_attrs"), (arguments, layouts), counts, strict=True):
             present = ir.ArrayAttr(main.attributes[name]) if name in main.attributes else [ir.DictAttr.get({})] * count
             entries = list[ir.Attribute]()
-            for attribute, layout in zip(present, chosen, strict=True):
+            for number, attribute in enumerate(present):
                 entry = ir.DictAttr(attribute)
                 own = {item.name: item.attr for item in entry}
-                own[SHARDING] = sharding_attribute(layout, self.mesh, self.mesh_name)
+                if number in chosen:
+                    own[SHARDING] = sharding_attribute(chosen[number], self.mesh, self.mesh_name)
                 entries.append(ir.DictAttr.get(own))
             main.attributes[name] = ir.ArrayAttr.get(entries)
+
+    def _is_foreign(self, value: int, first: set[int]) -> bool:
+        """Whether another stage has made a value, or gave an argument its sharding."""
+        flow = self.reading.flow
+        if value < flow.num_arguments:
+            return value not in first
+        return flow.stages[flow.producer[value]] != self.stage
 
 
 def _only(layouts: set[Layout] | None, rank: int) -> Layout:
