@@ -12,10 +12,14 @@ import numpy as np
 import scipy.sparse
 from ortools.math_opt import model_pb2
 from ortools.math_opt.python import mathopt
+from ortools.math_opt.solvers import highs_pb2
 
 from bactrian.passes.network.interned import Array
 
 _OBJECTIVE = 1e6  # the largest coefficient after scaling
+# Bits of HiGHS's presolve rules that are left out: those for dependent equations and dependent free columns give up after a
+# second, so that the solution would depend on what else the machine does. Without them it is also faster.
+_UNTIMED = 1 << 10 | 1 << 11
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,7 @@ class LinearProgram:
                 relative_gap_tolerance=relative_gap,
                 absolute_gap_tolerance=None if absolute_gap is None else absolute_gap * self.factor,
                 random_seed=0,
+                highs=highs_pb2.HighsOptionsProto(int_options={"presolve_rule_off": _UNTIMED}),
             ),
         )
         found = result.has_primal_feasible_solution()
