@@ -21,6 +21,7 @@ from bactrian.driver.source import line_here
 from bactrian.passes.cluster import read_cluster
 from bactrian.passes.errors import ConfigError
 from bactrian.passes.frame.reproducer import versions
+from bactrian.passes.mesh_tensors import num_devices
 from bactrian.passes.plan import Axes, Plan, axes_words
 from bactrian.passes.schedules import SCHEDULES
 from bactrian.passes.sharding.mesh import parse_axes
@@ -155,11 +156,20 @@ class _Options:
         if self.schedule not in SCHEDULES:
             raise ConfigError(f"unknown schedule {self.schedule!r}", fix=f"use one of {', '.join(sorted(SCHEDULES))}")
         check_strategy(self.strategy)
+        if self.strategy != "auto" and num_devices(self.mesh or ()) == 1 and self.plan is None:
+            raise ConfigError(
+                f"strategy is {self.strategy}, but there is no mesh", fix='give a mesh, as in mesh="data=8"'
+            )
         plan = self.plan
         if plan is not None:
             if self.num_stages not in (None, plan.num_stages):
                 raise ConfigError(f"num_stages is {self.num_stages}, but the plan has {plan.num_stages} stages")
             num_microbatches, schedule = _of_plan(plan, self.num_microbatches, self.schedule)
+            if self.strategy != "auto":
+                raise ConfigError(
+                    f"strategy is {self.strategy}, but a plan is given",
+                    fix="leave out one of the two: a plan has layouts",
+                )
             if self.mesh not in (None, plan.stages[0].mesh):
                 raise ConfigError(
                     f"mesh is {axes_words(self.mesh)}, but the plan has {axes_words(plan.stages[0].mesh)}",
@@ -181,7 +191,12 @@ def _mesh(mesh: str | Mapping[str, int] | None) -> Axes | None:
         return None
     if isinstance(mesh, str):
         return parse_axes(mesh)
-    return parse_axes(",".join(f"{name}={size}" for name, size in mesh.items()))
+    if not isinstance(mesh, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ConfigError(f"mesh is {mesh!r}, neither a text nor a mapping", fix='as in {"data": 2, "model": 4}')
+    axes = parse_axes(",".join(f"{name}={size}" for name, size in mesh.items()))
+    if [name for name, _ in axes] != list(mesh):
+        raise ConfigError(f"mesh {dict(mesh)!r} has names that are none", fix="use letters, digits and _")
+    return axes
 
 
 def _cluster_file(cluster: str | Path) -> str:
@@ -353,7 +368,7 @@ class Traced:
             plan.check_program(self.captured.fingerprint)
             self._check_plan(plan)
             self._check_homes(plan.num_stages)
-            decisions = Decisions.of_plan(plan, self.options.donate, cluster)
+            decisions = replace(Decisions.of_plan(plan, self.options.donate, cluster), compare=compare)
         else:
             stages = num_stages or self.options.num_stages
             if stages is not None:
@@ -365,7 +380,7 @@ class Traced:
                 donate=self.options.donate,
                 mesh=self._mesh(),
                 cluster=cluster,
-                strategy=self.options.strategy,
+                strategy=self._strategy(),
                 compare=compare,
             )
         if decisions.is_wide and not cluster and self.captured.platform != "cpu":
@@ -399,6 +414,17 @@ class Traced:
                 fix="leave mesh out, or pass bactrian.gather(...) of the state",
             )
         return asked or placed or (("data", 1),)
+
+    def _strategy(self) -> str:
+        """How layouts are chosen; arguments that are placed already leave a known plan nothing to say."""
+        if self.options.strategy != "auto" and self.homes is not None and self.homes.layouts:
+            raise ConfigError(
+                f"strategy is {self.options.strategy}, but another step has placed the arguments",
+                where=line_here(),
+                why="arguments that are placed stay where they are",
+                fix="pass bactrian.gather(...) of the state, or leave strategy out",
+            )
+        return self.options.strategy
 
     def _check_homes(self, num_stages: int) -> None:
         placed = num_stages if self.homes is None else self.homes.num_stages

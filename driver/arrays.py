@@ -124,7 +124,6 @@ class Placement:
         return all(
             self.meshes.get(stage) == mesh and self.layouts.get(stage) == other.layouts.get(stage)
             for stage, mesh in other.meshes.items()
-            if any(size > 1 for _, size in mesh)
         )
 
     @cached_property

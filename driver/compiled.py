@@ -247,7 +247,9 @@ class Compiled:
         alias = None if placement.argument not in self._state else False
         for stage, sharding in placement.shardings.items():
             if isinstance(value, jax.Array):
-                piece = jax.device_put(value, sharding, may_alias=alias)
+                # Over several devices, `may_alias=False` is not heard: one of them would get the caller's own buffer.
+                own = jnp.copy(value) if alias is False and sharding.num_devices > 1 else value
+                piece = jax.device_put(own, sharding, may_alias=alias)
             else:
                 piece = device_array(np.asarray(value, dtype=wanted), sharding, True)
             pieces[placement.argument, stage] = piece

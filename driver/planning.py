@@ -11,7 +11,7 @@ from pathlib import Path, PurePath
 from jaxlib.mlir import ir
 
 from bactrian.driver.extract import extract
-from bactrian.driver.shardings import Layout, plan_layouts, read_shardings, write_layouts
+from bactrian.driver.shardings import Layout, as_before, plan_layouts, read_shardings, refuse_moved, write_layouts
 from bactrian.passes.costs import CPU_CORE, CostModel, Device, OpCost
 from bactrian.passes.frame.diagnostics import Diagnostic
 from bactrian.passes.frame.location import name_stack, user_place
@@ -55,7 +55,9 @@ class Decisions:
     def of_plan(cls, plan: Plan, donate: bool, cluster: str = "") -> Decisions:
         """The decisions of an existing plan."""
         firsts = tuple(stage.first_layer for stage in plan.stages)
-        return cls(plan.num_stages, plan.num_layers, firsts, donate, plan.stages[0].mesh, cluster)
+        sharding = plan.stages[0].sharding
+        strategy = "auto" if sharding is None else sharding.strategy
+        return cls(plan.num_stages, plan.num_layers, firsts, donate, plan.stages[0].mesh, cluster, strategy)
 
     def assignment_pipeline(self) -> str:
         """The passes up to ``assign-stages``."""
@@ -138,12 +140,17 @@ def stage_program(
         layers = _name_layers(ops, decisions.num_layers)
         first_layers = _first_layers(ops, decisions.num_stages)
         if decisions.is_wide:
-            given = {} if plan is None else plan_layouts(plan, paths)
-            write_layouts(module, given | dict(layouts or {}))
+            ranks = [len(ir.RankedTensorType(value.type).shape) for value in body(main_function(module)).arguments]
+            given = {} if plan is None else plan_layouts(plan, paths, ranks)
+            placed = dict(layouts or {})
+            refuse_moved(given, placed, paths)
+            write_layouts(module, given | placed)
     second = run_pipeline(module, decisions.staging_pipeline(), reproducer_dir=reproducer_dir)
     program = extract(module)
     device = _DEVICES.get(platform)
     shardings = read_shardings(module, program, paths)
+    if plan is not None:
+        shardings = tuple(as_before(new, stage.sharding) for new, stage in zip(shardings, plan.stages, strict=False))
     stages = tuple(
         _stage_plan(
             program,

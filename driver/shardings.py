@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import sdy
 
 from bactrian.passes.errors import ConfigError
 from bactrian.passes.mesh_tensors import SHARDING
-from bactrian.passes.plan import Plan
+from bactrian.passes.plan import Axes, Plan
 from bactrian.passes.program import main_function
 from bactrian.passes.sharding_plan import ShardingFigures, ShardingPlan
 from bactrian.runtime.program import StagedProgram
@@ -26,11 +28,11 @@ def _layout_of(text: str) -> Layout:
     return tuple(() if dim == _WHOLE else tuple(dim.split("+")) for dim in text.split(",")) if text else ()
 
 
-def plan_layouts(plan: Plan, paths: Sequence[str]) -> dict[int, Layout]:
-    """The layouts that a plan gives to arguments, by number.
+def plan_layouts(plan: Plan, paths: Sequence[str], ranks: Sequence[int]) -> dict[int, Layout]:
+    """The layouts that a plan gives to arguments, by number; ``paths`` and ``ranks`` are the arguments'.
 
     Raises:
-        ConfigError: it names an argument that is not there.
+        ConfigError: it names an argument that is not there, or gives one no layout.
     """
     layouts = dict[str, str]()
     for stage in plan.stages:  # of an argument that several stages read, the first one's
@@ -42,7 +44,49 @@ def plan_layouts(plan: Plan, paths: Sequence[str]) -> dict[int, Layout]:
         raise ConfigError(
             f"the plan has a layout for {unknown[0]}, which is no argument of the step", fix="take it out of the plan"
         )
-    return {numbers[path]: _layout_of(text) for path, text in layouts.items()}
+    axes = plan.stages[0].mesh
+    return {numbers[path]: check_layout(text, ranks[numbers[path]], axes, path) for path, text in layouts.items()}
+
+
+def check_layout(text: str, rank: int, axes: Axes, path: str) -> Layout:
+    """A layout as its text says.
+
+    Raises:
+        ConfigError: it has not one entry for each dim, names an axis that the mesh has not, or one twice.
+    """
+    layout = _layout_of(text)
+    names = [axis for dim in layout for axis in dim]
+    known = [name for name, _ in axes]
+    problem = ""
+    if len(layout) != rank:
+        problem = f"it has {len(layout)} dims, the argument has {rank}"
+    elif unknown := [name for name in names if name not in known]:
+        problem = f"the mesh has no axis {unknown[0]!r}"
+    elif len(set(names)) != len(names):
+        problem = "an axis cuts one dim, once"
+    if problem:
+        raise ConfigError(
+            f"the plan's layout {text!r} of {path} is none",
+            why=problem,
+            fix=f"one entry for each dim, {_WHOLE} or axes of {', '.join(known)} joined by +",
+        )
+    return layout
+
+
+def refuse_moved(given: Mapping[int, Layout], placed: Mapping[int, Layout], paths: Sequence[str]) -> None:
+    """Refuse a plan for arguments that another step has placed otherwise.
+
+    Raises:
+        ConfigError: names the first one.
+    """
+    for number in sorted(given.keys() & placed.keys()):
+        if given[number] != placed[number]:
+            raise ConfigError(
+                f"the plan has the layout {layout_text(given[number])} for {paths[number]}, "
+                f"which another step has placed as {layout_text(placed[number])}",
+                why="arguments that are placed stay where they are",
+                fix="pass bactrian.gather(...) of the state, or leave the plan out",
+            )
 
 
 def write_layouts(module: ir.Module, layouts: Mapping[int, Layout]) -> None:
@@ -52,9 +96,12 @@ def write_layouts(module: ir.Module, layouts: Mapping[int, Layout]) -> None:
         return
     entries = [ir.DictAttr(entry) for entry in ir.ArrayAttr(main.attributes["arg_attrs"])]
     for number, layout in layouts.items():
-        dims = ", ".join("{" + ", ".join(f'"{axis}"' for axis in axes) + "}" for axes in layout)
+        dims = [
+            sdy.DimensionShardingAttr.get([sdy.AxisRefAttr.get(axis) for axis in axes], is_closed=True)
+            for axes in layout
+        ]
         own = {item.name: item.attr for item in entries[number]}
-        own[SHARDING] = ir.Attribute.parse(f"#sdy.sharding<@stage0, [{dims}]>")
+        own[SHARDING] = sdy.TensorShardingAttr.get("stage0", dims)
         entries[number] = ir.DictAttr.get(own)
     main.attributes["arg_attrs"] = ir.ArrayAttr.get(entries)
 
@@ -66,6 +113,13 @@ def read_shardings(module: ir.Module, program: StagedProgram, paths: Sequence[st
             return ()
         found = ir.ArrayAttr(module.operation.attributes["bactrian.sharding"])
         return tuple(_read(ir.DictAttr(entry), stage, program, paths) for stage, entry in enumerate(found))
+
+
+def as_before(new: ShardingPlan, old: ShardingPlan | None) -> ShardingPlan:
+    """What is predicted of a plan that is applied: if it takes as long as it says, its proof and comparison stand."""
+    if old is None or abs(new.seconds - old.seconds) > 1e-9 * old.seconds or new.layouts != old.layouts:
+        return new
+    return replace(new, given=old.given, bound_seconds=old.bound_seconds, compared=new.compared or old.compared)
 
 
 def _read(found: ir.DictAttr, stage: int, program: StagedProgram, paths: Sequence[str]) -> ShardingPlan:
@@ -80,6 +134,7 @@ def _read(found: ir.DictAttr, stage: int, program: StagedProgram, paths: Sequenc
         strategy=ir.StringAttr(found["strategy"]).value,
         seconds=_float(found["seconds"]),
         bound_seconds=_float(found["bound_seconds"]),
+        given=_integer(found["given"]),
         communication_seconds=_float(found["communication_seconds"]),
         sent_bytes=tuple((item.name, _integer(item.attr)) for item in ir.DictAttr(found["sent_bytes"])),
         memory_bytes=tuple((ir.StringAttr(entry["name"]).value, _integer(entry["bytes"])) for entry in memory),

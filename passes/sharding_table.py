@@ -22,6 +22,8 @@ def sharding_lines(
     """What is predicted of the chosen layouts, a line each: time, communication by kind, memory by class."""
     gap = 1 - plan.bound_seconds / plan.seconds if plan.seconds else 0.0
     proof = "proved optimal in the cost model" if plan.is_optimal else f"at most {100 * gap:.2f} % above the optimum"
+    if plan.given:
+        proof += f", with {plan.given} of {len(plan.layouts)} arguments' layouts given"
     chosen = "layouts  " if plan.strategy == "auto" else f"layouts  {plan.strategy}, the rest "
     sent = " · ".join(f"{kind.replace('_', '-')} {size(nbytes)}" for kind, nbytes in plan.sent_bytes)
     held = " · ".join(f"{name} {size(nbytes)}" for name, nbytes in plan.memory_bytes)
@@ -57,7 +59,7 @@ def compared_table(
     for row in (chosen, *fitting, *(row for row in plan.compared if row.seconds is None)):
         style = _BEST if row is chosen else "default"
         if row.seconds is None:
-            table.add_row(row.name, Text("does not fit into memory", style=_QUIET), "", "", "", style=style)
+            table.add_row(row.name, Text("none found that fits", style=_QUIET), "", "", "", style=style)
             continue
         ratio = f"{row.seconds / plan.seconds:.2f} ×" if plan.seconds else ""
         table.add_row(

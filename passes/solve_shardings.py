@@ -57,7 +57,7 @@ class SolveShardings(Pass):
     ```
 
     ```mlir
-    module attributes {bactrian.num_microbatches = 1 : i64, bactrian.num_stages = 1 : i64, bactrian.sharding = [{bound_seconds = 1.9398655999999998E-4 : f64, communication_seconds = 0.000000e+00 : f64, limit_bytes = 4294967296 : i64, memory_bytes = [{bytes = 262144 : i64, name = "batch"}, {bytes = 262144 : i64, name = "activations"}, {bytes = 16384 : i64, name = "parameters"}], seconds = 1.9398655999999998E-4 : f64, sent_bytes = {}, strategy = "auto"}]} {
+    module attributes {bactrian.num_microbatches = 1 : i64, bactrian.num_stages = 1 : i64, bactrian.sharding = [{bound_seconds = 1.9398655999999998E-4 : f64, communication_seconds = 0.000000e+00 : f64, given = 0 : i64, limit_bytes = 4294967296 : i64, memory_bytes = [{bytes = 262144 : i64, name = "batch"}, {bytes = 262144 : i64, name = "activations"}, {bytes = 16384 : i64, name = "parameters"}], seconds = 1.9398655999999998E-4 : f64, sent_bytes = {}, strategy = "auto"}]} {
       sdy.mesh @stage0 = <["data"=4]>
       func.func public @main(%x: tensor<4096x64xf32> {bactrian.role = "batch", sdy.sharding = #sdy.sharding<@stage0, [{"data"}, {}]>}, %w: tensor<64x64xf32> {bactrian.role = "state", sdy.sharding = #sdy.sharding<@stage0, [{}, {}]>}) -> (tensor<4096x64xf32> {sdy.sharding = #sdy.sharding<@stage0, [{"data"}, {}]>}) {
         %y = stablehlo.dot_general %x, %w, contracting_dims = [1] x [0] {bactrian.phase = "forward", bactrian.stage = 0 : i64, sdy.sharding = #sdy.sharding_per_value<[<@stage0, [{"data"}, {}]>]>} : (tensor<4096x64xf32>, tensor<64x64xf32>) -> tensor<4096x64xf32>
@@ -113,12 +113,13 @@ class SolveShardings(Pass):
         gpipe = string_attribute(module.operation, "bactrian.schedule") == "gpipe"
         compared = list[list[ir.Attribute]]()
         solved = list[tuple[Writer, Solution]]()
-        claimed = set[int]()
+        claimed, given = set[int](), list[int]()
         for stage, name in enumerate(names):
             mesh: Mesh = cluster.mesh(meshes[name])
             in_flight = count if gpipe else min(count, stages - stage)
             only = stage if stages > 1 else None
             reading = read_program(main, mesh, cluster, count, ctx.remark, in_flight, only)
+            given.append(len(reading.work.fixed))
             known = {name: named(reading, mesh, roles, name) for name in (NAMED if self.compare else ())}
             compared.append(
                 [_figures(name, _known(each, mesh, limit, roles, self.time_limit)) for name, each in known.items()]
@@ -133,7 +134,10 @@ class SolveShardings(Pass):
         for writer, _ in solved:
             writer.write()
             ctx.count("reshards", writer.num_reshards)
-        predicted = [self._predicted(main, writer, solution, limit, roles, ctx) for writer, solution in solved]
+        predicted = [
+            self._predicted(main, writer, solution, limit, roles, ctx, fixed)
+            for (writer, solution), fixed in zip(solved, given, strict=True)
+        ]
         for entries, rows in zip(predicted, compared, strict=True):
             if rows:
                 entries["compared"] = ir.ArrayAttr.get(rows)
@@ -142,7 +146,14 @@ class SolveShardings(Pass):
         )
 
     def _predicted(
-        self, main: ir.Operation, writer: Writer, solution: Solution, limit: int, roles: Sequence[str], ctx: PassContext
+        self,
+        main: ir.Operation,
+        writer: Writer,
+        solution: Solution,
+        limit: int,
+        roles: Sequence[str],
+        ctx: PassContext,
+        given: int,
     ) -> dict[str, ir.Attribute]:
         """What is said of one stage."""
         gap = "optimal" if solution.optimal else f"at least {solution.bound:.4g} s"
@@ -155,6 +166,7 @@ class SolveShardings(Pass):
         sent = {kind: round(nbytes) for kind, nbytes in sorted(writer.sent_in_step.items())}
         return {
             "strategy": ir.StringAttr.get(self.strategy),
+            "given": integer(given),
             "seconds": _number(solution.cost),
             "bound_seconds": _number(solution.bound),
             "communication_seconds": _number(taken.communication_seconds),
@@ -169,11 +181,11 @@ class SolveShardings(Pass):
 def _known(
     reading: Reading, mesh: Mesh, limit: int, roles: Sequence[str], time_limit: float
 ) -> tuple[float, float, int] | None:
-    """Seconds, those of communication, and memory of a known plan; None where it does not fit."""
+    """Seconds, those of communication, and memory of a known plan; None where it does not fit, or none was found."""
     model = ShardingModel(reading.work, mesh, limit)
     try:
         solution = solve(model.network, time_limit)
-    except InfeasiblePlanError:
+    except (ConfigError, InfeasiblePlanError):
         return None
     taken = account(model, reading, roles, solution.choice, model.shardings(solution.choice))
     return float(solution.cost), taken.communication_seconds, round(solution.memory)

@@ -181,7 +181,7 @@ class MpiTransport:
     ) -> Handle:
         """Post the receive into a buffer that XLA can take without a copy."""
         kind = _numpy_dtype(dtype)
-        taken = self._arrays.take(shape, kind, place) if passing else None
+        taken = self._arrays.take(shape, kind, place) if passing and place.num_devices == 1 else None
         if taken is None:
             handle = _Receive(self._pool.take(math.prod(shape) * kind.itemsize), shape, kind, place)
         else:

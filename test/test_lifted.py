@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from typing import Any
 
 import numpy as np
 import pytest
 
-from bactrian.passes.errors import InfeasiblePlanError
+from bactrian.passes.errors import ConfigError, InfeasiblePlanError
 from bactrian.passes.network import lifted
 from bactrian.passes.network.interned import Interner
 from bactrian.passes.network.problem import CostNetwork
@@ -118,3 +119,35 @@ def test_equal_arrays_are_one() -> None:
         made = arrays.made("double", lambda values: calls.append(1) or 2 * values, first)
         assert made is arrays.array(2 * np.arange(6.0).reshape(2, 3))
     assert len(calls) == 1
+
+
+def test_a_restricted_copy_leaves_the_network_alone() -> None:
+    """Its memory too: an edge that becomes a bijection is contracted in the copy."""
+    pair = np.array([[0.0, np.inf, 3.0], [np.inf, 0.0, 4.0]])
+    usages = np.array([1, 7]), np.array([2, 9, 4])
+    problem = CostNetwork((np.zeros(2), np.zeros(3)), usages, ((0, 2), (1, 3)), ((0, 1),), (pair,), 100)
+    network = ReducedNetwork(problem)
+    before = network.profile({0: 1, 1: 1})
+    small = network.restricted({1: np.array([0, 1])})
+    small.contract()
+    assert len(small.costs) == 1
+    np.testing.assert_array_equal(network.profile({0: 1, 1: 1}), before)
+    assert before.max() == problem.peak([1, 1])
+
+
+def test_no_time_after_a_choice_without_proof() -> None:
+    """Large costs and hardly any time: an answer, or that there was no time."""
+    for seed in range(10_000, 10_040):
+        problem = layers(seed)
+        scale = 10**11 if problem.costs[0].dtype.kind == "i" else 1e11
+        problem = dataclasses.replace(
+            problem,
+            costs=tuple(costs * scale for costs in problem.costs),
+            edge_costs=tuple(costs * scale for costs in problem.edge_costs),
+        )
+        try:
+            solution = solve(problem, 0.02 + 0.002 * (seed % 40))
+        except (ConfigError, InfeasiblePlanError):
+            continue
+        assert problem.is_allowed(solution.choice)
+        assert solution.bound <= solution.cost * (1 + 1e-9)

@@ -143,6 +143,61 @@ def test_a_plan_is_applied_as_it_is(slow: Path, tmp_path: Path) -> None:
         check(built, plan=plan, cluster=slow)
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("nope", "it has 1 dims, the argument has 2"),
+        ("tensor,-", "no axis 'tensor'"),
+        ("data,data", "cuts one dim, once"),
+        ("data+,-", "no axis ''"),
+        ('"x"}],[-', "no axis"),
+    ],
+)
+def test_layouts_in_plans_that_are_none(text: str, message: str, slow: Path) -> None:
+    built = models.train_case("mlp/plain", stages=1).make()
+    step = bactrian.parallelize(built.step, **built.options, mesh="data=2,model=4", cluster=slow)
+    traced = step.trace(built.state, *built.batches[0])
+    plan = traced.plan().plan
+    stage = plan.stages[0]
+    assert stage.sharding is not None
+    path = next(path for path, text in stage.sharding.layouts if path.endswith("['w']"))
+    changed = dataclasses.replace(stage.sharding, layouts=((path, text),))
+    with pytest.raises(ConfigError, match=message) as caught:
+        traced.plan(plan=dataclasses.replace(plan, stages=(dataclasses.replace(stage, sharding=changed),)))
+    assert path in str(caught.value) and caught.value.fix
+
+
+def test_the_callers_arrays_stay(slow: Path) -> None:
+    """State given as arrays of jax is the caller's: a replicated copy must not share its buffer, which is donated."""
+    state = {"a": jnp.ones((16, 16)), "b": jnp.zeros((16, 16))}
+    data = {name: np.ones((8, 16), np.float32) for name in "xy"}
+    for mesh in ("data=2", "data=2,model=4"):
+        for strategy in ("auto", "data", "zero3"):
+            step = bactrian.parallelize(
+                models.sgd_step(models.chain_loss("ab")), num_stages=1, mesh=mesh, cluster=slow, strategy=strategy
+            )
+            first, second = (bactrian.gather(step(state, data)) for _ in range(2))
+            assert not any(leaf.is_deleted() for leaf in state.values())
+            numerics.assert_equal_step(first, second)
+
+
+def test_what_is_given_twice_is_refused(slow: Path) -> None:
+    built = models.train_case("mlp/plain", stages=1).make()
+    step = bactrian.parallelize(built.step, **built.options, mesh="data=2,model=4", cluster=slow)
+    plan = step.trace(built.state, *built.batches[0]).plan().plan
+    with pytest.raises(ConfigError, match="strategy is zero3, but a plan is given"):
+        bactrian.parallelize(built.step, plan=plan, strategy="zero3")
+    with pytest.raises(ConfigError, match="strategy is zero3, but there is no mesh"):
+        bactrian.parallelize(built.step, strategy="zero3")
+    state, _ = step(built.state, *built.batches[0])
+    data = bactrian.parallelize(built.step, **built.options, mesh="data=2,model=4", cluster=slow, strategy="data")
+    with pytest.raises(ConfigError, match="strategy is data, but another step has placed the arguments"):
+        data(state, *built.batches[0])
+    whole = data.trace(built.state, *built.batches[0]).plan().plan
+    with pytest.raises(ConfigError, match="which another step has placed as"):
+        bactrian.parallelize(built.step, plan=whole, cluster=slow)(state, *built.batches[0])
+
+
 def test_a_second_step_takes_the_placement_of_the_first(slow: Path) -> None:
     built = models.train_case("mlp/plain", "adamw", stages=1).make()
     step = bactrian.parallelize(built.step, **built.options, mesh="data=2,model=4", cluster=slow)
@@ -202,6 +257,8 @@ def test_more_devices_than_there_are(slow: Path) -> None:
         ("data=0", "an axis of size 0"),
         ("data=2,data=2", "two axes of one name"),
         ({"data": 2.5}, "is not a list of axes"),
+        ({"data=2,x": 2}, "names that are none"),
+        (5, "neither a text nor a mapping"),
     ],
 )
 def test_what_is_no_mesh(mesh: Any, message: str) -> None:

@@ -80,12 +80,14 @@ def solve_lifted(network: ReducedNetwork, deadline: float) -> Lifted | None:
         for hops in range(_MOST_HOPS):
             keep = program.likely(result.values, excess, hops)
             choice = _within(network, keep, time.monotonic() + _SEARCH_SHARE * (deadline - time.monotonic()))
+            if choice is not None and not _fits(network, choice):
+                choice = None
             if choice is not None and (cost := network.cost(choice)) < best_cost:
                 best, best_cost = network.expand(choice), cost
             if is_gap_closed(network, best_cost, bound):
                 return Lifted(best, best_cost, bound, True, classes)
         if best is not None:
-            program.drop(excess, best_cost - bound)
+            program.drop(excess, best_cost - excess.bound)
             try:
                 network.reduce(deadline)
             except InfeasiblePlanError:  # nothing is better
@@ -103,6 +105,10 @@ def is_gap_closed(network: ReducedNetwork, cost: float, bound: float) -> bool:
     if not np.isfinite(cost):
         return False
     return cost - bound < _UNIT_GAP if network.whole else cost - bound <= _GAP * abs(cost - network.constant)
+
+
+def _fits(network: ReducedNetwork, choice: Mapping[int, int]) -> bool:
+    return network.limit is None or not (network.profile(dict(choice)) > network.limit).any()
 
 
 def _within(network: ReducedNetwork, keep: dict[int, Array], deadline: float) -> dict[int, int] | None:

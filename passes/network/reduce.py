@@ -127,7 +127,8 @@ class ReducedNetwork:
         copy.__dict__.update(self.__dict__)
         copy.costs, copy.pairs, copy._undo = dict(self.costs), dict(self.pairs), []
         copy.neighbours = {node: dict(near) for node, near in self.neighbours.items()}
-        copy._fixed, copy._changes, copy._spans = self._fixed.copy(), dict(self._changes), {}
+        copy._fixed, copy._spans = self._fixed.copy(), {}
+        copy._changes = {node: dict(changes) for node, changes in self._changes.items()}
         for node, strategies in keep.items():
             if len(strategies) < len(copy.costs[node]):
                 copy._restrict(node, strategies)

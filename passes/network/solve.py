@@ -102,10 +102,11 @@ def solve(problem: CostNetwork, time_limit: float = 60.0) -> Solution:
             bound, proved, rows = max(bound, outcome.bound), outcome.optimal, rows + outcome.memory_rows
             if outcome.choice is not None:
                 choice = _allowed(problem, _in_order(network.expand(outcome.choice)))
-            if choice is None or proved or program.is_exact:
+                proved = proved and choice is not None
+            if outcome.choice is None or choice is None or proved or program.is_exact:
                 break
             # Costs that the answer rules out are so large that they hide small differences: once more without them.
-            network.prune(network.cost(outcome.choice or {}))
+            network.prune(network.cost(outcome.choice))
             network.reduce(deadline)
             if not network.costs:
                 choice, proved = _allowed(problem, _in_order(network.expand({}))), True
