@@ -27,6 +27,8 @@ memory_gb_per_s = 0.001
 intra_host_gb_per_s = 1.0
 intra_host_latency_us = 0.01
 """
+# Those that are not about stages; all run over stages too.
+ONE_STAGE_TRAPS = ("aux-outputs", "random-numbers-typed-key", "skip-not-finite", "several-arguments", "empty-update")
 MESHES = ("data=2,model=4", "data=8", "data=4,model=2")
 
 
@@ -58,7 +60,7 @@ def cut(compiled: Compiled) -> list[str]:
 @pytest.mark.parametrize(
     "name",
     [
-        name if name in models.SMALL_COVER else pytest.param(name, marks=pytest.mark.long)
+        name if name in ("mlp/plain", "conv/linen") else pytest.param(name, marks=pytest.mark.long)
         for name in models.MODELS_COVER
     ],
 )
@@ -69,7 +71,11 @@ def test_models_equal_one_device(name: str, slow: Path) -> None:
     assert cut(compiled)
 
 
-@pytest.mark.parametrize("case", models.TRAPS, ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case",
+    [case if case.name in ONE_STAGE_TRAPS else pytest.param(case, marks=pytest.mark.long) for case in models.TRAPS],
+    ids=lambda case: case.name,
+)
 def test_traps_equal_one_device(case: models.Case, slow: Path) -> None:
     check(case.make(), mesh="data=2,model=2", cluster=slow)
 
@@ -78,7 +84,7 @@ def test_traps_equal_one_device(case: models.Case, slow: Path) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        name if name in models.SMALL_COVER else pytest.param(name, marks=pytest.mark.long)
+        name if name in ("mlp/plain", "gpt-tied-dropout/linen") else pytest.param(name, marks=pytest.mark.long)
         for name in models.MODELS_COVER
     ],
 )
