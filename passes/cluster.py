@@ -71,6 +71,7 @@ class Cluster:
             raise ConfigError(
                 f"mesh {text} needs {count} devices, {self.name} has {self.num_devices}",
                 why=f"{self.hosts} hosts of {self.devices_per_host} devices",
+                fix="take a smaller mesh, or describe a larger cluster",
             )
         if count > self.devices_per_host and count % self.devices_per_host:
             raise ConfigError(

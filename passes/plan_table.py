@@ -7,7 +7,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 from bactrian.passes.plan import Option, Plan, StagePlan, add_known
-from bactrian.passes.sharding_table import compared_table, sharding_lines
+from bactrian.passes.sharding_table import compared_table, layout_grid
 
 if TYPE_CHECKING:
     from rich.console import Console, Group, RenderableType
@@ -124,9 +124,10 @@ def render_plan(plan: Plan) -> Group:
     parts.append(Text(notes, style=_QUIET))
     for stage in plan.stages:
         if stage.sharding is not None:
-            lines = sharding_lines(stage.sharding, human_seconds, human_bytes)
-            parts += [Text(""), *(Text(line) for line in lines)]
-            parts.append(compared_table(stage.sharding, human_seconds, human_bytes))
+            number = stage.stage if plan.num_stages > 1 else None
+            parts += [Text(""), layout_grid(stage.sharding, number, human_seconds, human_bytes)]
+            if stage.sharding.compared:
+                parts.append(compared_table(stage.sharding, human_seconds, human_bytes))
     if plan.options:
         parts.append(
             Text("options: " + "  ".join(f"{name}={_option_text(value)}" for name, value in plan.options), style=_QUIET)

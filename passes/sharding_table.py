@@ -10,43 +10,50 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from rich.table import Table
-    from rich.text import Text
 
 _QUIET = "grey50"
 _BEST = "#3a7d7c"
 
 
-def sharding_lines(
-    plan: ShardingPlan, seconds: Callable[[float | None], str], size: Callable[[float | None], str]
-) -> list[str]:
-    """What is predicted of the chosen layouts, a line each: time, communication by kind, memory by class."""
+def layout_grid(
+    plan: ShardingPlan, stage: int | None, seconds: Callable[[float | None], str], size: Callable[[float | None], str]
+) -> Table:
+    """What is predicted of the chosen layouts: time, communication by kind, memory by class.
+
+    Args:
+        plan: of one stage.
+        stage: its number, where there are several.
+        seconds, size: how times and bytes are written.
+    """
+    from rich.table import Table
+
     gap = 1 - plan.bound_seconds / plan.seconds if plan.seconds else 0.0
     proof = "proved optimal in the cost model" if plan.is_optimal else f"at most {100 * gap:.2f} % above the optimum"
+    if plan.strategy != "auto":
+        proof = f"{plan.strategy}; the rest {proof}"
     if plan.given:
         proof += f", with {plan.given} of {len(plan.layouts)} arguments' layouts given"
-    chosen = "layouts  " if plan.strategy == "auto" else f"layouts  {plan.strategy}, the rest "
     sent = " · ".join(f"{kind.replace('_', '-')} {size(nbytes)}" for kind, nbytes in plan.sent_bytes)
     held = " · ".join(f"{name} {size(nbytes)}" for name, nbytes in plan.memory_bytes)
     total = sum(nbytes for _, nbytes in plan.memory_bytes)
     limit = "" if plan.limit_bytes is None else f" of {size(plan.limit_bytes)}"
-    return [
-        f"{chosen}{proof}",
-        f"sends    {sent or 'nothing'}"
-        + (f" a step and device, {seconds(plan.communication_seconds)}" if sent else ""),
-        f"holds    {size(total)}{limit} a device: {held}",
-    ]
+    grid = Table.grid(padding=(0, 2, 0, 0))
+    grid.add_column(style="bold", no_wrap=True)
+    grid.add_column()
+    grid.add_row("layouts" if stage is None else f"stage {stage}", proof)
+    grid.add_row("sends", f"{sent}, in {seconds(plan.communication_seconds)}: a device, a step" if sent else "nothing")
+    grid.add_row("holds", f"{size(total)}{limit}: {held}")
+    return grid
 
 
 def compared_table(
     plan: ShardingPlan, seconds: Callable[[float | None], str], size: Callable[[float | None], str]
-) -> Table | Text:
+) -> Table:
     """The chosen layouts beside the known plans, the fastest first."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
-    if not plan.compared:
-        return Text("")
     total = sum(nbytes for _, nbytes in plan.memory_bytes)
     name = "chosen" if plan.strategy == "auto" else f"chosen ({plan.strategy})"
     chosen = ShardingFigures(name, plan.seconds, plan.communication_seconds, total)
