@@ -175,7 +175,7 @@ def stage_ranks(num_stages: int, num_ranks: int) -> tuple[int, ...]:
         fitting = f"1 to {num_stages}" if num_stages > 1 else "1"
         raise ConfigError(
             f"the plan has {num_stages} stage{'s' * (num_stages > 1)}, but {num_ranks} ranks were started",
-            why="a stage runs on one device, so a rank without a stage would have nothing to do",
+            why="a stage belongs to one rank, so a rank without a stage would have nothing to do",
             fix=f"start {fitting} ranks, or ask for num_stages={num_ranks}",
         )
     return tuple(stage % num_ranks for stage in range(num_stages))
