@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import sdy
 
 from bactrian.driver import boundary, dataflow
 from bactrian.driver.arrays import Homes
@@ -27,7 +28,7 @@ from bactrian.driver.source import line_here, line_of_error
 from bactrian.driver.state import Part, match_state
 from bactrian.passes.errors import BactrianError, ConfigError, ProgramError
 from bactrian.passes.frame.context import make_context
-from bactrian.passes.program import body, integer, main_function, nested_operations
+from bactrian.passes.program import body, integer, main_function
 
 _JAX_TRACE_ERRORS = (jax.errors.JAXTypeError, jax.errors.JAXIndexError, jax.errors.UnexpectedTracerError)
 _NO_MESH = "#sdy.mesh<[]>"
@@ -499,12 +500,16 @@ def _drop_noise(module: ir.Module, main: ir.Block) -> None:
     if not meshes:
         return
     prefixes = tuple(f"#sdy.sharding<@{ir.StringAttr(op.attributes['sym_name']).value}," for op in meshes)
-    constraints = [
-        op
-        for op in nested_operations(module.operation)
-        if op.name == "sdy.sharding_constraint" and str(op.attributes["sharding"]).startswith(prefixes)
-    ]
+    constraints: list[ir.Operation] = []
+
+    def visit(op: Any) -> ir.WalkResult:
+        constraints.append(op.operation)
+        return ir.WalkResult.ADVANCE
+
+    module.operation.walk(visit, ir.WalkOrder.PRE_ORDER, sdy.ShardingConstraintOp)
     for op in constraints:
+        if not str(op.attributes["sharding"]).startswith(prefixes):
+            continue
         op.results[0].replace_all_uses_with(op.operands[0])
         op.erase()
     text = str(module.operation.get_asm(enable_debug_info=False, large_elements_limit=0))

@@ -18,7 +18,7 @@ from bactrian.passes.frame.location import name_stack, user_place
 from bactrian.passes.frame.pipeline import quote, run_pipeline
 from bactrian.passes.mesh_tensors import num_devices
 from bactrian.passes.plan import Axes, LayerPlan, Plan, StagePlan
-from bactrian.passes.program import body, integer_attribute, main_function, phase_of, stage_of
+from bactrian.passes.program import Dataflow, body, integer_attribute, main_function, phase_of, stage_of
 from bactrian.passes.schedules import peak_in_flight
 from bactrian.passes.sharding_plan import ShardingPlan
 from bactrian.runtime.program import StagedProgram
@@ -135,7 +135,7 @@ def stage_program(
     """
     first = run_pipeline(module, decisions.assignment_pipeline(), reproducer_dir=reproducer_dir)
     with module.context:
-        ops = _measured_ops(module)
+        ops = _measured_ops(module, first.kept.get(Dataflow))
         work = _measure(ops)
         layers = _name_layers(ops, decisions.num_layers)
         first_layers = _first_layers(ops, decisions.num_stages)
@@ -145,7 +145,7 @@ def stage_program(
             placed = dict(layouts or {})
             refuse_moved(given, placed, paths)
             write_layouts(module, given | placed)
-    second = run_pipeline(module, decisions.staging_pipeline(), reproducer_dir=reproducer_dir)
+    second = run_pipeline(module, decisions.staging_pipeline(), reproducer_dir=reproducer_dir, kept=first.kept)
     program = extract(module)
     device = _DEVICES.get(platform)
     shardings = read_shardings(module, program, paths)
@@ -211,11 +211,10 @@ class _MeasuredOp:
     cost: OpCost
 
 
-def _measured_ops(module: ir.Module) -> list[_MeasuredOp]:
+def _measured_ops(module: ir.Module, flow: Dataflow | None) -> list[_MeasuredOp]:
     model = CostModel()
     found: list[_MeasuredOp] = []
-    for view in body(main_function(module)).operations:
-        op = view.operation
+    for op in (flow or Dataflow.of(main_function(module))).ops:
         phase, stage = phase_of(op), stage_of(op)
         if phase is not None and stage is not None:
             found.append(_MeasuredOp(op, phase, stage, integer_attribute(op, "bactrian.layer"), model.cost(op)))

@@ -106,7 +106,7 @@ class AssignStages(Pass):
     def apply(self, module: ir.Module, ctx: PassContext) -> None:
         """Choose the first layer of each stage, write stages and meshes."""
         num_layers = required_integer(module.operation, "bactrian.num_layers", "group-layers")
-        flow = Dataflow.of(main_function(module))
+        flow = Dataflow.kept_or_read(module, ctx)
         layers = [integer_attribute(op, "bactrian.layer") for op in flow.ops]
         flops, crossing = _layer_costs(flow, argument_roles(main_function(module)), layers, num_layers)
         given = self._given()
@@ -126,6 +126,7 @@ class AssignStages(Pass):
                 op.attributes["bactrian.stage"] = stages[layer]
         module.operation.attributes["bactrian.num_stages"] = integer(len(starts))
         _make_meshes(module, len(starts), self._axes())
+        ctx.keep(flow)
         ctx.count("cut-bytes", sum(crossing[start] for start in starts[1:]))
 
     def _balanced(

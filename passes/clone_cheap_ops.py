@@ -67,7 +67,7 @@ class CloneCheapOps(Pass):
     def apply(self, module: ir.Module, ctx: PassContext) -> None:
         """Clone for the stages that read."""
         main = main_function(module)
-        flow = Dataflow.of(main)
+        flow = Dataflow.kept_or_read(module, ctx)
         rule = StageRule(flow, argument_roles(main), self.small_bytes)
         ctx.count("clones", clone_into_readers(flow, stage_keys(flow), stage_key, copy_stage, rule))
         ctx.count("clones", clone_counters(main, self.small_bytes))

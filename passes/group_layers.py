@@ -108,7 +108,7 @@ class GroupLayers(Pass):
 
     def apply(self, module: ir.Module, ctx: PassContext) -> None:
         """Cut the forward ops, place all others, write the layers."""
-        program = _Program.of(module, self.small_bytes)
+        program = _Program.of(module, Dataflow.kept_or_read(module, ctx), self.small_bytes)
         layers = _cut_forward(program, self.num_layers, self.epsilon, module, ctx)
         if layers is None:
             return
@@ -126,6 +126,8 @@ class GroupLayers(Pass):
                 op.attributes["bactrian.layer"] = attributes[layer]
         module.operation.attributes["bactrian.num_layers"] = integer(num_layers)
         _remove_markers(program)
+        if not any(program.marker):
+            ctx.keep(program.flow)
         ctx.count("free", sum(program.free))
         ctx.count("placed", placed)
         ctx.count("markers", sum(program.marker))
@@ -151,14 +153,13 @@ class _Program:
     large: list[bool]
 
     @classmethod
-    def of(cls, module: ir.Module, small_bytes: int) -> _Program:
+    def of(cls, module: ir.Module, flow: Dataflow, small_bytes: int) -> _Program:
         """Read ``@main``.
 
         Raises:
             PassError: if an op has no phase.
         """
         main = main_function(module)
-        flow = Dataflow.of(main)
         model = CostModel()
         roles = argument_roles(main)
         sizes = [model.size(value.type).bytes for value in flow.values]

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import stablehlo
 
 from bactrian.passes.errors import PassError
+from bactrian.passes.frame.base import PassContext
 
 BOUNDARY = "bactrian.gradient_boundary"
 MICROBATCH_INDEX = "bactrian.microbatch_index"
@@ -273,6 +274,18 @@ class Dataflow:
                 last += 1
             results.append(range(first, last))
         return cls(ops, operands, results, producer, values, num_arguments)
+
+    @classmethod
+    def kept_or_read(cls, module: ir.Module, ctx: PassContext) -> Dataflow:
+        """The data flow that the pass before kept, else read from ``@main``."""
+        kept = ctx.kept(cls)
+        return cls.of(main_function(module)) if kept is None else kept.again()
+
+    def again(self) -> Dataflow:
+        """The same data flow for the next pass, without the attributes that this one may have changed."""
+        other = replace(self)
+        other.__dict__.update({name: self.__dict__[name] for name in ("sizes", "boundary") if name in self.__dict__})
+        return other
 
     @cached_property
     def phases(self) -> list[str | None]:

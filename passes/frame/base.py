@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
@@ -41,7 +42,9 @@ class PassContext:
     Errors are collected, so that one run reports several; they fail the run when the pass ends.
     """
 
-    def __init__(self, owner: Pass, limit: int = ERROR_LIMIT) -> None:
+    def __init__(self, owner: Pass, limit: int = ERROR_LIMIT, kept: Mapping[type, Any] | None = None) -> None:
+        self.keeps: dict[type, Any] = {}
+        self._kept = kept or {}
         self.counts: dict[str, int] = {statistic.name: 0 for statistic in owner.statistics}
         self.diagnostics: list[Diagnostic] = []
         self._limit = limit
@@ -51,6 +54,14 @@ class PassContext:
         """Add ``n`` to a declared statistic."""
         assert statistic_name in self.counts, f"{self._owner} declares no statistic {statistic_name!r}"
         self.counts[statistic_name] += n
+
+    def keep(self, analysis: object) -> None:
+        """Say that an analysis still holds for the IR that this pass leaves, so that the next pass need not make it."""
+        self.keeps[type(analysis)] = analysis
+
+    def kept(self, kind: type[T]) -> T | None:
+        """The analysis of this kind that the pass before kept; None where there is none."""
+        return self._kept.get(kind)
 
     def remark(self, where: Locatable, message: str) -> None:
         """Tell the user something that is neither wrong nor doubtful."""

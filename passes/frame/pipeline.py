@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -232,10 +232,14 @@ class PassRun:
 
 @dataclass
 class Report:
-    """What a pipeline did: one `PassRun` per pass of ours, in order, and all diagnostics."""
+    """What a pipeline did: one `PassRun` per pass of ours, in order, and all diagnostics.
+
+    ``kept`` are the analyses that hold for the IR it left; a run that goes on from there is given them.
+    """
 
     runs: list[PassRun] = field(default_factory=list[PassRun])
     diagnostics: list[Diagnostic] = field(default_factory=list[Diagnostic])
+    kept: dict[type, Any] = field(default_factory=dict[type, Any], repr=False)
 
     def statistics_text(self) -> str:
         """The statistics in the layout of MLIR's ``--mlir-pass-statistics``."""
@@ -258,6 +262,7 @@ def run_pipeline(
     timing: bool = False,
     reproducer_dir: str | None = None,
     report: Report | None = None,
+    kept: Mapping[type, Any] | None = None,
 ) -> Report:
     """Run passes on a module, in place, verified before the first and after each.
 
@@ -270,12 +275,14 @@ def run_pipeline(
         timing: print MLIR's timing report to standard error.
         reproducer_dir: where a failing pass of ours leaves its reproducer; None for a temporary folder.
         report: filled while running, so that it can be read after an exception; made when not given.
+        kept: analyses that hold for the module, as the report of an earlier run has them.
 
     Raises:
         ProgramError, ConfigError, InfeasiblePlanError: what a pass says about the user's input.
         PassError: a pass failed or left invalid IR; its text names the reproducer.
     """
     runner = _Runner(module, resolve(pipeline), report or Report())
+    runner.report.kept = dict(kept or {})
     with module.context:
         manager = passmanager.PassManager(ANCHOR)
         manager.enable_verifier(True)
@@ -324,6 +331,8 @@ class _Runner:
             self._snapshot = self._module.operation.clone(ip=False)
         try:
             manager.run(self._module.operation)
+            if self._steps and isinstance(self._steps[-1], str):
+                self.report.kept = {}
         except ir.MLIRError as error:
             caught = self._exception or error
             if isinstance(caught, BactrianError) and not isinstance(caught, PassError):
@@ -337,7 +346,8 @@ class _Runner:
     def _callable(self, index: int, step: Pass) -> Any:
         def apply(operation: ir.Operation, handle: passmanager.ExternalPass) -> None:
             self._last_started = index
-            context = PassContext(step)
+            own = index == 0 or isinstance(self._steps[index - 1], Pass)  # one of MLIR's keeps nothing of ours
+            context = PassContext(step, kept=self.report.kept if own else None)
             start = time.perf_counter()
             try:
                 with ir.Location.unknown():
@@ -350,6 +360,7 @@ class _Runner:
                         Diagnostic("error", error.message, error.where, why=error.why, fix=error.fix)
                     )
                 handle.signal_pass_failure()
+            self.report.kept = context.keeps
             self.report.runs.append(PassRun(step, time.perf_counter() - start, context.counts))
             self.report.diagnostics += context.diagnostics
 
