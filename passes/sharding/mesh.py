@@ -17,7 +17,7 @@ _AXIS = re.compile(r"\s*([A-Za-z_]\w*)\s*=\s*(\d+)\s*")
 class Axis:
     """One axis of a mesh.
 
-    What a collective along it takes is read from its measured curve, or is ``latency`` and the bytes that a device
+    What a collective along it takes is read off its measured curve, or is ``latency`` and the bytes that a device
     sends, times ``seconds_per_byte``.
 
     Attributes:
@@ -36,30 +36,45 @@ class Axis:
 
     def all_gather(self, nbytes: float) -> float:
         """Seconds, for ``nbytes`` on each device before."""
-        return self._seconds("all_gather", self.size - 1, nbytes)
+        return self.seconds("all_gather", nbytes)
 
     def all_to_all(self, nbytes: float) -> float:
         """Seconds, for ``nbytes`` on each device."""
-        return self._seconds("all_to_all", (self.size - 1) / self.size, nbytes)
+        return self.seconds("all_to_all", nbytes)
 
     def reduce_scatter(self, nbytes: float) -> float:
         """Seconds, for ``nbytes`` on each device before."""
-        return self._seconds("reduce_scatter", (self.size - 1) / self.size, nbytes)
+        return self.seconds("reduce_scatter", nbytes)
 
     def all_reduce(self, nbytes: float) -> float:
         """Seconds, for ``nbytes`` on each device."""
-        return self._seconds("all_reduce", 2 * (self.size - 1) / self.size, nbytes)
+        return self.seconds("all_reduce", nbytes)
 
     def permute(self, nbytes: float) -> float:
         """Seconds, for ``nbytes`` on each device."""
-        return self._seconds("collective_permute", 1, nbytes)
+        return self.seconds("collective_permute", nbytes)
 
-    def _seconds(self, kind: str, share: float, nbytes: float) -> float:
-        """Of a collective in which each device sends ``share`` times what it holds."""
+    def seconds(self, kind: str, nbytes: float) -> float:
+        """Of a collective of this kind (`KINDS`), for ``nbytes`` on each device before."""
         for curve in self.measured:
             if curve.kind == kind:
                 return curve.seconds_for(nbytes)
-        return self.latency + share * nbytes * self.seconds_per_byte
+        return self.latency + _sent_share(kind, self.size) * nbytes * self.seconds_per_byte
+
+
+def _sent_share(kind: str, size: int) -> float:
+    """Of what a device of ``size`` holds before, how much it sends."""
+    match kind:
+        case "all_gather":
+            return size - 1
+        case "all_to_all" | "reduce_scatter":
+            return (size - 1) / size
+        case "all_reduce":
+            return 2 * (size - 1) / size
+        case "collective_permute":
+            return 1
+        case _:
+            raise ValueError(f"no collective {kind}")
 
 
 @dataclass(frozen=True)
