@@ -120,7 +120,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     profile.add_argument("--output", metavar="FILE", default="cluster.toml", help="the file (default: cluster.toml)")
     profile.add_argument("--force", action="store_true", help="write the file even if it is there already")
-    profile.add_argument("--name", help="how reports call the cluster (default: the name of its file)")
+    profile.add_argument(
+        "--name", type=_cluster_name, help="how reports call the cluster (default: the name of its file)"
+    )
     profile.add_argument(
         "--seconds", type=_seconds, default=20.0, metavar="S", help="to measure for, besides compiling (default: 20)"
     )
@@ -143,6 +145,12 @@ def _seconds(text: str) -> float:
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"should be a number of seconds above 0, got {text!r}")
     return value
+
+
+def _cluster_name(text: str) -> str:
+    if not text or not text.isprintable():
+        raise argparse.ArgumentTypeError(f"should be a line of text, got {text!r}")
+    return text
 
 
 def _run(options: argparse.Namespace) -> int:

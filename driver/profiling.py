@@ -65,12 +65,12 @@ def profile_host(num_devices: int | None, seconds: float) -> Profile:
     Raises:
         ConfigError: there are fewer devices, or only one, or neither CPUs nor GPUs.
     """
-    keep_memory()
     devices = _devices(num_devices)
     sizes = _CPU if devices[0].platform == "cpu" else _GPU
     groups = [size for size in range(2, len(devices) + 1) if len(devices) % size == 0]
     num_samples = len(KINDS) * len(groups) * len(sizes.whole_bytes)
     memory_bytes, memory_source = _memory(devices)
+    keep_memory()
     with progress("measuring", total=num_samples + len(_DTYPES) + 1) as advance:
         share = seconds / 2 / (len(_DTYPES) * len(sizes.widths) + 1)
         flops = {name: _matmul_rate(devices, dtype, sizes, share, advance) for name, dtype in _DTYPES.items()}
@@ -207,7 +207,7 @@ def _samples(
                 mesh = _mesh(devices, group)
                 operands = _operands(mesh, (count,))
                 compiled = _compiled(_collectives(kind, group, chain), mesh, operands)
-                _check_number(compiled.as_text() or "", kind, chain)
+                check_number(compiled.as_text() or "", kind, chain)
                 seconds = _median_seconds(partial(compiled, *operands), share) / chain
                 yield Sample(kind, group, 4 * count, seconds)
                 advance()
@@ -243,7 +243,7 @@ def _operand(x: jax.Array, y: jax.Array) -> jax.Array:
     return y.at[0].set(x[0])  # else a second all-reduce of one result is a product
 
 
-def _check_number(text: str, kind: str, number: int) -> None:
+def check_number(text: str, kind: str, number: int) -> None:
     """See that XLA left the collectives that were asked for."""
     name = kind.replace("_", "-")
     found = len(re.findall(rf"\b{name}(?:-start)?\(", text))
