@@ -134,6 +134,16 @@ def test_tables_without_meaning_are_refused(data: Any, message: str) -> None:
         cluster_of(KEYS | {"measured": data}, name="small")
 
 
+def test_the_example_of_the_docs_is_read(tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "semantics.md").read_text().partition("```toml\n")[2].partition("```")[0]
+    path = tmp_path / "cluster.toml"
+    for example in (text, text.replace("\n# ", "\n")):
+        path.write_text(example)
+        cluster = read_cluster(path)
+        assert axis(cluster, 8).all_gather(131072) == 2.1e-05
+    assert (cluster.name, cluster.inter_host_bytes_per_second) == ("h100", 50e9)
+
+
 def test_the_name_is_the_one_that_is_given() -> None:
     assert cluster_of(KEYS | {"name": "big"}, name="small").name == "big"
     with pytest.raises(ConfigError, match="name of cluster small is 3"):
@@ -244,7 +254,6 @@ def test_a_file_is_kept_and_bad_targets_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(profiling, "profile_host", lambda *arguments: profile())
-    monkeypatch.setattr(os, "environ", os.environ.copy())
     path = tmp_path / "cluster.toml"
     command = ["profile-cluster", "--output", str(path)]
     assert cli.main(command) == 0
