@@ -114,6 +114,19 @@ def _parser() -> argparse.ArgumentParser:
     solve.add_argument("--time-limit", type=_seconds, default=60.0, metavar="S", help="seconds (default: 60)")
     solve.add_argument("--json", action="store_true", help='print {"cost", "bound", "optimal", "choice"} and no table')
 
+    profile = add("profile-cluster", _profile_cluster, "measure the devices of this host and write a cluster file")
+    profile.add_argument(
+        "--devices", type=_count, metavar="N", help="devices (default: the host's GPUs, else 8 virtual CPU devices)"
+    )
+    profile.add_argument("--output", metavar="FILE", default="cluster.toml", help="the file (default: cluster.toml)")
+    profile.add_argument("--force", action="store_true", help="write the file even if it is there already")
+    profile.add_argument(
+        "--name", type=_cluster_name, help="how reports call the cluster (default: the name of its file)"
+    )
+    profile.add_argument(
+        "--seconds", type=_seconds, default=20.0, metavar="S", help="to measure for, besides compiling (default: 20)"
+    )
+
     add("doctor", _doctor, "print what is installed and what this machine has")
     return parser
 
@@ -132,6 +145,12 @@ def _seconds(text: str) -> float:
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"should be a number of seconds above 0, got {text!r}")
     return value
+
+
+def _cluster_name(text: str) -> str:
+    if not text or not text.isprintable():
+        raise argparse.ArgumentTypeError(f"should be a line of text, got {text!r}")
+    return text
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -278,6 +297,21 @@ def _solve(options: argparse.Namespace) -> int:
     for name, figure in solution.figures.items():
         table.add_row(name, f"{figure:,}")
     return _print(table)
+
+
+def _profile_cluster(options: argparse.Namespace) -> int:
+    from bactrian.driver.cluster_profile import check_target, cluster_text, render_profile, write_cluster
+
+    target = Path(options.output)
+    check_target(target, force=options.force)
+    scripts.use_virtual_devices(options.devices or 8)
+    from bactrian.driver.profiling import profile_host
+
+    profile = profile_host(options.devices, options.seconds)
+    write_cluster(target, cluster_text(profile, options.name))
+    _print(render_profile(profile))
+    sys.stdout.write(f"written to {target}\n")
+    return 0
 
 
 def _doctor(options: argparse.Namespace) -> int:

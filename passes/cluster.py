@@ -11,6 +11,7 @@ from typing import Any
 
 from bactrian.passes.costs import CPU_CORE, Device
 from bactrian.passes.errors import ConfigError
+from bactrian.passes.sharding.curves import Curve, curves_of, positive
 from bactrian.passes.sharding.mesh import Axis, Mesh
 
 _GIGA = 1e9
@@ -24,7 +25,10 @@ _KEYS = {
     "inter_host_gb_per_s": False,
     "intra_host_latency_us": False,
     "inter_host_latency_us": False,
+    "name": False,
+    "measured": False,
 }
+_NOT_NUMBERS = ("peak_tflops", "name", "measured")
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,8 @@ class Cluster:
         intra_host_bytes_per_second: what one device sends to others of its host.
         inter_host_bytes_per_second: what a whole host sends to others; its devices share it.
         intra_host_latency, inter_host_latency: seconds that a collective takes at least.
+        measured: curves of collectives inside a host, which count in the place of its link; at most one for a kind and
+            a size of the group.
     """
 
     name: str
@@ -51,6 +57,7 @@ class Cluster:
     inter_host_bytes_per_second: float
     intra_host_latency: float = 5e-6
     inter_host_latency: float = 2e-5
+    measured: tuple[Curve, ...] = ()
 
     @property
     def num_devices(self) -> int:
@@ -60,6 +67,7 @@ class Cluster:
     def mesh(self, axes: Sequence[tuple[str, int]]) -> Mesh:
         """A mesh over the first devices, the last axis over neighbours.
 
+        An axis inside a host takes what was measured of groups of its size, if anything was, else the link of the host.
         An axis that leaves the host pays the link between hosts; rings of its neighbours along inner axes share it.
 
         Raises:
@@ -80,13 +88,15 @@ class Cluster:
             )
         made, stride = list[Axis](), 1
         for name, size in reversed(axes):
+            curves = tuple[Curve, ...]()
             if stride * size <= self.devices_per_host:
                 link = self.intra_host_latency, 1 / self.intra_host_bytes_per_second
+                curves = tuple(curve for curve in self.measured if curve.group == size)
             else:
                 sharing = min(stride, self.devices_per_host)
                 between = sharing / self.inter_host_bytes_per_second
                 link = self.inter_host_latency, max(between, 1 / self.intra_host_bytes_per_second)
-            made.append(Axis(name, size, *link))
+            made.append(Axis(name, size, *link, curves))
             stride *= size
         return Mesh(tuple(reversed(made)))
 
@@ -100,14 +110,16 @@ def read_cluster(path: str | Path, table: str | None = None) -> Cluster:
 
     The keys are ``hosts``, ``devices_per_host``, ``memory_gib``, ``peak_tflops`` (a table by element type),
     ``memory_gb_per_s``, ``intra_host_gb_per_s`` (of a device), ``inter_host_gb_per_s`` (of a host; needed for more than
-    one), ``intra_host_latency_us``, ``inter_host_latency_us``.
+    one), ``intra_host_latency_us``, ``inter_host_latency_us``; ``name``, which reports use; and ``measured``, tables
+    ``[measured.<kind>.<devices of the group>]`` of collectives inside a host (`bactrian.passes.sharding.curves`).
 
     Args:
         path: of the file.
         table: the name of the table that holds them, as in ``cluster.h100``; the top of the file by default.
 
     Raises:
-        ConfigError: the file can't be read; a key is missing or unknown; a rate is not a positive number.
+        ConfigError: the file can't be read; a key is missing or unknown; a rate is not a positive number; `measured` is not
+            what `curves_of` takes.
     """
     try:
         data: Any = tomllib.loads(Path(path).read_text(encoding="utf-8"))
@@ -125,6 +137,7 @@ def read_cluster(path: str | Path, table: str | None = None) -> Cluster:
 
 def cluster_of(data: Mapping[str, Any], *, name: str, where: str = "") -> Cluster:
     """A cluster of the keys that `read_cluster` names."""
+    name = _name(data, name, where)
     unknown = sorted(set(data) - set(_KEYS))
     if unknown:
         raise ConfigError(
@@ -135,12 +148,12 @@ def cluster_of(data: Mapping[str, Any], *, name: str, where: str = "") -> Cluste
         missing.append("inter_host_gb_per_s")
     if missing:
         raise ConfigError(f"cluster {name} lacks {', '.join(missing)}", where=where)
-    number = {key: _positive(data[key], f"{key} of cluster {name}", where) for key in data if key != "peak_tflops"}
+    number = {key: positive(data[key], f"{key} of cluster {name}", where) for key in data if key not in _NOT_NUMBERS}
     rates = data["peak_tflops"]
     if not isinstance(rates, dict) or not rates:
         raise ConfigError(f"peak_tflops of cluster {name} is no table of rates by element type", where=where)
     flops = {
-        dtype: 1e12 * _positive(rate, f"peak_tflops.{dtype} of cluster {name}", where) for dtype, rate in rates.items()
+        dtype: 1e12 * positive(rate, f"peak_tflops.{dtype} of cluster {name}", where) for dtype, rate in rates.items()
     }
     flops.setdefault("default", min(flops.values()))
     for key in ("hosts", "devices_per_host"):
@@ -156,10 +169,25 @@ def cluster_of(data: Mapping[str, Any], *, name: str, where: str = "") -> Cluste
         inter_host_bytes_per_second=_GIGA * number.get("inter_host_gb_per_s", number["intra_host_gb_per_s"]),
         intra_host_latency=1e-6 * number.get("intra_host_latency_us", 5.0),
         inter_host_latency=1e-6 * number.get("inter_host_latency_us", 20.0),
+        measured=_measured(data, number["devices_per_host"], name, where),
     )
 
 
-def _positive(value: Any, what: str, where: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise ConfigError(f"{what} is {value!r}, must be a positive number", where=where)
-    return float(value)
+def _name(data: Mapping[str, Any], name: str, where: str) -> str:
+    given = data.get("name", name)
+    if not isinstance(given, str) or not given:
+        raise ConfigError(f"name of cluster {name} is {given!r}, must be a text", where=where)
+    return given
+
+
+def _measured(data: Mapping[str, Any], devices_per_host: float, name: str, where: str) -> tuple[Curve, ...]:
+    curves = curves_of(data.get("measured", {}), name=name, where=where)
+    for curve in curves:
+        if curve.group > devices_per_host:
+            raise ConfigError(
+                f"measured.{curve.kind}.{curve.group} of cluster {name} is of {curve.group} devices, "
+                f"a host has {devices_per_host:g}",
+                where=where,
+                why="what is measured is what devices of one host take",
+            )
+    return curves

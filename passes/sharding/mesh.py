@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from bactrian.passes.errors import ConfigError
+from bactrian.passes.sharding.curves import Curve
 
 _AXIS = re.compile(r"\s*([A-Za-z_]\w*)\s*=\s*(\d+)\s*")
 
@@ -16,33 +17,64 @@ _AXIS = re.compile(r"\s*([A-Za-z_]\w*)\s*=\s*(\d+)\s*")
 class Axis:
     """One axis of a mesh.
 
+    What a collective along it takes is read off its measured curve, or is ``latency`` and the bytes that a device
+    sends, times ``seconds_per_byte``.
+
     Attributes:
         name: as in ``sdy.mesh``.
         size: devices along it.
         latency: seconds that a collective along it takes at least.
         seconds_per_byte: of what one device sends along it while all others do.
+        measured: curves of collectives over groups of ``size`` devices, at most one of a kind.
     """
 
     name: str
     size: int
     latency: float = 5e-6
     seconds_per_byte: float = 1e-10
+    measured: tuple[Curve, ...] = ()
 
     def all_gather(self, nbytes: float) -> float:
         """Seconds, for ``nbytes`` on each device before."""
-        return self.latency + (self.size - 1) * nbytes * self.seconds_per_byte
+        return self.seconds("all_gather", nbytes)
 
     def all_to_all(self, nbytes: float) -> float:
         """Seconds, for ``nbytes`` on each device."""
-        return self.latency + (self.size - 1) / self.size * nbytes * self.seconds_per_byte
+        return self.seconds("all_to_all", nbytes)
 
     def reduce_scatter(self, nbytes: float) -> float:
         """Seconds, for ``nbytes`` on each device before."""
-        return self.latency + (self.size - 1) / self.size * nbytes * self.seconds_per_byte
+        return self.seconds("reduce_scatter", nbytes)
+
+    def all_reduce(self, nbytes: float) -> float:
+        """Seconds, for ``nbytes`` on each device."""
+        return self.seconds("all_reduce", nbytes)
 
     def permute(self, nbytes: float) -> float:
         """Seconds, for ``nbytes`` on each device."""
-        return self.latency + nbytes * self.seconds_per_byte
+        return self.seconds("collective_permute", nbytes)
+
+    def seconds(self, kind: str, nbytes: float) -> float:
+        """Of a collective of this kind (`KINDS`), for ``nbytes`` on each device before."""
+        for curve in self.measured:
+            if curve.kind == kind:
+                return curve.seconds_for(nbytes)
+        return self.latency + _sent_share(kind, self.size) * nbytes * self.seconds_per_byte
+
+
+def _sent_share(kind: str, size: int) -> float:
+    """Of what a device of ``size`` holds before, how much it sends."""
+    match kind:
+        case "all_gather":
+            return size - 1
+        case "all_to_all" | "reduce_scatter":
+            return (size - 1) / size
+        case "all_reduce":
+            return 2 * (size - 1) / size
+        case "collective_permute":
+            return 1
+        case _:
+            raise ValueError(f"no collective {kind}")
 
 
 @dataclass(frozen=True)
@@ -61,6 +93,9 @@ class Mesh:
             for what, value in (("latency", axis.latency), ("seconds per byte", axis.seconds_per_byte)):
                 if not 0 <= value < math.inf:
                     raise ConfigError(f"the {what} of axis {axis.name} is {value}, must be a number of 0 or more")
+            for curve in axis.measured:
+                if curve.group != axis.size:
+                    raise ConfigError(f"axis {axis.name} of {axis.size} devices has a curve for {curve.group}")
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -76,8 +111,10 @@ class Mesh:
         """Seconds of one all-reduce over several axes, for ``nbytes`` on each device.
 
         Reduce-scatters along one axis after the other, the fastest first, so that the slowest carries the least, and
-        all-gathers in the opposite order; the latency is that of the slowest.
+        all-gathers in the opposite order; the latency is that of the slowest. Along one axis, what was measured counts.
         """
+        if len(axes) == 1:
+            return self.axes[axes[0]].all_reduce(nbytes)
         seconds = 0.0
         for axis in sorted((self.axes[number] for number in axes), key=lambda axis: axis.seconds_per_byte):
             seconds += 2 * (axis.size - 1) / axis.size * nbytes * axis.seconds_per_byte
