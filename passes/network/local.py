@@ -52,6 +52,10 @@ class LocalSearch:
             self._improve(best, network.costs, network.profile(best), deadline)
         return best
 
+    def polish(self, choice: dict[int, int], deadline: float) -> None:
+        """Improve an allowed choice, in place."""
+        self._improve(choice, self._network.costs, self._network.profile(choice), deadline)
+
     def _over(self, profile: Array) -> Array:
         limit = self._network.limit
         return np.zeros(len(profile), bool) if limit is None else profile > limit
