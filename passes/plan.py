@@ -16,6 +16,7 @@ from bactrian.passes.sharding_plan import ShardingPlan
 VERSION = 1
 PLAN_FILE = "plan.json"
 STAGED_FILE = "staged.mlir"
+UNSOLVED_FILE = "solve.mlir"
 
 Axes = tuple[tuple[str, int], ...]
 """Names and sizes of a mesh's axes, the major one first."""
