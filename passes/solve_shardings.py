@@ -114,9 +114,7 @@ class SolveShardings(Pass):
             ctx.count("strategies", model.network.num_strategies)
             solution = solve(model.network, self.time_limit)
             shardings = model.shardings(solution.choice)
-            writer = Writer(
-                main, reading, model, shardings, each.mesh_name, each.num_microbatches, each.only, claimed
-            )
+            writer = Writer(main, reading, model, shardings, each.mesh_name, each.num_microbatches, each.only, claimed)
             solved.append((writer, solution))
         for writer, _ in solved:
             writer.write()

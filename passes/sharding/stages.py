@@ -14,6 +14,7 @@ from bactrian.passes.program import integer_attribute, main_function, string_att
 from bactrian.passes.sharding.mesh import Mesh
 from bactrian.passes.sharding.reading import Reading, read_program
 
+
 @dataclass(frozen=True)
 class StageProgram:
     """What one stage does.
