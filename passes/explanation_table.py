@@ -39,7 +39,7 @@ def render_value(found: Explanation) -> Group:
         grid.add_row("" if number else "also", Text(note))
     parts: list[Text | Table] = [title, grid]
     if found.alternatives:
-        parts += [Text(""), _layout_table(found), *(Text(line, style=_QUIET) for line in footnotes(found))]
+        parts += [_layout_table(found), *(Text(line, style=_QUIET) for line in footnotes(found))]
     if found.impossible:
         grid = Table.grid(padding=(0, 2, 0, 0))
         grid.add_column(style="bold", no_wrap=True)
@@ -116,8 +116,9 @@ def _layout_table(found: Explanation) -> Table:
         table.add_column(header, justify="right", no_wrap=True)
     table.add_column("sends")
     best = min((row.seconds for row in found.alternatives if row.seconds is not None), default=None)
+    planned = next(row for row in found.alternatives if row.is_chosen)
     for row in found.alternatives:
-        cells = _cells(row, best, found.limit_bytes)
+        cells = _cells(row, best, planned)
         style = _CHOSEN if row.is_chosen else "default"
         quiet = row.seconds is None
         table.add_row(
@@ -126,7 +127,7 @@ def _layout_table(found: Explanation) -> Table:
     return table
 
 
-def _cells(row: Alternative, best: float | None, limit: int) -> list[str]:
+def _cells(row: Alternative, best: float | None, planned: Alternative) -> list[str]:
     layout = row.layout or "scalar"
     if row.lacking_bytes:
         return [layout, "", "", "", "", human_bytes(row.memory_bytes), f"{human_bytes(row.lacking_bytes)} too much"]
@@ -142,15 +143,30 @@ def _cells(row: Alternative, best: float | None, limit: int) -> list[str]:
         human_seconds(row.seconds - communication),
         human_seconds(communication),
         human_bytes(row.memory_bytes),
-        " · ".join(f"{kind.replace('_', '-')} {human_bytes(nbytes)}" for kind, nbytes in row.sent_bytes),
+        _sends(row, planned),
     ]
+
+
+def _sends(row: Alternative, planned: Alternative) -> str:
+    """What a device sends by kind; of other layouts than the plan's, what they change."""
+    before, own = dict(planned.sent_bytes), dict(row.sent_bytes)
+    if row is planned:
+        return " · ".join(f"{_kind(kind)} {human_bytes(nbytes)}" for kind, nbytes in row.sent_bytes) or "nothing"
+    changes = {kind: own.get(kind, 0) - before.get(kind, 0) for kind in sorted({*before, *own})}
+    words = (f"{_kind(kind)} {'+' if n > 0 else '-'}{human_bytes(abs(n))}" for kind, n in changes.items() if n)
+    return " · ".join(words)
+
+
+def _kind(kind: str) -> str:
+    return kind.replace("_", "-")
 
 
 def footnotes(found: Explanation) -> list[str]:
     """What the signs in the table mean, those that are there."""
     rows = found.alternatives
     whose = "a step" if found.stage is None else f"stage {found.stage}'s part of a step"
-    lines = [f"{whose} with this layout and the best of all others · → the plan's · memory and bytes of a device"]
+    lines = [f"{whose} with this layout and the best of all others · → the plan's"]
+    lines.append("memory and bytes sent are those of a device; + and - against the plan")
     if any(row.lacking_bytes for row in rows):
         lines.append(f"too much: at the least, with {human_bytes(found.limit_bytes)} on a device")
     if any(row.seconds is not None and not row.is_proved for row in rows):

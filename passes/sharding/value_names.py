@@ -178,5 +178,5 @@ def place_text(place: Place) -> str:
 def _name(value: ir.Value, number: int) -> str:
     if isinstance(value.owner, ir.Block):
         return name_stack(value.location) or f"argument {number}"
-    op = value.owner.operation if isinstance(value.owner, ir.OpView) else value.owner
+    op = value.owner.operation
     return name_stack(op.location) or op.name
