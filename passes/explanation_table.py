@@ -39,7 +39,7 @@ def render_value(found: Explanation) -> Group:
         grid.add_row("" if number else "also", Text(note))
     parts: list[Text | Table] = [title, grid]
     if found.alternatives:
-        parts += [_layout_table(found), *(Text(line, style=_QUIET) for line in footnotes(found))]
+        parts += [Text(""), _layout_table(found), Text(""), *(Text(line, style=_QUIET) for line in footnotes(found))]
     if found.impossible:
         grid = Table.grid(padding=(0, 2, 0, 0))
         grid.add_column(style="bold", no_wrap=True)
@@ -108,11 +108,10 @@ def _layout_table(found: Explanation) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
     table.header_style = "bold"
-    table.add_column("", no_wrap=True)
-    table.add_column("layout", no_wrap=True)
-    for header in ("step", "over best", "compute", "communicate", "memory"):
+    table.add_column("  layout", no_wrap=True)
+    for header in ("step", "over\nbest", "compute +\ncommunicate", "memory"):
         table.add_column(header, justify="right", no_wrap=True)
     table.add_column("sends")
     best = min((row.seconds for row in found.alternatives if row.seconds is not None), default=None)
@@ -121,44 +120,48 @@ def _layout_table(found: Explanation) -> Table:
         cells = _cells(row, best, planned)
         style = _CHOSEN if row.is_chosen else "default"
         quiet = row.seconds is None
-        table.add_row(
-            "→" if row.is_chosen else "", *(Text(cell, style=_QUIET if quiet else "") for cell in cells), style=style
-        )
+        table.add_row(*(Text(cell, style=_QUIET if quiet else "") for cell in cells), style=style)
     return table
 
 
 def _cells(row: Alternative, best: float | None, planned: Alternative) -> list[str]:
-    layout = row.layout or "scalar"
+    layout = f"{'→' if row.is_chosen else ' '} {row.layout or 'scalar'}"
     if row.lacking_bytes:
-        return [layout, "", "", "", "", human_bytes(row.memory_bytes), f"{human_bytes(row.lacking_bytes)} too much"]
+        return [layout, "", "", "", human_bytes(row.memory_bytes), f"{human_bytes(row.lacking_bytes)} too much"]
     if row.seconds is None:
         bound = "" if row.bound_seconds is None else f"≥ {human_seconds(row.bound_seconds)}"
-        return [layout, bound, "", "", "", "", "not finished"]
+        return [layout, bound, "", "", "", "not finished"]
     over = 0.0 if not best else row.seconds / best - 1
     communication = row.communication_seconds or 0.0
     return [
         layout,
         ("" if row.is_proved else "≤ ") + human_seconds(row.seconds),
         "" if over <= _EQUAL else _percent(over),
-        human_seconds(row.seconds - communication),
-        human_seconds(communication),
+        _split(row.seconds, communication),
         human_bytes(row.memory_bytes),
         _sends(row, planned),
     ]
+
+
+def _split(seconds: float, communication: float) -> str:
+    """``8.36 + 1.78``: in the unit of the whole."""
+    scale = next((scale for scale in (1.0, 1e-3) if seconds >= scale), 1e-6)
+    digits = 2 if seconds < 99.95 * scale else 0
+    return f"{(seconds - communication) / scale:.{digits}f} + {communication / scale:.{digits}f}"
 
 
 def _sends(row: Alternative, planned: Alternative) -> str:
     """What a device sends by kind; of other layouts than the plan's, what they change."""
     before, own = dict(planned.sent_bytes), dict(row.sent_bytes)
     if row is planned:
-        return " · ".join(f"{_kind(kind)} {human_bytes(nbytes)}" for kind, nbytes in row.sent_bytes) or "nothing"
+        return "\n".join(f"{_kind(kind)} {human_bytes(nbytes)}" for kind, nbytes in row.sent_bytes) or "nothing"
     changes = {kind: own.get(kind, 0) - before.get(kind, 0) for kind in sorted({*before, *own})}
     words = (f"{_kind(kind)} {'+' if n > 0 else '-'}{human_bytes(abs(n))}" for kind, n in changes.items() if n)
-    return " · ".join(words)
+    return "\n".join(words)
 
 
 def _kind(kind: str) -> str:
-    return kind.replace("_", "-")
+    return kind.removeprefix("collective_").replace("_", "-")
 
 
 def footnotes(found: Explanation) -> list[str]:
