@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -78,12 +79,20 @@ def _explain(
         first = _first_read(programs, number)
         left = max(0.1, deadline - time.monotonic())
         limit = sharding.limit_bytes
-        made = StageExplainer(programs[number], unsolved.strategy, roles, updates, limit, unsolved.given, first, left)
+        made = StageExplainer(
+            programs[number], values, unsolved.strategy, roles, updates, limit, unsolved.given, first, left
+        )
         _check_equal(made, values, sharding, folder)
         return made
 
     value = find_value(values, text, stage, lambda v: explainer(v.stage).layout(v.number))
-    return explainer(value.stage).explain(value, deadline)
+    found = explainer(value.stage).explain(value, deadline)
+    sharding = plan.stages[value.stage].sharding
+    written = dict(sharding.layouts).get(value.name) if sharding is not None and not value.op else None
+    if written is None or written == found.layout:
+        return found
+    note = f"the stage gets it as {written}: a move that follows a transfer is done by the transfer"
+    return replace(found, notes=(*found.notes, note))
 
 
 def _first_read(programs: list[StageProgram], stage: int) -> frozenset[int]:
@@ -104,7 +113,7 @@ def _check_equal(made: StageExplainer, values: list[NamedValue], sharding: Shard
         value.name
         for value in values
         if value.stage == made.program.stage
-        and value.origin == "argument"
+        and not value.op
         and value.number in made.first
         and layouts.get(value.name, made.layout(value.number)) != made.layout(value.number)
     ]

@@ -9,7 +9,6 @@ from functools import cached_property
 from typing import Any
 
 from bactrian.passes.errors import ConfigError
-from bactrian.passes.frame.location import name_stack, user_place
 from bactrian.passes.network.problem import CostNetwork
 from bactrian.passes.network.solve import Solution, solve
 from bactrian.passes.sharding.accounts import account, sent
@@ -134,6 +133,7 @@ class StageExplainer:
 
     Args:
         program: of the stage.
+        values: their names.
         strategy: ``auto``, or the known plan that was asked for.
         roles: of the arguments.
         updates: for each result of ``@main`` the argument that it is the next value of.
@@ -146,6 +146,7 @@ class StageExplainer:
     def __init__(
         self,
         program: StageProgram,
+        values: Sequence[NamedValue],
         strategy: str,
         roles: Sequence[str],
         updates: Sequence[int | None],
@@ -155,6 +156,7 @@ class StageExplainer:
         time_limit: float,
     ) -> None:
         self.program, self.strategy, self.roles, self.updates = program, strategy, roles, updates
+        self._named = {value.number: value for value in values if value.stage == program.stage}
         self.limit, self.given, self.first, self.time_limit = limit, given, first, time_limit
         self.reading = program.reading
         if strategy != AUTO:
@@ -217,16 +219,12 @@ class StageExplainer:
             limit_bytes=self.limit,
             unlimited=unlimited,
             alternatives=tuple(sorted(alternatives, key=_order)),
-            impossible=() if layout is None else tuple(uncut(model, value.number, self._op_name(value.number))),
+            impossible=() if layout is None else tuple(uncut(model, value.number, value.op)),
             notes=tuple(self._notes(value.number)),
         )
 
     def _text(self, layout: Layout) -> str:
         return layout_text([[self.program.mesh.axes[axis].name for axis in axes] for axes in layout])
-
-    def _op_name(self, value: int) -> str:
-        producer = self.reading.flow.producer[value]
-        return "" if producer < 0 else self.reading.flow.ops[producer].name
 
     def _given_by(self, value: NamedValue, layout: Layout) -> str:
         """Who decided the layout, or ""."""
@@ -239,8 +237,12 @@ class StageExplainer:
         if dict(work.fixed).get(number) == layout or dict(work.wanted).get(number) == layout:
             return f"strategy {self.strategy}" if self.strategy != AUTO else _COUNTED
         if any(op.given is not None and number in op.results for op in work.operations):
-            return "a sharding constraint" + ("" if value.place is None else f" at {place_text(value.place)}")
+            return self._constraint(number)
         return ""
+
+    def _constraint(self, value: int) -> str:
+        place = self._named[value].place
+        return "a sharding constraint" + ("" if place is None else f" at {place_text(place)}")
 
     def _alternatives(
         self, value: int, chosen: Layout, model: ShardingModel, reading: Reading, deadline: float
@@ -312,16 +314,13 @@ class StageExplainer:
 
     def _notes(self, value: int) -> list[str]:
         """What else ties the layout: constraints that read the value, the state that it becomes."""
-        flow, names = self.reading.flow, list[str]()
-        for part in self.reading.parts:
-            op = part.operation
+        names = list[str]()
+        for op in self.reading.work.operations:
             if op.given is not None and value in op.operands:
-                place = user_place(flow.ops[part.index].location)
-                where = "" if place is None else f" at {place_text(place)}"
-                names.append(f"a sharding constraint{where} reads it as {self._text(op.given)}")
+                names.append(f"{self._constraint(op.results[0])} reads it as {self._text(op.given)}")
         for made, argument in self.reading.work.updates:
             if made == value:
-                path = name_stack(flow.values[argument].location) or f"argument {argument}"
+                path = self._named[argument].name
                 names.append(f"it is the next value of {path}, which is {self.layout(argument) or 'a scalar'}")
         return names
 

@@ -31,7 +31,7 @@ class NamedValue:
         is_made: whether the stage makes it.
         is_free: whether any layout of it costs nothing: a constant, or what is computed from constants alone.
         type: ``f32[256,1024]``.
-        origin: ``argument``, or its op and phase.
+        op, phase: that make it; "" of an argument.
         place: the user's line, of an argument that of its first reader.
     """
 
@@ -42,13 +42,20 @@ class NamedValue:
     is_made: bool
     is_free: bool
     type: str
-    origin: str
+    op: str
+    phase: str
     place: Place | None
 
     @property
-    def plain_name(self) -> str:
-        """The name without ``jit(…)``, ``jvp(…)``, ``transpose(…)`` around its parts."""
-        return self.name if self.origin == "argument" else _WRAPPERS.sub("", self.name)
+    def origin(self) -> str:
+        """``argument``, or its op and phase."""
+        return ", ".join(filter(None, (self.op, self.phase))) or "argument"
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All that it may be called: with and without its number, with and without ``jvp(…)`` and its like."""
+        both = self.label, self.name
+        return (*both, *(_WRAPPERS.sub("", name) for name in both)) if self.op else both
 
 
 def named_values(stages: Sequence[StageProgram]) -> list[NamedValue]:
@@ -67,12 +74,10 @@ def named_values(stages: Sequence[StageProgram]) -> list[NamedValue]:
         made = {value for op in reading.work.operations for value in op.results}
         for number in sorted({*reading.work.inputs, *made}):
             value, producer = flow.values[number], flow.producer[number]
-            origin, place = "argument", None
+            op, phase, place = "", "", None
             if producer >= 0:
-                op = flow.ops[producer]
-                phase = flow.phases[producer]
-                origin = f"{op.name}, {phase}" if phase else op.name
-                place = user_place(op.location)
+                op, phase = flow.ops[producer].name, flow.phases[producer] or ""
+                place = user_place(flow.ops[producer].location)
             elif readers[number]:
                 place = user_place(flow.ops[readers[number][0]].location)
             found.append(
@@ -84,7 +89,8 @@ def named_values(stages: Sequence[StageProgram]) -> list[NamedValue]:
                     number in made,
                     number in free,
                     type_text(value.type),
-                    origin,
+                    op,
+                    phase,
                     place,
                 )
             )
@@ -116,10 +122,9 @@ def find_value(
     here = [value for value in values if stage in (None, value.stage)]
     tests: list[Callable[[NamedValue], bool]] = [
         lambda v: text == v.label,
-        lambda v: text == v.name,
-        lambda v: text == v.plain_name,
-        lambda v: v.name.endswith(text) or v.plain_name.endswith(text),
-        lambda v: text in v.name or text in v.plain_name,
+        lambda v: text in v.names,
+        lambda v: any(name.endswith(text) for name in v.names),
+        lambda v: any(text in name for name in v.names),
     ]
     for test in tests if text else ():
         matches = [value for value in here if test(value)]
