@@ -99,7 +99,9 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--mesh", metavar="A=N,B=M", help="devices of the stage by axes, as in data=2,model=4")
     plan.add_argument("--cluster", metavar="FILE", help="TOML file of the machines (default: the cores of this host)")
     plan.add_argument("--strategy", metavar="NAME", help="auto, data, zero1, zero2, zero3 or megatron, on a mesh")
-    plan.add_argument("--save", metavar="DIR", help="write plan.json and staged.mlir into this folder")
+    plan.add_argument(
+        "--save", metavar="DIR", help="write plan.json, staged.mlir and, on a mesh, solve.mlir into this folder"
+    )
     plan.add_argument("--json", action="store_true", help="print the plan as JSON instead of a table")
 
     explain = add(

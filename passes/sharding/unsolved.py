@@ -56,7 +56,11 @@ def before_solving(
         try:
             fields |= {"cluster": Path(cluster).read_text(encoding="utf-8"), "cluster_name": Path(cluster).stem}
         except (OSError, ValueError) as error:
-            raise ConfigError(f"cannot read the cluster {cluster}", why=str(error)) from None
+            raise ConfigError(
+                f"cannot read the cluster {cluster}",
+                why=str(error),
+                fix="name a TOML file with the keys of read_cluster",
+            ) from None
     entries: dict[str, ir.Attribute] = {name: ir.StringAttr.get(text) for name, text in fields.items()}
     entries["given"] = ir.DictAttr.get({str(number): ir.StringAttr.get(who) for number, who in sorted(given.items())})
     copy = module.operation.clone().operation
