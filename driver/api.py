@@ -473,7 +473,7 @@ class Planned:
         self.plan.show()
 
     def save(self, directory: str | Path) -> None:
-        """Write ``plan.json`` and ``staged.mlir`` into a folder."""
+        """Write ``plan.json`` and ``staged.mlir`` into a folder; on a mesh ``solve.mlir`` too, for ``bactrian explain``."""
         self.staged.save(directory)
 
     def compile(self) -> Compiled:

@@ -99,11 +99,26 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--mesh", metavar="A=N,B=M", help="devices of the stage by axes, as in data=2,model=4")
     plan.add_argument("--cluster", metavar="FILE", help="TOML file of the machines (default: the cores of this host)")
     plan.add_argument("--strategy", metavar="NAME", help="auto, data, zero1, zero2, zero3 or megatron, on a mesh")
-    plan.add_argument("--save", metavar="DIR", help="write plan.json and staged.mlir into this folder")
+    plan.add_argument(
+        "--save", metavar="DIR", help="write plan.json, staged.mlir and, on a mesh, solve.mlir into this folder"
+    )
     plan.add_argument("--json", action="store_true", help="print the plan as JSON instead of a table")
 
-    explain = add("explain", _explain, "print a saved plan and the figures behind each stage")
+    explain = add(
+        "explain", _explain, "print a saved plan and the figures behind each stage, or why a value is laid out so"
+    )
     explain.add_argument("plan", metavar="DIR", help="a folder written by `bactrian plan --save`, or a plan.json")
+    explain.add_argument(
+        "--value",
+        metavar="PATH",
+        help="of a step on a mesh: what each layout of this value would cost; the pytree path of an argument or the name "
+        "stack of an op, or a part that only one has",
+    )
+    explain.add_argument("--stage", type=_whole, metavar="S", help="the stage, where several hold the value")
+    explain.add_argument(
+        "--time-limit", type=_seconds, default=60.0, metavar="S", help="seconds for --value (default: 60)"
+    )
+    explain.add_argument("--json", action="store_true", help="print what --value finds as JSON instead of a table")
 
     diff = add("diff", _diff, "print what differs between two saved plans")
     diff.add_argument("before", metavar="DIR1", help="the first plan")
@@ -134,6 +149,12 @@ def _parser() -> argparse.ArgumentParser:
 def _count(text: str) -> int:
     if not text.isdecimal() or not 1 <= int(text) <= _MOST_RANKS:
         raise argparse.ArgumentTypeError(f"should be a whole number from 1 to {_MOST_RANKS}, got {text!r}")
+    return int(text)
+
+
+def _whole(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"should be a whole number, got {text!r}")
     return int(text)
 
 
@@ -263,7 +284,19 @@ def _explain(options: argparse.Namespace) -> int:
     from bactrian.driver.report import render_explanation
     from bactrian.passes.plan import Plan
 
-    return _print(render_explanation(Plan.load(options.plan)))
+    if options.value is None:
+        if options.json or options.stage is not None:
+            name = "--json" if options.json else "--stage"
+            raise ConfigError(f"explain {name} needs a value", fix="name it with --value, as in --value \"state['w']\"")
+        return _print(render_explanation(Plan.load(options.plan)))
+    from bactrian.driver.explaining import explain_value
+    from bactrian.passes.explanation_table import render_value
+
+    found = explain_value(options.plan, options.value, options.stage, options.time_limit)
+    if options.json:
+        sys.stdout.write(json.dumps(found.to_dict(), indent=2, ensure_ascii=False) + "\n")
+        return 0
+    return _print(render_value(found))
 
 
 def _diff(options: argparse.Namespace) -> int:

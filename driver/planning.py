@@ -20,6 +20,7 @@ from bactrian.passes.mesh_tensors import num_devices
 from bactrian.passes.plan import Axes, LayerPlan, Plan, StagePlan
 from bactrian.passes.program import Dataflow, body, integer_attribute, main_function, phase_of, stage_of
 from bactrian.passes.schedules import peak_in_flight
+from bactrian.passes.sharding.unsolved import before_solving
 from bactrian.passes.sharding_plan import ShardingPlan
 from bactrian.runtime.program import StagedProgram
 
@@ -74,6 +75,11 @@ class Decisions:
         """Whether stages have several devices."""
         return num_devices(self.mesh) > 1
 
+    def placing_pipeline(self) -> str:
+        """The passes from there to what ``solve-shardings`` reads."""
+        rules = ",func.func(sdy-populate-op-sharding-rules)" if self.is_wide else ""
+        return f"builtin.module(clone-cheap-ops,select-residuals,accumulate-gradients{rules})"
+
     def staging_pipeline(self) -> str:
         """The passes from there to the scheduled module."""
         donate = "" if self.donate else "{donate=false}"
@@ -81,21 +87,22 @@ class Decisions:
         if self.is_wide:
             options = f"time-limit={self.time_limit} strategy={self.strategy} compare={str(self.compare).lower()}"
             options += f" cluster={quote(self.cluster)}" if self.cluster else ""
-            shardings = f"func.func(sdy-populate-op-sharding-rules),solve-shardings{{{options}}},"
-        return (
-            f"builtin.module(clone-cheap-ops,select-residuals,accumulate-gradients,{shardings}"
-            f"split-stages{donate},loop-microbatches,schedule-microbatches)"
-        )
+            shardings = f"solve-shardings{{{options}}},"
+        return f"builtin.module({shardings}split-stages{donate},loop-microbatches,schedule-microbatches)"
 
 
 @dataclass
 class Staged:
-    """A planned program: the plan, the scheduled module, and the same as plain data."""
+    """A planned program: the plan, the scheduled module, and the same as plain data.
+
+    ``unsolved`` is the module as it was before layouts were chosen; None where there was nothing to choose.
+    """
 
     plan: Plan
     module: ir.Module
     donate: bool
     diagnostics: tuple[Diagnostic, ...] = ()
+    unsolved: ir.Operation | None = None
 
     @cached_property
     def program(self) -> StagedProgram:
@@ -108,8 +115,9 @@ class Staged:
         return str(self.module)
 
     def save(self, directory: str | Path) -> None:
-        """Write ``plan.json`` and ``staged.mlir`` into a folder."""
-        self.plan.save(directory, self.text)
+        """Write ``plan.json`` and ``staged.mlir`` into a folder; on a mesh, ``solve.mlir`` too, to be explained."""
+        unsolved = None if self.unsolved is None else str(self.unsolved.get_asm(enable_debug_info=True))
+        self.plan.save(directory, self.text, unsolved)
 
 
 def stage_program(
@@ -134,6 +142,7 @@ def stage_program(
         reproducer_dir: where a failing pass writes its reproducer.
     """
     first = run_pipeline(module, decisions.assignment_pipeline(), reproducer_dir=reproducer_dir)
+    given, placed = dict[int, Layout](), dict(layouts or {})
     with module.context:
         ops = _measured_ops(module, first.kept.get(Dataflow))
         work = _measure(ops)
@@ -142,10 +151,15 @@ def stage_program(
         if decisions.is_wide:
             ranks = [len(ir.RankedTensorType(value.type).shape) for value in body(main_function(module)).arguments]
             given = {} if plan is None else plan_layouts(plan, paths, ranks)
-            placed = dict(layouts or {})
             refuse_moved(given, placed, paths)
             write_layouts(module, given | placed)
-    second = run_pipeline(module, decisions.staging_pipeline(), reproducer_dir=reproducer_dir, kept=first.kept)
+    second = run_pipeline(module, decisions.placing_pipeline(), reproducer_dir=reproducer_dir, kept=first.kept)
+    unsolved = None
+    if decisions.is_wide:
+        with module.context:
+            sources = dict.fromkeys(given, "the plan that was applied") | dict.fromkeys(placed, "another step")
+            unsolved = before_solving(module, fingerprint, decisions.cluster, decisions.strategy, sources)
+    third = run_pipeline(module, decisions.staging_pipeline(), reproducer_dir=reproducer_dir, kept=second.kept)
     program = extract(module)
     device = _DEVICES.get(platform)
     shardings = read_shardings(module, program, paths)
@@ -179,7 +193,8 @@ def stage_program(
         peak_memory_bytes=max((s.device_memory_bytes or 0 for s in stages), default=0),
         options=plan.options if plan is not None else (),
     )
-    return Staged(made, module, decisions.donate, (*first.diagnostics, *second.diagnostics))
+    diagnostics = (*first.diagnostics, *second.diagnostics, *third.diagnostics)
+    return Staged(made, module, decisions.donate, diagnostics, unsolved)
 
 
 @dataclass

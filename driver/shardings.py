@@ -12,20 +12,14 @@ from bactrian.passes.errors import ConfigError
 from bactrian.passes.mesh_tensors import SHARDING
 from bactrian.passes.plan import Axes, Plan
 from bactrian.passes.program import main_function
-from bactrian.passes.sharding_plan import ShardingFigures, ShardingPlan
+from bactrian.passes.sharding_plan import WHOLE, ShardingFigures, ShardingPlan, layout_text
 from bactrian.runtime.program import StagedProgram
 
 Layout = tuple[tuple[str, ...], ...]
-_WHOLE = "-"
-
-
-def layout_text(layout: Layout) -> str:
-    """``data+model,-``: the axes of each dim, ``-`` for a whole one."""
-    return ",".join("+".join(axes) or _WHOLE for axes in layout)
 
 
 def _layout_of(text: str) -> Layout:
-    return tuple(() if dim == _WHOLE else tuple(dim.split("+")) for dim in text.split(",")) if text else ()
+    return tuple(() if dim == WHOLE else tuple(dim.split("+")) for dim in text.split(",")) if text else ()
 
 
 def plan_layouts(plan: Plan, paths: Sequence[str], ranks: Sequence[int]) -> dict[int, Layout]:
@@ -68,7 +62,7 @@ def check_layout(text: str, rank: int, axes: Axes, path: str) -> Layout:
         raise ConfigError(
             f"the plan's layout {text!r} of {path} is none",
             why=problem,
-            fix=f"one entry for each dim, {_WHOLE} or axes of {', '.join(known)} joined by +",
+            fix=f"one entry for each dim, {WHOLE} or axes of {', '.join(known)} joined by +",
         )
     return layout
 

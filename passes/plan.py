@@ -16,6 +16,7 @@ from bactrian.passes.sharding_plan import ShardingPlan
 VERSION = 1
 PLAN_FILE = "plan.json"
 STAGED_FILE = "staged.mlir"
+UNSOLVED_FILE = "solve.mlir"
 
 Axes = tuple[tuple[str, int], ...]
 """Names and sizes of a mesh's axes, the major one first."""
@@ -201,15 +202,17 @@ class Plan:
             )
         return decode(cls, data, "plan", source)
 
-    def save(self, directory: str | Path, staged_text: str | None = None) -> None:
-        """Write ``plan.json``, and the staged module as ``staged.mlir`` if it is given, into a folder."""
+    def save(self, directory: str | Path, staged_text: str | None = None, unsolved_text: str | None = None) -> None:
+        """Write ``plan.json`` into a folder, and, if they are given, the staged module as ``staged.mlir`` and the module
+        before layouts were chosen as ``solve.mlir``."""
         folder = Path(directory)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            if staged_text is None:
-                (folder / STAGED_FILE).unlink(missing_ok=True)  # it would belong to another plan
-            else:
-                _write(folder / STAGED_FILE, staged_text)
+            for name, text in ((STAGED_FILE, staged_text), (UNSOLVED_FILE, unsolved_text)):
+                if text is None:
+                    (folder / name).unlink(missing_ok=True)  # it would belong to another plan
+                else:
+                    _write(folder / name, text)
             _write(folder / PLAN_FILE, self.to_json())
         except OSError as error:
             raise ConfigError(

@@ -9,16 +9,16 @@ from typing import ClassVar
 from jaxlib.mlir import ir
 
 from bactrian.passes.cluster import CPU_HOST, read_cluster
-from bactrian.passes.errors import ConfigError, InfeasiblePlanError, PassError
+from bactrian.passes.errors import ConfigError, InfeasiblePlanError
 from bactrian.passes.frame.base import Pass, PassContext, Statistic, option
-from bactrian.passes.mesh_tensors import mesh_axes, num_devices
 from bactrian.passes.network.solve import Solution, solve
-from bactrian.passes.program import argument_roles, integer, integer_attribute, main_function, string_attribute
+from bactrian.passes.program import argument_roles, integer, main_function
 from bactrian.passes.sharding.accounts import account
 from bactrian.passes.sharding.mesh import Mesh
 from bactrian.passes.sharding.model import ShardingModel
 from bactrian.passes.sharding.named import AUTO, NAMED, check_strategy, named
-from bactrian.passes.sharding.reading import Reading, drop_rules, read_program
+from bactrian.passes.sharding.reading import Reading, drop_rules
+from bactrian.passes.sharding.stages import read_stages, stage_meshes
 from bactrian.passes.sharding.writing import Writer
 
 
@@ -90,39 +90,23 @@ class SolveShardings(Pass):
 
     def apply(self, module: ir.Module, ctx: PassContext) -> None:
         """Read, solve, write."""
-        stages = integer_attribute(module.operation, "bactrian.num_stages") or 1
-        meshes = mesh_axes(module)
-        wide = [name for name, axes in meshes.items() if num_devices(axes) > 1]
-        if not wide:
-            drop_rules(main_function(module))
-            return
-        names = [f"stage{stage}" for stage in range(stages)]
-        if strange := [name for name in wide if name not in names]:
-            raise PassError(f"mesh @{strange[0]} has several devices, but belongs to no stage", fix="call it @stage0")
-        if narrow := [name for name in names if name not in wide]:
-            raise ConfigError(
-                f"mesh @{wide[0]} has several devices, @{narrow[0]} has one",
-                why="stages with layouts beside stages without are not there yet",
-                fix="give all stages several devices, or one",
-            )
         main = main_function(module)
+        meshes = stage_meshes(module)
+        if not meshes:
+            drop_rules(main)
+            return
         cluster = read_cluster(self.cluster) if self.cluster else CPU_HOST
-        count = integer_attribute(module.operation, "bactrian.num_microbatches") or 1
         limit = self.memory_bytes or cluster.memory_bytes
         roles = argument_roles(main)
-        gpipe = string_attribute(module.operation, "bactrian.schedule") == "gpipe"
         compared = list[list[ir.Attribute]]()
         solved = list[tuple[Writer, Solution]]()
         claimed, given = set[int](), list[int]()
-        for stage, name in enumerate(names):
-            mesh: Mesh = cluster.mesh(meshes[name])
-            in_flight = count if gpipe else min(count, stages - stage)
-            only = stage if stages > 1 else None
-            reading = read_program(main, mesh, cluster, count, ctx.remark, in_flight, only)
+        for each in read_stages(module, meshes, cluster, ctx.remark):
+            mesh, reading = each.mesh, each.reading
             given.append(len(reading.work.fixed))
             known = {name: named(reading, mesh, roles, name) for name in (NAMED if self.compare else ())}
             compared.append(
-                [_figures(name, _known(each, mesh, limit, roles, self.time_limit)) for name, each in known.items()]
+                [_figures(name, _known(plan, mesh, limit, roles, self.time_limit)) for name, plan in known.items()]
             )
             if self.strategy != AUTO:
                 reading = named(reading, mesh, roles, self.strategy)
@@ -130,7 +114,8 @@ class SolveShardings(Pass):
             ctx.count("strategies", model.network.num_strategies)
             solution = solve(model.network, self.time_limit)
             shardings = model.shardings(solution.choice)
-            solved.append((Writer(main, reading, model, shardings, name, count, only, claimed), solution))
+            writer = Writer(main, reading, model, shardings, each.mesh_name, each.num_microbatches, each.only, claimed)
+            solved.append((writer, solution))
         for writer, _ in solved:
             writer.write()
             ctx.count("reshards", writer.num_reshards)

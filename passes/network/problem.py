@@ -7,7 +7,7 @@ import json
 import math
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +94,22 @@ class CostNetwork:
             held += change[time]
             most = max(most, held)
         return most
+
+    def least_peak(self) -> int | float:
+        """The most memory at any time if each node takes the strategy with the least: no choice has a lower peak."""
+        return self.peak([int(usages.argmin()) for usages in self.usages])
+
+    def restricted(self, node: int, strategies: Sequence[int]) -> CostNetwork:
+        """The same problem with only some strategies of a node, numbered as they are listed."""
+        kept = list(strategies)
+        matrices = list[Costs]()
+        for (i, j), costs in zip(self.edges, self.edge_costs, strict=True):
+            matrices.append(costs[kept] if i == node else costs[:, kept] if j == node else costs)
+
+        def changed(arrays: tuple[Costs, ...]) -> tuple[Costs, ...]:
+            return (*arrays[:node], arrays[node][kept], *arrays[node + 1 :])
+
+        return replace(self, costs=changed(self.costs), usages=changed(self.usages), edge_costs=tuple(matrices))
 
     def is_allowed(self, choice: Sequence[int]) -> bool:
         """Whether a choice has no forbidden cost and fits into memory."""

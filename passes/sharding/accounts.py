@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from bactrian.passes.program import BACKWARD, FORWARD, UPDATE
+from bactrian.passes.sharding.layouts import Layout
 from bactrian.passes.sharding.model import ShardingModel, Shardings
 from bactrian.passes.sharding.named import Roles
 from bactrian.passes.sharding.reading import Reading
@@ -54,6 +55,60 @@ def account(
     return Account(
         max(0.0, shardings.seconds - computing - loading), tuple(sorted(memory.items(), key=lambda x: -x[1]))
     )
+
+
+def sent(
+    model: ShardingModel,
+    reading: Reading,
+    shardings: Shardings,
+    num_microbatches: int,
+    updates: Sequence[int | None],
+    first: Collection[int],
+) -> dict[str, int]:
+    """What each device sends in a step, by kind of collective: as `Writer` counts it, without writing anything.
+
+    Readers of one phase share the copies of a value; values that are free send nothing.
+
+    Args:
+        model: its tables.
+        reading: what was read.
+        shardings: what was chosen.
+        num_microbatches: how often forward and backward run in a step.
+        updates: for each result of ``@main`` the argument that it is the next value of.
+        first: the arguments that no stage before reads.
+    """
+    work, flow = model.work, reading.flow
+    home, copied, total = dict(shardings.arguments), set[tuple[int, str | None, Layout]](), dict[str, float]()
+
+    def count(kind: str, nbytes: float, weight: float) -> None:
+        if nbytes:
+            total[kind] = total.get(kind, 0.0) + weight * nbytes
+
+    def read(number: int, layout: Layout, phase: str | None) -> None:
+        value = reading.value_of[number]
+        source = home.get(value)
+        if source is None or not work.values[value].shape:
+            return
+        weight = 1.0 if phase in (UPDATE, None) else num_microbatches
+        for move in model.tables[value].way(source, layout):
+            if (number, phase, move.target) not in copied:
+                copied.add((number, phase, move.target))
+                count(move.kind, move.nbytes, weight)
+
+    for part, strategy in zip(reading.parts, shardings.chosen, strict=True):
+        if strategy is None:
+            continue
+        for number, layout in zip(part.reads, strategy.operands, strict=True):
+            read(number, layout, flow.phases[part.index])
+        for reduction in strategy.reductions:
+            count(reduction.kind, reduction.nbytes, part.operation.weight)
+        home.update(zip(part.operation.results, strategy.results, strict=True))
+    made = {value for part in reading.parts for value in part.operation.results}
+    for number, updated in zip(flow.operands[-1], updates, strict=True):
+        own = reading.value_of[number] in made or reading.value_of[number] in first
+        if own and updated is not None and updated in shardings.arguments:
+            read(number, shardings.arguments[updated], None)
+    return {kind: round(nbytes) for kind, nbytes in sorted(total.items())}
 
 
 def _classes(model: ShardingModel, reading: Reading, roles: Sequence[str]) -> list[str]:

@@ -1,0 +1,197 @@
+"""`bactrian explain --value`: the saved folder, stages of a pipeline, applied plans, what is missing, what is printed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from bactrian.driver import cli
+from bactrian.driver.explaining import explain_value
+from bactrian.passes.cluster import CPU_HOST
+from bactrian.passes.errors import ConfigError
+from bactrian.passes.plan import Plan
+from bactrian.passes.sharding.explaining import Explanation
+
+STEP = """
+import jax, jax.numpy as jnp
+import bactrian
+
+def loss(params, batch):
+    for name in ("first", "second"):
+        with jax.named_scope(name):
+            batch = batch + jax.nn.gelu(batch @ params["a"]) @ params[name]
+    return jnp.square(batch).mean()
+
+@bactrian.parallelize(num_microbatches=2, num_stages=1)
+def step(params, batch):
+    value, gradients = bactrian.value_and_grad(loss)(params, batch)
+    return jax.tree.map(lambda p, g: p - 0.1 * g, params, gradients), value
+
+shape = jax.ShapeDtypeStruct
+example_args = (
+    {"a": shape((64, 256), jnp.float32), "first": shape((256, 64), jnp.float32), "second": shape((256, 64), jnp.float32)},
+    shape((64, 64), jnp.float32),
+)
+"""
+CLUSTER = """
+hosts = 1
+devices_per_host = 8
+memory_gib = 1
+peak_tflops = { f32 = 1e-3 }
+memory_gb_per_s = 0.1
+intra_host_gb_per_s = 1.0
+intra_host_latency_us = 1
+"""
+Save = Callable[..., Path]
+
+
+@pytest.fixture
+def save(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Save:
+    """Writes a plan of `STEP`; the cluster's file is gone afterwards."""
+
+    def write(*options: str, mesh: str = "data=2,model=4", host: bool = False) -> Path:
+        (tmp_path / "some.toml").write_text(CLUSTER)
+        (tmp_path / "explained_step.py").write_text(STEP)
+        command = ["plan", f"{tmp_path / 'explained_step.py'}:step", "--save", str(tmp_path / "plan"), *options]
+        cluster = [] if host else ["--cluster", str(tmp_path / "some.toml")]
+        assert cli.main([*command, "--mesh", mesh, *cluster]) == 0
+        (tmp_path / "some.toml").unlink()
+        capsys.readouterr()
+        return tmp_path / "plan"
+
+    return write
+
+
+def check_chosen(found: Explanation, plan: Plan, stage: int) -> None:
+    """The row of the chosen layout is what the plan says, to the last bit."""
+    sharding = plan.stages[stage].sharding
+    assert sharding is not None
+    (chosen,) = (row for row in found.alternatives if row.is_chosen)
+    assert found.seconds == chosen.seconds == sharding.seconds
+    assert chosen.bound_seconds == sharding.bound_seconds
+    assert chosen.communication_seconds == sharding.communication_seconds
+    assert chosen.memory == sharding.memory_bytes
+    assert chosen.sent_bytes == sharding.sent_bytes
+    written = dict(sharding.layouts).get(found.name, found.layout)
+    assert written == found.layout or any(f"the stage gets it as {written}:" in note for note in found.notes)
+
+
+def test_the_chosen_layout_costs_what_the_plan_says(save: Save) -> None:
+    folder = save()
+    plan = Plan.load(folder)
+    for name in ("params['a']", "batch", "jvp(first)/dot_general@1"):
+        found = explain_value(folder, name)
+        check_chosen(found, plan, 0)
+        assert found.stage is None and found.limit_bytes == 1 << 30
+        assert found.seconds == min(row.seconds for row in found.alternatives if row.seconds is not None)
+    assert found.place == "explained_step.py:8" and found.origin == "stablehlo.dot_general, forward"
+
+
+def test_without_a_cluster_the_host_is_one(save: Save) -> None:
+    folder = save(host=True)
+    found = explain_value(folder, "params['a']")
+    check_chosen(found, Plan.load(folder), 0)
+    assert found.limit_bytes == CPU_HOST.memory_bytes
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "gpipe"])
+def test_stages_of_a_pipeline(save: Save, schedule: str) -> None:
+    folder = save("--num-stages", "2", "--schedule", schedule, mesh="data=4")
+    plan = Plan.load(folder)
+    for name, stage in (("params['first']", 0), ("params['second']", 1), ("jvp(second)/dot_general@1", 1)):
+        found = explain_value(folder, name)
+        assert found.stage == stage
+        check_chosen(found, plan, stage)
+    with pytest.raises(ConfigError, match=r"means 2 values\n(.*\n)*.*say which stage with --stage: 0, 1"):
+        explain_value(folder, "params['a']")
+    for stage in (0, 1):
+        check_chosen(explain_value(folder, "params['a']", stage), plan, stage)
+    with pytest.raises(ConfigError, match=r"no value is called \"params\['second'\]\" in stage 0"):
+        explain_value(folder, "params['second']", 0)
+    with pytest.raises(ConfigError, match="there is no stage 2"):
+        explain_value(folder, "params['second']", 2)
+
+
+def test_a_plan_that_was_applied_gives_layouts(tmp_path: Path, save: Save) -> None:
+    folder = save()
+    plan = Plan.load(folder)
+    (tmp_path / "some.toml").write_text(CLUSTER)
+    step = cli._load(f"{tmp_path / 'explained_step.py'}:step", "")
+    arguments = cli._load(f"{tmp_path / 'explained_step.py'}:example_args", "")
+    made = step.with_options(mesh=(("data", 2), ("model", 4)), cluster=str(tmp_path / "some.toml"), plan=plan)
+    made.trace(*arguments).plan().save(tmp_path / "again")
+    found = explain_value(tmp_path / "again", "params['a']")
+    assert (found.reason, found.given_by) == ("given", "the plan that was applied")
+    assert found.layout == explain_value(folder, "params['a']").layout
+    assert explain_value(tmp_path / "again", "jvp(first)/dot_general@1").reason == "cheapest"
+
+
+def test_folders_that_lack_something(tmp_path: Path, save: Save) -> None:
+    folder = save()
+    text = (folder / "plan.json").read_text()
+    plan = json.loads(text)
+    layouts = plan["stages"][0]["sharding"]["layouts"]
+    layouts["params['a']"] = "-,-" if layouts["params['a']"] != "-,-" else "data,-"
+    (folder / "plan.json").write_text(json.dumps(plan))
+    with pytest.raises(ConfigError, match=r"params\['a'\] has another layout: the plan was changed"):
+        explain_value(folder, "batch")
+    plan = json.loads(text)
+    plan["stages"][0]["sharding"]["seconds"] *= 2
+    (folder / "plan.json").write_text(json.dumps(plan))
+    with pytest.raises(ConfigError, match=r"solved again, a step takes .* s, not .*\n.*--time-limit"):
+        explain_value(folder, "batch")  # it is not proved any more
+    plan = json.loads(text) | {"fingerprint": "0" * 64}
+    (folder / "plan.json").write_text(json.dumps(plan))
+    with pytest.raises(ConfigError, match="belong to different programs"):
+        explain_value(folder, "batch")
+    (folder / "plan.json").write_text(text)
+    unsolved = (folder / "solve.mlir").read_text()
+    (folder / "solve.mlir").write_text("module {}")
+    with pytest.raises(ConfigError, match="does not say what layouts were chosen for"):
+        explain_value(folder, "batch")
+    (folder / "solve.mlir").write_text(unsolved[: len(unsolved) // 2])
+    with pytest.raises(ConfigError, match=r"cannot read .*solve\.mlir"):
+        explain_value(folder, "batch")
+    (folder / "solve.mlir").unlink()
+    with pytest.raises(ConfigError, match=r"has no solve.mlir\n(.*\n)*.*--mesh data=2,model=4 --save"):
+        explain_value(folder, "batch")
+    command = ["plan", f"{tmp_path / 'explained_step.py'}:step", "--save", str(folder)]
+    (folder / "solve.mlir").write_text(unsolved)
+    assert cli.main(command) == 0
+    assert not (folder / "solve.mlir").exists()  # it belonged to the plan before
+    with pytest.raises(ConfigError, match="has no layouts to explain"):
+        explain_value(folder, "batch")
+
+
+def test_the_command(save: Save, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = save()
+    found = set[tuple[str, str]]()
+    for seed in range(2):
+        both = list[str]()
+        for option in ((), ("--json",)):
+            command = [sys.executable, "-m", "bactrian.driver.cli", "explain", str(folder), "--value", "params['a']"]
+            environment = os.environ | {"PYTHONHASHSEED": str(seed), "OMP_NUM_THREADS": str(1 + seed)}
+            done = subprocess.run([*command, *option], env=environment, capture_output=True, text=True, timeout=300)
+            assert done.returncode == 0, done.stderr
+            both.append(done.stdout)
+        found.add((both[0], both[1]))
+    ((table, text),) = found
+    data = json.loads(text)
+    assert max(map(len, table.splitlines())) <= 100
+    assert table.startswith("params['a']  f32[64,256]\n")
+    assert f"→ {data['layout']}" in table and data["reason"] == "cheapest"
+    assert len(data["alternatives"]) == 9 and set(data["mesh"]) == {"data", "model"}
+    assert cli.main(["explain", str(folder), "--value", "nothing like it"]) == 3
+    assert "no value is called 'nothing like it'" in capsys.readouterr().err
+    for option in (["--json"], ["--stage", "0"]):
+        assert cli.main(["explain", str(folder), *option]) == 3
+        assert "needs a value" in capsys.readouterr().err
+    assert cli.main(["explain", str(folder)]) == 0
+    with pytest.raises(SystemExit):
+        cli.main(["explain", str(folder), "--value", "a", "--stage", "-1"])
