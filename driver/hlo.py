@@ -41,7 +41,8 @@ class HloCollective:
         nbytes: what each of them sends when the op runs once, counted as `bactrian.passes.sharding.counting` counts.
         times: how often it runs when the module runs once; None where that is not written down: in a loop without a
             known trip count, or in a branch.
-        shapes: of its results on one device, as ``f32[8,4]``; several where XLA has combined several.
+        shapes: of its results on one device, as ``f32[8,4]``; several where XLA has combined several collectives into
+            one, and those of the pieces of an all-to-all.
         name: of the instruction.
         op_name: the name stack of the op that it comes from; of all of them where XLA has combined several.
         where: ``file:line`` of the innermost frame of that op, "" if unknown.
@@ -55,6 +56,16 @@ class HloCollective:
     name: str
     op_name: str = ""
     where: str = ""
+
+    @property
+    def result_bytes(self) -> tuple[float, ...]:
+        """Of each result on one device."""
+        return tuple(_nbytes(shape) for shape in self.shapes)
+
+    @property
+    def element_bytes(self) -> tuple[float, ...]:
+        """Of an element of each result."""
+        return tuple(_nbytes(shape.partition("[")[0] + "[]") for shape in self.shapes)
 
     @property
     def total_bytes(self) -> float:
@@ -189,7 +200,9 @@ def _kind(instruction: _Instruction) -> str:
 
 def _collective(module: _Module, instruction: _Instruction, kind: str, times: int | None) -> HloCollective:
     shapes = _result_shapes(instruction, kind)
-    result = sum(_nbytes(shape, instruction.line) for shape in shapes)
+    if any(_nbytes(shape) < 0 for shape in shapes):
+        raise _unknown("shape", instruction.line)
+    result = sum(map(_nbytes, shapes))
     group = 0 if kind == "collective_permute" else _group(instruction, module.num_devices)
     if kind == "collective_permute":
         group, nbytes = module.num_devices, result if _moves(instruction) else 0.0
@@ -232,11 +245,12 @@ def _parts(type_: str) -> list[str]:
     return parts
 
 
-def _nbytes(shape: str, line: str) -> float:
+def _nbytes(shape: str) -> float:
+    """Bytes of a shape; -1 for one that is not known, or dynamic."""
     kind, _, dims = shape.rstrip("]").partition("[")
     bits = _BITS.get(kind, 8 if kind.startswith("f8") else 4 if kind.startswith("f4") else None)
     if bits is None or "<" in dims:
-        raise _unknown("shape", line)
+        return -1.0
     return math.prod(int(dim) for dim in dims.split(",") if dim) * bits / 8
 
 

@@ -83,7 +83,9 @@ def _standalone(op: ir.Operation, symbol: str, mesh: str, axes: Axes, numbered: 
         with op.location:
             constrain(clone)
     root = module.operation
-    root.attributes["sym_name"] = ir.StringAttr.get(symbol.replace(".", "_"))
+    # JAX's cache of compiled functions sees the module's name, but no name stacks.
+    suffix = "_numbered" if numbered else ""
+    root.attributes["sym_name"] = ir.StringAttr.get(symbol.replace(".", "_") + suffix)
     i32 = ir.IntegerType.get_signless(32)
     root.attributes["mhlo.num_partitions"] = ir.IntegerAttr.get(i32, partitions)
     root.attributes["mhlo.num_replicas"] = ir.IntegerAttr.get(i32, 1)
