@@ -9,9 +9,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, overload
 
+import jax
+
 from bactrian.driver.arrays import Homes, gather
 from bactrian.driver.calls import flatten_call, parameters_of
 from bactrian.driver.capture import Captured, capture
+from bactrian.driver.comparison import Comparison, compare
 from bactrian.driver.compiled import Compiled
 from bactrian.driver.garbage import paused_collection
 from bactrian.driver.planning import Decisions, Staged, stage_program
@@ -475,6 +478,10 @@ class Planned:
     def save(self, directory: str | Path) -> None:
         """Write ``plan.json`` and ``staged.mlir`` into a folder."""
         self.staged.save(directory)
+
+    def compare_xla(self) -> Comparison:
+        """Compile for this process's devices, and compare what the functions send with what is predicted."""
+        return compare(self.staged, jax.devices(self.captured.platform))
 
     def compile(self) -> Compiled:
         """Compile this process's stages (collective: all ranks call it).

@@ -31,15 +31,21 @@ CLASSES: dict[str, str] = {
     "axis-by-axis": "XLA does one collective over several axes as one along each",
     "shared": "XLA makes a copy once that is planned twice, for equal values and layouts",
     "dropped": "XLA has removed the op: nothing of the compiled function comes from it",
+    "gather-and-reduce": "XLA gathers the partial results and reduces them on every device, for several results at once",
+    "halo": "XLA sends the borders of pieces to their neighbours, for an op with windows whose image is cut",
     "element-type": "XLA sends the tensor with elements of another size",
     "gathered": "XLA gathers the tensor for a move that is planned to send less",
     "other-moves": "XLA takes another sequence of collectives from one layout to the other",
-    "added": "XLA sends for an op for which nothing is planned",
+    "added": "the partitioner's own, for an op that finds its elements by index, or sorts: nothing is planned there",
     "in-loop": "the collective is in a loop or a branch, of which the compiled function does not say how often it runs",
     UNEXPLAINED: "no reason is known",
 }
 """Names of differences, and what they mean."""
 
+_WINDOWED = frozenset({"stablehlo.convolution", "stablehlo.reduce_window", "stablehlo.select_and_scatter"})
+_INDEXED = frozenset(
+    f"stablehlo.{name}" for name in ("dynamic_slice", "dynamic_update_slice", "gather", "scatter", "sort")
+)
 _TOLERANCE = 1e-6
 _NUMBER = re.compile(r"\bop\.(\d+)/")
 
@@ -275,11 +281,17 @@ class _Pairing:
             if self._present.isdisjoint(group.numbers):
                 return "dropped", *loop
             return UNEXPLAINED, *loop
-        known = group.numbers != (-1,)
+        ops = {self._ops[number].name for number in group.numbers if number in self._ops}
+        if ops and ops <= _WINDOWED and any(sent.kind == "collective_permute" for sent in compiled):
+            rest = [sent for sent in compiled if sent.kind != "collective_permute"]
+            others = self._names(group, planned, rest) if planned or rest else ()
+            return (UNEXPLAINED, *loop) if UNEXPLAINED in others else ("halo", *others)
         if not planned:
-            return "added" if known else UNEXPLAINED, *loop
+            return "added" if ops and ops <= _INDEXED else UNEXPLAINED, *loop
         names = _reduction_names([_sent(one) for one in planned], compiled)
-        if not names and all(self._ops[number].name == "sdy.reshard" for number in group.numbers):
+        if not names and ops == {"stablehlo.reduce"}:
+            names = _gathered_partials([_sent(one) for one in planned], compiled)
+        if not names and ops == {"sdy.reshard"}:
             names = _move_names([_sent(one) for one in planned], compiled)
         return (*(names or (UNEXPLAINED,)), *loop)
 
@@ -342,6 +354,16 @@ def _reduction_names(planned: Sequence[Sent], compiled: Sequence[Sent]) -> tuple
         *(("axis-by-axis",) if len(compiled) != len(planned) and kind == to or len(compiled) > 1 else ()),
     )
     return names if fits else ()
+
+
+def _gathered_partials(planned: Sequence[Sent], compiled: Sequence[Sent]) -> tuple[str, ...]:
+    """The name of a difference between reductions and gathers of the same partial results."""
+    if any(sent.kind not in ("all_reduce", "reduce_scatter") for sent in planned):
+        return ()
+    halves = {"all_reduce": 2, "reduce_scatter": 1}
+    gathers = sorted(sent.nbytes / halves[sent.kind] * sent.group for sent in planned)
+    fits = len(gathers) == len(compiled) and all(map(_close, gathers, sorted(sent.nbytes for sent in compiled)))
+    return ("gather-and-reduce",) if fits and all(sent.kind == "all_gather" for sent in compiled) else ()
 
 
 def _move_names(planned: Sequence[Sent], compiled: Sequence[Sent]) -> tuple[str, ...]:
