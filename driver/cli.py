@@ -104,7 +104,9 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--cluster", metavar="FILE", help="TOML file of the machines (default: the cores of this host)")
     plan.add_argument("--strategy", metavar="NAME", help="auto, data, zero1, zero2, zero3 or megatron, on a mesh")
     plan.add_argument(
-        "--compare-xla", action="store_true", help="compile for virtual devices, and compare what XLA sends with the plan"
+        "--compare-xla",
+        action="store_true",
+        help="compile for virtual devices, and compare what XLA sends with the plan",
     )
     plan.add_argument("--save", metavar="DIR", help="write plan.json and staged.mlir into this folder")
     plan.add_argument("--json", action="store_true", help="print the plan as JSON instead of a table")

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import jax
 from jaxlib.mlir import ir
 
 from bactrian.driver.hlo import HloCollective, op_names, read_collectives
@@ -35,7 +36,6 @@ CLASSES: dict[str, str] = {
     "halo": "XLA sends the borders of pieces to their neighbours, for an op with windows whose image is cut",
     "element-type": "XLA sends the tensor with elements of another size",
     "gathered": "XLA gathers the tensor for a move that is planned to send less",
-    "other-moves": "XLA takes another sequence of collectives from one layout to the other",
     "added": "the partitioner's own, for an op that finds its elements by index, or sorts: nothing is planned there",
     "in-loop": "the collective is in a loop or a branch, of which the compiled function does not say how often it runs",
     UNEXPLAINED: "no reason is known",
@@ -149,12 +149,13 @@ class Comparison:
         return tuple(d for function in self.functions for d in function.differences if UNEXPLAINED in d.names)
 
 
-def compare(staged: Staged, devices: Sequence[Device]) -> Comparison:
+def compare(staged: Staged, devices: Sequence[Device] | None = None) -> Comparison:
     """Compile every stage function on a mesh, and compare what it sends with what is planned. Runs nothing.
 
     Args:
         staged: a planned program.
-        devices: at least as many as the widest mesh has; each stage is compiled for the first of them.
+        devices: at least as many as the widest mesh has; each stage is compiled for the first of them. By default all
+            that jax has.
 
     Raises:
         ConfigError: no stage has a mesh, or there are too few devices.
@@ -166,6 +167,7 @@ def compare(staged: Staged, devices: Sequence[Device]) -> Comparison:
             "cannot compare what is sent with XLA: every stage has one device",
             fix="plan on a mesh, as in --mesh data=2,model=4",
         )
+    devices = jax.devices() if devices is None else devices
     if len(devices) < widest:
         raise ConfigError(
             f"cannot compile for a mesh of {widest} devices: this process has {len(devices)}",
@@ -351,7 +353,7 @@ def _reduction_names(planned: Sequence[Sent], compiled: Sequence[Sent]) -> tuple
     names = (
         *(("all-reduce-and-slice",) if kind != to else ()),
         *(("element-type",) if wider != 1 else ()),
-        *(("axis-by-axis",) if len(compiled) != len(planned) and kind == to or len(compiled) > 1 else ()),
+        *(("axis-by-axis",) if (len(compiled) != len(planned) and kind == to) or len(compiled) > 1 else ()),
     )
     return names if fits else ()
 
@@ -367,13 +369,18 @@ def _gathered_partials(planned: Sequence[Sent], compiled: Sequence[Sent]) -> tup
 
 
 def _move_names(planned: Sequence[Sent], compiled: Sequence[Sent]) -> tuple[str, ...]:
-    """The name of a difference between two ways from one layout to another."""
-    if len(planned) == len(compiled) == 1 and planned[0].kind == compiled[0].kind:
-        wider = compiled[0].element_bytes / planned[0].element_bytes
-        if wider != 1 and _close(compiled[0].nbytes, wider * planned[0].nbytes):
-            return ("element-type",)
-    gathers = any(sent.kind == "all_gather" for sent in compiled)
-    return ("gathered",) if gathers and all(s.kind != "all_gather" for s in planned) else ("other-moves",)
+    """Names of a difference between one move and what was made of it; () for none."""
+    if len(planned) != 1 or planned[0].kind not in ("all_to_all", "collective_permute"):
+        return ()
+    move = planned[0]
+    held = move.nbytes if move.kind == "collective_permute" else move.nbytes * move.group / (move.group - 1)
+    wider = compiled[0].element_bytes / move.element_bytes
+    size = ("element-type",) if wider != 1 else ()
+    if len(compiled) == 1 and compiled[0].kind == move.kind:
+        return size if _close(compiled[0].nbytes, wider * move.nbytes) else ()
+    whole = (math.prod(sent.group for sent in compiled) - 1) * held * wider
+    gathers = all(sent.kind == "all_gather" for sent in compiled)
+    return ("gathered", *size) if gathers and _close(sum(sent.nbytes for sent in compiled), whole) else ()
 
 
 def _number(where: str) -> int:

@@ -9,12 +9,8 @@ from dataclasses import dataclass, field
 
 from bactrian.passes.errors import PassError
 
-_BITS = {"pred": 8, "token": 0} | {
-    f"{prefix}{bits}": bits
-    for prefix, sizes in {"s": (1, 2, 4, 8, 16, 32, 64), "u": (1, 2, 4, 8, 16, 32, 64), "f": (16, 32, 64)}.items()
-    for bits in sizes
-}
-_BITS |= {"bf16": 16, "c64": 64, "c128": 128}
+_INTEGERS = {f"{sign}{bits}": bits for sign in "su" for bits in (1, 2, 4, 8, 16, 32, 64)}
+_BITS = {"pred": 8, "token": 0, "bf16": 16, "f16": 16, "f32": 32, "f64": 64, "c64": 64, "c128": 128} | _INTEGERS
 _KINDS = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
 # Opcodes that move data between devices and that nothing here can count.
 _UNREAD = ("collective-broadcast", "ragged-all-to-all", "send", "recv", "all-reduce-scatter")

@@ -112,10 +112,11 @@ def constrain(main: ir.Operation) -> None:
     sources = list(dict.fromkeys(move.operands[0] for move in moves if not _is_move(move.operands[0].owner)))
     for source, sharding in zip(sources, value_shardings(main, sources), strict=True):
         if sharding is not None:
-            maker = None if isinstance(source.owner, ir.Block) else source.owner.operation
+            owner = source.owner
+            maker = None if isinstance(owner, ir.Block) else owner.operation
             with ir.InsertionPoint.at_block_begin(body(main)) if maker is None else ir.InsertionPoint.after(maker):
                 own = _constraint(source, sharding, maker or main)
-            source.replace_all_uses_except(own, own.owner.operation)
+            source.replace_all_uses_except(own, ir.OpResult(own).owner.operation)
     for op in operations:
         if op.name == "stablehlo.while" and "sdy.sharding" in op.attributes and any(nested_operands(op)):
             del op.attributes["sdy.sharding"]

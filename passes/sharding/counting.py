@@ -76,7 +76,9 @@ def _value_numbers(main: ir.Operation) -> dict[ir.Value, int]:
     for view in body(main).operations:
         op = view.operation
         unlike = len(numbers) if len(op.regions) else None  # regions may read anything: no two are taken for equal
-        attributes = str({name: str(op.attributes[name]) for name in sorted(op.attributes.keys()) if name not in _PLACE})
+        attributes = str(
+            {name: str(op.attributes[name]) for name in sorted(op.attributes.keys()) if name not in _PLACE}
+        )
         key = op.name, attributes, tuple(numbers[value] for value in op.operands), unlike
         for position, result in enumerate(op.results):
             numbers[result] = known.setdefault((*key, position, str(result.type)), len(numbers))
