@@ -12,6 +12,7 @@ from typing import Any, overload
 from bactrian.driver.arrays import Homes, gather
 from bactrian.driver.calls import flatten_call, parameters_of
 from bactrian.driver.capture import Captured, capture
+from bactrian.driver.comparison import Comparison, compare
 from bactrian.driver.compiled import Compiled
 from bactrian.driver.garbage import paused_collection
 from bactrian.driver.planning import Decisions, Staged, stage_program
@@ -475,6 +476,10 @@ class Planned:
     def save(self, directory: str | Path) -> None:
         """Write ``plan.json`` and ``staged.mlir`` into a folder; on a mesh ``solve.mlir`` too, for ``bactrian explain``."""
         self.staged.save(directory)
+
+    def compare_xla(self) -> Comparison:
+        """Compile for this process's devices, and compare what the functions send with what is predicted."""
+        return compare(self.staged)
 
     def compile(self) -> Compiled:
         """Compile this process's stages (collective: all ranks call it).

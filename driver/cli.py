@@ -8,6 +8,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import json
+import math
 import os
 import platform
 import shutil
@@ -24,6 +25,9 @@ from bactrian.passes.sharding.mesh import parse_axes
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+
+    from bactrian.driver.comparison import Comparison
+    from bactrian.passes.plan import Plan
 
 _MOST_RANKS = 65536
 
@@ -99,6 +103,11 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--mesh", metavar="A=N,B=M", help="devices of the stage by axes, as in data=2,model=4")
     plan.add_argument("--cluster", metavar="FILE", help="TOML file of the machines (default: the cores of this host)")
     plan.add_argument("--strategy", metavar="NAME", help="auto, data, zero1, zero2, zero3 or megatron, on a mesh")
+    plan.add_argument(
+        "--compare-xla",
+        action="store_true",
+        help="compile for virtual devices, and compare what XLA sends with the plan",
+    )
     plan.add_argument(
         "--save", metavar="DIR", help="write plan.json, staged.mlir and, on a mesh, solve.mlir into this folder"
     )
@@ -198,6 +207,9 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _plan(options: argparse.Namespace) -> int:
+    axes = None if options.mesh is None else parse_axes(options.mesh)
+    if options.compare_xla:
+        scripts.use_virtual_devices(8 if axes is None else math.prod(size for _, size in axes))
     step = _load(options.step, "bactrian plan train.py:step")
     if not callable(getattr(step, "with_options", None)):
         raise ConfigError(
@@ -206,17 +218,28 @@ def _plan(options: argparse.Namespace) -> int:
         )
     names = ("num_stages", "num_microbatches", "schedule", "strategy")
     changes = {name: value for name in names if (value := getattr(options, name)) is not None}
-    if options.mesh is not None:
-        changes["mesh"] = parse_axes(options.mesh)
+    if axes is not None:
+        changes["mesh"] = axes
     traced = step.with_options(**changes).trace(*_example_arguments(options))
     planned = traced.plan(options.cluster, compare=True)
     if options.save:
         planned.save(options.save)
+    comparison = planned.compare_xla() if options.compare_xla else None
     if options.json:
-        sys.stdout.write(planned.plan.to_json())
-    else:
-        planned.plan.show()
+        sys.stdout.write(planned.plan.to_json() if comparison is None else _with_comparison(planned.plan, comparison))
+        return 0
+    planned.plan.show()
+    if comparison is not None:
+        from bactrian.driver.comparison_table import render_comparison
+
+        return _print(render_comparison(comparison))
     return 0
+
+
+def _with_comparison(plan: Plan, comparison: Comparison) -> str:
+    from bactrian.driver.comparison_table import comparison_json
+
+    return json.dumps(json.loads(plan.to_json()) | {"xla": comparison_json(comparison)}, indent=2) + "\n"
 
 
 def _example_arguments(options: argparse.Namespace) -> tuple[Any, ...]:

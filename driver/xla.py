@@ -21,6 +21,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import sdy
 
 from bactrian.driver.extract import numpy_dtype
+from bactrian.passes.frame.location import name_stack
 from bactrian.passes.mesh_tensors import (
     SHARDING,
     Axes,
@@ -28,16 +29,22 @@ from bactrian.passes.mesh_tensors import (
     mesh_attribute,
     mesh_axes,
     num_devices,
+    value_shardings,
 )
-from bactrian.passes.program import body, main_function, nested_operands
+from bactrian.passes.program import body, main_function, nested_operands, nested_operations
 from bactrian.runtime.transport import device_array as plain_device_array
 
 Device = Any  # jax.Device, which its own stubs declare as a variable
 StageFunction = Callable[[Sequence[jax.Array]], list[jax.Array]]
 
 
-def function_texts(staged: ir.Module) -> dict[str, str]:
-    """Each stage function as a module of its own (text with ``@main``), by its symbol."""
+def function_texts(staged: ir.Module, *, numbered: bool = False, for_shardy: bool = False) -> dict[str, str]:
+    """Each stage function as a module of its own (text with ``@main``), by its symbol.
+
+    Args:
+        numbered: the name stack of every op of a function begins with ``op.<number>/``, in order of the function.
+        for_shardy: moves stay ``sdy.reshard``, as Shardy's passes read them; else they are as XLA reads them.
+    """
     with staged.context:
         texts: dict[str, str] = {}
         meshes = mesh_axes(staged)
@@ -48,13 +55,15 @@ def function_texts(staged: ir.Module) -> dict[str, str]:
             symbol = ir.StringAttr(op.attributes["sym_name"]).value
             if symbol != "main":
                 mesh = symbol.partition(".")[0]
-                texts[symbol] = _standalone(op, symbol, mesh, meshes.get(mesh, ()))
+                texts[symbol] = _standalone(op, symbol, mesh, meshes.get(mesh, ()), numbered, for_shardy)
         return texts
 
 
-def _standalone(op: ir.Operation, symbol: str, mesh: str, axes: Axes) -> str:
+def _standalone(op: ir.Operation, symbol: str, mesh: str, axes: Axes, numbered: bool, for_shardy: bool) -> str:
     """A function as a module that XLA accepts: public ``@main``, and no attribute but aliasing and layouts."""
     clone = op.clone(ip=False).operation
+    if numbered:
+        _number(clone)
     clone.attributes["sym_name"] = ir.StringAttr.get("main")
     clone.attributes["sym_visibility"] = ir.StringAttr.get("public")
     del clone.attributes["mesh_shape"]
@@ -70,43 +79,56 @@ def _standalone(op: ir.Operation, symbol: str, mesh: str, axes: Axes) -> str:
             with ir.InsertionPoint(module.body):
                 sdy.MeshOp(mesh, mesh_attribute(axes))
     module.body.append(clone)
-    if partitions > 1:
+    if partitions > 1 and not for_shardy:
         with op.location:
             constrain(clone)
     root = module.operation
-    root.attributes["sym_name"] = ir.StringAttr.get(symbol.replace(".", "_"))
+    # JAX's cache of compiled functions sees the module's name, but no name stacks.
+    suffix = "_numbered" if numbered else ""
+    root.attributes["sym_name"] = ir.StringAttr.get(symbol.replace(".", "_") + suffix)
     i32 = ir.IntegerType.get_signless(32)
     root.attributes["mhlo.num_partitions"] = ir.IntegerAttr.get(i32, partitions)
     root.attributes["mhlo.num_replicas"] = ir.IntegerAttr.get(i32, 1)
     return str(root.get_asm(enable_debug_info=True))
 
 
+def _number(main: ir.Operation) -> None:
+    for number, op in enumerate(nested_operations(main)):
+        op.location = ir.Location.name(f"op.{number}/{name_stack(op.location)}", op.location)
+
+
 def constrain(main: ir.Operation) -> None:
     """Write shardings as XLA's import reads them.
 
-    ``sdy.reshard`` becomes ``sdy.sharding_constraint``. Shardy gives the layout of a constraint to the op that makes its
-    operand, whatever that has: an op is constrained to its own layout before its result goes on to another. A ``while``
-    whose regions capture values keeps no sharding: XLA makes the captured values operands, and then misses their
-    shardings in the list.
+    ``sdy.reshard`` becomes ``sdy.sharding_constraint``. Shardy reads a constraint as the wish of all: it gives its
+    layout to the op that makes its operand, whatever that has, and lets every later reader of the operand read what the
+    constraint makes. So a value that goes on to another layout is constrained to its own one first, where it is made, and
+    everything reads that: of a value with several readers Shardy leaves each with what it reads. A ``while`` whose
+    regions capture values keeps no sharding: XLA makes the captured values operands, and then misses their shardings in
+    the list.
     """
     operations = [view.operation for view in body(main).operations]
+    moves = [op for op in operations if op.name == "sdy.reshard"]
+    sources = list(dict.fromkeys(move.operands[0] for move in moves if not _is_move(move.operands[0].owner)))
+    for source, sharding in zip(sources, value_shardings(main, sources), strict=True):
+        if sharding is not None:
+            owner = source.owner
+            maker = None if isinstance(owner, ir.Block) else owner.operation
+            with ir.InsertionPoint.at_block_begin(body(main)) if maker is None else ir.InsertionPoint.after(maker):
+                own = _constraint(source, sharding, maker or main)
+            source.replace_all_uses_except(own, ir.OpResult(own).owner.operation)
     for op in operations:
         if op.name == "stablehlo.while" and "sdy.sharding" in op.attributes and any(nested_operands(op)):
             del op.attributes["sdy.sharding"]
-    own: dict[ir.Value, ir.Value] = {}
-    for op in [op for op in operations if op.name == "sdy.reshard"]:
-        source = op.operands[0]
-        if source not in own and not isinstance(source.owner, ir.Block):
-            maker = source.owner.operation
-            if "sdy.sharding" in maker.attributes:
-                shardings = sdy.TensorShardingPerValueAttr(maker.attributes["sdy.sharding"]).shardings
-                with ir.InsertionPoint(op):
-                    own[source] = _constraint(source, list(shardings)[ir.OpResult(source).result_number], op)
-        start = own.get(source)
-        with ir.InsertionPoint(op):
-            made = _constraint(source if start is None else start, op.attributes["sharding"], op)
-        op.results[0].replace_all_uses_with(made)
-        op.erase()
+    for move in moves:
+        with ir.InsertionPoint(move):
+            made = _constraint(move.operands[0], move.attributes["sharding"], move)
+        move.results[0].replace_all_uses_with(made)
+        move.erase()
+
+
+def _is_move(owner: ir.Block | ir.Operation) -> bool:
+    return not isinstance(owner, ir.Block) and owner.operation.name == "sdy.reshard"
 
 
 def _constraint(value: ir.Value, sharding: ir.Attribute, place: ir.Operation) -> ir.Value:

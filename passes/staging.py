@@ -146,12 +146,14 @@ def _received(flow: Dataflow, main: ir.Operation, through: dict[int, int]) -> di
     if not resharded:
         return found
     shardings = value_shardings(main, flow.values)
+    arrived = set[int]()  # what a transfer has made: what is moved from there on stays on its mesh
     for index in resharded:
         read, made = flow.operands[index][0], flow.results[index][0]
         value, stage = through.get(read, read), flow.stages[index]
-        before, after = shardings[value], shardings[made]
+        before, after = shardings[read if read in arrived else value], shardings[made]
         if before is not None and after is not None and stage is not None and mesh_name(before) != mesh_name(after):
             through[made] = value
+            arrived.add(made)
             found[value, stage] = after
     return found
 

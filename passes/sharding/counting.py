@@ -21,6 +21,9 @@ _EXPLICIT = (
 _KINDS = frozenset({"all_gather", "all_to_all", "all_reduce", "reduce_scatter", "collective_permute", "all_slice"})
 
 
+_PLACE = frozenset({"bactrian.phase", "bactrian.stage", "bactrian.layer"})
+
+
 @dataclass(frozen=True)
 class Collective:
     """One collective of a module.
@@ -30,12 +33,16 @@ class Collective:
         group: devices that take part together.
         nbytes: what each of them sends; 0 for a slice.
         where: location of the op.
+        element_bytes: of one element of the tensor.
+        twin: equal for two collectives that bring equal values to equal layouts.
     """
 
     kind: str
     group: int
     nbytes: float
     where: str
+    element_bytes: int
+    twin: int
 
 
 def count_collectives(module: ir.Module) -> list[Collective]:
@@ -52,13 +59,30 @@ def count_collectives(module: ir.Module) -> list[Collective]:
         except ir.MLIRError as error:
             raise PassError("Shardy can't make the collectives explicit", why=str(error)) from None
         sizes = _axis_sizes(copy)
+        numbers = _value_numbers(main_function(copy))
         found = list[Collective]()
         for view in body(main_function(copy)).operations:
             op = view.operation
             kind = op.name.removeprefix("sdy.")
             if kind in _KINDS:
-                found.append(_collective(op, kind, sizes))
+                found.append(_collective(op, kind, sizes, numbers[op.results[0]]))
         return found
+
+
+def _value_numbers(main: ir.Operation) -> dict[ir.Value, int]:
+    """A number for every value at the top of a function, the same for values that are computed alike."""
+    numbers: dict[ir.Value, int] = {argument: number for number, argument in enumerate(body(main).arguments)}
+    known = dict[tuple[object, ...], int]()
+    for view in body(main).operations:
+        op = view.operation
+        unlike = len(numbers) if len(op.regions) else None  # regions may read anything: no two are taken for equal
+        attributes = str(
+            {name: str(op.attributes[name]) for name in sorted(op.attributes.keys()) if name not in _PLACE}
+        )
+        key = op.name, attributes, tuple(numbers[value] for value in op.operands), unlike
+        for position, result in enumerate(op.results):
+            numbers[result] = known.setdefault((*key, position, str(result.type)), len(numbers))
+    return numbers
 
 
 def _axis_sizes(module: ir.Module) -> dict[str, int]:
@@ -70,9 +94,10 @@ def _axis_sizes(module: ir.Module) -> dict[str, int]:
     return sizes
 
 
-def _collective(op: ir.Operation, kind: str, sizes: dict[str, int]) -> Collective:
+def _collective(op: ir.Operation, kind: str, sizes: dict[str, int], number: int) -> Collective:
     after = _parts(op.attributes["out_sharding"], sizes)
-    whole = tensor_size(op.results[0].type).bytes
+    size = tensor_size(op.results[0].type)
+    whole = size.bytes
     before = _parts(_sharding_of(op.operands[0]), sizes)
     held, left = whole / before, whole / after
     if kind == "all_gather":
@@ -93,7 +118,7 @@ def _collective(op: ir.Operation, kind: str, sizes: dict[str, int]) -> Collectiv
         group, nbytes = math.prod(sizes.values()), held
     else:
         group, nbytes = after // before, 0.0
-    return Collective(kind, group, nbytes, str(op.location))
+    return Collective(kind, group, nbytes, str(op.location), size.bytes // max(1, size.elements), number)
 
 
 def _parts(sharding: ir.Attribute | None, sizes: dict[str, int]) -> int:
