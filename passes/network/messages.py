@@ -183,6 +183,7 @@ def search(network: ReducedNetwork, deadline: float, start: dict[int, int] | Non
         start: an allowed choice to begin with.
     """
     begin = time.monotonic()
+    network.forbid()  # then every strategy has an allowed partner, and messages are finite
     found = Found(None, np.inf, -np.inf)
     local = LocalSearch(network)
     if start is not None:
@@ -200,7 +201,6 @@ def search(network: ReducedNetwork, deadline: float, start: dict[int, int] | Non
 def _pass_messages(network: ReducedNetwork, found: Found, local: LocalSearch, deadline: float) -> dict[int, Array]:
     """Sweep, price and decode until the deadline; returns each strategy's excess under the last prices."""
     messages, prices = Messages(network), _Prices(network)
-    fixed_prices = network.limit is None
     while time.monotonic() < deadline:
         found.sweeps += 1
         found.bound = max(found.bound, messages.sweep())
@@ -208,7 +208,7 @@ def _pass_messages(network: ReducedNetwork, found: Found, local: LocalSearch, de
             continue
         choice = messages.decode()
         cost, profile = network.cost(choice), network.profile(choice)
-        if not fixed_prices:
+        if network.limit is not None:
             prices.adjust(profile, cost)
             messages.price(prices.now)
         if not _fits(network, profile):
@@ -237,7 +237,8 @@ class _Prices:
     def adjust(self, profile: Array, cost: float) -> None:
         """After a choice with this profile and cost."""
         limit = float(self._network.limit or 0)
-        self._add_places(profile, limit, _FIRST_STEP * abs(cost) / max(limit, 1.0))
+        unit = max(limit, 1.0)
+        self._add_places(profile, limit, _FIRST_STEP * abs(cost) / unit)
         for place in self.now:
             over = float(profile[place]) - limit
             if over <= 0 and not self.now[place]:
@@ -246,7 +247,7 @@ class _Prices:
             if place in self._sides:
                 self._steps[place] *= 1.25 if side == self._sides[place] else 0.5
             self._sides[place] = side
-            length = self._steps[place] * min(1.0, max(abs(over) / limit * 10, 0.1))
+            length = self._steps[place] * min(1.0, max(abs(over) / unit * 10, 0.1))
             self.now[place] = max(0.0, self.now[place] + (length if side else -length))
 
     def _add_places(self, profile: Array, limit: float, step: float) -> None:

@@ -18,6 +18,7 @@ _RELAXED_PAIRS = 0.8  # it is made if that leaves less than this part of the pai
 _LIFTED_SHARE = 0.5  # of the time, at most, for classes of nodes that look alike
 _FIRST_SHARE = 0.05  # of the time, at most, for a first choice
 _MOST_PRUNINGS = 4
+_PROGRAM_PAIRS = 400_000  # more don't go into one program: its relaxation alone would take minutes
 _SEARCH_SHARE = 0.15  # of the time, kept for a choice without proof where the program has given none
 
 
@@ -52,6 +53,11 @@ def solve(problem: CostNetwork, time_limit: float = 60.0) -> Solution:
         InfeasiblePlanError: there is no allowed choice.
         ConfigError: none was found in time.
     """
+    return _solve(problem, time_limit, only_proved=False)
+
+
+def _solve(problem: CostNetwork, time_limit: float, *, only_proved: bool) -> Solution:
+    """`solve`, or with ``only_proved`` an error instead of the long search for a good choice without proof."""
     begin = time.monotonic()
     deadline = begin + time_limit
     network = ReducedNetwork(problem)
@@ -79,6 +85,18 @@ def solve(problem: CostNetwork, time_limit: float = 60.0) -> Solution:
             figures["classes"] = lifted.num_classes
     if not network.costs:
         choice = choice or _allowed(problem, _in_order(network.expand({})))
+    elif not (choice is not None and proved) and network.num_pairs > _PROGRAM_PAIRS:
+        if only_proved:
+            raise ConfigError("the network is too large for one program")
+        from bactrian.passes.network.messages import search
+
+        proved, anytime = False, search(network, deadline)
+        bound = max(bound, anytime.bound)
+        figures |= {"sweeps": anytime.sweeps, "neighbourhoods": anytime.neighbourhoods}
+        if anytime.choice is not None:
+            other = _allowed(problem, _in_order(network.expand(anytime.choice)))
+            if choice is None or (other is not None and problem.cost(other) < problem.cost(choice)):
+                choice = other
     elif choice is None or not proved:
         from bactrian.passes.network.milp import IntegerProgram
 
@@ -148,7 +166,7 @@ def _relaxed(problem: CostNetwork, network: ReducedNetwork, deadline: float) -> 
     if smaller.num_pairs > _RELAXED_PAIRS * network.num_pairs or time.monotonic() > deadline:
         return None
     try:
-        found = solve(free, deadline - time.monotonic())
+        found = _solve(free, deadline - time.monotonic(), only_proved=True)
     except ConfigError:  # none in time
         return None
     return found if problem.is_allowed(found.choice) and found.optimal else None
