@@ -98,7 +98,8 @@ class Cluster:
                 link = self.inter_host_latency, max(between, 1 / self.intra_host_bytes_per_second)
             made.append(Axis(name, size, *link, curves))
             stride *= size
-        return Mesh(tuple(reversed(made)))
+        inside = tuple(c for c in self.measured if c.kind == "all_reduce") if count <= self.devices_per_host else ()
+        return Mesh(tuple(reversed(made)), inside)
 
 
 CPU_HOST = Cluster("cpu-host", 1, 64, 4 << 30, CPU_CORE, 2e9, 2e9, 5e-5, 5e-5)

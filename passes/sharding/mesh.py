@@ -79,9 +79,15 @@ def _sent_share(kind: str, size: int) -> float:
 
 @dataclass(frozen=True)
 class Mesh:
-    """Axes, the first of which goes over devices in the largest strides."""
+    """Axes, the first of which goes over devices in the largest strides.
+
+    Attributes:
+        axes: of the mesh.
+        measured: curves of all-reduces over several axes at once, by the devices of their group.
+    """
 
     axes: tuple[Axis, ...]
+    measured: tuple[Curve, ...] = ()
 
     def __post_init__(self) -> None:
         names = [axis.name for axis in self.axes]
@@ -111,10 +117,15 @@ class Mesh:
         """Seconds of one all-reduce over several axes, for ``nbytes`` on each device.
 
         Reduce-scatters along one axis after the other, the fastest first, so that the slowest carries the least, and
-        all-gathers in the opposite order; the latency is that of the slowest. Along one axis, what was measured counts.
+        all-gathers in the opposite order; the latency is that of the slowest. What was measured for a group of as many
+        devices counts instead.
         """
         if len(axes) == 1:
             return self.axes[axes[0]].all_reduce(nbytes)
+        group = self.parts(axes)
+        for curve in self.measured:
+            if (curve.kind, curve.group) == ("all_reduce", group):
+                return curve.seconds_for(nbytes)
         seconds = 0.0
         for axis in sorted((self.axes[number] for number in axes), key=lambda axis: axis.seconds_per_byte):
             seconds += 2 * (axis.size - 1) / axis.size * nbytes * axis.seconds_per_byte
