@@ -91,18 +91,18 @@ def test_decoding_within_memory_keeps_the_limit() -> None:
 
 def test_small_networks_are_solved() -> None:
     solved = 0
-    for seed in range(6):
+    for seed in range(3):
         problem = dense(seed)
         network = reduced(problem)
         assert network is not None
-        found = messages.search(network, time.monotonic() + 2.0)
+        found = messages.search(network, time.monotonic() + 1.5)
         best = brute_force(problem)
         assert found.choice is not None and best is not None
         choice = network.expand(found.choice)
         assert problem.is_allowed([choice[node] for node in sorted(choice)])
         assert found.bound <= best + 1e-6 <= found.cost + 2e-6
         solved += found.cost == best
-    assert solved == 6
+    assert solved == 3
 
 
 def test_random_networks_stay_allowed() -> None:
