@@ -95,7 +95,7 @@ def test_small_networks_are_solved() -> None:
         problem = dense(seed)
         network = reduced(problem)
         assert network is not None
-        found = messages.search(network, time.monotonic() + 1.5)
+        found = messages.search(network, time.monotonic() + 2.0)
         best = brute_force(problem)
         assert found.choice is not None and best is not None
         choice = network.expand(found.choice)
