@@ -213,7 +213,10 @@ class WideResNet(nn.Module):
 
 def mlp(layers: int = 4, width: int = 256, batch: int = 512) -> Problem:
     """Square error of an MLP."""
-    data = lambda: {"x": jnp.ones((batch, width)), "y": jnp.zeros((batch, width))}  # noqa: E731
+
+    def data() -> Any:
+        return {"x": jnp.ones((batch, width)), "y": jnp.zeros((batch, width))}
+
     return problem(Mlp(layers, width), lambda out, given: jnp.square(out - given["y"]).mean(), data)
 
 
@@ -247,7 +250,10 @@ def wide_resnet(
     classes: int = 128,
 ) -> Problem:  # fmt: skip
     """Cross-entropy of classes of images."""
-    data = lambda: {"x": jnp.ones((batch, size, size, 3)), "y": jnp.zeros((batch,), jnp.int32)}  # noqa: E731
+
+    def data() -> Any:
+        return {"x": jnp.ones((batch, size, size, 3)), "y": jnp.zeros((batch,), jnp.int32)}
+
     return problem(WideResNet(blocks, channels, factor, classes), _entropy, data)
 
 

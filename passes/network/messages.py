@@ -26,6 +26,7 @@ _FIRST_STEP = 0.05  # of the cost, for all of the memory
 _ABOVE = 1.05  # a choice that costs so much more than the best is worth a look
 _MESSAGES_SHARE = 0.4  # of the time; the rest is for neighbourhoods
 _POLISH_SECONDS = 5.0
+_ROUNDING = 1e-9  # of a bound, which is a sum of many rounded numbers
 _FREE_PAIRS = 60_000  # pairs of a neighbourhood's first program; grows and shrinks with what it takes
 _NEIGHBOURHOOD_SECONDS = 8.0
 _SHARES = (0.3, 0.1, 1.0)  # of the gap: what a strategy may cost above the best of its node, in turn
@@ -174,21 +175,19 @@ class Messages:
         return total
 
 
-def search(network: ReducedNetwork, deadline: float, start: dict[int, int] | None = None) -> Found:
+def search(network: ReducedNetwork, deadline: float) -> Found:
     """The best choice and the best bound that the time until the deadline (`time.monotonic`) gives.
 
     Args:
         network: reduced.
         deadline: may be passed by a neighbourhood's building.
-        start: an allowed choice to begin with.
     """
     begin = time.monotonic()
     network.forbid()  # then every strategy has an allowed partner, and messages are finite
     found = Found(None, np.inf, -np.inf)
     local = LocalSearch(network)
-    if start is not None:
-        found.choice, found.cost = dict(start), network.cost(start)
     excess = _pass_messages(network, found, local, begin + _MESSAGES_SHARE * (deadline - begin))
+    found.bound -= _ROUNDING * abs(found.bound)
     if found.choice is None:
         found.choice = local.search(deadline)
         if found.choice is None:
