@@ -87,7 +87,7 @@ def sent(
     def read(number: int, layout: Layout, phase: str | None) -> None:
         value = reading.value_of[number]
         source = home.get(value)
-        if source is None or not work.values[value].shape:
+        if source is None:
             return
         weight = 1.0 if phase in (UPDATE, None) else num_microbatches
         for move in model.tables[value].way(source, layout):

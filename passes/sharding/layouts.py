@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
@@ -12,7 +13,11 @@ import numpy as np
 from bactrian.passes.sharding.mesh import Mesh
 
 Layout = tuple[tuple[int, ...], ...]
-"""For each dim of a tensor the axes of the mesh that cut it, the major one first."""
+"""For each dim of a tensor the axes of the mesh that cut it, the major one first.
+
+A sum of which each device has a part of its own is the layout of a larger tensor: in front stands one dim for each axis
+along which the parts differ, in the mesh's order, cut over it.
+"""
 
 _EPSILON = 1e-12  # of a cost: two ways that differ by less are equal, and the one with fewer moves is taken
 
@@ -22,7 +27,8 @@ class Move:
     """One collective, or none, that brings a tensor from one layout to another.
 
     Attributes:
-        kind: ``slice`` (free), ``all_gather``, ``all_to_all`` or ``collective_permute``.
+        kind: ``slice`` (free), ``all_gather``, ``all_to_all`` or ``collective_permute``; from parts of a sum
+            ``all_reduce`` or ``reduce_scatter``, over all its axes.
         axes: of the mesh that take part.
         target: the layout afterwards.
         seconds: what it takes.
@@ -39,6 +45,11 @@ class Move:
 def replicated(rank: int) -> Layout:
     """The layout with the whole tensor on every device."""
     return ((),) * rank
+
+
+def parts_of_sum(layout: Layout, rank: int) -> tuple[int, ...]:
+    """The axes along which the devices have parts of a sum, for a tensor of ``rank`` dims."""
+    return sum(layout[: len(layout) - rank], ())
 
 
 def is_divisible(shape: tuple[int, ...], layout: Layout, mesh: Mesh) -> bool:
@@ -73,6 +84,64 @@ def _replaced(layout: Layout, dim: int, axes: tuple[int, ...]) -> Layout:
     return (*layout[:dim], axes, *layout[dim + 1 :])
 
 
+def _sums(layout: Layout, mesh: Mesh) -> Iterator[Layout]:
+    """A layout as that of parts of a sum, over each choice of the axes that are left."""
+    used = {axis for axes in layout for axis in axes}
+    free = [axis for axis in range(len(mesh.axes)) if axis not in used and mesh.axes[axis].size > 1]
+    for count in range(1, len(free) + 1):
+        for axes in itertools.combinations(free, count):
+            yield (*((axis,) for axis in axes), *layout)
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """A collective that adds up an op's partial results, or folds them with another function.
+
+    Attributes:
+        kind: ``all_reduce`` or ``reduce_scatter``.
+        axes: of the mesh: one with ``reduce_scatter``.
+        dim: of the result that is cut, with ``reduce_scatter``.
+        seconds: what it takes for all results.
+        nbytes: what each device sends.
+    """
+
+    kind: str
+    axes: tuple[int, ...]
+    dim: int | None
+    seconds: float
+    nbytes: float
+
+
+def reductions_over(
+    shape: tuple[int, ...], layout: Layout, axes: Sequence[int], held: float, mesh: Mesh, dims: Sequence[int]
+) -> Iterator[tuple[Layout, tuple[Reduction, ...]]]:
+    """The ways to reduce over ``axes``: one all-reduce, or a scatter along each, which leaves less for the next.
+
+    Not some of each: partitioners make one all-reduce of that, and cut its result.
+
+    Args:
+        shape: of the whole tensor.
+        layout: that its partial results have.
+        axes: over which they are reduced.
+        held: bytes that a device has.
+        mesh: the devices.
+        dims: that may be scattered.
+    """
+    parts = mesh.parts(axes)
+    sent = 2 * (parts - 1) / parts * held
+    yield layout, (Reduction("all_reduce", tuple(axes), None, mesh.all_reduce(axes, held), sent),)
+    for chosen in itertools.product(dims, repeat=len(axes)):
+        target, left, made = layout, held, list[Reduction]()
+        for axis, dim in zip(axes, chosen, strict=True):
+            target = _replaced(target, dim, (*target[dim], axis))
+            size = mesh.axes[axis].size
+            seconds = mesh.axes[axis].reduce_scatter(left)
+            made.append(Reduction("reduce_scatter", (axis,), dim, seconds, (size - 1) / size * left))
+            left /= size
+        if is_divisible(shape, target, mesh):
+            yield target, tuple(made)
+
+
 class LayoutTable:
     """The layouts of one tensor and what it costs to go from each to each.
 
@@ -84,13 +153,18 @@ class LayoutTable:
         shape: of the whole tensor.
         nbytes: of the whole tensor.
         mesh: the devices.
+        partial: whether it can be left in parts of a sum, too. Nothing leads to such a layout.
     """
 
-    def __init__(self, shape: tuple[int, ...], nbytes: float, mesh: Mesh) -> None:
+    def __init__(self, shape: tuple[int, ...], nbytes: float, mesh: Mesh, partial: bool = False) -> None:
         self.shape, self.nbytes, self.mesh = shape, nbytes, mesh
         self.layouts = all_layouts(shape, mesh)
+        if partial:
+            self.layouts += [sum_ for layout in self.layouts for sum_ in _sums(layout, mesh)]
         self.number = {layout: index for index, layout in enumerate(self.layouts)}
-        self.shares = np.array([local_bytes(1.0, layout, mesh) for layout in self.layouts])  # of the tensor, a device's
+        rank = len(shape)
+        whole = [layout[len(layout) - rank :] for layout in self.layouts]
+        self.shares = np.array([local_bytes(1.0, layout, mesh) for layout in whole])  # of the tensor, a device's
         self.local = nbytes * self.shares
         self._moves: dict[tuple[int, int], Move] = {}
         for index, layout in enumerate(self.layouts):
@@ -139,6 +213,10 @@ class LayoutTable:
 
     def _moves_from(self, layout: Layout) -> Iterator[Move]:
         mesh = self.mesh
+        summed = parts_of_sum(layout, len(self.shape))
+        if summed:
+            yield from self._reductions(layout[len(summed) :], summed)
+            return
         held = local_bytes(self.nbytes, layout, mesh)
         used = {axis for axes in layout for axis in axes}
         free = [axis for axis in range(len(mesh.axes)) if axis not in used and mesh.axes[axis].size > 1]
@@ -157,6 +235,12 @@ class LayoutTable:
                     sent = (size - 1) / size * held
                     yield Move("all_to_all", (last,), moved, mesh.axes[last].all_to_all(held), sent)
         yield from self._permutes(layout, held, free)
+
+    def _reductions(self, layout: Layout, axes: tuple[int, ...]) -> Iterator[Move]:
+        held, dims = local_bytes(self.nbytes, layout, self.mesh), range(len(self.shape))
+        for target, reductions in reductions_over(self.shape, layout, axes, held, self.mesh, dims):
+            seconds, sent = sum(r.seconds for r in reductions), sum(r.nbytes for r in reductions)
+            yield Move(reductions[0].kind, axes, target, seconds, sent)
 
     def _permutes(self, layout: Layout, held: float, free: list[int]) -> Iterator[Move]:
         """Another axis of the same size for one, or two axes that change places."""
@@ -183,6 +267,6 @@ def _put(layout: Layout, changes: dict[tuple[int, int], int]) -> Layout:
 
 
 @lru_cache(maxsize=4096)
-def table_of(shape: tuple[int, ...], nbytes: float, mesh: Mesh) -> LayoutTable:
+def table_of(shape: tuple[int, ...], nbytes: float, mesh: Mesh, partial: bool = False) -> LayoutTable:
     """The table of a tensor; equal tensors share one."""
-    return LayoutTable(shape, nbytes, mesh)
+    return LayoutTable(shape, nbytes, mesh, partial)

@@ -13,17 +13,18 @@ from bactrian.passes.network.problem import CostNetwork
 from bactrian.passes.sharding.layouts import Layout, LayoutTable, table_of
 from bactrian.passes.sharding.mesh import Mesh
 from bactrian.passes.sharding.rules import Rule
-from bactrian.passes.sharding.strategies import Strategy, strategies
+from bactrian.passes.sharding.strategies import Defers, Strategy, strategies
 
 _Matrix = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """One value of a program: its shape and the bytes of the whole of it."""
+    """One value of a program: its shape, the bytes of the whole of it, and whether it may stay in parts of a sum."""
 
     shape: tuple[int, ...]
     nbytes: int
+    partial: bool = False
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Operation:
         given: if somebody has decided that, the layout that its operand and its result must have.
         lasts: whether its results are there during the whole step, as sums over microbatches are.
         copies: how many of its results are there at once: one for each microbatch in flight.
+        defers: whether it can leave parts of a sum, or hand them on.
     """
 
     operands: tuple[int, ...]
@@ -53,6 +55,7 @@ class Operation:
     given: Layout | None = None
     lasts: bool = False
     copies: int = 1
+    defers: Defers = Defers.NOT
 
 
 @dataclass(frozen=True)
@@ -120,7 +123,9 @@ class ShardingModel:
     @cached_property
     def tables(self) -> tuple[LayoutTable, ...]:
         """Of every value."""
-        return tuple(table_of(value.shape, float(value.nbytes), self.mesh) for value in self.work.values)
+        return tuple(
+            table_of(value.shape, float(value.nbytes), self.mesh, value.partial) for value in self.work.values
+        )
 
     @cached_property
     def argument_layouts(self) -> tuple[tuple[Layout, ...], ...]:
@@ -143,7 +148,7 @@ class ShardingModel:
             one = (op.given,)
             return (Strategy((None,) * len(self.mesh.axes), one, one, one, (), self.mesh.parts(sum(op.given, ()))),)
         sizes = tuple(float(self.work.values[value].nbytes) for value in op.results)
-        choices = strategies(op.rule, sizes, self.mesh, op.scatters)
+        choices = strategies(op.rule, sizes, self.mesh, op.scatters, op.defers)
         for position, value in enumerate(op.results):
             if value in self._wanted:
                 fitting = tuple(s for s in choices if s.results[position] == self._wanted[value])
@@ -172,10 +177,11 @@ class ShardingModel:
             intervals.append((0, end))
         edges, matrices = list[tuple[int, int]](), list[_Matrix]()
 
-        def connect(value: int, node: int, needed: _Matrix, weight: float) -> None:
-            if value not in layouts_of or not work.values[value].shape:
+        def connect(value: int, node: int, layouts: Sequence[Layout], weight: float) -> None:
+            if value not in layouts_of or not (work.values[value].shape or work.values[value].partial):
                 return
             source, index = layouts_of[value]
+            needed = np.array([self.tables[value].number[layout] for layout in layouts])
             block = self._block(value, index, needed)
             if source == node:
                 costs[node] = costs[node] + weight * np.diagonal(block)
@@ -198,11 +204,10 @@ class ShardingModel:
             until = max((last[value] for value in op.results), default=at) + 1
             intervals.append((0, end) if op.lasts else (at, until))
             for position, value in enumerate(op.operands):
-                table = self.tables[value]
-                connect(value, node, np.array([table.number[s.operands[position]] for s in choices]), op.weight)
+                connect(value, node, [s.operands[position] for s in choices], op.weight)
+        layouts_of_input = dict(zip(work.inputs, self.argument_layouts, strict=True))
         for value, number in work.updates:
-            node, index = layouts_of[number]
-            connect(value, node, index, 1.0)
+            connect(value, layouts_of[number][0], layouts_of_input[number], 1.0)
         return CostNetwork(tuple(costs), tuple(usages), tuple(intervals), tuple(edges), tuple(matrices), self.memory)
 
     def shardings(self, choice: Sequence[int]) -> Shardings:

@@ -26,10 +26,12 @@ from bactrian.passes.program import (
     phase_of,
     result_updates,
 )
+from bactrian.passes.sharding.deferring import deferred_sums
 from bactrian.passes.sharding.layouts import Layout, replicated
 from bactrian.passes.sharding.mesh import Mesh
 from bactrian.passes.sharding.model import Operation, Tensor, Work
 from bactrian.passes.sharding.rules import Dims, Rule, elementwise, whole
+from bactrian.passes.sharding.strategies import Defers
 
 RULE = "sdy.sharding_rule"
 SHARDING = "sdy.sharding"
@@ -138,6 +140,7 @@ def read_program(
     value_of = reader.value_of
     inputs = list(range(flow.num_arguments))
     made = {value for index in own for value in flow.results[index]}
+    partial = {value for index in reader.defers for value in flow.results[index]}
     if stage is not None:
         read = {value for part in parts for value in part.operation.operands}
         homes = argument_homes(main)
@@ -170,7 +173,10 @@ def read_program(
         argument: replicated(len(_shape(flow.values[argument]))) for argument in counted.values()
     }
     work = Work(
-        values=tuple(Tensor(_shape(value), size) for value, size in zip(flow.values, flow.sizes, strict=True)),
+        values=tuple(
+            Tensor(_shape(value), size, number in partial)
+            for number, (value, size) in enumerate(zip(flow.values, flow.sizes, strict=True))
+        ),
         inputs=tuple(inputs),
         operations=tuple(part.operation for part in parts),
         updates=tuple(dict.fromkeys(pair for pair in updates if pair[0] != pair[1])),
@@ -221,6 +227,7 @@ class _Reader:
                 for value, operand in zip(flow.results[index], flow.operands[index], strict=True):
                     self.value_of[value] = self.value_of[operand]
         self._from_memory = _read_from_memory(flow, self.value_of)
+        self.defers = deferred_sums(flow, self.value_of, [_hands_on(op) for op in flow.ops])
         self._in_backward = {
             self.value_of[value]
             for reads, phase in zip(flow.operands, flow.phases, strict=True)
@@ -262,6 +269,7 @@ class _Reader:
             copies=self._in_flight
             if phase_of(op) == FORWARD and any(value in self._in_backward for value in results)
             else 1,
+            defers=self.defers.get(index, Defers.NOT) if rule is not None else Defers.NOT,
         )
         return Part(index, operation, rule, read[: len(rule.operands)])
 

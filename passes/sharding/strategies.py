@@ -2,34 +2,24 @@
 
 from __future__ import annotations
 
+import enum
 import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from bactrian.passes.sharding.layouts import Layout, is_divisible, local_bytes
+from bactrian.passes.sharding.layouts import Layout, Reduction, local_bytes, reductions_over
 from bactrian.passes.sharding.mesh import Mesh
 from bactrian.passes.sharding.rules import Dims, Rule
 
 
-@dataclass(frozen=True)
-class Reduction:
-    """A collective that adds up an op's partial results, or folds them with another function.
+class Defers(enum.Enum):
+    """What an op has to do with sums whose parts are added up later."""
 
-    Attributes:
-        kind: ``all_reduce`` or ``reduce_scatter``.
-        axes: of the mesh: one with ``reduce_scatter``.
-        dim: of the result that is cut, with ``reduce_scatter``.
-        seconds: what it takes for all results.
-        nbytes: what each device sends.
-    """
-
-    kind: str
-    axes: tuple[int, ...]
-    dim: int | None
-    seconds: float
-    nbytes: float
+    NOT = "not"
+    STARTS = "starts"  # it sums, and can leave the parts
+    PASSES = "passes"  # of parts of a sum it makes parts of one
 
 
 @dataclass(frozen=True)
@@ -39,7 +29,8 @@ class Strategy:
     Attributes:
         factors: for each axis of the mesh the factor that it cuts, or None: the work is done along it again.
         operands: the layouts that the operands are needed in.
-        partial: the layouts that the results come in before ``reductions``.
+        partial: the layouts that the results come in before ``reductions``. Where the parts of a sum are left, no
+            reduction follows.
         results: the layouts that they have in the end.
         reductions: in their order.
         parts: how many devices share the work.
@@ -59,7 +50,9 @@ class Strategy:
 
 
 @lru_cache(maxsize=4096)
-def strategies(rule: Rule, result_bytes: tuple[float, ...], mesh: Mesh, scatters: bool = True) -> tuple[Strategy, ...]:
+def strategies(
+    rule: Rule, result_bytes: tuple[float, ...], mesh: Mesh, scatters: bool = True, defers: Defers = Defers.NOT
+) -> tuple[Strategy, ...]:
     """All strategies of an op; the first does everything on every device.
 
     Axes of one factor cut it in the mesh's order. A factor inside of a dim is cut only if those before it are cut to
@@ -70,6 +63,7 @@ def strategies(rule: Rule, result_bytes: tuple[float, ...], mesh: Mesh, scatters
         result_bytes: bytes of each whole result.
         mesh: the devices.
         scatters: whether partial results can be scattered while they are reduced (sums only).
+        defers: whether the parts of a sum may be left to be added up later.
     """
     cuttable = [None, *(f for f in range(len(rule.sizes)) if f not in rule.replicated | rule.permuted)]
     choices = [cuttable if axis.size > 1 else [None] for axis in mesh.axes]
@@ -89,7 +83,21 @@ def strategies(rule: Rule, result_bytes: tuple[float, ...], mesh: Mesh, scatters
         reduced = [axis for axis, factor in enumerate(factors) if factor in rule.reduction]
         for results, reductions in _reductions(rule, reduced, partial, result_bytes, mesh, scatters):
             found.append(Strategy(factors, operands, partial, results, reductions, parts))
+        if reduced and defers is Defers.STARTS:
+            left = (_in_parts(reduced, partial[0]),)
+            found.append(Strategy(factors, operands, left, left, (), parts))
+        if defers is Defers.PASSES:
+            free = [axis for axis, factor in enumerate(factors) if factor is None and mesh.axes[axis].size > 1]
+            for count in range(1, len(free) + 1):
+                for axes in itertools.combinations(free, count):
+                    read = tuple(_in_parts(axes, layout) for layout in operands)
+                    left = (_in_parts(axes, partial[0]),)
+                    found.append(Strategy(factors, read, left, left, (), parts))
     return tuple(found)
+
+
+def _in_parts(axes: Sequence[int], layout: Layout) -> Layout:
+    return (*((axis,) for axis in axes), *layout)
 
 
 def _layouts(
@@ -121,29 +129,18 @@ def _reductions(
     mesh: Mesh,
     scatters: bool,
 ) -> Iterator[tuple[tuple[Layout, ...], tuple[Reduction, ...]]]:
-    """The ways to reduce over ``axes``: one all-reduce, or a scatter along each, which leaves less for the next.
-
-    Not some of each: partitioners make one all-reduce of that, and cut its result.
-    """
+    """The ways to reduce over ``axes``; several results together."""
     if not axes:
         yield partial, ()
         return
     held = [local_bytes(nbytes, layout, mesh) for nbytes, layout in zip(result_bytes, partial, strict=True)]
-    parts = mesh.parts(axes)
-    seconds = sum(mesh.all_reduce(axes, nbytes) for nbytes in held)
-    yield partial, (Reduction("all_reduce", tuple(axes), None, seconds, 2 * (parts - 1) / parts * sum(held)),)
-    if not scatters or len(partial) != 1:
+    if len(partial) != 1:
+        parts = mesh.parts(axes)
+        seconds = sum(mesh.all_reduce(axes, nbytes) for nbytes in held)
+        yield partial, (Reduction("all_reduce", tuple(axes), None, seconds, 2 * (parts - 1) / parts * sum(held)),)
         return
     whole = rule.replicated | rule.permuted
-    targets = [number for number, dim in enumerate(rule.results[0]) if whole.isdisjoint(dim)]
+    targets = [number for number, dim in enumerate(rule.results[0]) if scatters and whole.isdisjoint(dim)]
     shape = tuple(math.prod(rule.sizes[factor] for factor in dim) for dim in rule.results[0])
-    for dims in itertools.product(targets, repeat=len(axes)):
-        layout, left, made = partial[0], held[0], list[Reduction]()
-        for axis, dim in zip(axes, dims, strict=True):
-            layout = (*layout[:dim], (*layout[dim], axis), *layout[dim + 1 :])
-            size = mesh.axes[axis].size
-            sent = (size - 1) / size * left
-            made.append(Reduction("reduce_scatter", (axis,), dim, mesh.axes[axis].reduce_scatter(left), sent))
-            left /= size
-        if is_divisible(shape, layout, mesh):
-            yield (layout,), tuple(made)
+    for layout, reductions in reductions_over(shape, partial[0], axes, held[0], mesh, targets):
+        yield (layout,), reductions

@@ -8,9 +8,10 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import sdy
 
 from bactrian.passes.program import UPDATE, nested_operations, phase_of, result_updates, set_operand, terminator
-from bactrian.passes.sharding.layouts import Layout, replicated
+from bactrian.passes.sharding.layouts import Layout, Move, replicated
 from bactrian.passes.sharding.mesh import Mesh
 from bactrian.passes.sharding.model import ShardingModel, Shardings
+from bactrian.passes.sharding.parts import PartsOfSums
 from bactrian.passes.sharding.reading import SHARDING, Reading, drop_rules
 from bactrian.passes.sharding.strategies import Strategy, strategies
 
@@ -64,6 +65,9 @@ class Writer:
         self.sent_in_step: dict[str, float] = {}
         self._chosen = self._free_ones_chosen(shardings)
         self._arguments = shardings.arguments
+        self._parts = PartsOfSums(
+            self.mesh, lambda layout: sharding_attribute(layout, self.mesh, mesh_name), _place_of
+        )
         self._home: dict[int, Layout] = {}  # of values: the layout that they have for all readers
         self._cut: dict[int, ir.Value] = {}  # values that are cut after their reduction, cut
         self._received: dict[int, ir.Value] = {}  # what other stages have made, as this one has it
@@ -84,9 +88,10 @@ class Writer:
                     self._hand_on(index, op)
                 continue
             part, strategy = chosen[index]
+            leaves = _is_sum(strategy, op)
             for position, (number, layout) in enumerate(zip(part.reads, strategy.operands, strict=True)):
                 present = flow.values[number]
-                value = self._read(number, layout, op)
+                value = self._constant_in_parts(number, layout) or self._read(number, layout, op)
                 if position < len(op.operands):
                     set_operand(op, position, value)
                 if value != present and len(op.regions):
@@ -95,6 +100,8 @@ class Writer:
             if op.name == "sdy.sharding_constraint":
                 self._home[flow.results[index][0]] = strategy.results[0]
                 continue
+            if leaves:
+                self._parts.rewrite(op, strategy)
             self._annotate(op, strategy.partial)
             for reduction in strategy.reductions:
                 self._count(reduction.kind, reduction.nbytes, part.operation.weight)
@@ -138,6 +145,7 @@ class Writer:
                 continue
             set_operand(op, position, self._at_home(number))
             layouts.append(self._home.get(value, replicated(len(work.values[value].shape))))
+            self._parts.follow(op.results[position], layouts[-1])
         if len(layouts) == len(op.results) and (self.stage is None or flow.stages[index] is not None):
             self._annotate(op, layouts)
 
@@ -178,7 +186,7 @@ class Writer:
         value = self.reading.value_of[number]
         current = self._at_home(number)
         home = self._home.get(value)
-        if home is None or home == layout or not self.reading.work.values[value].shape:
+        if home is None or home == layout:
             return current
         phase = _phase(reader)
         weight = 1.0 if phase_of(reader) in (UPDATE, None) else self.num_microbatches
@@ -187,9 +195,25 @@ class Writer:
                 key = number, phase, move.target
                 if key not in self._copies:
                     self._count(move.kind, move.nbytes, weight)
-                    self._copies[key] = self._reshard(current, move.target, reader)
-                current = self._copies[key]
+                    self._copies[key] = self._moved(current, home, move, reader)
+                current, home = self._copies[key], move.target
         return current
+
+    def _moved(self, value: ir.Value, layout: Layout, move: Move, reader: ir.Operation) -> ir.Value:
+        """A value after a move. Parts of a sum are added up, and with a scatter each device keeps its piece."""
+        if move.kind not in ("all_reduce", "reduce_scatter"):
+            return self._reshard(value, move.target, reader)
+        count = len(move.axes)
+        total = self._parts.add_up(value, layout, count, reader)
+        return total if move.target == layout[count:] else self._reshard(total, move.target, reader)
+
+    def _constant_in_parts(self, number: int, layout: Layout) -> ir.Value | None:
+        """What an op on parts of a sum reads of a constant; None of all other values."""
+        value = self.reading.value_of[number]
+        tensor = self.reading.work.values[value]
+        if tensor.partial or len(layout) == len(tensor.shape):
+            return None
+        return self._parts.constant(self.reading.flow.values[value], layout)
 
     def _count(self, kind: str, nbytes: float, weight: float) -> None:
         if nbytes:
@@ -208,7 +232,7 @@ class Writer:
         source = reader
         if reader.name == "func.return" and not isinstance(value.owner, ir.Block):
             source = value.owner.operation
-        found = {name: source.attributes[name] for name in _PLACE if name in source.attributes}
+        found = _place_of(source)
         if source is not reader and _PLACE[0] in found:
             found[_PLACE[0]] = ir.StringAttr.get(UPDATE)
         return found
@@ -254,6 +278,16 @@ class Writer:
 
 def _only(layouts: set[Layout] | None, rank: int) -> Layout:
     return next(iter(layouts)) if layouts and len(layouts) == 1 else replicated(rank)
+
+
+def _is_sum(strategy: Strategy, op: ir.Operation) -> bool:
+    """Whether an op leaves parts of a sum."""
+    return len(op.results) == 1 and len(strategy.results[0]) > len(ir.RankedTensorType(op.results[0].type).shape)
+
+
+def _place_of(op: ir.Operation) -> dict[str, ir.Attribute]:
+    """Phase, stage and layer."""
+    return {name: op.attributes[name] for name in _PLACE if name in op.attributes}
 
 
 def _phase(op: ir.Operation) -> str:
