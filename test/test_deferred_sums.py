@@ -1,0 +1,184 @@
+"""Gradients stay in parts while they are accumulated: the numbers, the bytes, and which sums may wait."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import sharded
+from jaxlib.mlir import ir
+
+import bactrian
+from bactrian.passes.cluster import cluster_of
+from bactrian.passes.frame.pipeline import run_pipeline
+from bactrian.passes.network.solve import solve
+from bactrian.passes.program import main_function
+from bactrian.passes.sharding.counting import count_collectives
+from bactrian.passes.sharding.model import ShardingModel, seconds_of
+from bactrian.passes.sharding.reading import read_program
+from bactrian.passes.sharding.strategies import Defers
+from bactrian.passes.sharding.writing import Writer
+
+BEFORE = (
+    "builtin.module(flatten-calls,verify-program,canonicalize,cse,infer-phases,group-layers{num-layers=1},"
+    "assign-stages{num-stages=1 mesh=data=2,model=4},clone-cheap-ops,accumulate-gradients)"
+)
+AXES = ((("data", 2), ("model", 4)), (("data", 8),), (("a", 2), ("b", 2), ("c", 2)))
+MICROBATCHES = 4
+ROWS = 16  # of a microbatch
+# Hardly any latency: of models so small it would decide everything.
+FAST = cluster_of(
+    {
+        "hosts": 1,
+        "devices_per_host": 8,
+        "memory_gib": 1,
+        "peak_tflops": {"f32": 0.001},
+        "memory_gb_per_s": 10,
+        "intra_host_gb_per_s": 100,
+        "intra_host_latency_us": 0.001,
+    },
+    name="test",
+)
+Layer = tuple[dict[str, tuple[int, ...]], Callable[[dict[str, jax.Array], jax.Array, jax.Array], jax.Array]]
+
+
+def _half(p: dict[str, jax.Array], x: jax.Array, tokens: jax.Array) -> jax.Array:
+    return jnp.tanh((x.astype(jnp.bfloat16) @ p["w"].astype(jnp.bfloat16)).astype(jnp.float32))
+
+
+LAYERS: tuple[Layer, ...] = (
+    ({"w": (16, 16), "b": (16,)}, lambda p, x, _: jnp.tanh(x @ p["w"] + p["b"])),
+    ({"w": (16, 16)}, lambda p, x, _: x + jnp.tanh(jnp.swapaxes(x, 0, 1) @ p["w"].T).swapaxes(0, 1)),
+    ({"w": (8, 16, 16)}, lambda p, x, _: jnp.einsum("btd,tde->bte", x, p["w"])),
+    ({"w": (16, 4, 4)}, lambda p, x, _: jnp.einsum("btd,dhk->bthk", x, p["w"]).reshape(x.shape)),
+    ({"s": (16,), "w": (16, 16)}, lambda p, x, _: x * (2 * p["s"]) @ (p["w"] + p["w"].T)),
+    ({"e": (16, 16)}, lambda p, x, tokens: (x + p["e"][tokens]) @ p["e"].T),
+    ({"e": (16, 16)}, lambda p, x, tokens: x + p["e"][tokens]),
+    ({"w": (16, 16)}, _half),
+)
+
+
+def layers_of(seed: int) -> list[Layer]:
+    """What a random model is made of."""
+    random = np.random.default_rng(seed)
+    return [LAYERS[i] for i in random.integers(len(LAYERS), size=random.integers(1, 4))]
+
+
+def step_of(seed: int) -> tuple[ir.Module, list[np.ndarray[Any, Any]], list[np.ndarray[Any, Any]]]:
+    """A random train step with accumulators, its arguments for one microbatch, and what it gives on one device."""
+    random, layers = np.random.default_rng(seed), layers_of(seed)
+    state = [
+        {name: random.uniform(-0.5, 0.5, shape).astype(np.float32) for name, shape in shapes.items()}
+        for shapes, _ in layers
+    ]
+    x = random.uniform(-1, 1, (MICROBATCHES * ROWS, 8, 16)).astype(np.float32)
+    tokens = random.integers(0, 16, (MICROBATCHES * ROWS, 8)).astype(np.int32)
+
+    def loss(state: Any, batch: Any) -> jax.Array:
+        x, tokens = batch
+        for (_, layer), weights in zip(layers, state, strict=True):
+            x = layer(weights, x, tokens)
+        return jnp.square(x).mean()
+
+    def step(state: Any, batch: Any) -> Any:
+        value, gradients = bactrian.value_and_grad(loss)(state, batch)
+        return jax.tree.map(lambda p, g: p - g, state, gradients), value
+
+    parallel = bactrian.parallelize(step, num_stages=1, num_microbatches=MICROBATCHES)
+    module = parallel.trace(state, (x, tokens)).captured.module(None)
+    run_pipeline(module, BEFORE)
+    one = x[:ROWS], tokens[:ROWS]
+    value, gradients = jax.jit(jax.value_and_grad(loss))(state, one)
+    expected = jax.tree.map(lambda p, g: p - g / MICROBATCHES, state, gradients), value / MICROBATCHES
+    return module, jax.tree.leaves((state, one)), [np.asarray(leaf) for leaf in jax.tree.leaves(expected)]
+
+
+def read(module: ir.Module, axes: sharded.Axes, memory: int | None = None) -> tuple[ir.Module, Any, ShardingModel]:
+    """A step on another mesh."""
+    module = sharded.prepared(str(module.operation.get_asm()), axes)
+    mesh = FAST.mesh(axes)
+    with module.context:
+        reading = read_program(main_function(module), mesh, FAST, MICROBATCHES, lambda op, text: None)
+    return module, reading, ShardingModel(reading.work, mesh, memory)
+
+
+def drawn(model: ShardingModel, seed: int) -> list[int]:
+    """A random choice that is allowed; sums that may wait mostly do."""
+    random, network = np.random.default_rng(seed), model.network
+    inputs = len(model.work.inputs)
+    waits = [
+        np.array([len(s.results[0]) > len(model.work.values[op.results[0]].shape) for s in choices])
+        for op, choices in zip(model.work.operations, model.strategies, strict=True)
+        if choices is not None
+    ]
+    into: dict[int, list[tuple[int, Any]]] = {}
+    for (i, j), costs in zip(network.edges, network.edge_costs, strict=True):
+        first, second, matrix = (i, j, costs) if i < j else (j, i, costs.T)
+        into.setdefault(second, []).append((first, matrix))
+    choice = list[int]()
+    for node, costs in enumerate(network.costs):
+        allowed = np.isfinite(costs)
+        for first, matrix in into.get(node, []):
+            allowed &= np.isfinite(matrix[choice[first]])
+        if node >= inputs and random.random() < 0.8 and (allowed & waits[node - inputs]).any():
+            allowed &= waits[node - inputs]
+        choice.append(int(random.choice(np.flatnonzero(allowed))))
+    return choice
+
+
+def waiting(model: ShardingModel, choice: Sequence[int]) -> int:
+    """How many sums are left in parts by the ops that begin them."""
+    chosen = model.shardings(choice).chosen
+    return sum(
+        op.defers is Defers.STARTS and s is not None and len(s.results[0]) > len(model.work.values[op.results[0]].shape)
+        for op, s in zip(model.work.operations, chosen, strict=True)
+    )
+
+
+def check_numbers(seed: int) -> int:
+    """A random step with a random choice; how many of its sums wait."""
+    axes = AXES[seed % len(AXES)]
+    module, arguments, expected = step_of(seed)
+    module, reading, model = read(module, axes)
+    choice = drawn(model, seed)
+    sharded.write(module, reading, model, choice)
+    got = sharded.run(module, axes, arguments)
+    halved = any(layer is _half for _, layer in layers_of(seed))  # parts are rounded to 8 bits each on their own
+    for one, other in zip(got, expected, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=5e-3 if halved else 1e-5)
+    return waiting(model, choice)
+
+
+def test_parts_added_up_later_give_the_same_numbers() -> None:
+    assert sum(check_numbers(seed) for seed in range(6)) > 8
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("block", range(10))
+def test_parts_of_many_programs_added_up_later_give_the_same_numbers(block: int) -> None:
+    for seed in range(30 * block, 30 * (block + 1)):
+        check_numbers(seed)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_gradients_are_reduced_once_per_step(seed: int) -> None:
+    """The best choice, its bytes counted by Shardy, and its cost."""
+    module, _, _ = step_of(seed)
+    module, reading, model = read(module, AXES[1])
+    choice = solve(model.network, 30.0).choice
+    assert waiting(model, choice) > 0
+    shardings = model.shardings(choice)
+    assert seconds_of(model, shardings) == pytest.approx(shardings.seconds)
+    with module.context, ir.Location.unknown():
+        writer = Writer(main_function(module), reading, model, shardings, "stage0", MICROBATCHES)
+        writer.write()
+    counted = dict[str, float]()
+    for collective in count_collectives(module):
+        if collective.nbytes:
+            counted[collective.kind] = counted.get(collective.kind, 0.0) + collective.nbytes
+    assert counted == pytest.approx(writer.sent)
+    assert writer.sent_in_step.get("all_reduce", 0.0) == pytest.approx(writer.sent.get("all_reduce", 0.0))
