@@ -33,6 +33,10 @@ class SolveShardings(Pass):
     devices do twice costs its time, collectives cost latency and bytes over the links of the cluster; forward and
     backward count once per microbatch, the update once per step. The next value of a state has the layout of the state.
 
+    What is accumulated over microbatches may stay in parts, each device its own, until the update reads it: then the
+    accumulator and what leads to it has one dim more in front for each axis along which the parts differ, and the update
+    adds them up. Between the two a gradient may also be reduced in every microbatch, which takes less memory.
+
     Layouts that are there already (``sdy.sharding`` on arguments, ``sdy.sharding_constraint``) stay. With ``strategy``, the
     arguments have the layouts of a known plan, and the rest is chosen. Loops and other ops
     without a rule are done whole by every device, with a remark; barriers and the gradient boundary hand layouts on.

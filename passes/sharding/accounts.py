@@ -77,7 +77,7 @@ def sent(
         updates: for each result of ``@main`` the argument that it is the next value of.
         first: the arguments that no stage before reads.
     """
-    work, flow = model.work, reading.flow
+    flow = reading.flow
     home, copied, total = dict(shardings.arguments), set[tuple[int, str | None, Layout]](), dict[str, float]()
 
     def count(kind: str, nbytes: float, weight: float) -> None:

@@ -171,7 +171,7 @@ class StageExplainer:
     def layout(self, value: int) -> str:
         """The plan's layout of a value; ``any`` where it costs nothing."""
         found = _layouts_of(self.model, value)
-        return "any" if found is None else self._text(found[1][self.solution.choice[found[0]]])
+        return "any" if found is None else self._text(found[1][self.solution.choice[found[0]]], value)
 
     def explain(self, value: NamedValue, deadline: float) -> Explanation:
         """All about one value.
@@ -198,7 +198,8 @@ class StageExplainer:
                 alternatives = self._alternatives(value.number, layout, model, open_, deadline)
             else:
                 alternatives = self._alternatives(value.number, layout, model, self.reading, deadline)
-        cut = layout or ((),) * len(tensor.shape)
+        rank = len(tensor.shape)
+        cut = ((),) * rank if layout is None else layout[len(layout) - rank :]
         parts = [mesh.parts(axes) for axes in cut]
         local = tuple(size // part for size, part in zip(tensor.shape, parts, strict=True))
         return Explanation(
@@ -209,7 +210,7 @@ class StageExplainer:
             nbytes=tensor.nbytes,
             stage=self.program.only,
             mesh=tuple((axis.name, axis.size) for axis in mesh.axes),
-            layout="any" if layout is None else self._text(layout),
+            layout="any" if layout is None else self._text(layout, value.number),
             local_shape=local,
             local_bytes=round(tensor.nbytes / mesh.parts(sum(cut, ()))),
             reason=_reason(layout, given_by, alternatives, unlimited),
@@ -223,8 +224,11 @@ class StageExplainer:
             notes=tuple(self._notes(value.number)),
         )
 
-    def _text(self, layout: Layout) -> str:
-        return layout_text([[self.program.mesh.axes[axis].name for axis in axes] for axes in layout])
+    def _text(self, layout: Layout, value: int) -> str:
+        names = [[self.program.mesh.axes[axis].name for axis in axes] for axes in layout]
+        summed = len(names) - len(self.model.work.values[value].shape)
+        text = layout_text(names[summed:])
+        return f"sum over {'+'.join(name for (name,) in names[:summed])}: {text}" if summed else text
 
     def _given_by(self, value: NamedValue, layout: Layout) -> str:
         """Who decided the layout, or ""."""
@@ -250,7 +254,7 @@ class StageExplainer:
         """The chosen layout as it is planned, and all others of a model: of one that leaves the value open, if its layout
         was given."""
         solution = self.solution
-        rows = [self._solved(chosen, self.model, self.reading, solution, is_chosen=True)]
+        rows = [self._solved(chosen, value, self.model, self.reading, solution, is_chosen=True)]
         found = _layouts_of(model, value)
         assert found is not None  # it has layouts already
         node, layouts = found
@@ -259,31 +263,37 @@ class StageExplainer:
             kept = [k for k, each in enumerate(layouts) if each == layout]
             network = model.network.restricted(node, kept)
             least = network.least_peak()
-            if least > self.limit:  # edges forbid nothing: the least of each node is the least of all
-                rows.append(
-                    Alternative(self._text(layout), memory_bytes=round(least), lacking_bytes=round(least) - self.limit)
-                )
+            if least > self.limit:  # whatever the edges forbid
+                lacking = round(least) - self.limit
+                rows.append(Alternative(self._text(layout, value), memory_bytes=round(least), lacking_bytes=lacking))
                 continue
             left = max(0.0, deadline - time.monotonic())
             share = max(left / (len(others) - number), min(left, _PATIENCE * solution.seconds))
             answer = _answer(network, share)
             if answer is None:
                 bound = float(solution.bound) if model is self.model else None
-                rows.append(Alternative(self._text(layout), bound_seconds=bound))
+                rows.append(Alternative(self._text(layout, value), bound_seconds=bound))
                 continue
             choice = list(answer.choice)
             choice[node] = kept[choice[node]]
-            rows.append(self._solved(layout, model, reading, replace(answer, choice=tuple(choice))))
+            rows.append(self._solved(layout, value, model, reading, replace(answer, choice=tuple(choice))))
         return rows
 
     def _solved(
-        self, layout: Layout, model: ShardingModel, reading: Reading, solution: Solution, *, is_chosen: bool = False
+        self,
+        layout: Layout,
+        value: int,
+        model: ShardingModel,
+        reading: Reading,
+        solution: Solution,
+        *,
+        is_chosen: bool = False,
     ) -> Alternative:
         shardings = model.shardings(solution.choice)
         taken = account(model, reading, self.roles, solution.choice, shardings)
         moved = sent(model, reading, shardings, self.program.num_microbatches, self.updates, self.first)
         return Alternative(
-            layout=self._text(layout),
+            layout=self._text(layout, value),
             is_chosen=is_chosen,
             seconds=float(solution.cost),
             bound_seconds=float(solution.bound),
@@ -310,14 +320,14 @@ class StageExplainer:
             kept = [k for k, each in enumerate(layouts) if each == chosen]
             forced = _answer(free.restricted(node, kept), max(0.0, deadline - time.monotonic()) / 2)
             binds = forced is not None and forced.bound > float(best.cost) * (1 + _EQUAL)
-        return Unlimited(self._text(layout), float(best.cost), round(best.memory), binds)
+        return Unlimited(self._text(layout, value), float(best.cost), round(best.memory), binds)
 
     def _notes(self, value: int) -> list[str]:
         """What else ties the layout: constraints that read the value, the state that it becomes."""
         names = list[str]()
         for op in self.reading.work.operations:
             if op.given is not None and value in op.operands:
-                names.append(f"{self._constraint(op.results[0])} reads it as {self._text(op.given)}")
+                names.append(f"{self._constraint(op.results[0])} reads it as {self._text(op.given, value)}")
         for made, argument in self.reading.work.updates:
             if made == value:
                 path = self._named[argument].name

@@ -123,9 +123,7 @@ class ShardingModel:
     @cached_property
     def tables(self) -> tuple[LayoutTable, ...]:
         """Of every value."""
-        return tuple(
-            table_of(value.shape, float(value.nbytes), self.mesh, value.partial) for value in self.work.values
-        )
+        return tuple(table_of(value.shape, float(value.nbytes), self.mesh, value.partial) for value in self.work.values)
 
     @cached_property
     def argument_layouts(self) -> tuple[tuple[Layout, ...], ...]:

@@ -21,7 +21,10 @@ from bactrian.passes.sharding.strategies import Strategy
 
 Annotation = Callable[[Layout], ir.Attribute]
 _SHARDING = "sdy.sharding"
-_RANKED = ("operand_layouts", "result_layouts")  # orders of dims in memory, which mean nothing to a call that is not made
+_RANKED = (
+    "operand_layouts",
+    "result_layouts",
+)  # orders of dims in memory, which mean nothing to a call that is not made
 
 
 class PartsOfSums:
@@ -67,7 +70,7 @@ class PartsOfSums:
         axes = parts_of_sum(layout, rank)
         if axes:
             result.set_type(_with_front(result.type, [self._mesh.axes[axis].size for axis in axes]))
-            attributes = result.owner.operation.attributes
+            attributes = _maker(result).attributes
             for name in _RANKED:
                 if name in attributes:
                     del attributes[name]
@@ -77,7 +80,7 @@ class PartsOfSums:
         type_, number = ir.RankedTensorType(value.type), splat_of(value)
         assert number is not None  # `deferred_sums` looked
         axes = parts_of_sum(layout, len(type_.shape))
-        maker = value.owner.operation
+        maker = _maker(value)
         wide = _with_front(type_, [self._mesh.axes[axis].size for axis in axes])
         elements = ir.DenseElementsAttr.get_splat(wide, number)
         with ir.InsertionPoint.after(maker), maker.location:
@@ -105,7 +108,7 @@ class PartsOfSums:
             )
             block = op.regions[0].blocks.append(scalar, scalar)
             with ir.InsertionPoint(block):
-                stablehlo.ReturnOp([stablehlo.AddOp(*block.arguments)])
+                stablehlo.ReturnOp([stablehlo.AddOp(*block.arguments).result])
         _annotate(op.results[0], self._annotation(layout[count:]))
         return op.results[0]
 
@@ -190,9 +193,13 @@ class PartsOfSums:
 
 
 def _before_moves(value: ir.Value) -> ir.Value:
-    while value.owner.operation.name == "sdy.reshard":
-        value = value.owner.operation.operands[0]
+    while (op := _maker(value)).name == "sdy.reshard":
+        value = op.operands[0]
     return value
+
+
+def _maker(value: ir.Value) -> ir.Operation:
+    return ir.OpResult(value).owner.operation
 
 
 def _with_front(type_: ir.Type, front: Sequence[int]) -> ir.Type:
@@ -201,4 +208,4 @@ def _with_front(type_: ir.Type, front: Sequence[int]) -> ir.Type:
 
 
 def _annotate(value: ir.Value, sharding: ir.Attribute) -> None:
-    value.owner.operation.attributes[_SHARDING] = sdy.TensorShardingPerValueAttr.get([sharding])
+    _maker(value).attributes[_SHARDING] = sdy.TensorShardingPerValueAttr.get([sharding])

@@ -269,7 +269,7 @@ class _Reader:
             copies=self._in_flight
             if phase_of(op) == FORWARD and any(value in self._in_backward for value in results)
             else 1,
-            defers=self.defers.get(index, Defers.NOT) if rule is not None else Defers.NOT,
+            defers=self.defers.get(index, Defers.NOT),
         )
         return Part(index, operation, rule, read[: len(rule.operands)])
 

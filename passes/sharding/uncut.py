@@ -58,6 +58,8 @@ def _made_over(model: ShardingModel, value: int) -> set[tuple[int, int]] | None:
     """The dims and axes that some strategy of the value's op cuts; None of an input, or where its layout was given."""
     for operation, choices in zip(model.work.operations, model.strategies, strict=True):
         if value in operation.results and choices is not None and operation.given is None:
-            layouts = [strategy.results[operation.results.index(value)] for strategy in choices]
+            rank = len(model.work.values[value].shape)
+            made = (strategy.results[operation.results.index(value)] for strategy in choices)
+            layouts = [layout[len(layout) - rank :] for layout in made]
             return {(dim, axis) for layout in layouts for dim, axes in enumerate(layout) for axis in axes}
     return None

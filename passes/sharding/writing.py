@@ -65,9 +65,7 @@ class Writer:
         self.sent_in_step: dict[str, float] = {}
         self._chosen = self._free_ones_chosen(shardings)
         self._arguments = shardings.arguments
-        self._parts = PartsOfSums(
-            self.mesh, lambda layout: sharding_attribute(layout, self.mesh, mesh_name), _place_of
-        )
+        self._parts = PartsOfSums(self.mesh, lambda layout: sharding_attribute(layout, self.mesh, mesh_name), _place_of)
         self._home: dict[int, Layout] = {}  # of values: the layout that they have for all readers
         self._cut: dict[int, ir.Value] = {}  # values that are cut after their reduction, cut
         self._received: dict[int, ir.Value] = {}  # what other stages have made, as this one has it
