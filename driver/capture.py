@@ -174,7 +174,7 @@ def capture(
     avals = [_microbatch_aval(info, leaf, num_microbatches) for info, leaf in zip(arguments, call.leaves, strict=True)]
     step = _Step(fun, parameters, call, num_microbatches, forward_only, out_reduction)
     traced = step.trace(avals)
-    closed = traced.jaxpr.replace(jaxpr=dataflow.without_stage_boundaries(traced.jaxpr.jaxpr))
+    closed = traced.jaxpr.replace(jaxpr=dataflow.without_hints(traced.jaxpr.jaxpr))
     flow = dataflow.flatten(closed)
     results = _results(step, flow, closed)
     _refuse_unreduced(flow, arguments, results)

@@ -62,10 +62,12 @@ class Decisions:
 
     def assignment_pipeline(self) -> str:
         """The passes up to ``assign-stages``."""
-        mesh = f" mesh={','.join(f'{name}={size}' for name, size in self.mesh)}" if self.is_wide else ""
+        axes = ",".join(f"{name}={size}" for name, size in self.mesh)
+        mesh = f" mesh={axes}" if self.is_wide else ""
+        adopt = f"adopt-shardings{{mesh={axes}}}" if self.is_wide else "adopt-shardings"
         boundaries = f" boundaries={','.join(map(str, self.first_layers))}" if self.first_layers else ""
         return (
-            "builtin.module(flatten-calls,verify-program,canonicalize,cse,infer-phases,"
+            f"builtin.module(flatten-calls,{adopt},verify-program,canonicalize,cse,infer-phases,"
             f"group-layers{{num-layers={self.num_layers}}},"
             f"assign-stages{{num-stages={self.num_stages}{boundaries}{mesh}}})"
         )

@@ -13,6 +13,7 @@ from bactrian.passes.cluster import Cluster
 from bactrian.passes.costs import HEAVY, CostModel
 from bactrian.passes.counters import COUNTER
 from bactrian.passes.errors import PassError, ProgramError
+from bactrian.passes.frame.location import describe
 from bactrian.passes.program import (
     BACKWARD,
     BOUNDARY,
@@ -26,13 +27,14 @@ from bactrian.passes.program import (
     phase_of,
     result_updates,
 )
-from bactrian.passes.sharding.layouts import Layout, replicated
+from bactrian.passes.sharding.layouts import Layout, all_layouts, replicated
 from bactrian.passes.sharding.mesh import Mesh
 from bactrian.passes.sharding.model import Operation, Tensor, Work
 from bactrian.passes.sharding.rules import Dims, Rule, elementwise, whole
 
 RULE = "sdy.sharding_rule"
 SHARDING = "sdy.sharding"
+CONSTRAINT = "sdy.sharding_constraint"
 _SUMS = frozenset({"stablehlo.add"})
 _REDUCERS = frozenset(
     {"stablehlo.reduce", "stablehlo.reduce_window", "stablehlo.scatter", "stablehlo.select_and_scatter"}
@@ -166,7 +168,7 @@ def read_program(
         for value in reads
     }
     kept = [value_of[value] for value in flow.operands[-1]] + sorted(elsewhere)
-    fixed = dict(_fixed(main, flow, mesh)) | {
+    fixed = dict(_fixed(main, flow, mesh) + _constrained(main, flow, mesh)) | {
         argument: replicated(len(_shape(flow.values[argument]))) for argument in counted.values()
     }
     work = Work(
@@ -215,6 +217,7 @@ class _Reader:
         self._num_microbatches, self._remark, self._in_flight = num_microbatches, remark, in_flight
         self._model = CostModel()
         self._free = [False] * len(flow.values)
+        self._kept = [True] * len(flow.values)  # takes memory: all but what is made here, and fused
         self.value_of = list(range(len(flow.values)))
         for index, op in enumerate(flow.ops):
             if _hands_on(op):
@@ -235,12 +238,12 @@ class _Reader:
         operands = tuple(self.value_of[value] for value in read)
         results = tuple(self._flow.results[index])
         given = _given(op, self._mesh)
-        is_free = given is None and (
+        is_free = not given and (
             _is_source(op) or (bool(operands) and all(self._free[v] for v in operands) and op.name not in HEAVY)
         )
         for value in results:
             self._free[value] = is_free
-        rule = elementwise(_shape(op.results[0]), 1) if given is not None else _rule_of(op, self._flow, index)
+        rule = elementwise(_shape(op.results[0]), 1) if given else _rule_of(op, self._flow, index)
         if rule is None and _is_source(op):  # every device makes its own piece
             rule = elementwise(_shape(op.results[0]), 0)
         if rule is None:
@@ -249,11 +252,15 @@ class _Reader:
                 self._remark(op, f"nothing is known of {op.name}: every device computes it whole")
             rule = whole(*shapes)
         keeps = op.name in _NOT_FUSED or any(self._from_memory[value] for value in results)
+        is_there = bool(given) and self._kept[operands[0]]  # what a constraint makes is what it reads
+        keeps = keeps and not is_there
+        for value in results:
+            self._kept[value] = keeps or is_there
         operation = Operation(
             operands=operands[: len(rule.operands)],
             results=results,
             rule=None if is_free else rule,
-            seconds=_seconds(op, self._model, self._cluster, keeps, self._from_memory, operands),
+            seconds=0.0 if is_there else _seconds(op, self._model, self._cluster, keeps, self._from_memory, operands),
             weight=1.0 if phase_of(op) == UPDATE else float(self._num_microbatches),
             scatters=_sums(op),
             keeps=keeps,
@@ -370,22 +377,20 @@ def drop_rules(main: ir.Operation) -> None:
             del op.attributes[RULE]
 
 
-def layout_of(sharding: ir.Attribute, mesh: Mesh) -> Layout:
-    """An ``sdy.sharding`` as a layout; axes of size 1 cut nothing and are left out.
+def layout_of(sharding: ir.Attribute, mesh: Mesh) -> tuple[Layout, tuple[int, ...]]:
+    """An ``sdy.sharding`` as a layout, and the dims that it leaves open: other axes may cut these further.
+
+    Axes of size 1 cut nothing and are left out.
 
     Raises:
-        PassError: it names axes that the mesh doesn't have, or parts of axes; it leaves dims open.
+        PassError: it names axes that the mesh doesn't have, or parts of axes.
     """
     numbers = {axis.name: number for number, axis in enumerate(mesh.axes)}
-    layout = list[tuple[int, ...]]()
-    for attribute in sdy.TensorShardingAttr(sharding).dimension_shardings:
+    layout, open_ = list[tuple[int, ...]](), list[int]()
+    for number, attribute in enumerate(sdy.TensorShardingAttr(sharding).dimension_shardings):
         dim = sdy.DimensionShardingAttr(attribute)
         if not dim.is_closed:
-            raise PassError(
-                f"sharding {sharding} leaves a dim open",
-                why="a layout that is given in part is not there yet",
-                fix="give the axes of every dim, or no sharding",
-            )
+            open_.append(number)
         axes = list[int]()
         for reference in dim.axes:
             axis = sdy.AxisRefAttr(reference)
@@ -395,7 +400,7 @@ def layout_of(sharding: ir.Attribute, mesh: Mesh) -> Layout:
                 )
             axes.append(numbers[axis.name])
         layout.append(tuple(axis for axis in axes if mesh.axes[axis].size > 1))
-    return tuple(layout)
+    return tuple(layout), tuple(open_)
 
 
 def _refuse_result_shardings(main: ir.Operation) -> None:
@@ -427,30 +432,58 @@ def _fixed(main: ir.Operation, flow: Dataflow, mesh: Mesh) -> list[tuple[int, La
     for number, attribute in enumerate(ir.ArrayAttr(main.attributes["arg_attrs"])):
         entry = ir.DictAttr(attribute)
         if SHARDING in entry:
-            found.append((number, _checked(entry[SHARDING], flow.values[number], mesh)))
+            layout, open_ = _checked(entry[SHARDING], flow.values[number], mesh)
+            if open_:
+                raise PassError(
+                    f"sharding {entry[SHARDING]} of argument {number} leaves a dim open",
+                    fix="give the axes of every dim, or constrain the argument with sdy.sharding_constraint",
+                )
+            found.append((number, layout))
     return found
 
 
-def _given(op: ir.Operation, mesh: Mesh) -> Layout | None:
-    if op.name != "sdy.sharding_constraint":
-        return None
-    return _checked(op.attributes["sharding"], op.results[0], mesh)
+def _constrained(main: ir.Operation, flow: Dataflow, mesh: Mesh) -> list[tuple[int, Layout]]:
+    """Values that a constraint makes, with the layout that they have in every stage."""
+    found = list[tuple[int, Layout]]()
+    for results, op in zip(flow.results, flow.ops, strict=True):
+        if op.name == CONSTRAINT:
+            layout, open_ = _checked(op.attributes["sharding"], op.results[0], mesh)
+            found += [(results[0], layout)] if not open_ else []
+    return found
 
 
-def _checked(sharding: ir.Attribute, value: ir.Value, mesh: Mesh) -> Layout:
-    """A layout that was asked for.
+def _given(op: ir.Operation, mesh: Mesh) -> tuple[Layout, ...]:
+    """The layouts that a constraint leaves; nothing for other ops."""
+    if op.name != CONSTRAINT:
+        return ()
+    value = op.results[0]
+    layout, open_ = _checked(op.attributes["sharding"], value, mesh)
+    if not open_:
+        return (layout,)
+    return tuple(
+        each
+        for each in all_layouts(_shape(value), mesh)
+        if all(
+            axes[: len(asked)] == asked if dim in open_ else axes == asked
+            for dim, (axes, asked) in enumerate(zip(each, layout, strict=True))
+        )
+    )
+
+
+def _checked(sharding: ir.Attribute, value: ir.Value, mesh: Mesh) -> tuple[Layout, tuple[int, ...]]:
+    """A layout that was asked for, and the dims that are open.
 
     Raises:
         ProgramError: it does not cut the value into equal pieces.
     """
-    layout, shape = layout_of(sharding, mesh), _shape(value)
+    (layout, open_), shape = layout_of(sharding, mesh), _shape(value)
     for dim, (size, axes) in enumerate(zip(shape, layout, strict=True)):
         if size % mesh.parts(axes):
             names = ", ".join(mesh.axes[axis].name for axis in axes)
             raise ProgramError(
                 f"dim {dim} of size {size} can't be cut into {mesh.parts(axes)} equal pieces",
-                where=str(value.location),
+                where=describe(value.location),
                 why=f"it is asked to be cut over {names}",
                 fix="make the dim a multiple of that, or cut another one",
             )
-    return layout
+    return layout, open_
