@@ -23,6 +23,7 @@ from jaxlib.mlir.dialects import sdy
 
 from bactrian.driver import boundary, dataflow
 from bactrian.driver.arrays import Homes
+from bactrian.driver.asked import Asked, asked_layouts, write_asked
 from bactrian.driver.calls import Call, abstract, flatten_call, is_key, merged, parameters_of, physical
 from bactrian.driver.source import line_here, line_of_error
 from bactrian.driver.state import Part, match_state
@@ -183,7 +184,8 @@ def capture(
     platform = platform or jax.default_backend()
     lowered = traced.lower(lowering_platforms=(platform,))
     options = {"num_microbatches": num_microbatches, "schedule": schedule}
-    bytecode, digest = _annotated(lowered.compiler_ir("stablehlo"), arguments, results, options)
+    asked = asked_layouts(call.leaves)
+    bytecode, digest = _annotated(lowered.compiler_ir("stablehlo"), arguments, results, options, asked)
     statics = _static_text((call.tree, call.statics, step.out_tree, step.out_statics, forward_only, platform))
     return Captured(
         name=step.name,
@@ -246,6 +248,15 @@ class _Step:
                     fix="use jnp.where, lax.cond or a mask of fixed size",
                 ) from error
             except ValueError as error:
+                if "Sharding" in str(error) and "partition" in str(error):
+                    raise ProgramError(
+                        f"a layout does not cut a value into equal pieces: {str(error).splitlines()[0]}",
+                        where=line_of_error(error) or line_here(),
+                        why=f"the step is traced with 1 of {self.num_microbatches} microbatches of the batch"
+                        if self.num_microbatches > 1
+                        else "",
+                        fix="make the dim a multiple of the axes that cut it, or cut another one",
+                    ) from error
                 if boundary.GRADIENT_BOUNDARY not in str(error):
                     raise
                 raise ProgramError(
@@ -439,6 +450,7 @@ def _annotated(
     arguments: Sequence[ArgumentInfo],
     results: Sequence[ResultInfo],
     options: Mapping[str, int | str],
+    asked: Sequence[tuple[int, Asked]],
 ) -> tuple[bytes, str]:
     """Bytecode of the module with our attributes, and the digest of its text without locations."""
     jax_bytecode = io.BytesIO()
@@ -461,6 +473,7 @@ def _annotated(
         for info, attrs, argument in zip(arguments, argument_attrs, block.arguments, strict=True):
             attrs["bactrian.role"] = ir.StringAttr.get(info.role)
             argument.set_location(ir.Location.name(info.path))
+        write_asked(ours, asked, [len(info.physical.shape) for info in arguments], argument_attrs)
         result_attrs = _dicts(main, "res_attrs", len(results))
         for info, attrs in zip(results, result_attrs, strict=True):
             attrs["jax.result_info"] = ir.StringAttr.get(info.path)

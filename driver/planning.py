@@ -11,7 +11,15 @@ from pathlib import Path, PurePath
 from jaxlib.mlir import ir
 
 from bactrian.driver.extract import extract
-from bactrian.driver.shardings import Layout, as_before, plan_layouts, read_shardings, refuse_moved, write_layouts
+from bactrian.driver.shardings import (
+    Layout,
+    as_before,
+    plan_layouts,
+    read_shardings,
+    refuse_moved,
+    refuse_overruled,
+    write_layouts,
+)
 from bactrian.passes.costs import CPU_CORE, CostModel, Device, OpCost
 from bactrian.passes.frame.diagnostics import Diagnostic
 from bactrian.passes.frame.location import name_stack, user_place
@@ -154,6 +162,7 @@ def stage_program(
             ranks = [len(ir.RankedTensorType(value.type).shape) for value in body(main_function(module)).arguments]
             given = {} if plan is None else plan_layouts(plan, paths, ranks)
             refuse_moved(given, placed, paths)
+            refuse_overruled(module, given | placed, paths)
             write_layouts(module, given | placed)
     second = run_pipeline(module, decisions.placing_pipeline(), reproducer_dir=reproducer_dir, kept=first.kept)
     unsolved = None
