@@ -25,13 +25,13 @@ from bactrian.driver import boundary, dataflow
 from bactrian.driver.arrays import Homes
 from bactrian.driver.asked import Asked, asked_layouts, write_asked
 from bactrian.driver.calls import Call, abstract, flatten_call, is_key, merged, parameters_of, physical
-from bactrian.driver.source import line_here, line_of_error
+from bactrian.driver.source import line_here
 from bactrian.driver.state import Part, match_state
+from bactrian.driver.trace_errors import explain_trace_error
 from bactrian.passes.errors import BactrianError, ConfigError, ProgramError
 from bactrian.passes.frame.context import make_context
 from bactrian.passes.program import body, integer, main_function
 
-_JAX_TRACE_ERRORS = (jax.errors.JAXTypeError, jax.errors.JAXIndexError, jax.errors.UnexpectedTracerError)
 _NO_MESH = "#sdy.mesh<[]>"
 _RANDOM = re.compile("random_bits|threefry|rng_")
 
@@ -240,31 +240,11 @@ class _Step:
                 traced = jax.jit(flat, keep_unused=True).trace(*avals)
             except BactrianError:
                 raise
-            except _JAX_TRACE_ERRORS as error:
-                raise ProgramError(
-                    f"{self.name} can't be traced with abstract values: {str(error).splitlines()[0]}",
-                    where=line_of_error(error),
-                    why=type(error).__name__ + ": shapes and Python control flow may not depend on array values",
-                    fix="use jnp.where, lax.cond or a mask of fixed size",
-                ) from error
-            except ValueError as error:
-                if "Sharding" in str(error) and "partition" in str(error):
-                    raise ProgramError(
-                        f"a layout does not cut a value into equal pieces: {str(error).splitlines()[0]}",
-                        where=line_of_error(error) or line_here(),
-                        why=f"the step is traced with 1 of {self.num_microbatches} microbatches of the batch"
-                        if self.num_microbatches > 1
-                        else "",
-                        fix="make the dim a multiple of the axes that cut it, or cut another one",
-                    ) from error
-                if boundary.GRADIENT_BOUNDARY not in str(error):
+            except Exception as error:
+                explained = explain_trace_error(error, self.name, self.num_microbatches)
+                if explained is None:
                     raise
-                raise ProgramError(
-                    "the gradient boundary is differentiated",
-                    where=line_of_error(error),
-                    why="bactrian.value_and_grad stands inside of a function whose gradient is taken",
-                    fix="use jax.grad for the inner gradient, and bactrian.grad for the outermost one only",
-                ) from error
+                raise explained from error
             self.index_used = mode.index_used
         return traced
 

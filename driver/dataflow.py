@@ -183,9 +183,7 @@ def _is_hint(equation: Any) -> bool:
 
 
 def _has_layouts(equation: Any) -> bool:
-    return is_jit(equation) and any(
-        layout is not _no_layout() for name in _LAYOUTS for layout in equation.params[name]
-    )
+    return is_jit(equation) and any(layout is not _no_layout() for name in _LAYOUTS for layout in equation.params[name])
 
 
 @functools.cache

@@ -21,9 +21,9 @@ from bactrian.passes.program import (
     set_operand,
     terminator,
 )
+from bactrian.passes.sharding.asked import CONSTRAINT
 from bactrian.passes.sharding.mesh import parse_axes
 
-CONSTRAINT = "sdy.sharding_constraint"
 _STAGE = "stage"
 _FIRST = "stage0"
 
@@ -73,7 +73,7 @@ class AdoptShardings(Pass):
         Statistic("dropped", "constraints that mean nothing here, or say again what is given"),
     )
 
-    mesh: str = option("", help='the axes of every stage\'s mesh, as in "data=2,model=4"; those of @stage0 if not given')
+    mesh: str = option("", help='the axes of the stages\' meshes, as in "data=2,model=4"; by default those of @stage0')
 
     def check_options(self) -> None:
         """Axes must have names and sizes."""
@@ -100,9 +100,9 @@ class AdoptShardings(Pass):
             program.adopt(_Axes(axes, meshes, ctx))
             ctx.fail_if_errors()
             program.give_arguments()
-        for view in list(module.body.operations):
-            if view.operation.name == "sdy.mesh" and ir.StringAttr(view.operation.attributes["sym_name"]).value in foreign:
-                view.operation.erase()
+        for op in [view.operation for view in module.body.operations if view.operation.name == "sdy.mesh"]:
+            if ir.StringAttr(op.attributes["sym_name"]).value in foreign:
+                op.erase()
 
 
 class _Axes:
@@ -144,11 +144,11 @@ class _Axes:
                 where, f"{what} has replicated or unreduced axes: {sharding}", fix="say with dims only what is cut"
             )
             return None
-        dims = [self._dim(sdy.DimensionShardingAttr(dim)) for dim in tensor.dimension_shardings]
-        if any(dim is None for dim in dims):
+        dims = [sdy.DimensionShardingAttr(dim) for dim in tensor.dimension_shardings]
+        if any(sdy.AxisRefAttr(axis).sub_axis_info is not None for dim in dims for axis in dim.axes):
             self._ctx.error(where, f"{what} is over a part of an axis: {sharding}", fix="make that an axis of the mesh")
             return None
-        return sdy.TensorShardingAttr.get(_FIRST, dims)
+        return sdy.TensorShardingAttr.get(_FIRST, [self._dim(dim) for dim in dims])
 
     def _difference(self, mesh: Axes) -> str:
         for name, size in mesh:
@@ -159,11 +159,9 @@ class _Axes:
                 return f"axis {name} has size {size} there, and {own} in a stage's mesh"
         return ""
 
-    def _dim(self, dim: sdy.DimensionShardingAttr) -> ir.Attribute | None:
-        references = [sdy.AxisRefAttr(axis) for axis in dim.axes]
-        if any(axis.sub_axis_info is not None for axis in references):
-            return None
-        kept = [sdy.AxisRefAttr.get(axis.name) for axis in references if self._axes.get(axis.name, 1) > 1]
+    def _dim(self, dim: sdy.DimensionShardingAttr) -> ir.Attribute:
+        names = [sdy.AxisRefAttr(axis).name for axis in dim.axes]
+        kept = [sdy.AxisRefAttr.get(name) for name in names if self._axes.get(name, 1) > 1]
         return sdy.DimensionShardingAttr.get(kept, is_closed=dim.is_closed)
 
 
@@ -174,7 +172,9 @@ class _Program:
         self._main, self._ctx = main, ctx
         ops = nested_operations(main)
         self._constraints = [op for op in ops if op.name == CONSTRAINT]
-        self._strange = [op for op in ops if op.name == "sdy.manual_computation" or custom_call_target(op) == "Sharding"]
+        self._strange = [
+            op for op in ops if op.name == "sdy.manual_computation" or custom_call_target(op) == "Sharding"
+        ]
         self._arguments = _entries(main, "arg_attrs", len(body(main).arguments))
         self._results = _entries(main, "res_attrs", len(terminator(main).operands))
 
@@ -272,15 +272,20 @@ class _Program:
 
     def _refuse(self, *names: str) -> None:
         for op in self._strange:
-            if op.name in names:
-                is_map = op.name == "sdy.manual_computation"
+            if op.name not in names:
+                continue
+            if op.name == "sdy.manual_computation":
                 self._ctx.error(
                     op,
-                    "shard_map is not there yet" if is_map else "a sharding constraint is not written in Shardy's dialect",
-                    why="its body is written for the pieces of one mesh" if is_map else "",
-                    fix="write it for whole arrays, and constrain their layouts with with_sharding_constraint"
-                    if is_map
-                    else "switch jax_use_shardy_partitioner on",
+                    "shard_map is not there yet",
+                    why="its body is written for the pieces of one mesh",
+                    fix="write it for whole arrays, and constrain their layouts with with_sharding_constraint",
+                )
+            else:
+                self._ctx.error(
+                    op,
+                    "a sharding constraint is not written in Shardy's dialect",
+                    fix="switch jax_use_shardy_partitioner on",
                 )
         self._ctx.fail_if_errors()
 

@@ -383,9 +383,7 @@ def _layouts_of(model: ShardingModel, value: int) -> tuple[int, list[Layout]] | 
 
 def _without_given(work: Work, value: int) -> Work:
     """The work as if nobody had decided the layout of a value."""
-    operations = tuple(
-        replace(op, given=()) if op.given and value in op.results else op for op in work.operations
-    )
+    operations = tuple(replace(op, given=()) if op.given and value in op.results else op for op in work.operations)
     fixed = tuple(pair for pair in work.fixed if pair[0] != value)
     wanted = tuple(pair for pair in work.wanted if pair[0] != value)
     return replace(work, operations=operations, fixed=fixed, wanted=wanted)

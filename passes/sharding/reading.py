@@ -12,8 +12,7 @@ from jaxlib.mlir.dialects import sdy
 from bactrian.passes.cluster import Cluster
 from bactrian.passes.costs import HEAVY, CostModel
 from bactrian.passes.counters import COUNTER
-from bactrian.passes.errors import PassError, ProgramError
-from bactrian.passes.frame.location import describe
+from bactrian.passes.errors import PassError
 from bactrian.passes.program import (
     BACKWARD,
     BOUNDARY,
@@ -26,15 +25,15 @@ from bactrian.passes.program import (
     nested_operations,
     phase_of,
     result_updates,
+    value_shape,
 )
-from bactrian.passes.sharding.layouts import Layout, all_layouts, replicated
+from bactrian.passes.sharding.asked import constrained_values, fixed_arguments, given_layouts, refuse_result_shardings
+from bactrian.passes.sharding.layouts import replicated
 from bactrian.passes.sharding.mesh import Mesh
 from bactrian.passes.sharding.model import Operation, Tensor, Work
 from bactrian.passes.sharding.rules import Dims, Rule, elementwise, whole
 
 RULE = "sdy.sharding_rule"
-SHARDING = "sdy.sharding"
-CONSTRAINT = "sdy.sharding_constraint"
 _SUMS = frozenset({"stablehlo.add"})
 _REDUCERS = frozenset(
     {"stablehlo.reduce", "stablehlo.reduce_window", "stablehlo.scatter", "stablehlo.select_and_scatter"}
@@ -133,7 +132,7 @@ def read_program(
         raise PassError(
             "no op of @main has an sdy.sharding_rule", fix="run func.func(sdy-populate-op-sharding-rules) first"
         )
-    _refuse_result_shardings(main)
+    refuse_result_shardings(main)
     reader = _Reader(flow, mesh, cluster, num_microbatches, remark, in_flight)
     own = [index for index, op in enumerate(flow.ops[:-1]) if not _hands_on(op) and stage in (None, flow.stages[index])]
     parts = [reader.part(index) for index in own]
@@ -168,18 +167,18 @@ def read_program(
         for value in reads
     }
     kept = [value_of[value] for value in flow.operands[-1]] + sorted(elsewhere)
-    fixed = dict(_fixed(main, flow, mesh) + _constrained(main, flow, mesh)) | {
-        argument: replicated(len(_shape(flow.values[argument]))) for argument in counted.values()
+    fixed = dict(fixed_arguments(main, flow, mesh) + constrained_values(main, flow, mesh)) | {
+        argument: replicated(len(value_shape(flow.values[argument]))) for argument in counted.values()
     }
     work = Work(
-        values=tuple(Tensor(_shape(value), size) for value, size in zip(flow.values, flow.sizes, strict=True)),
+        values=tuple(Tensor(value_shape(value), size) for value, size in zip(flow.values, flow.sizes, strict=True)),
         inputs=tuple(inputs),
         operations=tuple(part.operation for part in parts),
         updates=tuple(dict.fromkeys(pair for pair in updates if pair[0] != pair[1])),
         fixed=tuple((number, layout) for number, layout in sorted(fixed.items()) if number in inputs),
         loads=tuple(loads),
         kept=tuple(value for value in dict.fromkeys(kept) if value in made or value in inputs),
-        wanted=tuple((value, replicated(len(_shape(flow.values[value])))) for value in counted),
+        wanted=tuple((value, replicated(len(value_shape(flow.values[value])))) for value in counted),
         batch_copies=in_flight,
     )
     return Reading(work, flow, tuple(parts), tuple(value_of))
@@ -237,17 +236,17 @@ class _Reader:
         read = _distinct(self._flow.operands[index], len(op.operands))
         operands = tuple(self.value_of[value] for value in read)
         results = tuple(self._flow.results[index])
-        given = _given(op, self._mesh)
+        given = given_layouts(op, self._mesh)
         is_free = not given and (
             _is_source(op) or (bool(operands) and all(self._free[v] for v in operands) and op.name not in HEAVY)
         )
         for value in results:
             self._free[value] = is_free
-        rule = elementwise(_shape(op.results[0]), 1) if given else _rule_of(op, self._flow, index)
+        rule = elementwise(value_shape(op.results[0]), 1) if given else _rule_of(op, self._flow, index)
         if rule is None and _is_source(op):  # every device makes its own piece
-            rule = elementwise(_shape(op.results[0]), 0)
+            rule = elementwise(value_shape(op.results[0]), 0)
         if rule is None:
-            shapes = [tuple(_shape(self._flow.values[value]) for value in each) for each in (read, results)]
+            shapes = [tuple(value_shape(self._flow.values[value]) for value in each) for each in (read, results)]
             if not is_free and any(shapes[0] + shapes[1]):
                 self._remark(op, f"nothing is known of {op.name}: every device computes it whole")
             rule = whole(*shapes)
@@ -303,10 +302,6 @@ def _is_source(op: ir.Operation) -> bool:
     return op.name in ("stablehlo.constant", "stablehlo.iota") or custom_call_target(op) == MICROBATCH_INDEX
 
 
-def _shape(value: ir.Value) -> tuple[int, ...]:
-    return tuple(value.type.shape) if isinstance(value.type, ir.RankedTensorType) else ()
-
-
 def _seconds(
     op: ir.Operation,
     model: CostModel,
@@ -350,8 +345,8 @@ def _rule_of(op: ir.Operation, flow: Dataflow, index: int) -> Rule | None:
     sizes = tuple(rule.factor_sizes)
     operands = tuple(dims(mapping) for mapping in rule.operand_mappings)
     results = tuple(dims(mapping) for mapping in rule.result_mappings)
-    shapes = [_shape(flow.values[v]) for v in flow.operands[index]][: len(operands)]
-    shapes += [_shape(flow.values[v]) for v in flow.results[index]]
+    shapes = [value_shape(flow.values[v]) for v in flow.operands[index]][: len(operands)]
+    shapes += [value_shape(flow.values[v]) for v in flow.results[index]]
     # A dim may be smaller than its factors (the result of a slice): equal pieces of one are none of the other.
     uneven = {
         factor
@@ -377,44 +372,6 @@ def drop_rules(main: ir.Operation) -> None:
             del op.attributes[RULE]
 
 
-def layout_of(sharding: ir.Attribute, mesh: Mesh) -> tuple[Layout, tuple[int, ...]]:
-    """An ``sdy.sharding`` as a layout, and the dims that it leaves open: other axes may cut these further.
-
-    Axes of size 1 cut nothing and are left out.
-
-    Raises:
-        PassError: it names axes that the mesh doesn't have, or parts of axes.
-    """
-    numbers = {axis.name: number for number, axis in enumerate(mesh.axes)}
-    layout, open_ = list[tuple[int, ...]](), list[int]()
-    for number, attribute in enumerate(sdy.TensorShardingAttr(sharding).dimension_shardings):
-        dim = sdy.DimensionShardingAttr(attribute)
-        if not dim.is_closed:
-            open_.append(number)
-        axes = list[int]()
-        for reference in dim.axes:
-            axis = sdy.AxisRefAttr(reference)
-            if axis.name not in numbers or axis.sub_axis_info is not None:
-                raise PassError(
-                    f"sharding {sharding} is not over whole axes of the mesh", fix=f"axes: {', '.join(numbers)}"
-                )
-            axes.append(numbers[axis.name])
-        layout.append(tuple(axis for axis in axes if mesh.axes[axis].size > 1))
-    return tuple(layout), tuple(open_)
-
-
-def _refuse_result_shardings(main: ir.Operation) -> None:
-    if "res_attrs" not in main.attributes:
-        return
-    for number, entry in enumerate(ir.ArrayAttr(main.attributes["res_attrs"])):
-        if SHARDING in ir.DictAttr(entry):
-            raise PassError(
-                f"result {number} of @main has an {SHARDING} already",
-                why="layouts of results follow from those of their values",
-                fix="constrain the value with sdy.sharding_constraint",
-            )
-
-
 def _batch_arguments(main: ir.Operation) -> list[int]:
     if "arg_attrs" not in main.attributes:
         return []
@@ -423,67 +380,3 @@ def _batch_arguments(main: ir.Operation) -> list[int]:
     return [
         number for number, entry in enumerate(entries) if "bactrian.role" in entry and entry["bactrian.role"] == batch
     ]
-
-
-def _fixed(main: ir.Operation, flow: Dataflow, mesh: Mesh) -> list[tuple[int, Layout]]:
-    if "arg_attrs" not in main.attributes:
-        return []
-    found = list[tuple[int, Layout]]()
-    for number, attribute in enumerate(ir.ArrayAttr(main.attributes["arg_attrs"])):
-        entry = ir.DictAttr(attribute)
-        if SHARDING in entry:
-            layout, open_ = _checked(entry[SHARDING], flow.values[number], mesh)
-            if open_:
-                raise PassError(
-                    f"sharding {entry[SHARDING]} of argument {number} leaves a dim open",
-                    fix="give the axes of every dim, or constrain the argument with sdy.sharding_constraint",
-                )
-            found.append((number, layout))
-    return found
-
-
-def _constrained(main: ir.Operation, flow: Dataflow, mesh: Mesh) -> list[tuple[int, Layout]]:
-    """Values that a constraint makes, with the layout that they have in every stage."""
-    found = list[tuple[int, Layout]]()
-    for results, op in zip(flow.results, flow.ops, strict=True):
-        if op.name == CONSTRAINT:
-            layout, open_ = _checked(op.attributes["sharding"], op.results[0], mesh)
-            found += [(results[0], layout)] if not open_ else []
-    return found
-
-
-def _given(op: ir.Operation, mesh: Mesh) -> tuple[Layout, ...]:
-    """The layouts that a constraint leaves; nothing for other ops."""
-    if op.name != CONSTRAINT:
-        return ()
-    value = op.results[0]
-    layout, open_ = _checked(op.attributes["sharding"], value, mesh)
-    if not open_:
-        return (layout,)
-    return tuple(
-        each
-        for each in all_layouts(_shape(value), mesh)
-        if all(
-            axes[: len(asked)] == asked if dim in open_ else axes == asked
-            for dim, (axes, asked) in enumerate(zip(each, layout, strict=True))
-        )
-    )
-
-
-def _checked(sharding: ir.Attribute, value: ir.Value, mesh: Mesh) -> tuple[Layout, tuple[int, ...]]:
-    """A layout that was asked for, and the dims that are open.
-
-    Raises:
-        ProgramError: it does not cut the value into equal pieces.
-    """
-    (layout, open_), shape = layout_of(sharding, mesh), _shape(value)
-    for dim, (size, axes) in enumerate(zip(shape, layout, strict=True)):
-        if size % mesh.parts(axes):
-            names = ", ".join(mesh.axes[axis].name for axis in axes)
-            raise ProgramError(
-                f"dim {dim} of size {size} can't be cut into {mesh.parts(axes)} equal pieces",
-                where=describe(value.location),
-                why=f"it is asked to be cut over {names}",
-                fix="make the dim a multiple of that, or cut another one",
-            )
-    return layout, open_

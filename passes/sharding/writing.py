@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import sdy
 
+from bactrian.passes.mesh_tensors import SHARDING
 from bactrian.passes.program import UPDATE, nested_operations, phase_of, result_updates, set_operand, terminator
+from bactrian.passes.sharding.asked import CONSTRAINT
 from bactrian.passes.sharding.layouts import Layout, replicated
 from bactrian.passes.sharding.mesh import Mesh
 from bactrian.passes.sharding.model import ShardingModel, Shardings
-from bactrian.passes.sharding.reading import CONSTRAINT, SHARDING, Reading, drop_rules
+from bactrian.passes.sharding.reading import Reading, drop_rules
 from bactrian.passes.sharding.strategies import Strategy, strategies
 
 _PLACE = ("bactrian.phase", "bactrian.stage", "bactrian.layer")
