@@ -35,6 +35,7 @@ from bactrian.passes.sharding.rules import Dims, Rule, elementwise, whole
 
 RULE = "sdy.sharding_rule"
 _SUMS = frozenset({"stablehlo.add"})
+_FOLDS = _SUMS | {f"stablehlo.{name}" for name in ("maximum", "minimum", "multiply", "and", "or")}
 _REDUCERS = frozenset(
     {"stablehlo.reduce", "stablehlo.reduce_window", "stablehlo.scatter", "stablehlo.select_and_scatter"}
 )
@@ -261,7 +262,7 @@ class _Reader:
             rule=None if is_free else rule,
             seconds=0.0 if is_there else _seconds(op, self._model, self._cluster, keeps, self._from_memory, operands),
             weight=1.0 if phase_of(op) == UPDATE else float(self._num_microbatches),
-            scatters=_sums(op),
+            scatters=_scatters(op),
             keeps=keeps,
             given=given,
             lasts="bactrian.accumulate" in op.attributes,
@@ -325,12 +326,13 @@ def _seconds(
     return max(flops, moved / device.bytes_per_second)
 
 
-def _sums(op: ir.Operation) -> bool:
-    """Whether an op's reduction is a sum: what its region does, where it has one."""
+def _scatters(op: ir.Operation) -> bool:
+    """Whether partial results can be scattered while they are reduced: sums, and what else collectives fold with."""
     if op.name not in _REDUCERS:
         return True
-    names = {nested.operation.name for nested in op.regions[0].blocks[0].operations} - {"stablehlo.return"}
-    return names <= _SUMS and len(op.results) == 1
+    names = [nested.operation.name for nested in op.regions[0].blocks[0].operations][:-1]
+    known = _FOLDS if op.name == "stablehlo.reduce" else _SUMS
+    return len(op.results) == 1 and len(names) <= 1 and set(names) <= known
 
 
 def _rule_of(op: ir.Operation, flow: Dataflow, index: int) -> Rule | None:
