@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, overload
 
 from bactrian.driver.arrays import Homes, gather
+from bactrian.driver.asked import asked_layouts, refuse_explicit_axes
 from bactrian.driver.calls import flatten_call, parameters_of
 from bactrian.driver.capture import Captured, capture
 from bactrian.driver.comparison import Comparison, compare
@@ -300,7 +301,10 @@ class Parallelized:
 
     def _capture(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Captured:
         o = self.options
-        signature = flatten_call(self._parameters, args, kwargs).signature
+        if num_devices(o.mesh or ()) > 1:
+            refuse_explicit_axes()
+        call = flatten_call(self._parameters, args, kwargs)
+        signature = call.signature, asked_layouts(call.leaves)
         if signature not in self._captured:
             with paused_collection():
                 captured = capture(

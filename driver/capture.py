@@ -23,14 +23,15 @@ from jaxlib.mlir.dialects import sdy
 
 from bactrian.driver import boundary, dataflow
 from bactrian.driver.arrays import Homes
+from bactrian.driver.asked import Asked, asked_layouts, write_asked
 from bactrian.driver.calls import Call, abstract, flatten_call, is_key, merged, parameters_of, physical
-from bactrian.driver.source import line_here, line_of_error
+from bactrian.driver.source import line_here
 from bactrian.driver.state import Part, match_state
+from bactrian.driver.trace_errors import explain_trace_error
 from bactrian.passes.errors import BactrianError, ConfigError, ProgramError
 from bactrian.passes.frame.context import make_context
 from bactrian.passes.program import body, integer, main_function
 
-_JAX_TRACE_ERRORS = (jax.errors.JAXTypeError, jax.errors.JAXIndexError, jax.errors.UnexpectedTracerError)
 _NO_MESH = "#sdy.mesh<[]>"
 _RANDOM = re.compile("random_bits|threefry|rng_")
 
@@ -174,7 +175,7 @@ def capture(
     avals = [_microbatch_aval(info, leaf, num_microbatches) for info, leaf in zip(arguments, call.leaves, strict=True)]
     step = _Step(fun, parameters, call, num_microbatches, forward_only, out_reduction)
     traced = step.trace(avals)
-    closed = traced.jaxpr.replace(jaxpr=dataflow.without_stage_boundaries(traced.jaxpr.jaxpr))
+    closed = traced.jaxpr.replace(jaxpr=dataflow.without_hints(traced.jaxpr.jaxpr))
     flow = dataflow.flatten(closed)
     results = _results(step, flow, closed)
     _refuse_unreduced(flow, arguments, results)
@@ -183,7 +184,8 @@ def capture(
     platform = platform or jax.default_backend()
     lowered = traced.lower(lowering_platforms=(platform,))
     options = {"num_microbatches": num_microbatches, "schedule": schedule}
-    bytecode, digest = _annotated(lowered.compiler_ir("stablehlo"), arguments, results, options)
+    asked = asked_layouts(call.leaves)
+    bytecode, digest = _annotated(lowered.compiler_ir("stablehlo"), arguments, results, options, asked)
     statics = _static_text((call.tree, call.statics, step.out_tree, step.out_statics, forward_only, platform))
     return Captured(
         name=step.name,
@@ -238,22 +240,11 @@ class _Step:
                 traced = jax.jit(flat, keep_unused=True).trace(*avals)
             except BactrianError:
                 raise
-            except _JAX_TRACE_ERRORS as error:
-                raise ProgramError(
-                    f"{self.name} can't be traced with abstract values: {str(error).splitlines()[0]}",
-                    where=line_of_error(error),
-                    why=type(error).__name__ + ": shapes and Python control flow may not depend on array values",
-                    fix="use jnp.where, lax.cond or a mask of fixed size",
-                ) from error
-            except ValueError as error:
-                if boundary.GRADIENT_BOUNDARY not in str(error):
+            except Exception as error:
+                explained = explain_trace_error(error, self.name, self.num_microbatches)
+                if explained is None:
                     raise
-                raise ProgramError(
-                    "the gradient boundary is differentiated",
-                    where=line_of_error(error),
-                    why="bactrian.value_and_grad stands inside of a function whose gradient is taken",
-                    fix="use jax.grad for the inner gradient, and bactrian.grad for the outermost one only",
-                ) from error
+                raise explained from error
             self.index_used = mode.index_used
         return traced
 
@@ -439,6 +430,7 @@ def _annotated(
     arguments: Sequence[ArgumentInfo],
     results: Sequence[ResultInfo],
     options: Mapping[str, int | str],
+    asked: Sequence[tuple[int, Asked]],
 ) -> tuple[bytes, str]:
     """Bytecode of the module with our attributes, and the digest of its text without locations."""
     jax_bytecode = io.BytesIO()
@@ -461,6 +453,7 @@ def _annotated(
         for info, attrs, argument in zip(arguments, argument_attrs, block.arguments, strict=True):
             attrs["bactrian.role"] = ir.StringAttr.get(info.role)
             argument.set_location(ir.Location.name(info.path))
+        write_asked(ours, asked, [len(info.physical.shape) for info in arguments], argument_attrs)
         result_attrs = _dicts(main, "res_attrs", len(results))
         for info, attrs in zip(results, result_attrs, strict=True):
             attrs["jax.result_info"] = ir.StringAttr.get(info.path)

@@ -5,10 +5,12 @@ Calls of jitted functions are opened; every other equation stays one operation.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 from jax.extend import core
 
 from bactrian.driver.boundary import GRADIENT_BOUNDARY, MICROBATCH_INDEX, STAGE_BOUNDARY
@@ -16,6 +18,7 @@ from bactrian.driver.source import line_here, line_of_equation
 from bactrian.passes.errors import ProgramError
 
 _MAX_LINES_REPORTED = 5
+_LAYOUTS = ("in_shardings", "out_shardings")
 
 
 @dataclass(frozen=True)
@@ -153,9 +156,10 @@ def equations(jaxpr: core.Jaxpr, callers: tuple[Any, ...] = ()) -> Iterator[tupl
             yield from equations(inner, (equation, *callers))
 
 
-def without_stage_boundaries(jaxpr: core.Jaxpr) -> core.Jaxpr:
-    """The same function with every ``bactrian.stage_boundary`` replaced by its operand."""
-    if not any(is_call(equation, STAGE_BOUNDARY) for equation, _ in equations(jaxpr)):
+def without_hints(jaxpr: core.Jaxpr) -> core.Jaxpr:
+    """The same function with every ``bactrian.stage_boundary`` and sharding constraint replaced by its operand, and no
+    layouts on inner jitted functions: what one device computes."""
+    if not any(_is_hint(equation) or _has_layouts(equation) for equation, _ in equations(jaxpr)):
         return jaxpr
     renamed: dict[Any, Any] = {}
 
@@ -164,22 +168,38 @@ def without_stage_boundaries(jaxpr: core.Jaxpr) -> core.Jaxpr:
 
     kept: list[Any] = []
     for equation in jaxpr.eqns:
-        if is_call(equation, STAGE_BOUNDARY):
+        if _is_hint(equation):
             renamed[equation.outvars[0]] = now(equation.invars[0])
             continue
-        params = {name: _without_stage_boundaries_in(value) for name, value in equation.params.items()}
+        params = {name: _without_hints_in(value) for name, value in equation.params.items()}
+        if _has_layouts(equation):
+            params |= {name: (_no_layout(),) * len(params[name]) for name in _LAYOUTS}
         kept.append(equation.replace(invars=[now(v) for v in equation.invars], params=params))
     return jaxpr.replace(eqns=kept, outvars=[now(v) for v in jaxpr.outvars])
 
 
-def _without_stage_boundaries_in(value: Any) -> Any:
+def _is_hint(equation: Any) -> bool:
+    return is_call(equation, STAGE_BOUNDARY) or equation.primitive.name == "sharding_constraint"
+
+
+def _has_layouts(equation: Any) -> bool:
+    return is_jit(equation) and any(layout is not _no_layout() for name in _LAYOUTS for layout in equation.params[name])
+
+
+@functools.cache
+def _no_layout() -> Any:
+    """What JAX writes where a jitted function was given no layout."""
+    return jax.make_jaxpr(jax.jit(lambda x: x))(0).jaxpr.eqns[0].params["in_shardings"][0]
+
+
+def _without_hints_in(value: Any) -> Any:
     if isinstance(value, core.ClosedJaxpr):
-        jaxpr = without_stage_boundaries(value.jaxpr)
+        jaxpr = without_hints(value.jaxpr)
         return value if jaxpr is value.jaxpr else value.replace(jaxpr=jaxpr)
     if isinstance(value, core.Jaxpr):
-        return without_stage_boundaries(value)
+        return without_hints(value)
     if type(value) is tuple:
-        return tuple(_without_stage_boundaries_in(item) for item in value)
+        return tuple(_without_hints_in(item) for item in value)
     return value
 
 

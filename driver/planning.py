@@ -11,7 +11,15 @@ from pathlib import Path, PurePath
 from jaxlib.mlir import ir
 
 from bactrian.driver.extract import extract
-from bactrian.driver.shardings import Layout, as_before, plan_layouts, read_shardings, refuse_moved, write_layouts
+from bactrian.driver.shardings import (
+    Layout,
+    as_before,
+    plan_layouts,
+    read_shardings,
+    refuse_moved,
+    refuse_overruled,
+    write_layouts,
+)
 from bactrian.passes.costs import CPU_CORE, CostModel, Device, OpCost
 from bactrian.passes.frame.diagnostics import Diagnostic
 from bactrian.passes.frame.location import name_stack, user_place
@@ -62,10 +70,12 @@ class Decisions:
 
     def assignment_pipeline(self) -> str:
         """The passes up to ``assign-stages``."""
-        mesh = f" mesh={','.join(f'{name}={size}' for name, size in self.mesh)}" if self.is_wide else ""
+        axes = ",".join(f"{name}={size}" for name, size in self.mesh)
+        mesh = f" mesh={axes}" if self.is_wide else ""
+        adopt = f"adopt-shardings{{mesh={axes}}}" if self.is_wide else "adopt-shardings"
         boundaries = f" boundaries={','.join(map(str, self.first_layers))}" if self.first_layers else ""
         return (
-            "builtin.module(flatten-calls,verify-program,canonicalize,cse,infer-phases,"
+            f"builtin.module(flatten-calls,{adopt},verify-program,canonicalize,cse,infer-phases,"
             f"group-layers{{num-layers={self.num_layers}}},"
             f"assign-stages{{num-stages={self.num_stages}{boundaries}{mesh}}})"
         )
@@ -152,6 +162,7 @@ def stage_program(
             ranks = [len(ir.RankedTensorType(value.type).shape) for value in body(main_function(module)).arguments]
             given = {} if plan is None else plan_layouts(plan, paths, ranks)
             refuse_moved(given, placed, paths)
+            refuse_overruled(module, given | placed, paths)
             write_layouts(module, given | placed)
     second = run_pipeline(module, decisions.placing_pipeline(), reproducer_dir=reproducer_dir, kept=first.kept)
     unsolved = None

@@ -9,7 +9,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import sdy
 
 from bactrian.passes.errors import ConfigError
-from bactrian.passes.mesh_tensors import SHARDING
+from bactrian.passes.mesh_tensors import SHARDING, axis_names
 from bactrian.passes.plan import Axes, Plan
 from bactrian.passes.program import main_function
 from bactrian.passes.sharding_plan import WHOLE, ShardingFigures, ShardingPlan, layout_text
@@ -80,6 +80,31 @@ def refuse_moved(given: Mapping[int, Layout], placed: Mapping[int, Layout], path
                 f"which another step has placed as {layout_text(placed[number])}",
                 why="arguments that are placed stay where they are",
                 fix="pass bactrian.gather(...) of the state, or leave the plan out",
+            )
+
+
+def refuse_overruled(module: ir.Module, layouts: Mapping[int, Layout], paths: Sequence[str]) -> None:
+    """Refuse layouts of a plan, or of another step, for arguments that the program asks to be laid out otherwise.
+
+    Args:
+        module: whose arguments have the layouts that users asked for, after ``adopt-shardings``.
+        layouts: of arguments, by number.
+        paths: of the arguments.
+
+    Raises:
+        ConfigError: names the first one.
+    """
+    main = main_function(module)
+    if "arg_attrs" not in main.attributes:
+        return
+    for number, attribute in enumerate(ir.ArrayAttr(main.attributes["arg_attrs"])):
+        entry = ir.DictAttr(attribute)
+        if number in layouts and SHARDING in entry and axis_names(entry[SHARDING]) != layouts[number]:
+            raise ConfigError(
+                f"{paths[number]} is {layout_text(layouts[number])} in the plan or from another step, "
+                f"and the program asks for {layout_text(axis_names(entry[SHARDING]))}",
+                why="with_sharding_constraint, in_shardings and arguments that are sharded give an argument its layout",
+                fix="ask for the same layout; or make the plan again, and pass bactrian.gather(...) of the state",
             )
 
 

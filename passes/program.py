@@ -161,6 +161,11 @@ def terminator(main: ir.Operation) -> ir.Operation:
     return operations[len(operations) - 1].operation
 
 
+def value_shape(value: ir.Value) -> tuple[int, ...]:
+    """The shape of a tensor; of anything else that of a scalar."""
+    return tuple(value.type.shape) if isinstance(value.type, ir.RankedTensorType) else ()
+
+
 def value_bytes(value: ir.Value) -> int:
     """Bytes of a statically shaped tensor value; sub-byte integers count one byte an element."""
     return type_bytes(value.type)

@@ -107,7 +107,7 @@ class SolveShardings(Pass):
         claimed, given = set[int](), list[int]()
         for each in read_stages(module, meshes, cluster, ctx.remark):
             mesh, reading = each.mesh, each.reading
-            given.append(len(reading.work.fixed))
+            given.append(sum(number < reading.flow.num_arguments for number, _ in reading.work.fixed))
             known = {name: named(reading, mesh, roles, name) for name in (NAMED if self.compare else ())}
             compared.append(
                 [_figures(name, _known(plan, mesh, limit, roles, self.time_limit)) for name, plan in known.items()]

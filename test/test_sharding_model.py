@@ -233,7 +233,7 @@ def test_what_is_given_stays() -> None:
         (0, 1),
         (
             Operation((0, 1), (2,), elementwise((8, 8), 2), 1e-3),
-            Operation((2,), (3,), elementwise((8, 8), 1), given=last_first),
+            Operation((2,), (3,), elementwise((8, 8), 1), given=(last_first,)),
         ),
         fixed=((0, ((0,), ())),),
     )

@@ -15,6 +15,7 @@ ENTRY_POINT_GROUP = "bactrian.passes"
 # flag -> "module:Class", in the order of the pipeline.
 PASSES: dict[str, str] = {
     "flatten-calls": "bactrian.passes.flatten_calls:FlattenCalls",
+    "adopt-shardings": "bactrian.passes.adopt_shardings:AdoptShardings",
     "verify-program": "bactrian.passes.verify_program:VerifyProgram",
     "infer-phases": "bactrian.passes.infer_phases:InferPhases",
     "group-layers": "bactrian.passes.group_layers:GroupLayers",

@@ -236,11 +236,11 @@ class StageExplainer:
         if number in self.given:
             return self.given[number]
         if number in dict(self.program.reading.work.fixed):
-            return _COUNTED
+            return _COUNTED if number < self.reading.flow.num_arguments else self._constraint(number)
         work = self.reading.work
         if dict(work.fixed).get(number) == layout or dict(work.wanted).get(number) == layout:
             return f"strategy {self.strategy}" if self.strategy != AUTO else _COUNTED
-        if any(op.given is not None and number in op.results for op in work.operations):
+        if any(op.given and number in op.results for op in work.operations):
             return self._constraint(number)
         return ""
 
@@ -326,8 +326,9 @@ class StageExplainer:
         """What else ties the layout: constraints that read the value, the state that it becomes."""
         names = list[str]()
         for op in self.reading.work.operations:
-            if op.given is not None and value in op.operands:
-                names.append(f"{self._constraint(op.results[0])} reads it as {self._text(op.given, value)}")
+            if op.given and value in op.operands:
+                asked = " or ".join(self._text(layout, value) for layout in op.given)
+                names.append(f"{self._constraint(op.results[0])} reads it as {asked}")
         for made, argument in self.reading.work.updates:
             if made == value:
                 path = self._named[argument].name
@@ -392,9 +393,7 @@ def _layouts_of(model: ShardingModel, value: int) -> tuple[int, list[Layout]] | 
 
 def _without_given(work: Work, value: int) -> Work:
     """The work as if nobody had decided the layout of a value."""
-    operations = tuple(
-        replace(op, given=None) if op.given is not None and value in op.results else op for op in work.operations
-    )
+    operations = tuple(replace(op, given=()) if op.given and value in op.results else op for op in work.operations)
     fixed = tuple(pair for pair in work.fixed if pair[0] != value)
     wanted = tuple(pair for pair in work.wanted if pair[0] != value)
     return replace(work, operations=operations, fixed=fixed, wanted=wanted)

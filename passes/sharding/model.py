@@ -39,7 +39,8 @@ class Operation:
         weight: how often it runs in a step.
         scatters: whether its partial results are sums.
         keeps: whether its results take memory; what is fused into its readers does not.
-        given: if somebody has decided that, the layout that its operand and its result must have.
+        given: of an op that only says how its operand is laid out, the layouts that both may have: one, or those with
+            what was asked for where dims were left open.
         lasts: whether its results are there during the whole step, as sums over microbatches are.
         copies: how many of its results are there at once: one for each microbatch in flight.
         defers: whether it can leave parts of a sum, or hand them on.
@@ -52,7 +53,7 @@ class Operation:
     weight: float = 1.0
     scatters: bool = True
     keeps: bool = True
-    given: Layout | None = None
+    given: tuple[Layout, ...] = ()
     lasts: bool = False
     copies: int = 1
     defers: Defers = Defers.NOT
@@ -142,9 +143,11 @@ class ShardingModel:
     def _strategies_of(self, op: Operation) -> tuple[Strategy, ...] | None:
         if op.rule is None:
             return None
-        if op.given is not None:
-            one = (op.given,)
-            return (Strategy((None,) * len(self.mesh.axes), one, one, one, (), self.mesh.parts(sum(op.given, ()))),)
+        if op.given:
+            nothing = (None,) * len(self.mesh.axes)
+            return tuple(
+                Strategy(nothing, (each,), (each,), (each,), (), self.mesh.parts(sum(each, ()))) for each in op.given
+            )
         sizes = tuple(float(self.work.values[value].nbytes) for value in op.results)
         choices = strategies(op.rule, sizes, self.mesh, op.scatters, op.defers)
         for position, value in enumerate(op.results):
@@ -223,6 +226,9 @@ class ShardingModel:
                 last[value] = at
         for value in self.work.kept:
             last[value] = end - 1
+        for op in reversed(self.work.operations):
+            if op.given and not op.keeps:  # its result is its operand
+                last[op.operands[0]] = max(last[op.operands[0]], last[op.results[0]])
         return last
 
     def _block(self, value: int, source: _Matrix, target: _Matrix) -> _Matrix:

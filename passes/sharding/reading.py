@@ -12,7 +12,7 @@ from jaxlib.mlir.dialects import sdy
 from bactrian.passes.cluster import Cluster
 from bactrian.passes.costs import HEAVY, CostModel
 from bactrian.passes.counters import COUNTER
-from bactrian.passes.errors import PassError, ProgramError
+from bactrian.passes.errors import PassError
 from bactrian.passes.program import (
     BACKWARD,
     BOUNDARY,
@@ -25,17 +25,19 @@ from bactrian.passes.program import (
     nested_operations,
     phase_of,
     result_updates,
+    value_shape,
 )
+from bactrian.passes.sharding.asked import constrained_values, fixed_arguments, given_layouts, refuse_result_shardings
 from bactrian.passes.sharding.deferring import deferred_sums
-from bactrian.passes.sharding.layouts import Layout, replicated
+from bactrian.passes.sharding.layouts import replicated
 from bactrian.passes.sharding.mesh import Mesh
 from bactrian.passes.sharding.model import Operation, Tensor, Work
 from bactrian.passes.sharding.rules import Dims, Rule, elementwise, whole
 from bactrian.passes.sharding.strategies import Defers
 
 RULE = "sdy.sharding_rule"
-SHARDING = "sdy.sharding"
 _SUMS = frozenset({"stablehlo.add"})
+_FOLDS = _SUMS | {f"stablehlo.{name}" for name in ("maximum", "minimum", "multiply", "and", "or")}
 _REDUCERS = frozenset(
     {"stablehlo.reduce", "stablehlo.reduce_window", "stablehlo.scatter", "stablehlo.select_and_scatter"}
 )
@@ -133,7 +135,7 @@ def read_program(
         raise PassError(
             "no op of @main has an sdy.sharding_rule", fix="run func.func(sdy-populate-op-sharding-rules) first"
         )
-    _refuse_result_shardings(main)
+    refuse_result_shardings(main)
     reader = _Reader(flow, mesh, cluster, num_microbatches, remark, in_flight)
     own = [index for index, op in enumerate(flow.ops[:-1]) if not _hands_on(op) and stage in (None, flow.stages[index])]
     parts = [reader.part(index) for index in own]
@@ -169,12 +171,12 @@ def read_program(
         for value in reads
     }
     kept = [value_of[value] for value in flow.operands[-1]] + sorted(elsewhere)
-    fixed = dict(_fixed(main, flow, mesh)) | {
-        argument: replicated(len(_shape(flow.values[argument]))) for argument in counted.values()
+    fixed = dict(fixed_arguments(main, flow, mesh) + constrained_values(main, flow, mesh)) | {
+        argument: replicated(len(value_shape(flow.values[argument]))) for argument in counted.values()
     }
     work = Work(
         values=tuple(
-            Tensor(_shape(value), size, number in partial)
+            Tensor(value_shape(value), size, number in partial)
             for number, (value, size) in enumerate(zip(flow.values, flow.sizes, strict=True))
         ),
         inputs=tuple(inputs),
@@ -183,7 +185,7 @@ def read_program(
         fixed=tuple((number, layout) for number, layout in sorted(fixed.items()) if number in inputs),
         loads=tuple(loads),
         kept=tuple(value for value in dict.fromkeys(kept) if value in made or value in inputs),
-        wanted=tuple((value, replicated(len(_shape(flow.values[value])))) for value in counted),
+        wanted=tuple((value, replicated(len(value_shape(flow.values[value])))) for value in counted),
         batch_copies=in_flight,
     )
     return Reading(work, flow, tuple(parts), tuple(value_of))
@@ -221,6 +223,7 @@ class _Reader:
         self._num_microbatches, self._remark, self._in_flight = num_microbatches, remark, in_flight
         self._model = CostModel()
         self._free = [False] * len(flow.values)
+        self._kept = [True] * len(flow.values)  # takes memory: all but what is made here, and fused
         self.value_of = list(range(len(flow.values)))
         for index, op in enumerate(flow.ops):
             if _hands_on(op):
@@ -241,28 +244,32 @@ class _Reader:
         read = _distinct(self._flow.operands[index], len(op.operands))
         operands = tuple(self.value_of[value] for value in read)
         results = tuple(self._flow.results[index])
-        given = _given(op, self._mesh)
-        is_free = given is None and (
+        given = given_layouts(op, self._mesh)
+        is_free = not given and (
             _is_source(op) or (bool(operands) and all(self._free[v] for v in operands) and op.name not in HEAVY)
         )
         for value in results:
             self._free[value] = is_free
-        rule = elementwise(_shape(op.results[0]), 1) if given is not None else _rule_of(op, self._flow, index)
+        rule = elementwise(value_shape(op.results[0]), 1) if given else _rule_of(op, self._flow, index)
         if rule is None and _is_source(op):  # every device makes its own piece
-            rule = elementwise(_shape(op.results[0]), 0)
+            rule = elementwise(value_shape(op.results[0]), 0)
         if rule is None:
-            shapes = [tuple(_shape(self._flow.values[value]) for value in each) for each in (read, results)]
+            shapes = [tuple(value_shape(self._flow.values[value]) for value in each) for each in (read, results)]
             if not is_free and any(shapes[0] + shapes[1]):
                 self._remark(op, f"nothing is known of {op.name}: every device computes it whole")
             rule = whole(*shapes)
         keeps = op.name in _NOT_FUSED or any(self._from_memory[value] for value in results)
+        is_there = bool(given) and self._kept[operands[0]]  # what a constraint makes is what it reads
+        keeps = keeps and not is_there
+        for value in results:
+            self._kept[value] = keeps or is_there
         operation = Operation(
             operands=operands[: len(rule.operands)],
             results=results,
             rule=None if is_free else rule,
-            seconds=_seconds(op, self._model, self._cluster, keeps, self._from_memory, operands),
+            seconds=0.0 if is_there else _seconds(op, self._model, self._cluster, keeps, self._from_memory, operands),
             weight=1.0 if phase_of(op) == UPDATE else float(self._num_microbatches),
-            scatters=_sums(op),
+            scatters=_scatters(op),
             keeps=keeps,
             given=given,
             lasts="bactrian.accumulate" in op.attributes,
@@ -304,10 +311,6 @@ def _is_source(op: ir.Operation) -> bool:
     return op.name in ("stablehlo.constant", "stablehlo.iota") or custom_call_target(op) == MICROBATCH_INDEX
 
 
-def _shape(value: ir.Value) -> tuple[int, ...]:
-    return tuple(value.type.shape) if isinstance(value.type, ir.RankedTensorType) else ()
-
-
 def _seconds(
     op: ir.Operation,
     model: CostModel,
@@ -331,12 +334,13 @@ def _seconds(
     return max(flops, moved / device.bytes_per_second)
 
 
-def _sums(op: ir.Operation) -> bool:
-    """Whether an op's reduction is a sum: what its region does, where it has one."""
+def _scatters(op: ir.Operation) -> bool:
+    """Whether partial results can be scattered while they are reduced: sums, and what else collectives fold with."""
     if op.name not in _REDUCERS:
         return True
-    names = {nested.operation.name for nested in op.regions[0].blocks[0].operations} - {"stablehlo.return"}
-    return names <= _SUMS and len(op.results) == 1
+    names = [nested.operation.name for nested in op.regions[0].blocks[0].operations][:-1]
+    known = _FOLDS if op.name == "stablehlo.reduce" else _SUMS
+    return len(op.results) == 1 and len(names) <= 1 and set(names) <= known
 
 
 def _rule_of(op: ir.Operation, flow: Dataflow, index: int) -> Rule | None:
@@ -351,8 +355,8 @@ def _rule_of(op: ir.Operation, flow: Dataflow, index: int) -> Rule | None:
     sizes = tuple(rule.factor_sizes)
     operands = tuple(dims(mapping) for mapping in rule.operand_mappings)
     results = tuple(dims(mapping) for mapping in rule.result_mappings)
-    shapes = [_shape(flow.values[v]) for v in flow.operands[index]][: len(operands)]
-    shapes += [_shape(flow.values[v]) for v in flow.results[index]]
+    shapes = [value_shape(flow.values[v]) for v in flow.operands[index]][: len(operands)]
+    shapes += [value_shape(flow.values[v]) for v in flow.results[index]]
     # A dim may be smaller than its factors (the result of a slice): equal pieces of one are none of the other.
     uneven = {
         factor
@@ -378,46 +382,6 @@ def drop_rules(main: ir.Operation) -> None:
             del op.attributes[RULE]
 
 
-def layout_of(sharding: ir.Attribute, mesh: Mesh) -> Layout:
-    """An ``sdy.sharding`` as a layout; axes of size 1 cut nothing and are left out.
-
-    Raises:
-        PassError: it names axes that the mesh doesn't have, or parts of axes; it leaves dims open.
-    """
-    numbers = {axis.name: number for number, axis in enumerate(mesh.axes)}
-    layout = list[tuple[int, ...]]()
-    for attribute in sdy.TensorShardingAttr(sharding).dimension_shardings:
-        dim = sdy.DimensionShardingAttr(attribute)
-        if not dim.is_closed:
-            raise PassError(
-                f"sharding {sharding} leaves a dim open",
-                why="a layout that is given in part is not there yet",
-                fix="give the axes of every dim, or no sharding",
-            )
-        axes = list[int]()
-        for reference in dim.axes:
-            axis = sdy.AxisRefAttr(reference)
-            if axis.name not in numbers or axis.sub_axis_info is not None:
-                raise PassError(
-                    f"sharding {sharding} is not over whole axes of the mesh", fix=f"axes: {', '.join(numbers)}"
-                )
-            axes.append(numbers[axis.name])
-        layout.append(tuple(axis for axis in axes if mesh.axes[axis].size > 1))
-    return tuple(layout)
-
-
-def _refuse_result_shardings(main: ir.Operation) -> None:
-    if "res_attrs" not in main.attributes:
-        return
-    for number, entry in enumerate(ir.ArrayAttr(main.attributes["res_attrs"])):
-        if SHARDING in ir.DictAttr(entry):
-            raise PassError(
-                f"result {number} of @main has an {SHARDING} already",
-                why="layouts of results follow from those of their values",
-                fix="constrain the value with sdy.sharding_constraint",
-            )
-
-
 def _batch_arguments(main: ir.Operation) -> list[int]:
     if "arg_attrs" not in main.attributes:
         return []
@@ -426,39 +390,3 @@ def _batch_arguments(main: ir.Operation) -> list[int]:
     return [
         number for number, entry in enumerate(entries) if "bactrian.role" in entry and entry["bactrian.role"] == batch
     ]
-
-
-def _fixed(main: ir.Operation, flow: Dataflow, mesh: Mesh) -> list[tuple[int, Layout]]:
-    if "arg_attrs" not in main.attributes:
-        return []
-    found = list[tuple[int, Layout]]()
-    for number, attribute in enumerate(ir.ArrayAttr(main.attributes["arg_attrs"])):
-        entry = ir.DictAttr(attribute)
-        if SHARDING in entry:
-            found.append((number, _checked(entry[SHARDING], flow.values[number], mesh)))
-    return found
-
-
-def _given(op: ir.Operation, mesh: Mesh) -> Layout | None:
-    if op.name != "sdy.sharding_constraint":
-        return None
-    return _checked(op.attributes["sharding"], op.results[0], mesh)
-
-
-def _checked(sharding: ir.Attribute, value: ir.Value, mesh: Mesh) -> Layout:
-    """A layout that was asked for.
-
-    Raises:
-        ProgramError: it does not cut the value into equal pieces.
-    """
-    layout, shape = layout_of(sharding, mesh), _shape(value)
-    for dim, (size, axes) in enumerate(zip(shape, layout, strict=True)):
-        if size % mesh.parts(axes):
-            names = ", ".join(mesh.axes[axis].name for axis in axes)
-            raise ProgramError(
-                f"dim {dim} of size {size} can't be cut into {mesh.parts(axes)} equal pieces",
-                where=str(value.location),
-                why=f"it is asked to be cut over {names}",
-                fix="make the dim a multiple of that, or cut another one",
-            )
-    return layout

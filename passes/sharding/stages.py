@@ -55,7 +55,10 @@ def stage_meshes(module: ir.Module) -> dict[str, Axes]:
         return {}
     names = [f"stage{stage}" for stage in range(stages)]
     if strange := [name for name in wide if name not in names]:
-        raise PassError(f"mesh @{strange[0]} has several devices, but belongs to no stage", fix="call it @stage0")
+        raise PassError(
+            f"mesh @{strange[0]} has several devices, but belongs to no stage",
+            fix="run adopt-shardings first, or call it @stage0",
+        )
     if narrow := [name for name in names if name not in wide]:
         raise ConfigError(
             f"mesh @{wide[0]} has several devices, @{narrow[0]} has one",

@@ -57,7 +57,7 @@ def uncut(model: ShardingModel, value: int, op: str) -> Iterator[Uncut]:
 def _made_over(model: ShardingModel, value: int) -> set[tuple[int, int]] | None:
     """The dims and axes that some strategy of the value's op cuts; None of an input, or where its layout was given."""
     for operation, choices in zip(model.work.operations, model.strategies, strict=True):
-        if value in operation.results and choices is not None and operation.given is None:
+        if value in operation.results and choices is not None and not operation.given:
             rank = len(model.work.values[value].shape)
             made = (strategy.results[operation.results.index(value)] for strategy in choices)
             layouts = [layout[len(layout) - rank :] for layout in made]

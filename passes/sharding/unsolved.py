@@ -11,8 +11,8 @@ from jaxlib.mlir import ir
 
 from bactrian.passes.cluster import CPU_HOST, Cluster, cluster_of
 from bactrian.passes.errors import ConfigError
+from bactrian.passes.mesh_tensors import SHARDING
 from bactrian.passes.program import main_function
-from bactrian.passes.sharding.reading import SHARDING
 
 _ATTRIBUTE = "bactrian.solve"
 

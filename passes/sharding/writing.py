@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import sdy
 
+from bactrian.passes.mesh_tensors import SHARDING
 from bactrian.passes.program import UPDATE, nested_operations, phase_of, result_updates, set_operand, terminator
+from bactrian.passes.sharding.asked import CONSTRAINT
 from bactrian.passes.sharding.layouts import Layout, Move, replicated
 from bactrian.passes.sharding.mesh import Mesh
 from bactrian.passes.sharding.model import ShardingModel, Shardings
 from bactrian.passes.sharding.parts import PartsOfSums
-from bactrian.passes.sharding.reading import SHARDING, Reading, drop_rules
+from bactrian.passes.sharding.reading import Reading, drop_rules
 from bactrian.passes.sharding.strategies import Strategy, strategies
 
 _PLACE = ("bactrian.phase", "bactrian.stage", "bactrian.layer")
@@ -95,7 +97,14 @@ class Writer:
                 if value != present and len(op.regions):
                     for nested in nested_operations(op):
                         nested.replace_uses_of_with(present, value)
-            if op.name == "sdy.sharding_constraint":
+            for nested in nested_operations(op) if len(op.regions) else ():
+                if nested.name == CONSTRAINT:  # in a loop: XLA keeps it
+                    asked = sdy.TensorShardingAttr(nested.attributes["sharding"])
+                    nested.attributes["sharding"] = sdy.TensorShardingAttr.get(
+                        self.mesh_name, asked.dimension_shardings
+                    )
+            if op.name == CONSTRAINT:
+                op.attributes["sharding"] = sharding_attribute(strategy.results[0], self.mesh, self.mesh_name)
                 self._home[flow.results[index][0]] = strategy.results[0]
                 continue
             if leaves:

@@ -1,0 +1,313 @@
+"""``adopt-shardings``: the layouts that users asked for, over the mesh of the stages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import sdy
+
+from bactrian.passes.errors import ConfigError
+from bactrian.passes.frame.base import Locatable, Pass, PassContext, Statistic, option
+from bactrian.passes.mesh_tensors import SHARDING, Axes, axes_text, mesh_attribute, mesh_axes, num_devices
+from bactrian.passes.program import (
+    body,
+    custom_call_target,
+    main_function,
+    nested_operations,
+    result_updates,
+    set_operand,
+    terminator,
+)
+from bactrian.passes.sharding.asked import CONSTRAINT
+from bactrian.passes.sharding.mesh import parse_axes
+
+_STAGE = "stage"
+_FIRST = "stage0"
+
+
+@dataclass(frozen=True)
+class AdoptShardings(Pass):
+    """Put the layouts that users asked for onto the mesh of the stages, by the names of its axes.
+
+    ``with_sharding_constraint``, ``in_shardings``, ``out_shardings`` and arguments that are sharded name the axes of the
+    user's own mesh. Those of more than one device must be axes of the stages' mesh, of the same sizes; it may have others.
+    The layouts then name ``@stage0``: which stage a value belongs to is not known yet. A dim that is left open stays open.
+
+    An argument that is only read through a constraint has that layout itself, in every stage that reads it, and so has
+    state whose next value is constrained, unless it is asked for in another one. Every other constraint stays where it is.
+    On stages of one device a constraint means nothing, and is dropped with a remark.
+
+    Requires: one flat function `@main`.
+    Ensures: every ``sdy.sharding`` of an argument and every ``sdy.sharding_constraint`` is over ``@stage0``; no other mesh.
+
+    Example: the argument is cut over the axis of its name, in the order of the stages' axes.
+
+    ```mlir
+    sdy.mesh @stage0 = <["data"=2, "model"=4]>
+    sdy.mesh @mesh = <["model"=4, "replica"=1]>
+    func.func public @main(%arg0: tensor<8x8xf32>) -> tensor<8x8xf32> {
+      %0 = sdy.sharding_constraint %arg0 <@mesh, [{"model"}, {"replica"}]> : tensor<8x8xf32>
+      %1 = stablehlo.negate %0 : tensor<8x8xf32>
+      return %1 : tensor<8x8xf32>
+    }
+    ```
+
+    ```mlir
+    sdy.mesh @stage0 = <["data"=2, "model"=4]>
+    func.func public @main(%arg0: tensor<8x8xf32> {sdy.sharding = #sdy.sharding<@stage0, [{"model"}, {}]>})
+        -> tensor<8x8xf32> {
+      %0 = stablehlo.negate %arg0 : tensor<8x8xf32>
+      return %0 : tensor<8x8xf32>
+    }
+    ```
+    """
+
+    name: ClassVar[str] = "adopt-shardings"
+    summary: ClassVar[str] = "put the layouts that users asked for onto the mesh of the stages"
+    statistics: ClassVar[tuple[Statistic, ...]] = (
+        Statistic("arguments", "arguments whose layout is given"),
+        Statistic("constraints", "constraints that stay"),
+        Statistic("dropped", "constraints that mean nothing here, or say again what is given"),
+    )
+
+    mesh: str = option("", help='the axes of the stages\' meshes, as in "data=2,model=4"; by default those of @stage0')
+
+    def check_options(self) -> None:
+        """Axes must have names and sizes."""
+        if self.mesh.strip():
+            parse_axes(self.mesh)
+
+    def apply(self, module: ir.Module, ctx: PassContext) -> None:
+        """Rename, refuse or drop; then arguments."""
+        main = main_function(module)
+        meshes = mesh_axes(module)
+        axes = parse_axes(self.mesh) if self.mesh.strip() else meshes.get(_FIRST, ())
+        foreign = {name: own for name, own in meshes.items() if not name.startswith(_STAGE)}
+        program = _Program(main, ctx)
+        if not program.is_any and not foreign:
+            return
+        if num_devices(axes) <= 1:
+            program.drop()
+        else:
+            if meshes.get(_FIRST, axes) != axes:
+                raise ConfigError(f"mesh is {self.mesh}, but the module has @{_FIRST} = {axes_text(meshes[_FIRST])}")
+            if program.is_any and _FIRST not in meshes:
+                with ir.InsertionPoint.at_block_begin(module.body), ir.Location.unknown():
+                    sdy.MeshOp(_FIRST, mesh_attribute(axes))
+            program.adopt(_Axes(axes, meshes, ctx))
+            ctx.fail_if_errors()
+            program.give_arguments()
+        for op in [view.operation for view in module.body.operations if view.operation.name == "sdy.mesh"]:
+            if ir.StringAttr(op.attributes["sym_name"]).value in foreign:
+                op.erase()
+
+
+class _Axes:
+    """Translates shardings to the axes of the stages."""
+
+    def __init__(self, axes: Axes, meshes: dict[str, Axes], ctx: PassContext) -> None:
+        self._axes, self._meshes, self._ctx = dict(axes), meshes, ctx
+        self._text, self._refused = axes_text(axes), set[Axes]()
+
+    def adopted(self, sharding: ir.Attribute, where: Locatable, what: str) -> ir.Attribute | None:
+        """The same layout over ``@stage0``; None where it means nothing, and where there was an error.
+
+        Args:
+            sharding: ``#sdy.sharding``.
+            where: who asked for it.
+            what: is asked for, for errors.
+        """
+        tensor = sdy.TensorShardingAttr(sharding)
+        reference = tensor.mesh_or_ref
+        if not isinstance(reference, ir.FlatSymbolRefAttr):
+            self._ctx.error(where, f"{what} has a mesh of its own: {sharding}", fix="name an sdy.mesh of the module")
+            return None
+        mesh = self._meshes[reference.value]
+        if reason := self._difference(mesh):
+            if mesh in self._refused:  # once for each
+                return None
+            self._refused.add(mesh)
+            self._ctx.error(
+                where,
+                f"{what} is over a mesh {axes_text(mesh)}, but each stage has the mesh {self._text}",
+                why=reason,
+                fix="call and size the axes of both alike (parallelize's mesh may have more), or take the layout out",
+            )
+            return None
+        if num_devices(mesh) == 1:
+            return None
+        if tensor.replicated_axes or tensor.unreduced_axes:
+            self._ctx.error(
+                where, f"{what} has replicated or unreduced axes: {sharding}", fix="say with dims only what is cut"
+            )
+            return None
+        dims = [sdy.DimensionShardingAttr(dim) for dim in tensor.dimension_shardings]
+        if any(sdy.AxisRefAttr(axis).sub_axis_info is not None for dim in dims for axis in dim.axes):
+            self._ctx.error(where, f"{what} is over a part of an axis: {sharding}", fix="make that an axis of the mesh")
+            return None
+        return sdy.TensorShardingAttr.get(_FIRST, [self._dim(dim) for dim in dims])
+
+    def _difference(self, mesh: Axes) -> str:
+        for name, size in mesh:
+            own = self._axes.get(name)
+            if own is None and size > 1:
+                return f"no axis of a stage's mesh is called {name}"
+            if own is not None and own != size:
+                return f"axis {name} has size {size} there, and {own} in a stage's mesh"
+        return ""
+
+    def _dim(self, dim: sdy.DimensionShardingAttr) -> ir.Attribute:
+        names = [sdy.AxisRefAttr(axis).name for axis in dim.axes]
+        kept = [sdy.AxisRefAttr.get(name) for name in names if self._axes.get(name, 1) > 1]
+        return sdy.DimensionShardingAttr.get(kept, is_closed=dim.is_closed)
+
+
+class _Program:
+    """``@main`` and what its user asked for."""
+
+    def __init__(self, main: ir.Operation, ctx: PassContext) -> None:
+        self._main, self._ctx = main, ctx
+        ops = nested_operations(main)
+        self._constraints = [op for op in ops if op.name == CONSTRAINT]
+        self._strange = [
+            op for op in ops if op.name == "sdy.manual_computation" or custom_call_target(op) == "Sharding"
+        ]
+        self._arguments = _entries(main, "arg_attrs", len(body(main).arguments))
+        self._results = _entries(main, "res_attrs", len(terminator(main).operands))
+
+    @property
+    def is_any(self) -> bool:
+        """Whether anything was asked for."""
+        given = any(SHARDING in entry for entry in (*self._arguments, *self._results))
+        return given or bool(self._constraints or self._strange)
+
+    def drop(self) -> None:
+        """Forget all layouts."""
+        self._refuse("sdy.manual_computation")
+        count = len(self._constraints) + sum(SHARDING in entry for entry in self._arguments)
+        if count:
+            where = self._constraints[0] if self._constraints else self._main
+            self._ctx.remark(
+                where, f"{count} sharding constraint{'s' * (count > 1)} dropped: each stage has one device"
+            )
+        for op in self._constraints:
+            self._erase(op)
+        for entry in (*self._arguments, *self._results):
+            entry.pop(SHARDING, None)
+        self._write()
+
+    def adopt(self, axes: _Axes) -> None:
+        """Put every layout onto ``@stage0``; constraints that say nothing are dropped."""
+        self._refuse("sdy.manual_computation", "stablehlo.custom_call")
+        for number, entry in enumerate(self._results):
+            if SHARDING in entry:  # of the value that is returned
+                end = terminator(self._main)
+                value = end.operands[number]
+                with ir.InsertionPoint(end):
+                    made = ir.Operation.create(
+                        CONSTRAINT, [value.type], [value], {"sharding": entry.pop(SHARDING)}, loc=value.location
+                    )
+                set_operand(end, number, made.results[0])
+                self._constraints.append(made)
+        for value, entry in zip(body(self._main).arguments, self._arguments, strict=True):
+            if SHARDING in entry:
+                found = axes.adopted(entry.pop(SHARDING), value, "the sharding of an argument")
+                if found is not None:
+                    entry[SHARDING] = found
+        kept = list[ir.Operation]()
+        for op in self._constraints:
+            found = axes.adopted(op.attributes["sharding"], op, "a sharding constraint")
+            if found is None or not _is_said(found):
+                self._erase(op)
+            else:
+                op.attributes["sharding"] = found
+                kept.append(op)
+        self._constraints = kept
+
+    def give_arguments(self) -> None:
+        """Give arguments the layouts of their constraints; drop constraints that say nothing new."""
+        for value, entry in zip(body(self._main).arguments, self._arguments, strict=True):
+            readers = [use.owner.operation for use in value.uses]
+            if SHARDING not in entry and readers and all(self._is_closed(op) for op in readers):
+                asked = list({op.attributes["sharding"] for op in readers})
+                if len(asked) == 1:
+                    entry[SHARDING] = asked[0]
+        end = terminator(self._main)
+        for position, updated in enumerate(result_updates(self._main)):
+            owner = end.operands[position].owner
+            if updated is not None and SHARDING not in self._arguments[updated] and self._is_closed(owner):
+                self._arguments[updated][SHARDING] = owner.operation.attributes["sharding"]
+        kept = list[ir.Operation]()
+        for op in self._constraints:
+            known = self._known(op.operands[0])
+            if known is not None and op.attributes["sharding"] == known:
+                self._erase(op)
+            else:
+                kept.append(op)
+        self._ctx.count("constraints", len(kept))
+        self._ctx.count("arguments", sum(SHARDING in entry for entry in self._arguments))
+        self._write()
+
+    def _is_closed(self, op: object) -> bool:
+        """Whether an op is a constraint at the top of the step that leaves nothing open."""
+        if isinstance(op, ir.Block):
+            return False
+        assert isinstance(op, (ir.Operation, ir.OpView))
+        operation = op.operation
+        if operation.name != CONSTRAINT or operation.parent != self._main:
+            return False
+        dims = sdy.TensorShardingAttr(operation.attributes["sharding"]).dimension_shardings
+        return all(sdy.DimensionShardingAttr(dim).is_closed for dim in dims)
+
+    def _known(self, value: ir.Value) -> ir.Attribute | None:
+        """The layout that a value is known to have: of an argument, or of what a constraint makes."""
+        owner = value.owner
+        if isinstance(owner, ir.Block):
+            number = ir.BlockArgument(value).arg_number
+            return self._arguments[number].get(SHARDING) if owner == body(self._main) else None
+        return owner.operation.attributes["sharding"] if owner.operation.name == CONSTRAINT else None
+
+    def _refuse(self, *names: str) -> None:
+        for op in self._strange:
+            if op.name not in names:
+                continue
+            if op.name == "sdy.manual_computation":
+                self._ctx.error(
+                    op,
+                    "shard_map is not there yet",
+                    why="its body is written for the pieces of one mesh",
+                    fix="write it for whole arrays, and constrain their layouts with with_sharding_constraint",
+                )
+            else:
+                self._ctx.error(
+                    op,
+                    "a sharding constraint is not written in Shardy's dialect",
+                    fix="switch jax_use_shardy_partitioner on",
+                )
+        self._ctx.fail_if_errors()
+
+    def _erase(self, op: ir.Operation) -> None:
+        op.results[0].replace_all_uses_with(op.operands[0])
+        op.erase()
+        self._ctx.count("dropped")
+
+    def _write(self) -> None:
+        for name, entries in (("arg_attrs", self._arguments), ("res_attrs", self._results)):
+            if any(entries) or name in self._main.attributes:
+                self._main.attributes[name] = ir.ArrayAttr.get([ir.DictAttr.get(entry) for entry in entries])
+
+
+def _is_said(sharding: ir.Attribute) -> bool:
+    """Whether a layout says anything: not if all dims are open, without an axis."""
+    dims: Sequence[ir.Attribute] = sdy.TensorShardingAttr(sharding).dimension_shardings
+    found = [sdy.DimensionShardingAttr(dim) for dim in dims]
+    return not found or any(dim.is_closed or len(dim.axes) for dim in found)
+
+
+def _entries(main: ir.Operation, name: str, count: int) -> list[dict[str, ir.Attribute]]:
+    if name not in main.attributes:
+        return [{} for _ in range(count)]
+    return [{item.name: item.attr for item in ir.DictAttr(entry)} for entry in ir.ArrayAttr(main.attributes[name])]
