@@ -21,6 +21,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import sdy
 
 from bactrian.driver.extract import numpy_dtype
+from bactrian.driver.loops import carry_captured
 from bactrian.passes.frame.location import name_stack
 from bactrian.passes.mesh_tensors import (
     SHARDING,
@@ -31,7 +32,7 @@ from bactrian.passes.mesh_tensors import (
     num_devices,
     value_shardings,
 )
-from bactrian.passes.program import body, main_function, nested_operands, nested_operations
+from bactrian.passes.program import main_function, nested_operations
 from bactrian.runtime.transport import device_array as plain_device_array
 
 Device = Any  # jax.Device, which its own stubs declare as a variable
@@ -103,28 +104,25 @@ def constrain(main: ir.Operation) -> None:
     ``sdy.reshard`` becomes ``sdy.sharding_constraint``. Shardy reads a constraint as the wish of all: it gives its
     layout to the op that makes its operand, whatever that has, and lets every later reader of the operand read what the
     constraint makes. So a value that goes on to another layout is constrained to its own one first, where it is made, and
-    everything reads that: of a value with several readers Shardy leaves each with what it reads. A ``while`` whose
-    regions capture values keeps no sharding: XLA makes the captured values operands, and then misses their shardings in
-    the list.
+    everything reads that: of a value with several readers Shardy leaves each with what it reads. Loops carry what they
+    read from outside: XLA makes operands of it, and then misses their shardings in the list.
     """
-    operations = [view.operation for view in body(main).operations]
+    operations = nested_operations(main)
     moves = [op for op in operations if op.name == "sdy.reshard"]
     sources = list(dict.fromkeys(move.operands[0] for move in moves if not _is_move(move.operands[0].owner)))
     for source, sharding in zip(sources, value_shardings(main, sources), strict=True):
         if sharding is not None:
             owner = source.owner
             maker = None if isinstance(owner, ir.Block) else owner.operation
-            with ir.InsertionPoint.at_block_begin(body(main)) if maker is None else ir.InsertionPoint.after(maker):
+            with ir.InsertionPoint.at_block_begin(owner) if maker is None else ir.InsertionPoint.after(maker):
                 own = _constraint(source, sharding, maker or main)
             source.replace_all_uses_except(own, ir.OpResult(own).owner.operation)
-    for op in operations:
-        if op.name == "stablehlo.while" and "sdy.sharding" in op.attributes and any(nested_operands(op)):
-            del op.attributes["sdy.sharding"]
     for move in moves:
         with ir.InsertionPoint(move):
             made = _constraint(move.operands[0], move.attributes["sharding"], move)
         move.results[0].replace_all_uses_with(made)
         move.erase()
+    carry_captured(main)
 
 
 def _is_move(owner: ir.Block | ir.Operation) -> bool:

@@ -83,22 +83,29 @@ def whole_sharding(mesh_name: str, rank: int) -> ir.Attribute:
 
 
 def value_shardings(main: ir.Operation, values: Iterable[ir.Value]) -> list[ir.Attribute | None]:
-    """The chosen sharding of each value of ``@main``; None where nothing was chosen."""
+    """The chosen sharding of each value of ``@main``, or of the body of a loop; None where nothing was chosen."""
     present = "arg_attrs" in main.attributes
     arguments = [ir.DictAttr(entry) for entry in ir.ArrayAttr(main.attributes["arg_attrs"])] if present else []
     found = list[ir.Attribute | None]()
     for value in values:
         if isinstance(value.owner, ir.Block):
             number = ir.BlockArgument(value).arg_number
+            around = value.owner.owner.operation
+            if around != main:  # what a loop carries has one layout
+                found.append(_of_result(around, number))
+                continue
             own = number < len(arguments) and SHARDING in arguments[number]
             found.append(arguments[number][SHARDING] if own else None)
             continue
         op = value.owner.operation
         if op.name in ("sdy.reshard", "sdy.sharding_constraint"):
             found.append(op.attributes["sharding"])
-        elif SHARDING in op.attributes:
-            shardings = list(sdy.TensorShardingPerValueAttr(op.attributes[SHARDING]).shardings)
-            found.append(shardings[ir.OpResult(value).result_number])
         else:
-            found.append(None)
+            found.append(_of_result(op, ir.OpResult(value).result_number))
     return found
+
+
+def _of_result(op: ir.Operation, number: int) -> ir.Attribute | None:
+    if SHARDING not in op.attributes:
+        return None
+    return list(sdy.TensorShardingPerValueAttr(op.attributes[SHARDING]).shardings)[number]

@@ -14,6 +14,7 @@ from bactrian.passes.cluster import CPU_HOST, Cluster
 from bactrian.passes.frame.context import make_context
 from bactrian.passes.frame.pipeline import run_pipeline
 from bactrian.passes.program import BOUNDARY, body, custom_call_target, main_function
+from bactrian.passes.sharding.loops import capture_unchanged
 from bactrian.passes.sharding.model import ShardingModel
 from bactrian.passes.sharding.reading import Reading, read_program
 from bactrian.passes.sharding.writing import Writer
@@ -46,6 +47,7 @@ def read(module: ir.Module, axes: Axes, cluster: Cluster = CPU_HOST) -> tuple[Re
     """What the model sees of a module."""
     mesh = cluster.mesh(axes)
     with module.context:
+        capture_unchanged(main_function(module))
         reading = read_program(main_function(module), mesh, cluster, 1, lambda op, text: None)
     return reading, ShardingModel(reading.work, mesh)
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import sharded
 from jax import lax
+from looped import LOOPS
 
 MESHES = ((("x", 8),), (("x", 2), ("y", 4)), (("x", 2), ("y", 2), ("z", 2)))
 
@@ -85,14 +86,19 @@ OPS: tuple[Callable[..., jax.Array], ...] = (
     _dot, _dot, _fold, _flags, _best, _elementwise, _elementwise, _transposed, _reshaped, _broadcast, _sliced, _looked_up,
     _added_at, _sorted, _cumulated, _looped,
 )  # fmt: skip
+WITH_LOOPS = LOOPS * 3 + (_dot, _fold, _elementwise, _transposed, _reshaped, _broadcast)
 
 
-def program(seed: int) -> tuple[Callable[..., Any], list[np.ndarray[Any, Any]]]:
-    """A function of two to three arrays with up to eight ops, and its arguments."""
+def program(
+    seed: int, ops: tuple[Callable[..., jax.Array], ...] = OPS, most: int = 8
+) -> tuple[Callable[..., Any], list[np.ndarray[Any, Any]]]:
+    """A function of two to three arrays with at least two, at most ``most`` of these ops, and its arguments."""
     random = np.random.default_rng(seed)
     shapes = [tuple(int(n) for n in random.choice([8, 16], size=random.integers(2, 4))) for _ in range(3)]
     arguments = [random.uniform(-1, 1, shape).astype(np.float32) for shape in shapes]
-    picks = [(OPS[random.integers(len(OPS))], int(random.integers(1 << 30))) for _ in range(random.integers(2, 9))]
+    picks = [
+        (ops[random.integers(len(ops))], int(random.integers(1 << 30))) for _ in range(random.integers(2, most + 1))
+    ]
 
     def function(*leaves: jax.Array) -> Any:
         values = list(leaves)
@@ -125,9 +131,21 @@ def test_random_layouts_of_many_programs_change_nothing(block: int) -> None:
         check_numbers(seed)
 
 
-def check_numbers(seed: int) -> None:
+@pytest.mark.parametrize("seed", range(10))
+def test_random_layouts_in_loops_change_nothing(seed: int) -> None:
+    check_numbers(seed, WITH_LOOPS, 2)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("block", range(20))
+def test_random_layouts_in_many_loops_change_nothing(block: int) -> None:
+    for seed in range(25 * block, 25 * (block + 1)):
+        check_numbers(seed, WITH_LOOPS, 2)
+
+
+def check_numbers(seed: int, ops: tuple[Callable[..., jax.Array], ...] = OPS, most: int = 8) -> None:
     """One program, one choice of layouts."""
-    function, arguments = program(seed)
+    function, arguments = program(seed, ops, most)
     axes = MESHES[seed % len(MESHES)]
     module = sharded.lowered(function, arguments, axes)
     reading, model = sharded.read(module, axes)

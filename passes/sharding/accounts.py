@@ -89,7 +89,7 @@ def sent(
         source = home.get(value)
         if source is None:
             return
-        weight = 1.0 if phase in (UPDATE, None) else num_microbatches
+        weight = flow.value_turns[number] * (1.0 if phase in (UPDATE, None) else num_microbatches)
         for move in model.tables[value].way(source, layout):
             if (number, phase, move.target) not in copied:
                 copied.add((number, phase, move.target))
@@ -103,6 +103,10 @@ def sent(
         for reduction in strategy.reductions:
             count(reduction.kind, reduction.nbytes, part.operation.weight)
         home.update(zip(part.operation.results, strategy.results, strict=True))
+    for loop in flow.loops:
+        for number, result in zip(loop.returned, loop.results, strict=True):
+            if reading.value_of[result] in home:
+                read(number, home[reading.value_of[result]], flow.phases[loop.end])
     made = {value for part in reading.parts for value in part.operation.results}
     for number, updated in zip(flow.operands[-1], updates, strict=True):
         own = reading.value_of[number] in made or reading.value_of[number] in first

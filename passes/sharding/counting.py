@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from jaxlib.mlir import ir
@@ -13,6 +14,7 @@ from bactrian.passes.costs import tensor_size
 from bactrian.passes.errors import PassError
 from bactrian.passes.frame.context import make_context
 from bactrian.passes.program import body, main_function
+from bactrian.passes.sharding.loops import WHILE, turns_of
 
 _EXPLICIT = (
     "builtin.module(func.func(sdy-insert-explicit-reshards{enable-full-version=true},sdy-reshard-to-collectives),"
@@ -31,7 +33,7 @@ class Collective:
     Attributes:
         kind: Shardy's name of it.
         group: devices that take part together.
-        nbytes: what each of them sends; 0 for a slice.
+        nbytes: what each of them sends, in all turns of the loops that it is in; 0 for a slice.
         where: location of the op.
         element_bytes: of one element of the tensor.
         twin: equal for two collectives that bring equal values to equal layouts.
@@ -46,7 +48,7 @@ class Collective:
 
 
 def count_collectives(module: ir.Module) -> list[Collective]:
-    """The collectives of ``@main``, in order, of a copy of the module that Shardy has made them explicit in.
+    """The collectives of ``@main`` and of its loops, in order, of a copy of the module that Shardy has made them explicit in.
 
     Raises:
         PassError: Shardy can't.
@@ -61,20 +63,28 @@ def count_collectives(module: ir.Module) -> list[Collective]:
         sizes = _axis_sizes(copy)
         numbers = _value_numbers(main_function(copy))
         found = list[Collective]()
-        for view in body(main_function(copy)).operations:
-            op = view.operation
+        for op, turns in _with_turns(body(main_function(copy)), 1):
             kind = op.name.removeprefix("sdy.")
             if kind in _KINDS:
-                found.append(_collective(op, kind, sizes, numbers[op.results[0]]))
+                found.append(_collective(op, kind, sizes, numbers[op.results[0]], turns))
         return found
 
 
+def _with_turns(block: ir.Block, turns: int) -> Iterator[tuple[ir.Operation, int]]:
+    """The ops of a block and of the loops in it, and how often each runs."""
+    for view in block.operations:
+        op = view.operation
+        yield op, turns
+        if op.name == WHILE:
+            for region in op.regions:
+                yield from _with_turns(region.blocks[0], turns * turns_of(op))
+
+
 def _value_numbers(main: ir.Operation) -> dict[ir.Value, int]:
-    """A number for every value at the top of a function, the same for values that are computed alike."""
+    """A number for every value of a function and of its loops, the same for values that are computed alike."""
     numbers: dict[ir.Value, int] = {argument: number for number, argument in enumerate(body(main).arguments)}
     known = dict[tuple[object, ...], int]()
-    for view in body(main).operations:
-        op = view.operation
+    for op, _ in _with_turns(body(main), 1):
         unlike = len(numbers) if len(op.regions) else None  # regions may read anything: no two are taken for equal
         attributes = str(
             {name: str(op.attributes[name]) for name in sorted(op.attributes.keys()) if name not in _PLACE}
@@ -82,6 +92,10 @@ def _value_numbers(main: ir.Operation) -> dict[ir.Value, int]:
         key = op.name, attributes, tuple(numbers[value] for value in op.operands), unlike
         for position, result in enumerate(op.results):
             numbers[result] = known.setdefault((*key, position, str(result.type)), len(numbers))
+        if op.name == WHILE:
+            for region in op.regions:
+                for argument in region.blocks[0].arguments:
+                    numbers[argument] = len(numbers)
     return numbers
 
 
@@ -94,7 +108,7 @@ def _axis_sizes(module: ir.Module) -> dict[str, int]:
     return sizes
 
 
-def _collective(op: ir.Operation, kind: str, sizes: dict[str, int], number: int) -> Collective:
+def _collective(op: ir.Operation, kind: str, sizes: dict[str, int], number: int, turns: int) -> Collective:
     after = _parts(op.attributes["out_sharding"], sizes)
     size = tensor_size(op.results[0].type)
     whole = size.bytes
@@ -118,7 +132,7 @@ def _collective(op: ir.Operation, kind: str, sizes: dict[str, int], number: int)
         group, nbytes = math.prod(sizes.values()), held
     else:
         group, nbytes = after // before, 0.0
-    return Collective(kind, group, nbytes, str(op.location), size.bytes // max(1, size.elements), number)
+    return Collective(kind, group, turns * nbytes, str(op.location), size.bytes // max(1, size.elements), number)
 
 
 def _parts(sharding: ir.Attribute | None, sizes: dict[str, int]) -> int:
@@ -138,6 +152,8 @@ def _sharding_of(value: ir.Value) -> ir.Attribute | None:
     if isinstance(owner, ir.Block):
         argument = ir.BlockArgument(value)
         attributes = owner.owner.operation.attributes
+        if owner.owner.operation.name == WHILE:
+            return _of_result(attributes, argument.arg_number)
         entry = ir.DictAttr(ir.ArrayAttr(attributes["arg_attrs"])[argument.arg_number])
         if "sdy.sharding" in entry:
             return entry["sdy.sharding"]
@@ -146,7 +162,10 @@ def _sharding_of(value: ir.Value) -> ir.Attribute | None:
     for name in ("out_sharding", "sharding"):
         if name in op.attributes:
             return op.attributes[name]
-    if "sdy.sharding" not in op.attributes:
+    return _of_result(op.attributes, ir.OpResult(value).result_number)
+
+
+def _of_result(attributes: ir.OpAttributeMap, number: int) -> ir.Attribute | None:
+    if "sdy.sharding" not in attributes:
         return None
-    shardings = sdy.TensorShardingPerValueAttr(op.attributes["sdy.sharding"]).shardings
-    return list(shardings)[ir.OpResult(value).result_number]
+    return list(sdy.TensorShardingPerValueAttr(attributes["sdy.sharding"]).shardings)[number]

@@ -44,6 +44,8 @@ class Operation:
         lasts: whether its results are there during the whole step, as sums over microbatches are.
         copies: how many of its results are there at once: one for each microbatch in flight.
         defers: whether it can leave parts of a sum, or hand them on.
+        moves: for each operand, how often in a step it is brought to the layout that the op needs; as often as the op
+            runs by default. What a loop reads from outside is brought there once.
     """
 
     operands: tuple[int, ...]
@@ -57,6 +59,11 @@ class Operation:
     lasts: bool = False
     copies: int = 1
     defers: Defers = Defers.NOT
+    moves: tuple[float, ...] | None = None
+
+    def moved(self, position: int) -> float:
+        """How often in a step the operand at a position is moved."""
+        return self.weight if self.moves is None else self.moves[position]
 
 
 @dataclass(frozen=True)
@@ -74,6 +81,10 @@ class Work:
         kept: values that must be there when the program ends; they may have any layout.
         wanted: values (no arguments) and the layouts that they are left in by their ops, where these can.
         batch_copies: how many microbatches of an input that comes anew with each are there at once.
+        carried: triples (value, other, weight): a loop's body makes the value for the next turn, where it is ``other``, in
+            its layout; how often in a step it is moved there.
+        lasting: values, and the ops that they must be there for though these do not read them.
+        in_place: values that take the place of others: the next ones of what loops carry.
     """
 
     values: tuple[Tensor, ...]
@@ -85,6 +96,9 @@ class Work:
     kept: tuple[int, ...] = ()
     wanted: tuple[tuple[int, Layout], ...] = ()
     batch_copies: int = 1
+    carried: tuple[tuple[int, int, float], ...] = ()
+    lasting: tuple[tuple[int, int], ...] = ()
+    in_place: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -166,7 +180,7 @@ class ShardingModel:
         work = self.work
         end = len(work.operations) + 1
         last = self._last_reads(end)
-        own, loads = {value for value, _ in work.updates}, dict(work.loads)
+        own, loads = {value for value, _ in work.updates}.union(work.in_place), dict(work.loads)
         costs, usages, intervals = list[_Matrix](), list[_Matrix](), list[tuple[int, int]]()
         layouts_of: dict[int, tuple[int, _Matrix]] = {}  # value -> node, number of its layout by strategy
         for number, layouts in zip(work.inputs, self.argument_layouts, strict=True):
@@ -178,11 +192,10 @@ class ShardingModel:
             intervals.append((0, end))
         edges, matrices = list[tuple[int, int]](), list[_Matrix]()
 
-        def connect(value: int, node: int, layouts: Sequence[Layout], weight: float) -> None:
+        def connect(value: int, node: int, needed: _Matrix, weight: float) -> None:
             if value not in layouts_of or not (work.values[value].shape or work.values[value].partial):
                 return
             source, index = layouts_of[value]
-            needed = np.array([self.tables[value].number[layout] for layout in layouts])
             block = self._block(value, index, needed)
             if source == node:
                 costs[node] = costs[node] + weight * np.diagonal(block)
@@ -205,10 +218,14 @@ class ShardingModel:
             until = max((last[value] for value in op.results), default=at) + 1
             intervals.append((0, end) if op.lasts else (at, until))
             for position, value in enumerate(op.operands):
-                connect(value, node, [s.operands[position] for s in choices], op.weight)
-        layouts_of_input = dict(zip(work.inputs, self.argument_layouts, strict=True))
-        for value, number in work.updates:
-            connect(value, layouts_of[number][0], layouts_of_input[number], 1.0)
+                if value not in layouts_of:
+                    continue  # of constants any layout is there, also those that their tables don't have
+                table = self.tables[value]
+                needed = np.array([table.number[s.operands[position]] for s in choices])
+                connect(value, node, needed, op.moved(position))
+        for value, number, weight in (*((value, number, 1.0) for value, number in work.updates), *work.carried):
+            node, index = layouts_of[number]
+            connect(value, node, index, weight)
         return CostNetwork(tuple(costs), tuple(usages), tuple(intervals), tuple(edges), tuple(matrices), self.memory)
 
     def shardings(self, choice: Sequence[int]) -> Shardings:
@@ -224,6 +241,8 @@ class ShardingModel:
         for at, op in enumerate(self.work.operations):
             for value in (*op.operands, *op.results):
                 last[value] = at
+        for value, at in self.work.lasting:
+            last[value] = max(last[value], at)
         for value in self.work.kept:
             last[value] = end - 1
         for op in reversed(self.work.operations):
@@ -249,14 +268,19 @@ def seconds_of(model: ShardingModel, shardings: Shardings) -> float:
         if strategy is None:
             continue
         total += op.weight * (op.seconds / strategy.parts + strategy.reduction_seconds)
-        for value, needed in zip(op.operands, strategy.operands, strict=True):
+        for position, (value, needed) in enumerate(zip(op.operands, strategy.operands, strict=True)):
             if value in layouts:
-                total += op.weight * sum(move.seconds for move in model.tables[value].way(layouts[value], needed))
+                way = model.tables[value].way(layouts[value], needed)
+                total += op.moved(position) * sum(move.seconds for move in way)
         layouts.update(zip(op.results, strategy.results, strict=True))
     for value, number in work.updates:
         if value in layouts:
             way = model.tables[value].way(layouts[value], shardings.arguments[number])
             total += sum(move.seconds for move in way)
+    for value, number, weight in work.carried:
+        if value in layouts:
+            way = model.tables[value].way(layouts[value], layouts[number])
+            total += weight * sum(move.seconds for move in way)
     return total
 
 

@@ -148,6 +148,9 @@ class _Groups:
                 self._join(first, value, dims)
             for value, dims in zip(operation.results, part.rule.results, strict=True):
                 self._join(first, value, dims)
+        for value, other, _ in reading.work.carried:
+            for dim in range(len(reading.work.values[value].shape)):
+                self._join({dim: self.of(other, dim)}, value, ((),) * dim + ((dim,),))
 
     def of(self, value: int, dim: int) -> _Dim:
         """The group of a dim."""

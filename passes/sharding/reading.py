@@ -10,7 +10,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import sdy
 
 from bactrian.passes.cluster import Cluster
-from bactrian.passes.costs import HEAVY, CostModel
+from bactrian.passes.costs import HEAVY, CostModel, trip_count
 from bactrian.passes.counters import COUNTER
 from bactrian.passes.errors import PassError
 from bactrian.passes.program import (
@@ -19,17 +19,16 @@ from bactrian.passes.program import (
     FORWARD,
     MICROBATCH_INDEX,
     UPDATE,
-    Dataflow,
     argument_homes,
     custom_call_target,
     nested_operations,
-    phase_of,
     result_updates,
     value_shape,
 )
 from bactrian.passes.sharding.asked import constrained_values, fixed_arguments, given_layouts, refuse_result_shardings
 from bactrian.passes.sharding.deferring import deferred_sums
 from bactrian.passes.sharding.layouts import replicated
+from bactrian.passes.sharding.loops import CARRY, CONDITION, END, INSIDE, OP, LoopFlow
 from bactrian.passes.sharding.mesh import Mesh
 from bactrian.passes.sharding.model import Operation, Tensor, Work
 from bactrian.passes.sharding.rules import Dims, Rule, elementwise, whole
@@ -94,13 +93,14 @@ class Reading:
 
     Attributes:
         work: what the model sees.
-        flow: the data flow of ``@main``.
+        flow: the data flow of ``@main`` and of its loops.
         parts: of each op of ``work``.
-        value_of: of each value of ``flow`` the one of ``work``: what a barrier or the boundary hands on is one value.
+        value_of: of each value of ``flow`` the one of ``work``: what a barrier or the boundary hands on is one value, and
+            so is what a loop carries, in its body and after it.
     """
 
     work: Work
-    flow: Dataflow
+    flow: LoopFlow
     parts: tuple[Part, ...]
     value_of: tuple[int, ...]
 
@@ -129,22 +129,36 @@ def read_program(
         PassError: no op has a rule; a sharding that is given names other axes.
         ProgramError: a sharding that is given does not cut evenly.
     """
-    flow = Dataflow.of(main)
-    ruled = [op for op in flow.ops if op.name.startswith("stablehlo.") and op.name not in _WITHOUT_RULE]
+    flow = LoopFlow.of(main)
+    ops = [op for op, kind in zip(flow.ops, flow.kinds, strict=True) if kind == OP]
+    ruled = [op for op in ops if op.name.startswith("stablehlo.") and op.name not in _WITHOUT_RULE]
     if ruled and not any(RULE in op.attributes for op in ruled):
         raise PassError(
             "no op of @main has an sdy.sharding_rule", fix="run func.func(sdy-populate-op-sharding-rules) first"
         )
     refuse_result_shardings(main)
     reader = _Reader(flow, mesh, cluster, num_microbatches, remark, in_flight)
-    own = [index for index, op in enumerate(flow.ops[:-1]) if not _hands_on(op) and stage in (None, flow.stages[index])]
+    own = [
+        index
+        for index in range(len(flow.ops) - 1)
+        if flow.kinds[index] != END and not _hands_on(flow, index) and stage in (None, flow.stages[index])
+    ]
+    for loop in flow.loops:
+        if stage in (None, flow.stages[loop.first]) and trip_count(loop.op) is None:
+            remark(loop.op, "how often this loop runs is not known: its body counts as if it ran once")
     parts = [reader.part(index) for index in own]
     value_of = reader.value_of
     inputs = list(range(flow.num_arguments))
     made = {value for index in own for value in flow.results[index]}
     partial = {value for index in reader.defers for value in flow.results[index]}
+    carried = [
+        (value_of[value], value_of[result], reader.weight(loop.end) * flow.value_turns[value])
+        for loop in flow.loops
+        if stage in (None, flow.stages[loop.end])
+        for value, result in zip(loop.returned, loop.results, strict=True)
+    ]
     if stage is not None:
-        read = {value for part in parts for value in part.operation.operands}
+        read = {value for part in parts for value in part.operation.operands} | {value for value, _, _ in carried}
         homes = argument_homes(main)
         inputs = [number for number in inputs if number in read or stage in homes.get(number, ())]
         inputs += sorted(value for value in read - made if value >= flow.num_arguments)
@@ -174,6 +188,7 @@ def read_program(
     fixed = dict(fixed_arguments(main, flow, mesh) + constrained_values(main, flow, mesh)) | {
         argument: replicated(len(value_shape(flow.values[argument]))) for argument in counted.values()
     }
+    position = {part.index: at for at, part in enumerate(parts)}
     work = Work(
         values=tuple(
             Tensor(value_shape(value), size, number in partial)
@@ -187,16 +202,36 @@ def read_program(
         kept=tuple(value for value in dict.fromkeys(kept) if value in made or value in inputs),
         wanted=tuple((value, replicated(len(value_shape(flow.values[value])))) for value in counted),
         batch_copies=in_flight,
+        carried=tuple(dict.fromkeys(tie for tie in carried if tie[0] != tie[1])),
+        lasting=tuple(_lasting(flow, value_of, position)),
+        in_place=tuple(_in_place(flow, value_of)),
     )
     return Reading(work, flow, tuple(parts), tuple(value_of))
 
 
-def _times(flow: Dataflow, value: int, num_microbatches: int) -> int:
+def _lasting(flow: LoopFlow, value_of: list[int], position: dict[int, int]) -> Iterator[tuple[int, int]]:
+    """Values that are there until the ends of loops, and the last ops of these."""
+    for value, end in flow.lasting():
+        last = next((position[index] for index in range(end, -1, -1) if index in position), None)
+        if last is not None:
+            yield value_of[value], last
+
+
+def _in_place(flow: LoopFlow, value_of: list[int]) -> Iterator[int]:
+    """What the bodies of loops make for the next turn."""
+    for loop in flow.loops:
+        for value in loop.returned:
+            if flow.producer[value_of[value]] > loop.first + len(loop.results):
+                yield value_of[value]
+
+
+def _times(flow: LoopFlow, value: int, num_microbatches: int) -> int:
     """How often in a step a value is made."""
-    return 1 if flow.phases[flow.producer[value]] == UPDATE else num_microbatches
+    index = flow.producer[value]
+    return flow.turns[index] * (1 if flow.phases[index] == UPDATE else num_microbatches)
 
 
-def _counted(flow: Dataflow, own: list[int], updates: list[int | None]) -> Iterator[tuple[int, int]]:
+def _counted(flow: LoopFlow, own: list[int], updates: list[int | None]) -> Iterator[tuple[int, int]]:
     """Counters that a stage brings up to date for itself: their next value, and the argument that it is one of."""
     for index in own:
         op = flow.ops[index]
@@ -212,7 +247,7 @@ class _Reader:
 
     def __init__(
         self,
-        flow: Dataflow,
+        flow: LoopFlow,
         mesh: Mesh,
         cluster: Cluster,
         num_microbatches: int,
@@ -225,12 +260,12 @@ class _Reader:
         self._free = [False] * len(flow.values)
         self._kept = [True] * len(flow.values)  # takes memory: all but what is made here, and fused
         self.value_of = list(range(len(flow.values)))
-        for index, op in enumerate(flow.ops):
-            if _hands_on(op):
+        for index in range(len(flow.ops)):
+            if _hands_on(flow, index):
                 for value, operand in zip(flow.results[index], flow.operands[index], strict=True):
                     self.value_of[value] = self.value_of[operand]
         self._from_memory = _read_from_memory(flow, self.value_of)
-        self.defers = deferred_sums(flow, self.value_of, [_hands_on(op) for op in flow.ops])
+        self.defers = deferred_sums(flow, self.value_of, [_hands_on(flow, index) for index in range(len(flow.ops))])
         self._in_backward = {
             self.value_of[value]
             for reads, phase in zip(flow.operands, flow.phases, strict=True)
@@ -238,8 +273,37 @@ class _Reader:
             for value in reads
         }
 
+    def weight(self, index: int) -> float:
+        """How often in a step an entry runs, but for loops."""
+        return 1.0 if self._flow.phases[index] == UPDATE else float(self._num_microbatches)
+
+    def _copies(self, index: int) -> int:
+        """How many of an entry's results are there at once."""
+        activations = self._flow.phases[index] == FORWARD
+        return self._in_flight if activations and self._in_backward.intersection(self._flow.results[index]) else 1
+
+    def _moves(self, index: int, reads: tuple[int, ...]) -> tuple[float, ...]:
+        return tuple(self.weight(index) * self._flow.value_turns[value] for value in reads)
+
+    def _of_loop(self, index: int) -> Part:
+        """What a loop does with one value that it carries, or its condition with all."""
+        flow, reads = self._flow, tuple(dict.fromkeys(self._flow.operands[index]))
+        shapes = tuple(value_shape(flow.values[value]) for value in reads)
+        rule = elementwise(shapes[0], 1) if flow.kinds[index] == CARRY else whole(shapes, ())
+        operation = Operation(
+            operands=tuple(self.value_of[value] for value in reads),
+            results=tuple(flow.results[index]),
+            rule=rule,
+            weight=self.weight(index) * flow.turns[index],
+            copies=self._copies(index),
+            moves=self._moves(index, reads),
+        )
+        return Part(index, operation, rule, reads)
+
     def part(self, index: int) -> Part:
         """One op."""
+        if self._flow.kinds[index] != OP:
+            return self._of_loop(index)
         op = self._flow.ops[index]
         read = _distinct(self._flow.operands[index], len(op.operands))
         operands = tuple(self.value_of[value] for value in read)
@@ -268,37 +332,47 @@ class _Reader:
             results=results,
             rule=None if is_free else rule,
             seconds=0.0 if is_there else _seconds(op, self._model, self._cluster, keeps, self._from_memory, operands),
-            weight=1.0 if phase_of(op) == UPDATE else float(self._num_microbatches),
+            weight=self.weight(index) * self._flow.turns[index],
             scatters=_scatters(op),
             keeps=keeps,
             given=given,
             lasts="bactrian.accumulate" in op.attributes,
-            copies=self._in_flight
-            if phase_of(op) == FORWARD and any(value in self._in_backward for value in results)
-            else 1,
+            copies=self._copies(index),
             defers=self.defers.get(index, Defers.NOT),
+            moves=self._moves(index, read[: len(rule.operands)]),
         )
         return Part(index, operation, rule, read[: len(rule.operands)])
 
 
-def _read_from_memory(flow: Dataflow, value_of: list[int]) -> list[bool]:
+def _read_from_memory(flow: LoopFlow, value_of: list[int]) -> list[bool]:
     """Which values must exist: an op that is not fused, another phase or the caller reads them."""
     read = [False] * len(flow.values)
     for value in flow.operands[-1]:
         read[value_of[value]] = True
     for index, op in enumerate(flow.ops[:-1]):
-        separate = op.name in _NOT_FUSED
+        separate = op.name in _NOT_FUSED or flow.kinds[index] in (END, CONDITION)
         for value in flow.operands[index]:
             source = value_of[value]
             producer = flow.producer[source]
-            if separate or source != value or producer < 0 or flow.phases[producer] != flow.phases[index]:
+            if separate or source != value or producer < 0 or _apart(flow, producer, index):
                 read[source] = True
     return read
 
 
-def _hands_on(op: ir.Operation) -> bool:
-    """Whether the results of an op are its operands, one by one."""
-    return op.name == "stablehlo.optimization_barrier" or custom_call_target(op) == BOUNDARY
+def _apart(flow: LoopFlow, producer: int, reader: int) -> bool:
+    """Whether two ops are of two phases, or in two loops."""
+    if flow.phases[producer] != flow.phases[reader]:
+        return True
+    inside = flow.tops[reader] is not flow.ops[reader]
+    return inside and flow.ops[producer].block != flow.ops[reader].block
+
+
+def _hands_on(flow: LoopFlow, index: int) -> bool:
+    """Whether the results of an entry are its operands, one by one."""
+    op = flow.ops[index]
+    return (
+        flow.kinds[index] == INSIDE or op.name == "stablehlo.optimization_barrier" or custom_call_target(op) == BOUNDARY
+    )
 
 
 def _distinct(values: tuple[int, ...], num_operands: int) -> tuple[int, ...]:
@@ -343,7 +417,7 @@ def _scatters(op: ir.Operation) -> bool:
     return len(op.results) == 1 and len(names) <= 1 and set(names) <= known
 
 
-def _rule_of(op: ir.Operation, flow: Dataflow, index: int) -> Rule | None:
+def _rule_of(op: ir.Operation, flow: LoopFlow, index: int) -> Rule | None:
     if RULE not in op.attributes:
         return None
     rule = sdy.OpShardingRuleAttr(op.attributes[RULE])

@@ -11,6 +11,7 @@ from bactrian.passes.cluster import Cluster
 from bactrian.passes.errors import ConfigError, PassError
 from bactrian.passes.mesh_tensors import Axes, mesh_axes, num_devices
 from bactrian.passes.program import integer_attribute, main_function, string_attribute
+from bactrian.passes.sharding.loops import capture_unchanged
 from bactrian.passes.sharding.mesh import Mesh
 from bactrian.passes.sharding.reading import Reading, read_program
 
@@ -71,7 +72,7 @@ def stage_meshes(module: ir.Module) -> dict[str, Axes]:
 def read_stages(
     module: ir.Module, meshes: dict[str, Axes], cluster: Cluster, remark: Callable[[ir.Operation, str], None]
 ) -> list[StageProgram]:
-    """The programs of all stages.
+    """The programs of all stages. Loops are made to read from outside what they never change.
 
     Args:
         module: with ``sdy.sharding_rule`` on the ops of ``@main``, and phases.
@@ -84,6 +85,7 @@ def read_stages(
         PassError, ProgramError: as `read_program`.
     """
     main = main_function(module)
+    capture_unchanged(main)
     count = integer_attribute(module.operation, "bactrian.num_microbatches") or 1
     gpipe = string_attribute(module.operation, "bactrian.schedule") == "gpipe"
     stages = len(meshes)

@@ -12,6 +12,7 @@ from jaxlib.mlir import ir
 
 from bactrian.passes.errors import ConfigError
 from bactrian.passes.frame.location import Place, name_stack, user_place
+from bactrian.passes.sharding.loops import INSIDE
 from bactrian.passes.sharding.stages import StageProgram
 
 _MOST_LISTED = 20
@@ -62,7 +63,8 @@ def named_values(stages: Sequence[StageProgram]) -> list[NamedValue]:
     """The values of all stages, in program order; one that several stages hold once for each."""
     flow = stages[0].reading.flow
     readers = flow.users()
-    names = [_name(value, number) for number, value in enumerate(flow.values)]
+    inside = {value for made, kind in zip(flow.results, flow.kinds, strict=True) if kind == INSIDE for value in made}
+    names = ["" if number in inside else _name(value, number) for number, value in enumerate(flow.values)]
     count, labels, seen = Counter(names), list[str](), Counter[str]()
     for name in names:
         seen[name] += 1

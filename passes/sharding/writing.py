@@ -8,13 +8,23 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import sdy
 
 from bactrian.passes.mesh_tensors import SHARDING
-from bactrian.passes.program import UPDATE, nested_operations, phase_of, result_updates, set_operand, terminator
+from bactrian.passes.program import (
+    UPDATE,
+    body,
+    nested_operations,
+    phase_of,
+    result_updates,
+    set_operand,
+    terminator,
+    top_level,
+)
 from bactrian.passes.sharding.asked import CONSTRAINT
 from bactrian.passes.sharding.layouts import Layout, Move, replicated
+from bactrian.passes.sharding.loops import CARRY, CONDITION, INSIDE, Loop, condition_ops
 from bactrian.passes.sharding.mesh import Mesh
 from bactrian.passes.sharding.model import ShardingModel, Shardings
 from bactrian.passes.sharding.parts import PartsOfSums
-from bactrian.passes.sharding.reading import Reading, drop_rules
+from bactrian.passes.sharding.reading import Part, Reading, drop_rules
 from bactrian.passes.sharding.strategies import Strategy, strategies
 
 _PLACE = ("bactrian.phase", "bactrian.stage", "bactrian.layer")
@@ -62,7 +72,7 @@ class Writer:
         self._claimed = set[int]() if claimed is None else claimed
         self.mesh = model.mesh
         self.num_reshards = 0
-        # By kind of collective, bytes that each device sends: when all ops run once, and in a step.
+        # By kind of collective, bytes that each device sends: when @main runs once, and in a step.
         self.sent: dict[str, float] = {}
         self.sent_in_step: dict[str, float] = {}
         self._chosen = self._free_ones_chosen(shardings)
@@ -88,6 +98,12 @@ class Writer:
                     self._hand_on(index, op)
                 continue
             part, strategy = chosen[index]
+            if flow.kinds[index] == CARRY:
+                self._carry(part, strategy)
+                continue
+            if flow.kinds[index] == CONDITION:
+                self._condition(part, strategy)
+                continue
             leaves = _is_sum(strategy, op)
             for position, (number, layout) in enumerate(zip(part.reads, strategy.operands, strict=True)):
                 present = flow.values[number]
@@ -111,7 +127,7 @@ class Writer:
                 self._parts.rewrite(op, strategy)
             self._annotate(op, strategy.partial)
             for reduction in strategy.reductions:
-                self._count(reduction.kind, reduction.nbytes, part.operation.weight)
+                self._count(reduction.kind, reduction.nbytes, flow.turns[index], part.operation.weight)
             for value, made, final in zip(flow.results[index], strategy.partial, strategy.results, strict=True):
                 self._home[value] = final
                 if made != final:  # together with the reduction, a reduce-scatter
@@ -135,7 +151,7 @@ class Writer:
         for index, reads in enumerate(flow.operands):
             if flow.stages[index] == self.stage:
                 for number in reads:
-                    readers.setdefault(value_of[number], flow.ops[index])
+                    readers.setdefault(value_of[number], flow.tops[index])
         for number, layout in self._arguments.items():
             if number not in first and number in readers:
                 with ir.InsertionPoint(readers[number]):
@@ -144,6 +160,12 @@ class Writer:
 
     def _hand_on(self, index: int, op: ir.Operation) -> None:
         flow, value_of, work = self.reading.flow, self.reading.value_of, self.reading.work
+        if flow.kinds[index] == INSIDE:
+            self._unchanged(index, op)
+            return
+        if index in flow.ends:
+            self._end(flow.ends[index], op)
+            return
         layouts = list[Layout]()
         for position, number in enumerate(flow.operands[index]):
             value = value_of[number]
@@ -156,6 +178,44 @@ class Writer:
         if len(layouts) == len(op.results) and (self.stage is None or flow.stages[index] is not None):
             self._annotate(op, layouts)
 
+    def _unchanged(self, index: int, loop: ir.Operation) -> None:
+        """Let a loop carry a value on that it does not change, as it is."""
+        flow = self.reading.flow
+        first = flow.values[flow.results[index][0]]
+        if not isinstance(first.owner, ir.Block):  # else they are the arguments of its body
+            set_operand(loop, ir.OpResult(first).result_number, self._at_home(flow.operands[index][0]))
+
+    def _carry(self, part: Part, strategy: Strategy) -> None:
+        """Bring a value to the layout that a loop carries it in."""
+        (result,) = part.operation.results
+        loop, layout = self.reading.flow.ops[part.index], strategy.results[0]
+        position = ir.OpResult(self.reading.flow.values[result]).result_number
+        set_operand(loop, position, self._read(part.reads[0], layout, loop))
+        self._home[result] = layout
+
+    def _condition(self, part: Part, strategy: Strategy) -> None:
+        """Let the condition of a loop read everything whole."""
+        flow = self.reading.flow
+        first = flow.ops[part.index]
+        loop = first.block.owner.operation
+        inside = condition_ops(loop)
+        for number, layout in zip(part.reads, strategy.operands, strict=True):
+            present, value = flow.values[number], self._read(number, layout, first)
+            if value != present:
+                for op in inside:
+                    op.replace_uses_of_with(present, value)
+        for op in inside:
+            if op.name != "stablehlo.return" and len(op.results):
+                self._annotate(op, [replicated(_rank(result)) for result in op.results])
+
+    def _end(self, loop: Loop, end: ir.Operation) -> None:
+        """Bring what the body of a loop makes to the layouts of the next turn."""
+        value_of, values = self.reading.value_of, self.reading.work.values
+        layouts = [self._home.get(value_of[r], replicated(len(values[r].shape))) for r in loop.results]
+        for position, (number, layout) in enumerate(zip(loop.returned, layouts, strict=True)):
+            set_operand(end, position, self._read(number, layout, end))
+        self._annotate(loop.op, layouts)
+
     def _free_ones_chosen(self, shardings: Shardings) -> list[Strategy]:
         """All strategies, those of free ops included: they make what their readers want, or, where these want different
         layouts, the whole of it, which is cut for nothing."""
@@ -163,6 +223,14 @@ class Writer:
         wanted: dict[int, set[Layout]] = {}
         for value, argument in work.updates:
             wanted.setdefault(value, set()).add(shardings.arguments[argument])
+        results = {
+            value: layout
+            for op, strategy in zip(work.operations, shardings.chosen, strict=True)
+            if strategy is not None
+            for value, layout in zip(op.results, strategy.results, strict=True)
+        }
+        for value, result, _ in work.carried:
+            wanted.setdefault(value, set()).add(results[result])
         chosen = list[Strategy]()
         for at in range(len(work.operations) - 1, -1, -1):
             op, strategy = work.operations[at], shardings.chosen[at]
@@ -195,24 +263,29 @@ class Writer:
         home = self._home.get(value)
         if home is None or home == layout:
             return current
-        phase = _phase(reader)
-        weight = 1.0 if phase_of(reader) in (UPDATE, None) else self.num_microbatches
-        with ir.InsertionPoint(reader):
-            for move in self.model.tables[value].way(home, layout):
+        moves = self.model.tables[value].way(home, layout)
+        if not moves:
+            return current
+        # What a loop reads from outside is moved before the loop.
+        place, top = top_level(reader, _block_of(current)), top_level(reader, body(self.main))
+        phase, turns = _phase(top), self.reading.flow.value_turns[number]
+        weight = turns * (1.0 if phase_of(top) in (UPDATE, None) else self.num_microbatches)
+        with ir.InsertionPoint(place):
+            for move in moves:
                 key = number, phase, move.target
                 if key not in self._copies:
-                    self._count(move.kind, move.nbytes, weight)
-                    self._copies[key] = self._moved(current, home, move, reader)
+                    self._count(move.kind, move.nbytes, turns, weight)
+                    self._copies[key] = self._moved(current, home, move, place)
                 current, home = self._copies[key], move.target
         return current
 
-    def _moved(self, value: ir.Value, layout: Layout, move: Move, reader: ir.Operation) -> ir.Value:
+    def _moved(self, value: ir.Value, layout: Layout, move: Move, place: ir.Operation) -> ir.Value:
         """A value after a move. Parts of a sum are added up, and with a scatter each device keeps its piece."""
         if move.kind not in ("all_reduce", "reduce_scatter"):
-            return self._reshard(value, move.target, reader)
+            return self._reshard(value, move.target, place)
         count = len(move.axes)
-        total = self._parts.add_up(value, layout, count, reader)
-        return total if move.target == layout[count:] else self._reshard(total, move.target, reader)
+        total = self._parts.add_up(value, layout, count, place)
+        return total if move.target == layout[count:] else self._reshard(total, move.target, place)
 
     def _constant_in_parts(self, number: int, layout: Layout) -> ir.Value | None:
         """What an op on parts of a sum reads of a constant; None of all other values."""
@@ -222,9 +295,9 @@ class Writer:
             return None
         return self._parts.constant(self.reading.flow.values[value], layout)
 
-    def _count(self, kind: str, nbytes: float, weight: float) -> None:
+    def _count(self, kind: str, nbytes: float, turns: int, weight: float) -> None:
         if nbytes:
-            self.sent[kind] = self.sent.get(kind, 0.0) + nbytes
+            self.sent[kind] = self.sent.get(kind, 0.0) + turns * nbytes
             self.sent_in_step[kind] = self.sent_in_step.get(kind, 0.0) + weight * nbytes
 
     def _reshard(self, value: ir.Value, layout: Layout, place: ir.Operation) -> ir.Value:
@@ -295,6 +368,15 @@ def _is_sum(strategy: Strategy, op: ir.Operation) -> bool:
 def _place_of(op: ir.Operation) -> dict[str, ir.Attribute]:
     """Phase, stage and layer."""
     return {name: op.attributes[name] for name in _PLACE if name in op.attributes}
+
+
+def _block_of(value: ir.Value) -> ir.Block:
+    owner = value.owner
+    return owner if isinstance(owner, ir.Block) else owner.operation.block
+
+
+def _rank(value: ir.Value) -> int:
+    return value.type.rank if isinstance(value.type, ir.RankedTensorType) else 0
 
 
 def _phase(op: ir.Operation) -> str:

@@ -1,0 +1,140 @@
+"""Loops on a mesh: steps that scan over layers, with their bodies cut, give the numbers of one device."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import models
+import numpy as np
+import pytest
+import sharded
+from jax import lax
+from jaxlib.mlir import ir
+from test_mesh import check, cut, slow  # noqa: F401 - a fixture
+
+import bactrian
+from bactrian.passes.mesh_tensors import axis_names, value_shardings
+from bactrian.passes.network.solve import solve
+from bactrian.passes.program import main_function, nested_operations
+from bactrian.passes.sharding.counting import count_collectives
+from bactrian.passes.sharding.model import seconds_of
+from bactrian.passes.sharding.writing import Writer
+
+LAYERS, WIDTH, HIDDEN = 4, 256, 1024
+MESHES = ((("data", 2), ("model", 4)), (("data", 8),))
+
+
+def layer(x: jax.Array, weights: Any) -> jax.Array:
+    return x + jnp.tanh(x @ weights["in"]) @ weights["out"]
+
+
+def step(weights: Any, x: jax.Array, *, unroll: bool = False) -> Any:
+    """One step of gradient descent of a chain of layers, scanned or not."""
+
+    def loss(weights: Any) -> jax.Array:
+        if not unroll:
+            return jnp.mean(lax.scan(lambda h, w: (layer(h, w), None), x, weights)[0] ** 2)
+        h = x
+        for number in range(LAYERS):
+            h = layer(h, jax.tree.map(lambda w: w[number], weights))  # noqa: B023
+        return jnp.mean(h**2)
+
+    value, gradients = jax.value_and_grad(loss)(weights)
+    return jax.tree.map(lambda w, g: w - 0.1 * g, weights, gradients), value
+
+
+def inputs(batch: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    random = np.random.default_rng(0)
+    shapes = {"in": (LAYERS, WIDTH, HIDDEN), "out": (LAYERS, HIDDEN, WIDTH)}
+    weights = {name: random.standard_normal(shape, np.float32) / 20 for name, shape in shapes.items()}
+    return weights, random.standard_normal((batch, WIDTH), np.float32)
+
+
+def loops(module: ir.Module) -> list[ir.Operation]:
+    return [op for op in nested_operations(main_function(module)) if op.name == "stablehlo.while"]
+
+
+def cuts(module: ir.Module, name: str) -> list[set[str]]:
+    """For each op of a name in a loop, the axes over which its operands or its result are cut."""
+    main = main_function(module)
+    ops = [op for loop in loops(module) for op in nested_operations(loop) if op.name == name]
+    found = [value_shardings(main, [*op.operands, op.results[0]]) for op in ops]
+    return [{axis for sharding in each for axes in axis_names(sharding) for axis in axes} for each in found]
+
+
+def solved(function: Any, arguments: Any, axes: sharded.Axes) -> tuple[ir.Module, Writer, float]:
+    """A module with the best layouts; what is predicted agrees with all other accounts of it."""
+    module = sharded.lowered(function, arguments, axes)
+    reading, model = sharded.read(module, axes)
+    solution = solve(model.network, 60.0)
+    shardings = model.shardings(solution.choice)
+    assert seconds_of(model, shardings) == pytest.approx(solution.cost, rel=1e-9)
+    with module.context, ir.Location.unknown():
+        writer = Writer(main_function(module), reading, model, shardings, "stage0")
+        writer.write()
+        assert module.operation.verify()
+    counted = dict[str, float]()
+    for collective in count_collectives(module):
+        if collective.nbytes:
+            counted[collective.kind] = counted.get(collective.kind, 0.0) + collective.nbytes
+    assert counted == pytest.approx(writer.sent)
+    return module, writer, solution.cost
+
+
+@pytest.mark.parametrize("axes", MESHES, ids=lambda axes: "-".join(f"{name}{size}" for name, size in axes))
+@pytest.mark.parametrize("batch", [64, 4096])
+def test_layers_in_a_loop_are_cut_as_they_are_without(axes: sharded.Axes, batch: int) -> None:
+    arguments = inputs(batch)
+    module, writer, seconds = solved(step, arguments, axes)
+    with module.context:
+        assert cuts(module, "stablehlo.dot_general") == [{name for name, _ in axes}] * 6
+    _, flat, unrolled = solved(lambda w, x: step(w, x, unroll=True), arguments, axes)
+    assert unrolled < seconds < 1.5 * unrolled  # a loop stacks what it keeps, in memory
+    assert sum(writer.sent.values()) < 2 * sum(flat.sent.values())
+    if batch == 64:
+        got = sharded.run(module, axes, jax.tree.leaves(arguments))
+        for one, other in zip(got, jax.tree.leaves(jax.jit(step)(*arguments)), strict=True):
+            np.testing.assert_allclose(one, np.asarray(other), rtol=1e-5, atol=1e-5)
+
+
+def scanned(names: str, width: int = 64) -> models.Built:
+    """A step with a loop over layers for each name, a loop in it over the blocks of a matrix that no turn changes, and
+    one in the update that runs until a value says so."""
+    random = np.random.default_rng(0)
+    state = {name: random.standard_normal((3, width, width), np.float32) / 10 for name in names}
+    state["fixed"] = random.standard_normal((width, width), np.float32) / 10
+    data = {name: random.standard_normal((32, width), np.float32) for name in "xy"}
+
+    def loss(state: Any, batch: Any) -> jax.Array:
+        def layer(h: jax.Array, weight: jax.Array) -> tuple[jax.Array, None]:
+            blocks = state["fixed"].reshape(2, width // 2, width)
+            mixed = lax.scan(lambda z, block: (jnp.tanh(z @ block.T @ block + z), None), h, blocks)[0]
+            return h + jnp.tanh(mixed @ weight), None
+
+        h = batch["x"]
+        for name in names:
+            h = lax.scan(layer, h, state[name])[0]
+        return jnp.mean((h - batch["y"]) ** 2)
+
+    def train(state: Any, batch: Any) -> Any:
+        value, gradients = bactrian.value_and_grad(loss)(state, batch)
+
+        def halved(gradient: jax.Array) -> jax.Array:
+            return lax.while_loop(lambda g: jnp.sum(g * g) > 1e-4, lambda g: 0.5 * g, gradient)
+
+        return jax.tree.map(lambda w, g: w - halved(g), state, gradients), value
+
+    return models.Built(train, state, [(data,)] * 2)
+
+
+def test_steps_with_loops_equal_one_device(slow: Path) -> None:  # noqa: F811
+    compiled = check(scanned("a"), mesh="data=2,model=4", num_microbatches=2, cluster=slow)
+    assert cut(compiled)
+
+
+def test_stages_with_loops_equal_one_device(slow: Path) -> None:  # noqa: F811
+    compiled = check(scanned("ab"), mesh="data=2,model=2", num_stages=2, num_microbatches=2, cluster=slow)
+    assert cut(compiled)
