@@ -154,7 +154,7 @@ def check_numbers(seed: int) -> int:
 
 
 def test_parts_added_up_later_give_the_same_numbers() -> None:
-    assert sum(check_numbers(seed) for seed in range(6)) > 8
+    assert sum(check_numbers(seed) for seed in range(5)) > 6
 
 
 @pytest.mark.long
@@ -168,7 +168,7 @@ def test_parts_of_many_programs_added_up_later_give_the_same_numbers(block: int)
 def test_gradients_are_reduced_once_per_step(seed: int) -> None:
     """The best choice, its bytes counted by Shardy, and its cost."""
     module, _, _ = step_of(seed)
-    module, reading, model = read(module, AXES[1])
+    module, reading, model = read(module, AXES[seed % 2])  # of two axes, and of one
     choice = solve(model.network, 30.0).choice
     assert waiting(model, choice) > 0
     shardings = model.shardings(choice)
@@ -181,4 +181,39 @@ def test_gradients_are_reduced_once_per_step(seed: int) -> None:
         if collective.nbytes:
             counted[collective.kind] = counted.get(collective.kind, 0.0) + collective.nbytes
     assert counted == pytest.approx(writer.sent)
-    assert writer.sent_in_step.get("all_reduce", 0.0) == pytest.approx(writer.sent.get("all_reduce", 0.0))
+    if seed % 2:  # all devices along one axis: data parallelism
+        assert writer.sent_in_step["all_reduce"] == pytest.approx(writer.sent["all_reduce"])
+
+
+def test_memory_decides_when_to_add_up() -> None:
+    """Accumulators that are cut take less memory, and a reduction in every microbatch."""
+    module, _, _ = step_of(0)
+    _, _, model = read(module, AXES[1])
+    best = solve(model.network, 30.0)
+    _, _, tight = read(module, AXES[1], int(best.memory) - 1)
+    kept = solve(tight.network, 30.0)
+    assert kept.memory < best.memory
+    assert kept.cost > best.cost
+    assert waiting(tight, kept.choice) < waiting(model, best.choice)
+
+
+def test_only_what_the_update_alone_reads_waits() -> None:
+    """A gradient that is a result of the step, a maximum, and one that goes through a function that is not linear."""
+
+    def step(state: Any, x: jax.Array) -> Any:
+        def loss(state: Any) -> tuple[jax.Array, jax.Array]:
+            y = x @ state["w"]
+            return jnp.square(y @ state["v"]).mean(), jnp.max(y, axis=0)
+
+        (value, most), gradients = bactrian.value_and_grad(loss, has_aux=True, reduction="sum", aux_reduction="sum")(
+            state
+        )
+        return jax.tree.map(lambda p, g: p - g, state, gradients), value, most, gradients["v"]
+
+    state = {name: jnp.ones((16, 16)) for name in "vw"}
+    parallel = bactrian.parallelize(step, num_stages=1, num_microbatches=MICROBATCHES)
+    module = parallel.trace(state, jnp.ones((64, 16))).captured.module(None)
+    run_pipeline(module, BEFORE)
+    _, reading, model = read(module, AXES[1])
+    begun = [part.operation for part in reading.parts if part.operation.defers is Defers.STARTS]
+    assert [model.work.values[op.results[0]].shape for op in begun] == [(16, 16)]  # of w alone

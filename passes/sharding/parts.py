@@ -7,6 +7,7 @@ are, and they are added up by an op like any other.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 from jaxlib.mlir import ir
@@ -91,8 +92,16 @@ class PartsOfSums:
         return made
 
     def add_up(self, value: ir.Value, layout: Layout, count: int, reader: ir.Operation) -> ir.Value:
-        """The sum over the first ``count`` dims, before ``reader``, in the layout that the parts have."""
+        """The sum over the first ``count`` dims, before ``reader``, in the layout that the parts have.
+
+        Several dims become one first: of a sum over each XLA makes one all-reduce after the other.
+        """
         type_ = ir.RankedTensorType(value.type)
+        if count > 1:
+            shape = [math.prod(type_.shape[:count]), *type_.shape[count:]]
+            joined = (sum(layout[:count], ()), *layout[count:])
+            with reader.location:
+                value = self._made("stablehlo.reshape", value, type_, shape, joined, reader, {})
         total = ir.RankedTensorType.get(type_.shape[count:], type_.element_type)
         scalar = ir.RankedTensorType.get([], type_.element_type)
         place = self._place(reader)
@@ -103,7 +112,7 @@ class PartsOfSums:
                 "stablehlo.reduce",
                 results=[total],
                 operands=[value, zero],
-                attributes={"dimensions": ir.DenseI64ArrayAttr.get(range(count)), **place},
+                attributes={"dimensions": ir.DenseI64ArrayAttr.get([0]), **place},
                 regions=1,
             )
             block = op.regions[0].blocks.append(scalar, scalar)
