@@ -61,11 +61,11 @@ def cut(compiled: Compiled) -> list[str]:
     "name",
     [
         name if name in ("mlp/plain", "conv/linen") else pytest.param(name, marks=pytest.mark.long)
-        for name in models.MODELS_COVER
+        for name in models.MODELS
     ],
 )
 def test_models_equal_one_device(name: str, slow: Path) -> None:
-    number = models.MODELS_COVER.index(name)
+    number = list(models.MODELS).index(name)
     case = models.train_case(name, ("adamw", "sgd")[number % 2], microbatches=(1, 2, 4)[number % 3])
     compiled = check(case.make(), mesh=MESHES[number % len(MESHES)], cluster=slow)
     assert cut(compiled)
@@ -85,7 +85,7 @@ def test_traps_equal_one_device(case: models.Case, slow: Path) -> None:
     "name",
     [
         name if name in ("mlp/plain", "gpt-tied-dropout/linen") else pytest.param(name, marks=pytest.mark.long)
-        for name in models.MODELS_COVER
+        for name in models.MODELS
     ],
 )
 def test_pipelines_of_meshes_equal_one_device(name: str, schedule: str, slow: Path) -> None:
