@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 from jaxlib.mlir import ir
@@ -114,7 +114,7 @@ class SolveShardings(Pass):
             model = ShardingModel(reading.work, mesh, limit)
             ctx.count("strategies", model.network.num_strategies)
             solution = solve(model.network, self.time_limit)
-            solution = replace(solution, choice=scattered(model, solution.choice))
+            solution = scattered(model, solution)
             shardings = model.shardings(solution.choice)
             writer = Writer(main, reading, model, shardings, each.mesh_name, each.num_microbatches, each.only, claimed)
             solved.append((writer, solution))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
+from bactrian.passes.network.solve import Solution
 from bactrian.passes.sharding.layouts import Layout, LayoutTable
 from bactrian.passes.sharding.model import ShardingModel
 from bactrian.passes.sharding.strategies import Strategy
@@ -11,22 +13,22 @@ from bactrian.passes.sharding.strategies import Strategy
 _EPSILON = 1e-12  # of a time: two that differ by less are equal
 
 
-def scattered(model: ShardingModel, choice: Sequence[int]) -> tuple[int, ...]:
-    """A choice that takes no longer, and sends less where it can.
+def scattered(model: ShardingModel, solution: Solution) -> Solution:
+    """A solution that takes no longer, and sends less where it can.
 
     Where a cluster was measured, a reduce-scatter may take as long as an all-reduce, and the solver takes either. Compilers
     make a reduce-scatter of an all-reduce whose result is only cut, so what is sent would be less than what is predicted.
 
     Args:
         model: of the program.
-        choice: of its network's nodes.
+        solution: of its network.
 
     Returns:
-        The choice, with other strategies of the same ops: with the same work on the same operands.
+        The solution, with other strategies of the same ops: with the same work on the same operands.
     """
-    work, made = model.work, list(choice)
-    first = len(work.inputs)
-    shardings = model.shardings(choice)
+    work, made = model.work, list(solution.choice)
+    node = len(work.inputs)
+    shardings = model.shardings(solution.choice)
     reads: dict[int, set[Layout]] = {}
     for op, strategy in zip(work.operations, shardings.chosen, strict=True):
         if strategy is not None:
@@ -34,7 +36,6 @@ def scattered(model: ShardingModel, choice: Sequence[int]) -> tuple[int, ...]:
                 reads.setdefault(value, set()).add(layout)
     for value, argument in work.updates:
         reads.setdefault(value, set()).add(shardings.arguments[argument])
-    node = first
     for op, choices, strategy in zip(work.operations, model.strategies, shardings.chosen, strict=True):
         if choices is None or strategy is None:
             continue
@@ -42,7 +43,10 @@ def scattered(model: ShardingModel, choice: Sequence[int]) -> tuple[int, ...]:
             (value,) = op.results
             made[node] = _better(model.tables[value], choices, made[node], sorted(reads.get(value, ())))
         node += 1
-    return tuple(made)
+    choice, network = tuple(made), model.network
+    if choice == tuple(solution.choice):
+        return solution
+    return replace(solution, choice=choice, cost=network.cost(choice), memory=network.peak(choice))
 
 
 def _better(table: LayoutTable, choices: Sequence[Strategy], chosen: int, reads: Sequence[Layout]) -> int:

@@ -59,7 +59,13 @@ class Strategy:
 
 
 @lru_cache(maxsize=4096)
-def strategies(rule: Rule, result_bytes: tuple[float, ...], mesh: Mesh, scatters: bool = True) -> tuple[Strategy, ...]:
+def strategies(
+    rule: Rule,
+    result_bytes: tuple[float, ...],
+    mesh: Mesh,
+    scatters: bool = True,
+    shape: tuple[int, ...] | None = None,
+) -> tuple[Strategy, ...]:
     """All strategies of an op; the first does everything on every device.
 
     Axes of one factor cut it in the mesh's order. A factor inside of a dim is cut only if those before it are cut to
@@ -69,7 +75,8 @@ def strategies(rule: Rule, result_bytes: tuple[float, ...], mesh: Mesh, scatters
         rule: of the op.
         result_bytes: bytes of each whole result.
         mesh: the devices.
-        scatters: whether partial results can be scattered while they are reduced (sums only).
+        scatters: whether partial results can be scattered while they are reduced.
+        shape: of the only result, if it may be scattered along dims that the op itself can't cut.
     """
     cuttable = [None, *(f for f in range(len(rule.sizes)) if f not in rule.replicated | rule.permuted)]
     choices = [cuttable if axis.size > 1 else [None] for axis in mesh.axes]
@@ -87,7 +94,7 @@ def strategies(rule: Rule, result_bytes: tuple[float, ...], mesh: Mesh, scatters
             continue
         parts = mesh.parts([axis for axes in axes_of.values() for axis in axes])
         reduced = [axis for axis, factor in enumerate(factors) if factor in rule.reduction]
-        for results, reductions in _reductions(rule, reduced, partial, result_bytes, mesh, scatters):
+        for results, reductions in _reductions(rule, reduced, partial, result_bytes, mesh, scatters, shape):
             found.append(Strategy(factors, operands, partial, results, reductions, parts))
     return tuple(found)
 
@@ -120,6 +127,7 @@ def _reductions(
     result_bytes: tuple[float, ...],
     mesh: Mesh,
     scatters: bool,
+    shape: tuple[int, ...] | None,
 ) -> Iterator[tuple[tuple[Layout, ...], tuple[Reduction, ...]]]:
     """The ways to reduce over ``axes``: one all-reduce, or a scatter along each, which leaves less for the next.
 
@@ -134,9 +142,11 @@ def _reductions(
     yield partial, (Reduction("all_reduce", tuple(axes), None, seconds, 2 * (parts - 1) / parts * sum(held)),)
     if not scatters or len(partial) != 1:
         return
-    whole = rule.replicated | rule.permuted
-    targets = [number for number, dim in enumerate(rule.results[0]) if whole.isdisjoint(dim)]
-    shape = tuple(math.prod(rule.sizes[factor] for factor in dim) for dim in rule.results[0])
+    targets = list(range(len(rule.results[0])))
+    if shape is None:
+        whole = rule.replicated | rule.permuted
+        targets = [number for number in targets if whole.isdisjoint(rule.results[0][number])]
+        shape = tuple(math.prod(rule.sizes[factor] for factor in dim) for dim in rule.results[0])
     for dims in itertools.product(targets, repeat=len(axes)):
         layout, left, made = partial[0], held[0], list[Reduction]()
         for axis, dim in zip(axes, dims, strict=True):
