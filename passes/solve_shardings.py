@@ -18,6 +18,7 @@ from bactrian.passes.sharding.mesh import Mesh
 from bactrian.passes.sharding.model import ShardingModel
 from bactrian.passes.sharding.named import AUTO, NAMED, check_strategy, named
 from bactrian.passes.sharding.reading import Reading, drop_rules
+from bactrian.passes.sharding.scattering import scattered
 from bactrian.passes.sharding.stages import read_stages, stage_meshes
 from bactrian.passes.sharding.writing import Writer
 
@@ -117,12 +118,16 @@ class SolveShardings(Pass):
             model = ShardingModel(reading.work, mesh, limit)
             ctx.count("strategies", model.network.num_strategies)
             solution = solve(model.network, self.time_limit)
+            solution = scattered(model, solution)
             shardings = model.shardings(solution.choice)
             writer = Writer(main, reading, model, shardings, each.mesh_name, each.num_microbatches, each.only, claimed)
             solved.append((writer, solution))
         for writer, _ in solved:
             writer.write()
             ctx.count("reshards", writer.num_reshards)
+        cut = {number: value for writer, _ in solved for number, value in writer.cut.items()}
+        for writer, _ in solved:
+            writer.receive_cut(cut)
         predicted = [
             self._predicted(main, writer, solution, limit, roles, ctx, fixed)
             for (writer, solution), fixed in zip(solved, given, strict=True)

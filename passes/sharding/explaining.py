@@ -16,6 +16,7 @@ from bactrian.passes.sharding.layouts import Layout
 from bactrian.passes.sharding.model import ShardingModel, Work
 from bactrian.passes.sharding.named import AUTO, named
 from bactrian.passes.sharding.reading import Reading
+from bactrian.passes.sharding.scattering import scattered
 from bactrian.passes.sharding.stages import StageProgram
 from bactrian.passes.sharding.uncut import Uncut, uncut
 from bactrian.passes.sharding.value_names import NamedValue, place_text
@@ -166,7 +167,7 @@ class StageExplainer:
     @cached_property
     def solution(self) -> Solution:
         """The plan's choice, made once more."""
-        return solve(self.model.network, self.time_limit)
+        return scattered(self.model, solve(self.model.network, self.time_limit))
 
     def layout(self, value: int) -> str:
         """The plan's layout of a value; ``any`` where it costs nothing."""

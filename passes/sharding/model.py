@@ -163,7 +163,8 @@ class ShardingModel:
                 Strategy(nothing, (each,), (each,), (each,), (), self.mesh.parts(sum(each, ()))) for each in op.given
             )
         sizes = tuple(float(self.work.values[value].nbytes) for value in op.results)
-        choices = strategies(op.rule, sizes, self.mesh, op.scatters, op.defers)
+        shape = self.work.values[op.results[0]].shape if len(op.results) == 1 else None
+        choices = strategies(op.rule, sizes, self.mesh, op.scatters, op.defers, shape)
         for position, value in enumerate(op.results):
             if value in self._wanted:
                 fitting = tuple(s for s in choices if s.results[position] == self._wanted[value])

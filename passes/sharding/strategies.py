@@ -51,7 +51,12 @@ class Strategy:
 
 @lru_cache(maxsize=4096)
 def strategies(
-    rule: Rule, result_bytes: tuple[float, ...], mesh: Mesh, scatters: bool = True, defers: Defers = Defers.NOT
+    rule: Rule,
+    result_bytes: tuple[float, ...],
+    mesh: Mesh,
+    scatters: bool = True,
+    defers: Defers = Defers.NOT,
+    shape: tuple[int, ...] | None = None,
 ) -> tuple[Strategy, ...]:
     """All strategies of an op; the first does everything on every device.
 
@@ -62,8 +67,9 @@ def strategies(
         rule: of the op.
         result_bytes: bytes of each whole result.
         mesh: the devices.
-        scatters: whether partial results can be scattered while they are reduced (sums only).
+        scatters: whether partial results can be scattered while they are reduced.
         defers: whether the parts of a sum may be left to be added up later.
+        shape: of the only result, if it may be scattered along dims that the op itself can't cut.
     """
     cuttable = [None, *(f for f in range(len(rule.sizes)) if f not in rule.replicated | rule.permuted)]
     choices = [cuttable if axis.size > 1 else [None] for axis in mesh.axes]
@@ -81,7 +87,7 @@ def strategies(
             continue
         parts = mesh.parts([axis for axes in axes_of.values() for axis in axes])
         reduced = [axis for axis, factor in enumerate(factors) if factor in rule.reduction]
-        for results, reductions in _reductions(rule, reduced, partial, result_bytes, mesh, scatters):
+        for results, reductions in _reductions(rule, reduced, partial, result_bytes, mesh, scatters, shape):
             found.append(Strategy(factors, operands, partial, results, reductions, parts))
         if reduced and defers is Defers.STARTS:
             left = (_in_parts(reduced, partial[0]),)
@@ -128,6 +134,7 @@ def _reductions(
     result_bytes: tuple[float, ...],
     mesh: Mesh,
     scatters: bool,
+    shape: tuple[int, ...] | None,
 ) -> Iterator[tuple[tuple[Layout, ...], tuple[Reduction, ...]]]:
     """The ways to reduce over ``axes``; several results together."""
     if not axes:
@@ -139,8 +146,10 @@ def _reductions(
         seconds = sum(mesh.all_reduce(axes, nbytes) for nbytes in held)
         yield partial, (Reduction("all_reduce", tuple(axes), None, seconds, 2 * (parts - 1) / parts * sum(held)),)
         return
-    whole = rule.replicated | rule.permuted
-    targets = [number for number, dim in enumerate(rule.results[0]) if scatters and whole.isdisjoint(dim)]
-    shape = tuple(math.prod(rule.sizes[factor] for factor in dim) for dim in rule.results[0])
-    for layout, reductions in reductions_over(shape, partial[0], axes, held[0], mesh, targets):
+    targets = list(range(len(rule.results[0])))
+    if shape is None:
+        whole = rule.replicated | rule.permuted
+        targets = [number for number in targets if whole.isdisjoint(rule.results[0][number])]
+        shape = tuple(math.prod(rule.sizes[factor] for factor in dim) for dim in rule.results[0])
+    for layout, reductions in reductions_over(shape, partial[0], axes, held[0], mesh, targets if scatters else ()):
         yield (layout,), reductions

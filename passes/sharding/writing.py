@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import sdy
@@ -75,11 +75,11 @@ class Writer:
         # By kind of collective, bytes that each device sends: when @main runs once, and in a step.
         self.sent: dict[str, float] = {}
         self.sent_in_step: dict[str, float] = {}
+        self.cut: dict[int, ir.Value] = {}  # values that are cut after their reduction, cut
         self._chosen = self._free_ones_chosen(shardings)
         self._arguments = shardings.arguments
         self._parts = PartsOfSums(self.mesh, lambda layout: sharding_attribute(layout, self.mesh, mesh_name), _place_of)
         self._home: dict[int, Layout] = {}  # of values: the layout that they have for all readers
-        self._cut: dict[int, ir.Value] = {}  # values that are cut after their reduction, cut
         self._received: dict[int, ir.Value] = {}  # what other stages have made, as this one has it
         self._copies: dict[
             tuple[int, str, Layout], ir.Value
@@ -132,7 +132,7 @@ class Writer:
                 self._home[value] = final
                 if made != final:  # together with the reduction, a reduce-scatter
                     with ir.InsertionPoint.after(op):
-                        self._cut[value] = self._reshard(flow.values[value], final, op)
+                        self.cut[value] = self._reshard(flow.values[value], final, op)
         self._results(first)
         drop_rules(self.main)
 
@@ -157,6 +157,16 @@ class Writer:
                 with ir.InsertionPoint(readers[number]):
                     self._received[number] = self._reshard(flow.values[number], layout, readers[number])
         return first
+
+    def receive_cut(self, cut: Mapping[int, ir.Value]) -> None:
+        """Take from other stages what they have cut, as it is cut: when this stage was written, they may not have been.
+
+        Args:
+            cut: of all stages.
+        """
+        for number, value in self._received.items():
+            if number in cut:
+                set_operand(ir.OpResult(value).owner.operation, 0, cut[number])
 
     def _hand_on(self, index: int, op: ir.Operation) -> None:
         flow, value_of, work = self.reading.flow, self.reading.value_of, self.reading.work
@@ -254,7 +264,7 @@ class Writer:
         received = self._received.get(value)
         if received is not None and (number == value or flow.stages[flow.producer[number]] != self.stage):
             return received
-        return self._cut.get(number, flow.values[number])
+        return self.cut.get(number, flow.values[number])
 
     def _read(self, number: int, layout: Layout, reader: ir.Operation) -> ir.Value:
         """A value of the flow in the layout that an op needs."""
