@@ -12,7 +12,7 @@ from jaxlib.mlir.dialects import sdy
 from bactrian.passes.cluster import Cluster
 from bactrian.passes.costs import HEAVY, CostModel, trip_count
 from bactrian.passes.counters import COUNTER
-from bactrian.passes.errors import PassError, ProgramError
+from bactrian.passes.errors import PassError
 from bactrian.passes.program import (
     BACKWARD,
     BOUNDARY,
@@ -24,14 +24,14 @@ from bactrian.passes.program import (
     nested_operations,
     result_updates,
 )
-from bactrian.passes.sharding.layouts import Layout, replicated
+from bactrian.passes.sharding.given import fixed_arguments, given_layout, refuse_result_shardings, shape_of
+from bactrian.passes.sharding.layouts import replicated
 from bactrian.passes.sharding.loops import CARRY, CONDITION, END, INSIDE, OP, LoopFlow
 from bactrian.passes.sharding.mesh import Mesh
 from bactrian.passes.sharding.model import Operation, Tensor, Work
 from bactrian.passes.sharding.rules import Dims, Rule, elementwise, whole
 
 RULE = "sdy.sharding_rule"
-SHARDING = "sdy.sharding"
 _SUMS = frozenset({"stablehlo.add"})
 _REDUCERS = frozenset(
     {"stablehlo.reduce", "stablehlo.reduce_window", "stablehlo.scatter", "stablehlo.select_and_scatter"}
@@ -59,8 +59,7 @@ _NOT_FUSED = HEAVY | frozenset(
         "optimization_barrier",
     ]
 )
-
-
+_PART_WRITTEN = "stablehlo.dynamic_update_slice"
 _WITHOUT_RULE = frozenset(
     f"stablehlo.{name}" for name in ("constant", "iota", "custom_call", "while", "case", "if", "optimization_barrier")
 )
@@ -132,7 +131,7 @@ def read_program(
         raise PassError(
             "no op of @main has an sdy.sharding_rule", fix="run func.func(sdy-populate-op-sharding-rules) first"
         )
-    _refuse_result_shardings(main)
+    refuse_result_shardings(main)
     reader = _Reader(flow, mesh, cluster, num_microbatches, remark, in_flight)
     own = [
         index
@@ -180,19 +179,19 @@ def read_program(
         for value in reads
     }
     kept = [value_of[value] for value in flow.operands[-1]] + sorted(elsewhere)
-    fixed = dict(_fixed(main, flow, mesh)) | {
-        argument: replicated(len(_shape(flow.values[argument]))) for argument in counted.values()
+    fixed = dict(fixed_arguments(main, mesh)) | {
+        argument: replicated(len(shape_of(flow.values[argument]))) for argument in counted.values()
     }
     position = {part.index: at for at, part in enumerate(parts)}
     work = Work(
-        values=tuple(Tensor(_shape(value), size) for value, size in zip(flow.values, flow.sizes, strict=True)),
+        values=tuple(Tensor(shape_of(value), size) for value, size in zip(flow.values, flow.sizes, strict=True)),
         inputs=tuple(inputs),
         operations=tuple(part.operation for part in parts),
         updates=tuple(dict.fromkeys(pair for pair in updates if pair[0] != pair[1])),
         fixed=tuple((number, layout) for number, layout in sorted(fixed.items()) if number in inputs),
         loads=tuple(loads),
         kept=tuple(value for value in dict.fromkeys(kept) if value in made or value in inputs),
-        wanted=tuple((value, replicated(len(_shape(flow.values[value])))) for value in counted),
+        wanted=tuple((value, replicated(len(shape_of(flow.values[value])))) for value in counted),
         batch_copies=in_flight,
         carried=tuple(dict.fromkeys(tie for tie in carried if tie[0] != tie[1])),
         lasting=tuple(_lasting(flow, value_of, position)),
@@ -278,7 +277,7 @@ class _Reader:
     def _of_loop(self, index: int) -> Part:
         """What a loop does with one value that it carries, or its condition with all."""
         flow, reads = self._flow, tuple(dict.fromkeys(self._flow.operands[index]))
-        shapes = tuple(_shape(flow.values[value]) for value in reads)
+        shapes = tuple(shape_of(flow.values[value]) for value in reads)
         rule = elementwise(shapes[0], 1) if flow.kinds[index] == CARRY else whole(shapes, ())
         operation = Operation(
             operands=tuple(self.value_of[value] for value in reads),
@@ -298,26 +297,27 @@ class _Reader:
         read = _distinct(self._flow.operands[index], len(op.operands))
         operands = tuple(self.value_of[value] for value in read)
         results = tuple(self._flow.results[index])
-        given = _given(op, self._mesh)
+        given = given_layout(op, self._mesh)
         is_free = given is None and (
             _is_source(op) or (bool(operands) and all(self._free[v] for v in operands) and op.name not in HEAVY)
         )
         for value in results:
             self._free[value] = is_free
-        rule = elementwise(_shape(op.results[0]), 1) if given is not None else _rule_of(op, self._flow, index)
+        rule = elementwise(shape_of(op.results[0]), 1) if given is not None else _rule_of(op, self._flow, index)
         if rule is None and _is_source(op):  # every device makes its own piece
-            rule = elementwise(_shape(op.results[0]), 0)
+            rule = elementwise(shape_of(op.results[0]), 0)
         if rule is None:
-            shapes = [tuple(_shape(self._flow.values[value]) for value in each) for each in (read, results)]
+            shapes = [tuple(shape_of(self._flow.values[value]) for value in each) for each in (read, results)]
             if not is_free and any(shapes[0] + shapes[1]):
                 self._remark(op, f"nothing is known of {op.name}: every device computes it whole")
             rule = whole(*shapes)
-        keeps = op.name in _NOT_FUSED or any(self._from_memory[value] for value in results)
+        separate = _is_separate(self._flow, index)
+        keeps = separate or any(self._from_memory[value] for value in results)
         operation = Operation(
             operands=operands[: len(rule.operands)],
             results=results,
             rule=None if is_free else rule,
-            seconds=_seconds(op, self._model, self._cluster, keeps, self._from_memory, operands),
+            seconds=_seconds(op, self._model, self._cluster, keeps, separate, self._from_memory, operands),
             weight=self.weight(index) * self._flow.turns[index],
             scatters=_sums(op),
             keeps=keeps,
@@ -334,14 +334,20 @@ def _read_from_memory(flow: LoopFlow, value_of: list[int]) -> list[bool]:
     read = [False] * len(flow.values)
     for value in flow.operands[-1]:
         read[value_of[value]] = True
-    for index, op in enumerate(flow.ops[:-1]):
-        separate = op.name in _NOT_FUSED or flow.kinds[index] in (END, CONDITION)
+    for index in range(len(flow.ops) - 1):
+        separate = _is_separate(flow, index) or flow.kinds[index] in (END, CONDITION)
         for value in flow.operands[index]:
             source = value_of[value]
             producer = flow.producer[source]
             if separate or source != value or producer < 0 or _apart(flow, producer, index):
                 read[source] = True
     return read
+
+
+def _is_separate(flow: LoopFlow, index: int) -> bool:
+    """Whether an op is not fused with others; what a loop stacks is written where it is computed."""
+    name = flow.ops[index].name
+    return name in _NOT_FUSED and not (name == _PART_WRITTEN and flow.tops[index] is not flow.ops[index])
 
 
 def _apart(flow: LoopFlow, producer: int, reader: int) -> bool:
@@ -370,30 +376,31 @@ def _is_source(op: ir.Operation) -> bool:
     return op.name in ("stablehlo.constant", "stablehlo.iota") or custom_call_target(op) == MICROBATCH_INDEX
 
 
-def _shape(value: ir.Value) -> tuple[int, ...]:
-    return tuple(value.type.shape) if isinstance(value.type, ir.RankedTensorType) else ()
-
-
 def _seconds(
     op: ir.Operation,
     model: CostModel,
     cluster: Cluster,
     keeps: bool,
+    separate: bool,
     from_memory: list[bool],
     operands: tuple[int, ...],
 ) -> float:
     """Roofline time on one device; of a fused op only what it brings to and from memory."""
     cost = model.cost(op)
     device = cluster.device
-    if op.name in _NOT_FUSED:
+    if separate:
         return device.seconds(cost)
     flops = cost.flops / (device.flops_per_second.get(cost.dtype) or device.flops_per_second["default"])
-    moved = sum(model.size(value.type).bytes for value in op.results) if keeps else 0
-    moved += sum(
-        model.size(value.type).bytes
+    made = [model.size(value.type).bytes for value in op.results]
+    read = [
+        model.size(value.type).bytes if from_memory[number] else 0
         for value, number in zip(op.operands, operands, strict=False)
-        if from_memory[number]
-    )
+    ]
+    if op.name == "stablehlo.dynamic_slice":
+        read[:1] = [min(read[0], *made)]
+    if op.name == _PART_WRITTEN:
+        made, read[0] = [model.size(op.operands[1].type).bytes], 0
+    moved = sum(read) + (sum(made) if keeps else 0)
     return max(flops, moved / device.bytes_per_second)
 
 
@@ -417,8 +424,8 @@ def _rule_of(op: ir.Operation, flow: LoopFlow, index: int) -> Rule | None:
     sizes = tuple(rule.factor_sizes)
     operands = tuple(dims(mapping) for mapping in rule.operand_mappings)
     results = tuple(dims(mapping) for mapping in rule.result_mappings)
-    shapes = [_shape(flow.values[v]) for v in flow.operands[index]][: len(operands)]
-    shapes += [_shape(flow.values[v]) for v in flow.results[index]]
+    shapes = [shape_of(flow.values[v]) for v in flow.operands[index]][: len(operands)]
+    shapes += [shape_of(flow.values[v]) for v in flow.results[index]]
     # A dim may be smaller than its factors (the result of a slice): equal pieces of one are none of the other.
     uneven = {
         factor
@@ -444,46 +451,6 @@ def drop_rules(main: ir.Operation) -> None:
             del op.attributes[RULE]
 
 
-def layout_of(sharding: ir.Attribute, mesh: Mesh) -> Layout:
-    """An ``sdy.sharding`` as a layout; axes of size 1 cut nothing and are left out.
-
-    Raises:
-        PassError: it names axes that the mesh doesn't have, or parts of axes; it leaves dims open.
-    """
-    numbers = {axis.name: number for number, axis in enumerate(mesh.axes)}
-    layout = list[tuple[int, ...]]()
-    for attribute in sdy.TensorShardingAttr(sharding).dimension_shardings:
-        dim = sdy.DimensionShardingAttr(attribute)
-        if not dim.is_closed:
-            raise PassError(
-                f"sharding {sharding} leaves a dim open",
-                why="a layout that is given in part is not there yet",
-                fix="give the axes of every dim, or no sharding",
-            )
-        axes = list[int]()
-        for reference in dim.axes:
-            axis = sdy.AxisRefAttr(reference)
-            if axis.name not in numbers or axis.sub_axis_info is not None:
-                raise PassError(
-                    f"sharding {sharding} is not over whole axes of the mesh", fix=f"axes: {', '.join(numbers)}"
-                )
-            axes.append(numbers[axis.name])
-        layout.append(tuple(axis for axis in axes if mesh.axes[axis].size > 1))
-    return tuple(layout)
-
-
-def _refuse_result_shardings(main: ir.Operation) -> None:
-    if "res_attrs" not in main.attributes:
-        return
-    for number, entry in enumerate(ir.ArrayAttr(main.attributes["res_attrs"])):
-        if SHARDING in ir.DictAttr(entry):
-            raise PassError(
-                f"result {number} of @main has an {SHARDING} already",
-                why="layouts of results follow from those of their values",
-                fix="constrain the value with sdy.sharding_constraint",
-            )
-
-
 def _batch_arguments(main: ir.Operation) -> list[int]:
     if "arg_attrs" not in main.attributes:
         return []
@@ -492,39 +459,3 @@ def _batch_arguments(main: ir.Operation) -> list[int]:
     return [
         number for number, entry in enumerate(entries) if "bactrian.role" in entry and entry["bactrian.role"] == batch
     ]
-
-
-def _fixed(main: ir.Operation, flow: LoopFlow, mesh: Mesh) -> list[tuple[int, Layout]]:
-    if "arg_attrs" not in main.attributes:
-        return []
-    found = list[tuple[int, Layout]]()
-    for number, attribute in enumerate(ir.ArrayAttr(main.attributes["arg_attrs"])):
-        entry = ir.DictAttr(attribute)
-        if SHARDING in entry:
-            found.append((number, _checked(entry[SHARDING], flow.values[number], mesh)))
-    return found
-
-
-def _given(op: ir.Operation, mesh: Mesh) -> Layout | None:
-    if op.name != "sdy.sharding_constraint":
-        return None
-    return _checked(op.attributes["sharding"], op.results[0], mesh)
-
-
-def _checked(sharding: ir.Attribute, value: ir.Value, mesh: Mesh) -> Layout:
-    """A layout that was asked for.
-
-    Raises:
-        ProgramError: it does not cut the value into equal pieces.
-    """
-    layout, shape = layout_of(sharding, mesh), _shape(value)
-    for dim, (size, axes) in enumerate(zip(shape, layout, strict=True)):
-        if size % mesh.parts(axes):
-            names = ", ".join(mesh.axes[axis].name for axis in axes)
-            raise ProgramError(
-                f"dim {dim} of size {size} can't be cut into {mesh.parts(axes)} equal pieces",
-                where=str(value.location),
-                why=f"it is asked to be cut over {names}",
-                fix="make the dim a multiple of that, or cut another one",
-            )
-    return layout

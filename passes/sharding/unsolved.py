@@ -12,7 +12,7 @@ from jaxlib.mlir import ir
 from bactrian.passes.cluster import CPU_HOST, Cluster, cluster_of
 from bactrian.passes.errors import ConfigError
 from bactrian.passes.program import main_function
-from bactrian.passes.sharding.reading import SHARDING
+from bactrian.passes.sharding.given import SHARDING
 
 _ATTRIBUTE = "bactrian.solve"
 

@@ -17,11 +17,12 @@ from bactrian.passes.program import (
     terminator,
     top_level,
 )
+from bactrian.passes.sharding.given import SHARDING
 from bactrian.passes.sharding.layouts import Layout, replicated
 from bactrian.passes.sharding.loops import CARRY, CONDITION, INSIDE, Loop, condition_ops
 from bactrian.passes.sharding.mesh import Mesh
 from bactrian.passes.sharding.model import ShardingModel, Shardings
-from bactrian.passes.sharding.reading import SHARDING, Part, Reading, drop_rules
+from bactrian.passes.sharding.reading import Part, Reading, drop_rules
 from bactrian.passes.sharding.strategies import Strategy, strategies
 
 _PLACE = ("bactrian.phase", "bactrian.stage", "bactrian.layer")
