@@ -19,7 +19,8 @@ import bactrian
 from bactrian.passes.cluster import CPU_HOST
 from bactrian.passes.mesh_tensors import axis_names, value_shardings
 from bactrian.passes.network.solve import solve
-from bactrian.passes.program import main_function, nested_operations
+from bactrian.passes.program import main_function, nested_operations, result_updates
+from bactrian.passes.sharding.accounts import sent
 from bactrian.passes.sharding.counting import count_collectives
 from bactrian.passes.sharding.loops import capture_unchanged
 from bactrian.passes.sharding.model import seconds_of
@@ -85,8 +86,10 @@ def solved(function: Any, arguments: Any, axes: sharded.Axes) -> tuple[ir.Module
     assert seconds_of(model, shardings) == pytest.approx(solution.cost, rel=1e-9)
     with module.context, ir.Location.unknown():
         writer = Writer(main_function(module), reading, model, shardings, "stage0")
+        expected = sent(model, reading, shardings, 1, result_updates(main_function(module)), shardings.arguments)
         writer.write()
         assert module.operation.verify()
+        assert expected == {kind: round(nbytes) for kind, nbytes in sorted(writer.sent_in_step.items())}
     counted = dict[str, float]()
     for collective in count_collectives(module):
         if collective.nbytes:
