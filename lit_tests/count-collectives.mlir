@@ -23,3 +23,39 @@ module @nothing {
     return %0 : tensor<4xf32>
   }
 }
+
+// -----
+
+// In a loop that runs three times: three reduce-scatters of 1/2 of 64 bytes; two loops deep six gathers of 32 bytes.
+// CHECK: module @loops attributes {bactrian.sent_bytes = {all_gather = 192 : i64, reduce_scatter = 96 : i64}}
+module @loops {
+  sdy.mesh @stage0 = <["data"=2]>
+  func.func public @main(%x: tensor<4x4xf32> {sdy.sharding = #sdy.sharding<@stage0, [{"data"}, {}]>}) -> (tensor<4x4xf32> {sdy.sharding = #sdy.sharding<@stage0, [{"data"}, {}]>}) {
+    %zero = stablehlo.constant dense<0> : tensor<i32>
+    %one = stablehlo.constant dense<1> : tensor<i32>
+    %two = stablehlo.constant dense<2> : tensor<i32>
+    %three = stablehlo.constant dense<3> : tensor<i32>
+    %r:2 = stablehlo.while(%i = %zero, %z = %x) : tensor<i32>, tensor<4x4xf32> attributes {sdy.sharding = #sdy.sharding_per_value<[<@stage0, []>, <@stage0, [{"data"}, {}]>]>}
+     cond {
+      %c = stablehlo.compare LT, %i, %three : (tensor<i32>, tensor<i32>) -> tensor<i1>
+      stablehlo.return %c : tensor<i1>
+    } do {
+      %p = stablehlo.dot_general %z, %z, contracting_dims = [0] x [0] {sdy.sharding = #sdy.sharding_per_value<[<@stage0, [{}, {}]>]>} : (tensor<4x4xf32>, tensor<4x4xf32>) -> tensor<4x4xf32>
+      %k = sdy.reshard %p <@stage0, [{"data"}, {}]> : tensor<4x4xf32>
+      %q:2 = stablehlo.while(%n = %zero, %y = %k) : tensor<i32>, tensor<4x4xf32> attributes {sdy.sharding = #sdy.sharding_per_value<[<@stage0, []>, <@stage0, [{"data"}, {}]>]>}
+       cond {
+        %c = stablehlo.compare LT, %n, %two : (tensor<i32>, tensor<i32>) -> tensor<i1>
+        stablehlo.return %c : tensor<i1>
+      } do {
+        %g = sdy.reshard %y <@stage0, [{}, {}]> : tensor<4x4xf32>
+        %t = stablehlo.transpose %g, dims = [1, 0] {sdy.sharding = #sdy.sharding_per_value<[<@stage0, [{}, {}]>]>} : (tensor<4x4xf32>) -> tensor<4x4xf32>
+        %s = sdy.reshard %t <@stage0, [{"data"}, {}]> : tensor<4x4xf32>
+        %m = stablehlo.add %n, %one : tensor<i32>
+        stablehlo.return %m, %s : tensor<i32>, tensor<4x4xf32>
+      }
+      %j = stablehlo.add %i, %one : tensor<i32>
+      stablehlo.return %j, %q#1 : tensor<i32>, tensor<4x4xf32>
+    }
+    return %r#1 : tensor<4x4xf32>
+  }
+}

@@ -105,3 +105,47 @@ module @two_stages attributes {bactrian.num_stages = 2 : i64} {
     return %z : tensor<4096x64xf32>
   }
 }
+
+// -----
+
+// A loop over three stacked weights: its body is cut as the batch is. The weights, which no turn changes, are gathered
+// once, before the loop; the sum of what each turn gives is reduced in every turn.
+// CHECK-LABEL: module @loop
+module @loop attributes {bactrian.num_stages = 1 : i64} {
+  sdy.mesh @stage0 = <["data"=4]>
+  // CHECK: @main(%[[X:[^:]*]]: tensor<65536x64xf32>
+  // CHECK-SAME: %[[W:[^:]*]]: tensor<3x64x64xf32>
+  // CHECK: %[[ALL:.*]] = sdy.reshard %[[W]] <@stage0, [{}, {}, {}]> {bactrian.phase = "forward"}
+  // CHECK: stablehlo.while(%[[I:[^ ]*]] = {{[^ ]*}}, %[[H:[^ ]*]] = %[[X]], %{{[^ ]*}} = %[[W]], %[[S:[^ ]*]] =
+  // CHECK-SAME: sdy.sharding = #sdy.sharding_per_value<[<@stage0, []>, <@stage0, [{"data"}, {}]>, <@stage0, [{}, {"data"}, {}]>, <@stage0, [{}]>]>
+  // CHECK: } do {
+  // CHECK: stablehlo.dynamic_slice %[[ALL]], %[[I]]
+  // CHECK: %[[P:.*]] = stablehlo.dot_general %[[H]]
+  // CHECK-SAME: <@stage0, [{"data"}, {}]>
+  // CHECK-NOT: sdy.reshard
+  // CHECK: %[[R:.*]] = stablehlo.reduce(%[[P]] init: {{[^ ]*}}) applies stablehlo.add across dimensions = [0]
+  // CHECK-SAME: <@stage0, [{}]>
+  // CHECK: stablehlo.add %[[S]], %[[R]]
+  // CHECK-NOT: sdy.reshard
+  // CHECK-NOT: sdy.sharding_rule
+  func.func public @main(%x: tensor<65536x64xf32> {bactrian.role = "batch", sdy.sharding = #sdy.sharding<@stage0, [{"data"}, {}]>}, %w: tensor<3x64x64xf32> {bactrian.role = "state", sdy.sharding = #sdy.sharding<@stage0, [{}, {"data"}, {}]>}, %s: tensor<64xf32> {bactrian.role = "state", sdy.sharding = #sdy.sharding<@stage0, [{}]>}) -> (tensor<65536x64xf32>, tensor<64xf32> {bactrian.updates = 2 : i64}) {
+    %zero = stablehlo.constant {bactrian.phase = "forward"} dense<0> : tensor<i32>
+    %one = stablehlo.constant {bactrian.phase = "forward"} dense<1> : tensor<i32>
+    %three = stablehlo.constant {bactrian.phase = "forward"} dense<3> : tensor<i32>
+    %none = stablehlo.constant {bactrian.phase = "forward"} dense<0.0> : tensor<f32>
+    %r:4 = stablehlo.while(%i = %zero, %h = %x, %ws = %w, %t = %s) : tensor<i32>, tensor<65536x64xf32>, tensor<3x64x64xf32>, tensor<64xf32> attributes {bactrian.phase = "forward"}
+     cond {
+      %c = stablehlo.compare LT, %i, %three : (tensor<i32>, tensor<i32>) -> tensor<i1>
+      stablehlo.return %c : tensor<i1>
+    } do {
+      %d = stablehlo.dynamic_slice %ws, %i, %zero, %zero, sizes = [1, 64, 64] : (tensor<3x64x64xf32>, tensor<i32>, tensor<i32>, tensor<i32>) -> tensor<1x64x64xf32>
+      %e = stablehlo.reshape %d : (tensor<1x64x64xf32>) -> tensor<64x64xf32>
+      %p = stablehlo.dot_general %h, %e, contracting_dims = [1] x [0] : (tensor<65536x64xf32>, tensor<64x64xf32>) -> tensor<65536x64xf32>
+      %q = stablehlo.reduce(%p init: %none) applies stablehlo.add across dimensions = [0] : (tensor<65536x64xf32>, tensor<f32>) -> tensor<64xf32>
+      %u = stablehlo.add %t, %q : tensor<64xf32>
+      %j = stablehlo.add %i, %one : tensor<i32>
+      stablehlo.return %j, %p, %ws, %u : tensor<i32>, tensor<65536x64xf32>, tensor<3x64x64xf32>, tensor<64xf32>
+    }
+    return %r#1, %r#3 : tensor<65536x64xf32>, tensor<64xf32>
+  }
+}

@@ -14,10 +14,11 @@ from bactrian.passes.sharding.counting import count_collectives
 
 @dataclass(frozen=True)
 class CountCollectives(Pass):
-    """Count what each device sends when every op of ``@main`` runs once.
+    """Count what each device sends when ``@main`` runs once, in all turns of its loops.
 
     Shardy makes the collectives of a copy of the module explicit, as its exporter does it, and they are counted one by
-    one: a check of what ``solve-shardings`` has predicted that shares no code with it. Slices send nothing.
+    one: a check of what ``solve-shardings`` has predicted that shares no code with it,
+    but for how often loops run. Slices send nothing.
 
     Requires: ``sdy.sharding`` on arguments, results and ops (``solve-shardings``).
     Ensures: ``bactrian.sent_bytes`` on the module, with an entry for each kind that occurs.

@@ -39,8 +39,12 @@ class SolveShardings(Pass):
     adds them up. Between the two a gradient may also be reduced in every microbatch, which takes less memory.
 
     Layouts that are there already (``sdy.sharding`` on arguments, ``sdy.sharding_constraint``) stay. With ``strategy``, the
-    arguments have the layouts of a known plan, and the rest is chosen. Loops and other ops
-    without a rule are done whole by every device, with a remark; barriers and the gradient boundary hand layouts on.
+    arguments have the layouts of a known plan, and the rest is chosen. Ops without a rule are done whole by every device, with
+    a remark; barriers and the gradient boundary hand layouts on.
+
+    The body of a ``while`` is chosen with all the rest, and counts as often as it runs: once, with a remark, where the
+    module does not say how often. What a loop carries has one layout; what it reads from outside, or never changes, is moved
+    before it.
 
     Each stage is a program of its own; what it gets of other stages comes in the layout that it wants, in an ``sdy.reshard``
     from one mesh to another.

@@ -13,18 +13,30 @@ import pytest
 import sharded
 from jax import lax
 from jaxlib.mlir import ir
-from test_mesh import check, cut, slow  # noqa: F401 - a fixture
+from test_mesh import SLOW, check, cut
 
 import bactrian
+from bactrian.passes.cluster import CPU_HOST
 from bactrian.passes.mesh_tensors import axis_names, value_shardings
 from bactrian.passes.network.solve import solve
-from bactrian.passes.program import main_function, nested_operations
+from bactrian.passes.program import main_function, nested_operations, result_updates
+from bactrian.passes.sharding.accounts import sent
 from bactrian.passes.sharding.counting import count_collectives
+from bactrian.passes.sharding.loops import capture_unchanged
 from bactrian.passes.sharding.model import seconds_of
+from bactrian.passes.sharding.reading import read_program
 from bactrian.passes.sharding.writing import Writer
 
 LAYERS, WIDTH, HIDDEN = 4, 256, 1024
 MESHES = ((("data", 2), ("model", 4)), (("data", 8),))
+
+
+@pytest.fixture(scope="module")
+def slow(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file of a cluster on which everything is worth cutting."""
+    path = tmp_path_factory.mktemp("cluster") / "slow.toml"
+    path.write_text(SLOW)
+    return path
 
 
 def layer(x: jax.Array, weights: Any) -> jax.Array:
@@ -74,8 +86,10 @@ def solved(function: Any, arguments: Any, axes: sharded.Axes) -> tuple[ir.Module
     assert seconds_of(model, shardings) == pytest.approx(solution.cost, rel=1e-9)
     with module.context, ir.Location.unknown():
         writer = Writer(main_function(module), reading, model, shardings, "stage0")
+        expected = sent(model, reading, shardings, 1, result_updates(main_function(module)), shardings.arguments)
         writer.write()
         assert module.operation.verify()
+        assert expected == {kind: round(nbytes) for kind, nbytes in sorted(writer.sent_in_step.items())}
     counted = dict[str, float]()
     for collective in count_collectives(module):
         if collective.nbytes:
@@ -92,12 +106,78 @@ def test_layers_in_a_loop_are_cut_as_they_are_without(axes: sharded.Axes, batch:
     with module.context:
         assert cuts(module, "stablehlo.dot_general") == [{name for name, _ in axes}] * 6
     _, flat, unrolled = solved(lambda w, x: step(w, x, unroll=True), arguments, axes)
-    assert unrolled < seconds < 1.5 * unrolled  # a loop stacks what it keeps, in memory
+    assert unrolled < seconds < 1.2 * unrolled  # a loop stacks what it keeps
     assert sum(writer.sent.values()) < 2 * sum(flat.sent.values())
     if batch == 64:
         got = sharded.run(module, axes, jax.tree.leaves(arguments))
         for one, other in zip(got, jax.tree.leaves(jax.jit(step)(*arguments)), strict=True):
             np.testing.assert_allclose(one, np.asarray(other), rtol=1e-5, atol=1e-5)
+
+
+def weights_of(function: Any, arguments: Any) -> tuple[list[tuple[str, float, tuple[float, ...]]], list[str]]:
+    """Of the products and sums of a function with two microbatches: how often they run, and their operands are moved;
+    and what is remarked."""
+    axes, remarks = MESHES[0], list[str]()
+    module = sharded.lowered(function, arguments, axes)
+    with module.context:
+        capture_unchanged(main_function(module))
+        mesh = CPU_HOST.mesh(axes)
+        reading = read_program(main_function(module), mesh, CPU_HOST, 2, lambda op, text: remarks.append(text))
+        names = {"stablehlo.dot_general": "dot", "stablehlo.reduce": "reduce"}
+        return [
+            (names[op.name], part.operation.weight, part.operation.moves or ())
+            for part in reading.parts
+            if (op := reading.flow.ops[part.index]).name in names
+        ], remarks
+
+
+def test_loops_in_loops_multiply_and_what_is_outside_is_moved_once() -> None:
+    def function(x: jax.Array, w: jax.Array, v: jax.Array) -> jax.Array:
+        def outer(i: int, z: jax.Array) -> jax.Array:
+            y = z @ w  # reads w from outside
+            return lax.fori_loop(0, 5, lambda j, u: u @ y @ v, z)
+
+        return lax.fori_loop(0, 3, outer, x)
+
+    square = np.ones((8, 8), np.float32)
+    found, remarks = weights_of(function, [square] * 3)
+    assert found == [("dot", 6.0, (6.0, 2.0)), ("dot", 30.0, (30.0, 6.0)), ("dot", 30.0, (30.0, 2.0))]
+    assert remarks == []
+
+
+def test_a_loop_of_unknown_length_counts_once_and_is_remarked() -> None:
+    def function(x: jax.Array, w: jax.Array) -> jax.Array:
+        return lax.while_loop(lambda z: jnp.max(z) > 1, lambda z: z @ w, x)
+
+    found, remarks = weights_of(function, [np.ones((8, 8), np.float32)] * 2)
+    assert found == [("reduce", 2.0, (2.0,)), ("dot", 2.0, (2.0, 2.0))]  # first what the condition reads
+    assert remarks == ["how often this loop runs is not known: its body counts as if it ran once"]
+
+
+def test_memory_of_a_loop_lasts_until_its_end() -> None:
+    """What is carried once, its next value in its place; what is read from outside for as long as the loop runs."""
+
+    def function(x: jax.Array, w: jax.Array) -> jax.Array:
+        big = w @ w  # 64 KiB
+        return lax.fori_loop(0, 4, lambda i, z: jnp.sin(z @ (big[:, :8] @ big[:8]).T), x)
+
+    axes = (("x", 1),)
+    module = sharded.lowered(function, [np.ones((8, 128), np.float32), np.ones((128, 128), np.float32)], axes)
+    reading, model = sharded.read(module, axes)
+    flow, network = reading.flow, model.network
+    (loop,) = flow.loops
+    inside = [at for at, part in enumerate(reading.parts) if loop.first <= part.index < loop.end]
+    first = len(model.work.inputs)
+    nodes = [at for at, choices in enumerate(model.strategies) if choices is not None]
+    until = {
+        flow.ops[reading.parts[at].index].name: network.intervals[first + node][1]
+        for node, at in enumerate(nodes)
+        if at < inside[0] or flow.kinds[reading.parts[at].index] == "carry"
+    }
+    assert until["stablehlo.dot_general"] == inside[-1] + 1
+    assert until["stablehlo.while"] == len(reading.parts) + 1
+    made = reading.value_of[loop.returned[-1]]
+    assert made in model.work.in_place
 
 
 def scanned(names: str, width: int = 64) -> models.Built:
@@ -127,14 +207,14 @@ def scanned(names: str, width: int = 64) -> models.Built:
 
         return jax.tree.map(lambda w, g: w - halved(g), state, gradients), value
 
-    return models.Built(train, state, [(data,)] * 2)
+    return models.Built(train, state, [(data,)])
 
 
-def test_steps_with_loops_equal_one_device(slow: Path) -> None:  # noqa: F811
-    compiled = check(scanned("a"), mesh="data=2,model=4", num_microbatches=2, cluster=slow)
+def test_steps_with_loops_equal_one_device(slow: Path) -> None:
+    compiled = check(scanned("a"), mesh="data=2,model=2", num_microbatches=2, cluster=slow)
     assert cut(compiled)
 
 
-def test_stages_with_loops_equal_one_device(slow: Path) -> None:  # noqa: F811
+def test_stages_with_loops_equal_one_device(slow: Path) -> None:
     compiled = check(scanned("ab"), mesh="data=2,model=2", num_stages=2, num_microbatches=2, cluster=slow)
     assert cut(compiled)

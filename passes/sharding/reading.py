@@ -63,8 +63,7 @@ _NOT_FUSED = HEAVY | frozenset(
         "optimization_barrier",
     ]
 )
-
-
+_PART_WRITTEN = "stablehlo.dynamic_update_slice"
 _WITHOUT_RULE = frozenset(
     f"stablehlo.{name}" for name in ("constant", "iota", "custom_call", "while", "case", "if", "optimization_barrier")
 )
@@ -322,7 +321,8 @@ class _Reader:
             if not is_free and any(shapes[0] + shapes[1]):
                 self._remark(op, f"nothing is known of {op.name}: every device computes it whole")
             rule = whole(*shapes)
-        keeps = op.name in _NOT_FUSED or any(self._from_memory[value] for value in results)
+        separate = _is_separate(self._flow, index)
+        keeps = separate or any(self._from_memory[value] for value in results)
         is_there = bool(given) and self._kept[operands[0]]  # what a constraint makes is what it reads
         keeps = keeps and not is_there
         for value in results:
@@ -331,7 +331,9 @@ class _Reader:
             operands=operands[: len(rule.operands)],
             results=results,
             rule=None if is_free else rule,
-            seconds=0.0 if is_there else _seconds(op, self._model, self._cluster, keeps, self._from_memory, operands),
+            seconds=0.0
+            if is_there
+            else _seconds(op, self._model, self._cluster, keeps, separate, self._from_memory, operands),
             weight=self.weight(index) * self._flow.turns[index],
             scatters=_scatters(op),
             keeps=keeps,
@@ -349,14 +351,20 @@ def _read_from_memory(flow: LoopFlow, value_of: list[int]) -> list[bool]:
     read = [False] * len(flow.values)
     for value in flow.operands[-1]:
         read[value_of[value]] = True
-    for index, op in enumerate(flow.ops[:-1]):
-        separate = op.name in _NOT_FUSED or flow.kinds[index] in (END, CONDITION)
+    for index in range(len(flow.ops) - 1):
+        separate = _is_separate(flow, index) or flow.kinds[index] in (END, CONDITION)
         for value in flow.operands[index]:
             source = value_of[value]
             producer = flow.producer[source]
             if separate or source != value or producer < 0 or _apart(flow, producer, index):
                 read[source] = True
     return read
+
+
+def _is_separate(flow: LoopFlow, index: int) -> bool:
+    """Whether an op is not fused with others; what a loop stacks is written where it is computed."""
+    name = flow.ops[index].name
+    return name in _NOT_FUSED and not (name == _PART_WRITTEN and flow.tops[index] is not flow.ops[index])
 
 
 def _apart(flow: LoopFlow, producer: int, reader: int) -> bool:
@@ -390,21 +398,26 @@ def _seconds(
     model: CostModel,
     cluster: Cluster,
     keeps: bool,
+    separate: bool,
     from_memory: list[bool],
     operands: tuple[int, ...],
 ) -> float:
     """Roofline time on one device; of a fused op only what it brings to and from memory."""
     cost = model.cost(op)
     device = cluster.device
-    if op.name in _NOT_FUSED:
+    if separate:
         return device.seconds(cost)
     flops = cost.flops / (device.flops_per_second.get(cost.dtype) or device.flops_per_second["default"])
-    moved = sum(model.size(value.type).bytes for value in op.results) if keeps else 0
-    moved += sum(
-        model.size(value.type).bytes
+    made = [model.size(value.type).bytes for value in op.results]
+    read = [
+        model.size(value.type).bytes if from_memory[number] else 0
         for value, number in zip(op.operands, operands, strict=False)
-        if from_memory[number]
-    )
+    ]
+    if op.name == "stablehlo.dynamic_slice":
+        read[:1] = [min(read[0], *made)]
+    if op.name == _PART_WRITTEN:
+        made, read[0] = [model.size(op.operands[1].type).bytes], 0
+    moved = sum(read) + (sum(made) if keeps else 0)
     return max(flops, moved / device.bytes_per_second)
 
 
