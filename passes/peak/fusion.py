@@ -26,11 +26,13 @@ class Fused:
         reads: of each of them, those that it reads, and whether each element of its result is at the place of the one that
             it reads.
         results: what the graph's results are in.
+        root: of each node, the one whose bytes it views.
     """
 
     made: list[int]
     reads: dict[int, dict[int, bool]]
     results: list[int]
+    root: list[int]
 
 
 def fuse(graph: Graph) -> Fused:
@@ -66,7 +68,7 @@ def fuse(graph: Graph) -> Fused:
         for head, same in readers.items():
             if head not in taken:
                 reads.setdefault(head, {})[number] = same
-    return Fused(made[::-1], reads, results)
+    return Fused(made[::-1], reads, results, root)
 
 
 def _roots(nodes: list[Node]) -> list[int]:

@@ -6,7 +6,6 @@ results are in memory. Collectives, and the transposed copies that products and 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -33,10 +32,11 @@ class Node:
         operands: numbers of nodes.
         shape: on a device.
         nbytes: on a device.
-        scratch: bytes that the op needs while it runs.
+        inside: what its regions do while it runs.
         group: firm nodes of one group that do not depend on each other are one op.
         key: equal nodes have equal keys; None for one that is like no other.
         sums: whether it is a reduction that takes products of its operands in.
+        place: of a part, the operand of its op whose place it takes over.
     """
 
     name: str
@@ -44,10 +44,11 @@ class Node:
     operands: tuple[int, ...]
     shape: tuple[int, ...]
     nbytes: int
-    scratch: int = 0
+    inside: tuple[Graph, ...] = ()
     group: object = None
     key: object = None
     sums: bool = False
+    place: int | None = None
 
 
 @dataclass
@@ -73,10 +74,11 @@ class Graph:
         shape: Sequence[int],
         nbytes: int,
         *,
-        scratch: int = 0,
+        inside: tuple[Graph, ...] = (),
         group: object = None,
         key: object = None,
         sums: bool = False,
+        place: int | None = None,
     ) -> int:
         """A new node, or the equal one that is there."""
         operands = tuple(operands)
@@ -84,7 +86,7 @@ class Graph:
         if full is not None and full in self._known:
             return self._known[full]
         number = len(self.nodes)
-        self.nodes.append(Node(name, kind, operands, tuple(shape), nbytes, scratch, group, full, sums))
+        self.nodes.append(Node(name, kind, operands, tuple(shape), nbytes, inside, group, full, sums, place))
         if full is not None:
             self._known[full] = number
         return number
@@ -102,16 +104,3 @@ class Graph:
         moved = [dim for dim in order if node.shape[dim] != 1]
         kind = Kind.VIEW if moved == sorted(moved) else Kind.LOOSE
         return self.add("transpose", kind, (operand,), shape, node.nbytes, key=tuple(order))
-
-    def users(self) -> list[list[int]]:
-        """The readers of each node, each once, in order."""
-        found: list[list[int]] = [[] for _ in self.nodes]
-        for number, node in enumerate(self.nodes):
-            for operand in dict.fromkeys(node.operands):
-                found[operand].append(number)
-        return found
-
-
-def elements(shape: Sequence[int]) -> int:
-    """How many there are."""
-    return math.prod(shape)

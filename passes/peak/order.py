@@ -1,18 +1,19 @@
-"""When values in memory are made, how long they stay, and what they take together."""
+"""When values in memory are made, how long they stay, and the bytes that hold them all."""
 
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass, field
-from itertools import accumulate
+from dataclasses import dataclass
 
-from bactrian.passes.peak.fusion import Fused
+from bactrian.passes.peak.fusion import Fused, fuse
 from bactrian.passes.peak.graph import Graph, Kind
+
+_ALIGNMENT = 64
 
 
 @dataclass
-class Interval:
-    """A buffer: from when to when, and what is in it at the end."""
+class Buffer:
+    """Bytes that are held from one step to another (both included), and the node that was written there last."""
 
     first: int
     last: int
@@ -21,33 +22,51 @@ class Interval:
 
 
 @dataclass
-class Temporaries:
-    """What a function needs beside arguments and results.
+class _Place:
+    """An argument's bytes, which its result takes over; other values may be there in between."""
 
-    Attributes:
-        nbytes: at the fullest time.
-        at: that time.
-        buffers: all of them.
+    nbytes: int
+    taken: list[tuple[int, int]]
+
+
+def temporary_bytes(graph: Graph) -> int:
+    """What a function needs beside its arguments and results.
+
+    Readers of one value are queued in their order or in the opposite one, as chance has it in XLA: the larger counts.
     """
+    fused = fuse(graph)
+    _copy_donated(graph, fused)
+    return max(_packed_bytes(buffers(graph, fused, flip)) for flip in (False, True))
 
-    nbytes: int = 0
-    at: int = 0
-    buffers: list[Interval] = field(default_factory=list[Interval])
-    order: list[int] = field(default_factory=list[int])
+
+def buffers(graph: Graph, fused: Fused, flip: bool = False) -> list[Buffer]:
+    """What is in memory beside arguments and results."""
+    steps = schedule(graph, fused, flip)
+    time = {number: at for at, step in enumerate(steps) for number in step}
+    last = {number: time[number] for number in fused.made}
+    for reader, reads in fused.reads.items():
+        for number in reads:
+            last[number] = max(last[number], time[reader])
+    held = _held(graph, fused, steps, time, last)
+    places = list[_Place]()
+    for position, argument in graph.aliases.items():
+        result = fused.results[position]
+        if argument in time and result != argument:
+            taken = [(-1, last[argument]), (time[result], len(steps))]
+            places.append(_Place(graph.nodes[argument].nbytes, taken))
+    return _outside(held, sorted(places, key=lambda place: place.nbytes))
 
 
 def schedule(graph: Graph, fused: Fused, flip: bool = False) -> list[list[int]]:
-    """Steps in the order of work: whatever is ready is queued. Collectives of one group are one step."""
-    nodes = graph.nodes
+    """Steps in the order of work: what is ready is queued. Collectives that are combined are one step."""
     step_of, steps = dict[int, int](), list[list[int]]()
     for group in _groups(graph, fused):
-        for number in group:
-            step_of[number] = len(steps)
+        step_of |= dict.fromkeys(group, len(steps))
         steps.append(group)
     readers: list[dict[int, None]] = [{} for _ in steps]
     waits = [0] * len(steps)
     for at, group in enumerate(steps):
-        sources = dict.fromkeys(step_of[o] for number in group for o in fused.reads[number])
+        sources = dict.fromkeys(step_of[operand] for number in group for operand in fused.reads[number])
         waits[at] = len(sources)
         for source in sources:
             readers[source][at] = None
@@ -60,156 +79,134 @@ def schedule(graph: Graph, fused: Fused, flip: bool = False) -> list[list[int]]:
             waits[reader] -= 1
             if not waits[reader]:
                 queue.append(reader)
-    assert len(order) == len(steps), "a group of collectives depends on itself"
+    assert len(order) == len(steps), "combined collectives depend on each other"
     return order
 
 
 def _groups(graph: Graph, fused: Fused) -> list[list[int]]:
-    """Nodes that are one op together: collectives alike, none of which depends on another."""
-    groups, open_groups = list[list[int]](), dict[object, list[list[int]]]()
-    before = dict[int, int]()  # bits of the grouped nodes that a node depends on
+    """Collectives of one group, none of which depends on another, together; every other node alone."""
+    groups, combined = list[list[int]](), dict[object, list[list[int]]]()
+    before = dict[int, int]()  # bits of the steps with collectives that a node depends on
+    step_of = dict[int, int]()
     for number in fused.made:
         bits = 0
         for operand in fused.reads[number]:
-            bits |= before[operand]
-            if graph.nodes[operand].group is not None:
-                bits |= 1 << operand
-        before[number] = bits
+            bits |= before[operand] | (1 << step_of[operand] if operand in step_of else 0)
         group = graph.nodes[number].group
         if group is not None:
-            fitting = next((g for g in open_groups.get(group, ()) if not any(bits >> m & 1 for m in g)), None)
-            if fitting is not None:
+            known = combined.setdefault(group, [])
+            fitting = next((g for g in known if not bits >> step_of[g[0]] & 1), None)
+            if fitting is None:
+                step_of[number] = len(groups)
+                groups.append([number])
+                known.append(groups[-1])
+            else:
+                step_of[number] = step_of[fitting[0]]
                 fitting.append(number)
-                continue
-        groups.append([number])
-        if group is not None:
-            open_groups.setdefault(group, []).append(groups[-1])
+        else:
+            groups.append([number])
+        before[number] = bits
     return groups
 
 
-def temporaries(graph: Graph, fused: Fused) -> Temporaries:
-    """Simulate the function's run, in two orders where readers of a value tie: the larger counts."""
-    _copy_donated(graph, fused)
-    return max((_run(graph, fused, flip) for flip in (False, True)), key=lambda found: found.nbytes)
-
-
-def _run(graph: Graph, fused: Fused, flip: bool) -> Temporaries:
-    order = schedule(graph, fused, flip)
-    time = {number: at for at, group in enumerate(order) for number in group}
-    end = len(order)
-    last = {number: time[number] for number in fused.made}
-    for reader, reads in fused.reads.items():
-        for number in reads:
-            last[number] = max(last[number], time[reader])
-    nodes = graph.nodes
-    outside = {n for n in fused.made if nodes[n].kind in (Kind.ARGUMENT, Kind.CONSTANT)} | set(fused.results)
-    buffers = _buffers(graph, fused, order, time, last, outside)
-    found = _beside(buffers, _donated(graph, fused, time, last, end))
-    return Temporaries(_packed(found), _fullest(found, end), found, [n for g in order for n in g])
-
-
 def _copy_donated(graph: Graph, fused: Fused) -> None:
-    """Copies of arguments that are read by what the result in their place does not depend on.
+    """Copy arguments with a reader that the result in their place does not depend on.
 
-    XLA decides it before it knows the order: such a reader might come after the result is written.
+    XLA decides it before it knows the order: such a reader might come when the result is written already.
     """
-    nodes = graph.nodes
     before = dict[int, int]()
+    readers = dict[int, list[int]]()
     for number in fused.made:
         bits = 1 << number
         for operand in fused.reads[number]:
             bits |= before[operand]
+            readers.setdefault(operand, []).append(number)
         before[number] = bits
-    readers = dict[int, list[int]]()
-    for reader, reads in fused.reads.items():
-        for number in reads:
-            readers.setdefault(number, []).append(reader)
+    copies = dict[int, int]()
     for position, argument in graph.aliases.items():
         result = fused.results[position]
         if result == argument or all(before[result] >> reader & 1 for reader in readers.get(argument, ())):
             continue
-        node = nodes[argument]
-        copy = graph.add("copy", Kind.FIRM, (argument,), node.shape, node.nbytes)
+        node = graph.nodes[argument]
+        copies[argument] = copy = graph.add("copy", Kind.FIRM, (argument,), node.shape, node.nbytes)
         for reader in readers[argument]:
             fused.reads[reader][copy] = fused.reads[reader].pop(argument)
         fused.reads[copy] = {argument: True}
-        fused.made.insert(fused.made.index(argument) + 1, copy)
+    fused.made[:] = [each for number in fused.made for each in (number, copies.get(number)) if each is not None]
 
 
-def _buffers(graph: Graph, fused: Fused, order: list[list[int]], time: dict[int, int], last: dict[int, int], outside: set[int]) -> list[Interval]:
-    """Of each value that is in memory and neither argument nor result, the buffer; some take over that of an operand."""
+def _held(
+    graph: Graph, fused: Fused, steps: list[list[int]], time: dict[int, int], last: dict[int, int]
+) -> list[Buffer]:
+    """A buffer for each value that is neither argument nor result; some take over that of an operand."""
     nodes = graph.nodes
-    buffers, at_place = list[Interval](), dict[int, Interval]()
-    for group in order:
-        taken = set[int]()
-        for number in group:
+    outside = {n for n in fused.made if nodes[n].kind in (Kind.ARGUMENT, Kind.CONSTANT)} | set(fused.results)
+    found, place = list[Buffer](), dict[int, Buffer]()
+    for at, step in enumerate(steps):
+        for number in step:
             node = nodes[number]
+            if node.inside:
+                inner = max(map(temporary_bytes, node.inside))
+                found.append(Buffer(at, at, inner, number))
             if number in outside or not node.nbytes:
                 continue
-            begin = time[number]
-            if node.kind is Kind.PART:
-                begin = time[node.operands[0]]
-            for source, same in fused.reads[number].items():
-                buffer = at_place.get(source)
-                if (
-                    same and buffer is not None and source not in taken and last[source] == time[number]
-                    and buffer.nbytes == node.nbytes and (node.kind is Kind.LOOSE or node.name == "scatter")
-                ):  # fmt: skip
-                    taken.add(source)
-                    buffer.last, buffer.node = last[number], number
-                    at_place[number] = buffer
-                    break
+            source = _taken_over(graph, fused, number, time, place, last)
+            if source is None:
+                first = time[node.operands[0]] if node.kind is Kind.PART else at
+                place[number] = Buffer(first, last[number], node.nbytes, number)
+                found.append(place[number])
             else:
-                at_place[number] = Interval(begin, last[number], node.nbytes, number)
-                buffers.append(at_place[number])
-    return buffers
+                place[number] = place.pop(source)
+                place[number].last, place[number].node = last[number], number
+    return found
 
 
-def _fullest(buffers: list[Interval], end: int) -> int:
-    change = [0] * (end + 2)
-    for buffer in buffers:
-        change[buffer.first] += buffer.nbytes
-        change[buffer.last + 1] -= buffer.nbytes
-    held = list(accumulate(change))
-    return held.index(max(held))
+def _taken_over(
+    graph: Graph, fused: Fused, number: int, time: dict[int, int], place: dict[int, Buffer], last: dict[int, int]
+) -> int | None:
+    """The value in whose place another one is written: one that nobody reads afterwards."""
+    node = graph.nodes[number]
+    if node.kind is Kind.PART and node.place is not None:  # state of a loop
+        whole = node.operands[0]
+        source = fused.root[graph.nodes[node.operands[0]].operands[node.place]]
+        fits = source in place and place[source].nbytes == node.nbytes and place[source].last == time[whole]
+        return source if fits else None
+    if node.kind is not Kind.LOOSE and node.name != "scatter":
+        return None
+    for source, in_place in fused.reads[number].items():
+        if in_place and source in place and last[source] == time[number] and place[source].nbytes == node.nbytes:
+            return source
+    return None
 
 
-def _packed(buffers: list[Interval]) -> int:
-    """Bytes of a block that holds all buffers: the largest are placed first, each in the smallest gap that it fits in."""
-    placed = list[tuple[int, int, int, int]]()  # first, last, offset, end
-    total = 0
-    for buffer in sorted(buffers, key=lambda each: (-each.nbytes, each.first - each.last, each.first)):
-        busy = sorted((a, b) for first, last, a, b in placed if first <= buffer.last and buffer.first <= last)
-        best, at, free = None, 0, 0
-        for a, b in busy:
-            if a - free >= buffer.nbytes and (best is None or a - free < best):
-                best, at = a - free, free
-            free = max(free, b)
-        if best is None:
-            at = free
-        placed.append((buffer.first, buffer.last, at, at + buffer.nbytes))
-        total = max(total, at + buffer.nbytes)
-    return total
-
-
-def _donated(graph: Graph, fused: Fused, time: dict[int, int], last: dict[int, int], end: int) -> list[tuple[int, list[tuple[int, int]]]]:
-    """The places of arguments that results take over: their bytes, and when they are taken."""
-    places = list[tuple[int, list[tuple[int, int]]]]()
-    for position, argument in graph.aliases.items():
-        result = fused.results[position]
-        if argument in time and result != argument:
-            places.append((graph.nodes[argument].nbytes, [(-1, last[argument]), (time[result], end)]))
-    return sorted(places, key=lambda place: place[0])
-
-
-def _beside(buffers: list[Interval], places: list[tuple[int, list[tuple[int, int]]]]) -> list[Interval]:
-    """The buffers that find no room in an argument's place while nothing is there; the largest choose first."""
-    left = list[Interval]()
-    for buffer in sorted(buffers, key=lambda each: -each.nbytes):
-        for nbytes, taken in places:
-            if nbytes >= buffer.nbytes and all(buffer.last < first or until < buffer.first for first, until in taken):
-                taken.append((buffer.first, buffer.last))
+def _outside(held: list[Buffer], places: list[_Place]) -> list[Buffer]:
+    """The buffers that find no room in an argument's place; the largest choose first."""
+    left = list[Buffer]()
+    for buffer in sorted(held, key=lambda each: -each.nbytes):
+        for place in places:
+            if place.nbytes >= buffer.nbytes and all(
+                buffer.last < first or last < buffer.first for first, last in place.taken
+            ):
+                place.taken.append((buffer.first, buffer.last))
                 break
         else:
             left.append(buffer)
     return left
+
+
+def _packed_bytes(held: list[Buffer]) -> int:
+    """Bytes of a block that holds all buffers: the largest are placed first, each in the smallest gap that it fits in."""
+    placed = list[tuple[Buffer, int, int]]()  # begins and ends at
+    total = 0
+    for buffer in sorted(held, key=lambda each: (-each.nbytes, each.first - each.last, each.first)):
+        nbytes = -(-buffer.nbytes // _ALIGNMENT) * _ALIGNMENT
+        beside = [(a, b) for other, a, b in placed if other.first <= buffer.last and buffer.first <= other.last]
+        at, smallest, free = -1, -1, 0
+        for begin, end in sorted(beside):
+            if begin - free >= nbytes and (smallest < 0 or begin - free < smallest):
+                at, smallest = free, begin - free
+            free = max(free, end)
+        at = free if smallest < 0 else at
+        placed.append((buffer, at, at + nbytes))
+        total = max(total, at + nbytes)
+    return total
