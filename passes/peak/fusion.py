@@ -17,6 +17,10 @@ _ELSEWHERE = frozenset(
 """Ops whose results are at other places than what they read: they are not computed in place."""
 
 
+_REDUCED = frozenset({"multiply", "add", "maximum"})
+"""Ops that reductions compute themselves."""
+
+
 @dataclass
 class Fused:
     """What is in memory.
@@ -54,7 +58,7 @@ def fuse(graph: Graph) -> Fused:
             in_place = nodes[user].name not in _ELSEWHERE and nodes[user].nbytes == node.nbytes
             for head, same in inside[user].items():
                 readers[head] = readers.get(head, True) and same and in_place
-        takers = _takers(node, number, readers, users[number], nodes)
+        takers = _takers(node, readers, users[number], nodes)
         once = len(readers) + (number in ends) == 1
         if not takers or not (once or (node.name not in _EXPENSIVE and number not in fixed)):
             takers = []
@@ -90,12 +94,15 @@ def _users(nodes: list[Node], root: list[int], results: set[int]) -> list[list[i
     return [each[::-1] for each in users]
 
 
-def _takers(node: Node, number: int, readers: dict[int, bool], users: list[int], nodes: list[Node]) -> list[int]:
-    """The heads that compute a loose node themselves: loose ones, and a sum of products that nobody else reads."""
+def _takers(node: Node, readers: dict[int, bool], users: list[int], nodes: list[Node]) -> list[int]:
+    """The heads that compute a loose node themselves: loose ones, and a reduction that alone reads it."""
     if node.kind is not Kind.LOOSE:
         return []
-    if len(readers) == 1 and len(users) == 1 and nodes[users[0]].sums:
-        return [users[0]] if node.name == "multiply" or not node.operands else []
+    if len(readers) == 1 and len(users) == 1:
+        head = next(iter(readers))
+        if nodes[head].name == "reduce":
+            repeats = node.name == "broadcast_in_dim" and set(node.dims) <= set(nodes[head].dims)
+            return [head] if node.name in _REDUCED or repeats or not node.operands else []
     return [head for head in readers if nodes[head].kind is Kind.LOOSE]
 
 

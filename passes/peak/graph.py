@@ -35,7 +35,7 @@ class Node:
         inside: what its regions do while it runs.
         group: firm nodes of one group that do not depend on each other are one op.
         key: equal nodes have equal keys; None for one that is like no other.
-        sums: whether it is a reduction that takes products of its operands in.
+        dims: of a reduction those over which it goes, of a broadcast those along which values repeat.
         place: of a part, the operand of its op whose place it takes over.
     """
 
@@ -47,7 +47,7 @@ class Node:
     inside: tuple[Graph, ...] = ()
     group: object = None
     key: object = None
-    sums: bool = False
+    dims: tuple[int, ...] = ()
     place: int | None = None
 
 
@@ -77,7 +77,7 @@ class Graph:
         inside: tuple[Graph, ...] = (),
         group: object = None,
         key: object = None,
-        sums: bool = False,
+        dims: Sequence[int] = (),
         place: int | None = None,
     ) -> int:
         """A new node, or the equal one that is there."""
@@ -86,7 +86,7 @@ class Graph:
         if full is not None and full in self._known:
             return self._known[full]
         number = len(self.nodes)
-        self.nodes.append(Node(name, kind, operands, tuple(shape), nbytes, inside, group, full, sums, place))
+        self.nodes.append(Node(name, kind, operands, tuple(shape), nbytes, inside, group, full, tuple(dims), place))
         if full is not None:
             self._known[full] = number
         return number

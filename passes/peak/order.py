@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import deque
 from dataclasses import dataclass
 
@@ -116,12 +117,14 @@ def _copy_donated(graph: Graph, fused: Fused) -> None:
     """
     before = dict[int, int]()
     readers = dict[int, list[int]]()
-    for number in fused.made:
-        bits = 1 << number
-        for operand in fused.reads[number]:
-            bits |= before[operand]
-            readers.setdefault(operand, []).append(number)
-        before[number] = bits
+    for step in schedule(graph, fused):
+        bits = 0
+        for number in step:
+            bits |= 1 << number
+            for operand in fused.reads[number]:
+                bits |= before[operand]
+                readers.setdefault(operand, []).append(number)
+        before |= dict.fromkeys(step, bits)
     copies = dict[int, int]()
     for position, argument in graph.aliases.items():
         result = fused.results[position]
@@ -181,13 +184,15 @@ def _taken_over(
 
 def _outside(held: list[Buffer], places: list[_Place]) -> list[Buffer]:
     """The buffers that find no room in an argument's place; the largest choose first."""
-    left = list[Buffer]()
+    left, sizes = list[Buffer](), [place.nbytes for place in places]
     for buffer in sorted(held, key=lambda each: -each.nbytes):
-        for place in places:
-            if place.nbytes >= buffer.nbytes and all(
-                buffer.last < first or last < buffer.first for first, last in place.taken
-            ):
-                place.taken.append((buffer.first, buffer.last))
+        first, last = buffer.first, buffer.last
+        for place in places[bisect_left(sizes, buffer.nbytes) :]:
+            for begin, end in place.taken:
+                if begin <= last and first <= end:
+                    break
+            else:
+                place.taken.append((first, last))
                 break
         else:
             left.append(buffer)

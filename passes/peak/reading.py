@@ -19,7 +19,7 @@ from bactrian.passes.program import body, nested_operations, type_bytes
 
 Layout = tuple[tuple[str, ...], ...]
 
-_VIEWS = frozenset({"reshape", "optimization_barrier", "bitcast_convert"})
+_VIEWS = frozenset({"reshape", "bitcast_convert"})
 _FIRM = frozenset(
     "dot_general dot convolution reduce reduce_window scatter sort while case if custom_call rng_bit_generator "
     "select_and_scatter fft cholesky triangular_solve all_reduce all_gather rng".split()
@@ -88,7 +88,9 @@ class _Reader:
     def _read(self, op: ir.Operation) -> None:
         name = op.name.rpartition(".")[2]
         reads = [self._of(value) for value in op.operands]
-        if name in _LOOPS or len(op.results) != 1:
+        if name == "optimization_barrier":  # gone before values are looked at: what it kept apart is one again
+            self._node |= zip(op.results, reads, strict=True)
+        elif name in _LOOPS or len(op.results) != 1:
             self._several(op, name, reads)
         elif name in ("reshard", "sharding_constraint"):
             self._node[op.results[0]] = self._move(op, reads[0])
@@ -112,7 +114,7 @@ class _Reader:
         if name in _VIEWS or (name == "broadcast_in_dim" and nbytes == graph.nodes[reads[0]].nbytes):
             return graph.add(name, Kind.VIEW, reads[:1], shape, nbytes, key=key)
         kind = Kind.FIRM if name in _FIRM else Kind.LOOSE
-        made = graph.add(name, kind, reads, shape, nbytes, key=key, sums=name == "reduce")
+        made = graph.add(name, kind, reads, shape, nbytes, key=key, dims=_dims(op, name, graph.nodes[reads[0]].shape if reads else ()))
         return self._all_reduce(made, result, layout, lost) if lost else made
 
     def _several(self, op: ir.Operation, name: str, reads: list[int]) -> None:
@@ -162,7 +164,8 @@ class _Reader:
         whole = node.name in ("broadcast_in_dim", "constant") and node.kind is Kind.LOOSE
         name, operands = (node.name, node.operands) if whole else ("slice", (read,))
         key = layout, node.key if whole else None
-        return self.graph.add(name, Kind.LOOSE, operands, *self._local(result, layout), key=key)
+        dims = node.dims if whole else ()
+        return self.graph.add(name, Kind.LOOSE, operands, *self._local(result, layout), key=key, dims=dims)
 
     def _dot(self, op: ir.Operation, reads: list[int]) -> int:
         """A product. Operands with several free or contracted dims, or with dims of size one, are read in the order
@@ -259,3 +262,13 @@ def _key(op: ir.Operation) -> object:
         return None
     attributes = op.attributes
     return tuple((name, str(attributes[name])) for name in attributes if name != SHARDING and name[:8] != "bactrian")
+
+
+def _dims(op: ir.Operation, name: str, shape: Sequence[int]) -> tuple[int, ...]:
+    """Of a reduction the dims that it goes over, of a broadcast those along which values repeat."""
+    if name == "reduce":
+        return tuple(ir.DenseI64ArrayAttr(op.attributes["dimensions"]))
+    if name != "broadcast_in_dim":
+        return ()
+    own = [dim for dim, size in zip(ir.DenseI64ArrayAttr(op.attributes["broadcast_dimensions"]), shape, strict=True) if size > 1]
+    return tuple(dim for dim in range(len(ir.RankedTensorType(op.results[0].type).shape)) if dim not in own)
