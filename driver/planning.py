@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path, PurePath
 
 from jaxlib.mlir import ir
 
 from bactrian.driver.extract import extract
+from bactrian.driver.memory import stage_peak
 from bactrian.driver.shardings import Layout, as_before, plan_layouts, read_shardings, refuse_moved, write_layouts
 from bactrian.passes.costs import CPU_CORE, CostModel, Device, OpCost
 from bactrian.passes.frame.diagnostics import Diagnostic
 from bactrian.passes.frame.location import name_stack, user_place
 from bactrian.passes.frame.pipeline import quote, run_pipeline
 from bactrian.passes.mesh_tensors import num_devices
+from bactrian.passes.peak.estimate import module_memory
 from bactrian.passes.plan import Axes, LayerPlan, Plan, StagePlan
 from bactrian.passes.program import Dataflow, body, integer_attribute, main_function, phase_of, stage_of
 from bactrian.passes.schedules import peak_in_flight
@@ -162,7 +164,7 @@ def stage_program(
     third = run_pipeline(module, decisions.staging_pipeline(), reproducer_dir=reproducer_dir, kept=second.kept)
     program = extract(module)
     device = _DEVICES.get(platform)
-    shardings = read_shardings(module, program, paths)
+    shardings = _with_peaks(read_shardings(module, program, paths), module, program)
     if plan is not None:
         shardings = tuple(as_before(new, stage.sharding) for new, stage in zip(shardings, plan.stages, strict=False))
     stages = tuple(
@@ -195,6 +197,20 @@ def stage_program(
     )
     diagnostics = (*first.diagnostics, *second.diagnostics, *third.diagnostics)
     return Staged(made, module, decisions.donate, diagnostics, unsolved)
+
+
+def _with_peaks(
+    shardings: tuple[ShardingPlan, ...], module: ir.Module, program: StagedProgram
+) -> tuple[ShardingPlan, ...]:
+    """What each stage's devices hold at the fullest time, predicted from its functions."""
+    if not shardings:
+        return ()
+    functions = module_memory(module)
+    peaks = [stage_peak(program, stage, functions) for stage in range(program.num_stages)]
+    return tuple(
+        replace(sharding, peak_bytes=peak.nbytes, temporary_bytes=peak.temporaries)
+        for sharding, peak in zip(shardings, peaks, strict=True)
+    )
 
 
 @dataclass

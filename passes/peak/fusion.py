@@ -7,12 +7,41 @@ from dataclasses import dataclass
 from bactrian.passes.peak.graph import Graph, Kind, Node
 
 _EXPENSIVE = frozenset(
-    "exponential exponential_minus_one log log_plus_one tanh power rsqrt sqrt cbrt logistic sine cosine tan atan2 erf "
-    "remainder".split()
+    [
+        "exponential",
+        "exponential_minus_one",
+        "log",
+        "log_plus_one",
+        "tanh",
+        "power",
+        "rsqrt",
+        "sqrt",
+        "cbrt",
+        "logistic",
+        "sine",
+        "cosine",
+        "tan",
+        "atan2",
+        "erf",
+        "remainder",
+    ]
 )
 _ELSEWHERE = frozenset(
-    "transpose broadcast_in_dim slice gather concatenate pad reverse iota dynamic_slice pieces regroup "
-    "dynamic_update_slice dynamic_reshape".split()
+    [
+        "transpose",
+        "broadcast_in_dim",
+        "slice",
+        "gather",
+        "concatenate",
+        "pad",
+        "reverse",
+        "iota",
+        "dynamic_slice",
+        "pieces",
+        "regroup",
+        "dynamic_update_slice",
+        "dynamic_reshape",
+    ]
 )
 """Ops whose results are at other places than what they read: they are not computed in place."""
 
@@ -120,7 +149,9 @@ def _not_twice(nodes: list[Node], root: list[int], users: list[list[int]], ends:
         if node.kind is not Kind.LOOSE or not several or _few_reads(node, nodes):
             continue
         known = dict[int, bool]()
-        if number in ends or not all(_on_all_paths(number, user, nodes, root, users, reach, fixed, known) for user in users[number]):
+        if number in ends or not all(
+            _on_all_paths(number, user, nodes, root, users, reach, fixed, known) for user in users[number]
+        ):
             fixed.add(number)
     return fixed
 
@@ -128,7 +159,11 @@ def _not_twice(nodes: list[Node], root: list[int], users: list[list[int]], ends:
 def _few_reads(node: Node, nodes: list[Node]) -> bool:
     """Whether computing a node twice reads hardly more than its result."""
     operands = [nodes[o] for o in dict.fromkeys(node.operands)]
-    wide = [o for o in operands if len(o.shape) >= len(node.shape) and o.name not in ("broadcast_in_dim", "iota", "constant")]
+    wide = [
+        o
+        for o in operands
+        if len(o.shape) >= len(node.shape) and o.name not in ("broadcast_in_dim", "iota", "constant")
+    ]
     return len(wide) <= 1 or sum(o.nbytes for o in operands) <= node.nbytes
 
 

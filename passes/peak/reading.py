@@ -21,8 +21,27 @@ Layout = tuple[tuple[str, ...], ...]
 
 _VIEWS = frozenset({"reshape", "bitcast_convert"})
 _FIRM = frozenset(
-    "dot_general dot convolution reduce reduce_window scatter sort while case if custom_call rng_bit_generator "
-    "select_and_scatter fft cholesky triangular_solve all_reduce all_gather rng".split()
+    [
+        "dot_general",
+        "dot",
+        "convolution",
+        "reduce",
+        "reduce_window",
+        "scatter",
+        "sort",
+        "while",
+        "case",
+        "if",
+        "custom_call",
+        "rng_bit_generator",
+        "select_and_scatter",
+        "fft",
+        "cholesky",
+        "triangular_solve",
+        "all_reduce",
+        "all_gather",
+        "rng",
+    ]
 )
 _CONTRACTS = frozenset({"dot_general", "dot", "convolution", "reduce", "gather", "scatter", "select_and_scatter"})
 _LOOPS = frozenset({"while", "case", "if"})
@@ -38,7 +57,9 @@ def read_function(main: ir.Operation, sizes: Mapping[str, int]) -> Graph:
     """
     block = body(main)
     values = [*block.arguments, *(result for view in block.operations for result in view.operation.results)]
-    layouts = {v: _layout(s, v) for v, s in zip(values, value_shardings(main, values), strict=True)}
+    layouts: dict[ir.Value, Layout] = {
+        v: _layout(s, v) for v, s in zip(values, value_shardings(main, values), strict=True)
+    }
     graph = _Reader(block, layouts, sizes).graph
     entries = ir.ArrayAttr(main.attributes["arg_attrs"]) if "arg_attrs" in main.attributes else ()
     for number, entry in enumerate(map(ir.DictAttr, entries)):
@@ -114,7 +135,15 @@ class _Reader:
         if name in _VIEWS or (name == "broadcast_in_dim" and nbytes == graph.nodes[reads[0]].nbytes):
             return graph.add(name, Kind.VIEW, reads[:1], shape, nbytes, key=key)
         kind = Kind.FIRM if name in _FIRM else Kind.LOOSE
-        made = graph.add(name, kind, reads, shape, nbytes, key=key, dims=_dims(op, name, graph.nodes[reads[0]].shape if reads else ()))
+        made = graph.add(
+            name,
+            kind,
+            reads,
+            shape,
+            nbytes,
+            key=key,
+            dims=_dims(op, name, graph.nodes[reads[0]].shape if reads else ()),
+        )
         return self._all_reduce(made, result, layout, lost) if lost else made
 
     def _several(self, op: ir.Operation, name: str, reads: list[int]) -> None:
@@ -190,7 +219,9 @@ class _Reader:
     def _convolution(self, op: ir.Operation, reads: list[int]) -> int:
         """Of operands with the batch first and features last, and of kernels with features last."""
         graph, result = self.graph, op.results[0]
-        dims = [[dim.strip() for dim in each.split(",")] for each in _DIMS.findall(str(op.attributes["dimension_numbers"]))]
+        dims = [
+            [dim.strip() for dim in each.split(",")] for each in _DIMS.findall(str(op.attributes["dimension_numbers"]))
+        ]
         left, right, made = dims[:3]
         space = sorted(dim for dim in left if dim.isdigit())
         operands = [
@@ -270,5 +301,9 @@ def _dims(op: ir.Operation, name: str, shape: Sequence[int]) -> tuple[int, ...]:
         return tuple(ir.DenseI64ArrayAttr(op.attributes["dimensions"]))
     if name != "broadcast_in_dim":
         return ()
-    own = [dim for dim, size in zip(ir.DenseI64ArrayAttr(op.attributes["broadcast_dimensions"]), shape, strict=True) if size > 1]
+    own = [
+        dim
+        for dim, size in zip(ir.DenseI64ArrayAttr(op.attributes["broadcast_dimensions"]), shape, strict=True)
+        if size > 1
+    ]
     return tuple(dim for dim in range(len(ir.RankedTensorType(op.results[0].type).shape)) if dim not in own)
