@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path, PurePath
 
 from jaxlib.mlir import ir
 
 from bactrian.driver.extract import extract
-from bactrian.driver.memory import stage_peak
+from bactrian.driver.fitting import Fitting, solved_again
 from bactrian.driver.shardings import Layout, as_before, plan_layouts, read_shardings, refuse_moved, write_layouts
 from bactrian.passes.costs import CPU_CORE, CostModel, Device, OpCost
 from bactrian.passes.frame.diagnostics import Diagnostic
 from bactrian.passes.frame.location import name_stack, user_place
 from bactrian.passes.frame.pipeline import quote, run_pipeline
 from bactrian.passes.mesh_tensors import num_devices
-from bactrian.passes.peak.estimate import module_memory
 from bactrian.passes.plan import Axes, LayerPlan, Plan, StagePlan
 from bactrian.passes.program import Dataflow, body, integer_attribute, main_function, phase_of, stage_of
 from bactrian.passes.schedules import peak_in_flight
@@ -82,13 +81,15 @@ class Decisions:
         rules = ",func.func(sdy-populate-op-sharding-rules)" if self.is_wide else ""
         return f"builtin.module(clone-cheap-ops,select-residuals,accumulate-gradients{rules})"
 
-    def staging_pipeline(self) -> str:
-        """The passes from there to the scheduled module."""
+    def staging_pipeline(self, memory_bytes: int = 0) -> str:
+        """The passes from there to the scheduled module, with layouts that hold less than some bytes of a device; 0 for
+        what the cluster says."""
         donate = "" if self.donate else "{donate=false}"
         shardings = ""
         if self.is_wide:
             options = f"time-limit={self.time_limit} strategy={self.strategy} compare={str(self.compare).lower()}"
             options += f" cluster={quote(self.cluster)}" if self.cluster else ""
+            options += f" memory-bytes={memory_bytes}" if memory_bytes else ""
             shardings = f"solve-shardings{{{options}}},"
         return f"builtin.module({shardings}split-stages{donate},loop-microbatches,schedule-microbatches)"
 
@@ -164,7 +165,18 @@ def stage_program(
     third = run_pipeline(module, decisions.staging_pipeline(), reproducer_dir=reproducer_dir, kept=second.kept)
     program = extract(module)
     device = _DEVICES.get(platform)
-    shardings = _with_peaks(read_shardings(module, program, paths), module, program)
+    shardings = read_shardings(module, program, paths)
+    if unsolved is not None and shardings:
+        fitting = Fitting(module, program, shardings)
+        while fitting.limit is not None:
+            with module.context:
+                module = solved_again(unsolved)
+            pipeline = decisions.staging_pipeline(fitting.limit)
+            with fitting.explained():
+                third = run_pipeline(module, pipeline, reproducer_dir=reproducer_dir)
+            program = extract(module)
+            fitting.add(module, program, read_shardings(module, program, paths))
+        shardings = fitting.shardings
     if plan is not None:
         shardings = tuple(as_before(new, stage.sharding) for new, stage in zip(shardings, plan.stages, strict=False))
     stages = tuple(
@@ -197,20 +209,6 @@ def stage_program(
     )
     diagnostics = (*first.diagnostics, *second.diagnostics, *third.diagnostics)
     return Staged(made, module, decisions.donate, diagnostics, unsolved)
-
-
-def _with_peaks(
-    shardings: tuple[ShardingPlan, ...], module: ir.Module, program: StagedProgram
-) -> tuple[ShardingPlan, ...]:
-    """What each stage's devices hold at the fullest time, predicted from its functions."""
-    if not shardings:
-        return ()
-    functions = module_memory(module)
-    peaks = [stage_peak(program, stage, functions) for stage in range(program.num_stages)]
-    return tuple(
-        replace(sharding, peak_bytes=peak.nbytes, temporary_bytes=peak.temporaries)
-        for sharding, peak in zip(shardings, peaks, strict=True)
-    )
 
 
 @dataclass
