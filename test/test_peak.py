@@ -64,6 +64,7 @@ def convolutions(params: Any, x: jax.Array) -> jax.Array:
 LAYER = {name: zeros(64, 4, 16) for name in "qkv"} | {"o": zeros(4, 16, 64), "scale": zeros(64)}
 PROGRAMS: dict[str, tuple[Loss, Any, Any]] = {
     "mlp": (mlp, [(zeros(128, 512), zeros(512, 128))] * 3, zeros(128, 128)),
+    "small": (mlp, [(zeros(64, 256), zeros(256, 64))] * 2, zeros(256, 64)),
     "attention": (attention, [LAYER] * 2, zeros(8, 64, 64)),
     "convolutions": (convolutions, [zeros(3, 3, 16, 16)] * 3, zeros(8, 16, 16, 16)),
 }
@@ -102,11 +103,10 @@ def compiled(staged: Staged, function: str) -> FunctionMemory:
     ("name", "options"),
     [
         ("mlp", {"strategy": "zero1"}),
-        ("attention", {}),
         ("convolutions", {"strategy": "data"}),
         ("attention", {"num_microbatches": 2, "num_stages": 2}),
     ],
-    ids=["mlp", "attention", "convolutions", "stages"],
+    ids=["mlp", "convolutions", "stages"],
 )
 def test_predicted_memory_is_what_xla_needs(tmp_path: Path, name: str, options: dict[str, Any]) -> None:
     staged = planned(tmp_path, name, **options)
@@ -157,12 +157,13 @@ def test_what_lies_there_while_a_function_runs_counts(tmp_path: Path) -> None:
 
 
 def test_layouts_are_chosen_to_fit(tmp_path: Path) -> None:
-    free = planned(tmp_path, "mlp").plan.stages[0].sharding
+    free = planned(tmp_path, "small").plan.stages[0].sharding
     assert free is not None
     assert free.peak_bytes is not None
-    gib = 0.93 * free.peak_bytes / 2**30
-    assert sum(nbytes for _, nbytes in free.memory_bytes) < gib * 2**30  # the solver alone would be content
-    tight = planned(tmp_path, "mlp", gib=gib).plan.stages[0].sharding
+    held = sum(nbytes for _, nbytes in free.memory_bytes)
+    assert held < free.peak_bytes
+    gib = (held + free.peak_bytes) / 2 / 2**30  # the solver alone would be content
+    tight = planned(tmp_path, "small", gib=gib).plan.stages[0].sharding
     assert tight is not None
     assert tight.peak_bytes is not None
     assert tight.peak_bytes <= gib * 2**30
@@ -171,12 +172,11 @@ def test_layouts_are_chosen_to_fit(tmp_path: Path) -> None:
 
 
 def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
-    free = planned(tmp_path, "mlp").plan.stages[0].sharding
+    free = planned(tmp_path, "small").plan.stages[0].sharding
     assert free is not None
     assert free.peak_bytes is not None
-    held = sum(nbytes for _, nbytes in free.memory_bytes)
     with pytest.raises(InfeasiblePlanError, match=r"(?s)cannot fit stage 0 .*copies and temporaries.*fix: use more"):
-        planned(tmp_path, "mlp", gib=0.75 * held / 2**30)
+        planned(tmp_path, "small", gib=0.85 * free.peak_bytes / 2**30)
 
 
 LOOP = """
@@ -203,6 +203,7 @@ module {
 
 def test_a_loop_needs_what_a_round_needs() -> None:
     with make_context():
-        found = function_memory(main_function(ir.Module.parse(LOOP)), {})
+        module = ir.Module.parse(LOOP)
+        found = function_memory(main_function(module), {})
     assert (found.arguments, found.aliased) == (2 * 4096, 0)
     assert 1024 * 4096 < found.temporaries < 1.1 * 1024 * 4096

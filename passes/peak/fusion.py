@@ -75,7 +75,7 @@ def fuse(graph: Graph) -> Fused:
     results = [root[number] for number in graph.results]
     users = _users(nodes, root, set(results))
     ends = set(results)
-    fixed = _not_twice(nodes, root, users, ends)
+    fixed = _not_twice(nodes, root, users, set(graph.results))
     inside: list[dict[int, bool]] = [{} for _ in nodes]  # the heads that compute a node, and whether in place
     made, reads = list[int](), dict[int, dict[int, bool]]()
     for number in range(len(nodes) - 1, -1, -1):
@@ -136,7 +136,10 @@ def _takers(node: Node, readers: dict[int, bool], users: list[int], nodes: list[
 
 
 def _not_twice(nodes: list[Node], root: list[int], users: list[list[int]], ends: set[int]) -> set[int]:
-    """Nodes that read more than they give and that not all of their readers can take in: no reader does."""
+    """Nodes that read more than they give and that not all of their readers can take in: no reader does.
+
+    Views are loose in this: a product that reads a view keeps nobody from taking in what is viewed.
+    """
     reach = [0] * len(nodes)  # bits of the nodes that a node depends on
     fixed = set[int]()
     for number, node in enumerate(nodes):
@@ -149,8 +152,9 @@ def _not_twice(nodes: list[Node], root: list[int], users: list[list[int]], ends:
         if node.kind is not Kind.LOOSE or not several or _few_reads(node, nodes):
             continue
         known = dict[int, bool]()
+        direct = [user for user in users[number] if number in nodes[user].operands]  # what reads a view reads a copy
         if number in ends or not all(
-            _on_all_paths(number, user, nodes, root, users, reach, fixed, known) for user in users[number]
+            _on_all_paths(number, user, nodes, root, users, reach, fixed, known) for user in direct
         ):
             fixed.add(number)
     return fixed

@@ -211,10 +211,15 @@ class _Reader:
             free = [dim for dim in range(len(shape)) if dim not in batch and dim not in contracted]
             plain = batch == list(range(len(batch))) and len(contracted) <= 1 and len(free) <= 1 and 1 not in shape
             order = [*batch, *free, *contracted] if side == 0 else [*batch, *contracted, *free]
-            operands.append(read if plain else graph.transpose(read, order))
+            operands.append(read if plain else self._merged(graph.transpose(read, order)))
         layout, lost = self._partial(op, "dot_general")
         made = graph.add("dot_general", Kind.FIRM, operands, *self._local(result, layout), key=_key(op))
         return self._all_reduce(made, result, layout, lost) if lost else made
+
+    def _merged(self, read: int) -> int:
+        """What a product reads: dims of one kind are one."""
+        node = self.graph.nodes[read]
+        return self.graph.add("reshape", Kind.VIEW, (read,), (math.prod(node.shape),), node.nbytes, key="merged")
 
     def _convolution(self, op: ir.Operation, reads: list[int]) -> int:
         """Of operands with the batch first and features last, and of kernels with features last."""
