@@ -157,13 +157,13 @@ def test_what_lies_there_while_a_function_runs_counts(tmp_path: Path) -> None:
 
 
 def test_layouts_are_chosen_to_fit(tmp_path: Path) -> None:
-    free = planned(tmp_path, "small").plan.stages[0].sharding
+    free = planned(tmp_path, "small", mesh="data=4").plan.stages[0].sharding
     assert free is not None
     assert free.peak_bytes is not None
     held = sum(nbytes for _, nbytes in free.memory_bytes)
     assert held < free.peak_bytes
     gib = (held + free.peak_bytes) / 2 / 2**30  # the solver alone would be content
-    tight = planned(tmp_path, "small", gib=gib).plan.stages[0].sharding
+    tight = planned(tmp_path, "small", mesh="data=4", gib=gib).plan.stages[0].sharding
     assert tight is not None
     assert tight.peak_bytes is not None
     assert tight.peak_bytes <= gib * 2**30
@@ -172,11 +172,11 @@ def test_layouts_are_chosen_to_fit(tmp_path: Path) -> None:
 
 
 def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
-    free = planned(tmp_path, "small").plan.stages[0].sharding
+    free = planned(tmp_path, "small", mesh="data=4").plan.stages[0].sharding
     assert free is not None
     assert free.peak_bytes is not None
     with pytest.raises(InfeasiblePlanError, match=r"(?s)cannot fit stage 0 .*copies and temporaries.*fix: use more"):
-        planned(tmp_path, "small", gib=0.85 * free.peak_bytes / 2**30)
+        planned(tmp_path, "small", mesh="data=4", gib=0.85 * free.peak_bytes / 2**30)
 
 
 LOOP = """
