@@ -20,6 +20,9 @@ from bactrian.driver.xla import compile_function, function_texts
 from bactrian.passes.errors import InfeasiblePlanError
 from bactrian.passes.frame.context import make_context
 from bactrian.passes.peak.estimate import FunctionMemory, function_memory, module_memory
+from bactrian.passes.peak.fusion import fuse
+from bactrian.passes.peak.graph import Graph, Kind
+from bactrian.passes.peak.order import schedule, temporary_bytes
 from bactrian.passes.program import main_function
 from bactrian.runtime.program import StagedProgram
 
@@ -207,3 +210,19 @@ def test_a_loop_needs_what_a_round_needs() -> None:
         found = function_memory(main_function(module), {})
     assert (found.arguments, found.aliased) == (2 * 4096, 0)
     assert 1024 * 4096 < found.temporaries < 1.1 * 1024 * 4096
+
+
+def test_combined_collectives_do_not_wait_for_each_other() -> None:
+    """Two of each kind, crosswise: only one pair can be one op, or both pairs would wait for each other."""
+    graph = Graph()
+    source = graph.add("argument", Kind.ARGUMENT, (), (64,), 256)
+
+    def collective(operand: int, group: str, key: int) -> int:
+        return graph.add("all_reduce", Kind.FIRM, (operand,), (64,), 256, group=group, key=key)
+
+    first = collective(collective(source, "a", 0), "b", 0)
+    second = collective(collective(source, "b", 1), "a", 1)
+    graph.results = [first, second]
+    steps = schedule(graph, fuse(graph))
+    assert sorted(map(len, steps)) == [1, 1, 1, 2]
+    assert temporary_bytes(graph) in (2 * 256, 3 * 256)

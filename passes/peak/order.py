@@ -86,24 +86,35 @@ def schedule(graph: Graph, fused: Fused, flip: bool = False) -> list[list[int]]:
 
 def _groups(graph: Graph, fused: Fused) -> list[list[int]]:
     """Collectives of one group, none of which depends on another, together; every other node alone."""
-    groups, combined = list[list[int]](), dict[object, list[list[int]]]()
+    groups, combined = list[list[int]](), dict[object, list[int]]()
     before = dict[int, int]()  # bits of the steps with collectives that a node depends on
     step_of = dict[int, int]()
+    needs = dict[int, int]()  # the same for such a step
+
+    def closed(bits: int) -> int:
+        """With what these steps depend on, as they are now."""
+        known, todo = 0, bits
+        while todo:
+            step = todo & -todo
+            known |= step
+            todo = (todo | needs[step.bit_length() - 1]) & ~known
+        return known
+
     for number in fused.made:
         bits = 0
         for operand in fused.reads[number]:
             bits |= before[operand] | (1 << step_of[operand] if operand in step_of else 0)
         group = graph.nodes[number].group
         if group is not None:
-            known = combined.setdefault(group, [])
-            fitting = next((g for g in known if not bits >> step_of[g[0]] & 1), None)
-            if fitting is None:
-                step_of[number] = len(groups)
-                groups.append([number])
-                known.append(groups[-1])
-            else:
-                step_of[number] = step_of[fitting[0]]
-                fitting.append(number)
+            bits = closed(bits)
+            step = next((each for each in combined.get(group, ()) if not bits >> each & 1), None)
+            if step is None:
+                step = len(groups)
+                groups.append([])
+                combined.setdefault(group, []).append(step)
+            groups[step].append(number)
+            step_of[number] = step
+            needs[step] = needs.get(step, 0) | bits
         else:
             groups.append([number])
         before[number] = bits
