@@ -4,7 +4,8 @@
     python benchmarks/layouts.py --suite alpa_suite.toml --json out.json     # predicted only, for Alpa's models and clusters
 
 A model is a process of its own; its plans run step by step in turn. ``cluster.toml`` comes from ``bactrian profile-cluster``. The
-memory of a function is what XLA says of it (``get_compiled_memory_stats``), with what else lies on a device while it runs.
+memory of a function is what XLA says of it (``get_compiled_memory_stats``), with what else lies on a device while it runs;
+with ``--rounds 0`` plans are compiled and not run.
 """
 
 from __future__ import annotations
@@ -66,7 +67,8 @@ def run_model(args: argparse.Namespace) -> Row:
         rows[strategy] = {
             "predicted_s": chosen.seconds, "bound_s": chosen.bound_seconds,
             "sent_bytes": sum(nbytes for _, nbytes in chosen.sent_bytes),
-            "memory_bytes": sum(nbytes for _, nbytes in chosen.memory_bytes),
+            "memory_bytes": chosen.peak_bytes,
+            "held_bytes": sum(nbytes for _, nbytes in chosen.memory_bytes),  # of the values that the solver sees
             "compiled_memory_bytes": compiled_memory(planned, jax.devices()[: args.devices]),
             "seconds": [],
         }  # fmt: skip
@@ -136,6 +138,16 @@ def table_of_model(found: Row) -> Any:
     return table
 
 
+def memory_ratios(found: list[Row]) -> str:
+    """Predicted memory over what XLA says, of all plans: least, median and most."""
+    lines = list[str]()
+    for key, what in (("memory_bytes", "predicted memory"), ("held_bytes", "of it values that the solver sees")):
+        ratios = [row[key] / row["compiled_memory_bytes"] for model in found for row in model["rows"].values()]
+        low, high = min(ratios), max(ratios)
+        lines.append(f"{what} / XLA's: {low:.3f} at least, {statistics.median(ratios):.3f} median, {high:.3f} at most")
+    return "\n".join(lines)
+
+
 def table_of_suite(found: list[Row]) -> Any:
     """Predicted seconds of every plan."""
     from rich.table import Table
@@ -186,6 +198,7 @@ def main() -> None:
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
             found.append(json.loads(done.stdout.splitlines()[-1]))
             console.print(table_of_model(found[-1]))
+        console.print(memory_ratios(found))
     if args.json:
         args.json.write_text(json.dumps(found, indent=1) + "\n")
 

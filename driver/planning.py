@@ -11,6 +11,7 @@ from pathlib import Path, PurePath
 from jaxlib.mlir import ir
 
 from bactrian.driver.extract import extract
+from bactrian.driver.fitting import Fitting, solved_again
 from bactrian.driver.shardings import (
     Layout,
     as_before,
@@ -90,13 +91,15 @@ class Decisions:
         rules = ",func.func(sdy-populate-op-sharding-rules)" if self.is_wide else ""
         return f"builtin.module(clone-cheap-ops,select-residuals,accumulate-gradients{rules})"
 
-    def staging_pipeline(self) -> str:
-        """The passes from there to the scheduled module."""
+    def staging_pipeline(self, memory_bytes: int = 0) -> str:
+        """The passes from there to the scheduled module, with layouts that hold less than some bytes of a device; 0 for
+        what the cluster says."""
         donate = "" if self.donate else "{donate=false}"
         shardings = ""
         if self.is_wide:
             options = f"time-limit={self.time_limit} strategy={self.strategy} compare={str(self.compare).lower()}"
             options += f" cluster={quote(self.cluster)}" if self.cluster else ""
+            options += f" memory-bytes={memory_bytes}" if memory_bytes else ""
             shardings = f"solve-shardings{{{options}}},"
         return f"builtin.module({shardings}split-stages{donate},loop-microbatches,schedule-microbatches)"
 
@@ -174,6 +177,17 @@ def stage_program(
     program = extract(module)
     device = _DEVICES.get(platform)
     shardings = read_shardings(module, program, paths)
+    if unsolved is not None and shardings:
+        fitting = Fitting(module, program, shardings)
+        while fitting.limit is not None:
+            with module.context:
+                module = solved_again(unsolved)
+            pipeline = decisions.staging_pipeline(fitting.limit)
+            with fitting.explained():
+                third = run_pipeline(module, pipeline, reproducer_dir=reproducer_dir)
+            program = extract(module)
+            fitting.add(module, program, read_shardings(module, program, paths))
+        shardings = fitting.shardings
     if plan is not None:
         shardings = tuple(as_before(new, stage.sharding) for new, stage in zip(shardings, plan.stages, strict=False))
     stages = tuple(

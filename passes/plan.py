@@ -82,7 +82,11 @@ class StagePlan:
     @property
     def device_memory_bytes(self) -> int | None:
         """Bytes of each device: what its layouts leave there, on a mesh of several."""
-        return self.memory_bytes if self.sharding is None else sum(nbytes for _, nbytes in self.sharding.memory_bytes)
+        if self.sharding is None:
+            return self.memory_bytes
+        if self.sharding.peak_bytes is not None:
+            return self.sharding.peak_bytes
+        return sum(nbytes for _, nbytes in self.sharding.memory_bytes)
 
 
 add_record(LayerPlan, "a list of layers")

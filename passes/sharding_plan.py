@@ -43,8 +43,11 @@ class ShardingPlan:
         given: how many arguments had their layout already: from a plan, from another step, or from the user.
         communication_seconds: the part of ``seconds`` in which devices exchange values.
         sent_bytes: what each device sends in a step, by kind of collective.
-        memory_bytes: of a device, at the fullest time, by class.
+        memory_bytes: of a device, at the fullest time, by class: the values that the choice is made of.
         limit_bytes: of a device, that the choice had to keep.
+        peak_bytes: of a device, at the fullest time, as XLA runs the stage's functions: with copies, temporaries and
+            results before they are cut.
+        temporary_bytes: the part of it that only the function needs that runs then.
         layouts: of every argument of the step, by its path: the axes of each dim, ``-`` for a whole one.
         compared: known plans on the same mesh.
     """
@@ -57,6 +60,8 @@ class ShardingPlan:
     sent_bytes: tuple[tuple[str, int], ...] = ()
     memory_bytes: tuple[tuple[str, int], ...] = ()
     limit_bytes: int | None = None
+    peak_bytes: int | None = None
+    temporary_bytes: int | None = None
     layouts: tuple[tuple[str, str], ...] = ()
     compared: tuple[ShardingFigures, ...] = ()
 

@@ -43,6 +43,9 @@ def layout_grid(
     grid.add_row("layouts" if stage is None else f"stage {stage}", proof)
     grid.add_row("sends", f"{sent}, in {seconds(plan.communication_seconds)}: a device, a step" if sent else "nothing")
     grid.add_row("holds", f"{size(total)}{limit}: {held}")
+    if plan.peak_bytes is not None:
+        within = f", {size(plan.temporary_bytes)} of it copies and temporaries" if plan.temporary_bytes else ""
+        grid.add_row("peak", f"{size(plan.peak_bytes)} as XLA for CPUs runs it{within}")
     return grid
 
 

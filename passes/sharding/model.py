@@ -122,7 +122,8 @@ class ShardingModel:
 
     Nodes are the inputs, then the ops that are not free; the cost of an op is its share of the work and its
     reductions, the cost of an edge the cheapest way from the layout that a value has to that in which it is read. Memory
-    is that of arguments and results; copies in other layouts are not counted, and the next value of a state is in its place.
+    is that of arguments and results; copies in other layouts are not counted (``passes/peak`` does, when the stage functions are
+    there), and the next value of a state is in its place.
 
     Args:
         work: the program.

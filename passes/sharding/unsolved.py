@@ -14,7 +14,7 @@ from bactrian.passes.errors import ConfigError
 from bactrian.passes.mesh_tensors import SHARDING
 from bactrian.passes.program import main_function
 
-_ATTRIBUTE = "bactrian.solve"
+ATTRIBUTE = "bactrian.solve"
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def before_solving(
     entries: dict[str, ir.Attribute] = {name: ir.StringAttr.get(text) for name, text in fields.items()}
     entries["given"] = ir.DictAttr.get({str(number): ir.StringAttr.get(who) for number, who in sorted(given.items())})
     copy = module.operation.clone().operation
-    copy.attributes[_ATTRIBUTE] = ir.DictAttr.get(entries)
+    copy.attributes[ATTRIBUTE] = ir.DictAttr.get(entries)
     return copy
 
 
@@ -83,9 +83,9 @@ def read_unsolved(text: str, source: str) -> Unsolved:
         module = ir.Module.parse(text)
     except ir.MLIRError as error:
         raise ConfigError(f"cannot read {source}", why=str(error).partition("\n")[0], fix=fix) from None
-    if _ATTRIBUTE not in module.operation.attributes:
-        raise ConfigError(f"{source} does not say what layouts were chosen for", why=f"no {_ATTRIBUTE} in it", fix=fix)
-    entries = ir.DictAttr(module.operation.attributes[_ATTRIBUTE])
+    if ATTRIBUTE not in module.operation.attributes:
+        raise ConfigError(f"{source} does not say what layouts were chosen for", why=f"no {ATTRIBUTE} in it", fix=fix)
+    entries = ir.DictAttr(module.operation.attributes[ATTRIBUTE])
     words = {name: ir.StringAttr(entries[name]).value for name in ("fingerprint", "strategy")}
     cluster = CPU_HOST
     if "cluster" in entries:

@@ -1,0 +1,65 @@
+"""Bytes that one device needs for the functions of a staged module: predicted of XLA for CPUs, without compiling."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from jaxlib.mlir import ir
+
+from bactrian.passes.mesh_tensors import mesh_axes
+from bactrian.passes.peak.order import temporary_bytes
+from bactrian.passes.peak.reading import read_function
+
+_POINTER = 8
+_MARGIN = 0.02
+"""Of the temporaries: what is not modelled (``benchmarks/README.md``) was seen to be at most 3 % of them."""
+
+
+@dataclass(frozen=True)
+class FunctionMemory:
+    """What one device holds for a function, in bytes, as XLA counts it.
+
+    Attributes:
+        arguments, results: all of them.
+        aliased: results that take over an argument's place.
+        temporaries: at the fullest time, beside these.
+    """
+
+    arguments: int
+    results: int
+    aliased: int
+    temporaries: int
+
+    @property
+    def peak(self) -> int:
+        """All together, at the fullest time."""
+        return self.arguments + self.results - self.aliased + self.temporaries
+
+
+def module_memory(staged: ir.Module) -> dict[str, FunctionMemory]:
+    """The memory of each stage function of a staged module, by its symbol."""
+    with staged.context:
+        meshes, found = mesh_axes(staged), dict[str, FunctionMemory]()
+        for view in staged.body.operations:
+            op = view.operation
+            if op.name == "func.func" and (symbol := ir.StringAttr(op.attributes["sym_name"]).value) != "main":
+                found[symbol] = function_memory(op, dict(meshes.get(symbol.partition(".")[0], ())))
+        return found
+
+
+def function_memory(main: ir.Operation, sizes: Mapping[str, int]) -> FunctionMemory:
+    """The memory of one function.
+
+    Args:
+        main: a stage function, with its layouts.
+        sizes: of the axes of its mesh; none for one device.
+    """
+    graph = read_function(main, sizes)
+    nodes, results = graph.nodes, graph.results
+    return FunctionMemory(
+        arguments=sum(node.nbytes for node in nodes if node.name == "argument"),
+        results=sum(nodes[number].nbytes for number in results) + _POINTER * len(results),
+        aliased=sum(nodes[number].nbytes for number in graph.aliases.values()),
+        temporaries=round((1 + _MARGIN) * temporary_bytes(graph)) + _POINTER * len(results),
+    )

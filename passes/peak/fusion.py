@@ -1,0 +1,191 @@
+"""Which values of a graph are in memory, and which are computed inside their readers: as XLA's fusion for CPUs decides."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from bactrian.passes.peak.graph import Graph, Kind, Node
+
+_EXPENSIVE = frozenset(
+    [
+        "exponential",
+        "exponential_minus_one",
+        "log",
+        "log_plus_one",
+        "tanh",
+        "power",
+        "rsqrt",
+        "sqrt",
+        "cbrt",
+        "logistic",
+        "sine",
+        "cosine",
+        "tan",
+        "atan2",
+        "erf",
+        "remainder",
+    ]
+)
+_ELSEWHERE = frozenset(
+    [
+        "transpose",
+        "broadcast_in_dim",
+        "slice",
+        "gather",
+        "concatenate",
+        "pad",
+        "reverse",
+        "iota",
+        "dynamic_slice",
+        "pieces",
+        "regroup",
+        "dynamic_update_slice",
+        "dynamic_reshape",
+    ]
+)
+"""Ops whose results are at other places than what they read: they are not computed in place."""
+
+
+_REDUCED = frozenset({"multiply", "add", "maximum"})
+"""Ops that reductions compute themselves."""
+
+
+@dataclass
+class Fused:
+    """What is in memory.
+
+    Attributes:
+        made: the nodes whose results are, operands first.
+        reads: of each of them, those that it reads, and whether each element of its result is at the place of the one that
+            it reads.
+        results: what the graph's results are in.
+        root: of each node, the one whose bytes it views.
+    """
+
+    made: list[int]
+    reads: dict[int, dict[int, bool]]
+    results: list[int]
+    root: list[int]
+
+
+def fuse(graph: Graph) -> Fused:
+    """Decide for every node, the last first."""
+    nodes = graph.nodes
+    root = _roots(nodes)
+    results = [root[number] for number in graph.results]
+    users = _users(nodes, root, set(results))
+    ends = set(results)
+    fixed = _not_twice(nodes, root, users, set(graph.results))
+    inside: list[dict[int, bool]] = [{} for _ in nodes]  # the heads that compute a node, and whether in place
+    made, reads = list[int](), dict[int, dict[int, bool]]()
+    for number in range(len(nodes) - 1, -1, -1):
+        node = nodes[number]
+        if node.kind is Kind.VIEW or not (users[number] or number in ends):
+            continue
+        readers = dict[int, bool]()
+        for user in users[number]:
+            in_place = nodes[user].name not in _ELSEWHERE and nodes[user].nbytes == node.nbytes
+            for head, same in inside[user].items():
+                readers[head] = readers.get(head, True) and same and in_place
+        takers = _takers(node, readers, users[number], nodes)
+        once = len(readers) + (number in ends) == 1
+        if not takers or not (once or (node.name not in _EXPENSIVE and number not in fixed)):
+            takers = []
+        taken = {head: readers[head] for head in takers}
+        if len(taken) == len(readers) and number not in ends:
+            inside[number] = taken
+            continue
+        inside[number] = taken | {number: True}
+        made.append(number)
+        reads.setdefault(number, {})
+        for head, same in readers.items():
+            if head not in taken:
+                reads.setdefault(head, {})[number] = same
+    return Fused(made[::-1], reads, results, root)
+
+
+def _roots(nodes: list[Node]) -> list[int]:
+    root = list(range(len(nodes)))
+    for number, node in enumerate(nodes):
+        if node.kind is Kind.VIEW:
+            root[number] = root[node.operands[0]]
+    return root
+
+
+def _users(nodes: list[Node], root: list[int], results: set[int]) -> list[list[int]]:
+    """The readers of each node, through views; only those that lead to a result."""
+    users: list[list[int]] = [[] for _ in nodes]
+    for number in range(len(nodes) - 1, -1, -1):
+        node = nodes[number]
+        if node.kind is not Kind.VIEW and (users[number] or number in results):
+            for operand in dict.fromkeys(root[o] for o in node.operands):
+                users[operand].append(number)
+    return [each[::-1] for each in users]
+
+
+def _takers(node: Node, readers: dict[int, bool], users: list[int], nodes: list[Node]) -> list[int]:
+    """The heads that compute a loose node themselves: loose ones, and a reduction that alone reads it."""
+    if node.kind is not Kind.LOOSE:
+        return []
+    if len(readers) == 1 and len(users) == 1:
+        head = next(iter(readers))
+        if nodes[head].name == "reduce":
+            repeats = node.name == "broadcast_in_dim" and set(node.dims) <= set(nodes[head].dims)
+            return [head] if node.name in _REDUCED or repeats or not node.operands else []
+    return [head for head in readers if nodes[head].kind is Kind.LOOSE]
+
+
+def _not_twice(nodes: list[Node], root: list[int], users: list[list[int]], ends: set[int]) -> set[int]:
+    """Nodes that read more than they give and that not all of their readers can take in: no reader does.
+
+    Views are loose in this: a product that reads a view keeps nobody from taking in what is viewed.
+    """
+    reach = [0] * len(nodes)  # bits of the nodes that a node depends on
+    fixed = set[int]()
+    for number, node in enumerate(nodes):
+        bits = 0
+        for operand in node.operands:
+            bits |= reach[root[operand]] | (1 << root[operand])
+        reach[number] = bits
+    for number, node in enumerate(nodes):
+        several = len(users[number]) + (number in ends) > 1
+        if node.kind is not Kind.LOOSE or not several or _few_reads(node, nodes):
+            continue
+        known = dict[int, bool]()
+        direct = [user for user in users[number] if number in nodes[user].operands]  # what reads a view reads a copy
+        if number in ends or not all(
+            _on_all_paths(number, user, nodes, root, users, reach, fixed, known) for user in direct
+        ):
+            fixed.add(number)
+    return fixed
+
+
+def _few_reads(node: Node, nodes: list[Node]) -> bool:
+    """Whether computing a node twice reads hardly more than its result."""
+    operands = [nodes[o] for o in dict.fromkeys(node.operands)]
+    wide = [
+        o
+        for o in operands
+        if len(o.shape) >= len(node.shape) and o.name not in ("broadcast_in_dim", "iota", "constant")
+    ]
+    return len(wide) <= 1 or sum(o.nbytes for o in operands) <= node.nbytes
+
+
+def _on_all_paths(
+    number: int, user: int, nodes: list[Node], root: list[int], users: list[list[int]], reach: list[int],
+    fixed: set[int], known: dict[int, bool],
+) -> bool:  # fmt: skip
+    """Whether a reader can take in a node, and all that lies between them."""
+    if user == number:
+        return True
+    if user not in known:
+        found = nodes[user].kind is Kind.LOOSE
+        for operand in (root[o] for o in nodes[user].operands) if found else ():
+            if operand != number and not reach[operand] >> number & 1:
+                continue
+            shared = len(users[operand]) > 1 and (nodes[operand].name in _EXPENSIVE or operand in fixed)
+            if shared or not _on_all_paths(number, operand, nodes, root, users, reach, fixed, known):
+                found = False
+                break
+        known[user] = found
+    return known[user]

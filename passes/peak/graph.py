@@ -1,0 +1,106 @@
+"""A stage function as one device sees it: a graph of values with their local bytes.
+
+Ops whose results XLA may compute inside their readers are *loose*; all others are *firm*: their operands and their
+results are in memory. Collectives, and the transposed copies that products and collectives want, are nodes of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+
+
+class Kind(Enum):
+    """How a node's result comes to be."""
+
+    ARGUMENT = "argument"
+    CONSTANT = "constant"
+    VIEW = "view"
+    LOOSE = "loose"
+    FIRM = "firm"
+    PART = "part"
+
+
+@dataclass(slots=True)
+class Node:
+    """A value on one device.
+
+    Attributes:
+        name: of the op, without its dialect.
+        kind: how its result comes to be. A view has the bytes of its operand; a part is one of several results of a firm op.
+        operands: numbers of nodes.
+        shape: on a device.
+        nbytes: on a device.
+        inside: what its regions do while it runs.
+        group: firm nodes of one group that do not depend on each other are one op.
+        key: equal nodes have equal keys; None for one that is like no other.
+        dims: of a reduction those over which it goes, of a broadcast those along which values repeat.
+        place: of a part, the operand of its op whose place it takes over.
+    """
+
+    name: str
+    kind: Kind
+    operands: tuple[int, ...]
+    shape: tuple[int, ...]
+    nbytes: int
+    inside: tuple[Graph, ...] = ()
+    group: object = None
+    key: object = None
+    dims: tuple[int, ...] = ()
+    place: int | None = None
+
+
+@dataclass
+class Graph:
+    """Nodes in an order of work, and which of them are results.
+
+    Attributes:
+        nodes: operands come first.
+        results: numbers of nodes.
+        aliases: results (their positions) that take an argument's place, by position the argument's node.
+    """
+
+    nodes: list[Node] = field(default_factory=list[Node])
+    results: list[int] = field(default_factory=list[int])
+    aliases: dict[int, int] = field(default_factory=dict[int, int])
+    _known: dict[object, int] = field(default_factory=dict[object, int], repr=False)
+
+    def add(
+        self,
+        name: str,
+        kind: Kind,
+        operands: Sequence[int],
+        shape: Sequence[int],
+        nbytes: int,
+        *,
+        inside: tuple[Graph, ...] = (),
+        group: object = None,
+        key: object = None,
+        dims: Sequence[int] = (),
+        place: int | None = None,
+    ) -> int:
+        """A new node, or the equal one that is there."""
+        operands = tuple(operands)
+        full = None if key is None else (name, operands, tuple(shape), nbytes, key)
+        if full is not None and full in self._known:
+            return self._known[full]
+        number = len(self.nodes)
+        self.nodes.append(Node(name, kind, operands, tuple(shape), nbytes, inside, group, full, tuple(dims), place))
+        if full is not None:
+            self._known[full] = number
+        return number
+
+    def transpose(self, operand: int, order: Sequence[int]) -> int:
+        """A transposed value: a view where only dims of size one move."""
+        node = self.nodes[operand]
+        if node.name == "transpose" and isinstance(node.key, tuple):
+            inner = node.key[-1]
+            operand, order = node.operands[0], [inner[dim] for dim in order]
+            node = self.nodes[operand]
+        if list(order) == list(range(len(order))):
+            return operand
+        shape = [node.shape[dim] for dim in order]
+        moved = [dim for dim in order if node.shape[dim] != 1]
+        kind = Kind.VIEW if moved == sorted(moved) else Kind.LOOSE
+        return self.add("transpose", kind, (operand,), shape, node.nbytes, key=tuple(order))
