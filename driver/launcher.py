@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from bactrian.driver.banners import BannerFilter
-from bactrian.driver.rank import REPORT_VARIABLE, TRACEBACK_VARIABLE
+from bactrian.driver.rank import DISTRIBUTED_VARIABLE, REPORT_VARIABLE, TRACEBACK_VARIABLE
 from bactrian.passes.errors import ConfigError
 from bactrian.runtime.launch import JOB_VARIABLE
 
@@ -119,7 +119,14 @@ class Job:
     """One run of a script on several ranks."""
 
     def __init__(
-        self, mpirun: Mpirun, num_ranks: int, script: str, arguments: Sequence[str], *, full: bool = False
+        self,
+        mpirun: Mpirun,
+        num_ranks: int,
+        script: str,
+        arguments: Sequence[str],
+        *,
+        full: bool = False,
+        distributed: bool = False,
     ) -> None:
         self._token = secrets.token_hex(16)
         self._num_ranks, self._num_started = num_ranks, 0
@@ -142,6 +149,8 @@ class Job:
         }
         if full:
             environment[TRACEBACK_VARIABLE] = "1"
+        if distributed:
+            environment[DISTRIBUTED_VARIABLE] = "1"
         exported = sorted(n for n in environment if n.startswith(("BACTRIAN_", "JAX_", "XLA_", "PYTHON")))
         command = [
             *mpirun.command(num_ranks, exported),
@@ -303,8 +312,10 @@ class Job:
         return next((own for own in self._codes if own), code)
 
 
-def launch(num_ranks: int, script: str, arguments: Sequence[str], *, full: bool = False) -> int:
-    """Run the script on so many ranks; returns the exit code of the job.
+def launch(
+    num_ranks: int, script: str, arguments: Sequence[str], *, full: bool = False, distributed: bool = False
+) -> int:
+    """Run the script on so many ranks, their devices joined if ``distributed``; returns the exit code of the job.
 
     Raises:
         ConfigError: no mpirun or no mpi4py.
@@ -313,7 +324,7 @@ def launch(num_ranks: int, script: str, arguments: Sequence[str], *, full: bool 
     if importlib.util.find_spec("mpi4py") is None:
         raise ConfigError("cannot start several ranks: mpi4py is not installed", fix=f"`{_INSTALL}`")
     sys.stdout.flush()
-    return Job(mpirun, num_ranks, script, arguments, full=full).wait()
+    return Job(mpirun, num_ranks, script, arguments, full=full, distributed=distributed).wait()
 
 
 def kill_marked(token: str) -> None:

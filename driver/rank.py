@@ -23,6 +23,7 @@ from bactrian.runtime import launch
 from bactrian.runtime.launch import STOPPED, abort, exit_code_of, prepare, rank_environment
 
 REPORT_VARIABLE = "BACTRIAN_REPORT"  # host:port:token of the launcher
+DISTRIBUTED_VARIABLE = "BACTRIAN_DISTRIBUTED"  # "1": jax.distributed joins the ranks before the script runs
 TRACEBACK_VARIABLE = "BACTRIAN_TRACEBACK"  # "1": tracebacks for users' errors too
 _PR_SET_PDEATHSIG = 1
 
@@ -80,6 +81,10 @@ def main() -> None:
     try:
         prepare()
         _fail_elsewhere(reporter, script)
+        if os.environ.get(DISTRIBUTED_VARIABLE) == "1":
+            from bactrian.driver.distributed import join_ranks  # starts jax's import
+
+            join_ranks(launch.start_mpi())
         run_script(script, arguments)
     except SystemExit as error:
         codes[0], text = exit_status(error)
