@@ -15,7 +15,6 @@ from typing import NoReturn
 from bactrian.passes.errors import PassError
 from bactrian.runtime.instructions import Arrive, Copy, Forward, Free, Load, RankList, Recv, Run, Send, Wait, describe
 
-
 _Where = tuple[int, int, int]  # source, destination, tag
 
 
@@ -106,7 +105,9 @@ class _Network:
     num_bytes: int = 0
     passed_bytes: int = 0
     # The n-th common call of some ranks: what those that have come to it want to call.
-    meetings: dict[tuple[tuple[int, ...], int], dict[int, Run | Copy]] = field(default_factory=lambda: defaultdict(dict))
+    meetings: dict[tuple[tuple[int, ...], int], dict[int, Run | Copy]] = field(
+        default_factory=lambda: defaultdict(dict)
+    )
 
 
 def check_lists(lists: Sequence[RankList]) -> Report:

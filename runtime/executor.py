@@ -333,7 +333,11 @@ class Executor:
 
     def _bind_forward(self, forward: Forward) -> _Operation:
         slot, sources, destination, tag = forward.slot, forward.sources, forward.destination, forward.tag
-        boxes, dtype, send = forward.boxes, _numpy_dtype(self.list.slots[slot].dtype), self._parts_transport().send_bytes
+        boxes, dtype, send = (
+            forward.boxes,
+            _numpy_dtype(self.list.slots[slot].dtype),
+            self._parts_transport().send_bytes,
+        )
 
         def pass_on(env: Environment) -> None:
             here = self._arrived(dtype, [part for part in self._parts[slot] if part[0] in sources])

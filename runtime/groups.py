@@ -60,9 +60,7 @@ class _Ways:
 class _OneOfGroup:
     """Writes the list of the rank at one place of a group."""
 
-    def __init__(
-        self, group: RankList, slices: dict[tuple[int, int, int], Slices], ways: _Ways, place: int
-    ) -> None:
+    def __init__(self, group: RankList, slices: dict[tuple[int, int, int], Slices], ways: _Ways, place: int) -> None:
         self.group, self.slices, self.ways, self.place = group, slices, ways, place
         self.first = group.rank * ways.num_ranks  # the group's first rank
         self.received: dict[int, Slices] = {}  # slot -> how it comes
@@ -114,7 +112,9 @@ class _OneOfGroup:
         first = recv.source * self.ways.num_ranks
         # The n-th value that the group's ranks pass on, the same one for all of them.
         relay = self.relays[recv.slot] = len(self.relays)
-        sources = [(first + there, recv.tag, boxes) for (there, here), boxes in slices.sent.items() if here == self.place]
+        sources = [
+            (first + there, recv.tag, boxes) for (there, here), boxes in slices.sent.items() if here == self.place
+        ]
         self.direct[recv.slot] = tuple(source for source, _, _ in sources)
         sources += [
             (self.first + there, relay, boxes) for (there, here), boxes in slices.passed.items() if here == self.place

@@ -24,9 +24,10 @@ def box_of(index: Sequence[slice], shape: Sequence[int]) -> Box:
     return tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
 
 
-def local_boxes(place: Sharding, shape: tuple[int, ...]) -> list[tuple[jax.Device, Box]]:
+def local_boxes(place: Sharding, shape: tuple[int, ...]) -> list[tuple[Any, Box]]:
     """This process's devices of a sharding, in the order of the mesh, and the part of a value that each holds."""
-    return [(device, box_of(index, shape)) for device, index in place.addressable_devices_indices_map(shape).items()]
+    indices = place.addressable_devices_indices_map(shape)
+    return [(device, box_of(index or (), shape)) for device, index in indices.items()]
 
 
 def put_parts(part: Callable[[Box], HostArray], shape: tuple[int, ...], place: Sharding) -> jax.Array:
