@@ -24,14 +24,19 @@ def join_ranks(comm: Any) -> None:
     """
     rank, size = comm.Get_rank(), comm.Get_size()
     host = socket.gethostname()
-    alone = len(set(comm.allgather(host))) == 1
-    address = ""
+    local = "127.0.0.1" if len(set(comm.allgather(host))) == 1 else None
+    port = 0
     if rank == 0:
-        host = "127.0.0.1" if alone else host
-        with socket.create_server(("127.0.0.1" if alone else "", 0)) as server:
-            address = f"{host}:{server.getsockname()[1]}"
-    address = comm.bcast(address)
-    jax.distributed.initialize(address, size, rank, shutdown_timeout_seconds=_SHUTDOWN_SECONDS)
+        with socket.create_server((local or "", 0)) as server:
+            port = server.getsockname()[1]
+    port = comm.bcast(port)
+    jax.distributed.initialize(
+        f"{local or comm.bcast(host)}:{port}",
+        size,
+        rank,
+        shutdown_timeout_seconds=_SHUTDOWN_SECONDS,
+        coordinator_bind_address=local and f"{local}:{port}",
+    )
 
 
 def ranks_per_mesh(meshes: Sequence[Sequence[tuple[str, int]]], world: Any, local: Sequence[Device]) -> int:
