@@ -194,13 +194,15 @@ def stage_ranks(num_stages: int, num_ranks: int, ranks_per_mesh: int = 1) -> tup
     """
     groups = num_ranks // ranks_per_mesh
     if groups > num_stages:
-        most, each = num_stages * ranks_per_mesh, ranks_per_mesh
-        fitting = f"1 to {most}" if each == 1 < most else f"{each} to {most}, by {each}s," if each < most else str(most)
+        each, most = ranks_per_mesh, num_stages * ranks_per_mesh
+        fitting = f"{each} ranks" if num_stages == 1 else f"a multiple of {each} ranks up to {most}"
+        if each == 1 < num_stages:
+            fitting = f"1 to {num_stages} ranks"
         whose = "one rank" if each == 1 else f"{each} ranks"
         raise ConfigError(
             f"the plan has {num_stages} stage{'s' * (num_stages > 1)}, but {num_ranks} ranks were started",
             why=f"a stage belongs to {whose}, so a rank without a stage would have nothing to do",
-            fix=f"start {fitting} ranks, or ask for num_stages={groups}",
+            fix=f"start {fitting}, or ask for num_stages={groups}",
         )
     return tuple(stage % groups for stage in range(num_stages))
 
