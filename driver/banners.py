@@ -1,4 +1,4 @@
-"""mpirun's own banners, taken out of the stderr that it relays."""
+"""What mpirun and Gloo print of their own, taken out of what the ranks' output is."""
 
 from __future__ import annotations
 
@@ -81,3 +81,36 @@ class BannerFilter:
             self.dropped += block
             return b""
         return block
+
+
+_GLOO = b"[Gloo] Rank "
+
+
+class GlooFilter:
+    """Passes stdout on as it comes, but for the line that Gloo writes to it for each group of processes that it connects."""
+
+    def __init__(self) -> None:
+        self._line = b""  # begun as Gloo's may, not passed on
+        self._begun = False  # the beginning of the present line has been passed on
+
+    def feed(self, data: bytes) -> bytes:
+        """What may be printed now."""
+        passed = b""
+        *lines, rest = (self._line + data).split(b"\n")
+        for line in lines:
+            if self._begun or not line.startswith(_GLOO):
+                passed += line + b"\n"
+            self._begun = False
+        self._line = b"" if self._begun or not _may_become(rest, _GLOO) else rest
+        if not self._line and rest:
+            passed, self._begun = passed + rest, True
+        return passed
+
+    def finish(self) -> bytes:
+        """What is left at the end."""
+        line, self._line = self._line, b""
+        return b"" if line.startswith(_GLOO) else line
+
+
+def _may_become(text: bytes, beginning: bytes) -> bool:
+    return bool(text) and (text.startswith(beginning) or beginning.startswith(text))

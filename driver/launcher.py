@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib.util
 import json
@@ -19,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from bactrian.driver.banners import BannerFilter
+from bactrian.driver.banners import BannerFilter, GlooFilter
 from bactrian.driver.rank import DISTRIBUTED_VARIABLE, REPORT_VARIABLE, TRACEBACK_VARIABLE
 from bactrian.passes.errors import ConfigError
 from bactrian.runtime.launch import JOB_VARIABLE
@@ -165,6 +166,7 @@ class Job:
             command,
             env=environment,
             stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE if distributed else None,
             stderr=subprocess.PIPE,
             start_new_session=True,
             preexec_fn=_end_with_us,
@@ -173,9 +175,14 @@ class Job:
         self._errors: IO[bytes] = self._process.stderr
         os.set_blocking(self._errors.fileno(), False)
         self._selector.register(self._errors, selectors.EVENT_READ)
+        self._output: IO[bytes] | None = self._process.stdout
+        self._gloo = GlooFilter()
+        if self._output is not None:
+            os.set_blocking(self._output.fileno(), False)
+            self._selector.register(self._output, selectors.EVENT_READ)
 
     def wait(self) -> int:
-        """Relay the ranks' stderr until the last of them is gone; then say what happened. Returns the exit code."""
+        """Relay the ranks' stderr, and their stdout where Gloo writes to it, until the last of them is gone; then say what happened. Returns the exit code."""
         usual = {number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
         try:
             while self._process.poll() is None:
@@ -193,6 +200,7 @@ class Job:
             for number, handler in usual.items():
                 signal.signal(number, handler)
         _print(self._banners.finish())
+        _print_output(self._gloo.finish())
         return self._conclude()
 
     def _stop(self, number: int, frame: object) -> None:
@@ -220,6 +228,8 @@ class Job:
         for key, _ in events:
             if key.fileobj is self._errors:
                 self._relay()
+            elif key.fileobj is self._output:
+                self._relay_output(self._output)
             elif key.fileobj is self._listener:
                 connection, _ = self._listener.accept()
                 self._selector.register(connection, selectors.EVENT_READ, _Rank(connection))
@@ -238,6 +248,16 @@ class Job:
             _print(self._banners.feed(data.replace(b"\0", b"")))  # mpirun ends its own banners with one
         else:
             self._selector.unregister(self._errors)
+
+    def _relay_output(self, output: IO[bytes]) -> None:
+        try:
+            data = os.read(output.fileno(), 65536)
+        except BlockingIOError:
+            return
+        if data:
+            _print_output(self._gloo.feed(data))
+        else:
+            self._selector.unregister(output)
 
     def _hear(self, rank: _Rank) -> None:
         try:
@@ -375,3 +395,9 @@ def _print(data: bytes) -> None:
     if data:
         sys.stderr.buffer.write(data)
         sys.stderr.buffer.flush()
+
+
+def _print_output(data: bytes) -> None:
+    with contextlib.suppress(BrokenPipeError):  # nobody reads on: the job does not depend on it
+        while data:
+            data = data[os.write(1, data) :]

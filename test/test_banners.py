@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bactrian.driver.banners import BannerFilter
+from bactrian.driver.banners import BannerFilter, GlooFilter
 
 
 def test_only_the_launchers_own_assertion_is_dropped() -> None:
@@ -11,3 +11,13 @@ def test_only_the_launchers_own_assertion_is_dropped() -> None:
     banners = BannerFilter()
     assert banners.feed(crash + user) + banners.finish() == user
     assert banners.dropped == crash
+
+
+def test_lines_of_gloo_are_taken_out() -> None:
+    gloo = b"[Gloo] Rank 1 is connected to 1 peer ranks. Expected number of connected peer ranks is : 1\n"
+    text = b"loss 0.5\n" + gloo + b"[Gl\n[x] [Gloo] Rank 1\n" + gloo + b"end [Gloo] Rank 2"
+    kept = b"loss 0.5\n[Gl\n[x] [Gloo] Rank 1\nend [Gloo] Rank 2"
+    for size in (1, 3, 7, len(text)):
+        one = GlooFilter()
+        passed = b"".join(one.feed(text[at : at + size]) for at in range(0, len(text), size))
+        assert passed + one.finish() == kept
