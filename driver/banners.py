@@ -13,6 +13,8 @@ _SINGLE = re.compile(
     rb"|\[[\w.-]+:\d+\] (\*\*\* (Process received signal|End of error message) \*\*\*|Signal: |Signal code: |\[ ?\d+\] /)"
     rb"|Abort\(\d+\) on node \d+|application called MPI_Abort\(|\[proxy:|\[mpiexec@|YOUR APPLICATION TERM)"
 )
+# JAX's coordination service has lost a process. What follows are dumps of the others, which it ends for that.
+_COORDINATION = re.compile(rb"^[EF]\d{4} [\d:.]+ +\d+ (coordination_service_agent\.cc|client\.h):\d+\]")
 _MOST_LINES = 40
 _FIRST_LINES = 4  # of a block, the rule included: here a banner says whose it is
 
@@ -20,7 +22,8 @@ _FIRST_LINES = 4  # of a block, the rule included: here a banner says whose it i
 class BannerFilter:
     """Passes bytes on as they come, but holds what may be a banner: from one long rule to the next.
 
-    A block is dropped when its first lines speak of mpirun, else passed on. What was dropped is in ``dropped``.
+    A block is dropped when its first lines speak of mpirun, else passed on. So is everything from the line on with which
+    JAX's coordination service ends a job. What was dropped is in ``dropped``.
     """
 
     def __init__(self) -> None:
@@ -28,13 +31,19 @@ class BannerFilter:
         self._line = b""  # begun, not passed on
         self._begun = False  # the beginning of the present line has been passed on
         self._block: list[bytes] = []
+        self._ending = False  # the coordination service has spoken
 
     def feed(self, data: bytes) -> bytes:
         """What may be printed now."""
+        if self._ending:
+            self.dropped += data
+            return b""
         passed = b""
         *lines, rest = (self._line + data).split(b"\n")
         for line in lines:
             passed += self._take(line + b"\n")
+        if self._ending:
+            self.dropped, rest = self.dropped + rest, b""
         self._line = rest
         if rest and not self._block and not rest.startswith((b"-", b"=", b"[", b"A", b"a", b"Y")):
             passed, self._line, self._begun = passed + rest, b"", True  # a prompt or a progress bar
@@ -57,6 +66,10 @@ class BannerFilter:
         return self._sort(block) if block else b""
 
     def _take(self, line: bytes) -> bytes:
+        self._ending = self._ending or _COORDINATION.match(line) is not None
+        if self._ending:
+            self.dropped += line
+            return b""
         if self._begun:
             self._begun = False
             return line

@@ -320,6 +320,8 @@ class Job:
         if code == 0:
             return max(self._codes, default=0)
         if self._lost and (code > 128 or code < 0 or self._kills):
+            if abs(code) % 128 == signal.SIGABRT:
+                _print(self._banners.dropped)  # why it ended itself
             _say(f"lost {self._lost[0].place}: {_cause(code, self._kills)}; the other ranks were ended")
             return PEER_LOST
         if self._lost:

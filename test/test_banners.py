@@ -21,3 +21,11 @@ def test_lines_of_gloo_are_taken_out() -> None:
         one = GlooFilter()
         passed = b"".join(one.feed(text[at : at + size]) for at in range(0, len(text), size))
         assert passed + one.finish() == kept
+
+
+def test_what_follows_the_coordination_services_end_is_kept_back() -> None:
+    log = b"F1122 04:36:23.719114   26430 client.h:80] Terminating process because ...\n    @     0x7f\nFatal Python error\nx"
+    banners = BannerFilter()
+    assert banners.feed(b"E1122 is mine\n" + log[:90]) == b"E1122 is mine\n"
+    assert banners.feed(log[90:]) + banners.finish() == b""
+    assert banners.dropped == log
