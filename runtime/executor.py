@@ -107,7 +107,7 @@ class Executor:
         self._in_parts = {x.slot for x in rank_list.instructions if isinstance(x, Recv) and x.boxes}
         self._waited = {x.slot for x in rank_list.instructions if isinstance(x, Wait)}
         self._loaded = {x.argument for x in rank_list.instructions if isinstance(x, Load)}
-        # XLA orders what is sent within calls that run at once on CPUs only where a process has several devices.
+        # Nothing promises that calls that run at once on CPUs take each other's messages in one order on all ranks.
         on_cpus = any(d.platform == "cpu" for place in self.places[:1] for d in place.device_set)
         self._one_at_a_time = len(rank_list.mesh_ranks) > 1 and on_cpus
         self._argument_slots = [argument.slot for argument in rank_list.arguments]
