@@ -228,7 +228,7 @@ class Job:
         for key, _ in events:
             if key.fileobj is self._errors:
                 self._relay()
-            elif key.fileobj is self._output:
+            elif self._output is not None and key.fileobj is self._output:
                 self._relay_output(self._output)
             elif key.fileobj is self._listener:
                 connection, _ = self._listener.accept()

@@ -225,7 +225,14 @@ def open_session(staged: Staged, world: World) -> Session:
         devices = {stage: _devices_of(program, stage, i, local) for i, stage in enumerate(own[0].stages)}
         from bactrian.runtime.mpi import MpiTransport
 
-        transports: list[Transport] = [MpiTransport(world.comm, own_cores=has_own_cores(), device_array=device_array)]
+        transport = MpiTransport(world.comm, own_cores=has_own_cores(), device_array=device_array)
+        if shared > 1 and not transport.has_helper:
+            raise ConfigError(
+                f"a mesh takes {shared} ranks, but this MPI lets one thread at a time use it",
+                why="messages have to go on while a rank waits in a call for the others of its mesh",
+                fix="use an MPI with MPI_THREAD_MULTIPLE, as Open MPI and MPICH from `pip` have it",
+            )
+        transports: list[Transport] = [transport]
     else:
         own = lists
         devices = {stage: _devices_of(program, stage, rank, local) for stage, rank in enumerate(groups)}
@@ -233,7 +240,7 @@ def open_session(staged: Staged, world: World) -> Session:
         transports = [InProcessTransport(network, rank_list.rank) for rank_list in own]
     functions, seconds = _compile(staged, devices)
     on_cores = all(device.platform == "cpu" for mesh in devices.values() for device in mesh)
-    inline = world.comm is not None and len(pin_cores()) == 1 and on_cores
+    inline = world.comm is not None and (len(pin_cores()) == 1 or shared > 1) and on_cores
     places = Places(program, devices)
 
     def make(tracer: Tracer | None = None, meter: Meter | None = None) -> tuple[Executor, ...]:

@@ -61,7 +61,9 @@ class Executor:
         meter: counts what is held after every instruction.
         device_array: how host arrays come to a device.
         inline: wait for each call's results before going on. For ranks whose only core is their device: nothing can
-            run beside a call there, and what comes next only delays the value that another rank waits for.
+            run beside a call there, and what comes next only delays the value that another rank waits for. And for ranks
+            that share meshes of CPUs: nothing promises that calls that run at once take each other's messages in one
+            order on all of them.
     """
 
     def __init__(
@@ -107,9 +109,6 @@ class Executor:
         self._in_parts = {x.slot for x in rank_list.instructions if isinstance(x, Recv) and x.boxes}
         self._waited = {x.slot for x in rank_list.instructions if isinstance(x, Wait)}
         self._loaded = {x.argument for x in rank_list.instructions if isinstance(x, Load)}
-        # Nothing promises that calls that run at once on CPUs take each other's messages in one order on all ranks.
-        on_cpus = any(d.platform == "cpu" for place in self.places[:1] for d in place.device_set)
-        self._one_at_a_time = len(rank_list.mesh_ranks) > 1 and on_cpus
         self._argument_slots = [argument.slot for argument in rank_list.arguments]
         waits = any(isinstance(x, Arrive) for x in rank_list.instructions)
         self._consumed = [waits and slot in self._donated for slot in self._argument_slots]
@@ -160,8 +159,6 @@ class Executor:
     def finish(self) -> list[jax.Array]:
         """The results of the step that has ended."""
         env = self._env
-        if self._one_at_a_time and self._running is not None:
-            self._running.block_until_ready()
         results = [env[r.slot] for r in self.list.results]
         self._env, self._batch, self._sends, self._running = [], {}, {}, None
         self._parts.clear()
@@ -235,13 +232,12 @@ class Executor:
 
                 return drain
             case Copy(source=source, target=target, alias=alias):
-                place, alone = self.places[target], self._one_at_a_time
+                place = self.places[target]
+                waits = self._inline and not place.is_fully_addressable  # it may be a call
 
                 def copy(env: Environment) -> None:
-                    if alone and self._running is not None:
-                        self._running.block_until_ready()
                     env[target] = put(env[source], place, alias=alias)
-                    if alone:
+                    if waits:
                         env[target].block_until_ready()
 
                 return copy
@@ -260,11 +256,9 @@ class Executor:
         sizes = [self.list.slots[slot].nbytes for slot in outputs]
         on_host = all(d.platform == "cpu" for slot in outputs[:1] for d in self.places[slot].device_set)
         smallest = sizes.index(min(sizes)) if sizes and on_host else None  # it is kept alive until the next call
-        inline, alone = self._inline, self._one_at_a_time
+        inline = self._inline
 
         def call(env: Environment) -> None:
-            if alone and self._running is not None:
-                self._running.block_until_ready()
             values = function([env[i] for i in inputs])
             if smallest is not None:
                 self._running = values[smallest]

@@ -310,6 +310,11 @@ class MpiTransport:
             return [packed(send.source, send.boxes), self._mpi.BYTE]
         return [np.ascontiguousarray(np.asarray(send.source)).reshape(-1).view(np.uint8), self._mpi.BYTE]
 
+    @property
+    def has_helper(self) -> bool:
+        """Whether messages go on while the main thread does something else."""
+        return self._helper is not None
+
     def busy(self) -> bool:
         """Whether any message is under way."""
         with self._lock:
