@@ -102,6 +102,7 @@ def plan_slices(
     sent: dict[tuple[int, int], list[Box]] = {}
     passed: dict[tuple[int, int], list[Box]] = {}
     load = _Load()
+    share = sum(num_elements([tile]) for tile in holders) / len(source)
     for tile, needing in _by_tile(target).items():
         for held, holding in holders.items():
             common = overlap(held, tile)
@@ -111,9 +112,7 @@ def plan_slices(
             for part in _parts(common, ways):
                 elements = num_elements([part])
                 receiver = min(needing, key=lambda r: (load.receive.get(r, 0), r))
-                # Of equally busy ranks, the one in the receiver's place: then pairs are few.
-                place = receiver * len(source) // len(target)
-                sender = min(holding, key=lambda s: (load.send.get(s, 0), (s - place) % len(source)))
+                sender = _sender(holding, receiver * len(source) // len(target), load.send, elements, share)
                 load.receive[receiver] = load.receive.get(receiver, 0) + elements
                 load.send[sender] = load.send.get(sender, 0) + elements
                 sent.setdefault((sender, receiver), []).append(part)
@@ -124,6 +123,16 @@ def plan_slices(
         {pair: tuple(boxes) for pair, boxes in sorted(sent.items())},
         {pair: tuple(boxes) for pair, boxes in sorted(passed.items())},
     )
+
+
+def _sender(holding: Sequence[int], place: int, sent: dict[int, int], elements: int, share: float) -> int:
+    """Of the ranks that would not send more than their share, the next one from the receiver's place on: so pairs of
+    ranks, and with them messages, are few. Of others the one that has the least to send."""
+
+    def rank_by(rank: int) -> tuple[float, int]:
+        return max(0.0, sent.get(rank, 0) + elements - share), (rank - place) % (max(holding) + 1)
+
+    return min(holding, key=rank_by)
 
 
 def _by_tile(ranks: Sequence[Sequence[Box]]) -> dict[Box, list[int]]:
