@@ -6,6 +6,7 @@ import models
 import numerics
 
 import bactrian
+from bactrian.runtime.instructions import Send
 from bactrian.runtime.lists import build_lists
 from bactrian.runtime.mpi import MpiTransport
 from bactrian.runtime.parts import packed
@@ -23,7 +24,7 @@ def counting(self, array, boxes, destination, tag):
 def value_bytes(program: StagedProgram, num_groups: int) -> int:
     """Bytes of the values that one step sends between groups of ranks."""
     lists = build_lists(program, tuple(stage % num_groups for stage in range(program.num_stages)))
-    return sum(getattr(x, "nbytes", 0) for one in lists for x in one.instructions if type(x).__name__ == "Send")
+    return sum(x.nbytes for one in lists for x in one.instructions if isinstance(x, Send))
 
 
 MpiTransport.send_parts = counting
