@@ -18,7 +18,7 @@ from bactrian.driver.compiled import Compiled
 from bactrian.driver.garbage import paused_collection
 from bactrian.driver.planning import Decisions, Staged, stage_program
 from bactrian.driver.reference import reference
-from bactrian.driver.session import World, open_session, stage_ranks
+from bactrian.driver.session import World, check_ranks, num_groups, open_session
 from bactrian.driver.source import line_here
 from bactrian.passes.cluster import read_cluster
 from bactrian.passes.errors import ConfigError
@@ -378,7 +378,7 @@ class Traced:
             stages = num_stages or self.options.num_stages
             if stages is not None:
                 self._check_homes(stages)
-            stages = stages or (self.homes.num_stages if self.homes is not None else World.current().num_ranks)
+            stages = stages or (self.homes.num_stages if self.homes is not None else num_groups(self._mesh()))
             decisions = Decisions(
                 stages,
                 num_layers or stages,
@@ -492,11 +492,12 @@ class Planned:
             ConfigError: the ranks do not fit the plan, or run different programs.
         """
         world = World.current()
-        stage_ranks(self.plan.num_stages, world.num_ranks)
+        shared = check_ranks([stage.mesh for stage in self.plan.stages], world)
         own = {
             "versions": ", ".join(f"{name} {version}" for name, version in sorted(versions().items())),
             "the program": self.captured.fingerprint,
             "the plan": self.plan.to_json(),
+            "the number of ranks of a mesh": str(shared),
         }
         world.check_equal(own)
         return Compiled(self.captured, open_session(self.staged, world))

@@ -399,7 +399,16 @@ def physical_values(array: DistributedArray) -> np.ndarray[Any, Any]:
             values = np.array(piece, order="C")
         comm.broadcast(values, ranks[0])
         return values
-    # The stage's mesh spans ranks: each sends the shards it is the first to hold.
+    return _gathered(values, piece, comm)
+
+
+def whole_value(array: jax.Array, communicator: Communicator) -> np.ndarray[Any, Any]:
+    """The values of an array on a mesh of several ranks, on each of them. Collective."""
+    return _gathered(np.empty(array.shape, array.dtype), array, communicator)
+
+
+def _gathered(values: np.ndarray[Any, Any], piece: jax.Array | None, comm: Communicator) -> np.ndarray[Any, Any]:
+    """Fill ``values`` with what the mesh's ranks hold: each sends the shards that it is the first to hold."""
     held = piece.addressable_shards if piece is not None else []
     shards = [(shard.index, np.asarray(shard.data)) for shard in held if shard.replica_id == 0]
     for part in comm.allgather(shards):

@@ -1,4 +1,4 @@
-"""mpirun's own banners, taken out of the stderr that it relays."""
+"""What mpirun and Gloo print of their own, taken out of what the ranks' output is."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ _SINGLE = re.compile(
     rb"|\[[\w.-]+:\d+\] (\*\*\* (Process received signal|End of error message) \*\*\*|Signal: |Signal code: |\[ ?\d+\] /)"
     rb"|Abort\(\d+\) on node \d+|application called MPI_Abort\(|\[proxy:|\[mpiexec@|YOUR APPLICATION TERM)"
 )
+# JAX's coordination service has lost a process. What follows are dumps of the others, which it ends for that.
+_COORDINATION = re.compile(rb"^[EF]\d{4} [\d:.]+ +\d+ (coordination_service_agent\.cc|client\.h):\d+\]")
 _MOST_LINES = 40
 _FIRST_LINES = 4  # of a block, the rule included: here a banner says whose it is
 
@@ -20,7 +22,8 @@ _FIRST_LINES = 4  # of a block, the rule included: here a banner says whose it i
 class BannerFilter:
     """Passes bytes on as they come, but holds what may be a banner: from one long rule to the next.
 
-    A block is dropped when its first lines speak of mpirun, else passed on. What was dropped is in ``dropped``.
+    A block is dropped when its first lines speak of mpirun, else passed on. So is everything from the line on with which
+    JAX's coordination service ends a job. What was dropped is in ``dropped``.
     """
 
     def __init__(self) -> None:
@@ -28,13 +31,19 @@ class BannerFilter:
         self._line = b""  # begun, not passed on
         self._begun = False  # the beginning of the present line has been passed on
         self._block: list[bytes] = []
+        self._ending = False  # the coordination service has spoken
 
     def feed(self, data: bytes) -> bytes:
         """What may be printed now."""
+        if self._ending:
+            self.dropped += data
+            return b""
         passed = b""
         *lines, rest = (self._line + data).split(b"\n")
         for line in lines:
             passed += self._take(line + b"\n")
+        if self._ending:
+            self.dropped, rest = self.dropped + rest, b""
         self._line = rest
         if rest and not self._block and not rest.startswith((b"-", b"=", b"[", b"A", b"a", b"Y")):
             passed, self._line, self._begun = passed + rest, b"", True  # a prompt or a progress bar
@@ -57,6 +66,10 @@ class BannerFilter:
         return self._sort(block) if block else b""
 
     def _take(self, line: bytes) -> bytes:
+        self._ending = self._ending or _COORDINATION.match(line) is not None
+        if self._ending:
+            self.dropped += line
+            return b""
         if self._begun:
             self._begun = False
             return line
@@ -81,3 +94,36 @@ class BannerFilter:
             self.dropped += block
             return b""
         return block
+
+
+_GLOO = b"[Gloo] Rank "
+
+
+class GlooFilter:
+    """Passes stdout on as it comes, but for the line that Gloo writes to it for each group of processes that it connects."""
+
+    def __init__(self) -> None:
+        self._line = b""  # begun as Gloo's may, not passed on
+        self._begun = False  # the beginning of the present line has been passed on
+
+    def feed(self, data: bytes) -> bytes:
+        """What may be printed now."""
+        passed = b""
+        *lines, rest = (self._line + data).split(b"\n")
+        for line in lines:
+            if self._begun or not line.startswith(_GLOO):
+                passed += line + b"\n"
+            self._begun = False
+        self._line = b"" if self._begun or not _may_become(rest, _GLOO) else rest
+        if not self._line and rest:
+            passed, self._begun = passed + rest, True
+        return passed
+
+    def finish(self) -> bytes:
+        """What is left at the end."""
+        line, self._line = self._line, b""
+        return b"" if line.startswith(_GLOO) else line
+
+
+def _may_become(text: bytes, beginning: bytes) -> bool:
+    return bool(text) and (text.startswith(beginning) or beginning.startswith(text))

@@ -87,6 +87,11 @@ def _parser() -> argparse.ArgumentParser:
         metavar="D",
         help="virtual CPU devices of each process (default: 8, and 1 for each of several ranks)",
     )
+    run.add_argument(
+        "--distributed",
+        action="store_true",
+        help="join the devices of all ranks (jax.distributed), so that a stage's mesh can have those of several",
+    )
     run.add_argument("script", help="the Python script, run as __main__")
     run.add_argument("arguments", nargs=argparse.REMAINDER, metavar="args", help="the script's own arguments")
 
@@ -185,6 +190,11 @@ def _cluster_name(text: str) -> str:
 
 def _run(options: argparse.Namespace) -> int:
     scripts.check_script(options.script)
+    if options.distributed and options.n is None:
+        raise ConfigError(
+            "--distributed joins the devices of several ranks, but there is one process",
+            fix="say -n N too, or give this process as many devices as a mesh needs (--devices)",
+        )
     scripts.use_virtual_devices(options.devices or (8 if options.n is None else 1))
     if options.n is not None:
         from bactrian.driver.launcher import launch
@@ -192,7 +202,9 @@ def _run(options: argparse.Namespace) -> int:
 
         if sys.stderr.isatty():
             os.environ[TERMINAL_VARIABLE] = str(shutil.get_terminal_size().columns)
-        return launch(options.n, options.script, options.arguments, full=options.traceback)
+        return launch(
+            options.n, options.script, options.arguments, full=options.traceback, distributed=options.distributed
+        )
     from bactrian.runtime.launch import exit_code_of
 
     try:

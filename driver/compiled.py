@@ -20,6 +20,7 @@ from bactrian.driver.arrays import (
     SingleProcess,
     of_pieces,
     physical_values,
+    whole_value,
 )
 from bactrian.driver.boundary import is_array
 from bactrian.driver.calls import aval_key
@@ -40,6 +41,7 @@ class Compiled:
     def __init__(self, captured: Captured, session: Session) -> None:
         self.captured, self.session = captured, session
         self.communicator: Communicator = SingleProcess() if session.world.comm is None else MPI(session.world.comm)
+        self._mesh_communicator = None if session.mesh_comm is None else MPI(session.mesh_comm)
         program = session.staged.program
         arguments: dict[int, dict[int, int]] = {}  # argument -> stage -> value there
         for piece in program.arguments:
@@ -158,6 +160,8 @@ class Compiled:
 
     def _run(self, pieces: Sequence[jax.Array], leaves: Sequence[Any], donated: Sequence[DistributedArray]) -> Any:
         batch = {number: _physical(leaves[number]) for number in self._batch}
+        if self._mesh_communicator is not None:
+            batch = {number: _addressable(leaf, "a batch argument") for number, leaf in batch.items()}
         if donated and self.session.staged.donate:
             where = line_here() or "an earlier call"
             self._refuse_given_twice(leaves, donated, where)
@@ -213,12 +217,14 @@ class Compiled:
         other = 0  # bytes that come in another layout
         for stage, sharding in placement.shardings.items():
             if stage in missing:
-                piece = jax.device_put(values, sharding)
+                piece = device_array(values, sharding, True)
             else:
                 piece = leaf.pieces[stage]
                 if piece.sharding != sharding:
                     other += piece.nbytes
                     piece = jax.device_put(piece, sharding)
+                    if not sharding.is_fully_addressable:
+                        piece.block_until_ready()  # calls that ranks make together are made one at a time
             pieces[placement.argument, stage] = piece
         return len(missing) * values.nbytes + other
 
@@ -246,12 +252,12 @@ class Compiled:
         wanted = self.captured.arguments[placement.argument].physical.dtype
         alias = None if placement.argument not in self._state else False
         for stage, sharding in placement.shardings.items():
-            if isinstance(value, jax.Array):
+            if isinstance(value, jax.Array) and sharding.is_fully_addressable:
                 # Over several devices, `may_alias=False` is not heard: one of them would get the caller's own buffer.
                 own = jnp.copy(value) if alias is False and sharding.num_devices > 1 else value
                 piece = jax.device_put(own, sharding, may_alias=alias)
             else:
-                piece = device_array(np.asarray(value, dtype=wanted), sharding, True)
+                piece = device_array(np.asarray(_addressable(value, placement.path), dtype=wanted), sharding, True)
             pieces[placement.argument, stage] = piece
 
     def _wrap(self, outputs: Sequence[jax.Array]) -> Any:
@@ -272,8 +278,13 @@ class Compiled:
 
     def _local(self, value: jax.Array, info: ResultInfo) -> jax.Array:
         if value.sharding.num_devices > 1:
-            whole = value.is_fully_replicated
-            value = value.addressable_data(0) if whole else jax.device_put(value, self._home)
+            if value.is_fully_replicated:
+                value = value.addressable_data(0)
+            elif value.is_fully_addressable:
+                value = jax.device_put(value, self._home)
+            else:  # every rank of the mesh does the same here
+                assert self._mesh_communicator is not None
+                value = jax.device_put(whole_value(value, self._mesh_communicator), self._home)
         if self._home not in value.devices():
             value = jax.device_put(value, self._home)
         return value if info.key_impl is None else jax.random.wrap_key_data(value, impl=info.key_impl)
@@ -291,6 +302,18 @@ def _moves_text(name: str, moved: Mapping[str, int]) -> str:
         f"every call of {name} moves {human_bytes(sum(moved.values()))} of arguments to stages that read them but do "
         f"not hold them so: {names}{more}"
     )
+
+
+def _addressable(value: Any, path: str) -> Any:
+    """Refuse a `jax.Array` that has parts in other processes, and is no result of a step."""
+    if isinstance(value, jax.Array) and not value.is_fully_addressable and not value.is_fully_replicated:
+        raise ProgramError(
+            f"{path} is a jax.Array of which this process holds a part only",
+            where=line_here(),
+            why="steps take whole arrays, the same on every rank, and what steps have returned",
+            fix="give a numpy array, as of jax.experimental.multihost_utils.process_allgather",
+        )
+    return value
 
 
 def _physical(leaf: Any) -> Any:

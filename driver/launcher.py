@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib.util
 import json
@@ -19,8 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from bactrian.driver.banners import BannerFilter
-from bactrian.driver.rank import REPORT_VARIABLE, TRACEBACK_VARIABLE
+from bactrian.driver.banners import BannerFilter, GlooFilter
+from bactrian.driver.rank import DISTRIBUTED_VARIABLE, REPORT_VARIABLE, TRACEBACK_VARIABLE
 from bactrian.passes.errors import ConfigError
 from bactrian.runtime.launch import JOB_VARIABLE
 
@@ -119,7 +120,14 @@ class Job:
     """One run of a script on several ranks."""
 
     def __init__(
-        self, mpirun: Mpirun, num_ranks: int, script: str, arguments: Sequence[str], *, full: bool = False
+        self,
+        mpirun: Mpirun,
+        num_ranks: int,
+        script: str,
+        arguments: Sequence[str],
+        *,
+        full: bool = False,
+        distributed: bool = False,
     ) -> None:
         self._token = secrets.token_hex(16)
         self._num_ranks, self._num_started = num_ranks, 0
@@ -142,6 +150,8 @@ class Job:
         }
         if full:
             environment[TRACEBACK_VARIABLE] = "1"
+        if distributed:
+            environment[DISTRIBUTED_VARIABLE] = "1"
         exported = sorted(n for n in environment if n.startswith(("BACTRIAN_", "JAX_", "XLA_", "PYTHON")))
         command = [
             *mpirun.command(num_ranks, exported),
@@ -156,6 +166,7 @@ class Job:
             command,
             env=environment,
             stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE if distributed else None,
             stderr=subprocess.PIPE,
             start_new_session=True,
             preexec_fn=_end_with_us,
@@ -164,9 +175,14 @@ class Job:
         self._errors: IO[bytes] = self._process.stderr
         os.set_blocking(self._errors.fileno(), False)
         self._selector.register(self._errors, selectors.EVENT_READ)
+        self._output: IO[bytes] | None = self._process.stdout
+        self._gloo = GlooFilter()
+        if self._output is not None:
+            os.set_blocking(self._output.fileno(), False)
+            self._selector.register(self._output, selectors.EVENT_READ)
 
     def wait(self) -> int:
-        """Relay the ranks' stderr until the last of them is gone; then say what happened. Returns the exit code."""
+        """Relay the ranks' stderr, and their stdout where Gloo writes to it, until the last of them is gone; then say what happened. Returns the exit code."""
         usual = {number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
         try:
             while self._process.poll() is None:
@@ -184,6 +200,7 @@ class Job:
             for number, handler in usual.items():
                 signal.signal(number, handler)
         _print(self._banners.finish())
+        _print_output(self._gloo.finish())
         return self._conclude()
 
     def _stop(self, number: int, frame: object) -> None:
@@ -211,6 +228,8 @@ class Job:
         for key, _ in events:
             if key.fileobj is self._errors:
                 self._relay()
+            elif self._output is not None and key.fileobj is self._output:
+                self._relay_output(self._output)
             elif key.fileobj is self._listener:
                 connection, _ = self._listener.accept()
                 self._selector.register(connection, selectors.EVENT_READ, _Rank(connection))
@@ -229,6 +248,16 @@ class Job:
             _print(self._banners.feed(data.replace(b"\0", b"")))  # mpirun ends its own banners with one
         else:
             self._selector.unregister(self._errors)
+
+    def _relay_output(self, output: IO[bytes]) -> None:
+        try:
+            data = os.read(output.fileno(), 65536)
+        except BlockingIOError:
+            return
+        if data:
+            _print_output(self._gloo.feed(data))
+        else:
+            self._selector.unregister(output)
 
     def _hear(self, rank: _Rank) -> None:
         try:
@@ -291,6 +320,8 @@ class Job:
         if code == 0:
             return max(self._codes, default=0)
         if self._lost and (code > 128 or code < 0 or self._kills):
+            if abs(code) % 128 == signal.SIGABRT:
+                _print(self._banners.dropped)  # why it ended itself
             _say(f"lost {self._lost[0].place}: {_cause(code, self._kills)}; the other ranks were ended")
             return PEER_LOST
         if self._lost:
@@ -303,8 +334,10 @@ class Job:
         return next((own for own in self._codes if own), code)
 
 
-def launch(num_ranks: int, script: str, arguments: Sequence[str], *, full: bool = False) -> int:
-    """Run the script on so many ranks; returns the exit code of the job.
+def launch(
+    num_ranks: int, script: str, arguments: Sequence[str], *, full: bool = False, distributed: bool = False
+) -> int:
+    """Run the script on so many ranks, their devices joined if ``distributed``; returns the exit code of the job.
 
     Raises:
         ConfigError: no mpirun or no mpi4py.
@@ -313,7 +346,7 @@ def launch(num_ranks: int, script: str, arguments: Sequence[str], *, full: bool 
     if importlib.util.find_spec("mpi4py") is None:
         raise ConfigError("cannot start several ranks: mpi4py is not installed", fix=f"`{_INSTALL}`")
     sys.stdout.flush()
-    return Job(mpirun, num_ranks, script, arguments, full=full).wait()
+    return Job(mpirun, num_ranks, script, arguments, full=full, distributed=distributed).wait()
 
 
 def kill_marked(token: str) -> None:
@@ -364,3 +397,9 @@ def _print(data: bytes) -> None:
     if data:
         sys.stderr.buffer.write(data)
         sys.stderr.buffer.flush()
+
+
+def _print_output(data: bytes) -> None:
+    with contextlib.suppress(BrokenPipeError):  # nobody reads on: the job does not depend on it
+        while data:
+            data = data[os.write(1, data) :]

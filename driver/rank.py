@@ -16,6 +16,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from typing import Any
 
 from bactrian.driver.script import describe_failure, exit_status, run_script
@@ -23,8 +24,10 @@ from bactrian.runtime import launch
 from bactrian.runtime.launch import STOPPED, abort, exit_code_of, prepare, rank_environment
 
 REPORT_VARIABLE = "BACTRIAN_REPORT"  # host:port:token of the launcher
+DISTRIBUTED_VARIABLE = "BACTRIAN_DISTRIBUTED"  # "1": jax.distributed joins the ranks before the script runs
 TRACEBACK_VARIABLE = "BACTRIAN_TRACEBACK"  # "1": tracebacks for users' errors too
 _PR_SET_PDEATHSIG = 1
+_LOST_SECONDS = 3.0  # in which mpirun ends a job that has lost a rank
 
 
 class Reporter:
@@ -80,6 +83,10 @@ def main() -> None:
     try:
         prepare()
         _fail_elsewhere(reporter, script)
+        if os.environ.get(DISTRIBUTED_VARIABLE) == "1":
+            from bactrian.driver.distributed import join_ranks  # starts jax's import
+
+            join_ranks(launch.start_mpi())
         run_script(script, arguments)
     except SystemExit as error:
         codes[0], text = exit_status(error)
@@ -87,6 +94,7 @@ def main() -> None:
             reporter.fail(codes[0], text)
         raise
     except BaseException as error:
+        _leave_it_to_the_lost(error)
         reporter.fail(exit_code_of(error), describe_failure(error, script, full=_full()))
 
 
@@ -99,6 +107,7 @@ def _fail_elsewhere(reporter: Reporter, script: str) -> None:
     usual = sys.unraisablehook
 
     def fail(error: BaseException) -> None:
+        _leave_it_to_the_lost(error)
         reporter.fail(exit_code_of(error), describe_failure(error, script, full=_full()))
 
     def on_unraisable(unraisable: Any) -> None:
@@ -112,6 +121,14 @@ def _fail_elsewhere(reporter: Reporter, script: str) -> None:
 
     sys.unraisablehook = on_unraisable
     threading.excepthook = on_thread
+
+
+def _leave_it_to_the_lost(error: BaseException) -> None:
+    """Where ranks compute together, one that is lost makes the calls of others fail: mpirun notices it by itself, ends
+    the job, and the launcher names it. An error of this rank's own is told a little later for that."""
+    jax = sys.modules.get("jax")
+    if jax is not None and isinstance(error, jax.errors.JaxRuntimeError) and jax.distributed.is_initialized():
+        time.sleep(_LOST_SECONDS)
 
 
 def _die_with_launcher() -> None:

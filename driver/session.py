@@ -13,6 +13,7 @@ from typing import Any
 import jax
 from jax.sharding import Sharding
 
+from bactrian.driver.distributed import devices_of_ranks, meshes_of, ranks_per_mesh
 from bactrian.driver.planning import Staged
 from bactrian.driver.xla import (
     Device,
@@ -23,9 +24,11 @@ from bactrian.driver.xla import (
     mesh_sharding,
 )
 from bactrian.passes.errors import ConfigError
+from bactrian.passes.mesh_tensors import Axes
 from bactrian.runtime import faults
 from bactrian.runtime.check import Report, check_lists
 from bactrian.runtime.executor import Executor, Meter, run_together
+from bactrian.runtime.groups import share_lists
 from bactrian.runtime.instructions import RankList, Slot
 from bactrian.runtime.launch import has_own_cores, pin_cores
 from bactrian.runtime.lists import build_lists
@@ -128,6 +131,7 @@ class Session:
     functions: dict[str, StageFunction]
     compile_seconds: float
     places: Places
+    mesh_comm: Any = None  # of the ranks that this one shares its meshes with, if there are others
     tracer: Tracer | None = None
     meter: Meter | None = None
     _make: Callable[..., tuple[Executor, ...]] = field(default=lambda: (), repr=False)
@@ -165,45 +169,78 @@ class Session:
             write_trace(path, events)
 
 
-def stage_ranks(num_stages: int, num_ranks: int) -> tuple[int, ...]:
-    """Stages dealt round to ranks, consecutive stages to different ranks.
+def num_groups(mesh: Axes) -> int:
+    """How many stages can have ranks of their own, each as many as such a mesh takes."""
+    world = World.current()
+    return 1 if world.comm is None else world.num_ranks // ranks_per_mesh([mesh], world, jax.local_devices())
+
+
+def check_ranks(meshes: Sequence[Axes], world: World) -> int:
+    """The ranks that each mesh takes.
 
     Raises:
-        ConfigError: there are more ranks than stages.
+        ConfigError: the ranks or their devices do not fit the stages' meshes.
     """
-    if num_ranks > num_stages:
-        fitting = f"1 to {num_stages}" if num_stages > 1 else "1"
+    shared = ranks_per_mesh(meshes, world, jax.local_devices())
+    stage_ranks(len(meshes), world.num_ranks, shared)
+    return shared
+
+
+def stage_ranks(num_stages: int, num_ranks: int, ranks_per_mesh: int = 1) -> tuple[int, ...]:
+    """Stages dealt round to ranks, or to groups of consecutive ranks, consecutive stages to different ones.
+
+    Raises:
+        ConfigError: there are more ranks than stages have use for.
+    """
+    groups = num_ranks // ranks_per_mesh
+    if groups > num_stages:
+        each, most = ranks_per_mesh, num_stages * ranks_per_mesh
+        fitting = f"{each} ranks" if num_stages == 1 else f"a multiple of {each} ranks up to {most}"
+        if each == 1 < num_stages:
+            fitting = f"1 to {num_stages} ranks"
+        whose = "one rank" if each == 1 else f"{each} ranks"
         raise ConfigError(
             f"the plan has {num_stages} stage{'s' * (num_stages > 1)}, but {num_ranks} ranks were started",
-            why="a stage belongs to one rank, so a rank without a stage would have nothing to do",
-            fix=f"start {fitting} ranks, or ask for num_stages={num_ranks}",
+            why=f"a stage belongs to {whose}, so a rank without a stage would have nothing to do",
+            fix=f"start {fitting}, or ask for num_stages={groups}",
         )
-    return tuple(stage % num_ranks for stage in range(num_stages))
+    return tuple(stage % groups for stage in range(num_stages))
 
 
 def open_session(staged: Staged, world: World) -> Session:
     """Compile this process's stages and build its lists (collective under MPI)."""
     program = staged.program
     local = jax.local_devices()
-    _check_devices(program, local, world.comm is not None)
+    shared = ranks_per_mesh(meshes_of(program), world, local)
     num_ranks = world.num_ranks if world.comm is not None else _own_ranks(program, len(local))
-    ranks = stage_ranks(program.num_stages, num_ranks)
-    lists = build_lists(program, ranks, broadcast_results=world.comm is not None)
+    groups = stage_ranks(program.num_stages, num_ranks, shared)
+    lists = share_lists(build_lists(program, groups, broadcast_results=world.comm is not None), program, shared)
     report = check_lists(lists)
+    mesh_comm = None
     if world.comm is not None:
         own = (lists[world.rank],)
+        if shared > 1:
+            mesh_comm = world.comm.Split(world.rank // shared, world.rank)
+            local = devices_of_ranks(own[0].mesh_ranks)
         devices = {stage: _devices_of(program, stage, i, local) for i, stage in enumerate(own[0].stages)}
         from bactrian.runtime.mpi import MpiTransport
 
-        transports: list[Transport] = [MpiTransport(world.comm, own_cores=has_own_cores(), device_array=device_array)]
+        transport = MpiTransport(world.comm, own_cores=has_own_cores(), device_array=device_array)
+        if shared > 1 and not transport.has_helper:
+            raise ConfigError(
+                f"a mesh takes {shared} ranks, but this MPI lets one thread at a time use it",
+                why="messages have to go on while a rank waits in a call for the others of its mesh",
+                fix="use an MPI with MPI_THREAD_MULTIPLE, as Open MPI and MPICH from `pip` have it",
+            )
+        transports: list[Transport] = [transport]
     else:
         own = lists
-        devices = {stage: _devices_of(program, stage, rank, local) for stage, rank in enumerate(ranks)}
+        devices = {stage: _devices_of(program, stage, rank, local) for stage, rank in enumerate(groups)}
         network = LocalNetwork()
         transports = [InProcessTransport(network, rank_list.rank) for rank_list in own]
     functions, seconds = _compile(staged, devices)
     on_cores = all(device.platform == "cpu" for mesh in devices.values() for device in mesh)
-    inline = world.comm is not None and len(pin_cores()) == 1 and on_cores
+    inline = world.comm is not None and (len(pin_cores()) == 1 or shared > 1) and on_cores
     places = Places(program, devices)
 
     def make(tracer: Tracer | None = None, meter: Meter | None = None) -> tuple[Executor, ...]:
@@ -221,22 +258,7 @@ def open_session(staged: Staged, world: World) -> Session:
             for rank_list, transport in zip(own, transports, strict=True)
         )
 
-    return Session(staged, world, lists, report, make(), devices, functions, seconds, places, _make=make)
-
-
-def _check_devices(program: StagedProgram, local: Sequence[Device], several: bool) -> None:
-    """Refuse a mesh that this process has not the devices for."""
-    for stage in range(program.num_stages):
-        needed = program.num_devices(stage)
-        if needed > len(local):
-            mesh = ",".join(f"{name}={size}" for name, size in program.mesh(stage))
-            whose = "each rank" if several else "this process"
-            raise ConfigError(
-                f"stage {stage} has a mesh of {needed} devices ({mesh}), {whose} has {len(local)}",
-                why="the devices of one mesh belong to one process",
-                fix=f"bactrian run --devices {needed}, or XLA_FLAGS=--xla_force_host_platform_device_count={needed}, "
-                "makes as many of a CPU; or take a smaller mesh",
-            )
+    return Session(staged, world, lists, report, make(), devices, functions, seconds, places, mesh_comm, _make=make)
 
 
 def _own_ranks(program: StagedProgram, num_devices: int) -> int:

@@ -1,7 +1,8 @@
 """Proofs on instruction lists before anything is launched.
 
-The lists are simulated over the weakest transport there is: a send blocks until its receive is posted. If that ends,
-no schedule of the real, asynchronous transport deadlocks. On the way every read, write, donation and free is checked.
+The lists are simulated over the weakest transport there is: a send blocks until its receive is posted. Where a mesh has
+the devices of several ranks, a call begins only when all of them have come to it. If that ends, no schedule of the real,
+asynchronous transport deadlocks. On the way every read, write, donation and free is checked.
 """
 
 from __future__ import annotations
@@ -12,18 +13,22 @@ from dataclasses import dataclass, field
 from typing import NoReturn
 
 from bactrian.passes.errors import PassError
-from bactrian.runtime.instructions import Arrive, Copy, Free, Load, RankList, Recv, Run, Send, Wait, describe
+from bactrian.runtime.instructions import Arrive, Copy, Forward, Free, Load, RankList, Recv, Run, Send, Wait, describe
+
+_Where = tuple[int, int, int]  # source, destination, tag
 
 
 @dataclass(frozen=True)
 class Report:
     """What the simulation saw: per rank the peak of live bytes (arguments included), per stage that of microbatches
-    whose activations were live at once."""
+    whose activations were live at once. ``message_bytes`` is what goes between stages, ``passed_bytes`` what ranks
+    of one mesh pass on to each other of that."""
 
     peak_bytes: tuple[int, ...]
     in_flight: dict[int, int]
     num_messages: int
     message_bytes: int
+    passed_bytes: int = 0
 
 
 @dataclass
@@ -31,7 +36,9 @@ class _Rank:
     list: RankList
     at: int = 0
     state: dict[int, str] = field(default_factory=lambda: {})  # slot -> posted, arrived, live, freed, donated
-    receives: dict[int, tuple[int, int, int]] = field(default_factory=lambda: {})  # slot -> source, rank, tag
+    receives: dict[int, list[_Where]] = field(default_factory=lambda: defaultdict(list))  # of a slot
+    num_meetings: int = 0  # of calls that other ranks make too, begun or waited for
+    waits: bool = False  # for others to come to the call
     sent: set[int] = field(default_factory=lambda: set())  # slots with sends nobody waited for
     live_bytes: int = 0
     peak_bytes: int = 0
@@ -93,9 +100,14 @@ class _Rank:
 
 @dataclass
 class _Network:
-    posted: dict[tuple[int, int, int], Recv] = field(default_factory=lambda: {})  # (source, destination, tag)
-    matched: set[tuple[int, int, int]] = field(default_factory=lambda: set())
+    posted: dict[_Where, Recv] = field(default_factory=lambda: {})
+    matched: set[_Where] = field(default_factory=lambda: set())
     num_bytes: int = 0
+    passed_bytes: int = 0
+    # The n-th common call of some ranks: what those that have come to it want to call.
+    meetings: dict[tuple[tuple[int, ...], int], dict[int, Run | Copy]] = field(
+        default_factory=lambda: defaultdict(dict)
+    )
 
 
 def check_lists(lists: Sequence[RankList]) -> Report:
@@ -127,7 +139,7 @@ def check_lists(lists: Sequence[RankList]) -> Report:
         _check_end(rank)
     in_flight = {stage: peak for rank in ranks for stage, peak in rank.peak.items()}
     peaks = tuple(rank.peak_bytes for rank in ranks)
-    return Report(peaks, dict(sorted(in_flight.items())), len(network.matched), network.num_bytes)
+    return Report(peaks, dict(sorted(in_flight.items())), len(network.matched), network.num_bytes, network.passed_bytes)
 
 
 def _advance(rank: _Rank, network: _Network) -> bool:
@@ -135,16 +147,23 @@ def _advance(rank: _Rank, network: _Network) -> bool:
     instruction = rank.list.instructions[rank.at]
     match instruction:
         case Run():
+            if not _meet(rank, instruction, network):
+                return False
             _run(rank, instruction)
         case Load(slot=slot):
             rank.write(slot)
         case Copy(source=source, target=target):
+            if not _meet(rank, instruction, network):
+                return False
             rank.read(source)
             rank.write(target)
         case Recv():
             _post(rank, instruction, network)
         case Send():
+            rank.read(instruction.slot)
             return _send(rank, instruction, network)
+        case Forward():
+            return _forward(rank, instruction, network)
         case Arrive(slot=slot):
             return _arrive(rank, slot, network)
         case Wait(slot=slot):
@@ -180,17 +199,34 @@ def _run(rank: _Rank, run: Run) -> None:
     rank.note_in_flight(run.stage)
 
 
+def _meet(rank: _Rank, call: Run | Copy, network: _Network) -> bool:
+    """Whether all ranks of the mesh have come to this call, or to this copy, which may be one."""
+    ranks = rank.list.mesh_ranks
+    if len(ranks) < 2:
+        return True
+    if not rank.waits:
+        rank.waits, rank.num_meetings = True, rank.num_meetings + 1
+    here = network.meetings[ranks, rank.num_meetings]
+    here[rank.list.rank] = call
+    for other, its in here.items():
+        if its != call:
+            rank.fail(f"rank {other} of the same mesh is at another one: {describe(its)}")
+    rank.waits = len(here) < len(ranks)
+    return not rank.waits
+
+
 def _post(rank: _Rank, recv: Recv, network: _Network) -> None:
     where = (recv.source, rank.list.rank, recv.tag)
     if where in network.posted:
         rank.fail(f"tag {recv.tag} from rank {recv.source} is received twice")
     network.posted[where] = recv
-    rank.receives[recv.slot] = where
-    rank.write(recv.slot, "posted")
+    of_slot = rank.receives[recv.slot]
+    if not (of_slot and recv.boxes and rank.state.get(recv.slot) == "posted"):
+        rank.write(recv.slot, "posted")
+    of_slot.append(where)
 
 
-def _send(rank: _Rank, send: Send, network: _Network) -> bool:
-    rank.read(send.slot)
+def _send(rank: _Rank, send: Send | Forward, network: _Network) -> bool:
     where = (rank.list.rank, send.destination, send.tag)
     if where in network.matched:
         rank.fail(f"tag {send.tag} to rank {send.destination} is sent twice")
@@ -198,21 +234,34 @@ def _send(rank: _Rank, send: Send, network: _Network) -> bool:
     if recv is None:
         return False
     spec = rank.list.slots[send.slot]
-    if (recv.shape, recv.dtype) != (spec.shape, spec.dtype) or spec.nbytes != send.nbytes:
+    if (recv.shape, recv.dtype, recv.boxes, recv.nbytes) != (spec.shape, spec.dtype, send.boxes, send.nbytes):
         rank.fail(
             f"sends {spec.dtype}{list(spec.shape)} ({send.nbytes} bytes) where {recv.dtype}{list(recv.shape)} "
-            "is expected"
+            f"({recv.nbytes} bytes) is expected" + (", or other parts of it" if send.boxes or recv.boxes else "")
         )
     network.matched.add(where)
-    network.num_bytes += send.nbytes
-    rank.sent.add(send.slot)
+    if isinstance(send, Send):
+        network.num_bytes += send.nbytes
+        rank.sent.add(send.slot)
+    else:
+        network.passed_bytes += send.nbytes
     return True
+
+
+def _forward(rank: _Rank, forward: Forward, network: _Network) -> bool:
+    """Pass on parts that have arrived from other ranks."""
+    if rank.state.get(forward.slot) != "posted":
+        rank.fail(f"slot %{forward.slot} has no receive under way")
+    needed = [where for where in rank.receives[forward.slot] if where[0] in forward.sources]
+    if not set(forward.boxes).issubset(box for where in needed for box in network.posted[where].boxes):
+        rank.fail(f"passes on what it does not get from ranks {list(forward.sources)}")
+    return all(where in network.matched for where in needed) and _send(rank, forward, network)
 
 
 def _arrive(rank: _Rank, slot: int, network: _Network) -> bool:
     if rank.state.get(slot) != "posted":
         rank.fail(f"slot %{slot} has no receive under way")
-    if rank.receives[slot] not in network.matched:
+    if not network.matched.issuperset(rank.receives[slot]):
         return False
     rank.state[slot] = "live"
     return True

@@ -7,6 +7,7 @@ from itertools import compress
 from typing import Any
 
 import jax
+import ml_dtypes
 import numpy as np
 from jax.sharding import Sharding, SingleDeviceSharding
 
@@ -15,6 +16,7 @@ from bactrian.runtime import faults, launch
 from bactrian.runtime.instructions import (
     Arrive,
     Copy,
+    Forward,
     Free,
     Instruction,
     Load,
@@ -26,12 +28,24 @@ from bactrian.runtime.instructions import (
     Wait,
     describe,
 )
+from bactrian.runtime.parts import assembled, check_parts, joined, put_parts, unpacked
+from bactrian.runtime.slices import Box
 from bactrian.runtime.trace import Tracer
-from bactrian.runtime.transport import DeviceArray, Handle, Place, Transport, WouldBlock, device_array, put
+from bactrian.runtime.transport import (
+    DeviceArray,
+    Handle,
+    PartsTransport,
+    Place,
+    Transport,
+    WouldBlock,
+    device_array,
+    put,
+)
 
 Function = Callable[[list[jax.Array]], Sequence[jax.Array]]
 Environment = list[Any]  # slot -> array, or None
 _Operation = Callable[[Environment], None]
+_Parts = tuple[int, tuple[Box, ...], Handle]  # the rank that sends them, which they are, and the message
 
 
 class Executor:
@@ -47,7 +61,9 @@ class Executor:
         meter: counts what is held after every instruction.
         device_array: how host arrays come to a device.
         inline: wait for each call's results before going on. For ranks whose only core is their device: nothing can
-            run beside a call there, and what comes next only delays the value that another rank waits for.
+            run beside a call there, and what comes next only delays the value that another rank waits for. And for ranks
+            that share meshes of CPUs: nothing promises that calls that run at once take each other's messages in one
+            order on all of them.
     """
 
     def __init__(
@@ -81,14 +97,16 @@ class Executor:
         self._spent: list[jax.Array] = []  # those of the step before, not let go of yet
         self._batch: dict[int, Any] = {}
         self._receives: dict[int, Handle] = {}
+        self._parts: dict[int, list[_Parts]] = {}  # slot -> what is on its way of it
         self._sends: dict[int, list[Handle]] = {}
         self._running: jax.Array | None = None  # made by the last call, where the host's cores are the device
         self._empty: Environment = [None] * len(rank_list.slots)  # what every step begins with
         for microbatch, slot in rank_list.indices:
-            self._empty[slot] = jax.device_put(np.int32(microbatch), self.places[slot])
+            self._empty[slot] = device_array(np.array(microbatch, np.int32), self.places[slot], True)
         self._donated = {s for x in rank_list.instructions if isinstance(x, Run) for s in x.donated}
         self._lasting = {r.slot for r in rank_list.results} | self._donated  # may be read when the step is over
         self._lasting |= {x.source for x in rank_list.instructions if isinstance(x, Copy)}
+        self._in_parts = {x.slot for x in rank_list.instructions if isinstance(x, Recv) and x.boxes}
         self._waited = {x.slot for x in rank_list.instructions if isinstance(x, Wait)}
         self._loaded = {x.argument for x in rank_list.instructions if isinstance(x, Load)}
         self._argument_slots = [argument.slot for argument in rank_list.arguments]
@@ -143,6 +161,7 @@ class Executor:
         env = self._env
         results = [env[r.slot] for r in self.list.results]
         self._env, self._batch, self._sends, self._running = [], {}, {}, None
+        self._parts.clear()
         self._spent, self._consumed_now = self._consumed_now, []
         self.transport.end_step()
         self.num_steps += 1
@@ -180,6 +199,12 @@ class Executor:
                 return self._bind_load(instruction)
             case Send():
                 return self._bind_send(instruction)
+            case Recv(boxes=boxes) if boxes:
+                return self._bind_parts(instruction)
+            case Forward():
+                return self._bind_forward(instruction)
+            case Arrive(slot=slot) if slot in self._in_parts:
+                return self._bind_arrive_in_parts(slot)
             case Recv(slot=slot, source=source, tag=tag, shape=shape, dtype=dtype):
                 post, receives, place = self.transport.post_receive, self._receives, self.places[slot]
                 passing = self._inline and slot not in self._lasting
@@ -208,9 +233,12 @@ class Executor:
                 return drain
             case Copy(source=source, target=target, alias=alias):
                 place = self.places[target]
+                waits = self._inline and not place.is_fully_addressable  # it may be a call
 
                 def copy(env: Environment) -> None:
                     env[target] = put(env[source], place, alias=alias)
+                    if waits:
+                        env[target].block_until_ready()
 
                 return copy
             case Free(slots=slots):
@@ -260,8 +288,15 @@ class Executor:
         return fetch
 
     def _bind_send(self, send: Send) -> _Operation:
-        slot, destination, tag, move = send.slot, send.destination, send.tag, send.move
-        start = self.transport.send
+        slot, destination, tag, move, boxes = send.slot, send.destination, send.tag, send.move, send.boxes
+        if boxes:
+            send_parts = self._parts_transport().send_parts
+
+            def start(array: jax.Array, destination: int, tag: int, *, move: bool) -> Handle:
+                del move
+                return send_parts(array, boxes, destination, tag)
+        else:
+            start = self.transport.send
         if slot not in self._waited:
 
             def post(env: Environment) -> None:
@@ -273,6 +308,58 @@ class Executor:
             self._sends[slot].append(start(env[slot], destination, tag, move=move))
 
         return post_and_keep
+
+    def _parts_transport(self) -> PartsTransport:
+        if not isinstance(self.transport, PartsTransport):
+            raise RuntimeFault(
+                "this transport can't send parts of values", where=f"rank {self.list.rank} of {self.list.num_ranks}"
+            )
+        return self.transport
+
+    def _bind_parts(self, recv: Recv) -> _Operation:
+        slot, source, tag, nbytes, boxes = recv.slot, recv.source, recv.tag, recv.nbytes, recv.boxes
+        post, parts = self._parts_transport().post_bytes, self._parts
+
+        def receive(env: Environment) -> None:
+            parts.setdefault(slot, []).append((source, boxes, post(source, tag, nbytes)))
+
+        return receive
+
+    def _bind_forward(self, forward: Forward) -> _Operation:
+        slot, sources, destination, tag = forward.slot, forward.sources, forward.destination, forward.tag
+        boxes, dtype, send = (
+            forward.boxes,
+            _numpy_dtype(self.list.slots[slot].dtype),
+            self._parts_transport().send_bytes,
+        )
+
+        def pass_on(env: Environment) -> None:
+            here = self._arrived(dtype, [part for part in self._parts[slot] if part[0] in sources])
+            send(joined([here[box] for box in boxes]), destination, tag)
+
+        return pass_on
+
+    def _bind_arrive_in_parts(self, slot: int) -> _Operation:
+        spec, place = self.list.slots[slot], self.places[slot]
+        shape, dtype = spec.shape, _numpy_dtype(spec.dtype)
+        mine = [x for x in self.list.instructions if isinstance(x, Recv) and x.slot == slot]
+        where = f"rank {self.list.rank}, {describe(Arrive(slot))}"
+        check_parts((box for recv in mine for box in recv.boxes), place, shape, where)
+
+        def arrive(env: Environment) -> None:
+            if self._spent:
+                self._spent = []
+            parts = self._arrived(dtype, self._parts.pop(slot))
+            env[slot] = put_parts(lambda box: assembled(parts, box, dtype), shape, place)
+
+        return arrive
+
+    def _arrived(self, dtype: np.dtype[Any], parts: Sequence[_Parts]) -> dict[Box, np.ndarray[Any, Any]]:
+        """Wait for parts of a value."""
+        here: dict[Box, np.ndarray[Any, Any]] = {}
+        for _, boxes, handle in parts:
+            here |= unpacked(self.transport.wait(handle, self._running), boxes, dtype)
+        return here
 
 
 def run_together(
@@ -331,9 +418,13 @@ def _host_view(array: Any) -> tuple[Any, bool]:
     return array, True
 
 
+def _numpy_dtype(name: str) -> np.dtype[Any]:
+    return np.dtype(getattr(ml_dtypes, name, name))
+
+
 def _faulty(instruction: Instruction, operation: _Operation) -> _Operation:
     def guarded(env: Environment) -> None:
-        if isinstance(instruction, Send):
+        if isinstance(instruction, Send | Forward):
             faults.at("before_send")
         elif isinstance(instruction, Run):
             faults.at("in_step")

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from bactrian.runtime.slices import Box, box_words
+
 
 @dataclass(frozen=True, slots=True)
 class Run:
@@ -33,18 +35,26 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class Send:
-    """Start sending a slot. ``move``: the sender never uses the buffer again, so it may be handed over uncopied."""
+    """Start sending a slot. ``move``: the sender never uses the buffer again, so it may be handed over uncopied.
+
+    ``boxes``: of a value that several ranks hold, these parts of it, in order, as one message; none: all of it.
+    """
 
     slot: int
     destination: int
     tag: int
     nbytes: int
     move: bool
+    boxes: tuple[Box, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Recv:
-    """Post a receive; the slot is readable after its `Arrive`."""
+    """Post a receive; the slot is readable after its `Arrive`.
+
+    ``boxes``: only these parts, as in `Send`; a slot may then have several receives. ``shape`` is the whole value's,
+    ``nbytes`` the message's.
+    """
 
     slot: int
     source: int
@@ -52,11 +62,26 @@ class Recv:
     shape: tuple[int, ...]
     dtype: str
     stage: int
+    nbytes: int
+    boxes: tuple[Box, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Forward:
+    """Wait for the receives of a slot from some ranks, and start sending parts of what they brought to a rank of the
+    same mesh."""
+
+    slot: int
+    sources: tuple[int, ...]
+    destination: int
+    tag: int
+    nbytes: int
+    boxes: tuple[Box, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Arrive:
-    """Wait for the posted receive of a slot."""
+    """Wait for the posted receives of a slot."""
 
     slot: int
 
@@ -84,12 +109,15 @@ class Free:
     slots: tuple[int, ...]
 
 
-Instruction = Run | Load | Send | Recv | Arrive | Wait | Copy | Free
+Instruction = Run | Load | Send | Recv | Forward | Arrive | Wait | Copy | Free
 
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """What a slot holds. ``activation``: made by a microbatch's forward, or read by it, and not carried on."""
+    """What a slot holds. ``activation``: made by a microbatch's forward, or read by it, and not carried on.
+
+    ``nbytes`` are those of the value, or of the rank's part of it where several ranks hold it; copies count once.
+    """
 
     value: int  # id in the staged program; -1 for a microbatch's number
     stage: int
@@ -124,7 +152,11 @@ class ResultSlot:
 
 @dataclass(frozen=True, slots=True)
 class RankList:
-    """Everything one rank does in a step."""
+    """Everything one rank does in a step.
+
+    ``mesh_ranks``: the ranks whose devices its stages' meshes are made of, where those are several. They make the same
+    calls in the same order.
+    """
 
     rank: int
     num_ranks: int
@@ -135,6 +167,7 @@ class RankList:
     arguments: tuple[ArgumentSlot, ...]
     indices: tuple[tuple[int, int], ...]  # (microbatch, slot) of int32 scalars that never change
     results: tuple[ResultSlot, ...]
+    mesh_ranks: tuple[int, ...] = ()
 
     def __str__(self) -> str:
         """One line per instruction."""
@@ -156,10 +189,12 @@ def describe(instruction: Instruction) -> str:
             return f"RUN {function}{at} ({_names(inputs)}) -> ({_names(outputs)}){consumed}"
         case Load(argument=argument, microbatch=microbatch, slot=slot):
             return f"LOAD argument {argument} microbatch {microbatch} -> %{slot}"
-        case Send(slot=slot, destination=destination, tag=tag, nbytes=nbytes):
-            return f"SEND %{slot} to rank {destination} tag {tag}, {nbytes} bytes"
-        case Recv(slot=slot, source=source, tag=tag, shape=shape, dtype=dtype):
-            return f"RECV %{slot} from rank {source} tag {tag}, {dtype}{list(shape)}"
+        case Send(slot=slot, destination=destination, tag=tag, nbytes=nbytes, boxes=boxes):
+            return f"SEND %{slot}{_parts(boxes)} to rank {destination} tag {tag}, {nbytes} bytes"
+        case Recv(slot=slot, source=source, tag=tag, shape=shape, dtype=dtype, boxes=boxes):
+            return f"RECV %{slot}{_parts(boxes)} from rank {source} tag {tag}, {dtype}{list(shape)}"
+        case Forward(slot=slot, destination=destination, tag=tag, nbytes=nbytes, boxes=boxes):
+            return f"FORWARD %{slot}{_parts(boxes)} to rank {destination} tag {tag}, {nbytes} bytes"
         case Arrive(slot=slot):
             return f"ARRIVE %{slot}"
         case Wait(slot=slot):
@@ -172,3 +207,7 @@ def describe(instruction: Instruction) -> str:
 
 def _names(slots: tuple[int, ...]) -> str:
     return " ".join(f"%{s}" for s in slots)
+
+
+def _parts(boxes: tuple[Box, ...]) -> str:
+    return f" {box_words(boxes)}" if boxes else ""

@@ -267,7 +267,7 @@ class _RankBuilder:
     def _post(self, message: _Message) -> None:
         slot = self._slot(message.target)
         spec = self.slots[slot]
-        self.out.append(Recv(slot, message.source, message.tag, spec.shape, spec.dtype, spec.stage))
+        self.out.append(Recv(slot, message.source, message.tag, spec.shape, spec.dtype, spec.stage, spec.nbytes))
 
     def _send_arguments(self) -> None:
         """Send and copy what is there before the step."""

@@ -18,6 +18,8 @@ import numpy as np
 from jax.sharding import Sharding
 
 from bactrian.runtime import launch
+from bactrian.runtime.parts import packed
+from bactrian.runtime.slices import Box
 from bactrian.runtime.transport import DeviceArray, Handle, device_array
 
 _ALIGNMENT = 64  # XLA takes host memory without a copy only when it is aligned so
@@ -84,13 +86,23 @@ class ArrayPool:
 
 
 class _Send(Handle):
-    __slots__ = ("source", "started", "tag")
+    __slots__ = ("boxes", "source", "started", "tag")
 
-    def __init__(self, source: jax.Array, tag: int) -> None:
+    def __init__(self, source: jax.Array, tag: int, boxes: tuple[Box, ...] = ()) -> None:
         super().__init__()
         self.source: jax.Array | None = source
-        self.tag = tag
+        self.tag, self.boxes = tag, boxes
         self.started = False
+
+
+class _Bytes(Handle):
+    """Bytes on their way, into ``buffer`` or, ``leaving``, out of it."""
+
+    __slots__ = ("buffer", "leaving")
+
+    def __init__(self, buffer: np.ndarray[Any, Any], *, leaving: bool) -> None:
+        super().__init__()
+        self.buffer, self.leaving = buffer, leaving
 
 
 class _Receive(Handle):
@@ -163,9 +175,15 @@ class MpiTransport:
     def send(self, array: jax.Array, destination: int, tag: int, *, move: bool = False) -> Handle:
         """Send the array, or queue it: it leaves when it is ready and what was queued before it has left."""
         del move  # the message is a copy
-        handle = _Send(array, tag)
+        return self._queue(_Send(array, tag), destination)
+
+    def send_parts(self, array: jax.Array, boxes: tuple[Box, ...], destination: int, tag: int) -> Handle:
+        """Send parts of the array, as `send` does the whole."""
+        return self._queue(_Send(array, tag, boxes), destination)
+
+    def _queue(self, handle: _Send, destination: int) -> Handle:
         self._between_steps = False
-        queue = self._unsent[destination]
+        queue, array = self._unsent[destination], handle.source
         with self._lock:
             if not queue and _is_ready(array):
                 self._start(handle, destination)
@@ -186,6 +204,26 @@ class MpiTransport:
             handle = _Receive(self._pool.take(math.prod(shape) * kind.itemsize), shape, kind, place)
         else:
             handle = _Receive(taken[1], shape, kind, place, taken[0])
+        with self._lock:
+            self._requests.append(self.comm.Irecv([handle.buffer, self._mpi.BYTE], source=source, tag=tag))
+            self._handles.append(handle)
+        if self._idle:
+            self._work.set()
+        return handle
+
+    def send_bytes(self, data: np.ndarray[Any, Any], destination: int, tag: int) -> Handle:
+        """Send bytes now: tags, and not the order, say which message is which."""
+        handle = _Bytes(data, leaving=True)
+        with self._lock:
+            self._requests.append(self.comm.Isend([data, self._mpi.BYTE], dest=destination, tag=tag))
+            self._handles.append(handle)
+        if self._idle:
+            self._work.set()
+        return handle
+
+    def post_bytes(self, source: int, tag: int, nbytes: int) -> Handle:
+        """Post the receive into a buffer that XLA can take without a copy."""
+        handle = _Bytes(self._pool.take(nbytes), leaving=False)
         with self._lock:
             self._requests.append(self.comm.Irecv([handle.buffer, self._mpi.BYTE], source=source, tag=tag))
             self._handles.append(handle)
@@ -219,6 +257,8 @@ class MpiTransport:
                         time.sleep(nap)
                         nap = min(2 * nap, longest)
                 self.poll()
+        if isinstance(handle, _Bytes):
+            return handle.buffer
         if isinstance(handle, _Receive) and handle.array is None:
             if handle.over is not None:
                 handle.array = handle.over
@@ -256,16 +296,24 @@ class MpiTransport:
         """Hand a made value to MPI; the lock is held."""
         assert send.source is not None
         send.started = True
-        self._requests.append(self.comm.Isend(self._message(send.source), dest=destination, tag=send.tag))
+        self._requests.append(self.comm.Isend(self._message(send), dest=destination, tag=send.tag))
         self._handles.append(send)
 
-    def _message(self, source: jax.Array) -> list[Any]:
+    def _message(self, send: _Send) -> list[Any]:
         """A ready array as MPI reads it.
 
         numpy's view keeps XLA from using the memory again, whoever donates the array, and raises if the computation
         failed; the bare pointer would do neither.
         """
-        return [np.ascontiguousarray(np.asarray(source)).reshape(-1).view(np.uint8), self._mpi.BYTE]
+        assert send.source is not None
+        if send.boxes:
+            return [packed(send.source, send.boxes), self._mpi.BYTE]
+        return [np.ascontiguousarray(np.asarray(send.source)).reshape(-1).view(np.uint8), self._mpi.BYTE]
+
+    @property
+    def has_helper(self) -> bool:
+        """Whether messages go on while the main thread does something else."""
+        return self._helper is not None
 
     def busy(self) -> bool:
         """Whether any message is under way."""
@@ -288,7 +336,7 @@ class MpiTransport:
                     nap = shortest
                     continue
                 if not (self._between_steps and _sleep_until(self._next_source())):
-                    sends = any(self._unsent) or any(isinstance(handle, _Send) for handle in self._handles)
+                    sends = any(self._unsent) or any(map(_leaves, self._handles))
                     receives = self._all_local and not sends
                     self._work.wait(max(nap, _LOCAL_NAP_SECONDS) if receives else nap)
                     self._work.clear()
@@ -341,6 +389,10 @@ class MpiTransport:
 @functools.cache
 def _numpy_dtype(name: str) -> np.dtype[Any]:
     return np.dtype(getattr(ml_dtypes, name, name))
+
+
+def _leaves(handle: Handle) -> bool:
+    return isinstance(handle, _Send) or (isinstance(handle, _Bytes) and handle.leaving)
 
 
 def _is_made(array: jax.Array) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from bactrian.runtime.instructions import Arrive, Instruction, RankList, Recv, Run, Send
+from bactrian.runtime.instructions import Arrive, Forward, Instruction, RankList, Recv, Run, Send
 
 Event = dict[str, Any]
 
@@ -24,15 +24,15 @@ class Tracer:
     def __init__(self) -> None:
         self.events: list[Event] = []
         self._counts: dict[tuple[str, str], int] = {}
-        self._messages: dict[tuple[int, int], Recv] = {}  # (rank, slot) -> its receive
+        self._messages: dict[tuple[int, int], list[Recv]] = {}  # (rank, slot) -> its receives
 
     def traced(
         self, rank_list: RankList, instruction: Instruction, operation: Callable[[list[Any]], None]
     ) -> Callable[[list[Any]], None]:
         """The operation with its times recorded."""
         if isinstance(instruction, Recv):
-            self._messages[rank_list.rank, instruction.slot] = instruction
-        if not isinstance(instruction, Run | Send | Arrive):
+            self._messages.setdefault((rank_list.rank, instruction.slot), []).append(instruction)
+        if not isinstance(instruction, Run | Send | Forward | Arrive):
             return operation
 
         def timed(env: list[Any]) -> None:
@@ -44,25 +44,28 @@ class Tracer:
 
         return timed
 
-    def _record(self, rank_list: RankList, instruction: Run | Send | Arrive, begin: float, end: float) -> None:
+    def _record(
+        self, rank_list: RankList, instruction: Run | Send | Forward | Arrive, begin: float, end: float
+    ) -> None:
+        flows: list[tuple[str, str]] = []
         if isinstance(instruction, Run):
-            stage, microbatch = instruction.stage, instruction.microbatch
-            name, flow = instruction.function, None
-        elif isinstance(instruction, Send):
+            stage, microbatch, name = instruction.stage, instruction.microbatch, instruction.function
+        else:
             spec = rank_list.slots[instruction.slot]
             stage, microbatch = spec.stage, spec.microbatch
-            name = f"SEND to rank {instruction.destination}"
-            flow = ("s", f"{rank_list.rank}>{instruction.destination}:{instruction.tag}")
-        else:
-            spec, recv = rank_list.slots[instruction.slot], self._messages[rank_list.rank, instruction.slot]
-            stage, microbatch = spec.stage, spec.microbatch
-            name = f"RECV from rank {recv.source}"
-            flow = ("f", f"{recv.source}>{rank_list.rank}:{recv.tag}")
+            if isinstance(instruction, Arrive):
+                received = self._messages[rank_list.rank, instruction.slot]
+                sources = list(dict.fromkeys(recv.source for recv in received))
+                name = f"RECV from rank{'s' * (len(sources) > 1)} {', '.join(map(str, sources))}"
+                flows = [("f", f"{recv.source}>{rank_list.rank}:{recv.tag}") for recv in received]
+            else:
+                name = f"{'SEND' if isinstance(instruction, Send) else 'FORWARD'} to rank {instruction.destination}"
+                flows = [("s", f"{rank_list.rank}>{instruction.destination}:{instruction.tag}")]
         label = f"{name} m{microbatch}" if microbatch >= 0 else name
         row: Event = {"pid": rank_list.rank, "tid": stage}
         bar = {"name": label, "ph": "X", "ts": begin, "dur": end - begin, "cat": type(instruction).__name__.lower()}
         self.events.append({**row, **bar})
-        if flow is not None:
+        for flow in flows:
             # Bound to the end of the receive's bar, to the beginning of the send's.
             when = begin if flow[0] == "s" else end
             extra = {"bp": "e"} if flow[0] == "f" else {}

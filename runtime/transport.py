@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections import defaultdict, deque
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
 from jax.sharding import Sharding
+
+from bactrian.runtime.parts import put_parts
+from bactrian.runtime.slices import Box
 
 Place = jax.Device | Sharding
 # A host array at a place: `device_array`, or a faster equal.
@@ -66,6 +69,23 @@ class Transport(Protocol):
         ...
 
 
+@runtime_checkable
+class PartsTransport(Transport, Protocol):
+    """A transport between processes that can also send parts of values that several ranks hold."""
+
+    def send_parts(self, array: jax.Array, boxes: tuple[Box, ...], destination: int, tag: int) -> Handle:
+        """Start sending some parts of an array, one after the other."""
+        ...
+
+    def send_bytes(self, data: np.ndarray[Any, Any], destination: int, tag: int) -> Handle:
+        """Start sending bytes that do not change any more."""
+        ...
+
+    def post_bytes(self, source: int, tag: int, nbytes: int) -> Handle:
+        """Start receiving bytes; `wait` gives them in host memory that nobody else uses for as long as it is held."""
+        ...
+
+
 def put(array: jax.Array, place: Sharding, *, alias: bool) -> jax.Array:
     """The array at another place, asynchronously. Where it is there already: itself if ``alias``, else a copy."""
     if array.sharding == place:
@@ -75,7 +95,16 @@ def put(array: jax.Array, place: Sharding, *, alias: bool) -> jax.Array:
 
 def device_array(view: Any, place: Sharding, copy: bool) -> jax.Array:
     """A host array on a device, asynchronously. Without ``copy``, memory that XLA can use is used where it is, and
-    must not change any more; with it, the array may be written to as soon as this returns."""
+    must not change any more; with it, the array may be written to as soon as this returns. Of a place that has devices of
+    other processes too, only this one's get their parts, and the others are not asked."""
+    if not place.is_fully_addressable:
+        host = np.asarray(view)
+
+        def part(box: Box) -> np.ndarray[Any, Any]:
+            values = host[tuple(slice(start, stop) for start, stop in box)]
+            return np.array(values) if copy else np.ascontiguousarray(values)
+
+        return put_parts(part, host.shape, place)
     # `may_alias=False` would not do: jax copies, but perhaps only after it has returned.
     return jax.device_put(np.array(view) if copy else view, place)
 

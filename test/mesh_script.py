@@ -6,9 +6,30 @@ import models
 import numerics
 
 import bactrian
+from bactrian.runtime.instructions import Send
+from bactrian.runtime.lists import build_lists
+from bactrian.runtime.mpi import MpiTransport
+from bactrian.runtime.parts import packed
+from bactrian.runtime.program import StagedProgram
 
-name, mesh, cluster = sys.argv[1:]
-built = models.train_case(name, "adamw", microbatches=4, stages=2).make()
+sent = [0]
+send_parts = MpiTransport.send_parts
+
+
+def counting(self, array, boxes, destination, tag):
+    sent[0] += packed(array, boxes).nbytes
+    return send_parts(self, array, boxes, destination, tag)
+
+
+def value_bytes(program: StagedProgram, num_groups: int) -> int:
+    """Bytes of the values that one step sends between groups of ranks."""
+    lists = build_lists(program, tuple(stage % num_groups for stage in range(program.num_stages)))
+    return sum(x.nbytes for one in lists for x in one.instructions if isinstance(x, Send))
+
+
+MpiTransport.send_parts = counting
+name, mesh, cluster, stages = sys.argv[1:]
+built = models.train_case(name, "adamw", microbatches=4, stages=int(stages)).make()
 step = bactrian.parallelize(built.step, **built.options, mesh=mesh, cluster=cluster)
 state = built.state
 for batch in built.batches:
@@ -16,5 +37,14 @@ for batch in built.batches:
     result = step(state, *batch)
     numerics.assert_equal_step(bactrian.gather(result), reference, built.zero_gradient_leaves)
     state = built.next_state(result)
+session = step.compiled.session
+if session.mesh_comm is not None:
+    program = session.staged.program
+    num_groups = session.world.num_ranks // session.mesh_comm.Get_size()
+    expected = value_bytes(program, num_groups) * len(built.batches)
+    assert session.world.comm.allreduce(sent[0]) == expected, (sent[0], expected)
+    assert expected > 0 or num_groups == 1
+    layouts = [(program.values[t.source].layout, program.values[t.target].layout) for t in program.transfers]
+    assert num_groups == 1 or any(source != target for source, target in layouts)
 if bactrian.is_main_rank():
     print("equal", step.compiled.plan.num_devices)

@@ -1,4 +1,4 @@
-"""Two ranks, each with a mesh of several devices."""
+"""Ranks with meshes of several devices each, and meshes with the devices of several ranks."""
 
 from __future__ import annotations
 
@@ -13,14 +13,17 @@ from test_mesh import SLOW
 HERE = Path(__file__).parent
 
 
-def run(tmp_path: Path, name: str, mesh: str, devices: int) -> subprocess.CompletedProcess[str]:
-    """``bactrian run`` on two ranks of so many devices each."""
+def run(
+    tmp_path: Path, name: str, mesh: str, devices: int, *options: str, ranks: int = 2, stages: int = 2
+) -> subprocess.CompletedProcess[str]:
+    """``bactrian run`` on so many ranks of so many devices each."""
     cluster = tmp_path / "cluster.toml"
     cluster.write_text(SLOW)
-    command = [sys.executable, "-m", "bactrian.driver.cli", "run", "-n", "2", "--devices", str(devices)]
-    command += [str(HERE / "mesh_script.py"), name, mesh, str(cluster)]
+    command = [sys.executable, "-m", "bactrian.driver.cli", "run", "-n", str(ranks)]
+    command += ["--devices", str(devices), *options]
+    command += [str(HERE / "mesh_script.py"), name, mesh, str(cluster), str(stages)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])}
-    environment.pop("XLA_FLAGS", None)
+    environment["XLA_FLAGS"] = "--xla_backend_optimization_level=0"  # as in conftest.py, but not its devices
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
 
@@ -46,3 +49,24 @@ def test_ranks_with_too_few_devices(tmp_path: Path) -> None:
     assert done.returncode == 3
     assert "stage 0 has a mesh of 4 devices (data=2,model=2), each rank has 2" in done.stderr
     assert "bactrian run --devices 4" in done.stderr
+    assert "bactrian run --distributed" in done.stderr
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize(
+    ("name", "ranks", "stages", "mesh"),
+    [
+        ("mlp/plain", 2, 1, "data=2,model=2"),
+        ("mlp/plain", 4, 2, "data=2,model=2"),
+        pytest.param("gpt-tied-dropout/linen", 4, 2, "data=2,model=2", marks=pytest.mark.long),
+        pytest.param("mlp/plain", 4, 4, "data=4", marks=pytest.mark.long),
+        pytest.param("conv/linen", 2, 2, "model=4", marks=pytest.mark.long),
+    ],
+)
+def test_meshes_over_several_ranks_equal_one_device(
+    tmp_path: Path, name: str, ranks: int, stages: int, mesh: str
+) -> None:
+    """Two ranks of two devices for each mesh; each element of a value crosses to another mesh once."""
+    done = run(tmp_path, name, mesh, 2, "--distributed", ranks=ranks, stages=stages)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().endswith(f"equal {4 * stages}")
