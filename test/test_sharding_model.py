@@ -158,8 +158,14 @@ def test_what_is_needed_whole_is_not_cut() -> None:
     assert len(strategies(whole(((8, 8),), ((8,),)), (32.0,), TWO)) == 1
 
 
-def test_only_sums_are_scattered() -> None:
-    assert all(r.kind == "all_reduce" for s in strategies(DOT, (1.0,), TWO, False) for r in s.reductions)
+def test_what_nobody_reads_is_not_scattered() -> None:
+    assert all(r.kind == "all_reduce" for s in strategies(DOT, (1.0,), TWO, (None,)) for r in s.reductions)
+    pair = Rule((64, 16), (((0,), (1,)), ((0,), (1,))), (((0,),), ((0,),)), reduction=frozenset({1}))
+    found = strategies(pair, (256.0, 256.0), TWO, ((64,), None))
+    kinds = {tuple(r.kind for r in s.reductions) for s in found if s.factors == (None, 1)}
+    assert kinds == {("all_reduce",), ("all_reduce", "reduce_scatter")}
+    both = strategies(pair, (256.0, 256.0), TWO, ((64,), (64,)))
+    assert len([s for s in both if s.factors == (None, 1)]) == 4
 
 
 def programs(seed: int) -> Work:

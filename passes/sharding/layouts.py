@@ -112,27 +112,21 @@ class Reduction:
     nbytes: float
 
 
-def reductions_over(
-    shape: tuple[int, ...], layout: Layout, axes: Sequence[int], held: float, mesh: Mesh, dims: Sequence[int]
+def scatters_over(
+    shape: tuple[int, ...], layout: Layout, axes: Sequence[int], held: float, mesh: Mesh
 ) -> Iterator[tuple[Layout, tuple[Reduction, ...]]]:
-    """The ways to reduce over ``axes``: one all-reduce, or a scatter along each, which leaves less for the next.
-
-    Not some of each: partitioners make one all-reduce of that, and cut its result.
+    """The ways to reduce a tensor over ``axes`` with a scatter along each, which leaves less for the next.
 
     Args:
-        shape: of the whole tensor.
+        shape: of the tensor, as far as it may be cut.
         layout: that its partial results have.
         axes: over which they are reduced.
         held: bytes that a device has.
         mesh: the devices.
-        dims: that may be scattered.
     """
-    parts = mesh.parts(axes)
-    sent = 2 * (parts - 1) / parts * held
-    yield layout, (Reduction("all_reduce", tuple(axes), None, mesh.all_reduce(axes, held), sent),)
-    for chosen in itertools.product(dims, repeat=len(axes)):
+    for dims in itertools.product(range(len(layout)), repeat=len(axes)):
         target, left, made = layout, held, list[Reduction]()
-        for axis, dim in zip(axes, chosen, strict=True):
+        for axis, dim in zip(axes, dims, strict=True):
             target = _replaced(target, dim, (*target[dim], axis))
             size = mesh.axes[axis].size
             seconds = mesh.axes[axis].reduce_scatter(left)
@@ -140,6 +134,13 @@ def reductions_over(
             left /= size
         if is_divisible(shape, target, mesh):
             yield target, tuple(made)
+
+
+def all_reduced(axes: Sequence[int], held: Sequence[float], mesh: Mesh) -> Reduction:
+    """One all-reduce of tensors, of which a device has ``held`` bytes each."""
+    parts = mesh.parts(axes)
+    seconds = sum(mesh.all_reduce(axes, nbytes) for nbytes in held)
+    return Reduction("all_reduce", tuple(axes), None, seconds, 2 * (parts - 1) / parts * sum(held))
 
 
 class LayoutTable:
@@ -237,10 +238,11 @@ class LayoutTable:
         yield from self._permutes(layout, held, free)
 
     def _reductions(self, layout: Layout, axes: tuple[int, ...]) -> Iterator[Move]:
-        held, dims = local_bytes(self.nbytes, layout, self.mesh), range(len(self.shape))
-        for target, reductions in reductions_over(self.shape, layout, axes, held, self.mesh, dims):
-            seconds, sent = sum(r.seconds for r in reductions), sum(r.nbytes for r in reductions)
-            yield Move(reductions[0].kind, axes, target, seconds, sent)
+        held = local_bytes(self.nbytes, layout, self.mesh)
+        whole = all_reduced(axes, (held,), self.mesh)
+        yield Move(whole.kind, axes, layout, whole.seconds, whole.nbytes)
+        for target, made in scatters_over(self.shape, layout, axes, held, self.mesh):
+            yield Move("reduce_scatter", axes, target, sum(r.seconds for r in made), sum(r.nbytes for r in made))
 
     def _permutes(self, layout: Layout, held: float, free: list[int]) -> Iterator[Move]:
         """Another axis of the same size for one, or two axes that change places."""

@@ -37,7 +37,6 @@ class Operation:
             (constants, and what is computed from them alone).
         seconds: of all its work on one device.
         weight: how often it runs in a step.
-        scatters: whether its partial results are sums.
         keeps: whether its results take memory; what is fused into its readers does not.
         given: of an op that only says how its operand is laid out, the layouts that both may have: one, or those with
             what was asked for where dims were left open.
@@ -53,7 +52,6 @@ class Operation:
     rule: Rule | None
     seconds: float = 0.0
     weight: float = 1.0
-    scatters: bool = True
     keeps: bool = True
     given: tuple[Layout, ...] = ()
     lasts: bool = False
@@ -164,13 +162,19 @@ class ShardingModel:
                 Strategy(nothing, (each,), (each,), (each,), (), self.mesh.parts(sum(each, ()))) for each in op.given
             )
         sizes = tuple(float(self.work.values[value].nbytes) for value in op.results)
-        shape = self.work.values[op.results[0]].shape if len(op.results) == 1 else None
-        choices = strategies(op.rule, sizes, self.mesh, op.scatters, op.defers, shape)
+        shapes = tuple(self.work.values[value].shape if value in self._read else None for value in op.results)
+        choices = strategies(op.rule, sizes, self.mesh, shapes, op.defers)
         for position, value in enumerate(op.results):
             if value in self._wanted:
                 fitting = tuple(s for s in choices if s.results[position] == self._wanted[value])
                 choices = fitting or choices
         return choices
+
+    @cached_property
+    def _read(self) -> set[int]:
+        """Values that somebody reads: what nobody does, nobody cuts."""
+        returned = (value for value, _, _ in self.work.carried)
+        return {value for op in self.work.operations for value in op.operands}.union(self.work.kept, returned)
 
     @cached_property
     def _wanted(self) -> dict[int, Layout]:

@@ -35,11 +35,6 @@ from bactrian.passes.sharding.rules import Dims, Rule, elementwise, whole
 from bactrian.passes.sharding.strategies import Defers
 
 RULE = "sdy.sharding_rule"
-_SUMS = frozenset({"stablehlo.add"})
-_FOLDS = _SUMS | {f"stablehlo.{name}" for name in ("maximum", "minimum", "multiply", "and", "or")}
-_REDUCERS = frozenset(
-    {"stablehlo.reduce", "stablehlo.reduce_window", "stablehlo.scatter", "stablehlo.select_and_scatter"}
-)
 # What XLA computes in the loop of its reader, so that no tensor of it need ever exist.
 _NOT_FUSED = HEAVY | frozenset(
     f"stablehlo.{name}"
@@ -335,7 +330,6 @@ class _Reader:
             if is_there
             else _seconds(op, self._model, self._cluster, keeps, separate, self._from_memory, operands),
             weight=self.weight(index) * self._flow.turns[index],
-            scatters=_scatters(op),
             keeps=keeps,
             given=given,
             lasts="bactrian.accumulate" in op.attributes,
@@ -419,15 +413,6 @@ def _seconds(
         made, read[0] = [model.size(op.operands[1].type).bytes], 0
     moved = sum(read) + (sum(made) if keeps else 0)
     return max(flops, moved / device.bytes_per_second)
-
-
-def _scatters(op: ir.Operation) -> bool:
-    """Whether partial results can be scattered while they are reduced: sums, and what else collectives fold with."""
-    if op.name not in _REDUCERS:
-        return True
-    names = [nested.operation.name for nested in op.regions[0].blocks[0].operations][:-1]
-    known = _FOLDS if op.name == "stablehlo.reduce" else _SUMS
-    return len(op.results) == 1 and len(names) <= 1 and set(names) <= known
 
 
 def _rule_of(op: ir.Operation, flow: LoopFlow, index: int) -> Rule | None:

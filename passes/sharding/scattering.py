@@ -11,6 +11,7 @@ from bactrian.passes.sharding.model import ShardingModel
 from bactrian.passes.sharding.strategies import Strategy
 
 _EPSILON = 1e-12  # of a time: two that differ by less are equal
+_Result = tuple[LayoutTable, list[Layout]]  # of a value, and the layouts in which it is read
 
 
 def scattered(model: ShardingModel, solution: Solution) -> Solution:
@@ -44,9 +45,9 @@ def scattered(model: ShardingModel, solution: Solution) -> Solution:
     for op, choices, strategy in zip(work.operations, model.strategies, shardings.chosen, strict=True):
         if choices is None or strategy is None:
             continue
-        if len(op.results) == 1 and [each.kind for each in strategy.reductions] == ["all_reduce"]:
-            (value,) = op.results
-            made[node] = _better(model.tables[value], choices, made[node], sorted(reads.get(value, ())))
+        if any(each.kind == "all_reduce" for each in strategy.reductions):
+            results = [(model.tables[value], sorted(reads.get(value, ()))) for value in op.results]
+            made[node] = _better(results, choices, made[node])
         node += 1
     choice, network = tuple(made), model.network
     if choice == tuple(solution.choice):
@@ -54,27 +55,32 @@ def scattered(model: ShardingModel, solution: Solution) -> Solution:
     return replace(solution, choice=choice, cost=network.cost(choice), memory=network.peak(choice))
 
 
-def _better(table: LayoutTable, choices: Sequence[Strategy], chosen: int, reads: Sequence[Layout]) -> int:
+def _better(results: Sequence[_Result], choices: Sequence[Strategy], chosen: int) -> int:
     """The number of the strategy that scatters what the chosen one adds up everywhere, if its readers lose nothing."""
-    old, best, fewest = choices[chosen], chosen, _sent(table, choices[chosen], reads)
+    old, best, fewest = choices[chosen], chosen, _sent(results, choices[chosen])
+    slack = _EPSILON * old.reduction_seconds
     for number, new in enumerate(choices):
-        scatters = new.factors == old.factors and all(each.kind == "reduce_scatter" for each in new.reductions)
-        if not scatters or not new.reductions or not reads:
+        if new.factors != old.factors or new.reduction_seconds > old.reduction_seconds + slack:
             continue
-        slack = _EPSILON * old.reduction_seconds
-        if new.reduction_seconds > old.reduction_seconds + slack:
-            continue
-        if all(_seconds(table, new, layout) <= _seconds(table, old, layout) + slack for layout in reads):
-            sent = _sent(table, new, reads)
+        if all(
+            layout == before or (reads and all(_seconds(table, layout, x) <= _seconds(table, before, x) for x in reads))
+            for (table, reads), layout, before in zip(results, new.results, old.results, strict=True)
+        ):
+            sent = _sent(results, new)
             if sent < fewest:
                 best, fewest = number, sent
     return best
 
 
-def _seconds(table: LayoutTable, strategy: Strategy, layout: Layout) -> float:
-    return float(table.seconds[table.number[strategy.results[0]], table.number[layout]])
+def _seconds(table: LayoutTable, source: Layout, target: Layout) -> float:
+    return float(table.seconds[table.number[source], table.number[target]])
 
 
-def _sent(table: LayoutTable, strategy: Strategy, reads: Sequence[Layout]) -> float:
-    moved = sum(move.nbytes for layout in reads for move in table.way(strategy.results[0], layout))
+def _sent(results: Sequence[_Result], strategy: Strategy) -> float:
+    moved = sum(
+        move.nbytes
+        for (table, reads), layout in zip(results, strategy.results, strict=True)
+        for target in reads
+        for move in table.way(layout, target)
+    )
     return sum(each.nbytes for each in strategy.reductions) + moved

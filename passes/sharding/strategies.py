@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from bactrian.passes.sharding.layouts import Layout, Reduction, local_bytes, reductions_over
+from bactrian.passes.sharding.layouts import Layout, Reduction, all_reduced, local_bytes, scatters_over
 from bactrian.passes.sharding.mesh import Mesh
 from bactrian.passes.sharding.rules import Dims, Rule
 
@@ -54,9 +54,8 @@ def strategies(
     rule: Rule,
     result_bytes: tuple[float, ...],
     mesh: Mesh,
-    scatters: bool = True,
+    shapes: tuple[tuple[int, ...] | None, ...] | None = None,
     defers: Defers = Defers.NOT,
-    shape: tuple[int, ...] | None = None,
 ) -> tuple[Strategy, ...]:
     """All strategies of an op; the first does everything on every device.
 
@@ -67,13 +66,15 @@ def strategies(
         rule: of the op.
         result_bytes: bytes of each whole result.
         mesh: the devices.
-        scatters: whether partial results can be scattered while they are reduced.
+        shapes: of the results, where they may be scattered along all their dims, and None for one that is not to be
+            scattered. By default each is, along the dims that the op itself can cut.
         defers: whether the parts of a sum may be left to be added up later.
-        shape: of the only result, if it may be scattered along dims that the op itself can't cut.
     """
     cuttable = [None, *(f for f in range(len(rule.sizes)) if f not in rule.replicated | rule.permuted)]
     choices = [cuttable if axis.size > 1 else [None] for axis in mesh.axes]
     found = list[Strategy]()
+    if shapes is None:
+        shapes = tuple(_cut_shape(rule, dims) for dims in rule.results)
     for factors in itertools.product(*choices):
         axes_of: dict[int, tuple[int, ...]] = {}
         for axis, factor in enumerate(factors):
@@ -87,7 +88,7 @@ def strategies(
             continue
         parts = mesh.parts([axis for axes in axes_of.values() for axis in axes])
         reduced = [axis for axis, factor in enumerate(factors) if factor in rule.reduction]
-        for results, reductions in _reductions(rule, reduced, partial, result_bytes, mesh, scatters, shape):
+        for results, reductions in _reductions(reduced, partial, result_bytes, mesh, shapes):
             found.append(Strategy(factors, operands, partial, results, reductions, parts))
         if reduced and defers is Defers.STARTS:
             left = (_in_parts(reduced, partial[0]),)
@@ -128,28 +129,37 @@ def _layouts(
 
 
 def _reductions(
-    rule: Rule,
     axes: list[int],
     partial: tuple[Layout, ...],
     result_bytes: tuple[float, ...],
     mesh: Mesh,
-    scatters: bool,
-    shape: tuple[int, ...] | None,
+    shapes: Sequence[tuple[int, ...] | None],
 ) -> Iterator[tuple[tuple[Layout, ...], tuple[Reduction, ...]]]:
-    """The ways to reduce over ``axes``; several results together."""
+    """The ways to reduce over ``axes``: one all-reduce, or of a result a scatter along each, which leaves less for the next.
+
+    Of one result not some of each: partitioners make one all-reduce of that, and cut its result.
+    """
     if not axes:
         yield partial, ()
         return
     held = [local_bytes(nbytes, layout, mesh) for nbytes, layout in zip(result_bytes, partial, strict=True)]
-    if len(partial) != 1:
-        parts = mesh.parts(axes)
-        seconds = sum(mesh.all_reduce(axes, nbytes) for nbytes in held)
-        yield partial, (Reduction("all_reduce", tuple(axes), None, seconds, 2 * (parts - 1) / parts * sum(held)),)
-        return
-    targets = list(range(len(rule.results[0])))
-    if shape is None:
-        whole = rule.replicated | rule.permuted
-        targets = [number for number in targets if whole.isdisjoint(rule.results[0][number])]
-        shape = tuple(math.prod(rule.sizes[factor] for factor in dim) for dim in rule.results[0])
-    for layout, reductions in reductions_over(shape, partial[0], axes, held[0], mesh, targets if scatters else ()):
-        yield (layout,), reductions
+
+    yield partial, (all_reduced(axes, held, mesh),)
+    ways = [
+        [] if shape is None else list(scatters_over(shape, layout, axes, nbytes, mesh))
+        for layout, nbytes, shape in zip(partial, held, shapes, strict=True)
+    ]
+    # Of more than two results, all in the same way.
+    picked = itertools.product(*([None, *each] for each in ways)) if len(ways) <= 2 else zip(*ways, strict=False)
+    for each in picked:
+        if any(one is not None for one in each):
+            rest = [nbytes for nbytes, one in zip(held, each, strict=True) if one is None]
+            layouts = tuple(layout if one is None else one[0] for layout, one in zip(partial, each, strict=True))
+            made = [reduction for one in each if one is not None for reduction in one[1]]
+            yield layouts, tuple([all_reduced(axes, rest, mesh), *made] if rest else made)
+
+
+def _cut_shape(rule: Rule, dims: Dims) -> tuple[int, ...]:
+    """A result's shape as far as the op can cut it; dims that it needs whole count as of size 1."""
+    whole = rule.replicated | rule.permuted
+    return tuple(math.prod(rule.sizes[f] for f in dim) if whole.isdisjoint(dim) else 1 for dim in dims)

@@ -246,7 +246,7 @@ class Writer:
             op, strategy = work.operations[at], shardings.chosen[at]
             if strategy is None:
                 sizes = tuple(float(work.values[value].nbytes) for value in op.results)
-                choices = strategies(self.reading.parts[at].rule, sizes, self.mesh, False)
+                choices = strategies(self.reading.parts[at].rule, sizes, self.mesh, (None,) * len(sizes))
                 targets = tuple(_only(wanted.get(value), len(work.values[value].shape)) for value in op.results)
                 strategy = next((s for s in choices if s.results == targets and not s.reductions), choices[0])
             chosen.append(strategy)

@@ -1,0 +1,105 @@
+"""What a plan predicts to be sent is what Shardy's explicit collectives of the stage functions send, also over stages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import models
+import pytest
+from jax.sharding import AbstractMesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxlib.mlir import ir
+
+import bactrian
+from bactrian.driver.planning import Staged
+from bactrian.driver.xla import function_texts
+from bactrian.passes.frame.context import make_context
+from bactrian.passes.sharding.counting import count_collectives
+
+# Slow devices, so that all is cut. An all-reduce is measured to take less than a reduce-scatter, as it may on CPUs.
+CLUSTER = """
+hosts = 1
+devices_per_host = 8
+memory_gib = 1
+peak_tflops = { f32 = 1e-5 }
+memory_gb_per_s = 0.001
+intra_host_gb_per_s = 1.0
+intra_host_latency_us = 0.01
+"""
+ALIKE = """
+[measured.all_reduce.2]
+bytes = [1024, 1048576]
+seconds = [1e-6, 1e-4]
+[measured.reduce_scatter.2]
+bytes = [1024, 1048576]
+seconds = [1.1e-6, 1.1e-4]
+"""
+MESH = AbstractMesh((2, 2), ("data", "model"))
+
+
+def linear(names: str, between: Callable[[Any], Any] = lambda x: x) -> Any:
+    """Products only: what goes from stage to stage is what a product leaves."""
+
+    def loss(state: Any, batch: Any) -> Any:
+        x = batch["x"]
+        for name in names:
+            x = between(x @ state[name])
+        return (x.max(1) ** 2).mean() + (x.argmax(1) * jnp.square(x - batch["y"]).sum(1)).mean()
+
+    return loss
+
+
+def constrained(x: Any) -> Any:
+    return jax.lax.with_sharding_constraint(x, NamedSharding(MESH, P("data", "model")))
+
+
+STEPS = {
+    "linear": linear("abcd"),
+    "constrained": linear("abcd", constrained),
+    "chain": models.chain_loss("abcd"),
+}
+STATE = {name: jax.ShapeDtypeStruct((64, 64), jnp.float32) for name in "abcd"}
+BATCH = {name: jax.ShapeDtypeStruct((64, 64), jnp.float32) for name in "xy"}
+
+
+def counted(staged: Staged) -> list[dict[str, int]]:
+    """Bytes that each device sends in a step, by stage and kind."""
+    program = staged.program
+    totals = [dict[str, float]() for _ in range(program.num_stages)]
+    for symbol, text in function_texts(staged.module, for_shardy=True).items():
+        stage, _, phase = symbol.removeprefix("stage").partition(".")
+        runs = program.num_microbatches if phase.startswith(("forward", "backward")) else 1
+        with make_context():
+            for collective in count_collectives(ir.Module.parse(text)):
+                if collective.nbytes:
+                    total = totals[int(stage)]
+                    total[collective.kind] = total.get(collective.kind, 0.0) + runs * collective.nbytes
+    return [{kind: round(nbytes) for kind, nbytes in sorted(total.items())} for total in totals]
+
+
+@pytest.mark.parametrize("tables", ["", ALIKE], ids=["formula", "measured"])
+@pytest.mark.parametrize(
+    ("name", "strategy"), [("linear", "auto"), ("linear", "zero3"), ("constrained", "auto"), ("chain", "megatron")]
+)
+def test_bytes_of_stages_are_those_of_shardy(name: str, strategy: str, tables: str, tmp_path: Path) -> None:
+    (tmp_path / "cluster.toml").write_text(CLUSTER + tables)
+    for options in (
+        {"num_stages": 1},
+        {"num_stages": 2, "num_microbatches": 2},
+        {"num_stages": 4, "num_microbatches": 4},
+    ):
+        step = bactrian.parallelize(
+            models.sgd_step(STEPS[name]),
+            mesh="data=2,model=2",
+            cluster=tmp_path / "cluster.toml",
+            strategy=strategy,
+            **options,
+        )
+        planned = step.trace(STATE, BATCH).plan()
+        predicted = [dict(stage.sharding.sent_bytes) for stage in planned.plan.stages if stage.sharding is not None]
+        assert any(predicted), "nothing is sent"
+        assert predicted == counted(planned.staged)
