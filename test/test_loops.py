@@ -217,8 +217,16 @@ def test_steps_with_loops_equal_one_device(slow: Path) -> None:
 
 
 def test_stages_with_loops_equal_one_device(slow: Path) -> None:
-    compiled = check(scanned("ab"), mesh="data=2,model=2", num_stages=2, num_microbatches=2, cluster=slow)
-    assert cut(compiled)
+    built = scanned("ab")
+    options: dict[str, Any] = {"mesh": "data=2,model=2", "num_stages": 2, "num_microbatches": 2, "cluster": slow}
+    module = bactrian.parallelize(built.step, **options).trace(built.state, *built.batches[0]).plan().staged.module
+    with module.context:
+        functions = [view.operation for view in module.body.operations if view.operation.name == "func.func"]
+        for stage in (0, 1):
+            own = [f for f in functions if str(f.attributes["sym_name"]).startswith(f'"stage{stage}.')]
+            ops = [op for function in own for op in nested_operations(function) if op.name == "stablehlo.while"]
+            assert any('"data"' in str(op.attributes["sdy.sharding"]) for op in ops)
+    assert cut(check(built, **options))
 
 
 def test_xla_sends_in_loops_what_is_planned(slow: Path) -> None:
