@@ -149,3 +149,39 @@ module @loop attributes {bactrian.num_stages = 1 : i64} {
     return %r#1, %r#3 : tensor<65536x64xf32>, tensor<64xf32>
   }
 }
+
+// -----
+
+// What a loop of one stage hands on unchanged, another stage gets from where it comes from; the loop's own result is cut
+// as its body is.
+// CHECK-LABEL: module @loop_of_a_stage
+module @loop_of_a_stage attributes {bactrian.num_stages = 2 : i64} {
+  sdy.mesh @stage0 = <["data"=2]>
+  sdy.mesh @stage1 = <["model"=4]>
+  // CHECK: @main({{.*}}, %[[W:[^:]*]]: tensor<64x64xf32>
+  // CHECK: %[[R:[^ ]*]]:3 = stablehlo.while
+  // CHECK-SAME: [<@stage0, []>, <@stage0, [{"data"}, {}]>, <@stage0, [{}, {}]>]
+  // CHECK: stablehlo.dot_general %{{[^ ]*}}, %[[W]]
+  // CHECK-SAME: <@stage0, [{"data"}, {}]>
+  // CHECK-DAG: sdy.reshard %[[W]] <@stage1,
+  // CHECK-DAG: sdy.reshard %[[R]]#1 <@stage1, [{"model"}, {}]>
+  // CHECK: stablehlo.dot_general
+  // CHECK-SAME: <@stage1, [{"model"}, {}]>
+  func.func public @main(%x: tensor<4096x64xf32> {bactrian.role = "batch"}, %w: tensor<64x64xf32> {bactrian.role = "state"}) -> tensor<4096x64xf32> {
+    %zero = stablehlo.constant {bactrian.phase = "forward", bactrian.stage = 0 : i64} dense<0> : tensor<i32>
+    %one = stablehlo.constant {bactrian.phase = "forward", bactrian.stage = 0 : i64} dense<1> : tensor<i32>
+    %three = stablehlo.constant {bactrian.phase = "forward", bactrian.stage = 0 : i64} dense<3> : tensor<i32>
+    %y0 = stablehlo.sine %x {bactrian.phase = "forward", bactrian.stage = 0 : i64} : tensor<4096x64xf32>
+    %r:3 = stablehlo.while(%i = %zero, %h = %y0, %v = %w) : tensor<i32>, tensor<4096x64xf32>, tensor<64x64xf32> attributes {bactrian.phase = "forward", bactrian.stage = 0 : i64}
+     cond {
+      %c = stablehlo.compare LT, %i, %three : (tensor<i32>, tensor<i32>) -> tensor<i1>
+      stablehlo.return %c : tensor<i1>
+    } do {
+      %p = stablehlo.dot_general %h, %v, contracting_dims = [1] x [0] : (tensor<4096x64xf32>, tensor<64x64xf32>) -> tensor<4096x64xf32>
+      %j = stablehlo.add %i, %one : tensor<i32>
+      stablehlo.return %j, %p, %v : tensor<i32>, tensor<4096x64xf32>, tensor<64x64xf32>
+    }
+    %z = stablehlo.dot_general %r#1, %r#2, contracting_dims = [1] x [0] {bactrian.phase = "forward", bactrian.stage = 1 : i64} : (tensor<4096x64xf32>, tensor<64x64xf32>) -> tensor<4096x64xf32>
+    return %z : tensor<4096x64xf32>
+  }
+}

@@ -16,6 +16,7 @@ from jaxlib.mlir import ir
 from test_mesh import SLOW, check, cut
 
 import bactrian
+from bactrian.driver.comparison import compare
 from bactrian.passes.cluster import CPU_HOST
 from bactrian.passes.mesh_tensors import axis_names, value_shardings
 from bactrian.passes.network.solve import solve
@@ -216,5 +217,37 @@ def test_steps_with_loops_equal_one_device(slow: Path) -> None:
 
 
 def test_stages_with_loops_equal_one_device(slow: Path) -> None:
-    compiled = check(scanned("ab"), mesh="data=2,model=2", num_stages=2, num_microbatches=2, cluster=slow)
-    assert cut(compiled)
+    built = scanned("ab")
+    options: dict[str, Any] = {"mesh": "data=2,model=2", "num_stages": 2, "num_microbatches": 2, "cluster": slow}
+    module = bactrian.parallelize(built.step, **options).trace(built.state, *built.batches[0]).plan().staged.module
+    with module.context:
+        functions = [view.operation for view in module.body.operations if view.operation.name == "func.func"]
+        for stage in (0, 1):
+            own = [f for f in functions if str(f.attributes["sym_name"]).startswith(f'"stage{stage}.')]
+            ops = [op for function in own for op in nested_operations(function) if op.name == "stablehlo.while"]
+            assert any('"data"' in str(op.attributes["sdy.sharding"]) for op in ops)
+    assert cut(check(built, **options))
+
+
+def test_xla_sends_in_loops_what_is_planned(slow: Path) -> None:
+    weights, x = inputs(64)
+
+    def train(state: Any, batch: Any) -> Any:
+        def loss(state: Any, batch: Any) -> jax.Array:
+            return jnp.mean(lax.scan(lambda h, w: (layer(h, w), None), batch, state)[0] ** 2)
+
+        value, gradients = bactrian.value_and_grad(loss)(state, batch)
+        return jax.tree.map(lambda w, g: w - 0.1 * g, state, gradients), value
+
+    parallel = bactrian.parallelize(
+        train, num_stages=1, num_microbatches=1, mesh="data=4", cluster=slow, strategy="data"
+    )
+    planned = parallel.trace(weights, x).plan()
+    comparison = compare(planned.staged)
+    assert not comparison.unexplained and "in-loop" not in comparison.classes
+    (stage,) = planned.plan.stages
+    assert stage.sharding is not None
+    assert comparison.planned == pytest.approx(dict(stage.sharding.sent_bytes))
+    total, more = sum(comparison.planned.values()), sum(comparison.classes.values())
+    assert total > 0
+    assert sum(comparison.compiled.values()) == pytest.approx(total + more, rel=0.01)

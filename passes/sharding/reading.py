@@ -437,6 +437,10 @@ def _rule_of(op: ir.Operation, flow: LoopFlow, index: int) -> Rule | None:
         if math.prod(sizes[factor] for factor in dim) != size
         for factor in dim
     }
+    if op.name == _PART_WRITTEN and not _is_separate(flow, index):
+        # XLA finds the device of a part of one, for wider ones it gathers everything, in every turn.
+        whole_and_part = zip(operands[0], *shapes[:2], strict=True)
+        uneven |= {factor for dim, size, part in whole_and_part if part not in (1, size) for factor in dim}
     return Rule(
         sizes=sizes,
         operands=operands,
