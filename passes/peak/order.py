@@ -55,7 +55,9 @@ def buffers(graph: Graph, fused: Fused, flip: bool = False) -> list[Buffer]:
         if argument in time and result != argument:
             taken = [(-1, last[argument]), (time[result], len(steps))]
             places.append(_Place(graph.nodes[argument].nbytes, taken))
-    return _outside(held, sorted(places, key=lambda place: place.nbytes))
+    places.reverse()  # among equal ones the last is looked at first
+    places.sort(key=lambda place: place.nbytes)
+    return _outside(held, places)
 
 
 def schedule(graph: Graph, fused: Fused, flip: bool = False) -> list[list[int]]:
