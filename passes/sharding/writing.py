@@ -145,7 +145,7 @@ class Writer:
         """
         for number, value in self._received.items():
             if number in cut:
-                set_operand(value.owner.operation, 0, cut[number])
+                set_operand(ir.OpResult(value).owner.operation, 0, cut[number])
 
     def _hand_on(self, index: int, op: ir.Operation) -> None:
         flow, value_of, work = self.reading.flow, self.reading.value_of, self.reading.work
