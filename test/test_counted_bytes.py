@@ -9,6 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import models
+import numerics
+import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -103,3 +105,18 @@ def test_bytes_of_stages_are_those_of_shardy(name: str, strategy: str, tables: s
         predicted = [dict(stage.sharding.sent_bytes) for stage in planned.plan.stages if stage.sharding is not None]
         assert any(predicted), "nothing is sent"
         assert predicted == counted(planned.staged)
+
+
+def test_numbers_of_maxima_and_pairs_that_are_scattered(tmp_path: Path) -> None:
+    (tmp_path / "cluster.toml").write_text(CLUSTER + ALIKE)
+    random = np.random.default_rng(1)
+    state = {name: (random.standard_normal((64, 64)) / 9).astype(np.float32) for name in "abcd"}
+    batch = {name: random.standard_normal((64, 64)).astype(np.float32) for name in "xy"}
+    step = bactrian.parallelize(
+        models.sgd_step(STEPS["constrained"]),
+        mesh="data=2,model=2",
+        num_stages=2,
+        num_microbatches=2,
+        cluster=tmp_path / "cluster.toml",
+    )
+    numerics.assert_equal_step(bactrian.gather(step(state, batch)), step.reference(state, batch), ())
