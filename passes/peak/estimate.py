@@ -13,7 +13,7 @@ from bactrian.passes.peak.reading import read_function
 
 _POINTER = 8
 _MARGIN = 0.02
-"""Of the temporaries: what is not modelled (``benchmarks/README.md``) was seen to be at most 3 % of them."""
+"""Of the temporaries: what is not modelled was at most 3 % of them where a stage is fullest (``benchmarks/README.md``)."""
 
 
 @dataclass(frozen=True)
