@@ -135,6 +135,8 @@ class _Reader:
         if name in _VIEWS or (name == "broadcast_in_dim" and nbytes == graph.nodes[reads[0]].nbytes):
             return graph.add(name, Kind.VIEW, reads[:1], shape, nbytes, key=key)
         kind = Kind.FIRM if name in _FIRM else Kind.LOOSE
+        if name == "reduce" and _is_one(op, graph.nodes[reads[0]].shape):
+            kind, reads = Kind.VIEW, reads[:1]
         made = graph.add(
             name,
             kind,
@@ -286,6 +288,11 @@ def _layout(sharding: ir.Attribute | None, value: ir.Value) -> Layout:
     rank = len(type_.shape) if isinstance(type_, ir.RankedTensorType) else 0
     names = axis_names(sharding)
     return names if len(names) == rank else ((),) * rank
+
+
+def _is_one(op: ir.Operation, shape: tuple[int, ...]) -> bool:
+    """Whether a reduction goes over one element on each device."""
+    return all(shape[dim] == 1 for dim in ir.DenseI64ArrayAttr(op.attributes["dimensions"]))
 
 
 def _is_splat(attribute: ir.Attribute) -> bool:
