@@ -204,6 +204,9 @@ class MpiTransport:
             handle = _Receive(self._pool.take(math.prod(shape) * kind.itemsize), shape, kind, place)
         else:
             handle = _Receive(taken[1], shape, kind, place, taken[0])
+        return self._post(handle, source, tag)
+
+    def _post(self, handle: _Receive | _Bytes, source: int, tag: int) -> Handle:
         with self._lock:
             self._requests.append(self.comm.Irecv([handle.buffer, self._mpi.BYTE], source=source, tag=tag))
             self._handles.append(handle)
@@ -224,12 +227,7 @@ class MpiTransport:
     def post_bytes(self, source: int, tag: int, nbytes: int) -> Handle:
         """Post the receive into a buffer that XLA can take without a copy."""
         handle = _Bytes(self._pool.take(nbytes), leaving=False)
-        with self._lock:
-            self._requests.append(self.comm.Irecv([handle.buffer, self._mpi.BYTE], source=source, tag=tag))
-            self._handles.append(handle)
-        if self._idle:
-            self._work.set()
-        return handle
+        return self._post(handle, source, tag)
 
     def test(self, handle: Handle) -> bool:
         """Whether the message has left, or arrived."""

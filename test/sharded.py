@@ -14,6 +14,7 @@ from bactrian.passes.cluster import CPU_HOST, Cluster
 from bactrian.passes.frame.context import make_context
 from bactrian.passes.frame.pipeline import run_pipeline
 from bactrian.passes.program import BOUNDARY, body, custom_call_target, main_function
+from bactrian.passes.sharding.counting import count_collectives
 from bactrian.passes.sharding.loops import capture_unchanged
 from bactrian.passes.sharding.model import ShardingModel
 from bactrian.passes.sharding.reading import Reading, read_program
@@ -82,6 +83,15 @@ def text_for_xla(module: ir.Module, num_devices: int) -> str:
                 ]
                 main.attributes[name] = ir.ArrayAttr.get(kept)
         return str(clone)
+
+
+def counted_bytes(module: ir.Module) -> dict[str, float]:
+    """What Shardy's collectives send, by kind."""
+    counted = dict[str, float]()
+    for collective in count_collectives(module):
+        if collective.nbytes:
+            counted[collective.kind] = counted.get(collective.kind, 0.0) + collective.nbytes
+    return counted
 
 
 def run(module: ir.Module, axes: Axes, arguments: Sequence[Any]) -> list[np.ndarray[Any, Any]]:

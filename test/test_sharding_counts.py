@@ -9,7 +9,6 @@ from test_sharding_numerics import MESHES, program
 
 from bactrian.passes.network.solve import solve
 from bactrian.passes.program import main_function
-from bactrian.passes.sharding.counting import count_collectives
 from bactrian.passes.sharding.writing import Writer
 
 
@@ -23,11 +22,7 @@ def check_bytes(seed: int) -> None:
     with module.context, ir.Location.unknown():
         writer = Writer(main_function(module), reading, model, model.shardings(choice), "stage0")
         writer.write()
-    counted = dict[str, float]()
-    for collective in count_collectives(module):
-        if collective.nbytes:
-            counted[collective.kind] = counted.get(collective.kind, 0.0) + collective.nbytes
-    assert counted == pytest.approx(writer.sent)
+    assert sharded.counted_bytes(module) == pytest.approx(writer.sent)
 
 
 @pytest.mark.parametrize("seed", range(40))

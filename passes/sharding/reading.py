@@ -27,38 +27,15 @@ from bactrian.passes.program import (
 )
 from bactrian.passes.sharding.asked import constrained_values, fixed_arguments, given_layouts, refuse_result_shardings
 from bactrian.passes.sharding.deferring import deferred_sums
+from bactrian.passes.sharding.fused import PART_WRITTEN, is_separate, op_seconds, read_from_memory
 from bactrian.passes.sharding.layouts import replicated
-from bactrian.passes.sharding.loops import CARRY, CONDITION, END, INSIDE, OP, LoopFlow
+from bactrian.passes.sharding.loops import CARRY, END, INSIDE, OP, LoopFlow
 from bactrian.passes.sharding.mesh import Mesh
 from bactrian.passes.sharding.model import Operation, Tensor, Work
 from bactrian.passes.sharding.rules import Dims, Rule, elementwise, whole
 from bactrian.passes.sharding.strategies import Defers
 
 RULE = "sdy.sharding_rule"
-# What XLA computes in the loop of its reader, so that no tensor of it need ever exist.
-_NOT_FUSED = HEAVY | frozenset(
-    f"stablehlo.{name}"
-    for name in [
-        "reduce",
-        "reduce_window",
-        "scatter",
-        "gather",
-        "sort",
-        "while",
-        "case",
-        "custom_call",
-        "rng_bit_generator",
-        "select_and_scatter",
-        "dynamic_update_slice",
-        "fft",
-        "cholesky",
-        "triangular_solve",
-        "all_reduce",
-        "all_gather",
-        "optimization_barrier",
-    ]
-)
-_PART_WRITTEN = "stablehlo.dynamic_update_slice"
 _WITHOUT_RULE = frozenset(
     f"stablehlo.{name}" for name in ("constant", "iota", "custom_call", "while", "case", "if", "optimization_barrier")
 )
@@ -258,7 +235,7 @@ class _Reader:
             if _hands_on(flow, index):
                 for value, operand in zip(flow.results[index], flow.operands[index], strict=True):
                     self.value_of[value] = self.value_of[operand]
-        self._from_memory = _read_from_memory(flow, self.value_of)
+        self._from_memory = read_from_memory(flow, self.value_of)
         self.defers = deferred_sums(flow, self.value_of, [_hands_on(flow, index) for index in range(len(flow.ops))])
         self._in_backward = {
             self.value_of[value]
@@ -316,7 +293,7 @@ class _Reader:
             if not is_free and any(shapes[0] + shapes[1]):
                 self._remark(op, f"nothing is known of {op.name}: every device computes it whole")
             rule = whole(*shapes)
-        separate = _is_separate(self._flow, index)
+        separate = is_separate(self._flow, index)
         keeps = separate or any(self._from_memory[value] for value in results)
         is_there = bool(given) and self._kept[operands[0]]  # what a constraint makes is what it reads
         keeps = keeps and not is_there
@@ -328,7 +305,7 @@ class _Reader:
             rule=None if is_free else rule,
             seconds=0.0
             if is_there
-            else _seconds(op, self._model, self._cluster, keeps, separate, self._from_memory, operands),
+            else op_seconds(op, self._model, self._cluster, keeps, separate, self._from_memory, operands),
             weight=self.weight(index) * self._flow.turns[index],
             keeps=keeps,
             given=given,
@@ -338,35 +315,6 @@ class _Reader:
             moves=self._moves(index, read[: len(rule.operands)]),
         )
         return Part(index, operation, rule, read[: len(rule.operands)])
-
-
-def _read_from_memory(flow: LoopFlow, value_of: list[int]) -> list[bool]:
-    """Which values must exist: an op that is not fused, another phase or the caller reads them."""
-    read = [False] * len(flow.values)
-    for value in flow.operands[-1]:
-        read[value_of[value]] = True
-    for index in range(len(flow.ops) - 1):
-        separate = _is_separate(flow, index) or flow.kinds[index] in (END, CONDITION)
-        for value in flow.operands[index]:
-            source = value_of[value]
-            producer = flow.producer[source]
-            if separate or source != value or producer < 0 or _apart(flow, producer, index):
-                read[source] = True
-    return read
-
-
-def _is_separate(flow: LoopFlow, index: int) -> bool:
-    """Whether an op is not fused with others; what a loop stacks is written where it is computed."""
-    name = flow.ops[index].name
-    return name in _NOT_FUSED and not (name == _PART_WRITTEN and flow.tops[index] is not flow.ops[index])
-
-
-def _apart(flow: LoopFlow, producer: int, reader: int) -> bool:
-    """Whether two ops are of two phases, or in two loops."""
-    if flow.phases[producer] != flow.phases[reader]:
-        return True
-    inside = flow.tops[reader] is not flow.ops[reader]
-    return inside and flow.ops[producer].block != flow.ops[reader].block
 
 
 def _hands_on(flow: LoopFlow, index: int) -> bool:
@@ -385,34 +333,6 @@ def _distinct(values: tuple[int, ...], num_operands: int) -> tuple[int, ...]:
 
 def _is_source(op: ir.Operation) -> bool:
     return op.name in ("stablehlo.constant", "stablehlo.iota") or custom_call_target(op) == MICROBATCH_INDEX
-
-
-def _seconds(
-    op: ir.Operation,
-    model: CostModel,
-    cluster: Cluster,
-    keeps: bool,
-    separate: bool,
-    from_memory: list[bool],
-    operands: tuple[int, ...],
-) -> float:
-    """Roofline time on one device; of a fused op only what it brings to and from memory."""
-    cost = model.cost(op)
-    device = cluster.device
-    if separate:
-        return device.seconds(cost)
-    flops = cost.flops / (device.flops_per_second.get(cost.dtype) or device.flops_per_second["default"])
-    made = [model.size(value.type).bytes for value in op.results]
-    read = [
-        model.size(value.type).bytes if from_memory[number] else 0
-        for value, number in zip(op.operands, operands, strict=False)
-    ]
-    if op.name == "stablehlo.dynamic_slice":
-        read[:1] = [min(read[0], *made)]
-    if op.name == _PART_WRITTEN:
-        made, read[0] = [model.size(op.operands[1].type).bytes], 0
-    moved = sum(read) + (sum(made) if keeps else 0)
-    return max(flops, moved / device.bytes_per_second)
 
 
 def _rule_of(op: ir.Operation, flow: LoopFlow, index: int) -> Rule | None:
@@ -437,7 +357,7 @@ def _rule_of(op: ir.Operation, flow: LoopFlow, index: int) -> Rule | None:
         if math.prod(sizes[factor] for factor in dim) != size
         for factor in dim
     }
-    if op.name == _PART_WRITTEN and not _is_separate(flow, index):
+    if op.name == PART_WRITTEN and not is_separate(flow, index):
         # XLA finds the device of a part of one, for wider ones it gathers everything, in every turn.
         whole_and_part = zip(operands[0], *shapes[:2], strict=True)
         uneven |= {factor for dim, size, part in whole_and_part if part not in (1, size) for factor in dim}
