@@ -54,7 +54,7 @@ def _carry(main: ir.Operation, loop: ir.Operation, captured: list[ir.Value]) -> 
     for value, sharding in zip(captured, value_shardings(main, captured), strict=True):
         rank = value.type.rank if isinstance(value.type, ir.RankedTensorType) else 0
         shardings.append(whole_sharding(mesh, rank) if sharding is None else sharding)
-    attributes = {name: loop.attributes[name] for name in loop.attributes.keys()}  # noqa: SIM118
+    attributes = {name: loop.attributes[name] for name in loop.attributes.keys()}  # noqa: SIM118 -- iterating gives no names in every jaxlib
     attributes[SHARDING] = sdy.TensorShardingPerValueAttr.get(shardings)
     with ir.InsertionPoint(loop):
         wider = ir.Operation.create(

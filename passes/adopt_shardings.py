@@ -85,6 +85,8 @@ class AdoptShardings(Pass):
         main = main_function(module)
         meshes = mesh_axes(module)
         axes = parse_axes(self.mesh) if self.mesh.strip() else meshes.get(_FIRST, ())
+        if not meshes and num_devices(axes) <= 1:  # no layout can be said without a mesh: most programs need no look
+            return
         foreign = {name: own for name, own in meshes.items() if not name.startswith(_STAGE)}
         program = _Program(main, ctx)
         if not program.is_any and not foreign:

@@ -42,7 +42,7 @@ class _Ways:
         self.num_ranks = num_ranks
         self._program = program
         self._tiles: Callable[..., tuple[tuple[Box, ...], ...]] = cache(self._find_tiles)
-        self._slices: Callable[..., Slices] = cache(lambda a, b: plan_slices(a, b))
+        self._slices: Callable[..., Slices] = cache(plan_slices)
 
     def _find_tiles(self, shape: tuple[int, ...], stage: int, value: int) -> tuple[tuple[Box, ...], ...]:
         layout = self._program.values[value].layout if value >= 0 else ()

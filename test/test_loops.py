@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ def step(weights: Any, x: jax.Array, *, unroll: bool = False) -> Any:
             return jnp.mean(lax.scan(lambda h, w: (layer(h, w), None), x, weights)[0] ** 2)
         h = x
         for number in range(LAYERS):
-            h = layer(h, jax.tree.map(lambda w: w[number], weights))  # noqa: B023
+            h = layer(h, jax.tree.map(operator.itemgetter(number), weights))
         return jnp.mean(h**2)
 
     value, gradients = jax.value_and_grad(loss)(weights)

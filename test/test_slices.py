@@ -14,7 +14,7 @@ from staged_programs import chain
 from bactrian.passes.errors import PassError
 from bactrian.runtime.check import check_lists
 from bactrian.runtime.groups import share_lists
-from bactrian.runtime.instructions import Forward, RankList, Recv, Run, Send, describe
+from bactrian.runtime.instructions import Forward, Instruction, RankList, Recv, Run, Send, describe
 from bactrian.runtime.lists import build_lists
 from bactrian.runtime.slices import Axes, Box, Layout, num_elements, plan_slices, rank_tiles, tiles
 
@@ -124,10 +124,10 @@ def test_lists_of_ranks_that_share_meshes_end(stages: int, groups: int, ranks: i
             assert {one.mesh_ranks for one in lists[place : place + ranks]} == {tuple(range(place, place + ranks))}
 
 
-def changed(lists: tuple[RankList, ...], rank: int, number: int, *instead: object) -> list[RankList]:
+def changed(lists: tuple[RankList, ...], rank: int, number: int, *instead: Instruction) -> list[RankList]:
     """The lists with one instruction of a rank replaced."""
     instructions = list(lists[rank].instructions)
-    instructions[number : number + 1] = instead  # type: ignore[list-item]
+    instructions[number : number + 1] = instead
     return [replace(one, instructions=tuple(instructions)) if one.rank == rank else one for one in lists]
 
 
