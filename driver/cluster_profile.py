@@ -51,6 +51,7 @@ class Profile:
         flops_per_second: of a device, by element type; measured with matrix products.
         bytes_per_second: of a device's memory; read and written by an elementwise op.
         samples: of collectives.
+        repack_bytes_per_second: of both operands of a product that sums over rows; None where it takes no longer.
     """
 
     description: str
@@ -60,6 +61,7 @@ class Profile:
     flops_per_second: dict[str, float]
     bytes_per_second: float
     samples: tuple[Sample, ...]
+    repack_bytes_per_second: float | None = None
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,7 @@ def cluster_text(profile: Profile, name: str | None = None) -> str:
         ConfigError: what was measured makes no cluster, as when large messages took no longer than small ones.
     """
     link = fit_link(profile.samples)
+    repack = profile.repack_bytes_per_second
     rates = {"default": profile.flops_per_second["f32"]} | profile.flops_per_second
     lines = [
         f"# Measured by `bactrian profile-cluster` {__version__}: {profile.description}, all busy at once.",
@@ -112,6 +115,7 @@ def cluster_text(profile: Profile, name: str | None = None) -> str:
         f"devices_per_host = {profile.num_devices}",
         f"memory_gib = {_number(profile.memory_bytes / 2**30)}  # {profile.memory_source}",
         f"memory_gb_per_s = {_number(profile.bytes_per_second / 1e9)}  # of a device: read and written by one op",
+        *([f"repack_gb_per_s = {_number(repack / 1e9)}  # of operands of products over rows"] if repack else []),
         "# The model of a collective that has no table below: latency + bytes that a device sends / rate.",
         f"intra_host_gb_per_s = {_number(1e-9 / link.seconds_per_byte)}",
         f"intra_host_latency_us = {_number(link.latency / 1e-6)}",
@@ -165,6 +169,10 @@ def render_profile(profile: Profile) -> Group:
     for dtype, rate in profile.flops_per_second.items():
         rates.add_row(f"matmul {dtype}", human_count(rate, "flop/s"))
     rates.add_row("elementwise", f"{human_count(profile.bytes_per_second, 'B/s')} read and written")
+    if profile.repack_bytes_per_second is not None:
+        rates.add_row(
+            "repacking", f"{human_count(profile.repack_bytes_per_second, 'B/s')} of operands of products over rows"
+        )
     rates.add_row("memory", f"{human_bytes(profile.memory_bytes)}, {profile.memory_source}")
     rates.add_row(
         "link", f"{human_seconds(link.latency)} + bytes sent / {human_count(1 / link.seconds_per_byte, 'B/s')}"

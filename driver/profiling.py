@@ -30,6 +30,8 @@ from bactrian.runtime.launch import keep_memory
 _DTYPES = {"f32": "float32", "bf16": "bfloat16", "f16": "float16", "f64": "float64"}
 _ALL = PartitionSpec(("outer", "inner"))
 _LEAST_RUNS, _MOST_RUNS = 3, 100
+_REPACK_PAIRS = 15
+_REPACK_NOISE = 0.05  # of the time of a product: what is less is not told from nothing
 
 
 @dataclass(frozen=True)
@@ -71,13 +73,15 @@ def profile_host(num_devices: int | None, seconds: float) -> Profile:
     num_samples = len(KINDS) * len(groups) * len(sizes.whole_bytes)
     memory_bytes, memory_source = _memory(devices)
     keep_memory()
-    with progress("measuring", total=num_samples + len(_DTYPES) + 1) as advance:
-        share = seconds / 2 / (len(_DTYPES) * len(sizes.widths) + 1)
+    with progress("measuring", total=num_samples + len(_DTYPES) + 2) as advance:
+        share = seconds / 2 / (len(_DTYPES) * len(sizes.widths) + 2)
         flops = {name: _matmul_rate(devices, dtype, sizes, share, advance) for name, dtype in _DTYPES.items()}
         rate = _elementwise_rate(devices, sizes.elementwise_bytes, share)
         advance()
+        repack = _repack_rate(devices, sizes, share)
+        advance()
         samples = tuple(_samples(devices, groups, sizes, seconds / 2 / num_samples, advance))
-    return Profile(_describe(devices), len(devices), memory_bytes, memory_source, flops, rate, samples)
+    return Profile(_describe(devices), len(devices), memory_bytes, memory_source, flops, rate, samples, repack)
 
 
 def _devices(num_devices: int | None) -> list[Device]:
@@ -163,21 +167,43 @@ def _matmul_rate(devices: Sequence[Device], dtype: str, sizes: Sizes, share: flo
     """The best flops per second of a device over the sizes; a size that would take too long is left out."""
     mesh, best, seconds = _mesh(devices, 1), 0.0, 0.0
 
-    def multiply(x: jax.Array, weights: jax.Array) -> jax.Array:
-        for _ in range(sizes.chain):
-            x = x @ weights
-        return x
-
     with jax.enable_x64(True) if dtype == "float64" else nullcontext():
         for number, width in enumerate(sizes.widths):
             if number and 8 * seconds > share:  # twice as wide is eight times the work
                 break
             operands = _operands(mesh, (width, width), (width, width), dtype=dtype)
-            compiled = _compiled(multiply, mesh, operands)
+            compiled = _compiled(partial(_products, sizes.chain, 1), mesh, operands)
             seconds = _median_seconds(partial(compiled, *operands), share)
             best = max(best, sizes.chain * 2 * width**3 / seconds)
     advance()
     return best
+
+
+def _repack_rate(devices: Sequence[Device], sizes: Sizes, share: float) -> float | None:
+    """Bytes of both operands per second that a product over rows takes longer than one over columns; None if it does not.
+
+    Of the smaller widths, where the difference is more than the noise of the product; both in turn.
+    """
+    mesh, more, nbytes = _mesh(devices, 1), 0.0, 0
+    for width in sizes.widths[:2]:
+        operands = _operands(mesh, (width, width), (width, width))
+        columns, rows = (_compiled(partial(_products, sizes.chain, dim), mesh, operands) for dim in (1, 0))
+        pairs = [
+            (_median_seconds(partial(rows, *operands), 0.0), _median_seconds(partial(columns, *operands), 0.0))
+            for _ in range(_REPACK_PAIRS)
+        ]
+        taken = statistics.median(first - second for first, second in pairs)
+        if taken < _REPACK_NOISE * statistics.median(second for _, second in pairs):
+            return None
+        more += taken
+        nbytes += sizes.chain * 2 * 4 * width**2
+    return nbytes / more
+
+
+def _products(chain: int, dim: int, x: jax.Array, weights: jax.Array) -> jax.Array:
+    for _ in range(chain):
+        x = lax.dot_general(x, weights, (((dim,), (0,)), ((), ())))
+    return x
 
 
 def _elementwise_rate(devices: Sequence[Device], nbytes: int, share: float) -> float:

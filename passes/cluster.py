@@ -21,6 +21,7 @@ _KEYS = {
     "memory_gib": True,
     "peak_tflops": True,
     "memory_gb_per_s": False,
+    "repack_gb_per_s": False,
     "intra_host_gb_per_s": True,
     "inter_host_gb_per_s": False,
     "intra_host_latency_us": False,
@@ -110,7 +111,8 @@ def read_cluster(path: str | Path, table: str | None = None) -> Cluster:
     """Read a cluster from a TOML file.
 
     The keys are ``hosts``, ``devices_per_host``, ``memory_gib``, ``peak_tflops`` (a table by element type),
-    ``memory_gb_per_s``, ``intra_host_gb_per_s`` (of a device), ``inter_host_gb_per_s`` (of a host; needed for more than
+    ``memory_gb_per_s``, ``repack_gb_per_s`` (operands of products that sum over rows; nothing is paid without it),
+    ``intra_host_gb_per_s`` (of a device), ``inter_host_gb_per_s`` (of a host; needed for more than
     one), ``intra_host_latency_us``, ``inter_host_latency_us``; ``name``, which reports use; and ``measured``, tables
     ``[measured.<kind>.<devices of the group>]`` of collectives inside a host (`bactrian.passes.sharding.curves`).
 
@@ -165,7 +167,12 @@ def cluster_of(data: Mapping[str, Any], *, name: str, where: str = "") -> Cluste
         hosts=int(number["hosts"]),
         devices_per_host=int(number["devices_per_host"]),
         memory_bytes=int(number["memory_gib"] * 2**30),
-        device=Device(name, flops, _GIGA * number.get("memory_gb_per_s", 1000.0)),
+        device=Device(
+            name,
+            flops,
+            _GIGA * number.get("memory_gb_per_s", 1000.0),
+            _GIGA * number.get("repack_gb_per_s", math.inf),
+        ),
         intra_host_bytes_per_second=_GIGA * number["intra_host_gb_per_s"],
         inter_host_bytes_per_second=_GIGA * number.get("inter_host_gb_per_s", number["intra_host_gb_per_s"]),
         intra_host_latency=1e-6 * number.get("intra_host_latency_us", 5.0),

@@ -68,11 +68,13 @@ class Device:
         name: how reports call it.
         flops_per_second: peak rate per element type (MLIR's names: ``f32``, ``bf16``); ``default`` for all others.
         bytes_per_second: memory bandwidth.
+        repack_bytes_per_second: bytes of operands that it brings into another order for a product that `repacks`.
     """
 
     name: str
     flops_per_second: Mapping[str, float]
     bytes_per_second: float
+    repack_bytes_per_second: float = math.inf
 
     def seconds(self, cost: OpCost) -> float:
         """Roofline time of one op: 1e9 flops at 1e11/s and 1e8 bytes at 2e10/s take max(0.01, 0.005) s."""
@@ -247,6 +249,23 @@ def _dot_general(
     dims = stablehlo.DotDimensionNumbers(op.attributes["dot_dimension_numbers"])
     contracted = math.prod(operands[0].shape[dim] for dim in dims.lhs_contracting_dimensions)
     return 2.0 * result.elements * contracted, traffic, operands[0].dtype
+
+
+def repacks(op: ir.Operation) -> bool:
+    """Whether an op is a matrix product that sums over the rows of its left operand, as one for a weight's gradient.
+
+    On CPUs both of its operands are brought into another order first, which takes time by their bytes, whatever the
+    product takes. ``[512,128] x [512,256]`` over dims 0 and 0: yes; over ``[128,512] x [512,256]``: no. Batches of
+    products are mostly small and left out.
+    """
+    if op.name != "stablehlo.dot_general":
+        return False
+    dims = stablehlo.DotDimensionNumbers(op.attributes["dot_dimension_numbers"])
+    if list(dims.lhs_batching_dimensions):
+        return False
+    contracted = sorted(dims.lhs_contracting_dimensions)
+    rank = ir.RankedTensorType(op.operands[0].type).rank
+    return 0 < len(contracted) < rank and contracted != list(range(rank - len(contracted), rank))
 
 
 def _dot(op: ir.Operation, operands: list[TensorSize], result: TensorSize, traffic: float) -> tuple[float, float, str]:

@@ -77,6 +77,8 @@ def test_a_mesh_that_does_not_fit_is_refused(axes: tuple[tuple[str, int], ...], 
         ({"peak_tflops": {}}, "no table of rates"),
         ({"peak_tflops": {"f32": -2}}, "peak_tflops.f32 .* is -2"),
         ({"peak_tflops": 3}, "no table of rates"),
+        ({"repack_gb_per_s": 0}, "repack_gb_per_s .* is 0"),
+        ({"repack_gb_per_s": math.nan}, "repack_gb_per_s .* is nan"),
     ],
 )
 def test_values_without_meaning_are_refused(changes: dict[str, Any], message: str) -> None:

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -189,6 +190,9 @@ def test_a_profile_is_read_back() -> None:
     assert (cluster.hosts, cluster.devices_per_host, cluster.memory_bytes) == (1, 4, 3 << 29)
     assert cluster.device.flops_per_second == {"f32": 4e12, "bf16": 9e12, "f16": 1e12, "default": 4e12}
     assert cluster.device.bytes_per_second == 2e11
+    assert cluster.device.repack_bytes_per_second == math.inf  # not measured: nothing is paid for it
+    repacking = replace(profile(), repack_bytes_per_second=1.5e9)
+    assert cluster_of(tomllib.loads(cluster_text(repacking)), name="file").device.repack_bytes_per_second == 1.5e9
     assert cluster.intra_host_latency == pytest.approx(2e-6, rel=1e-3)
     assert cluster.intra_host_bytes_per_second == pytest.approx(2e9, rel=1e-3)
     for sample in profile().samples:

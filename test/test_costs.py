@@ -7,7 +7,7 @@ import time
 import pytest
 from jaxlib.mlir import ir
 
-from bactrian.passes.costs import CPU_CORE, CostModel, Device, OpCost, trip_count
+from bactrian.passes.costs import CPU_CORE, CostModel, Device, OpCost, repacks, trip_count
 from bactrian.passes.frame.context import make_context
 
 FUNCTION = """
@@ -113,6 +113,28 @@ def test_a_loop_of_unknown_length_costs_what_the_model_says(parse):
     op = parse(LOOP.replace("dense<LIMIT>", "dense<9>").replace("compare LT", "compare NE"))
     assert trip_count(op) is None
     assert CostModel(unknown_trip_count=10).flops(op) == 10 * (1 + 1 + 8 * 16)
+
+
+PRODUCTS = {
+    "%x, %w, contracting_dims = [1] x [0] : (tensor<8x16xf32>, tensor<16x4xf32>) -> tensor<8x4xf32>": False,
+    "%x, %x, contracting_dims = [1] x [1] : (tensor<8x16xf32>, tensor<8x16xf32>) -> tensor<8x8xf32>": False,
+    "%x, %x, contracting_dims = [0] x [0] : (tensor<8x16xf32>, tensor<8x16xf32>) -> tensor<16x16xf32>": True,
+    "%x, %w, contracting_dims = [] x [] : (tensor<8x16xf32>, tensor<16x4xf32>) -> tensor<8x16x16x4xf32>": False,
+    "%x, %x, contracting_dims = [0, 1] x [0, 1] : (tensor<8x16xf32>, tensor<8x16xf32>) -> tensor<f32>": False,
+    "%image, %image, contracting_dims = [0, 1, 2] x [0, 1, 2]"
+    " : (tensor<2x8x8x3xf32>, tensor<2x8x8x3xf32>) -> tensor<3x3xf32>": True,
+    "%x, %x, batching_dims = [0] x [0], contracting_dims = [1] x [1]"
+    " : (tensor<8x16xf32>, tensor<8x16xf32>) -> tensor<8xf32>": False,
+}
+
+
+@pytest.mark.parametrize(("product", "expected"), PRODUCTS.items())
+def test_products_over_rows_repack_their_operands(parse, product, expected):
+    assert repacks(parse(f"%r = stablehlo.dot_general {product}")) is expected
+
+
+def test_other_ops_repack_nothing(parse):
+    assert not repacks(parse(CASES["convolution"][0])) and not repacks(parse(CASES["elementwise"][0]))
 
 
 def test_a_device_takes_the_larger_of_compute_and_memory_time():

@@ -177,7 +177,8 @@ def programs(seed: int) -> Work:
         left, right = (int(random.integers(len(values))) for _ in range(2))
         rule = (DOT8, elementwise((8, 8), 2))[int(random.integers(2))]
         seconds, weight = float(random.uniform(0, 4e-6)), float(random.integers(1, 3))
-        operations.append(Operation((left, right), (len(values),), rule, seconds, weight))
+        repack = float(random.choice([0.0, 2e-9])) if rule is DOT8 else 0.0
+        operations.append(Operation((left, right), (len(values),), rule, seconds, weight, repack_seconds=repack))
         values.append(tensor)
     last = len(values) - 1
     return Work(tuple(values), (0, 1), tuple(operations), updates=((last, 0),), loads=((1, 1e-6),), kept=(last,))
@@ -229,6 +230,25 @@ def check_least(seed: int) -> None:
         assert seconds_of(limited, limited.shardings(solution.choice)) == pytest.approx(
             solution.cost, rel=1e-9, abs=1e-18
         )
+
+
+def test_repacking_is_paid_for_each_device_s_pieces() -> None:
+    """A product over rows is cut so that each device reads least: by rows, which both of its operands have."""
+    rows = Rule((64, 16, 16), (((0,), (1,)), ((0,), (2,))), (((1,), (2,)),), frozenset({0}))
+    tensors = (Tensor((64, 16), 4096), Tensor((64, 16), 4096), Tensor((16, 16), 1024))
+
+    def computing(repack: float) -> dict[tuple[int | None, ...], float]:
+        product = Operation((0, 1), (2,), rows, 8e-6, repack_seconds=repack)
+        model = ShardingModel(Work(tensors, (0, 1), (product,), kept=(2,)), LINE)
+        (found,) = model.strategies
+        assert found is not None
+        return {s.factors: model.computing(product, s) for s in found}
+
+    assert computing(0.0) == {(None,): 8e-6, (0,): 2e-6, (1,): 2e-6, (2,): 2e-6}
+    repacked = computing(1e-9)
+    assert repacked[None,] == pytest.approx(8e-6 + 8192e-9)
+    assert repacked[0,] == pytest.approx(2e-6 + 2048e-9)
+    assert repacked[1,] == repacked[2,] == pytest.approx(2e-6 + (4096 + 1024) * 1e-9)
 
 
 def test_what_is_given_stays() -> None:

@@ -35,7 +35,7 @@ def account(
     """The account of a choice of the model's network."""
     work = model.work
     computing = sum(
-        op.weight * op.seconds / strategy.parts
+        op.weight * model.computing(op, strategy)
         for op, strategy in zip(work.operations, shardings.chosen, strict=True)
         if strategy is not None
     )

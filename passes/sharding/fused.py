@@ -5,7 +5,7 @@ from __future__ import annotations
 from jaxlib.mlir import ir
 
 from bactrian.passes.cluster import Cluster
-from bactrian.passes.costs import HEAVY, CostModel
+from bactrian.passes.costs import HEAVY, CostModel, repacks
 from bactrian.passes.sharding.loops import CONDITION, END, LoopFlow
 
 # What XLA computes in the loop of its reader, so that no tensor of it need ever exist.
@@ -61,6 +61,11 @@ def _apart(flow: LoopFlow, producer: int, reader: int) -> bool:
         return True
     inside = flow.tops[reader] is not flow.ops[reader]
     return inside and flow.ops[producer].block != flow.ops[reader].block
+
+
+def repack_seconds(op: ir.Operation, cluster: Cluster) -> float:
+    """For each byte of a device's pieces of the operands: bringing them into the order that a product wants."""
+    return 1 / cluster.device.repack_bytes_per_second if repacks(op) else 0.0
 
 
 def op_seconds(

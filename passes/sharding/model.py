@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from bactrian.passes.network.problem import CostNetwork
-from bactrian.passes.sharding.layouts import Layout, LayoutTable, table_of
+from bactrian.passes.sharding.layouts import Layout, LayoutTable, local_bytes, table_of
 from bactrian.passes.sharding.mesh import Mesh
 from bactrian.passes.sharding.rules import Rule
 from bactrian.passes.sharding.strategies import Defers, Strategy, strategies
@@ -43,6 +43,7 @@ class Operation:
         lasts: whether its results are there during the whole step, as sums over microbatches are.
         copies: how many of its results are there at once: one for each microbatch in flight.
         defers: whether it can leave parts of a sum, or hand them on.
+        repack_seconds: for each byte of the operands' pieces, on top of ``seconds``, of which each device has its part.
         moves: for each operand, how often in a step it is brought to the layout that the op needs; as often as the op
             runs by default. What a loop reads from outside is brought there once.
     """
@@ -57,6 +58,7 @@ class Operation:
     lasts: bool = False
     copies: int = 1
     defers: Defers = Defers.NOT
+    repack_seconds: float = 0.0
     moves: tuple[float, ...] | None = None
 
     def moved(self, position: int) -> float:
@@ -170,6 +172,15 @@ class ShardingModel:
                 choices = fitting or choices
         return choices
 
+    def computing(self, op: Operation, strategy: Strategy) -> float:
+        """Seconds of one run of an op on a device, without what is exchanged."""
+        seconds = op.seconds / strategy.parts
+        if op.repack_seconds:
+            values = [self.work.values[value] for value in op.operands]
+            held = zip(values, strategy.operands, strict=True)
+            seconds += op.repack_seconds * sum(local_bytes(value.nbytes, layout, self.mesh) for value, layout in held)
+        return seconds
+
     @cached_property
     def _read(self) -> set[int]:
         """Values that somebody reads: what nobody does, nobody cuts."""
@@ -213,7 +224,7 @@ class ShardingModel:
             if choices is None:
                 continue
             node = len(costs)
-            costs.append(np.array([op.weight * (op.seconds / s.parts + s.reduction_seconds) for s in choices]))
+            costs.append(np.array([op.weight * (self.computing(op, s) + s.reduction_seconds) for s in choices]))
             held = np.zeros(len(choices))
             for position, value in enumerate(op.results):
                 index = np.array([self.tables[value].number[s.results[position]] for s in choices])
@@ -273,7 +284,7 @@ def seconds_of(model: ShardingModel, shardings: Shardings) -> float:
     for op, strategy in zip(work.operations, shardings.chosen, strict=True):
         if strategy is None:
             continue
-        total += op.weight * (op.seconds / strategy.parts + strategy.reduction_seconds)
+        total += op.weight * (model.computing(op, strategy) + strategy.reduction_seconds)
         for position, (value, needed) in enumerate(zip(op.operands, strategy.operands, strict=True)):
             if value in layouts:
                 way = model.tables[value].way(layouts[value], needed)

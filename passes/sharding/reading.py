@@ -27,7 +27,7 @@ from bactrian.passes.program import (
 )
 from bactrian.passes.sharding.asked import constrained_values, fixed_arguments, given_layouts, refuse_result_shardings
 from bactrian.passes.sharding.deferring import deferred_sums
-from bactrian.passes.sharding.fused import PART_WRITTEN, is_separate, op_seconds, read_from_memory
+from bactrian.passes.sharding.fused import PART_WRITTEN, is_separate, op_seconds, read_from_memory, repack_seconds
 from bactrian.passes.sharding.layouts import replicated
 from bactrian.passes.sharding.loops import CARRY, END, INSIDE, OP, LoopFlow
 from bactrian.passes.sharding.mesh import Mesh
@@ -306,6 +306,7 @@ class _Reader:
             seconds=0.0
             if is_there
             else op_seconds(op, self._model, self._cluster, keeps, separate, self._from_memory, operands),
+            repack_seconds=repack_seconds(op, self._cluster),
             weight=self.weight(index) * self._flow.turns[index],
             keeps=keeps,
             given=given,
