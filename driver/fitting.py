@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 from jaxlib.mlir import ir
 
+from bactrian.driver.extract import extract
 from bactrian.driver.memory import StagePeak, stage_peak
+from bactrian.driver.shardings import read_shardings
 from bactrian.passes.errors import InfeasiblePlanError
+from bactrian.passes.frame.pipeline import Report
 from bactrian.passes.peak.estimate import module_memory
 from bactrian.passes.plan_table import human_bytes
 from bactrian.passes.sharding.unsolved import ATTRIBUTE
@@ -17,6 +19,9 @@ from bactrian.passes.sharding_plan import ShardingPlan
 from bactrian.runtime.program import StagedProgram
 
 _TRIES = 6
+
+Cut = Callable[[ir.Module, int | None], Report]
+"""Cuts a module into stages, in place, with so many bytes for the solver to fill."""
 
 
 class Fitting:
@@ -34,6 +39,7 @@ class Fitting:
         self._device = min(each.limit_bytes or 0 for each in shardings)
         self._bounds = [each.bound_seconds for each in shardings]
         self._tries = 0
+        self._is_lean = False
         self.limit: int | None = None
         self.add(module, program, shardings)
 
@@ -54,31 +60,91 @@ class Fitting:
             for each, peak in zip(self.shardings, self._peaks, strict=True)
             if peak.nbytes > self._device
         ]
-        known = self._device if self.limit is None else self.limit
+        self._known = self._device if self.limit is None else self.limit
         self._tries += 1
-        self.limit = min(*limits, known - 1) if limits else None
-        if self.limit is not None and (self.limit <= 0 or self._tries == _TRIES):
-            raise self._error()
+        self.limit = max(1, min(*limits, self._known - 1)) if limits else None
+        if self.limit is not None and self._tries == _TRIES:
+            raise self.error()
 
-    @contextmanager
-    def explained(self) -> Generator[None]:
-        """Say, where the solver finds nothing, what it was asked for."""
-        try:
-            yield
-        except InfeasiblePlanError as error:
-            raise self._error() from error
+    def lean(self, error: InfeasiblePlanError) -> None:
+        """The solver has no layouts for so little: once, the leanest that it has are tried.
 
-    def _error(self) -> InfeasiblePlanError:
+        Raises:
+            InfeasiblePlanError: it was tried already, or would fill as much as layouts that did not fit.
+        """
+        if self._is_lean or error.least_bytes is None or error.least_bytes >= self._known:
+            raise self.error() from error
+        self._is_lean, self.limit = True, error.least_bytes
+
+    def error(self) -> InfeasiblePlanError:
+        """What did not fit in the last try."""
         stage = max(range(len(self._peaks)), key=lambda each: self._peaks[each].nbytes)
         peak: StagePeak = self._peaks[stage]
         return InfeasiblePlanError(
             f"cannot fit stage {stage} into a device: it needs {human_bytes(peak.nbytes)}, "
-            f"a device has {human_bytes(self._device)}",
+            f"a device has {human_bytes(self._device)}, {human_bytes(peak.nbytes - self._device)} are missing",
             where=f"{peak.function}, when a device holds most",
             why=f"{human_bytes(peak.temporaries)} of it are copies and temporaries, as predicted of XLA for CPUs; no layouts "
             f"that need less were found in {self._tries} {'try' if self._tries == 1 else 'tries'}",
             fix="use more microbatches, stages or devices, or a cluster whose devices have more memory",
         )
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A program in stages whose functions fit into their devices.
+
+    Attributes:
+        module: the staged module.
+        program: as the runtime reads it.
+        shardings: of every stage, with their peaks; nothing where stages have one device.
+        report: of the passes.
+    """
+
+    module: ir.Module
+    program: StagedProgram
+    shardings: tuple[ShardingPlan, ...]
+    report: Report
+
+
+def fit(module: ir.Module, unsolved: ir.Operation | None, cut: Cut, paths: Sequence[str] = ()) -> Fitted:
+    """Cut a program into stages, again with less memory to fill until it fits.
+
+    Args:
+        module: which is consumed.
+        unsolved: what it is cut again from; None where nothing has layouts.
+        cut: does it, in place; with bytes that the solver may fill, or None for all that a device has.
+        paths: of the arguments, for people.
+
+    Raises:
+        InfeasiblePlanError: nothing fits, or was found to.
+    """
+    report = cut(module, None)
+    program = extract(module)
+    shardings = read_shardings(module, program, paths)
+    if unsolved is None or not shardings:
+        return Fitted(module, program, shardings, report)
+    fitting = Fitting(module, program, shardings)
+    while fitting.limit is not None:
+        with module.context:
+            module = solved_again(unsolved)
+        try:
+            report = cut(module, fitting.limit)
+        except InfeasiblePlanError as error:
+            fitting.lean(error)
+            continue
+        program = extract(module)
+        fitting.add(module, program, read_shardings(module, program, paths))
+    return Fitted(module, program, fitting.shardings, report)
+
+
+def is_fitting(unsolved: ir.Module, cut: Cut) -> bool:
+    """Whether a program with other layouts given than those of the first try fits."""
+    try:
+        fit(solved_again(unsolved.operation), unsolved.operation, cut)
+    except InfeasiblePlanError:
+        return False
+    return True
 
 
 def solved_again(unsolved: ir.Operation) -> ir.Module:

@@ -5,26 +5,27 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path, PurePath
 
 from jaxlib.mlir import ir
 
+from bactrian.driver.conflicts import with_conflict
 from bactrian.driver.extract import extract
-from bactrian.driver.fitting import Fitting, solved_again
+from bactrian.driver.fitting import fit, is_fitting
 from bactrian.driver.shardings import (
     Layout,
     as_before,
     plan_layouts,
-    read_shardings,
     refuse_moved,
     refuse_overruled,
     write_layouts,
 )
 from bactrian.passes.costs import CPU_CORE, CostModel, Device, OpCost
+from bactrian.passes.errors import InfeasiblePlanError
 from bactrian.passes.frame.diagnostics import Diagnostic
 from bactrian.passes.frame.location import name_stack, user_place
-from bactrian.passes.frame.pipeline import quote, run_pipeline
+from bactrian.passes.frame.pipeline import Report, quote, run_pipeline
 from bactrian.passes.mesh_tensors import num_devices
 from bactrian.passes.plan import Axes, LayerPlan, Plan, StagePlan
 from bactrian.passes.program import Dataflow, body, integer_attribute, main_function, phase_of, stage_of
@@ -173,21 +174,21 @@ def stage_program(
         with module.context:
             sources = dict.fromkeys(given, "the plan that was applied") | dict.fromkeys(placed, "another step")
             unsolved = before_solving(module, fingerprint, decisions.cluster, decisions.strategy, sources)
-    third = run_pipeline(module, decisions.staging_pipeline(), reproducer_dir=reproducer_dir, kept=second.kept)
-    program = extract(module)
+
+    def cut(whole: ir.Module, limit: int | None = None) -> Report:
+        pipeline = decisions.staging_pipeline(limit or 0)
+        kept = second.kept if whole is module else None
+        return run_pipeline(whole, pipeline, reproducer_dir=reproducer_dir, kept=kept)
+
+    try:
+        fitted = fit(module, unsolved, cut, paths)
+    except InfeasiblePlanError as error:
+        if unsolved is None:
+            raise
+        with module.context:
+            raise with_conflict(error, unsolved, partial(is_fitting, cut=cut)) from error
+    module, program, shardings = fitted.module, fitted.program, fitted.shardings
     device = _DEVICES.get(platform)
-    shardings = read_shardings(module, program, paths)
-    if unsolved is not None and shardings:
-        fitting = Fitting(module, program, shardings)
-        while fitting.limit is not None:
-            with module.context:
-                module = solved_again(unsolved)
-            pipeline = decisions.staging_pipeline(fitting.limit)
-            with fitting.explained():
-                third = run_pipeline(module, pipeline, reproducer_dir=reproducer_dir)
-            program = extract(module)
-            fitting.add(module, program, read_shardings(module, program, paths))
-        shardings = fitting.shardings
     if plan is not None:
         shardings = tuple(as_before(new, stage.sharding) for new, stage in zip(shardings, plan.stages, strict=False))
     stages = tuple(
@@ -218,7 +219,7 @@ def stage_program(
         peak_memory_bytes=max((s.device_memory_bytes or 0 for s in stages), default=0),
         options=plan.options if plan is not None else (),
     )
-    diagnostics = (*first.diagnostics, *second.diagnostics, *third.diagnostics)
+    diagnostics = (*first.diagnostics, *second.diagnostics, *fitted.report.diagnostics)
     return Staged(made, module, decisions.donate, diagnostics, unsolved)
 
 

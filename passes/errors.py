@@ -37,9 +37,19 @@ class ConfigError(BactrianError):
 
 
 class InfeasiblePlanError(BactrianError):
-    """No plan satisfies the constraints."""
+    """No plan satisfies the constraints.
+
+    Args:
+        least_bytes: of a device, with which there would be layouts for its values; None where that is not known.
+    """
 
     exit_code = 4
+
+    def __init__(
+        self, message: str, *, where: str = "", why: str = "", fix: str = "", least_bytes: int | None = None
+    ) -> None:
+        self.least_bytes = least_bytes
+        super().__init__(message, where=where, why=why, fix=fix)
 
 
 class PassError(BactrianError):

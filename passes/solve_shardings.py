@@ -19,6 +19,7 @@ from bactrian.passes.sharding.model import ShardingModel
 from bactrian.passes.sharding.named import AUTO, NAMED, check_strategy, named
 from bactrian.passes.sharding.reading import Reading, drop_rules
 from bactrian.passes.sharding.scattering import scattered
+from bactrian.passes.sharding.shortage import shortage
 from bactrian.passes.sharding.stages import read_stages, stage_meshes
 from bactrian.passes.sharding.writing import Writer
 
@@ -121,7 +122,10 @@ class SolveShardings(Pass):
                 reading = named(reading, mesh, roles, self.strategy)
             model = ShardingModel(reading.work, mesh, limit)
             ctx.count("strategies", model.network.num_strategies)
-            solution = solve(model.network, self.time_limit)
+            try:
+                solution = solve(model.network, self.time_limit)
+            except InfeasiblePlanError as error:
+                raise shortage(model, reading, roles, each.stage) or error from error
             solution = scattered(model, solution)
             shardings = model.shardings(solution.choice)
             writer = Writer(main, reading, model, shardings, each.mesh_name, each.num_microbatches, each.only, claimed)

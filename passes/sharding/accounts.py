@@ -40,7 +40,7 @@ def account(
         if strategy is not None
     )
     loading = sum(s / model.mesh.parts(sum(shardings.arguments[number], ())) for number, s in work.loads)
-    classes = _classes(model, reading, roles)
+    names = classes(model, reading, roles)
     network = model.network
     held = [usage[k].item() for usage, k in zip(network.usages, choice, strict=True)]
     change = np.zeros(max(end for _, end in network.intervals) + 1)
@@ -49,7 +49,7 @@ def account(
         change[end] -= nbytes
     fullest = int(np.cumsum(change).argmax())
     memory = dict[str, int]()
-    for (first, end), nbytes, name in zip(network.intervals, held, classes, strict=True):
+    for (first, end), nbytes, name in zip(network.intervals, held, names, strict=True):
         if first <= fullest < end and nbytes:
             memory[name] = memory.get(name, 0) + round(nbytes)
     return Account(
@@ -115,7 +115,7 @@ def sent(
     return {kind: round(nbytes) for kind, nbytes in sorted(total.items())}
 
 
-def _classes(model: ShardingModel, reading: Reading, roles: Sequence[str]) -> list[str]:
+def classes(model: ShardingModel, reading: Reading, roles: Sequence[str]) -> list[str]:
     """What each node of the network holds."""
     who = Roles.of(reading, roles)
     of_input = {number: "constants" if role == "constant" else role for number, role in enumerate(roles)}
