@@ -14,13 +14,13 @@ from bactrian.passes.frame.base import Pass, PassContext, Statistic, option
 from bactrian.passes.network.solve import Solution, solve
 from bactrian.passes.program import argument_roles, integer, main_function
 from bactrian.passes.sharding.accounts import account
-from bactrian.passes.sharding.mesh import Mesh
+from bactrian.passes.sharding.known import KnownPlan, at_most_known, known_plan
 from bactrian.passes.sharding.model import ShardingModel
 from bactrian.passes.sharding.named import AUTO, NAMED, check_strategy, named
-from bactrian.passes.sharding.reading import Reading, drop_rules
+from bactrian.passes.sharding.reading import drop_rules
 from bactrian.passes.sharding.scattering import scattered
 from bactrian.passes.sharding.shortage import shortage
-from bactrian.passes.sharding.stages import read_stages, stage_meshes
+from bactrian.passes.sharding.stages import StageProgram, read_stages, stage_meshes
 from bactrian.passes.sharding.writing import Writer
 
 
@@ -114,18 +114,14 @@ class SolveShardings(Pass):
         for each in read_stages(module, meshes, cluster, ctx.remark):
             mesh, reading = each.mesh, each.reading
             given.append(sum(number < reading.flow.num_arguments for number, _ in reading.work.fixed))
-            known = {name: named(reading, mesh, roles, name) for name in (NAMED if self.compare else ())}
-            compared.append(
-                [_figures(name, _known(plan, mesh, limit, roles, self.time_limit)) for name, plan in known.items()]
-            )
+            names = NAMED if self.compare else ()
+            known = {name: known_plan(reading, mesh, roles, name, limit, self.time_limit) for name in names}
+            compared.append([_figures(name, plan) for name, plan in known.items()])
             if self.strategy != AUTO:
                 reading = named(reading, mesh, roles, self.strategy)
             model = ShardingModel(reading.work, mesh, limit)
             ctx.count("strategies", model.network.num_strategies)
-            try:
-                solution = solve(model.network, self.time_limit)
-            except InfeasiblePlanError as error:
-                raise shortage(model, reading, roles, each.stage) or error from error
+            solution = self._solved(each, model, roles, known)
             solution = scattered(model, solution)
             shardings = model.shardings(solution.choice)
             writer = Writer(main, reading, model, shardings, each.mesh_name, each.num_microbatches, each.only, claimed)
@@ -146,6 +142,27 @@ class SolveShardings(Pass):
         module.operation.attributes["bactrian.sharding"] = ir.ArrayAttr.get(
             [ir.DictAttr.get(entries) for entries in predicted]
         )
+
+    def _solved(
+        self, stage: StageProgram, model: ShardingModel, roles: Sequence[str], known: dict[str, KnownPlan | None]
+    ) -> Solution:
+        """The solver's answer; where it is not proved, no worse than any known plan."""
+        try:
+            solution, failure = solve(model.network, self.time_limit), None
+        except InfeasiblePlanError as error:
+            raise shortage(model, stage.reading, roles, stage.stage) or error from error
+        except ConfigError as error:
+            solution, failure = None, error
+        if self.strategy == AUTO and (solution is None or not solution.optimal):
+            share = self.time_limit / len(NAMED)
+            plans = known or {
+                name: known_plan(stage.reading, stage.mesh, roles, name, model.memory, share) for name in NAMED
+            }
+            solution = at_most_known(model, solution, [plan for plan in plans.values() if plan is not None])
+        if solution is None:
+            assert failure is not None  # else there is a solution
+            raise failure
+        return solution
 
     def _predicted(
         self,
@@ -180,27 +197,13 @@ class SolveShardings(Pass):
         }
 
 
-def _known(
-    reading: Reading, mesh: Mesh, limit: int, roles: Sequence[str], time_limit: float
-) -> tuple[float, float, int] | None:
-    """Seconds, those of communication, and memory of a known plan; None where it does not fit, or none was found."""
-    model = ShardingModel(reading.work, mesh, limit)
-    try:
-        solution = solve(model.network, time_limit)
-    except (ConfigError, InfeasiblePlanError):
-        return None
-    taken = account(model, reading, roles, solution.choice, model.shardings(solution.choice))
-    return float(solution.cost), taken.communication_seconds, round(solution.memory)
-
-
-def _figures(name: str, found: tuple[float, float, int] | None) -> ir.Attribute:
+def _figures(name: str, plan: KnownPlan | None) -> ir.Attribute:
     fields: dict[str, ir.Attribute] = {"name": ir.StringAttr.get(name)}
-    if found is not None:
-        seconds, communication, memory = found
+    if plan is not None:
         fields |= {
-            "seconds": _number(seconds),
-            "communication_seconds": _number(communication),
-            "memory_bytes": integer(memory),
+            "seconds": _number(plan.seconds),
+            "communication_seconds": _number(plan.account.communication_seconds),
+            "memory_bytes": integer(plan.memory),
         }
     return ir.DictAttr.get(fields)
 

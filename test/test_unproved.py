@@ -1,0 +1,86 @@
+"""Where the solver has no proof in time, the plan is no worse than any known one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import bactrian
+from bactrian.passes import solve_shardings
+from bactrian.passes.errors import ConfigError
+from bactrian.passes.network.problem import CostNetwork
+from bactrian.passes.network.solve import Solution, solve
+
+CLUSTER = """
+hosts = 1
+devices_per_host = 8
+memory_gib = {}
+intra_host_gb_per_s = 10
+intra_host_latency_us = 1
+peak_tflops = {{ f32 = 0.05 }}
+"""
+WEIGHTS = [jax.ShapeDtypeStruct((256, 256), "float32")] * 3
+X = jax.ShapeDtypeStruct((512, 256), "float32")
+
+
+def sharding(tmp_path: Path, compare: bool, mebibytes: float = 64) -> Any:
+    path = tmp_path / "cluster.toml"
+    path.write_text(CLUSTER.format(mebibytes / 1024))
+
+    def loss(weights: Any, x: Any) -> Any:
+        for weight in weights:
+            x = jnp.tanh(x @ weight)
+        return jnp.mean(x**2)
+
+    @bactrian.parallelize(mesh="data=2,model=4", num_stages=1, cluster=str(path))
+    def step(weights: Any, x: Any) -> Any:
+        value, gradients = bactrian.value_and_grad(loss)(weights, x)
+        return jax.tree.map(lambda w, g: w - g, weights, gradients), value
+
+    return step.trace(WEIGHTS, X).plan(compare=compare).plan.stages[0].sharding
+
+
+def everything_whole(problem: CostNetwork, time_limit: float = 60.0) -> Solution:
+    """The first strategy of each node: all devices do everything."""
+    choice = (0,) * len(problem.costs)
+    return Solution(choice, problem.cost(choice), 0.0, False, problem.peak(choice), 0.0, {})
+
+
+def nothing(problem: CostNetwork, time_limit: float = 60.0) -> Solution:
+    raise ConfigError("no allowed choice was found")
+
+
+@pytest.mark.parametrize("answer", [everything_whole, nothing])
+@pytest.mark.parametrize("compare", [False, True], ids=["alone", "compared"])
+def test_the_best_known_plan_is_taken(
+    answer: Any, compare: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    best = min(row.seconds for row in sharding(tmp_path, compare=True).compared)
+    monkeypatch.setattr(solve_shardings, "solve", answer)
+    found = sharding(tmp_path, compare)
+    assert found.seconds == pytest.approx(best, rel=1e-9)
+    assert found.bound_seconds == 0.0  # nothing is proved by that
+
+
+def test_a_better_answer_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    optimal = sharding(tmp_path, compare=False)
+    assert optimal.bound_seconds == optimal.seconds
+
+    def unproved(problem: CostNetwork, time_limit: float = 60.0) -> Solution:
+        found = solve(problem, time_limit)
+        return Solution(found.choice, found.cost, 0.9 * float(found.cost), False, found.memory, 0.0, {})
+
+    monkeypatch.setattr(solve_shardings, "solve", unproved)
+    found = sharding(tmp_path, compare=False)
+    assert found.seconds == optimal.seconds and found.bound_seconds == pytest.approx(0.9 * optimal.seconds)
+
+
+def test_nothing_found_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(solve_shardings, "solve", nothing)
+    monkeypatch.setattr(solve_shardings, "known_plan", lambda *arguments: None)
+    with pytest.raises(ConfigError, match="no allowed choice was found"):
+        sharding(tmp_path, compare=False)
