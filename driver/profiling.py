@@ -24,6 +24,7 @@ from bactrian.driver.cluster_profile import Profile, Sample
 from bactrian.driver.progress import Advance, progress
 from bactrian.driver.xla import Device
 from bactrian.passes.errors import BactrianError, ConfigError
+from bactrian.passes.network.cores import num_cores
 from bactrian.passes.sharding.curves import KINDS
 from bactrian.runtime.launch import keep_memory
 
@@ -110,11 +111,7 @@ def _devices(num_devices: int | None) -> list[Device]:
 def _describe(devices: Sequence[Device]) -> str:
     if devices[0].platform != "cpu":
         return f"{len(devices)} × {devices[0].device_kind}"
-    return f"{len(devices)} virtual CPU devices on {_num_cores()} cores"
-
-
-def _num_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return f"{len(devices)} virtual CPU devices on {num_cores()} cores"
 
 
 def _memory(devices: Sequence[Device]) -> tuple[int, str]:

@@ -89,7 +89,9 @@ def test_decoding_within_memory_keeps_the_limit() -> None:
     assert over >= 6  # else there was nothing to keep
 
 
-def test_small_networks_are_solved() -> None:
+@pytest.mark.parametrize("workers", [1, 3])
+def test_small_networks_are_solved(workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(messages, "num_cores", lambda: workers)
     solved = 0
     for seed in range(3):
         problem = dense(seed)
@@ -103,6 +105,24 @@ def test_small_networks_are_solved() -> None:
         assert found.bound <= best + 1e-6 <= found.cost + 2e-6
         solved += found.cost == best
     assert solved == 3
+
+
+def test_what_threads_find_is_taken_together() -> None:
+    """A part that was solved beside another choice is taken with what has been found since, if that is better."""
+    network = reduced(dense(0))
+    assert network is not None
+    nodes = sorted(network.costs)
+    found = messages.search(network, time.monotonic() + 2.0)
+    assert found.choice is not None
+    best, cost = dict(found.choice), found.cost
+    found.choice = {**best, **{node: 1 - min(best[node], 1) for node in nodes[:2]}}
+    found.cost = network.cost(found.choice)
+    assert found.cost > cost
+    neighbourhoods = messages.Neighbourhoods(network, found, {}, 0.0)
+    neighbourhoods.take({nodes[0]: best[nodes[0]], nodes[1]: best[nodes[1]]})
+    assert found.choice == best and found.cost == cost
+    neighbourhoods.take({nodes[0]: 1 - min(best[nodes[0]], 1)})
+    assert found.choice == best and found.cost == cost
 
 
 def test_random_networks_stay_allowed() -> None:

@@ -6,6 +6,7 @@ computed once (hash consing): what a reduction costs grows with what is differen
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -24,6 +25,7 @@ class Interner:
         self._known: list[Array] = []  # keeps what has a number
         self._made: dict[tuple[Any, ...], Any] = {}
         self._turned: dict[int, Array] = {}
+        self._lock = threading.Lock()  # numbers are given once, also where several threads reduce parts of a network
 
     def array(self, values: Array) -> Array:
         """The one array with these contents. It must not be written to."""
@@ -33,13 +35,14 @@ class Interner:
         key = values.shape, values.dtype.str, values.tobytes()
         found = self._by_content.get(key)
         if found is None:
+            self._enter(values)
             found = self._by_content[key] = values
-            self._enter(found)
         return found
 
     def _enter(self, array: Array) -> None:
-        self._numbers[id(array)] = len(self._known)
-        self._known.append(array)
+        with self._lock:
+            self._known.append(array)
+            self._numbers[id(array)] = len(self._known) - 1
 
     def number(self, array: Array) -> int:
         """The number of an array that came from here: equal arrays, and only they, have equal ones."""

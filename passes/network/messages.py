@@ -8,13 +8,16 @@ exact searches (Shaw's large neighbourhood search, 1998): a part of the nodes is
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 
 from bactrian.passes.errors import InfeasiblePlanError
+from bactrian.passes.network.cores import num_cores
 from bactrian.passes.network.local import LocalSearch
 from bactrian.passes.network.milp import IntegerProgram
 from bactrian.passes.network.reduce import Array, ReducedNetwork
@@ -29,6 +32,7 @@ _POLISH_SECONDS = 5.0
 _ROUNDING = 1e-9  # of a bound, which is a sum of many rounded numbers
 _FREE_PAIRS = 60_000  # pairs of a neighbourhood's first program; grows and shrinks with what it takes
 _NEIGHBOURHOOD_SECONDS = 8.0
+_MOST_WORKERS = 4  # what is between their programs is Python, which only one of them runs at a time
 _SHARES = (0.3, 0.1, 1.0)  # of the gap: what a strategy may cost above the best of its node, in turn
 
 
@@ -193,7 +197,7 @@ def search(network: ReducedNetwork, deadline: float) -> Found:
         if found.choice is None:
             return found
         found.cost = network.cost(found.choice)
-    _improve(network, found, excess, deadline)
+    Neighbourhoods(network, found, excess, deadline).run(min(_MOST_WORKERS, num_cores()))
     return found
 
 
@@ -268,34 +272,66 @@ def _fits(network: ReducedNetwork, profile: Array) -> bool:
 # Large neighbourhoods
 
 
-def _improve(network: ReducedNetwork, found: Found, excess: Mapping[int, Array], deadline: float) -> None:
-    """Free parts of the network, one after the other, and solve each as well as a few seconds allow.
+class Neighbourhoods:
+    """Free parts of a network, and solve each as well as a few seconds allow: several at once, each in a thread of its own.
 
-    A part grows around a node that pays much more than it would in the best case.
+    A part grows around a node that pays much more than it would in the best case. What a thread finds is taken together with
+    what others have found since it began, if that fits and costs less.
     """
-    assert found.choice is not None
-    random = np.random.default_rng(0)
-    nodes = sorted(network.costs)
-    pairs = float(_FREE_PAIRS)
-    while deadline - time.monotonic() > 1.0 and found.cost > found.bound:
-        now = time.monotonic()
+
+    def __init__(self, network: ReducedNetwork, found: Found, excess: Mapping[int, Array], deadline: float) -> None:
+        self._network, self._found, self._excess, self._deadline = network, found, excess, deadline
+        self._random = np.random.default_rng(0)
+        self._nodes = sorted(network.costs)
+        self._pairs = float(_FREE_PAIRS)
+        self._lock = threading.Lock()
+
+    def run(self, workers: int) -> None:
+        """Until the deadline, or the best choice is proved."""
+        if workers == 1:
+            self._work()
+            return
+        with ThreadPoolExecutor(workers) as pool:
+            for each in [pool.submit(self._work) for _ in range(workers)]:
+                each.result()
+
+    def _work(self) -> None:
+        while self._deadline - time.monotonic() > 1.0 and self._found.cost > self._found.bound:
+            now = time.monotonic()
+            with self._lock:
+                free, keep = self._next()
+            better = _best_within(self._network, keep, min(self._deadline, now + _NEIGHBOURHOOD_SECONDS))
+            with self._lock:
+                self._adapt(time.monotonic() - now)
+                if better is not None:
+                    self.take({node: better[node] for node in free})
+
+    def _next(self) -> tuple[set[int], dict[int, Array]]:
+        """A part, and the strategies that each node keeps."""
+        found, choice = self._found, self._found.choice
+        assert choice is not None
         gap = found.cost - found.bound
-        paid = np.array([min(float(excess[node][found.choice[node]]), gap) for node in nodes])
+        paid = np.array([min(float(self._excess[node][choice[node]]), gap) for node in self._nodes])
         chances = paid + (paid.mean() if paid.any() else 1.0)
-        seed = nodes[int(random.choice(len(nodes), p=chances / chances.sum()))]
+        seed = self._nodes[int(self._random.choice(len(self._nodes), p=chances / chances.sum()))]
         most = _SHARES[found.neighbourhoods % len(_SHARES)] * gap
-        likely = {node: np.union1d(np.flatnonzero(excess[node] <= most), [k]) for node, k in found.choice.items()}
-        free = _part(network, seed, likely, pairs)
-        keep = {node: likely[node] if node in free else np.array([k]) for node, k in found.choice.items()}
-        better = _best_within(network, keep, min(deadline, now + _NEIGHBOURHOOD_SECONDS))
         found.neighbourhoods += 1
-        took = time.monotonic() - now
-        pairs *= 1.2 if took < _NEIGHBOURHOOD_SECONDS / 4 else 0.6 if took > 0.9 * _NEIGHBOURHOOD_SECONDS else 1.0
-        if better is None:
-            continue
-        cost = network.cost(better)
-        if cost < found.cost and _fits(network, network.profile(better)):
-            found.choice, found.cost = better, cost
+        likely = {node: np.union1d(np.flatnonzero(self._excess[node] <= most), [k]) for node, k in choice.items()}
+        free = _part(self._network, seed, likely, self._pairs)
+        return free, {node: likely[node] if node in free else np.array([k]) for node, k in choice.items()}
+
+    def _adapt(self, took: float) -> None:
+        """Larger parts where they are solved at once, smaller ones where time is up."""
+        fast, slow = took < _NEIGHBOURHOOD_SECONDS / 4, took > 0.9 * _NEIGHBOURHOOD_SECONDS
+        self._pairs *= 1.2 if fast else 0.6 if slow else 1.0
+
+    def take(self, part: Mapping[int, int]) -> None:
+        """Choose so for a part, if all of it together fits and costs less than the best."""
+        assert self._found.choice is not None
+        choice = {**self._found.choice, **part}
+        cost = self._network.cost(choice)
+        if cost < self._found.cost and _fits(self._network, self._network.profile(choice)):
+            self._found.choice, self._found.cost = choice, cost
 
 
 def _part(network: ReducedNetwork, seed: int, likely: Mapping[int, Array], most: float) -> set[int]:
