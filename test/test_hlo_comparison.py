@@ -15,7 +15,7 @@ from test_mesh import SLOW
 from test_mesh_plans import printed
 
 import bactrian
-from bactrian.driver.api import Planned
+from bactrian.driver.planned import Planned
 from bactrian.driver.comparison import (
     CLASSES,
     UNEXPLAINED,
