@@ -8,10 +8,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import models
 import numerics
 import numpy as np
 import pytest
+from cases import chain_loss, sgd_step
 from jax.sharding import AbstractMesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxlib.mlir import ir
@@ -62,7 +62,7 @@ def constrained(x: Any) -> Any:
 STEPS = {
     "linear": linear("abcd"),
     "constrained": linear("abcd", constrained),
-    "chain": models.chain_loss("abcd"),
+    "chain": chain_loss("abcd"),
 }
 STATE = {name: jax.ShapeDtypeStruct((64, 64), jnp.float32) for name in "abcd"}
 BATCH = {name: jax.ShapeDtypeStruct((64, 64), jnp.float32) for name in "xy"}
@@ -95,7 +95,7 @@ def test_bytes_of_stages_are_those_of_shardy(name: str, strategy: str, tables: s
         {"num_stages": 4, "num_microbatches": 4},
     ):
         step = bactrian.parallelize(
-            models.sgd_step(STEPS[name]),
+            sgd_step(STEPS[name]),
             mesh="data=2,model=2",
             cluster=tmp_path / "cluster.toml",
             strategy=strategy,
@@ -113,7 +113,7 @@ def test_numbers_of_maxima_and_pairs_that_are_scattered(tmp_path: Path) -> None:
     state = {name: (random.standard_normal((64, 64)) / 9).astype(np.float32) for name in "abcd"}
     batch = {name: random.standard_normal((64, 64)).astype(np.float32) for name in "xy"}
     step = bactrian.parallelize(
-        models.sgd_step(STEPS["constrained"]),
+        sgd_step(STEPS["constrained"]),
         mesh="data=2,model=2",
         num_stages=2,
         num_microbatches=2,

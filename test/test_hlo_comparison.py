@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 import models
 import pytest
+from cases import Built, sgd_step
 from jaxlib.mlir import ir
 from test_mesh import SLOW
 from test_mesh_plans import printed
 
 import bactrian
-from bactrian.driver.planned import Planned
 from bactrian.driver.comparison import (
     CLASSES,
     UNEXPLAINED,
@@ -28,6 +28,7 @@ from bactrian.driver.comparison import (
 )
 from bactrian.driver.comparison_table import render_comparison
 from bactrian.driver.hlo import read_collectives
+from bactrian.driver.planned import Planned
 from bactrian.driver.xla import compile_function, constrain, function_texts
 from bactrian.passes.errors import ConfigError
 from bactrian.passes.frame.context import make_context
@@ -46,7 +47,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def planned(built: models.Built, cluster: Path, **options: Any) -> Planned:
+def planned(built: Built, cluster: Path, **options: Any) -> Planned:
     step = bactrian.parallelize(built.step, **{**built.options, "num_stages": 1, "cluster": cluster, **options})
     return step.trace(built.state, *built.batches[0]).plan()
 
@@ -70,7 +71,7 @@ def explained(comparison: Comparison) -> None:
         assert all(difference.names and set(difference.names) <= set(CLASSES) for difference in function.differences)
 
 
-def data_parallel(dtype: Any = jnp.float32, rows: int = 1024, width: int = 32) -> models.Built:
+def data_parallel(dtype: Any = jnp.float32, rows: int = 1024, width: int = 32) -> Built:
     """An MLP of three layers whose batch all devices can share."""
 
     def loss(params: Any, batch: Any) -> jax.Array:
@@ -81,7 +82,7 @@ def data_parallel(dtype: Any = jnp.float32, rows: int = 1024, width: int = 32) -
 
     state = {name: jax.ShapeDtypeStruct((width, width), jnp.float32) for name in "abc"}
     batch = {name: jax.ShapeDtypeStruct((rows, width), jnp.float32) for name in "xy"}
-    return models.Built(models.sgd_step(loss), state, [(batch,)])
+    return Built(sgd_step(loss), state, [(batch,)])
 
 
 @pytest.mark.parametrize("microbatches", [1, 2])

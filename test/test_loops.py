@@ -8,10 +8,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import models
 import numpy as np
 import pytest
 import sharded
+from cases import Built
 from jax import lax
 from jaxlib.mlir import ir
 from test_mesh import SLOW, check, cut
@@ -182,7 +182,7 @@ def test_memory_of_a_loop_lasts_until_its_end() -> None:
     assert made in model.work.in_place
 
 
-def scanned(names: str, width: int = 64) -> models.Built:
+def scanned(names: str, width: int = 64) -> Built:
     """A step with a loop over layers for each name, a loop in it over the blocks of a matrix that no turn changes, and
     one in the update that runs until a value says so."""
     random = np.random.default_rng(0)
@@ -209,7 +209,7 @@ def scanned(names: str, width: int = 64) -> models.Built:
 
         return jax.tree.map(lambda w, g: w - halved(g), state, gradients), value
 
-    return models.Built(train, state, [(data,)])
+    return Built(train, state, [(data,)])
 
 
 def test_steps_with_loops_equal_one_device(slow: Path) -> None:
