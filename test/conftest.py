@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
+from pathlib import Path
 
 import pytest
+from clusters import SLOW
 
 # Virtual devices for the stages; and LLVM's optimizer off, since tests spend their time compiling tiny modules that run
 # a few times. Both sides of every comparison are compiled alike; processes that tests start inherit the flags.
@@ -38,3 +40,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     start, end = len(items) * (part - 1) // parts, len(items) * part // parts
     config.hook.pytest_deselected(items=items[:start] + items[end:])
     items[:] = items[start:end]
+
+
+@pytest.fixture(scope="session")
+def slow(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file of a cluster on which everything is worth cutting."""
+    path = tmp_path_factory.mktemp("cluster") / "slow.toml"
+    path.write_text(SLOW)
+    return path

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from clusters import FAST
 
 from bactrian.driver import cli
 from bactrian.driver.explaining import explain_value
@@ -39,15 +40,6 @@ example_args = (
     shape((64, 64), jnp.float32),
 )
 """
-CLUSTER = """
-hosts = 1
-devices_per_host = 8
-memory_gib = 1
-peak_tflops = { f32 = 1e-3 }
-memory_gb_per_s = 0.1
-intra_host_gb_per_s = 1.0
-intra_host_latency_us = 1
-"""
 Save = Callable[..., Path]
 
 
@@ -56,7 +48,7 @@ def save(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Save:
     """Writes a plan of `STEP`; the cluster's file is gone afterwards."""
 
     def write(*options: str, mesh: str = "data=2,model=4", host: bool = False) -> Path:
-        (tmp_path / "some.toml").write_text(CLUSTER)
+        (tmp_path / "some.toml").write_text(FAST)
         (tmp_path / "explained_step.py").write_text(STEP)
         command = ["plan", f"{tmp_path / 'explained_step.py'}:step", "--save", str(tmp_path / "plan"), *options]
         cluster = [] if host else ["--cluster", str(tmp_path / "some.toml")]
@@ -121,7 +113,7 @@ def test_stages_of_a_pipeline(save: Save, schedule: str) -> None:
 def test_a_plan_that_was_applied_gives_layouts(tmp_path: Path, save: Save) -> None:
     folder = save()
     plan = Plan.load(folder)
-    (tmp_path / "some.toml").write_text(CLUSTER)
+    (tmp_path / "some.toml").write_text(FAST)
     step = cli._load(f"{tmp_path / 'explained_step.py'}:step", "")
     arguments = cli._load(f"{tmp_path / 'explained_step.py'}:example_args", "")
     made = step.with_options(mesh=(("data", 2), ("model", 4)), cluster=str(tmp_path / "some.toml"), plan=plan)

@@ -14,7 +14,7 @@ import sharded
 from cases import Built
 from jax import lax
 from jaxlib.mlir import ir
-from test_mesh import SLOW, check, cut
+from meshes import check, cut
 
 import bactrian
 from bactrian.driver.comparison import compare
@@ -23,7 +23,6 @@ from bactrian.passes.mesh_tensors import axis_names, value_shardings
 from bactrian.passes.network.solve import solve
 from bactrian.passes.program import main_function, nested_operations, result_updates
 from bactrian.passes.sharding.accounts import sent
-from bactrian.passes.sharding.counting import count_collectives
 from bactrian.passes.sharding.loops import capture_unchanged
 from bactrian.passes.sharding.model import seconds_of
 from bactrian.passes.sharding.reading import read_program
@@ -31,14 +30,6 @@ from bactrian.passes.sharding.writing import Writer
 
 LAYERS, WIDTH, HIDDEN = 4, 256, 1024
 MESHES = ((("data", 2), ("model", 4)), (("data", 8),))
-
-
-@pytest.fixture(scope="module")
-def slow(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The file of a cluster on which everything is worth cutting."""
-    path = tmp_path_factory.mktemp("cluster") / "slow.toml"
-    path.write_text(SLOW)
-    return path
 
 
 def layer(x: jax.Array, weights: Any) -> jax.Array:
@@ -92,11 +83,7 @@ def solved(function: Any, arguments: Any, axes: sharded.Axes) -> tuple[ir.Module
         writer.write()
         assert module.operation.verify()
         assert expected == {kind: round(nbytes) for kind, nbytes in sorted(writer.sent_in_step.items())}
-    counted = dict[str, float]()
-    for collective in count_collectives(module):
-        if collective.nbytes:
-            counted[collective.kind] = counted.get(collective.kind, 0.0) + collective.nbytes
-    assert counted == pytest.approx(writer.sent)
+    assert sharded.counted_bytes(module) == pytest.approx(writer.sent)
     return module, writer, solution.cost
 
 

@@ -12,51 +12,16 @@ import numerics
 import numpy as np
 import pytest
 from cases import Built, Case, chain_loss, sgd_step
+from meshes import check, cut
 from traps import TRAPS
 
 import bactrian
-from bactrian.driver.compiled import Compiled
 from bactrian.passes.errors import ConfigError
 from bactrian.passes.sharding.named import NAMED
 
-# Slow devices on fast links: whatever can be cut is.
-SLOW = """
-hosts = 1
-devices_per_host = 8
-memory_gib = 1
-peak_tflops = { f32 = 1e-5 }
-memory_gb_per_s = 0.001
-intra_host_gb_per_s = 1.0
-intra_host_latency_us = 0.01
-"""
 # Those that are not about stages; all run over stages too.
 ONE_STAGE_TRAPS = ("aux-outputs", "random-numbers-typed-key", "skip-not-finite", "several-arguments", "empty-update")
 MESHES = ("data=2,model=4", "data=8", "data=4,model=2")
-
-
-@pytest.fixture(scope="session")
-def slow(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The file of a cluster on which everything is worth cutting."""
-    path = tmp_path_factory.mktemp("cluster") / "slow.toml"
-    path.write_text(SLOW)
-    return path
-
-
-def check(built: Built, **options: Any) -> Compiled:
-    """Run every batch, each step from where ours stands, and compare with one device."""
-    step = bactrian.parallelize(built.step, **{**built.options, "num_stages": 1, **options})
-    state = built.state
-    for batch in built.batches:
-        reference = step.reference(state, *batch)
-        result = step(state, *batch)
-        numerics.assert_equal_step(bactrian.gather(result), reference, built.zero_gradient_leaves)
-        state = built.next_state(result)
-    return step.compiled
-
-
-def cut(compiled: Compiled) -> list[str]:
-    """Where the state is that is not whole everywhere."""
-    return [p.layout for p in compiled.placements if any(any(layout) for layout in p.layouts.values())]
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_mesh import SLOW
+from clusters import SLOW
 
 HERE = Path(__file__).parent
 
