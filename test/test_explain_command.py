@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from clusters import FAST
+from commands import bactrian
 
 from bactrian.driver import cli
 from bactrian.driver.explaining import explain_value
@@ -167,9 +165,8 @@ def test_the_command(save: Save, capsys: pytest.CaptureFixture[str]) -> None:
     for seed in range(2):
         both = list[str]()
         for option in ((), ("--json",)):
-            command = [sys.executable, "-m", "bactrian.driver.cli", "explain", str(folder), "--value", "params['a']"]
-            environment = os.environ | {"PYTHONHASHSEED": str(seed), "OMP_NUM_THREADS": str(1 + seed)}
-            done = subprocess.run([*command, *option], env=environment, capture_output=True, text=True, timeout=300)
+            environment = {"PYTHONHASHSEED": str(seed), "OMP_NUM_THREADS": str(1 + seed)}
+            done = bactrian("explain", folder, "--value", "params['a']", *option, **environment)
             assert done.returncode == 0, done.stderr
             both.append(done.stdout)
         found.add((both[0], both[1]))
