@@ -90,10 +90,10 @@ def squared_error(prediction: jax.Array, target: jax.Array) -> jax.Array:
 
 
 def on_host(tree: Any) -> Any:
-    """Arrays as numpy arrays, so that no one can donate them away; keys stay as they are."""
+    """Arrays as numpy arrays of their own, so that no one can donate them away; keys stay as they are."""
 
     def leaf(x: Any) -> Any:
-        return np.asarray(x) if eqx.is_array(x) and not jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+        return np.array(x) if eqx.is_array(x) and not jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
 
     return jax.tree.map(leaf, tree)
 

@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pytest
 from clusters import SLOW
+from xla_flags import DEVICES, QUICK
 
-# Virtual devices for the stages; and LLVM's optimizer off, since tests spend their time compiling tiny modules that run
-# a few times. Both sides of every comparison are compiled alike; processes that tests start inherit the flags.
-for flag in ("--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0"):
+for flag in (DEVICES, *QUICK):
     flags = os.environ.get("XLA_FLAGS", "")
     if flag.partition("=")[0] not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} {flag}".strip()

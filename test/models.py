@@ -100,6 +100,13 @@ def arrays_of(tree: Any) -> Any:
     return eqx.filter(tree, eqx.is_array)
 
 
+@functools.cache
+def made(name: str) -> Model:
+    """A model, its parameters on the host: frameworks make them op by op, which takes longer than most steps."""
+    model = MODELS[name]()
+    return model._replace(params=on_host(model.params), extra=on_host(model.extra))
+
+
 def train_case(
     model: str,
     optimizer: str = "sgd",
@@ -114,7 +121,7 @@ def train_case(
     names = (model, optimizer, loss, f"m{microbatches}", f"s{stages}", schedule, result)
 
     def make() -> Built:
-        built, tx = MODELS[model](), OPTIMIZERS[optimizer]()
+        built, tx = made(model), OPTIMIZERS[optimizer]()
         scale = 1.0 if loss == "mean" else BATCH / microbatches  # a sum over examples, not a mean
 
         def total(params: Any, extra: Any, batch: Any, key: jax.Array) -> Any:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from clusters import SLOW
 from commands import bactrian
+from xla_flags import QUICK
 
 HERE = Path(__file__).parent
 
@@ -19,8 +20,7 @@ def run(
     cluster = tmp_path / "cluster.toml"
     cluster.write_text(SLOW)
     words = [HERE / "mesh_script.py", name, mesh, cluster, stages]
-    flags = "--xla_backend_optimization_level=0"  # as in conftest.py, but not its devices
-    return bactrian("run", "-n", ranks, "--devices", devices, *options, *words, XLA_FLAGS=flags)
+    return bactrian("run", "-n", ranks, "--devices", devices, *options, *words, XLA_FLAGS=" ".join(QUICK))
 
 
 @pytest.mark.mpi

@@ -13,6 +13,7 @@ import models
 import numerics
 import pytest
 from traps import TRAPS
+from xla_flags import QUICK
 
 HERE = Path(__file__).parent
 DEADLINE_SECONDS = 1800
@@ -65,7 +66,7 @@ def entries(ranks: int, long: bool) -> list[Any]:
 def launch(arguments: list[str], cases: Path) -> list[dict[str, Any]]:
     """Run the script in a child process of its own group, and return its JSON lines."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])}
-    environment["XLA_FLAGS"] = "--xla_backend_optimization_level=0"  # the launcher adds the devices; see conftest.py
+    environment["XLA_FLAGS"] = " ".join(QUICK)  # the launcher adds the devices
     command = [
         sys.executable,
         "-m",
