@@ -5,29 +5,26 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, overload
 
 from bactrian.driver.arrays import Homes, gather
 from bactrian.driver.asked import asked_layouts, refuse_explicit_axes
 from bactrian.driver.calls import flatten_call, parameters_of
-from bactrian.driver.capture import Captured, capture
-from bactrian.driver.comparison import Comparison, compare
+from bactrian.driver.capture import capture
+from bactrian.driver.captured import Captured
 from bactrian.driver.compiled import Compiled
 from bactrian.driver.garbage import paused_collection
-from bactrian.driver.planning import Decisions, Staged, stage_program
+from bactrian.driver.options import Options, cluster_file, mesh_axes
+from bactrian.driver.planned import Planned
+from bactrian.driver.planning import Decisions, stage_program
 from bactrian.driver.reference import reference
-from bactrian.driver.session import World, check_ranks, num_groups, open_session
+from bactrian.driver.session import num_groups
 from bactrian.driver.source import line_here
-from bactrian.passes.cluster import read_cluster
 from bactrian.passes.errors import ConfigError
-from bactrian.passes.frame.reproducer import versions
 from bactrian.passes.mesh_tensors import num_devices
 from bactrian.passes.plan import Axes, Plan, axes_words
-from bactrian.passes.schedules import SCHEDULES
-from bactrian.passes.sharding.mesh import parse_axes
-from bactrian.passes.sharding.named import check_strategy
 from bactrian.runtime import faults
 
 _log = logging.getLogger("bactrian")
@@ -114,7 +111,7 @@ def parallelize(
     Raises:
         ConfigError: an option is wrong.
     """
-    options = _Options(
+    options = Options(
         num_stages,
         num_microbatches,
         schedule,
@@ -124,99 +121,13 @@ def parallelize(
         donate,
         forward_only,
         out_reduction,
-        _mesh(mesh),
-        "" if cluster is None else _cluster_file(cluster),
+        mesh_axes(mesh),
+        "" if cluster is None else cluster_file(cluster),
         strategy,
     )
     if fun is None:
         return lambda function: Parallelized(function, options)
     return Parallelized(fun, options)
-
-
-@dataclass(frozen=True)
-class _Options:
-    """The options of ``parallelize``, checked; a plan's decisions stand in ``num_stages`` and so on."""
-
-    num_stages: int | None
-    num_microbatches: int
-    schedule: str
-    batch_argnums: tuple[int, ...]
-    state: Mapping[int, int | None] | None
-    plan: Plan | None
-    donate: bool
-    forward_only: bool
-    out_reduction: Any
-    mesh: Axes | None = None
-    cluster: str = ""
-    strategy: str = "auto"
-
-    def __post_init__(self) -> None:
-        if self.num_stages is not None and self.num_stages < 1:
-            raise ConfigError(f"num_stages is {self.num_stages}", fix="give a number of 1 or more, or None")
-        if self.num_microbatches < 1:
-            raise ConfigError(f"num_microbatches is {self.num_microbatches}", fix="give a number of 1 or more")
-        if self.schedule not in SCHEDULES:
-            raise ConfigError(f"unknown schedule {self.schedule!r}", fix=f"use one of {', '.join(sorted(SCHEDULES))}")
-        check_strategy(self.strategy)
-        if self.strategy != "auto" and num_devices(self.mesh or ()) == 1 and self.plan is None:
-            raise ConfigError(
-                f"strategy is {self.strategy}, but there is no mesh", fix='give a mesh, as in mesh="data=8"'
-            )
-        plan = self.plan
-        if plan is not None:
-            if self.num_stages not in (None, plan.num_stages):
-                raise ConfigError(f"num_stages is {self.num_stages}, but the plan has {plan.num_stages} stages")
-            num_microbatches, schedule = _of_plan(plan, self.num_microbatches, self.schedule)
-            if self.strategy != "auto":
-                raise ConfigError(
-                    f"strategy is {self.strategy}, but a plan is given",
-                    fix="leave out one of the two: a plan has layouts",
-                )
-            if self.mesh not in (None, plan.stages[0].mesh):
-                raise ConfigError(
-                    f"mesh is {axes_words(self.mesh)}, but the plan has {axes_words(plan.stages[0].mesh)}",
-                    fix="leave it out, or make the plan again",
-                )
-            object.__setattr__(self, "mesh", plan.stages[0].mesh)
-            object.__setattr__(self, "num_stages", plan.num_stages)
-            object.__setattr__(self, "num_microbatches", num_microbatches)
-            object.__setattr__(self, "schedule", schedule)
-
-
-def _mesh(mesh: str | Mapping[str, int] | None) -> Axes | None:
-    """Names and sizes of axes.
-
-    Raises:
-        ConfigError: they are no mesh.
-    """
-    if mesh is None:
-        return None
-    if isinstance(mesh, str):
-        return parse_axes(mesh)
-    if not isinstance(mesh, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise ConfigError(f"mesh is {mesh!r}, neither a text nor a mapping", fix='as in {"data": 2, "model": 4}')
-    axes = parse_axes(",".join(f"{name}={size}" for name, size in mesh.items()))
-    if [name for name, _ in axes] != list(mesh):
-        raise ConfigError(f"mesh {dict(mesh)!r} has names that are none", fix="use letters, digits and _")
-    return axes
-
-
-def _cluster_file(cluster: str | Path) -> str:
-    """The file of a cluster, once it is seen that it can be read."""
-    read_cluster(cluster)
-    return str(Path(cluster))
-
-
-def _of_plan(plan: Plan, num_microbatches: int, schedule: str) -> tuple[int, str]:
-    """What the plan decides; an option that was given and says otherwise is refused."""
-    if num_microbatches not in (1, plan.num_microbatches):
-        raise ConfigError(
-            f"num_microbatches is {num_microbatches}, but the plan has {plan.num_microbatches}",
-            fix="leave it out, or make the plan again",
-        )
-    if schedule not in ("1f1b", plan.schedule):
-        raise ConfigError(f"schedule is {schedule}, but the plan has {plan.schedule}", fix="leave it out")
-    return plan.num_microbatches, plan.schedule
 
 
 class Parallelized:
@@ -227,7 +138,7 @@ class Parallelized:
 
     __name__: str
 
-    def __init__(self, fun: Callable[..., Any], options: _Options) -> None:
+    def __init__(self, fun: Callable[..., Any], options: Options) -> None:
         functools.update_wrapper(self, fun)
         self.__name__ = getattr(fun, "__name__", type(fun).__name__)
         self.fun, self.options = fun, options
@@ -327,7 +238,7 @@ class Parallelized:
 class Traced:
     """A traced step. `plan` cuts it into stages."""
 
-    def __init__(self, captured: Captured, options: _Options, homes: Homes | None = None) -> None:
+    def __init__(self, captured: Captured, options: Options, homes: Homes | None = None) -> None:
         self.captured, self.options, self.homes = captured, options, homes
 
     @property
@@ -367,7 +278,7 @@ class Traced:
             ConfigError: the state was placed by a step with another number of stages.
         """
         faults.at("plan")
-        cluster = self.options.cluster if cluster is None else _cluster_file(cluster)
+        cluster = self.options.cluster if cluster is None else cluster_file(cluster)
         plan = plan or self.options.plan
         if plan is not None:
             plan.check_program(self.captured.fingerprint)
@@ -449,55 +360,3 @@ class Traced:
                 f"the step was traced with {mine[0]} and {mine[1]}",
                 fix="give the plan to parallelize(plan=...)",
             )
-
-
-class Planned:
-    """A step cut into stages: the plan and the staged module."""
-
-    def __init__(self, captured: Captured, staged: Staged) -> None:
-        self.captured, self.staged = captured, staged
-
-    @property
-    def plan(self) -> Plan:
-        """The decisions and their predictions."""
-        return self.staged.plan
-
-    @property
-    def staged_text(self) -> str:
-        """The staged module as text."""
-        return self.staged.text
-
-    def __str__(self) -> str:
-        return str(self.plan)
-
-    def _repr_html_(self) -> str:
-        return self.plan._repr_html_()  # pyright: ignore[reportPrivateUsage]
-
-    def show(self) -> None:
-        """Print the table of stages."""
-        self.plan.show()
-
-    def save(self, directory: str | Path) -> None:
-        """Write ``plan.json`` and ``staged.mlir`` into a folder; on a mesh ``solve.mlir`` too, for ``bactrian explain``."""
-        self.staged.save(directory)
-
-    def compare_xla(self) -> Comparison:
-        """Compile for this process's devices, and compare what the functions send with what is predicted."""
-        return compare(self.staged)
-
-    def compile(self) -> Compiled:
-        """Compile this process's stages (collective: all ranks call it).
-
-        Raises:
-            ConfigError: the ranks do not fit the plan, or run different programs.
-        """
-        world = World.current()
-        shared = check_ranks([stage.mesh for stage in self.plan.stages], world)
-        own = {
-            "versions": ", ".join(f"{name} {version}" for name, version in sorted(versions().items())),
-            "the program": self.captured.fingerprint,
-            "the plan": self.plan.to_json(),
-            "the number of ranks of a mesh": str(shared),
-        }
-        world.check_equal(own)
-        return Compiled(self.captured, open_session(self.staged, world))

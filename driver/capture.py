@@ -6,134 +6,29 @@ reference) is kept in ``Captured``.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import inspect
-import io
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.extend import core
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import sdy
 
 from bactrian.driver import boundary, dataflow
-from bactrian.driver.arrays import Homes
-from bactrian.driver.asked import Asked, asked_layouts, write_asked
-from bactrian.driver.calls import Call, abstract, flatten_call, is_key, merged, parameters_of, physical
+from bactrian.driver.annotating import annotated
+from bactrian.driver.asked import asked_layouts
+from bactrian.driver.calls import Call, abstract, flatten_call, is_key, merged, parameters_of
+from bactrian.driver.captured import Captured
+from bactrian.driver.leaves import ArgumentInfo, ResultInfo
 from bactrian.driver.source import line_here
 from bactrian.driver.state import Part, match_state
 from bactrian.driver.trace_errors import explain_trace_error
 from bactrian.passes.errors import BactrianError, ConfigError, ProgramError
-from bactrian.passes.frame.context import make_context
-from bactrian.passes.program import body, integer, main_function
 
-_NO_MESH = "#sdy.mesh<[]>"
 _RANDOM = re.compile("random_bits|threefry|rng_")
-
-
-@dataclass(frozen=True)
-class ArgumentInfo:
-    """One array argument of the captured ``@main``.
-
-    ``shape`` is the user's: the full batch for batch leaves, without the key's words for a typed key. ``argnum`` is
-    the positional argument of the step that it belongs to, ``None`` for keywords. ``updated_by`` is the number of the
-    result that is its next value.
-    """
-
-    number: int
-    path: str
-    shape: tuple[int, ...]
-    dtype: Any
-    role: str  # "state", "batch", "constant"
-    argnum: int | None
-    key_impl: Any = None
-    updated_by: int | None = None
-    weak_type: bool = False
-
-    @property
-    def physical(self) -> jax.ShapeDtypeStruct:
-        """Shape and dtype of what stages carry: a typed key is its uint32 words."""
-        return physical(self.shape, self.dtype)
-
-
-@dataclass(frozen=True)
-class ResultInfo:
-    """One array result of the captured ``@main``; ``updates`` is the argument that it is the next value of."""
-
-    number: int
-    path: str
-    shape: tuple[int, ...]
-    dtype: Any
-    key_impl: Any = None
-    updates: int | None = None
-    weak_type: bool = False
-
-    @property
-    def physical(self) -> jax.ShapeDtypeStruct:
-        """Shape and dtype of what stages carry."""
-        return physical(self.shape, self.dtype)
-
-
-@dataclass(frozen=True, eq=False)
-class Captured:
-    """A captured step. ``module()`` makes a fresh MLIR module of it in a context of its own."""
-
-    name: str
-    bytecode: bytes = field(repr=False)
-    fingerprint: str
-    platform: str
-    num_microbatches: int
-    schedule: str
-    forward_only: bool
-    arguments: tuple[ArgumentInfo, ...] = field(repr=False)
-    results: tuple[ResultInfo, ...] = field(repr=False)
-    call_signature: tuple[Any, ...] = field(repr=False)
-    out_tree: Any = field(repr=False)
-    out_statics: tuple[tuple[int, Any], ...] = field(repr=False)
-    dataflow: dataflow.Dataflow = field(repr=False)
-    parameters: inspect.Signature | None = field(repr=False)
-    remarks: tuple[str, ...] = ()
-
-    def module(self, homes: Homes | None = None) -> ir.Module:
-        """A module of its own, with locations, that passes may rewrite; ``homes`` says where arguments are already."""
-        with make_context(), ir.Location.unknown():
-            module = ir.Module.parse(self.bytecode)
-            if homes is not None:
-                _write_homes(module, homes)
-            return module
-
-    @property
-    def text(self) -> str:
-        """The module as text, with locations."""
-        return self.text_with(None)
-
-    def text_with(self, homes: Homes | None) -> str:
-        """The module as text, with locations and homes."""
-        return str(self.module(homes).operation.get_asm(enable_debug_info=True))
-
-    def flatten(self, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> list[Any]:
-        """The array leaves of a call, in the order of ``arguments``.
-
-        Raises:
-            ProgramError: shapes, dtypes, tree or static leaves differ from what was captured.
-        """
-        call = flatten_call(self.parameters, args, kwargs or {})
-        if call.signature != self.call_signature:
-            raise ProgramError(
-                f"the arguments of {self.name} are not those it was captured with",
-                where=line_here(),
-                why=_difference(self, call),
-            )
-        return call.leaves
-
-    def unflatten(self, results: Sequence[Any]) -> Any:
-        """The step's result from its array leaves; static leaves are put back."""
-        return jax.tree.unflatten(self.out_tree, merged(list(results), self.out_statics))
 
 
 def capture(
@@ -185,7 +80,7 @@ def capture(
     lowered = traced.lower(lowering_platforms=(platform,))
     options = {"num_microbatches": num_microbatches, "schedule": schedule}
     asked = asked_layouts(call.leaves)
-    bytecode, digest = _annotated(lowered.compiler_ir("stablehlo"), arguments, results, options, asked)
+    bytecode, digest = annotated(lowered.compiler_ir("stablehlo"), arguments, results, options, asked)
     statics = _static_text((call.tree, call.statics, step.out_tree, step.out_statics, forward_only, platform))
     return Captured(
         name=step.name,
@@ -425,96 +320,6 @@ def _parts(names: Sequence[str], tree: Any, infos: Sequence[Any], statics: Seque
     return parts
 
 
-def _annotated(
-    module: ir.Module,
-    arguments: Sequence[ArgumentInfo],
-    results: Sequence[ResultInfo],
-    options: Mapping[str, int | str],
-    asked: Sequence[tuple[int, Asked]],
-) -> tuple[bytes, str]:
-    """Bytecode of the module with our attributes, and the digest of its text without locations."""
-    jax_bytecode = io.BytesIO()
-    module.operation.write_bytecode(jax_bytecode)
-    with make_context(), ir.Location.unknown():
-        ours = ir.Module.parse(jax_bytecode.getvalue())
-        number = functools.partial(ir.IntegerAttr.get, ir.IntegerType.get_signless(64))
-        for name, value in options.items():
-            ours.operation.attributes[f"bactrian.{name}"] = (
-                ir.StringAttr.get(value) if isinstance(value, str) else number(value)
-            )
-        main = next(op for op in ours.body.operations if ir.StringAttr(op.attributes["sym_name"]).value == "main")
-        block: ir.Block = main.regions[0].blocks[0]
-        if len(block.arguments) != len(arguments):
-            raise ConfigError(
-                f"JAX lowered {len(arguments)} arguments to {len(block.arguments)}",
-                fix="switch jax_use_simplified_jaxpr_constants off",
-            )
-        argument_attrs = _dicts(main, "arg_attrs", len(arguments))
-        for info, attrs, argument in zip(arguments, argument_attrs, block.arguments, strict=True):
-            attrs["bactrian.role"] = ir.StringAttr.get(info.role)
-            argument.set_location(ir.Location.name(info.path))
-        write_asked(ours, asked, [len(info.physical.shape) for info in arguments], argument_attrs)
-        result_attrs = _dicts(main, "res_attrs", len(results))
-        for info, attrs in zip(results, result_attrs, strict=True):
-            attrs["jax.result_info"] = ir.StringAttr.get(info.path)
-            if info.updates is not None:
-                attrs["bactrian.updates"] = number(info.updates)
-        for name, dicts in (("arg_attrs", argument_attrs), ("res_attrs", result_attrs)):
-            if dicts:
-                main.attributes[name] = ir.ArrayAttr.get([ir.DictAttr.get(d) for d in dicts])
-        _drop_noise(ours, block)
-        text = str(ours.operation.get_asm(enable_debug_info=False))
-        bytecode = io.BytesIO()
-        ours.operation.write_bytecode(bytecode)
-    return bytecode.getvalue(), hashlib.sha256(text.encode()).hexdigest()
-
-
-def _write_homes(module: ir.Module, homes: Homes) -> None:
-    main = main_function(module)
-    arguments = _dicts(main, "arg_attrs", len(body(main).arguments))
-    for number, stages in homes.stages:
-        arguments[number]["bactrian.home"] = ir.ArrayAttr.get([integer(stage) for stage in stages])
-    main.attributes["arg_attrs"] = ir.ArrayAttr.get([ir.DictAttr.get(attrs) for attrs in arguments])
-    module.operation.attributes["bactrian.num_stages"] = integer(homes.num_stages)
-
-
-def _dicts(main: Any, name: str, count: int) -> list[dict[str, ir.Attribute]]:
-    if name not in main.attributes:
-        return [{} for _ in range(count)]
-    return [{item.name: item.attr for item in ir.DictAttr(d)} for d in ir.ArrayAttr(main.attributes[name])]
-
-
-def _drop_noise(module: ir.Module, main: ir.Block) -> None:
-    """Removes the microbatch index when nothing reads it, and JAX's constraints of keys to no mesh at all."""
-    index = next(op for op in main.operations if _custom_call_target(op) == boundary.MICROBATCH_INDEX)
-    if not any(True for _ in index.results[0].uses):
-        index.erase()
-    meshes = [op for op in module.body.operations if op.name == "sdy.mesh" and str(op.attributes["mesh"]) == _NO_MESH]
-    if not meshes:
-        return
-    prefixes = tuple(f"#sdy.sharding<@{ir.StringAttr(op.attributes['sym_name']).value}," for op in meshes)
-    constraints: list[ir.Operation] = []
-
-    def visit(op: Any) -> ir.WalkResult:
-        constraints.append(op.operation)
-        return ir.WalkResult.ADVANCE
-
-    module.operation.walk(visit, ir.WalkOrder.PRE_ORDER, sdy.ShardingConstraintOp)
-    for op in constraints:
-        if not str(op.attributes["sharding"]).startswith(prefixes):
-            continue
-        op.results[0].replace_all_uses_with(op.operands[0])
-        op.erase()
-    text = str(module.operation.get_asm(enable_debug_info=False, large_elements_limit=0))
-    for op, prefix in zip(meshes, prefixes, strict=True):
-        if text.count(prefix.removeprefix("#sdy.sharding<").removesuffix(",")) == 1:
-            op.erase()
-
-
-def _custom_call_target(op: Any) -> str:
-    return ir.StringAttr(op.attributes["call_target_name"]).value if op.name == "stablehlo.custom_call" else ""
-
-
 def _remarks(step: _Step, flow: dataflow.Dataflow, num_microbatches: int) -> tuple[str, ...]:
     if num_microbatches == 1 or step.index_used:
         return ()
@@ -536,15 +341,3 @@ def _static_text(value: Any) -> str:
     if callable(value) and hasattr(value, "__qualname__"):
         return f"{value.__module__}.{value.__qualname__}"
     return re.sub(r" at 0x[0-9a-f]+", "", f"{type(value).__qualname__} {value!r}")
-
-
-def _difference(captured: Captured, call: Call) -> str:
-    tree, avals, statics = captured.call_signature
-    if tree != call.tree:
-        return f"the tree was {tree} and is {call.tree}"
-    if statics != call.statics:
-        return "static leaves (functions, strings, settings) changed"
-    for info, old, new in zip(captured.arguments, avals, call.signature[1], strict=True):
-        if old != new:
-            return f"{info.path} was {old[1]}{list(old[0])} and is {new[1]}{list(new[0])}"
-    return "a static leaf compares unequal to itself"

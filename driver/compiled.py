@@ -24,7 +24,8 @@ from bactrian.driver.arrays import (
 )
 from bactrian.driver.boundary import is_array
 from bactrian.driver.calls import aval_key
-from bactrian.driver.capture import ArgumentInfo, Captured, ResultInfo
+from bactrian.driver.captured import Captured
+from bactrian.driver.leaves import ArgumentInfo, ResultInfo
 from bactrian.driver.session import Session
 from bactrian.driver.source import line_here
 from bactrian.driver.xla import device_array

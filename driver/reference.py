@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from bactrian.driver.arrays import gather
-from bactrian.driver.capture import Captured
+from bactrian.driver.captured import Captured
 from bactrian.driver.dataflow import Dataflow, Operation
 
 

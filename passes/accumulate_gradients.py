@@ -19,6 +19,7 @@ from bactrian.passes.program import (
     argument_roles,
     body,
     boundary_words,
+    erase_dead,
     find_boundary,
     integer,
     main_function,
@@ -149,7 +150,7 @@ def _split_sums(main: ir.Operation) -> int:
             result.replace_all_uses_with(_join(operand, parts, boundary.location))
     dead = [v.owner.operation for v in boundary.operands if not isinstance(v.owner, ir.Block)]
     boundary.erase()
-    _erase_dead(dead)
+    erase_dead(dead)
     return len(split)
 
 
@@ -232,17 +233,6 @@ def _add(left: ir.Value, right: ir.Value, phase: str, stage: int) -> ir.Value:
 
 def _where(phase: str, stage: int) -> dict[str, ir.Attribute]:
     return {"bactrian.phase": ir.StringAttr.get(phase), "bactrian.stage": integer(stage)}
-
-
-def _erase_dead(candidates: list[ir.Operation]) -> None:
-    stack = list(dict.fromkeys(candidates))
-    while stack:
-        op = stack.pop()
-        if any(next(iter(result.uses), None) is not None for result in op.results):
-            continue
-        producers = {v.owner.operation: None for v in op.operands if not isinstance(v.owner, ir.Block)}
-        op.erase()
-        stack.extend(p for p in producers if p not in stack)
 
 
 def _accumulate(main: ir.Operation, boundary: ir.Operation, count: int) -> int:

@@ -7,7 +7,7 @@ attributes are spelled (``docs/ir.md``) and how values are followed through regi
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -117,6 +117,18 @@ def phase_of(op: ir.Operation) -> str | None:
 def stage_of(op: ir.Operation) -> int | None:
     """``bactrian.stage`` of an op."""
     return integer_attribute(op, "bactrian.stage")
+
+
+def erase_dead(candidates: Sequence[ir.Operation], phase: str | None = None) -> None:
+    """Erase those ops that nobody reads, and whatever only they kept alive (of ``phase``, if one is given)."""
+    stack = list(dict.fromkeys(candidates))
+    while stack:
+        op = stack.pop()
+        if any(next(iter(result.uses), None) is not None for result in op.results):
+            continue
+        producers = {v.owner.operation: None for v in op.operands if not isinstance(v.owner, ir.Block)}
+        op.erase()
+        stack.extend(p for p in producers if phase in (None, phase_of(p)) and p not in stack)
 
 
 def argument_role(main: ir.Operation, index: int) -> str:

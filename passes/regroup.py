@@ -16,6 +16,7 @@ from bactrian.passes.program import (
     UPDATE,
     Dataflow,
     custom_call_target,
+    erase_dead,
     integer,
     nested_operands,
     phase_of,
@@ -203,7 +204,7 @@ def _rewrite(root: ir.Operation, fold: _Fold, groups: dict[int, list[ir.Value]])
             partials.append(_mark(_chain(fold.kind, scalars, stage)))
         total = _chain(fold.kind, partials, next(iter(groups)))
     root.results[0].replace_all_uses_with(total)
-    _erase_dead(root)
+    erase_dead([root], UPDATE)
 
 
 def _mark(partial: ir.Value) -> ir.Value:
@@ -212,18 +213,6 @@ def _mark(partial: ir.Value) -> ir.Value:
     if not isinstance(owner, ir.Block) and phase_of(owner.operation) == UPDATE:
         owner.operation.attributes[PARTIAL] = ir.UnitAttr.get()
     return partial
-
-
-def _erase_dead(root: ir.Operation) -> None:
-    """Erase an op and whatever only it kept alive in the update."""
-    stack = [root]
-    while stack:
-        op = stack.pop()
-        if any(next(iter(result.uses), None) is not None for result in op.results):
-            continue
-        producers = {v.owner.operation: None for v in op.operands if not isinstance(v.owner, ir.Block)}
-        op.erase()
-        stack.extend(p for p in producers if phase_of(p) == UPDATE and p not in stack)
 
 
 def _scalar(value: ir.Value, stage: int) -> ir.Value:

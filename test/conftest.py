@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
+from pathlib import Path
 
 import pytest
+from clusters import SLOW
+from xla_flags import DEVICES, QUICK
 
-# Virtual devices for the stages; and LLVM's optimizer off, since tests spend their time compiling tiny modules that run
-# a few times. Both sides of every comparison are compiled alike; processes that tests start inherit the flags.
-for flag in ("--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0"):
+for flag in (DEVICES, *QUICK):
     flags = os.environ.get("XLA_FLAGS", "")
     if flag.partition("=")[0] not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} {flag}".strip()
@@ -38,3 +39,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     start, end = len(items) * (part - 1) // parts, len(items) * part // parts
     config.hook.pytest_deselected(items=items[:start] + items[end:])
     items[:] = items[start:end]
+
+
+@pytest.fixture(scope="session")
+def slow(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file of a cluster on which everything is worth cutting."""
+    path = tmp_path_factory.mktemp("cluster") / "slow.toml"
+    path.write_text(SLOW)
+    return path

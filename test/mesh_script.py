@@ -3,7 +3,7 @@
 import sys
 
 import models
-import numerics
+from meshes import check
 
 import bactrian
 from bactrian.runtime.instructions import Send
@@ -30,14 +30,8 @@ def value_bytes(program: StagedProgram, num_groups: int) -> int:
 MpiTransport.send_parts = counting
 name, mesh, cluster, stages = sys.argv[1:]
 built = models.train_case(name, "adamw", microbatches=4, stages=int(stages)).make()
-step = bactrian.parallelize(built.step, **built.options, mesh=mesh, cluster=cluster)
-state = built.state
-for batch in built.batches:
-    reference = step.reference(state, *batch)
-    result = step(state, *batch)
-    numerics.assert_equal_step(bactrian.gather(result), reference, built.zero_gradient_leaves)
-    state = built.next_state(result)
-session = step.compiled.session
+compiled = check(built, mesh=mesh, cluster=cluster, num_stages=int(stages))
+session = compiled.session
 if session.mesh_comm is not None:
     program = session.staged.program
     num_groups = session.world.num_ranks // session.mesh_comm.Get_size()
@@ -47,4 +41,4 @@ if session.mesh_comm is not None:
     layouts = [(program.values[t.source].layout, program.values[t.target].layout) for t in program.transfers]
     assert num_groups == 1 or any(source != target for source, target in layouts)
 if bactrian.is_main_rank():
-    print("equal", step.compiled.plan.num_devices)
+    print("equal", compiled.plan.num_devices)

@@ -14,14 +14,16 @@ from typing import Any
 import jax
 import models
 import numerics
+from cases import Built, Case
+from traps import TRAPS
 
 import bactrian
 
 
-def case_of(entry: str | numerics.Row) -> models.Case:
+def case_of(entry: str | numerics.Row) -> Case:
     """A trap by name, or a row of the cover."""
     if isinstance(entry, str):
-        return next(case for case in models.TRAPS if case.name == entry)
+        return next(case for case in TRAPS if case.name == entry)
     return models.train_case(**entry)
 
 
@@ -32,7 +34,7 @@ class References:
         self._key: object = None
         self._results: list[Any] = []
 
-    def of(self, entry: str | numerics.Row, built: models.Built, step: Any) -> list[Any]:
+    def of(self, entry: str | numerics.Row, built: Built, step: Any) -> list[Any]:
         """The result of each step."""
         key = entry if isinstance(entry, str) else {name: entry[name] for name in entry if name not in numerics.PLAN}
         if key != self._key:

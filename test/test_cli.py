@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import stat
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from commands import bactrian
 
 from bactrian import __version__
 from bactrian.driver import cli, launcher, progress
@@ -63,17 +63,6 @@ def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     path = tmp_path / "train.py"
     path.write_text(PROGRAM)
     return str(path)
-
-
-def bactrian(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "bactrian.driver.cli", *arguments],
-        env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
 
 
 def test_plan_prints_a_table_and_saves(program: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

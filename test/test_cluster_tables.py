@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 import os
 import re
-import subprocess
-import sys
 import tomllib
 from dataclasses import replace
 from itertools import pairwise
@@ -16,6 +14,7 @@ from typing import Any
 
 import jax
 import pytest
+from commands import bactrian
 
 from bactrian.driver import cli, cluster_profile, profiling
 from bactrian.driver.cluster_profile import Profile, Sample, cluster_text, fit_link
@@ -208,18 +207,6 @@ def test_times_that_make_no_cluster_are_not_written() -> None:
 # The command
 
 
-def bactrian(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "bactrian.driver.cli", *arguments],
-        env={k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"PYTHONPATH": str(ROOT)} | environment,
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-
-
 STEP = """
 import bactrian, jax
 import jax.numpy as jnp
@@ -238,7 +225,7 @@ example_args = ([jax.ShapeDtypeStruct((256, 256), "float32")] * 2, jax.ShapeDtyp
 
 @pytest.mark.slow
 def test_a_host_is_measured_and_planned_for(tmp_path: Path) -> None:
-    done = bactrian("profile-cluster", "--devices", "4", "--seconds", "2", "--name", "here", cwd=tmp_path)
+    done = bactrian("profile-cluster", "--devices", "4", "--seconds", "2", "--name", "here", cwd=tmp_path, XLA_FLAGS="")
     assert done.returncode == 0, done.stderr
     for word in ("4 virtual CPU devices", "written to cluster.toml", "matmul bf16", *KINDS):
         assert word in done.stdout
@@ -251,12 +238,12 @@ def test_a_host_is_measured_and_planned_for(tmp_path: Path) -> None:
 
     (tmp_path / "train.py").write_text(STEP)
     plan = ("plan", "train.py:step", "--cluster", "cluster.toml", "--json")
-    first = bactrian(*plan, cwd=tmp_path)
+    first = bactrian(*plan, cwd=tmp_path, XLA_FLAGS="")
     assert first.returncode == 0, first.stderr
-    assert first.stdout == bactrian(*plan, cwd=tmp_path).stdout
+    assert first.stdout == bactrian(*plan, cwd=tmp_path, XLA_FLAGS="").stdout
     # The plan counts with the tables: once each collective takes a century by them, nothing is sent.
     path.write_text(re.sub(r"(?m)^seconds = .*", "seconds = [3e9, 4e9, 5e9, 6e9, 7e9, 8e9]", path.read_text()))
-    second = bactrian(*plan, cwd=tmp_path)
+    second = bactrian(*plan, cwd=tmp_path, XLA_FLAGS="")
     assert second.returncode == 0, second.stderr
     ours = Plan.from_json(second.stdout).stages[0].sharding
     assert ours is not None and ours.sent_bytes == ()

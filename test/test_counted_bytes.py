@@ -8,10 +8,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import models
 import numerics
 import numpy as np
 import pytest
+from cases import chain_loss, sgd_step
+from clusters import SLOW
 from jax.sharding import AbstractMesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxlib.mlir import ir
@@ -22,16 +23,7 @@ from bactrian.driver.xla import function_texts
 from bactrian.passes.frame.context import make_context
 from bactrian.passes.sharding.counting import count_collectives
 
-# Slow devices, so that all is cut. An all-reduce is measured to take less than a reduce-scatter, as it may on CPUs.
-CLUSTER = """
-hosts = 1
-devices_per_host = 8
-memory_gib = 1
-peak_tflops = { f32 = 1e-5 }
-memory_gb_per_s = 0.001
-intra_host_gb_per_s = 1.0
-intra_host_latency_us = 0.01
-"""
+# An all-reduce is measured to take less than a reduce-scatter, as it may on CPUs.
 ALIKE = """
 [measured.all_reduce.2]
 bytes = [1024, 1048576]
@@ -62,7 +54,7 @@ def constrained(x: Any) -> Any:
 STEPS = {
     "linear": linear("abcd"),
     "constrained": linear("abcd", constrained),
-    "chain": models.chain_loss("abcd"),
+    "chain": chain_loss("abcd"),
 }
 STATE = {name: jax.ShapeDtypeStruct((64, 64), jnp.float32) for name in "abcd"}
 BATCH = {name: jax.ShapeDtypeStruct((64, 64), jnp.float32) for name in "xy"}
@@ -88,14 +80,14 @@ def counted(staged: Staged) -> list[dict[str, int]]:
     ("name", "strategy"), [("linear", "auto"), ("linear", "zero3"), ("constrained", "auto"), ("chain", "megatron")]
 )
 def test_bytes_of_stages_are_those_of_shardy(name: str, strategy: str, tables: str, tmp_path: Path) -> None:
-    (tmp_path / "cluster.toml").write_text(CLUSTER + tables)
+    (tmp_path / "cluster.toml").write_text(SLOW + tables)
     for options in (
         {"num_stages": 1},
         {"num_stages": 2, "num_microbatches": 2},
         {"num_stages": 4, "num_microbatches": 4},
     ):
         step = bactrian.parallelize(
-            models.sgd_step(STEPS[name]),
+            sgd_step(STEPS[name]),
             mesh="data=2,model=2",
             cluster=tmp_path / "cluster.toml",
             strategy=strategy,
@@ -108,12 +100,12 @@ def test_bytes_of_stages_are_those_of_shardy(name: str, strategy: str, tables: s
 
 
 def test_numbers_of_maxima_and_pairs_that_are_scattered(tmp_path: Path) -> None:
-    (tmp_path / "cluster.toml").write_text(CLUSTER + ALIKE)
+    (tmp_path / "cluster.toml").write_text(SLOW + ALIKE)
     random = np.random.default_rng(1)
     state = {name: (random.standard_normal((64, 64)) / 9).astype(np.float32) for name in "abcd"}
     batch = {name: random.standard_normal((64, 64)).astype(np.float32) for name in "xy"}
     step = bactrian.parallelize(
-        models.sgd_step(STEPS["constrained"]),
+        sgd_step(STEPS["constrained"]),
         mesh="data=2,model=2",
         num_stages=2,
         num_microbatches=2,

@@ -6,16 +6,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import models
 import numerics
 import numpy as np
+from cases import WIDTH, matrices
 
 import bactrian
 
 
 def make() -> tuple[Any, Any, Any]:
     """A step whose rate and noise depend on a count and a key, both read by every stage."""
-    weights = models.matrices(*"ab")
+    weights = matrices(*"ab")
 
     @bactrian.parallelize(num_stages=2, num_microbatches=2)
     def step(state: Any, x: jax.Array) -> Any:
@@ -24,7 +24,7 @@ def make() -> tuple[Any, Any, Any]:
         def loss(weights: Any) -> jax.Array:
             y = x
             for name, key in zip("ab", keys[1:], strict=True):
-                y = jnp.tanh(y @ weights[name]) * jax.random.bernoulli(key, 0.9, (1, models.WIDTH))
+                y = jnp.tanh(y @ weights[name]) * jax.random.bernoulli(key, 0.9, (1, WIDTH))
             return (y**2).mean()
 
         value, gradients = bactrian.value_and_grad(loss)(state["weights"])
@@ -34,7 +34,7 @@ def make() -> tuple[Any, Any, Any]:
         return {"weights": weights, "count": count, "key": keys[0]}, value
 
     state = {"weights": weights, "count": np.int32(0), "key": jax.random.key(3)}
-    return step, state, np.random.default_rng(0).standard_normal((4, models.WIDTH), dtype=np.float32)
+    return step, state, np.random.default_rng(0).standard_normal((4, WIDTH), dtype=np.float32)
 
 
 def test_counters_are_not_sent() -> None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from clusters import FAST
+from commands import bactrian
 
 from bactrian.driver import cli
 from bactrian.driver.explaining import explain_value
@@ -39,15 +38,6 @@ example_args = (
     shape((64, 64), jnp.float32),
 )
 """
-CLUSTER = """
-hosts = 1
-devices_per_host = 8
-memory_gib = 1
-peak_tflops = { f32 = 1e-3 }
-memory_gb_per_s = 0.1
-intra_host_gb_per_s = 1.0
-intra_host_latency_us = 1
-"""
 Save = Callable[..., Path]
 
 
@@ -56,7 +46,7 @@ def save(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Save:
     """Writes a plan of `STEP`; the cluster's file is gone afterwards."""
 
     def write(*options: str, mesh: str = "data=2,model=4", host: bool = False) -> Path:
-        (tmp_path / "some.toml").write_text(CLUSTER)
+        (tmp_path / "some.toml").write_text(FAST)
         (tmp_path / "explained_step.py").write_text(STEP)
         command = ["plan", f"{tmp_path / 'explained_step.py'}:step", "--save", str(tmp_path / "plan"), *options]
         cluster = [] if host else ["--cluster", str(tmp_path / "some.toml")]
@@ -121,7 +111,7 @@ def test_stages_of_a_pipeline(save: Save, schedule: str) -> None:
 def test_a_plan_that_was_applied_gives_layouts(tmp_path: Path, save: Save) -> None:
     folder = save()
     plan = Plan.load(folder)
-    (tmp_path / "some.toml").write_text(CLUSTER)
+    (tmp_path / "some.toml").write_text(FAST)
     step = cli._load(f"{tmp_path / 'explained_step.py'}:step", "")
     arguments = cli._load(f"{tmp_path / 'explained_step.py'}:example_args", "")
     made = step.with_options(mesh=(("data", 2), ("model", 4)), cluster=str(tmp_path / "some.toml"), plan=plan)
@@ -175,9 +165,8 @@ def test_the_command(save: Save, capsys: pytest.CaptureFixture[str]) -> None:
     for seed in range(2):
         both = list[str]()
         for option in ((), ("--json",)):
-            command = [sys.executable, "-m", "bactrian.driver.cli", "explain", str(folder), "--value", "params['a']"]
-            environment = os.environ | {"PYTHONHASHSEED": str(seed), "OMP_NUM_THREADS": str(1 + seed)}
-            done = subprocess.run([*command, *option], env=environment, capture_output=True, text=True, timeout=300)
+            environment = {"PYTHONHASHSEED": str(seed), "OMP_NUM_THREADS": str(1 + seed)}
+            done = bactrian("explain", folder, "--value", "params['a']", *option, **environment)
             assert done.returncode == 0, done.stderr
             both.append(done.stdout)
         found.add((both[0], both[1]))

@@ -10,12 +10,11 @@ import jax
 import jax.numpy as jnp
 import models
 import pytest
+from cases import Built, sgd_step
 from jaxlib.mlir import ir
-from test_mesh import SLOW
 from test_mesh_plans import printed
 
 import bactrian
-from bactrian.driver.api import Planned
 from bactrian.driver.comparison import (
     CLASSES,
     UNEXPLAINED,
@@ -28,6 +27,7 @@ from bactrian.driver.comparison import (
 )
 from bactrian.driver.comparison_table import render_comparison
 from bactrian.driver.hlo import read_collectives
+from bactrian.driver.planned import Planned
 from bactrian.driver.xla import compile_function, constrain, function_texts
 from bactrian.passes.errors import ConfigError
 from bactrian.passes.frame.context import make_context
@@ -38,16 +38,8 @@ from bactrian.passes.program import main_function, nested_operations
 Kinds = dict[str, float]
 
 
-@pytest.fixture(scope="session")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Slow devices on fast links: whatever can be cut is."""
-    path = tmp_path_factory.mktemp("cluster") / "slow.toml"
-    path.write_text(SLOW.replace("f32 = 1e-5", "f32 = 1e-5, bf16 = 2e-5"))
-    return path
-
-
-def planned(built: models.Built, cluster: Path, **options: Any) -> Planned:
-    step = bactrian.parallelize(built.step, **{**built.options, "num_stages": 1, "cluster": cluster, **options})
+def planned(built: Built, slow: Path, **options: Any) -> Planned:
+    step = bactrian.parallelize(built.step, **{**built.options, "num_stages": 1, "cluster": slow, **options})
     return step.trace(built.state, *built.batches[0]).plan()
 
 
@@ -70,7 +62,7 @@ def explained(comparison: Comparison) -> None:
         assert all(difference.names and set(difference.names) <= set(CLASSES) for difference in function.differences)
 
 
-def data_parallel(dtype: Any = jnp.float32, rows: int = 1024, width: int = 32) -> models.Built:
+def data_parallel(dtype: Any = jnp.float32, rows: int = 1024, width: int = 32) -> Built:
     """An MLP of three layers whose batch all devices can share."""
 
     def loss(params: Any, batch: Any) -> jax.Array:
@@ -81,14 +73,14 @@ def data_parallel(dtype: Any = jnp.float32, rows: int = 1024, width: int = 32) -
 
     state = {name: jax.ShapeDtypeStruct((width, width), jnp.float32) for name in "abc"}
     batch = {name: jax.ShapeDtypeStruct((rows, width), jnp.float32) for name in "xy"}
-    return models.Built(models.sgd_step(loss), state, [(batch,)])
+    return Built(sgd_step(loss), state, [(batch,)])
 
 
 @pytest.mark.parametrize("microbatches", [1, 2])
-def test_data_parallel_bytes_are_those_of_the_plan(microbatches: int, cluster: Path) -> None:
+def test_data_parallel_bytes_are_those_of_the_plan(microbatches: int, slow: Path) -> None:
     """Weights whose dims 8 devices can't cut: their gradients are added up once per step, and nothing else."""
     built = data_parallel(rows=1024, width=36)
-    plan = planned(built, cluster, mesh="data=8", strategy="data", num_microbatches=microbatches)
+    plan = planned(built, slow, mesh="data=8", strategy="data", num_microbatches=microbatches)
     comparison = plan.compare_xla()
     gradients = 2 * 7 / 8 * 3 * 36 * 36 * 4
     assert predicted(plan.plan)["all_reduce"] == pytest.approx(gradients, rel=0.01)
@@ -120,16 +112,16 @@ def test_data_parallel_bytes_are_those_of_the_plan(microbatches: int, cluster: P
         ),
     ],
 )
-def test_every_difference_has_a_name(name: str, mesh: str, strategy: str, classes: set[str], cluster: Path) -> None:
+def test_every_difference_has_a_name(name: str, mesh: str, strategy: str, classes: set[str], slow: Path) -> None:
     built = models.train_case(name, "adamw", microbatches=2).make()
-    comparison = planned(built, cluster, mesh=mesh, strategy=strategy).compare_xla()
+    comparison = planned(built, slow, mesh=mesh, strategy=strategy).compare_xla()
     explained(comparison)
     assert set(comparison.classes) == classes
 
 
-def test_stages_are_compared_each_on_its_mesh(cluster: Path) -> None:
+def test_stages_are_compared_each_on_its_mesh(slow: Path) -> None:
     built = models.train_case("mlp/plain", "sgd", microbatches=4, stages=2, schedule="gpipe").make()
-    plan = planned(built, cluster, mesh="data=4", num_stages=2)
+    plan = planned(built, slow, mesh="data=4", num_stages=2)
     comparison = plan.compare_xla()
     explained(comparison)
     assert comparison.planned == pytest.approx(predicted(plan.plan), abs=1)
@@ -137,10 +129,10 @@ def test_stages_are_compared_each_on_its_mesh(cluster: Path) -> None:
     assert runs["stage0.forward"] == runs["stage1.backward"] == 4 and runs["stage0.update"] == 1
 
 
-def test_elements_of_another_size(cluster: Path) -> None:
+def test_elements_of_another_size(slow: Path) -> None:
     """CPUs add up bfloat16 as float32: twice the bytes of what is planned, or of a move beside it."""
     built = data_parallel(jnp.bfloat16, rows=32, width=64)
-    comparison = planned(built, cluster, mesh="data=4,model=2").compare_xla()
+    comparison = planned(built, slow, mesh="data=4,model=2").compare_xla()
     explained(comparison)
     sizes = {
         (difference.planned[0].element_bytes, difference.compiled[0].element_bytes)
@@ -151,10 +143,10 @@ def test_elements_of_another_size(cluster: Path) -> None:
     assert sizes == {(2.0, 4.0)}
 
 
-def test_numbers_of_ops_change_nothing(cluster: Path) -> None:
+def test_numbers_of_ops_change_nothing(slow: Path) -> None:
     """What is compared is what runs: the same collectives without the numbers."""
     built = models.train_case("mlp/plain", "adamw", microbatches=2).make()
-    module = planned(built, cluster, mesh="data=2,model=4").staged.module
+    module = planned(built, slow, mesh="data=2,model=4").staged.module
     texts = function_texts(module), function_texts(module, numbered=True)
     for symbol, text in texts[0].items():
         read = [
@@ -269,13 +261,13 @@ ENTRY %main (x: f32[8,8]) -> f32[8,8] {{
     assert difference.names == (UNEXPLAINED,)  # planned once, and sent three times
 
 
-def test_no_mesh_and_no_devices(cluster: Path) -> None:
+def test_no_mesh_and_no_devices(slow: Path) -> None:
     built = models.train_case("mlp/plain", microbatches=1).make()
     with pytest.raises(ConfigError, match="every stage has one device") as caught:
-        planned(built, cluster).compare_xla()
+        planned(built, slow).compare_xla()
     assert caught.value.fix
     with pytest.raises(ConfigError, match="mesh of 8 devices: this process has 4") as caught:
-        compare(planned(built, cluster, mesh="data=8").staged, jax.devices()[:4])
+        compare(planned(built, slow, mesh="data=8").staged, jax.devices()[:4])
     assert "force_host_platform_device_count=8" in caught.value.fix
 
 

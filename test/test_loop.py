@@ -10,6 +10,7 @@ import models
 import numerics
 import numpy as np
 import pytest
+from cases import WIDTH, matrices
 
 import bactrian
 
@@ -18,7 +19,7 @@ import bactrian
 @pytest.mark.parametrize("reduction", ["last", "sum", "mean", "concat"])
 @pytest.mark.parametrize("dtype", ["complex64", "bfloat16", "float16"])
 def test_aux_of_every_type(stages: int, reduction: str, dtype: str) -> None:
-    weights = models.matrices(*"ab")
+    weights = matrices(*"ab")
 
     def loss(weights: Any, x: jax.Array) -> Any:
         y = x
@@ -30,7 +31,7 @@ def test_aux_of_every_type(stages: int, reduction: str, dtype: str) -> None:
         (value, aux), gradients = bactrian.value_and_grad(loss, has_aux=True, aux_reduction=reduction)(weights, x)
         return jax.tree.map(lambda w, g: w - 0.1 * g, weights, gradients), value, aux
 
-    x = np.random.default_rng(0).standard_normal((8, models.WIDTH), dtype=np.float32)
+    x = np.random.default_rng(0).standard_normal((8, WIDTH), dtype=np.float32)
     parallel = bactrian.parallelize(step, num_stages=stages, num_microbatches=4)
     ours, reference = bactrian.gather(parallel(weights, x)), parallel.reference(weights, x)
     numerics.assert_equal_step(ours[:2], reference[:2])

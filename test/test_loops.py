@@ -8,13 +8,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import models
 import numpy as np
 import pytest
 import sharded
+from cases import Built
 from jax import lax
 from jaxlib.mlir import ir
-from test_mesh import SLOW, check, cut
+from meshes import check, cut
 
 import bactrian
 from bactrian.driver.comparison import compare
@@ -23,7 +23,6 @@ from bactrian.passes.mesh_tensors import axis_names, value_shardings
 from bactrian.passes.network.solve import solve
 from bactrian.passes.program import main_function, nested_operations, result_updates
 from bactrian.passes.sharding.accounts import sent
-from bactrian.passes.sharding.counting import count_collectives
 from bactrian.passes.sharding.loops import capture_unchanged
 from bactrian.passes.sharding.model import seconds_of
 from bactrian.passes.sharding.reading import read_program
@@ -31,14 +30,6 @@ from bactrian.passes.sharding.writing import Writer
 
 LAYERS, WIDTH, HIDDEN = 4, 256, 1024
 MESHES = ((("data", 2), ("model", 4)), (("data", 8),))
-
-
-@pytest.fixture(scope="module")
-def slow(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The file of a cluster on which everything is worth cutting."""
-    path = tmp_path_factory.mktemp("cluster") / "slow.toml"
-    path.write_text(SLOW)
-    return path
 
 
 def layer(x: jax.Array, weights: Any) -> jax.Array:
@@ -92,11 +83,7 @@ def solved(function: Any, arguments: Any, axes: sharded.Axes) -> tuple[ir.Module
         writer.write()
         assert module.operation.verify()
         assert expected == {kind: round(nbytes) for kind, nbytes in sorted(writer.sent_in_step.items())}
-    counted = dict[str, float]()
-    for collective in count_collectives(module):
-        if collective.nbytes:
-            counted[collective.kind] = counted.get(collective.kind, 0.0) + collective.nbytes
-    assert counted == pytest.approx(writer.sent)
+    assert sharded.counted_bytes(module) == pytest.approx(writer.sent)
     return module, writer, solution.cost
 
 
@@ -182,7 +169,7 @@ def test_memory_of_a_loop_lasts_until_its_end() -> None:
     assert made in model.work.in_place
 
 
-def scanned(names: str, width: int = 64) -> models.Built:
+def scanned(names: str, width: int = 64) -> Built:
     """A step with a loop over layers for each name, a loop in it over the blocks of a matrix that no turn changes, and
     one in the update that runs until a value says so."""
     random = np.random.default_rng(0)
@@ -209,7 +196,7 @@ def scanned(names: str, width: int = 64) -> models.Built:
 
         return jax.tree.map(lambda w, g: w - halved(g), state, gradients), value
 
-    return models.Built(train, state, [(data,)])
+    return Built(train, state, [(data,)])
 
 
 def test_steps_with_loops_equal_one_device(slow: Path) -> None:

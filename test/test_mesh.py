@@ -11,50 +11,17 @@ import models
 import numerics
 import numpy as np
 import pytest
+from cases import Built, Case, chain_loss, sgd_step
+from meshes import check, cut
+from traps import TRAPS
 
 import bactrian
-from bactrian.driver.compiled import Compiled
 from bactrian.passes.errors import ConfigError
 from bactrian.passes.sharding.named import NAMED
 
-# Slow devices on fast links: whatever can be cut is.
-SLOW = """
-hosts = 1
-devices_per_host = 8
-memory_gib = 1
-peak_tflops = { f32 = 1e-5 }
-memory_gb_per_s = 0.001
-intra_host_gb_per_s = 1.0
-intra_host_latency_us = 0.01
-"""
 # Those that are not about stages; all run over stages too.
 ONE_STAGE_TRAPS = ("aux-outputs", "random-numbers-typed-key", "skip-not-finite", "several-arguments", "empty-update")
 MESHES = ("data=2,model=4", "data=8", "data=4,model=2")
-
-
-@pytest.fixture(scope="session")
-def slow(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The file of a cluster on which everything is worth cutting."""
-    path = tmp_path_factory.mktemp("cluster") / "slow.toml"
-    path.write_text(SLOW)
-    return path
-
-
-def check(built: models.Built, **options: Any) -> Compiled:
-    """Run every batch, each step from where ours stands, and compare with one device."""
-    step = bactrian.parallelize(built.step, **{**built.options, "num_stages": 1, **options})
-    state = built.state
-    for batch in built.batches:
-        reference = step.reference(state, *batch)
-        result = step(state, *batch)
-        numerics.assert_equal_step(bactrian.gather(result), reference, built.zero_gradient_leaves)
-        state = built.next_state(result)
-    return step.compiled
-
-
-def cut(compiled: Compiled) -> list[str]:
-    """Where the state is that is not whole everywhere."""
-    return [p.layout for p in compiled.placements if any(any(layout) for layout in p.layouts.values())]
 
 
 @pytest.mark.parametrize(
@@ -73,10 +40,10 @@ def test_models_equal_one_device(name: str, slow: Path) -> None:
 
 @pytest.mark.parametrize(
     "case",
-    [case if case.name in ONE_STAGE_TRAPS else pytest.param(case, marks=pytest.mark.long) for case in models.TRAPS],
+    [case if case.name in ONE_STAGE_TRAPS else pytest.param(case, marks=pytest.mark.long) for case in TRAPS],
     ids=lambda case: case.name,
 )
-def test_traps_equal_one_device(case: models.Case, slow: Path) -> None:
+def test_traps_equal_one_device(case: Case, slow: Path) -> None:
     check(case.make(), mesh="data=2,model=2", cluster=slow)
 
 
@@ -95,8 +62,8 @@ def test_pipelines_of_meshes_equal_one_device(name: str, schedule: str, slow: Pa
     assert len({device for mesh in compiled.session.devices.values() for device in mesh}) == 8
 
 
-@pytest.mark.parametrize("case", models.TRAPS, ids=lambda case: case.name)
-def test_traps_over_stages_of_two_devices(case: models.Case, slow: Path) -> None:
+@pytest.mark.parametrize("case", TRAPS, ids=lambda case: case.name)
+def test_traps_over_stages_of_two_devices(case: Case, slow: Path) -> None:
     built = case.make()
     check(built, mesh="data=2", cluster=slow, num_stages=built.options["num_stages"])
 
@@ -105,7 +72,7 @@ def test_three_axes_and_sizes_that_are_no_powers_of_two(slow: Path) -> None:
     random = np.random.default_rng(0)
     state = {name: random.standard_normal((24, 24)).astype(np.float32) / 5 for name in "ab"}
     data = {name: random.standard_normal((12, 24)).astype(np.float32) for name in "xy"}
-    built = models.Built(models.sgd_step(models.chain_loss("ab")), state, [(data,)] * 3)
+    built = Built(sgd_step(chain_loss("ab")), state, [(data,)] * 3)
     for mesh in ("data=3,model=2", {"data": 2, "model": 3}, "a=2,b=2,c=2", "a=6"):
         for microbatches in (1, 2):
             assert cut(check(built, mesh=mesh, num_microbatches=microbatches, cluster=slow))
@@ -180,7 +147,7 @@ def test_the_callers_arrays_stay(slow: Path) -> None:
     for mesh in ("data=2", "data=2,model=4"):
         for strategy in ("auto", "data", "zero3"):
             step = bactrian.parallelize(
-                models.sgd_step(models.chain_loss("ab")), num_stages=1, mesh=mesh, cluster=slow, strategy=strategy
+                sgd_step(chain_loss("ab")), num_stages=1, mesh=mesh, cluster=slow, strategy=strategy
             )
             first, second = (bactrian.gather(step(state, data)) for _ in range(2))
             assert not any(leaf.is_deleted() for leaf in state.values())

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from clusters import FAST
 
 from bactrian.driver import cli
 
@@ -34,15 +35,6 @@ made = bactrian.parallelize(step, num_stages=1, num_microbatches=2, mesh="data=2
 planned = made.trace([layer] * 6, shape((64, 64), jnp.float32)).plan(compare=True)
 text = planned.plan.to_json() + planned.staged.text
 print(hashlib.sha256(text.encode()).hexdigest())
-"""
-FAST = """
-hosts = 1
-devices_per_host = 8
-memory_gib = 1
-peak_tflops = { f32 = 1e-3 }
-memory_gb_per_s = 0.1
-intra_host_gb_per_s = 1.0
-intra_host_latency_us = 1
 """
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from test_mesh import SLOW
+from clusters import SLOW
+from commands import bactrian
+from xla_flags import QUICK
 
 HERE = Path(__file__).parent
 
@@ -19,12 +19,8 @@ def run(
     """``bactrian run`` on so many ranks of so many devices each."""
     cluster = tmp_path / "cluster.toml"
     cluster.write_text(SLOW)
-    command = [sys.executable, "-m", "bactrian.driver.cli", "run", "-n", str(ranks)]
-    command += ["--devices", str(devices), *options]
-    command += [str(HERE / "mesh_script.py"), name, mesh, str(cluster), str(stages)]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])}
-    environment["XLA_FLAGS"] = "--xla_backend_optimization_level=0"  # as in conftest.py, but not its devices
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    words = [HERE / "mesh_script.py", name, mesh, cluster, stages]
+    return bactrian("run", "-n", ranks, "--devices", devices, *options, *words, XLA_FLAGS=" ".join(QUICK))
 
 
 @pytest.mark.mpi

@@ -12,11 +12,19 @@ from typing import Any
 import models
 import numerics
 import pytest
+from traps import TRAPS
+from xla_flags import QUICK
 
 HERE = Path(__file__).parent
 DEADLINE_SECONDS = 1800
 LONG_ROWS = 32  # of the whole product, in one launch
-TRAPS = ("tied-three-stages", "value-read-by-three-layers", "stage-without-output", "aux-outputs", "skip-not-finite")
+SOME_TRAPS = (
+    "tied-three-stages",
+    "value-read-by-three-layers",
+    "stage-without-output",
+    "aux-outputs",
+    "skip-not-finite",
+)
 
 pytestmark = pytest.mark.mpi
 
@@ -51,14 +59,14 @@ def entries(ranks: int, long: bool) -> list[Any]:
     }
     rows = (numerics.product if long else numerics.pairwise_cover)(factors, feasible)
     chosen = [{key: row[key] for key in row if key != "ranks"} for row in rows if row["ranks"] == ranks]
-    built = {case.name: case.make() for case in models.TRAPS if case.name in TRAPS}
-    return chosen + [name for name in TRAPS if built[name].options["num_stages"] >= ranks]
+    built = {case.name: case.make() for case in TRAPS if case.name in SOME_TRAPS}
+    return chosen + [name for name in SOME_TRAPS if built[name].options["num_stages"] >= ranks]
 
 
 def launch(arguments: list[str], cases: Path) -> list[dict[str, Any]]:
     """Run the script in a child process of its own group, and return its JSON lines."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])}
-    environment["XLA_FLAGS"] = "--xla_backend_optimization_level=0"  # the launcher adds the devices; see conftest.py
+    environment["XLA_FLAGS"] = " ".join(QUICK)  # the launcher adds the devices
     command = [
         sys.executable,
         "-m",

@@ -16,6 +16,8 @@ import models
 import numerics
 import numpy as np
 import pytest
+from cases import BATCH, WIDTH, Built, Case, batches, chain_loss, matrices, vector_data
+from traps import TRAPS
 
 import bactrian
 
@@ -44,7 +46,7 @@ def whole_product() -> tuple[numerics.Row, ...]:
     return numerics.product({name: factors[name] for name in sorted(factors, key=lambda name: name in numerics.PLAN)})
 
 
-def reference_results(built: models.Built) -> list[Any]:
+def reference_results(built: Built) -> list[Any]:
     """What each step gives on one device."""
     step, state, results = bactrian.parallelize(built.step, **built.options), built.state, list[Any]()
     for batch in built.batches:
@@ -53,7 +55,7 @@ def reference_results(built: models.Built) -> list[Any]:
     return results
 
 
-def check(built: models.Built, references: list[Any]) -> None:
+def check(built: Built, references: list[Any]) -> None:
     """Run all steps, and compare each result with one device, which went on with its own state."""
     step, state = bactrian.parallelize(built.step, **built.options), built.state
     for batch, theirs in zip(built.batches, references, strict=True):
@@ -63,7 +65,7 @@ def check(built: models.Built, references: list[Any]) -> None:
 
 
 @functools.lru_cache(maxsize=1)
-def built_with_references(**row: Any) -> tuple[models.Built, list[Any]]:
+def built_with_references(**row: Any) -> tuple[Built, list[Any]]:
     """The case of a row without its plan; kept for the next row."""
     jax.clear_caches()
     built = models.train_case(**row).make()
@@ -78,16 +80,16 @@ def test_equals_one_device(row: numerics.Row) -> None:
     check(dataclasses.replace(built, options=built.options | plan), references)
 
 
-@pytest.mark.parametrize("case", models.TRAPS, ids=lambda case: case.name)
-def test_trap(case: models.Case) -> None:
+@pytest.mark.parametrize("case", TRAPS, ids=lambda case: case.name)
+def test_trap(case: Case) -> None:
     built = case.make()
     check(built, reference_results(built))
 
 
 @pytest.mark.parametrize("stages", [1, 3])
 def test_forward_only_equals_one_device(stages: int) -> None:
-    params = models.matrices(*"abcd")
-    (batch,) = models.batches(models.vector_data, 1)[0]
+    params = matrices(*"abcd")
+    (batch,) = batches(vector_data, 1)[0]
 
     def forward(params: Any, batch: Any) -> Any:
         x = batch["x"]
@@ -97,15 +99,15 @@ def test_forward_only_equals_one_device(stages: int) -> None:
 
     step = bactrian.parallelize(forward, num_stages=stages, num_microbatches=4, forward_only=True)
     ours, theirs = bactrian.gather(step(params, batch)), step.reference(params, batch)
-    assert ours.shape == (models.BATCH, models.WIDTH)
+    assert ours.shape == (BATCH, WIDTH)
     numerics.assert_equal_step(ours, theirs)
 
 
 def test_same_gradients_as_the_whole_batch() -> None:
     """The oracle itself: with a mean loss, microbatches give what one batch gives in plain JAX."""
-    built = models.TRAPS[0].make()
-    loss = models.chain_loss("abcd")
-    params = models.matrices(*"abcd")
+    built = TRAPS[0].make()
+    loss = chain_loss("abcd")
+    params = matrices(*"abcd")
 
     def step(params: Any, batch: Any) -> Any:
         return bactrian.value_and_grad(loss)(params, batch)[::-1]
@@ -125,7 +127,7 @@ BITWISE = [
 
 
 @pytest.mark.parametrize("case", BITWISE, ids=lambda case: case.name)
-def test_bits_of_the_same_functions_run_serially(case: models.Case) -> None:
+def test_bits_of_the_same_functions_run_serially(case: Case) -> None:
     """Whatever the schedule and the timing, the bits are those of the stage functions one after another."""
     built = case.make()
     compiled = bactrian.parallelize(built.step, **built.options).trace(built.state, *built.batches[0]).plan().compile()

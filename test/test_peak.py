@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from clusters import cluster_text
 from jaxlib.mlir import ir
 
 import bactrian
@@ -26,15 +27,6 @@ from bactrian.passes.peak.order import schedule, temporary_bytes
 from bactrian.passes.program import main_function
 from bactrian.runtime.program import StagedProgram
 
-CLUSTER = """
-hosts = 1
-devices_per_host = 8
-memory_gib = {gib}
-peak_tflops = {{ f32 = 0.02 }}
-memory_gb_per_s = 2.5
-intra_host_gb_per_s = 1.0
-intra_host_latency_us = 100
-"""
 Loss = Callable[[Any, jax.Array], jax.Array]
 
 
@@ -83,7 +75,7 @@ def planned(tmp_path: Path, name: str, gib: float = 3.0, **options: Any) -> Stag
         updates, inner = optimizer.update(gradients, state[1], state[0])
         return (optax.apply_updates(state[0], updates), inner), value
 
-    (tmp_path / "cluster.toml").write_text(CLUSTER.format(gib=gib))
+    (tmp_path / "cluster.toml").write_text(cluster_text("f32 = 0.02", 2.5, 100, memory_gib=gib))
     state = params, jax.eval_shape(optimizer.init, params)
     made = bactrian.parallelize(step, **{"num_stages": 1, "mesh": "data=2,model=2"} | options, cluster=str(tmp_path / "cluster.toml"))  # fmt: skip
     return made.trace(state, x).plan().staged

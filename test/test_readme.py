@@ -9,6 +9,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from commands import bactrian
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -40,31 +41,30 @@ def train(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return script
 
 
-def bactrian(*words: str, cwd: Path) -> str:
+def printed(*words: str, cwd: Path) -> str:
     """What a command prints."""
-    command = [sys.executable, "-m", "bactrian.driver.cli", *words]
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+    done = bactrian(*words, cwd=cwd)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
 def test_the_program_learns(train: Path) -> None:
-    lines = bactrian("run", "train.py", cwd=train.parent).splitlines()
+    lines = printed("run", "train.py", cwd=train.parent).splitlines()
     losses = [float(line.split()[-1]) for line in lines]
     assert len(losses) == 20 and losses[-1] < 0.01 * losses[0]
 
 
 @pytest.mark.mpi
 def test_the_program_learns_on_two_ranks(train: Path) -> None:
-    lines = bactrian("run", "-n", "2", "train.py", cwd=train.parent).splitlines()
+    lines = printed("run", "-n", "2", "train.py", cwd=train.parent).splitlines()
     assert sum("loss" in line for line in lines) == 20
 
 
 def test_the_plan_is_the_one_shown(train: Path) -> None:
     (shown,) = re.findall(r"```text\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    printed = bactrian("plan", "train.py:train_step", cwd=train.parent)
+    plan = printed("plan", "train.py:train_step", cwd=train.parent)
     exact = jax.__version__.startswith("0.10.")  # of another jax the figures differ a little
-    assert _comparable(printed, exact) == _comparable(shown, exact)
+    assert _comparable(plan, exact) == _comparable(shown, exact)
 
 
 def _comparable(table: str, exact: bool) -> list[str]:
@@ -79,6 +79,6 @@ def test_a_plan_does_not_depend_on_the_folder(train: Path) -> None:
         folder = train.parent / name
         folder.mkdir()
         (folder / "train.py").write_text(train.read_text())
-        bactrian("plan", "train.py:train_step", "--save", "plan", cwd=folder)
+        printed("plan", "train.py:train_step", "--save", "plan", cwd=folder)
         saved.append((folder / "plan" / "plan.json").read_bytes() + (folder / "plan" / "staged.mlir").read_bytes())
     assert saved[0] == saved[1] and b"at train.py:" in saved[0]

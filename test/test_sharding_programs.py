@@ -12,7 +12,6 @@ from jaxlib.mlir import ir
 from bactrian.passes.errors import PassError, ProgramError
 from bactrian.passes.network.solve import solve
 from bactrian.passes.program import main_function, nested_operations, result_updates
-from bactrian.passes.sharding.counting import count_collectives
 from bactrian.passes.sharding.model import ShardingModel, seconds_of
 from bactrian.passes.sharding.reading import Reading
 from bactrian.passes.sharding.writing import Writer
@@ -32,11 +31,7 @@ def solved(body: str, axes: sharded.Axes = AXES) -> tuple[ir.Module, Reading, Sh
         writer.write()
         assert module.operation.verify()
         check_layouts(module)
-    counted = dict[str, float]()
-    for collective in count_collectives(module):
-        if collective.nbytes:
-            counted[collective.kind] = counted.get(collective.kind, 0.0) + collective.nbytes
-    assert counted == pytest.approx(writer.sent)
+    assert sharded.counted_bytes(module) == pytest.approx(writer.sent)
     return module, reading, model, writer
 
 

@@ -1,0 +1,65 @@
+"""A step cut into stages: what can be printed, saved, compared and compiled."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from bactrian.driver.captured import Captured
+from bactrian.driver.comparison import Comparison, compare
+from bactrian.driver.compiled import Compiled
+from bactrian.driver.planning import Staged
+from bactrian.driver.session import World, check_ranks, open_session
+from bactrian.passes.frame.reproducer import versions
+from bactrian.passes.plan import Plan
+
+
+class Planned:
+    """A step cut into stages: the plan and the staged module."""
+
+    def __init__(self, captured: Captured, staged: Staged) -> None:
+        self.captured, self.staged = captured, staged
+
+    @property
+    def plan(self) -> Plan:
+        """The decisions and their predictions."""
+        return self.staged.plan
+
+    @property
+    def staged_text(self) -> str:
+        """The staged module as text."""
+        return self.staged.text
+
+    def __str__(self) -> str:
+        return str(self.plan)
+
+    def _repr_html_(self) -> str:
+        return self.plan._repr_html_()  # pyright: ignore[reportPrivateUsage]
+
+    def show(self) -> None:
+        """Print the table of stages."""
+        self.plan.show()
+
+    def save(self, directory: str | Path) -> None:
+        """Write ``plan.json`` and ``staged.mlir`` into a folder; on a mesh ``solve.mlir`` too, for ``bactrian explain``."""
+        self.staged.save(directory)
+
+    def compare_xla(self) -> Comparison:
+        """Compile for this process's devices, and compare what the functions send with what is predicted."""
+        return compare(self.staged)
+
+    def compile(self) -> Compiled:
+        """Compile this process's stages (collective: all ranks call it).
+
+        Raises:
+            ConfigError: the ranks do not fit the plan, or run different programs.
+        """
+        world = World.current()
+        shared = check_ranks([stage.mesh for stage in self.plan.stages], world)
+        own = {
+            "versions": ", ".join(f"{name} {version}" for name, version in sorted(versions().items())),
+            "the program": self.captured.fingerprint,
+            "the plan": self.plan.to_json(),
+            "the number of ranks of a mesh": str(shared),
+        }
+        world.check_equal(own)
+        return Compiled(self.captured, open_session(self.staged, world))
