@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from bactrian.driver.captured import Captured
 from bactrian.driver.comparison import Comparison, compare
 from bactrian.driver.compiled import Compiled
+from bactrian.driver.explaining import explain_value
 from bactrian.driver.planning import Staged
 from bactrian.driver.session import World, check_ranks, open_session
 from bactrian.passes.frame.reproducer import versions
 from bactrian.passes.plan import Plan
+from bactrian.passes.sharding.explaining import Explanation
 
 
 class Planned:
@@ -42,6 +45,21 @@ class Planned:
     def save(self, directory: str | Path) -> None:
         """Write ``plan.json`` and ``staged.mlir`` into a folder; on a mesh ``solve.mlir`` too, for ``bactrian explain``."""
         self.staged.save(directory)
+
+    def explain(self, value: str, *, stage: int | None = None, time_limit: float = 60.0) -> Explanation:
+        """Which layouts a value could have, what a step would take with each, and what bound the choice.
+
+        Args:
+            value: the pytree path of an argument (``state['w']``) or the name stack of an op, or a part that only one has.
+            stage: whose value it is, where several stages hold it.
+            time_limit: seconds for all of it.
+
+        Raises:
+            ConfigError: stages have one device each; no value, or several, are called so.
+        """
+        with TemporaryDirectory(prefix="bactrian-") as folder:
+            self.save(folder)
+            return explain_value(folder, value, stage, time_limit)
 
     def compare_xla(self) -> Comparison:
         """Compile for this process's devices, and compare what the functions send with what is predicted."""

@@ -316,9 +316,13 @@ def to_text(renderable: RenderableType) -> str:
 
 def plan_html(plan: Plan) -> str:
     """The plan's table as a piece of HTML with inline styles."""
+    return html(render_plan(plan))
+
+
+def html(renderable: RenderableType) -> str:
+    """What rich renders as a piece of HTML with inline styles."""
     console = _console(record=True)
-    with console.capture():
-        console.print(render_plan(plan))
+    console.print(renderable)
     frame = "<pre style=\"font-family:Menlo,'DejaVu Sans Mono',Consolas,monospace;line-height:1.25\">{code}</pre>"
     return console.export_html(inline_styles=True, code_format=frame)
 

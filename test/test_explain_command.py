@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 from collections.abc import Callable
 from pathlib import Path
 
@@ -81,6 +82,21 @@ def test_the_chosen_layout_costs_what_the_plan_says(save: Save) -> None:
         assert found.stage is None and found.limit_bytes == 1 << 30
         assert found.seconds == min(row.seconds for row in found.alternatives if row.seconds is not None)
     assert found.place == "explained_step.py:8" and found.origin == "stablehlo.dot_general, forward"
+
+
+def test_a_step_that_was_planned_here(save: Save, capsys: pytest.CaptureFixture[str]) -> None:
+    """`planned.explain` is the same, and prints the same."""
+    folder = save()
+    path = folder.parent / "again" / "explained_step.py"
+    path.parent.mkdir()
+    path.write_text(STEP.replace("num_stages=1)", 'num_stages=1, mesh="data=2,model=4")'))
+    (folder.parent / "some.toml").write_text(FAST)
+    loaded = runpy.run_path(str(path))
+    found = loaded["step"].trace(*loaded["example_args"]).plan(folder.parent / "some.toml").explain("params['a']")
+    assert found == explain_value(folder, "params['a']")
+    found.show()
+    assert "params['a']" in capsys.readouterr().out
+    assert "params[" in found._repr_html_()
 
 
 def test_without_a_cluster_the_host_is_one(save: Save) -> None:

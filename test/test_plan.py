@@ -231,7 +231,8 @@ def test_tables_fit_and_render_whatever_is_known(seed: int) -> None:
     text = str(plan)
     assert all(len(line) <= WIDTH for line in text.splitlines())
     assert plan.fingerprint[:12] in text and f"{plan.num_microbatches} microbatch" in text
-    assert plan._repr_html_().startswith("<pre")
+    page = plan._repr_html_()
+    assert page.startswith("<pre") and plan.fingerprint[:12] in page
     for stage in plan.stages:
         assert stage_reasons(plan, stage)
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 from bactrian.passes.errors import ConfigError
 from bactrian.passes.network.problem import CostNetwork
@@ -127,6 +127,19 @@ class Explanation:
         for each, entry in zip(self.alternatives, fields["alternatives"], strict=True):
             entry |= {"memory": dict(each.memory), "sent_bytes": dict(each.sent_bytes), "is_proved": each.is_proved}
         return fields
+
+    def show(self) -> None:
+        """Print the table."""
+        from bactrian.passes.explanation_table import render_value
+        from bactrian.passes.plan_table import show
+
+        show(render_value(cast(Any, self)))
+
+    def _repr_html_(self) -> str:
+        from bactrian.passes.explanation_table import render_value
+        from bactrian.passes.plan_table import html
+
+        return html(render_value(cast(Any, self)))
 
 
 class StageExplainer:
