@@ -42,7 +42,7 @@ def step_of(layers: int, width: int) -> tuple[Any, tuple[Any, ...]]:
     return made["step"], (shapes, next(example.batches(text, args.batch, args.length, 0)))
 
 
-def run_case(layers: int, mesh_text: str, width: int, cbc_seconds: float) -> dict[str, Any]:
+def run_case(layers: int, mesh_text: str, width: int, microbatches: int, cbc_seconds: float) -> dict[str, Any]:
     """One case in this process."""
     import bactrian.passes.network.lifted  # noqa: F401 -- the solver's libraries are loaded before the clock runs
     from bactrian.driver.garbage import paused_collection
@@ -59,14 +59,14 @@ def run_case(layers: int, mesh_text: str, width: int, cbc_seconds: float) -> dic
     axes = parse_axes(mesh_text)
     marks = [time.perf_counter()]
     with paused_collection():
-        module = step.with_options(num_stages=1, num_microbatches=1).trace(*arguments).captured.module()
+        module = step.with_options(num_stages=1, num_microbatches=microbatches).trace(*arguments).captured.module()
         run_pipeline(module, Decisions(1, 1, mesh=axes).assignment_pipeline())
         run_pipeline(module, "builtin.module(clone-cheap-ops,select-residuals,accumulate-gradients)")
         marks.append(time.perf_counter())
         run_pipeline(module, "builtin.module(func.func(sdy-populate-op-sharding-rules))")
         mesh = CPU_HOST.mesh(axes)
         with module.context:
-            reading = read_program(main_function(module), mesh, CPU_HOST, 1, lambda op, text: None)
+            reading = read_program(main_function(module), mesh, CPU_HOST, microbatches, lambda op, text: None)
         marks.append(time.perf_counter())
         network = ShardingModel(reading.work, mesh, None).network
         marks.append(time.perf_counter())
@@ -74,7 +74,7 @@ def run_case(layers: int, mesh_text: str, width: int, cbc_seconds: float) -> dic
         marks.append(time.perf_counter())
     before, read, built, solved = (b - a for a, b in itertools.pairwise(marks))
     found: dict[str, Any] = {
-        "layers": layers, "mesh": mesh_text, "ops": len(reading.flow.ops), "strategies": network.num_strategies,
+        "layers": layers, "mesh": mesh_text, "microbatches": microbatches, "ops": len(reading.flow.ops), "strategies": network.num_strategies,
         "before_s": before, "read_s": read, "built_s": built, "solved_s": solved, "sum_s": read + built + solved,
         "cost_s": solution.cost, "bound_s": solution.bound, "optimal": solution.optimal,
     }  # fmt: skip
@@ -132,6 +132,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", action="append", metavar="LAYERS:MESH", help=f"default: {' '.join(CASES)}")
     parser.add_argument("--width", type=int, default=1024)
+    parser.add_argument("--microbatches", type=int, default=1, help="gradients may be left in parts over them")
     parser.add_argument(
         "--cbc", type=float, default=0.0, metavar="S", help="give each case to CBC too, for so many seconds"
     )
@@ -140,12 +141,12 @@ def main() -> None:
     args = parser.parse_args()
     if args.alone:
         layers, _, mesh = args.alone.partition(":")
-        print(json.dumps(run_case(int(layers), mesh, args.width, args.cbc)))
+        print(json.dumps(run_case(int(layers), mesh, args.width, args.microbatches, args.cbc)))
         return
     rows = list[dict[str, Any]]()
     for case in args.case or CASES:
         command = [sys.executable, __file__, "--alone", case, "--width", str(args.width)]
-        command += ["--cbc", str(args.cbc)]
+        command += ["--microbatches", str(args.microbatches), "--cbc", str(args.cbc)]
         rows.append(
             json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
         )
