@@ -105,7 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--num-stages", type=_count, metavar="S", help="pipeline stages")
     plan.add_argument("--num-microbatches", type=_count, metavar="M", help="microbatches per step")
     plan.add_argument("--schedule", help="order of the microbatches, e.g. 1f1b or gpipe")
-    plan.add_argument("--mesh", metavar="A=N,B=M", help="devices of the stage by axes, as in data=2,model=4")
+    plan.add_argument("--mesh", metavar="A=N,B=M", help="devices of each stage by axes, as in data=2,model=4")
     plan.add_argument("--cluster", metavar="FILE", help="TOML file of the machines (default: the cores of this host)")
     plan.add_argument("--strategy", metavar="NAME", help="auto, data, zero1, zero2, zero3 or megatron, on a mesh")
     plan.add_argument(
