@@ -34,6 +34,7 @@ from bactrian.passes.sharding.mesh import Mesh
 from bactrian.passes.sharding.model import Operation, Tensor, Work
 from bactrian.passes.sharding.rules import Dims, Rule, elementwise, whole
 from bactrian.passes.sharding.strategies import Defers
+from bactrian.passes.sharding.windows import with_borders
 
 RULE = "sdy.sharding_rule"
 _WITHOUT_RULE = frozenset(
@@ -361,7 +362,7 @@ def _rule_of(op: ir.Operation, flow: LoopFlow, index: int) -> Rule | None:
         # XLA finds the device of a part of one, for wider ones it gathers everything, in every turn.
         whole_and_part = zip(operands[0], *shapes[:2], strict=True)
         uneven |= {factor for dim, size, part in whole_and_part if part not in (1, size) for factor in dim}
-    return Rule(
+    made = Rule(
         sizes=sizes,
         operands=operands,
         results=results,
@@ -369,6 +370,7 @@ def _rule_of(op: ir.Operation, flow: LoopFlow, index: int) -> Rule | None:
         replicated=frozenset(rule.need_replication_factors) | uneven,
         permuted=frozenset(rule.permutation_factors),
     )
+    return with_borders(op, made, shapes)
 
 
 def drop_rules(main: ir.Operation) -> None:
