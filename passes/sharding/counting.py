@@ -16,7 +16,7 @@ from bactrian.passes.frame.context import make_context
 from bactrian.passes.program import body, main_function, value_shape
 from bactrian.passes.sharding.borders import HALO, Border, borders_sent
 from bactrian.passes.sharding.loops import WHILE, turns_of
-from bactrian.passes.sharding.windows import borders_of
+from bactrian.passes.sharding.windows import RULE, apart, borders_of, windowed_dims
 
 _EXPLICIT = (
     "builtin.module(func.func(sdy-insert-explicit-reshards{enable-full-version=true},sdy-reshard-to-collectives),"
@@ -58,6 +58,8 @@ def count_collectives(module: ir.Module) -> list[Collective]:
     text = str(module.operation.get_asm(enable_debug_info=True))
     with make_context():
         copy = ir.Module.parse(text)
+        for op, _ in _with_turns(body(main_function(copy)), 1):
+            _tie_windows(op)
         try:
             PassManager.parse(_EXPLICIT).run(copy.operation)
         except ir.MLIRError as error:
@@ -71,6 +73,22 @@ def count_collectives(module: ir.Module) -> list[Collective]:
                 found.append(_collective(op, kind, sizes, numbers[op.results[0]], turns))
             found += _halos(op, sizes, numbers, twins, turns)
         return found
+
+
+def _tie_windows(op: ir.Operation) -> None:
+    """Let Shardy cut what an op with windows reads as it cuts what it makes, where XLA can: its own rule gathers it."""
+    tied = {border.dim for border in borders_of(op)} | apart(op)
+    if not tied or op.name == "stablehlo.convolution":  # of which it has one factor for both
+        return
+    shapes = [value_shape(value) for value in (*op.operands, op.results[0])]
+    rank, count = len(shapes[0]), len(op.operands)
+    dims = [[sdy.DimMappingAttr.get([dim]) for dim in range(rank)] if shape else [] for shape in shapes]
+    mappings = [sdy.TensorMappingAttr.get(each) for each in dims]
+    sizes = [min(shape[dim] for shape in shapes if shape) for dim in range(rank)]
+    whole = sorted(windowed_dims(op) - tied)
+    op.attributes[RULE] = sdy.OpShardingRuleAttr.get(
+        sizes, mappings[:count], mappings[count:], need_replication_factors=whole
+    )
 
 
 def _with_turns(block: ir.Block, turns: int) -> Iterator[tuple[ir.Operation, int]]:

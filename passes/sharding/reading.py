@@ -34,9 +34,8 @@ from bactrian.passes.sharding.mesh import Mesh
 from bactrian.passes.sharding.model import Operation, Tensor, Work
 from bactrian.passes.sharding.rules import Dims, Rule, elementwise, whole
 from bactrian.passes.sharding.strategies import Defers
-from bactrian.passes.sharding.windows import with_borders
+from bactrian.passes.sharding.windows import RULE, with_borders
 
-RULE = "sdy.sharding_rule"
 _WITHOUT_RULE = frozenset(
     f"stablehlo.{name}" for name in ("constant", "iota", "custom_call", "while", "case", "if", "optimization_barrier")
 )

@@ -14,14 +14,16 @@ from bactrian.passes.program import value_shape
 from bactrian.passes.sharding.borders import Border
 from bactrian.passes.sharding.rules import Rule
 
+RULE = "sdy.sharding_rule"
 _ROW_BY_ROW = frozenset(f"stablehlo.{name}" for name in ("reduce_window", "select_and_scatter", "pad", "slice"))
 
 
 def with_borders(op: ir.Operation, rule: Rule, shapes: Sequence[tuple[int, ...]]) -> Rule:
     """A rule with the borders that devices exchange. Other windows stay whole.
 
-    Of a dim with windows Shardy's factors are their number, of which devices need their neighbours' part, and their size,
-    over which an op may sum. The major one can be cut, into pieces that are equal in all tensors.
+    Of a convolution's image Shardy's factors are the number of windows, of which devices need their neighbours' part, and
+    the size of the window, over which it may sum. The major one can be cut, into pieces that are equal in all tensors. Of
+    other ops dims of two sizes have two factors; here they have one.
 
     Args:
         op: whose rule it is.
@@ -31,19 +33,29 @@ def with_borders(op: ir.Operation, rule: Rule, shapes: Sequence[tuple[int, ...]]
     windowed, plain = windowed_dims(op), plain_dims(op)
     if not windowed and not plain:
         return rule
-    first = rule.operands[0]
-    borders, cut = list[Border](), {first[dim][0] for dim in apart(op) if first[dim]}
-    for border in borders_of(op):
-        partner = rule.results[0] if border.partner is None else rule.operands[border.partner]
-        major = first[border.dim][:1]
-        if major and major == partner[border.partner_dim][:1]:
-            borders.append(border)
-            cut.add(major[0])
+    first, count = rule.operands[0], len(rule.operands)
+    tensors = [list(dims) for dims in (*rule.operands, *rule.results)]
+    borders, cut = list[Border](), set[int]()
     whole, sizes = {factor for dim in windowed for factor in first[dim]}, list(rule.sizes)
+    tied = [(border.dim, border.partner, border.partner_dim, border) for border in borders_of(op)]
+    for dim, partner, partner_dim, border in [*tied, *((dim, 1, dim, None) for dim in apart(op))]:
+        other = tensors[count if partner is None else partner]
+        if not first[dim]:
+            continue
+        factor = first[dim][0]
+        if op.name == "stablehlo.convolution":
+            if other[partner_dim][:1] != (factor,):
+                continue
+        else:
+            whole |= set(other[partner_dim])
+            other[partner_dim] = (factor,)
+        cut.add(factor)
+        if border is not None:
+            borders.append(border)
     for factor in cut:
         dims = [
             (dim, size)
-            for tensor, shape in zip((*rule.operands, *rule.results), shapes, strict=True)
+            for tensor, shape in zip(tensors, shapes, strict=True)
             for dim, size in zip(tensor, shape, strict=True)
             if factor in dim
         ]
@@ -52,6 +64,8 @@ def with_borders(op: ir.Operation, rule: Rule, shapes: Sequence[tuple[int, ...]]
     return replace(
         rule,
         sizes=tuple(sizes),
+        operands=tuple(map(tuple, tensors[:count])),
+        results=tuple(map(tuple, tensors[count:])),
         replicated=(rule.replicated | whole) - cut,
         permuted=rule.permuted - cut - {first[dim][0] for dim in plain if first[dim]},
         borders=tuple(borders),
