@@ -155,6 +155,43 @@ def test_overlapping_windows_of_a_pooling_gradient_stay_whole() -> None:
     assert all(s.operands[0] == s.operands[1] for s in apart)
 
 
+def test_windows_that_are_filled_up_otherwise_are_not_cut_both() -> None:
+    """Seen: of a sum and a maximum over the same windows of one image, XLA gives the second one what the first one fills up
+    with. Windows that end with the image agree."""
+
+    def both(size: int, stride: int) -> tuple[Callable[..., Any], tuple[np.ndarray[Any, Any], ...]]:
+        window, strides = (1, size, 1), (1, stride, 1)
+
+        def function(x: jax.Array) -> Any:
+            most = lax.reduce_window(x, -jnp.inf, lax.max, window, strides, "SAME")
+            return most, lax.reduce_window(x, 0.0, lax.add, window, strides, "SAME")
+
+        return function, (np.random.default_rng(0).uniform(-2, -1, (2, 16, 8)).astype(np.float32),)
+
+    for sizes, cut in (((3, 1), 1), ((2, 2), 2)):
+        function, arguments = both(*sizes)
+        module = sharded.lowered(function, arguments, GRID)
+        reading, model = sharded.read(module, GRID)
+        choice, rows = [0] * len(model.network.costs), 0
+        for node, choices in enumerate((c for c in model.strategies if c is not None), len(model.work.inputs)):
+            found = [number for number, s in enumerate(choices) if s.partial[0] == ((), (1,), ())]
+            choice[node] = found[0] if found else 0
+            rows += bool(found)
+        assert rows == cut  # of two that are filled up, one
+        sharded.write(module, reading, model, choice)
+        for one, other in zip(sharded.run(module, GRID, arguments), function(*arguments), strict=True):
+            np.testing.assert_allclose(one, np.asarray(other), rtol=1e-5)
+
+
+def test_convolutions_are_cut_rather_than_maxima_over_the_same_windows() -> None:
+    def branches(x: jax.Array, k: jax.Array) -> jax.Array:
+        return pooled(3, 1)(x) + convolution()(x, k)
+
+    made = read(branches, f32(4, 16, 32, 8), f32(3, 3, 8, 8))
+    assert any(any(s.partial[0][1:3]) for s in of_op(made, "convolution"))
+    assert not any(any(s.partial[0][1:3]) for s in of_op(made, "reduce_window"))
+
+
 def test_images() -> None:
     """One large image: its rows are cut over all devices, borders of one row go to the neighbours, kernels are everywhere."""
 

@@ -42,6 +42,12 @@ class Border:
     padding: int
     dilation: int = 1
 
+    @property
+    def is_filled(self) -> bool:
+        """Whether windows reach beyond the dim."""
+        first, last = self._reads(0, 1)
+        return first < 0 or last > self.shape[self.dim]
+
     def rows(self, parts: int) -> tuple[int, int]:
         """The most rows that a device gets of the pieces before and after its own.
 

@@ -34,7 +34,7 @@ from bactrian.passes.sharding.mesh import Mesh
 from bactrian.passes.sharding.model import Operation, Tensor, Work
 from bactrian.passes.sharding.rules import Dims, Rule, elementwise, whole
 from bactrian.passes.sharding.strategies import Defers
-from bactrian.passes.sharding.windows import RULE, with_borders
+from bactrian.passes.sharding.windows import RULE, Fillings, with_borders
 
 _WITHOUT_RULE = frozenset(
     f"stablehlo.{name}" for name in ("constant", "iota", "custom_call", "while", "case", "if", "optimization_barrier")
@@ -227,7 +227,7 @@ class _Reader:
     ) -> None:
         self._flow, self._mesh, self._cluster = flow, mesh, cluster
         self._num_microbatches, self._remark, self._in_flight = num_microbatches, remark, in_flight
-        self._model = CostModel()
+        self._model, self._fillings = CostModel(), Fillings(flow.ops)
         self._free = [False] * len(flow.values)
         self._kept = [True] * len(flow.values)  # takes memory: all but what is made here, and fused
         self.value_of = list(range(len(flow.values)))
@@ -286,6 +286,8 @@ class _Reader:
         for value in results:
             self._free[value] = is_free
         rule = elementwise(value_shape(op.results[0]), 1) if given else _rule_of(op, self._flow, index)
+        if rule is not None and rule.borders:
+            rule = self._fillings.agreed(op, rule)
         if rule is None and _is_source(op):  # every device makes its own piece
             rule = elementwise(value_shape(op.results[0]), 0)
         if rule is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from jaxlib.mlir import ir
@@ -12,6 +12,7 @@ from jaxlib.mlir.dialects import stablehlo
 from bactrian.passes.costs import element_bytes
 from bactrian.passes.program import value_shape
 from bactrian.passes.sharding.borders import Border
+from bactrian.passes.sharding.deferring import splat_of
 from bactrian.passes.sharding.rules import Rule
 
 RULE = "sdy.sharding_rule"
@@ -70,6 +71,56 @@ def with_borders(op: ir.Operation, rule: Rule, shapes: Sequence[tuple[int, ...]]
         permuted=rule.permuted - cut - {first[dim][0] for dim in plain if first[dim]},
         borders=tuple(borders),
     )
+
+
+class Fillings:
+    """What stands around images, for ops whose windows are the same.
+
+    XLA exchanges the borders of an image once for all windows that are the same, and fills up what is beyond the image with
+    what the first of them wants: a convolution and a maximum with windows of 3 can't both be cut. Here this goes for all images
+    of one shape, since equal ops are one to XLA; convolutions come first.
+
+    Args:
+        ops: of a program.
+    """
+
+    def __init__(self, ops: Iterable[ir.Operation]) -> None:
+        ordered = sorted(ops, key=lambda op: op.name != "stablehlo.convolution")
+        found = ((op, _filled_windows(op)) for op in ordered)
+        self._known = dict[object, object]()
+        for op, windows in found:
+            if windows is not None:
+                self._known.setdefault(windows, _filling(op))
+
+    def agreed(self, op: ir.Operation, rule: Rule) -> Rule:
+        """The rule, with windows whole if another op wants something else around the same ones."""
+        windows = _filled_windows(op)
+        if windows is None or self._known[windows] == _filling(op):
+            return rule
+        whole = {rule.factor_of(border) for border in rule.borders}
+        return replace(rule, replicated=rule.replicated | whole, borders=())
+
+
+def _filled_windows(op: ir.Operation) -> object:
+    """Equal for ops with the same windows on images of one shape; None where these end with the image.
+
+    Not of which dim of the result they are, nor in which order: images are exchanged alike for all.
+    """
+    borders = [border for border in borders_of(op) if border.partner is None]
+    if not any(border.is_filled for border in borders):
+        return None
+    windows = sorted((each.dim, each.advance, each.overlap, each.padding, each.dilation) for each in borders)
+    return borders[0].shape, borders[0].element_bytes, tuple(windows)
+
+
+def _filling(op: ir.Operation) -> object:
+    """A number, where it is known."""
+    if op.name not in ("stablehlo.reduce_window", "stablehlo.pad"):
+        return 0.0
+    number = splat_of(op.operands[1])
+    if number is None:
+        return object()  # like no other
+    return ir.FloatAttr(number).value if isinstance(number, ir.FloatAttr) else str(number)
 
 
 def borders_of(op: ir.Operation) -> tuple[Border, ...]:
