@@ -17,6 +17,7 @@ from bactrian.passes.sharding.rules import Rule
 
 RULE = "sdy.sharding_rule"
 _ROW_BY_ROW = frozenset(f"stablehlo.{name}" for name in ("reduce_window", "select_and_scatter", "pad", "slice"))
+_WITH_WINDOWS = _ROW_BY_ROW | {"stablehlo.convolution"}
 
 
 def with_borders(op: ir.Operation, rule: Rule, shapes: Sequence[tuple[int, ...]]) -> Rule:
@@ -31,6 +32,8 @@ def with_borders(op: ir.Operation, rule: Rule, shapes: Sequence[tuple[int, ...]]
         rule: as Shardy has it.
         shapes: of the operands and the results.
     """
+    if op.name not in _WITH_WINDOWS:
+        return rule
     windowed, plain = windowed_dims(op), plain_dims(op)
     if not windowed and not plain:
         return rule
@@ -85,10 +88,11 @@ class Fillings:
     """
 
     def __init__(self, ops: Iterable[ir.Operation]) -> None:
-        ordered = sorted(ops, key=lambda op: op.name != "stablehlo.convolution")
-        found = ((op, _filled_windows(op)) for op in ordered)
+        named = ((op.name, op) for op in ops)
+        windowed = [(name != "stablehlo.convolution", op) for name, op in named if name in _WITH_WINDOWS]
         self._known = dict[object, object]()
-        for op, windows in found:
+        for _, op in sorted(windowed, key=lambda pair: pair[0]):
+            windows = _filled_windows(op)
             if windows is not None:
                 self._known.setdefault(windows, _filling(op))
 
