@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import jax
@@ -21,6 +21,7 @@ from bactrian.passes.errors import ConfigError
 from bactrian.passes.frame.context import make_context
 from bactrian.passes.frame.location import name_stack, user_location
 from bactrian.passes.program import main_function, nested_operations
+from bactrian.passes.sharding.borders import HALO
 from bactrian.passes.sharding.counting import Collective, count_collectives
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ CLASSES: dict[str, str] = {
     "shared": "XLA makes a copy once that is planned twice, for equal values and layouts",
     "dropped": "XLA has removed the op: nothing of the compiled function comes from it",
     "gather-and-reduce": "XLA gathers the partial results and reduces them on every device, for several results at once",
-    "halo": "XLA sends the borders of pieces to their neighbours, for an op with windows whose image is cut",
+    HALO: "XLA sends other borders of pieces to their neighbours than are planned, for an op with windows",
     "element-type": "XLA sends the tensor with elements of another size",
     "gathered": "XLA gathers the tensor for a move that is planned to send less",
     "added": "the partitioner's own, for an op that finds its elements by index, or sorts: nothing is planned there",
@@ -42,7 +43,9 @@ CLASSES: dict[str, str] = {
 }
 """Names of differences, and what they mean."""
 
-_WINDOWED = frozenset({"stablehlo.convolution", "stablehlo.reduce_window", "stablehlo.select_and_scatter"})
+_WINDOWED = frozenset(
+    f"stablehlo.{name}" for name in ("convolution", "reduce_window", "select_and_scatter", "pad", "slice")
+)
 _INDEXED = frozenset(
     f"stablehlo.{name}" for name in ("dynamic_slice", "dynamic_update_slice", "gather", "scatter", "sort")
 )
@@ -55,7 +58,7 @@ class Sent:
     """A collective, as it is planned or compiled.
 
     Attributes:
-        kind: with Shardy's names.
+        kind: with Shardy's names; ``halo`` where borders of pieces go to a neighbour.
         group: devices that take part together.
         nbytes: what each of them sends when the function runs once.
         element_bytes: of one element.
@@ -201,7 +204,8 @@ def compare_function(symbol: str, runs: int, text: str, hlo: str) -> FunctionCom
             number: _Op(op.name, name_stack(op.location).partition("/")[2], user_location(op.location))
             for number, op in enumerate(nested_operations(main_function(module)))
         }
-    compiled = [collective for collective in read_collectives(hlo) if collective.nbytes]
+    windowed = {number for number, op in ops.items() if op.name in _WINDOWED}
+    compiled = [_named(collective, windowed) for collective in read_collectives(hlo) if collective.nbytes]
     return FunctionComparison(
         symbol,
         runs,
@@ -211,6 +215,14 @@ def compare_function(symbol: str, runs: int, text: str, hlo: str) -> FunctionCom
         len(compiled),
         _Pairing(planned, compiled, ops, hlo).differences(),
     )
+
+
+def _named(collective: HloCollective, windowed: set[int]) -> HloCollective:
+    """A permute that XLA makes of an op with windows exchanges borders."""
+    numbers = {int(number) for number in _NUMBER.findall(collective.op_name)}
+    if collective.kind != "collective_permute" or not numbers or not numbers <= windowed:
+        return collective
+    return replace(collective, kind=HALO)
 
 
 @dataclass(frozen=True)
@@ -284,10 +296,11 @@ class _Pairing:
                 return "dropped", *loop
             return UNEXPLAINED, *loop
         ops = {self._ops[number].name for number in group.numbers if number in self._ops}
-        if ops and ops <= _WINDOWED and any(sent.kind == "collective_permute" for sent in compiled):
-            rest = [sent for sent in compiled if sent.kind != "collective_permute"]
-            others = self._names(group, planned, rest) if planned or rest else ()
-            return (UNEXPLAINED, *loop) if UNEXPLAINED in others else ("halo", *others)
+        if any(sent.kind == HALO for sent in compiled):
+            rest = [sent for sent in compiled if sent.kind != HALO]
+            left = [sent for sent in planned if sent.kind != HALO]
+            others = self._names(group, left, rest) if left or rest else ()
+            return (UNEXPLAINED, *loop) if UNEXPLAINED in others else (HALO, *others)
         if not planned:
             return "added" if ops and ops <= _INDEXED else UNEXPLAINED, *loop
         names = _reduction_names([_sent(one) for one in planned], compiled)

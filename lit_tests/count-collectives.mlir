@@ -59,3 +59,33 @@ module @loops {
     return %r#1 : tensor<4x4xf32>
   }
 }
+
+// -----
+
+// Borders of a cut image, which Shardy leaves to XLA: with windows of 5 every second row of 4 x 4 numbers, 1 row of 4-byte
+// numbers from before and 2 from behind. The pooling that follows has windows of 2 apart from each other, and none; so has
+// its gradient, whose other operand is not gathered.
+// CHECK: module @borders attributes {bactrian.sent_bytes = {halo = 192 : i64}}
+module @borders {
+  sdy.mesh @stage0 = <["rows"=2]>
+  func.func public @main(%x: tensor<16x4x4xf32> {sdy.sharding = #sdy.sharding<@stage0, [{"rows"}, {}, {}]>}, %k: tensor<5x4x4xf32> {sdy.sharding = #sdy.sharding<@stage0, [{}, {}, {}]>}, %g: tensor<4x4x4xf32> {sdy.sharding = #sdy.sharding<@stage0, [{"rows"}, {}, {}]>}) -> (tensor<8x4x4xf32> {sdy.sharding = #sdy.sharding<@stage0, [{"rows"}, {}, {}]>}) {
+    %zero = stablehlo.constant dense<0.0> : tensor<f32>
+    %y = stablehlo.convolution(%x, %k) dim_numbers = [0, b, f]x[0, i, o]->[0, b, f], window = {stride = [2], pad = [[1, 2]]} {batch_group_count = 1 : i64, feature_group_count = 1 : i64, sdy.sharding = #sdy.sharding_per_value<[<@stage0, [{"rows"}, {}, {}]>]>} : (tensor<16x4x4xf32>, tensor<5x4x4xf32>) -> tensor<8x4x4xf32>
+    %z = "stablehlo.reduce_window"(%y, %zero) <{window_dimensions = array<i64: 2, 1, 1>, window_strides = array<i64: 2, 1, 1>}> ({
+    ^bb0(%a: tensor<f32>, %b: tensor<f32>):
+      %m = stablehlo.maximum %a, %b : tensor<f32>
+      stablehlo.return %m : tensor<f32>
+    }) {sdy.sharding = #sdy.sharding_per_value<[<@stage0, [{"rows"}, {}, {}]>]>} : (tensor<8x4x4xf32>, tensor<f32>) -> tensor<4x4x4xf32>
+    %s = stablehlo.multiply %z, %g {sdy.sharding = #sdy.sharding_per_value<[<@stage0, [{"rows"}, {}, {}]>]>} : tensor<4x4x4xf32>
+    %r = "stablehlo.select_and_scatter"(%y, %s, %zero) <{window_dimensions = array<i64: 2, 1, 1>, window_strides = array<i64: 2, 1, 1>}> ({
+    ^bb0(%a: tensor<f32>, %b: tensor<f32>):
+      %c = stablehlo.compare GE, %a, %b : (tensor<f32>, tensor<f32>) -> tensor<i1>
+      stablehlo.return %c : tensor<i1>
+    }, {
+    ^bb0(%a: tensor<f32>, %b: tensor<f32>):
+      %m = stablehlo.add %a, %b : tensor<f32>
+      stablehlo.return %m : tensor<f32>
+    }) {sdy.sharding = #sdy.sharding_per_value<[<@stage0, [{"rows"}, {}, {}]>]>} : (tensor<8x4x4xf32>, tensor<4x4x4xf32>, tensor<f32>) -> tensor<8x4x4xf32>
+    return %r : tensor<8x4x4xf32>
+  }
+}

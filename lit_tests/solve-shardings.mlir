@@ -185,3 +185,31 @@ module @loop_of_a_stage attributes {bactrian.num_stages = 2 : i64} {
     return %z : tensor<4096x64xf32>
   }
 }
+
+// -----
+
+// One image: its rows are cut, also where a maximum is taken of each two, and the kernel is everywhere. A device sends one
+// row of 512 x 8 numbers to the neighbour before it and one to that behind.
+// CHECK-LABEL: module @one_image
+// CHECK-SAME: sent_bytes = {halo = 32768 : i64}
+module @one_image {
+  sdy.mesh @stage0 = <["rows"=4]>
+  // CHECK: tensor<1x512x512x8xf32> {bactrian.role = "batch", sdy.sharding = #sdy.sharding<@stage0, [{}, {"rows"}, {}, {}]>}
+  // CHECK-SAME: tensor<3x3x8x8xf32> {bactrian.role = "state", sdy.sharding = #sdy.sharding<@stage0, [{}, {}, {}, {}]>}
+  // CHECK-NOT: sdy.reshard
+  // CHECK: stablehlo.convolution
+  // CHECK-SAME: <@stage0, [{}, {"rows"}, {}, {}]>
+  // CHECK: "stablehlo.reduce_window"
+  // CHECK: <@stage0, [{}, {"rows"}, {}, {}]>
+  // CHECK-NOT: sdy.reshard
+  func.func public @main(%x: tensor<1x512x512x8xf32> {bactrian.role = "batch", sdy.sharding = #sdy.sharding<@stage0, [{}, {"rows"}, {}, {}]>}, %k: tensor<3x3x8x8xf32> {bactrian.role = "state"}) -> tensor<1x256x256x8xf32> {
+    %low = stablehlo.constant {bactrian.phase = "forward"} dense<0xFF800000> : tensor<f32>
+    %y = stablehlo.convolution(%x, %k) dim_numbers = [b, 0, 1, f]x[0, 1, i, o]->[b, 0, 1, f], window = {pad = [[1, 1], [1, 1]]} {batch_group_count = 1 : i64, feature_group_count = 1 : i64, bactrian.phase = "forward"} : (tensor<1x512x512x8xf32>, tensor<3x3x8x8xf32>) -> tensor<1x512x512x8xf32>
+    %z = "stablehlo.reduce_window"(%y, %low) <{window_dimensions = array<i64: 1, 2, 2, 1>, window_strides = array<i64: 1, 2, 2, 1>}> ({
+    ^bb0(%a: tensor<f32>, %b: tensor<f32>):
+      %m = stablehlo.maximum %a, %b : tensor<f32>
+      stablehlo.return %m : tensor<f32>
+    }) {bactrian.phase = "forward"} : (tensor<1x512x512x8xf32>, tensor<f32>) -> tensor<1x256x256x8xf32>
+    return %z : tensor<1x256x256x8xf32>
+  }
+}

@@ -18,7 +18,8 @@ class CountCollectives(Pass):
 
     Shardy makes the collectives of a copy of the module explicit, as its exporter does it, and they are counted one by
     one: a check of what ``solve-shardings`` has predicted that shares no code with it,
-    but for how often loops run. Slices send nothing.
+    but for how often loops run, and how many rows windows need. Borders of pieces, which Shardy leaves to XLA, are counted
+    as ``halo``. Slices send nothing.
 
     Requires: ``sdy.sharding`` on arguments, results and ops (``solve-shardings``).
     Ensures: ``bactrian.sent_bytes`` on the module, with an entry for each kind that occurs.

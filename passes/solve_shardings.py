@@ -39,6 +39,9 @@ class SolveShardings(Pass):
     accumulator and what leads to it has one dim more in front for each axis along which the parts differ, and the update
     adds them up. Between the two a gradient may also be reduced in every microbatch, which takes less memory.
 
+    A dim that windows look at (of convolutions, poolings, pads, slices) may be cut too: neighbours exchange the borders of their
+    pieces, which takes latency and bytes. XLA does so when it partitions the op; nothing is written for it.
+
     Layouts that are there already (``sdy.sharding`` on arguments, ``sdy.sharding_constraint``) stay. With ``strategy``, the
     arguments have the layouts of a known plan, and the rest is chosen. Ops without a rule are done whole by every device, with
     a remark; barriers and the gradient boundary hand layouts on.

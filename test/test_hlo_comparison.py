@@ -95,7 +95,7 @@ def test_data_parallel_bytes_are_those_of_the_plan(microbatches: int, slow: Path
     [
         ("mlp/plain", "data=2,model=4", "auto", {"all-reduce-and-slice", "axis-by-axis", "shared"}),
         ("mlp/plain", "data=8", "zero3", {"all-reduce-and-slice"}),
-        ("conv/linen", "data=8", "data", {"halo"}),
+        ("conv/linen", "data=8", "data", {"all-reduce-and-slice"}),
         pytest.param(
             "gpt-tied-dropout/linen",
             "data=2,model=4",

@@ -14,6 +14,7 @@ from jaxlib.mlir.passmanager import PassManager
 from bactrian.passes.errors import ConfigError
 from bactrian.passes.frame.context import make_context
 from bactrian.passes.network.solve import solve
+from bactrian.passes.sharding.borders import Border
 from bactrian.passes.sharding.layouts import Layout, LayoutTable, Move, all_layouts
 from bactrian.passes.sharding.mesh import Axis, Mesh, parse_axes
 from bactrian.passes.sharding.model import Operation, ShardingModel, Shardings, Tensor, Work, seconds_of
@@ -175,16 +176,21 @@ def programs(seed: int) -> Work:
     values, operations = [tensor] * 2, list[Operation]()
     for _ in range(int(random.integers(1, 5))):
         left, right = (int(random.integers(len(values))) for _ in range(2))
-        rule = (DOT8, elementwise((8, 8), 2))[int(random.integers(2))]
+        rule = (DOT8, elementwise((8, 8), 2), WINDOWS8)[int(random.integers(3))]
         seconds, weight = float(random.uniform(0, 4e-6)), float(random.integers(1, 3))
         repack = float(random.choice([0.0, 2e-9])) if rule is DOT8 else 0.0
-        operations.append(Operation((left, right), (len(values),), rule, seconds, weight, repack_seconds=repack))
+        operands = (left, right)[: len(rule.operands)]
+        operations.append(Operation(operands, (len(values),), rule, seconds, weight, repack_seconds=repack))
         values.append(tensor)
     last = len(values) - 1
     return Work(tuple(values), (0, 1), tuple(operations), updates=((last, 0),), loads=((1, 1e-6),), kept=(last,))
 
 
 DOT8 = Rule((8, 8, 8), (((0,), (1,)), ((1,), (2,))), (((0,), (2,)),), frozenset({1}))
+ROWS8 = Border(
+    operand=0, dim=0, partner=None, partner_dim=0, shape=(8, 8), element_bytes=4, advance=8, overlap=2, padding=1
+)
+WINDOWS8 = Rule((8, 8), (((0,), (1,)),), (((0,), (1,)),), borders=(ROWS8,))
 LINE = Mesh((Axis("x", 4, 1e-7, 1e-8),))
 
 

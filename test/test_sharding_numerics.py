@@ -82,10 +82,57 @@ def _looped(random: np.random.Generator, x: jax.Array, y: jax.Array) -> jax.Arra
     return lax.fori_loop(0, 3, lambda i, z: jnp.sin(z) + x, x)
 
 
+def _image(x: jax.Array) -> jax.Array:
+    """A batch of rows with features."""
+    return x if x.ndim == 3 else x.reshape(1, -1, x.shape[-1])
+
+
+def _convolution(random: np.random.Generator, x: jax.Array) -> tuple[Callable[..., jax.Array], jax.Array]:
+    size, stride, step = (int(random.choice(each)) for each in ((1, 2, 3, 5), (1, 1, 2), (1, 1, 2)))
+    padding = ("SAME", ((size * step - step, 0),))[random.integers(2)]
+    kernel = jnp.cos(jnp.arange(size * x.shape[-1] * 8.0)).reshape(size, x.shape[-1], 8) / 8
+
+    def function(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        numbers = ("NWC", "WIO", "NWC")
+        return lax.conv_general_dilated(x, kernel, (stride,), padding, rhs_dilation=(step,), dimension_numbers=numbers)
+
+    return function, kernel
+
+
+def _convolved(random: np.random.Generator, x: jax.Array, y: jax.Array) -> jax.Array:
+    function, kernel = _convolution(random, _image(x))
+    return function(_image(x), kernel)
+
+
+def _convolved_back(random: np.random.Generator, x: jax.Array, y: jax.Array) -> jax.Array:
+    """The gradient of the image or of the kernel."""
+    function, kernel = _convolution(random, _image(x))
+    made, back = jax.vjp(function, _image(x), kernel)
+    return back(jnp.sin(made))[random.integers(2)] / 8
+
+
+def _pooled(random: np.random.Generator, x: jax.Array, y: jax.Array) -> jax.Array:
+    x, (size, stride) = _image(x), ((2, 2), (3, 1), (3, 2))[random.integers(3)]
+    window, strides = (1, size, 1), (1, stride, 1)
+    if random.integers(2):
+        return lax.reduce_window(x, 0.0, lax.add, window, strides, "SAME") / size
+    made, back = jax.vjp(lambda x: lax.reduce_window(x, -jnp.inf, lax.max, window, strides, "SAME"), x)
+    return made if random.integers(2) else back(jnp.cos(made))[0]
+
+
+def _moved(random: np.random.Generator, x: jax.Array, y: jax.Array) -> jax.Array:
+    """A few rows more, or fewer; or zeros in between."""
+    x, zero = _image(x), jnp.float32(0)
+    if random.integers(2):
+        return lax.pad(x, zero, ((0, 0, 0), ((2, 6, 0), (3, -3, 0), (0, 1, 1))[random.integers(3)], (0, 0, 0)))
+    return x[:, 2:-6] if x.shape[1] > 8 else x[:, ::2]
+
+
 OPS: tuple[Callable[..., jax.Array], ...] = (
     _dot, _dot, _fold, _flags, _best, _elementwise, _elementwise, _transposed, _reshaped, _broadcast, _sliced, _looked_up,
     _added_at, _sorted, _cumulated, _looped,
 )  # fmt: skip
+WITH_WINDOWS = (_convolved, _convolved, _convolved_back, _convolved_back, _pooled, _moved, _fold, _elementwise)
 WITH_LOOPS = LOOPS * 3 + (_dot, _fold, _elementwise, _transposed, _reshaped, _broadcast)
 
 
@@ -143,14 +190,32 @@ def test_random_layouts_in_many_loops_change_nothing(block: int) -> None:
         check_numbers(seed, WITH_LOOPS, 2)
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_random_layouts_of_windows_change_nothing(seed: int) -> None:
+    check_numbers(seed, WITH_WINDOWS, 4)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("block", range(20))
+def test_random_layouts_of_many_windows_change_nothing(block: int) -> None:
+    for seed in range(25 * block, 25 * (block + 1)):
+        check_numbers(seed, WITH_WINDOWS, 4)
+
+
 def check_numbers(seed: int, ops: tuple[Callable[..., jax.Array], ...] = OPS, most: int = 8) -> None:
-    """One program, one choice of layouts."""
+    """One program, one choice of layouts; where windows can be cut, they are."""
     function, arguments = program(seed, ops, most)
     axes = MESHES[seed % len(MESHES)]
     module = sharded.lowered(function, arguments, axes)
     reading, model = sharded.read(module, axes)
     random = np.random.default_rng(seed)
     choice = [int(random.integers(len(costs))) for costs in model.network.costs]
+    node = len(model.work.inputs)
+    for choices in model.strategies:
+        cut = [number for number, strategy in enumerate(choices or ()) if strategy.exchanges]
+        if cut:
+            choice[node] = cut[choice[node] % len(cut)]
+        node += choices is not None
     sharded.write(module, reading, model, choice)
     got = sharded.run(module, axes, arguments)
     expected = jax.tree.leaves(jax.jit(function)(*arguments))

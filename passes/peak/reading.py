@@ -16,6 +16,7 @@ from jaxlib.mlir.dialects import stablehlo
 from bactrian.passes.mesh_tensors import SHARDING, axis_names, value_shardings
 from bactrian.passes.peak.graph import Graph, Kind
 from bactrian.passes.program import body, nested_operations, type_bytes
+from bactrian.passes.sharding.windows import borders_of
 
 Layout = tuple[tuple[str, ...], ...]
 
@@ -45,6 +46,7 @@ _FIRM = frozenset(
 )
 _CONTRACTS = frozenset({"dot_general", "dot", "convolution", "reduce", "gather", "scatter", "select_and_scatter"})
 _LOOPS = frozenset({"while", "case", "if"})
+_INDEX = 4  # bytes of one
 _DIMS = re.compile(r"\[([^\]]*)\]")
 
 
@@ -122,8 +124,48 @@ class _Reader:
         else:
             self._node[op.results[0]] = self._plain(op, name, reads)
 
+    def _bordered(self, op: ir.Operation, reads: list[int]) -> list[int]:
+        """What an op reads, with the borders that neighbours send: they are cut off, sent, and put beside the piece."""
+        graph, made = self.graph, self._layout(op.results[0])
+        for border in borders_of(op):
+            at, dim = border.operand, border.dim
+            axes = self._layout(op.operands[at])[dim]
+            partner = made if border.partner is None else self._layout(op.operands[border.partner])
+            parts = math.prod(self._sizes[axis] for axis in axes)
+            if parts == 1 or axes != partner[border.partner_dim] or not any(border.rows(parts)):
+                continue
+            node = graph.nodes[reads[at]]
+            row = node.nbytes // max(1, node.shape[dim])
+            pieces = [reads[at]]
+            for side, rows in enumerate(border.rows(parts)):
+                shape = [*node.shape[:dim], rows, *node.shape[dim + 1 :]]
+                if rows:
+                    cut = graph.add("slice", Kind.LOOSE, pieces[:1], shape, rows * row, key=(dim, side))
+                    pieces.append(graph.add("permute", Kind.FIRM, (cut,), shape, rows * row))
+            span = border.span(parts)
+            shape = [*node.shape[:dim], span, *node.shape[dim + 1 :]]
+            reads[at] = graph.add("concatenate", Kind.LOOSE, pieces, shape, span * row)
+        return reads
+
+    def _expanded(self, op: ir.Operation, reads: list[int]) -> list[int]:
+        """What a select-and-scatter reads: for CPUs it is a scatter at indices that a search of all windows finds."""
+        graph = self.graph
+        shape, windows = graph.nodes[reads[0]].shape, graph.nodes[reads[1]].shape
+        places = [
+            graph.add("iota", Kind.FIRM, (), shape, _INDEX * math.prod(shape), key=("windows", dim))
+            for dim in range(len(shape))
+        ]
+        nbytes = _INDEX * math.prod(windows) * len(shape)
+        found = graph.add("reduce_window", Kind.FIRM, (reads[0], *places), windows, nbytes)
+        indices = graph.add("concatenate", Kind.FIRM, (found,), windows, nbytes)
+        empty = graph.add("broadcast", Kind.FIRM, (), shape, self._local(op.results[0])[1], key="windows")
+        return [empty, indices, *reads[1:]]
+
     def _plain(self, op: ir.Operation, name: str, reads: list[int]) -> int:
         graph, result = self.graph, op.results[0]
+        reads = self._bordered(op, reads)
+        if name == "select_and_scatter":
+            reads = self._expanded(op, reads)
         layout, lost = self._partial(op, name)
         shape, nbytes = self._local(result, layout)
         key = _key(op)
@@ -225,7 +267,7 @@ class _Reader:
 
     def _convolution(self, op: ir.Operation, reads: list[int]) -> int:
         """Of operands with the batch first and features last, and of kernels with features last."""
-        graph, result = self.graph, op.results[0]
+        graph, result, reads = self.graph, op.results[0], self._bordered(op, reads)
         dims = [
             [dim.strip() for dim in each.split(",")] for each in _DIMS.findall(str(op.attributes["dimension_numbers"]))
         ]

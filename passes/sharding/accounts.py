@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from bactrian.passes.program import BACKWARD, FORWARD, UPDATE
+from bactrian.passes.sharding.borders import HALO
 from bactrian.passes.sharding.layouts import Layout
 from bactrian.passes.sharding.model import ShardingModel, Shardings
 from bactrian.passes.sharding.named import Roles
@@ -100,6 +101,8 @@ def sent(
             continue
         for number, layout in zip(part.reads, strategy.operands, strict=True):
             read(number, layout, flow.phases[part.index])
+        for exchange in strategy.exchanges:
+            count(HALO, exchange.nbytes, part.operation.weight)
         for reduction in strategy.reductions:
             count(reduction.kind, reduction.nbytes, part.operation.weight)
         home.update(zip(part.operation.results, strategy.results, strict=True))

@@ -13,8 +13,10 @@ from jaxlib.mlir.passmanager import PassManager
 from bactrian.passes.costs import tensor_size
 from bactrian.passes.errors import PassError
 from bactrian.passes.frame.context import make_context
-from bactrian.passes.program import body, main_function
+from bactrian.passes.program import body, main_function, value_shape
+from bactrian.passes.sharding.borders import HALO, Border, borders_sent
 from bactrian.passes.sharding.loops import WHILE, turns_of
+from bactrian.passes.sharding.windows import RULE, apart, borders_of, windowed_dims
 
 _EXPLICIT = (
     "builtin.module(func.func(sdy-insert-explicit-reshards{enable-full-version=true},sdy-reshard-to-collectives),"
@@ -31,7 +33,7 @@ class Collective:
     """One collective of a module.
 
     Attributes:
-        kind: Shardy's name of it.
+        kind: Shardy's name of it; ``halo`` for borders of pieces that are sent to a neighbour, which Shardy leaves to XLA.
         group: devices that take part together.
         nbytes: what each of them sends, in all turns of the loops that it is in; 0 for a slice.
         where: location of the op.
@@ -56,18 +58,37 @@ def count_collectives(module: ir.Module) -> list[Collective]:
     text = str(module.operation.get_asm(enable_debug_info=True))
     with make_context():
         copy = ir.Module.parse(text)
+        for op, _ in _with_turns(body(main_function(copy)), 1):
+            _tie_windows(op)
         try:
             PassManager.parse(_EXPLICIT).run(copy.operation)
         except ir.MLIRError as error:
             raise PassError("Shardy can't make the collectives explicit", why=str(error)) from None
         sizes = _axis_sizes(copy)
         numbers = _value_numbers(main_function(copy))
-        found = list[Collective]()
+        found, twins = list[Collective](), dict[tuple[object, ...], int]()
         for op, turns in _with_turns(body(main_function(copy)), 1):
             kind = op.name.removeprefix("sdy.")
             if kind in _KINDS:
                 found.append(_collective(op, kind, sizes, numbers[op.results[0]], turns))
+            found += _halos(op, sizes, numbers, twins, turns)
         return found
+
+
+def _tie_windows(op: ir.Operation) -> None:
+    """Let Shardy cut what an op with windows reads as it cuts what it makes, where XLA can: its own rule gathers it."""
+    tied = {border.dim for border in borders_of(op)} | apart(op)
+    if not tied or op.name == "stablehlo.convolution":  # of which it has one factor for both
+        return
+    shapes = [value_shape(value) for value in (*op.operands, op.results[0])]
+    rank, count = len(shapes[0]), len(op.operands)
+    dims = [[sdy.DimMappingAttr.get([dim]) for dim in range(rank)] if shape else [] for shape in shapes]
+    mappings = [sdy.TensorMappingAttr.get(each) for each in dims]
+    sizes = [min(shape[dim] for shape in shapes if shape) for dim in range(rank)]
+    whole = sorted(windowed_dims(op) - tied)
+    op.attributes[RULE] = sdy.OpShardingRuleAttr.get(
+        sizes, mappings[:count], mappings[count:], need_replication_factors=whole
+    )
 
 
 def _with_turns(block: ir.Block, turns: int) -> Iterator[tuple[ir.Operation, int]]:
@@ -133,6 +154,44 @@ def _collective(op: ir.Operation, kind: str, sizes: dict[str, int], number: int,
     else:
         group, nbytes = after // before, 0.0
     return Collective(kind, group, turns * nbytes, str(op.location), size.bytes // max(1, size.elements), number)
+
+
+def _halos(
+    op: ir.Operation,
+    sizes: dict[str, int],
+    numbers: dict[ir.Value, int],
+    twins: dict[tuple[object, ...], int],
+    turns: int,
+) -> Iterator[Collective]:
+    """The borders that are exchanged for an op, of which Shardy makes nothing."""
+    borders = borders_of(op)
+    if not borders:
+        return
+    parts = [_parts_of_dims(value, sizes) for value in op.operands]
+    made = _parts_of_dims(op.results[0], sizes)
+
+    def is_cut(border: Border) -> bool:
+        partner = made if border.partner is None else parts[border.partner]
+        return parts[border.operand][border.dim] == partner[border.partner_dim] > 1
+
+    sent = borders_sent([border for border in borders if is_cut(border)], lambda operand, dim: parts[operand][dim])
+    for number, (border, rows, nbytes) in enumerate(sent):
+        value = op.operands[border.operand]
+        key = numbers[value], str(_sharding_of(value)), border.dim, number, rows, nbytes
+        twin = twins.setdefault(key, len(numbers) + len(twins))
+        group = math.prod(sizes.values())
+        yield Collective(HALO, group, turns * nbytes, str(op.location), border.element_bytes, twin)
+
+
+def _parts_of_dims(value: ir.Value, sizes: dict[str, int]) -> list[int]:
+    """Into how many pieces each dim is cut."""
+    rank, sharding = len(value_shape(value)), _sharding_of(value)
+    if sharding is None:
+        return [1] * rank
+    return [
+        math.prod(sizes[sdy.AxisRefAttr(axis).name] for axis in sdy.DimensionShardingAttr(dim).axes)
+        for dim in sdy.TensorShardingAttr(sharding).dimension_shardings
+    ]
 
 
 def _parts(sharding: ir.Attribute | None, sizes: dict[str, int]) -> int:

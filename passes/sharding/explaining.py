@@ -337,8 +337,8 @@ class StageExplainer:
         return Unlimited(self._text(layout, value), float(best.cost), round(best.memory), binds)
 
     def _notes(self, value: int) -> list[str]:
-        """What else ties the layout: constraints that read the value, the state that it becomes."""
-        names = list[str]()
+        """What else ties the layout: constraints that read the value, borders of its pieces, the state that it becomes."""
+        names = self._borders(value)
         for op in self.reading.work.operations:
             if op.given and value in op.operands:
                 asked = " or ".join(self._text(layout, value) for layout in op.given)
@@ -348,6 +348,25 @@ class StageExplainer:
                 path = self._named[argument].name
                 names.append(f"it is the next value of {path}, which is {self.layout(argument) or 'a scalar'}")
         return names
+
+    def _borders(self, value: int) -> list[str]:
+        """What neighbours exchange of the value for ops that look at windows of it."""
+        work, names = self.model.work, list[str]()
+        chosen = self.model.shardings(self.solution.choice).chosen
+        for op, strategy in zip(work.operations, chosen, strict=True):
+            exchanges = strategy.exchanges if strategy is not None else ()
+            own = [each for each in exchanges if op.operands[each.border.operand] == value]
+            if own:
+                rows = " and ".join(f"{e.rows} of dim {e.border.dim} ({'+'.join(self._axes(e.axes))})" for e in own)
+                nbytes, seconds = sum(each.nbytes for each in own), sum(each.seconds for each in own)
+                names.append(
+                    f"{self._named[op.results[0]].label} exchanges borders of its pieces, rows: {rows}; "
+                    f"{nbytes:,.0f} bytes, {seconds:.3g} s"
+                )
+        return names
+
+    def _axes(self, axes: Sequence[int]) -> list[str]:
+        return [self.program.mesh.axes[axis].name for axis in axes]
 
 
 def _reason(

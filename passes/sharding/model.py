@@ -120,8 +120,8 @@ class Shardings:
 class ShardingModel:
     """The cost network of a program on a mesh.
 
-    Nodes are the inputs, then the ops that are not free; the cost of an op is its share of the work and its
-    reductions, the cost of an edge the cheapest way from the layout that a value has to that in which it is read. Memory
+    Nodes are the inputs, then the ops that are not free; the cost of an op is its share of the work, its exchanges of
+    borders and its reductions, the cost of an edge the cheapest way from the layout that a value has to that in which it is read. Memory
     is that of arguments and results; copies in other layouts are not counted (``passes/peak`` does, when the stage functions are
     there), and the next value of a state is in its place.
 
@@ -224,7 +224,7 @@ class ShardingModel:
             if choices is None:
                 continue
             node = len(costs)
-            costs.append(np.array([op.weight * (self.computing(op, s) + s.reduction_seconds) for s in choices]))
+            costs.append(np.array([op.weight * (self.computing(op, s) + s.sending_seconds) for s in choices]))
             held = np.zeros(len(choices))
             for position, value in enumerate(op.results):
                 index = np.array([self.tables[value].number[s.results[position]] for s in choices])
@@ -284,7 +284,7 @@ def seconds_of(model: ShardingModel, shardings: Shardings) -> float:
     for op, strategy in zip(work.operations, shardings.chosen, strict=True):
         if strategy is None:
             continue
-        total += op.weight * (model.computing(op, strategy) + strategy.reduction_seconds)
+        total += op.weight * (model.computing(op, strategy) + strategy.sending_seconds)
         for position, (value, needed) in enumerate(zip(op.operands, strategy.operands, strict=True)):
             if value in layouts:
                 way = model.tables[value].way(layouts[value], needed)

@@ -34,8 +34,8 @@ from bactrian.passes.sharding.mesh import Mesh
 from bactrian.passes.sharding.model import Operation, Tensor, Work
 from bactrian.passes.sharding.rules import Dims, Rule, elementwise, whole
 from bactrian.passes.sharding.strategies import Defers
+from bactrian.passes.sharding.windows import RULE, Fillings, with_borders
 
-RULE = "sdy.sharding_rule"
 _WITHOUT_RULE = frozenset(
     f"stablehlo.{name}" for name in ("constant", "iota", "custom_call", "while", "case", "if", "optimization_barrier")
 )
@@ -227,7 +227,7 @@ class _Reader:
     ) -> None:
         self._flow, self._mesh, self._cluster = flow, mesh, cluster
         self._num_microbatches, self._remark, self._in_flight = num_microbatches, remark, in_flight
-        self._model = CostModel()
+        self._model, self._fillings = CostModel(), Fillings(flow.ops)
         self._free = [False] * len(flow.values)
         self._kept = [True] * len(flow.values)  # takes memory: all but what is made here, and fused
         self.value_of = list(range(len(flow.values)))
@@ -286,6 +286,8 @@ class _Reader:
         for value in results:
             self._free[value] = is_free
         rule = elementwise(value_shape(op.results[0]), 1) if given else _rule_of(op, self._flow, index)
+        if rule is not None and rule.borders:
+            rule = self._fillings.agreed(op, rule)
         if rule is None and _is_source(op):  # every device makes its own piece
             rule = elementwise(value_shape(op.results[0]), 0)
         if rule is None:
@@ -362,7 +364,7 @@ def _rule_of(op: ir.Operation, flow: LoopFlow, index: int) -> Rule | None:
         # XLA finds the device of a part of one, for wider ones it gathers everything, in every turn.
         whole_and_part = zip(operands[0], *shapes[:2], strict=True)
         uneven |= {factor for dim, size, part in whole_and_part if part not in (1, size) for factor in dim}
-    return Rule(
+    made = Rule(
         sizes=sizes,
         operands=operands,
         results=results,
@@ -370,6 +372,7 @@ def _rule_of(op: ir.Operation, flow: LoopFlow, index: int) -> Rule | None:
         replicated=frozenset(rule.need_replication_factors) | uneven,
         permuted=frozenset(rule.permutation_factors),
     )
+    return with_borders(op, made, shapes)
 
 
 def drop_rules(main: ir.Operation) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from bactrian.passes.sharding.borders import Border
+
 Dims = tuple[tuple[int, ...], ...]
 """For each dim of a tensor the factors that it is made of, the major one first."""
 
@@ -20,7 +22,8 @@ class Rule:
         operands, results: of each tensor the factors of its dims.
         reduction: factors that the op sums over: they are in operands only.
         replicated: factors that every device needs whole.
-        permuted: factors of which a device needs some of its neighbours' part.
+        permuted: factors of which a device needs some of its neighbours' part, nobody knows how much.
+        borders: how operands are read along factors of which a device needs its neighbours' borders.
     """
 
     sizes: tuple[int, ...]
@@ -29,6 +32,11 @@ class Rule:
     reduction: frozenset[int] = frozenset()
     replicated: frozenset[int] = frozenset()
     permuted: frozenset[int] = frozenset()
+    borders: tuple[Border, ...] = ()
+
+    def factor_of(self, border: Border) -> int:
+        """The factor that a border is of."""
+        return self.operands[border.operand][border.dim][0]
 
 
 def elementwise(shape: tuple[int, ...], num_operands: int) -> Rule:

@@ -19,6 +19,7 @@ from bactrian.passes.program import (
     top_level,
 )
 from bactrian.passes.sharding.asked import CONSTRAINT
+from bactrian.passes.sharding.borders import HALO
 from bactrian.passes.sharding.layouts import Layout, Move, replicated
 from bactrian.passes.sharding.loops import CARRY, CONDITION, INSIDE, Loop, condition_ops
 from bactrian.passes.sharding.mesh import Mesh
@@ -126,6 +127,8 @@ class Writer:
             if leaves:
                 self._parts.rewrite(op, strategy)
             self._annotate(op, strategy.partial)
+            for exchange in strategy.exchanges:
+                self._count(HALO, exchange.nbytes, flow.turns[index], part.operation.weight)
             for reduction in strategy.reductions:
                 self._count(reduction.kind, reduction.nbytes, flow.turns[index], part.operation.weight)
             for value, made, final in zip(flow.results[index], strategy.partial, strategy.results, strict=True):
@@ -248,7 +251,8 @@ class Writer:
                 sizes = tuple(float(work.values[value].nbytes) for value in op.results)
                 choices = strategies(self.reading.parts[at].rule, sizes, self.mesh, (None,) * len(sizes))
                 targets = tuple(_only(wanted.get(value), len(work.values[value].shape)) for value in op.results)
-                strategy = next((s for s in choices if s.results == targets and not s.reductions), choices[0])
+                silent = (s for s in choices if not s.reductions and not s.exchanges)
+                strategy = next((s for s in silent if s.results == targets), choices[0])
             chosen.append(strategy)
             for value, layout in zip(op.operands, strategy.operands, strict=True):
                 wanted.setdefault(value, set()).add(layout)
