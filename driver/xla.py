@@ -22,6 +22,7 @@ from jaxlib.mlir.dialects import sdy
 
 from bactrian.driver.extract import numpy_dtype
 from bactrian.driver.loops import carry_captured
+from bactrian.driver.reduce_scatters import write_reduce_scatters
 from bactrian.passes.frame.location import name_stack
 from bactrian.passes.mesh_tensors import (
     SHARDING,
@@ -82,6 +83,7 @@ def _standalone(op: ir.Operation, symbol: str, mesh: str, axes: Axes, numbered: 
     module.body.append(clone)
     if partitions > 1 and not for_shardy:
         with op.location:
+            write_reduce_scatters(clone, axes)
             constrain(clone)
     root = module.operation
     # JAX's cache of compiled functions sees the module's name, but no name stacks.

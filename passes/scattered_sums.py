@@ -1,0 +1,121 @@
+"""Sums of partial results of which each device keeps a piece: where a stage function asks for a reduce-scatter."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import stablehlo
+
+from bactrian.passes.mesh_tensors import axis_names, value_shardings
+from bactrian.passes.program import nested_operations
+from bactrian.passes.sharding.deferring import splat_of
+
+Layout = tuple[tuple[str, ...], ...]
+"""For each dim of a tensor the names of the axes that cut it, the major one first."""
+
+_DIMS = re.compile(r"\[([^\]]*)\]")
+
+
+@dataclass(frozen=True)
+class ScatteredSum:
+    """A product or sum over cut dims, and the only reader of its result, which cuts the result over the same axes.
+
+    Attributes:
+        op: gives partial results.
+        move: the ``sdy.reshard`` that cuts them.
+        scatters: for each dim that is cut further, the dim and its new axes, the major one first.
+    """
+
+    op: ir.Operation
+    move: ir.Operation
+    scatters: tuple[tuple[int, tuple[str, ...]], ...]
+
+
+def scattered_sums(main: ir.Operation) -> Iterator[ScatteredSum]:
+    """Those of a stage function and of its loops whose op a device can do alone on its pieces, in order."""
+    moves = list[tuple[ir.Operation, ir.Operation]]()
+    for move in nested_operations(main):
+        value = move.operands[0] if move.name == "sdy.reshard" else None
+        if value is None or isinstance(value.owner, ir.Block) or len(list(value.uses)) > 1:
+            continue
+        if value.owner.operation.name in _PARTIAL:
+            moves.append((value.owner.operation, move))
+    for op, move in moves:
+        values = [*op.operands, op.results[0], move.results[0]]
+        layouts = [_padded(axis_names(s), v) for s, v in zip(value_shardings(main, values), values, strict=True)]
+        partial = _PARTIAL[op.name](op, layouts[:-2])
+        if partial is None or partial[0] != layouts[-2] or not partial[1]:
+            continue
+        scatters = _added(layouts[-2], layouts[-1])
+        if scatters is not None and sorted(axis for _, axes in scatters for axis in axes) == sorted(partial[1]):
+            yield ScatteredSum(op, move, scatters)
+
+
+def _padded(names: Layout, value: ir.Value) -> Layout:
+    return names or ((),) * len(ir.RankedTensorType(value.type).shape)
+
+
+def _added(before: Layout, after: Layout) -> tuple[tuple[int, tuple[str, ...]], ...] | None:
+    """The axes that a layout has behind those of another one; None where it differs otherwise."""
+    if any(new[: len(old)] != old for old, new in zip(before, after, strict=True)):
+        return None
+    pairs = enumerate(zip(before, after, strict=True))
+    return tuple((dim, new[len(old) :]) for dim, (old, new) in pairs if new != old)
+
+
+_Partial = tuple[Layout, tuple[str, ...]]  # the layout of the partial results, and the axes along which they differ
+
+
+def _of_product(op: ir.Operation, layouts: Sequence[Layout]) -> _Partial | None:
+    numbers = stablehlo.DotDimensionNumbers(op.attributes["dot_dimension_numbers"])
+    left, right = layouts
+    batch = list(zip(numbers.lhs_batching_dimensions, numbers.rhs_batching_dimensions, strict=True))
+    summed = list(zip(numbers.lhs_contracting_dimensions, numbers.rhs_contracting_dimensions, strict=True))
+    if any(left[one] != right[other] for one, other in batch + summed):
+        return None
+    used = [{pair[side] for pair in batch + summed} for side in (0, 1)]
+    made = [left[one] for one, _ in batch]
+    for layout, gone in zip(layouts, used, strict=True):
+        made += [axes for dim, axes in enumerate(layout) if dim not in gone]
+    return tuple(made), tuple(axis for one, _ in summed for axis in left[one])
+
+
+def _of_sum(op: ir.Operation, layouts: Sequence[Layout]) -> _Partial | None:
+    """Of a reduction that adds up, from 0."""
+    inside = [view.operation for view in op.regions[0].blocks[0].operations]
+    if len(op.results) != 1 or [each.name for each in inside] != ["stablehlo.add", "stablehlo.return"]:
+        return None
+    if set(inside[0].operands) != set(op.regions[0].blocks[0].arguments) or not _is_zero(op.operands[1]):
+        return None
+    dims = list(ir.DenseI64ArrayAttr(op.attributes["dimensions"]))
+    made = tuple(axes for dim, axes in enumerate(layouts[0]) if dim not in dims)
+    return made, tuple(axis for dim in dims for axis in layouts[0][dim])
+
+
+def _of_convolution(op: ir.Operation, layouts: Sequence[Layout]) -> _Partial | None:
+    """Of one group, with whole images."""
+    if any(ir.IntegerAttr(op.attributes[f"{name}_group_count"]).value != 1 for name in ("feature", "batch")):
+        return None
+    names = [[dim.strip() for dim in each.split(",")] for each in _DIMS.findall(str(op.attributes["dimension_numbers"]))]
+    left, right = (dict(zip(n, layout, strict=True)) for n, layout in zip(names[:2], layouts, strict=True))
+    if left["f"] != right["i"] or any(axes for each in (left, right) for dim, axes in each.items() if dim.isdigit()):
+        return None
+    cuts = {"b": left["b"], "f": right["o"]}
+    return tuple(cuts.get(dim, ()) for dim in names[2]), left["f"]
+
+
+def _is_zero(value: ir.Value) -> bool:
+    number = splat_of(value)
+    if isinstance(number, ir.FloatAttr | ir.IntegerAttr):
+        return number.value == 0
+    return False
+
+
+_PARTIAL = {
+    "stablehlo.dot_general": _of_product,
+    "stablehlo.reduce": _of_sum,
+    "stablehlo.convolution": _of_convolution,
+}
