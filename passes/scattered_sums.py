@@ -85,10 +85,7 @@ def _of_product(op: ir.Operation, layouts: Sequence[Layout]) -> _Partial | None:
 
 def _of_sum(op: ir.Operation, layouts: Sequence[Layout]) -> _Partial | None:
     """Of a reduction that adds up, from 0."""
-    inside = [view.operation for view in op.regions[0].blocks[0].operations]
-    if len(op.results) != 1 or [each.name for each in inside] != ["stablehlo.add", "stablehlo.return"]:
-        return None
-    if set(inside[0].operands) != set(op.regions[0].blocks[0].arguments) or not _is_zero(op.operands[1]):
+    if len(op.results) != 1 or not _is_zero(op.operands[1]) or not _adds(op):
         return None
     dims = list(ir.DenseI64ArrayAttr(op.attributes["dimensions"]))
     made = tuple(axes for dim, axes in enumerate(layouts[0]) if dim not in dims)
@@ -107,6 +104,34 @@ def _of_convolution(op: ir.Operation, layouts: Sequence[Layout]) -> _Partial | N
     return tuple(cuts.get(dim, ()) for dim in names[2]), left["f"]
 
 
+def _of_scatter(op: ir.Operation, layouts: Sequence[Layout]) -> _Partial | None:
+    """Of one that adds whole windows to zeros."""
+    numbers = stablehlo.ScatterDimensionNumbers(op.attributes["scatter_dimension_numbers"])
+    if len(op.operands) != 3 or numbers.input_batching_dims or not _is_zero(op.operands[0]) or not _adds(op):
+        return None
+    target, indices, updates = layouts
+    inserted, windows = set(numbers.inserted_window_dims), set(numbers.update_window_dims)
+    target_windows = [dim for dim in range(len(target)) if dim not in inserted]
+    shapes = [ir.RankedTensorType(op.operands[number].type).shape for number in (0, 2)]
+    of_target = [(shapes[0][dim], target[dim]) for dim in target_windows]
+    of_updates = [(shapes[1][dim], axes) for dim, axes in enumerate(updates) if dim in windows]
+    indexed = [axes for dim, axes in enumerate(indices) if dim != numbers.index_vector_dim]
+    added = [axes for dim, axes in enumerate(updates) if dim not in windows]
+    one_at_a_time = numbers.index_vector_dim == len(indices) or not indices[numbers.index_vector_dim]
+    whole = not any(target[dim] for dim in {*inserted, *numbers.scattered_dims_to_operand_dims})
+    if of_target != of_updates or indexed != added or not one_at_a_time or not whole:
+        return None
+    return target, tuple(axis for axes in added for axis in axes)
+
+
+def _adds(op: ir.Operation) -> bool:
+    block = op.regions[0].blocks[0]
+    inside = [view.operation for view in block.operations]
+    return [each.name for each in inside] == ["stablehlo.add", "stablehlo.return"] and set(inside[0].operands) == set(
+        block.arguments
+    )
+
+
 def _is_zero(value: ir.Value) -> bool:
     number = splat_of(value)
     if isinstance(number, ir.FloatAttr | ir.IntegerAttr):
@@ -118,4 +143,5 @@ _PARTIAL = {
     "stablehlo.dot_general": _of_product,
     "stablehlo.reduce": _of_sum,
     "stablehlo.convolution": _of_convolution,
+    "stablehlo.scatter": _of_scatter,
 }

@@ -193,7 +193,7 @@ def compared(text: str) -> FunctionComparison:
         for number, op in enumerate(nested_operations(main)):
             op.location = ir.Location.name(f"op.{number}/{op.name}")
         explicit = str(module.operation.get_asm(enable_debug_info=True))
-        constrain(main)
+        constrain(main, (("data", 2), ("model", 4)))
         constrained = str(module.operation.get_asm(enable_debug_info=True))
     return compare_function("readers", 1, explicit, hlo_of(constrained))
 
