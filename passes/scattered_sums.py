@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import stablehlo
 
 from bactrian.passes.mesh_tensors import axis_names, value_shardings
-from bactrian.passes.program import nested_operations
+from bactrian.passes.program import body, nested_operations, type_bytes
 from bactrian.passes.sharding.deferring import splat_of
 
 Layout = tuple[tuple[str, ...], ...]
 """For each dim of a tensor the names of the axes that cut it, the major one first."""
+
+_SMALL_BYTES = 1 << 18  # on a device: for larger ones the latency of a collective is less than the copies into a bundle
+_BUNDLE_BYTES = 1 << 22
 
 _DIMS = re.compile(r"\[([^\]]*)\]")
 
@@ -32,6 +36,11 @@ class ScatteredSum:
     op: ir.Operation
     move: ir.Operation
     scatters: tuple[tuple[int, tuple[str, ...]], ...]
+
+    @property
+    def axes(self) -> frozenset[str]:
+        """All axes that it is summed over."""
+        return frozenset(axis for _, axes in self.scatters for axis in axes)
 
 
 def scattered_sums(main: ir.Operation) -> Iterator[ScatteredSum]:
@@ -52,6 +61,69 @@ def scattered_sums(main: ir.Operation) -> Iterator[ScatteredSum]:
         scatters = _added(layouts[-2], layouts[-1])
         if scatters is not None and sorted(axis for _, axes in scatters for axis in axes) == sorted(partial[1]):
             yield ScatteredSum(op, move, scatters)
+
+
+def bundles(main: ir.Operation, sums: Sequence[ScatteredSum], sizes: Mapping[str, int]) -> list[list[ScatteredSum]]:
+    """Sums that are scattered together: small ones over the same axes, none of which needs another one's result.
+
+    Each collective costs its latency, and compilers combine all-reduces, but on CPUs no reduce-scatters.
+
+    Args:
+        main: the function.
+        sums: those of `scattered_sums`.
+        sizes: of the mesh's axes.
+    """
+    found, held, needs = list[list[ScatteredSum]](), list[int](), list[int]()
+    open_ = dict[tuple[frozenset[str], str], list[int]]()
+    before = dict[ir.Operation, int]()  # bits of the bundles that an op depends on
+    of_op = {each.op: each for each in sums}
+
+    def closed(bits: int) -> int:
+        known, todo = 0, bits
+        while todo:
+            number = (todo & -todo).bit_length() - 1
+            known |= 1 << number
+            todo = (todo | needs[number]) & ~known
+        return known
+
+    for view in body(main).operations:
+        op = view.operation
+        inside = nested_operations(op) if len(op.regions) else ()
+        owners = [value.owner for each in (op, *inside) for value in each.operands]
+        bits = 0
+        for owner in owners:
+            bits |= 0 if isinstance(owner, ir.Block) else before.get(owner.operation, 0)
+        one = of_op.pop(op, None)
+        if one is not None:
+            nbytes = _held(one, sizes)
+            key = one.axes, str(ir.RankedTensorType(op.results[0].type).element_type)
+            reach = closed(bits)
+            fitting = (
+                number
+                for number in open_.get(key, ())
+                if not reach >> number & 1 and held[number] + nbytes <= _BUNDLE_BYTES
+            )
+            number = next(fitting, -1) if nbytes <= _SMALL_BYTES else -1
+            if number < 0:
+                number = len(found)
+                found.append([])
+                held.append(0)
+                needs.append(0)
+                if nbytes <= _SMALL_BYTES:
+                    open_.setdefault(key, []).append(number)
+            found[number].append(one)
+            held[number] += nbytes
+            needs[number] |= bits
+            bits = 1 << number
+        before[op] = bits
+    return found + [[one] for one in of_op.values()]  # those in loops
+
+
+def _held(found: ScatteredSum, sizes: Mapping[str, int]) -> int:
+    """Bytes of the partial result on a device."""
+    layout = axis_names(found.move.attributes["sharding"])
+    cuts = math.prod(sizes[axis] for axes in layout for axis in axes if axis not in found.axes)
+    return type_bytes(found.op.results[0].type) // cuts
 
 
 def _padded(names: Layout, value: ir.Value) -> Layout:
@@ -96,7 +168,9 @@ def _of_convolution(op: ir.Operation, layouts: Sequence[Layout]) -> _Partial | N
     """Of one group, with whole images."""
     if any(ir.IntegerAttr(op.attributes[f"{name}_group_count"]).value != 1 for name in ("feature", "batch")):
         return None
-    names = [[dim.strip() for dim in each.split(",")] for each in _DIMS.findall(str(op.attributes["dimension_numbers"]))]
+    names = [
+        [dim.strip() for dim in each.split(",")] for each in _DIMS.findall(str(op.attributes["dimension_numbers"]))
+    ]
     left, right = (dict(zip(n, layout, strict=True)) for n, layout in zip(names[:2], layouts, strict=True))
     if left["f"] != right["i"] or any(axes for each in (left, right) for dim, axes in each.items() if dim.isdigit()):
         return None

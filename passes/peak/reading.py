@@ -16,7 +16,7 @@ from jaxlib.mlir.dialects import stablehlo
 from bactrian.passes.mesh_tensors import SHARDING, axis_names, value_shardings
 from bactrian.passes.peak.graph import Graph, Kind
 from bactrian.passes.program import body, nested_operations, type_bytes
-from bactrian.passes.scattered_sums import ScatteredSum, scattered_sums
+from bactrian.passes.scattered_sums import ScatteredSum, bundles, scattered_sums
 
 Layout = tuple[tuple[str, ...], ...]
 
@@ -62,7 +62,8 @@ def read_function(main: ir.Operation, sizes: Mapping[str, int]) -> Graph:
     layouts: dict[ir.Value, Layout] = {
         v: _layout(s, v) for v, s in zip(values, value_shardings(main, values), strict=True)
     }
-    scattered = {found.op.results[0]: found for found in scattered_sums(main)}
+    together = bundles(main, list(scattered_sums(main)), sizes)
+    scattered = {found.op.results[0]: (found, number) for number, bundle in enumerate(together) for found in bundle}
     graph = _Reader(block, layouts, sizes, scattered).graph
     entries = ir.ArrayAttr(main.attributes["arg_attrs"]) if "arg_attrs" in main.attributes else ()
     for number, entry in enumerate(map(ir.DictAttr, entries)):
@@ -79,7 +80,7 @@ class _Reader:
         block: ir.Block,
         layouts: Mapping[ir.Value, Layout],
         sizes: Mapping[str, int],
-        scattered: Mapping[ir.Value, ScatteredSum],
+        scattered: Mapping[ir.Value, tuple[ScatteredSum, int]],
     ) -> None:
         self.graph = Graph()
         self._layouts, self._sizes, self._scattered = layouts, sizes, scattered
@@ -197,22 +198,24 @@ class _Reader:
         """The sum over devices of a partial result, cut afterwards where its own layout says so; or each device's piece of
         it at once."""
         if result in self._scattered:
-            return self._reduce_scatters(made, result, layout)
+            return self._reduce_scatters(made, result)
         shape, nbytes = self._local(result, layout)
         group = ("all_reduce", tuple(sorted(lost)), str(ir.RankedTensorType(result.type).element_type))
         total = self.graph.add("all_reduce", Kind.FIRM, (made,), shape, nbytes, group=group, key=group)
         return total if layout == self._layout(result) else self._cut(total, result, self._layout(result))
 
-    def _reduce_scatters(self, made: int, result: ir.Value, layout: Layout) -> int:
-        """One for each dim that is cut. Pieces are sent one after the other, so the dim comes first in memory."""
-        for dim, axes in self._scattered[result].scatters:
-            layout = (*layout[:dim], (*layout[dim], *axes), *layout[dim + 1 :])
-            shape, nbytes = self._local(result, layout)
-            order = [dim, *(each for each in range(len(shape)) if each != dim)]
-            made = self.graph.transpose(made, order)
-            made = self.graph.add("reduce_scatter", Kind.FIRM, (made,), [shape[d] for d in order], nbytes, key=layout)
-            made = self.graph.transpose(made, [order.index(d) for d in range(len(shape))])
-        return made
+    def _reduce_scatters(self, made: int, result: ir.Value) -> int:
+        """Each device's piece of a sum, sent with those of its bundle: pieces are brought together first."""
+        found, number = self._scattered[result]
+        layout = axis_names(found.move.attributes["sharding"])
+        group = "reduce_scatter", number
+        node = self.graph.nodes[made]
+        made = self.graph.add(
+            "pieces", Kind.LOOSE, (made,), (math.prod(node.shape),), node.nbytes, group=("pieces", number), key=group
+        )
+        return self.graph.add(
+            "reduce_scatter", Kind.FIRM, (made,), *self._local(result, layout), group=group, key=group
+        )
 
     def _cut(self, read: int, result: ir.Value, layout: Layout) -> int:
         """A device's own piece; of what is broadcast no more than that is made."""
