@@ -126,7 +126,7 @@ class _Manual:
         value = _reshaped(value, shape)
         if order != sorted(order):
             type_ = ir.RankedTensorType.get([shape[dim] for dim in order], ir.RankedTensorType(value.type).element_type)
-            permutation = {"permutation": ir.DenseI64ArrayAttr.get(order)}
+            permutation: dict[str, ir.Attribute] = {"permutation": ir.DenseI64ArrayAttr.get(order)}
             value = ir.Operation.create("stablehlo.transpose", [type_], [value], permutation).results[0]
         return _reshaped(value, [self.groups.shape[1], math.prod(self.kept)])
 
@@ -165,7 +165,7 @@ def _write_bundle(sums: Sequence[_Manual], axes: Axes, channel: int) -> None:
             kept = list[ir.Value]()
             for one, width in zip(sums, widths, strict=True):
                 bounds = {"start_indices": [0, begin], "limit_indices": [1, begin + width], "strides": [1, 1]}
-                attributes = {name: ir.DenseI64ArrayAttr.get(numbers) for name, numbers in bounds.items()}
+                attributes: dict[str, ir.Attribute] = {n: ir.DenseI64ArrayAttr.get(x) for n, x in bounds.items()}
                 type_ = ir.RankedTensorType.get([1, width], element)
                 piece = ir.Operation.create("stablehlo.slice", [type_], [made], attributes).results[0]
                 kept.append(_reshaped(piece, one.kept))
@@ -212,7 +212,7 @@ def _scatter(value: ir.Value, dim: int, groups: np.ndarray, channel: int) -> ir.
         operands=[value],
         attributes={
             "scatter_dimension": _i64(dim),
-            "replica_groups": ir.DenseIntElementsAttr.get(groups),
+            "replica_groups": ir.DenseElementsAttr.get(groups),
             "channel_handle": stablehlo.ChannelHandle.get(channel, _DEVICE_TO_DEVICE),
             "use_global_device_ids": ir.UnitAttr.get(),
         },
