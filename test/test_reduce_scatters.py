@@ -81,11 +81,11 @@ def scattering(module: ir.Module, seed: int | None) -> int:
     random = np.random.default_rng(seed)
     reading, model = sharded.read(module, AXES)
     choice = [0] * len(model.work.inputs)
-    for choices in model.strategies or ():
+    for choices in model.strategies:
         if choices is not None:
             kinds = [{each.kind for each in one.reductions} for one in choices]
             best = [number for number, each in enumerate(kinds) if each == {"reduce_scatter"}]
-            most = max(best, key=lambda number: len(choices[number].reductions), default=0)
+            most = max(best, key=[len(one.reductions) for one in choices].__getitem__, default=0)
             choice.append(int(random.choice(best)) if best and seed is not None else most)
     sharded.write(module, reading, model, choice)
     with module.context:
