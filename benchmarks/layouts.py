@@ -5,7 +5,8 @@
 
 A model is a process of its own; its plans run step by step in turn. ``cluster.toml`` comes from ``bactrian profile-cluster``. The
 memory of a function is what XLA says of it (``get_compiled_memory_stats``), with what else lies on a device while it runs;
-with ``--rounds 0`` plans are compiled and not run.
+with ``--rounds 0`` plans are compiled and not run. ``--bytes`` runs nothing either: it compares the bytes that plans say to send
+with those that XLA's collectives send, by kind and by the names of the differences (``docs/semantics.md``).
 """
 
 from __future__ import annotations
@@ -47,6 +48,19 @@ def compiled_memory(planned: Any, devices: Any) -> int:
     return most
 
 
+def sent_bytes(planned: Any) -> Row:
+    """What a device of each stage sends in a step: predicted, counted from explicit collectives, and of XLA's HLO."""
+    predicted = dict[str, int]()
+    for stage in planned.plan.stages:
+        for kind, nbytes in stage.sharding.sent_bytes:
+            predicted[kind] = predicted.get(kind, 0) + nbytes
+    comparison = planned.compare_xla()
+    return {
+        "predicted": predicted, "counted": comparison.planned, "xla": comparison.compiled, "names": comparison.classes,
+        "unexplained": len(comparison.unexplained),
+    }  # fmt: skip
+
+
 def run_model(args: argparse.Namespace) -> Row:
     """One small model in this process."""
     os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={args.devices}"
@@ -57,12 +71,15 @@ def run_model(args: argparse.Namespace) -> Row:
 
     made = suite.SMALL[args.alone]()
     steps, rows = dict[str, Any](), dict[str, Row]()
-    for strategy in STRATEGIES:
+    for strategy in args.plans.split(","):
         step = bactrian.parallelize(
-            made.step, num_stages=1, mesh=args.mesh, cluster=args.cluster, strategy=strategy,
+            made.step, num_stages=args.stages, mesh=args.mesh, cluster=args.cluster, strategy=strategy,
             num_microbatches=args.microbatches,
         )  # fmt: skip
         planned = step.trace(*made.shapes()).plan()
+        if args.bytes:
+            rows[strategy] = sent_bytes(planned)
+            continue
         chosen = planned.plan.stages[0].sharding
         rows[strategy] = {
             "predicted_s": chosen.seconds, "bound_s": chosen.bound_seconds,
@@ -138,6 +155,26 @@ def table_of_model(found: Row) -> Any:
     return table
 
 
+def table_of_bytes(found: Row) -> Any:
+    """Predicted and compiled communication of each plan, by kind, and what explains the difference."""
+    from rich.table import Table
+
+    table = Table(title=found["model"], title_justify="left")
+    for text in ("plan", "kind", "predicted", "counted", "XLA", "XLA / predicted", "differences"):
+        table.add_column(text, justify="left" if text in ("plan", "kind", "differences") else "right")
+    for name, row in found["rows"].items():
+        columns = [row[key] for key in ("predicted", "counted", "xla")]
+        sums = [sum(column.values()) for column in columns]
+        kinds = sorted({kind for column in columns for kind in column})
+        names = [f"{key} {nbytes / sums[0]:+.1%}" for key, nbytes in sorted(row["names"].items())]
+        names.append(f"{row['unexplained']} unexplained")
+        for kind in kinds:
+            table.add_row("", kind.replace("_", "-"), *(f"{column.get(kind, 0):,.0f}" for column in columns), "", "")
+        ratio = f"{sums[2] / sums[0]:.3f}" if sums[0] else ""
+        table.add_row(name, "all", *(f"{nbytes:,.0f}" for nbytes in sums), ratio, "\n".join(names), end_section=True)
+    return table
+
+
 def memory_ratios(found: list[Row]) -> str:
     """Predicted memory over what XLA says, of all plans: least, median and most."""
     lines = list[str]()
@@ -176,6 +213,9 @@ def main() -> None:
     parser.add_argument("--cluster", help="TOML file of the machine")
     parser.add_argument("--rounds", type=int, default=15, help="timed steps of each plan; 0 to run none")
     parser.add_argument("--microbatches", type=int, default=1)
+    parser.add_argument("--stages", type=int, default=1, help="each on a mesh of its own; with --bytes only")
+    parser.add_argument("--plans", default=",".join(STRATEGIES), help="all by default")
+    parser.add_argument("--bytes", action="store_true", help="compare what is sent with XLA's HLO; run nothing")
     parser.add_argument("--suite", help="Alpa's suite as TOML; its models are planned, not run")
     parser.add_argument("--families", default="gpt,moe,wide_resnet")
     parser.add_argument("--most", type=int, default=8, help="devices: larger rows of the suite are left out")
@@ -185,6 +225,8 @@ def main() -> None:
     args = parser.parse_args()
     args.devices = math.prod(int(part.partition("=")[2]) for part in args.mesh.split(","))
     console = Console(width=120)
+    if args.stages > 1 and not args.bytes:
+        parser.error("--stages is for --bytes: other figures are of one stage")
     if args.alone:
         print(json.dumps(run_model(args)))
         return
@@ -197,8 +239,9 @@ def main() -> None:
             command = [sys.executable, __file__, "--alone", name, *sys.argv[1:]]
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
             found.append(json.loads(done.stdout.splitlines()[-1]))
-            console.print(table_of_model(found[-1]))
-        console.print(memory_ratios(found))
+            console.print((table_of_bytes if args.bytes else table_of_model)(found[-1]))
+        if not args.bytes:
+            console.print(memory_ratios(found))
     if args.json:
         args.json.write_text(json.dumps(found, indent=1) + "\n")
 

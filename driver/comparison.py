@@ -273,6 +273,8 @@ class _Pairing:
             if same is not None:
                 planned.remove(one)
                 compiled.remove(same)
+        if _are_together([_sent(one) for one in planned], compiled):
+            planned, compiled = [], []
         if not planned and not compiled and not group.in_loop:
             return None
         names = self._names(group, planned, compiled)
@@ -309,6 +311,15 @@ class _Pairing:
         if not names and ops == {"sdy.reshard"}:
             names = _move_names([_sent(one) for one in planned], compiled)
         return (*(names or (UNEXPLAINED,)), *loop)
+
+
+def _are_together(planned: Sequence[Sent], compiled: Sequence[Sent]) -> bool:
+    """Whether the reduce-scatters of several ops are one."""
+    if len(compiled) != 1 or len(planned) < 2:
+        return False
+    kinds = {(sent.kind, sent.group, sent.element_bytes) for sent in (*planned, *compiled)}
+    one_kind = len(kinds) == 1 and compiled[0].kind == "reduce_scatter"
+    return one_kind and _close(sum(sent.nbytes for sent in planned), compiled[0].nbytes)
 
 
 def _grouped(planned: Iterable[int], compiled: Iterable[tuple[int, ...]]) -> dict[int, _Group]:

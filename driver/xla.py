@@ -22,6 +22,7 @@ from jaxlib.mlir.dialects import sdy
 
 from bactrian.driver.extract import numpy_dtype
 from bactrian.driver.loops import carry_captured
+from bactrian.driver.reduce_scatters import write_reduce_scatters
 from bactrian.passes.frame.location import name_stack
 from bactrian.passes.mesh_tensors import (
     SHARDING,
@@ -82,7 +83,7 @@ def _standalone(op: ir.Operation, symbol: str, mesh: str, axes: Axes, numbered: 
     module.body.append(clone)
     if partitions > 1 and not for_shardy:
         with op.location:
-            constrain(clone)
+            constrain(clone, axes)
     root = module.operation
     # JAX's cache of compiled functions sees the module's name, but no name stacks.
     suffix = "_numbered" if numbered else ""
@@ -98,15 +99,20 @@ def _number(main: ir.Operation) -> None:
         op.location = ir.Location.name(f"op.{number}/{name_stack(op.location)}", op.location)
 
 
-def constrain(main: ir.Operation) -> None:
+def constrain(main: ir.Operation, axes: Axes) -> None:
     """Write shardings as XLA's import reads them.
 
-    ``sdy.reshard`` becomes ``sdy.sharding_constraint``. Shardy reads a constraint as the wish of all: it gives its
+    Sums that are scattered become what each device does. ``sdy.reshard`` becomes ``sdy.sharding_constraint``. Shardy reads a constraint as the wish of all: it gives its
     layout to the op that makes its operand, whatever that has, and lets every later reader of the operand read what the
     constraint makes. So a value that goes on to another layout is constrained to its own one first, where it is made, and
     everything reads that: of a value with several readers Shardy leaves each with what it reads. Loops carry what they
     read from outside: XLA makes operands of it, and then misses their shardings in the list.
+
+    Args:
+        main: with its moves.
+        axes: of its mesh.
     """
+    write_reduce_scatters(main, axes)
     operations = nested_operations(main)
     moves = [op for op in operations if op.name == "sdy.reshard"]
     sources = list(dict.fromkeys(move.operands[0] for move in moves if not _is_move(move.operands[0].owner)))

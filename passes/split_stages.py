@@ -28,12 +28,11 @@ from bactrian.passes.program import (
     boundary_words,
     find_boundary,
     integer,
-    integer_attribute,
     main_function,
+    phases_together,
     replace_reads,
     required_integer,
     result_updates,
-    string_attribute,
 )
 from bactrian.passes.staging import FUSED, Crossing, StageFunction, Staging, analyze
 
@@ -107,12 +106,8 @@ class SplitStages(Pass):
         if not self._check(module, main, ctx):
             return
         num_stages = required_integer(module.operation, "bactrian.num_stages", "assign-stages")
-        schedule = string_attribute(module.operation, "bactrian.schedule")
-        forward_only = set(boundary_words(find_boundary(main), "kinds")) == {"output"}
-        fuse = schedule == "1f1b" and not forward_only
-        single = integer_attribute(module.operation, "bactrian.num_microbatches") == 1
-        whole = fuse and num_stages == 1 and single
-        staging = analyze(main, num_stages, fuse, whole)
+        together = phases_together(module, main, num_stages - 1)
+        staging = analyze(main, num_stages, bool(together), UPDATE in together)
         _Emitter(module, main, staging, num_stages, self.donate).emit()
         ctx.count("functions", len(staging.functions))
         ctx.count("transfers", len(staging.crossings))

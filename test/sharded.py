@@ -59,7 +59,7 @@ def write(module: ir.Module, reading: Reading, model: ShardingModel, choice: Seq
         Writer(main_function(module), reading, model, model.shardings(choice), "stage0").write()
 
 
-def text_for_xla(module: ir.Module, num_devices: int) -> str:
+def text_for_xla(module: ir.Module, axes: Axes) -> str:
     """The module as XLA takes it: no attribute of ours, no boundary."""
     with module.context, ir.Location.unknown():
         clone = ir.Module.parse(str(module.operation.get_asm()))
@@ -70,8 +70,9 @@ def text_for_xla(module: ir.Module, num_devices: int) -> str:
                 for result, operand in zip(list(op.results), list(op.operands), strict=True):
                     result.replace_all_uses_with(operand)
                 op.erase()
-        constrain(main)
-        number = ir.IntegerAttr.get(ir.IntegerType.get_signless(32), num_devices)
+        constrain(main, axes)
+        count = int(np.prod([size for _, size in axes]))
+        number = ir.IntegerAttr.get(ir.IntegerType.get_signless(32), count)
         clone.operation.attributes["mhlo.num_partitions"] = number
         clone.operation.attributes["mhlo.num_replicas"] = ir.IntegerAttr.get(number.type, 1)
         clone.operation.attributes["sym_name"] = ir.StringAttr.get("program")
@@ -97,6 +98,6 @@ def counted_bytes(module: ir.Module) -> dict[str, float]:
 def run(module: ir.Module, axes: Axes, arguments: Sequence[Any]) -> list[np.ndarray[Any, Any]]:
     """Run a sharded module on virtual devices; whole results."""
     devices = jax.devices()[: int(np.prod([size for _, size in axes]))]
-    function, shardings = sharded_function(text_for_xla(module, len(devices)), devices)
+    function, shardings = sharded_function(text_for_xla(module, axes), devices)
     placed = [jax.device_put(x, s) for x, s in zip(arguments, shardings, strict=True)]
     return [np.asarray(x) for x in function(placed)]

@@ -16,6 +16,7 @@ from jaxlib.mlir.dialects import stablehlo
 from bactrian.passes.mesh_tensors import SHARDING, axis_names, value_shardings
 from bactrian.passes.peak.graph import Graph, Kind
 from bactrian.passes.program import body, nested_operations, type_bytes
+from bactrian.passes.scattered_sums import ScatteredSum, bundles, scattered_sums
 from bactrian.passes.sharding.windows import borders_of
 
 Layout = tuple[tuple[str, ...], ...]
@@ -41,6 +42,7 @@ _FIRM = frozenset(
         "triangular_solve",
         "all_reduce",
         "all_gather",
+        "reduce_scatter",
         "rng",
     ]
 )
@@ -62,7 +64,9 @@ def read_function(main: ir.Operation, sizes: Mapping[str, int]) -> Graph:
     layouts: dict[ir.Value, Layout] = {
         v: _layout(s, v) for v, s in zip(values, value_shardings(main, values), strict=True)
     }
-    graph = _Reader(block, layouts, sizes).graph
+    together = bundles(main, list(scattered_sums(main)), sizes)
+    scattered = {found.op.results[0]: (found, number) for number, bundle in enumerate(together) for found in bundle}
+    graph = _Reader(block, layouts, sizes, scattered).graph
     entries = ir.ArrayAttr(main.attributes["arg_attrs"]) if "arg_attrs" in main.attributes else ()
     for number, entry in enumerate(map(ir.DictAttr, entries)):
         if "tf.aliasing_output" in entry:
@@ -73,9 +77,15 @@ def read_function(main: ir.Operation, sizes: Mapping[str, int]) -> Graph:
 class _Reader:
     """Reads one block; what it takes from outside are arguments too."""
 
-    def __init__(self, block: ir.Block, layouts: Mapping[ir.Value, Layout], sizes: Mapping[str, int]) -> None:
+    def __init__(
+        self,
+        block: ir.Block,
+        layouts: Mapping[ir.Value, Layout],
+        sizes: Mapping[str, int],
+        scattered: Mapping[ir.Value, tuple[ScatteredSum, int]],
+    ) -> None:
         self.graph = Graph()
-        self._layouts, self._sizes = layouts, sizes
+        self._layouts, self._sizes, self._scattered = layouts, sizes, scattered
         self._node = dict[ir.Value, int]()
         for value in block.arguments:
             self._argument(value)
@@ -115,6 +125,8 @@ class _Reader:
             self._node |= zip(op.results, reads, strict=True)
         elif name in _LOOPS or len(op.results) != 1:
             self._several(op, name, reads)
+        elif name == "reshard" and op.operands[0] in self._scattered:
+            self._node[op.results[0]] = reads[0]
         elif name in ("reshard", "sharding_constraint"):
             self._node[op.results[0]] = self._move(op, reads[0])
         elif name == "dot_general":
@@ -197,7 +209,7 @@ class _Reader:
             inside = {operand for nested in nested_operations(op) for operand in nested.operands}
             reads = [*reads, *(self._node[value] for value in self._node if value in inside)]
             for region in op.regions:
-                inner = _Reader(region.blocks[0], self._layouts, self._sizes).graph
+                inner = _Reader(region.blocks[0], self._layouts, self._sizes, self._scattered).graph
                 if name == "while" and len(inner.results) == len(op.results):
                     inner.aliases = {number: number for number in range(len(inner.results))}
                 rounds.append(inner)
@@ -225,11 +237,27 @@ class _Reader:
         return tuple(tuple(axis for axis in axes if axis not in lost) for axes in layout), tuple(lost)
 
     def _all_reduce(self, made: int, result: ir.Value, layout: Layout, lost: tuple[str, ...]) -> int:
-        """The sum over devices of a partial result, cut afterwards where its own layout says so."""
+        """The sum over devices of a partial result, cut afterwards where its own layout says so; or each device's piece of
+        it at once."""
+        if result in self._scattered:
+            return self._reduce_scatters(made, result)
         shape, nbytes = self._local(result, layout)
         group = ("all_reduce", tuple(sorted(lost)), str(ir.RankedTensorType(result.type).element_type))
         total = self.graph.add("all_reduce", Kind.FIRM, (made,), shape, nbytes, group=group, key=group)
         return total if layout == self._layout(result) else self._cut(total, result, self._layout(result))
+
+    def _reduce_scatters(self, made: int, result: ir.Value) -> int:
+        """Each device's piece of a sum, sent with those of its bundle: pieces are brought together first."""
+        found, number = self._scattered[result]
+        layout = axis_names(found.move.attributes["sharding"])
+        group = "reduce_scatter", number
+        node = self.graph.nodes[made]
+        made = self.graph.add(
+            "pieces", Kind.LOOSE, (made,), (math.prod(node.shape),), node.nbytes, group=("pieces", number), key=group
+        )
+        return self.graph.add(
+            "reduce_scatter", Kind.FIRM, (made,), *self._local(result, layout), group=group, key=group
+        )
 
     def _cut(self, read: int, result: ir.Value, layout: Layout) -> int:
         """A device's own piece; of what is broadcast no more than that is made."""

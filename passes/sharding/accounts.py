@@ -68,7 +68,7 @@ def sent(
 ) -> dict[str, int]:
     """What each device sends in a step, by kind of collective: as `Writer` counts it, without writing anything.
 
-    Readers of one phase share the copies of a value; values that are free send nothing.
+    Readers in one function share the copies of a value; values that are free send nothing.
 
     Args:
         model: its tables.
@@ -79,7 +79,7 @@ def sent(
         first: the arguments that no stage before reads.
     """
     flow = reading.flow
-    home, copied, total = dict(shardings.arguments), set[tuple[int, str | None, Layout]](), dict[str, float]()
+    home, copied, total = dict(shardings.arguments), set[tuple[int, str, Layout]](), dict[str, float]()
 
     def count(kind: str, nbytes: float, weight: float) -> None:
         if nbytes:
@@ -92,8 +92,9 @@ def sent(
             return
         weight = flow.value_turns[number] * (1.0 if phase in (UPDATE, None) else num_microbatches)
         for move in model.tables[value].way(source, layout):
-            if (number, phase, move.target) not in copied:
-                copied.add((number, phase, move.target))
+            key = number, reading.function_of(phase), move.target
+            if key not in copied:
+                copied.add(key)
                 count(move.kind, move.nbytes, weight)
 
     for part, strategy in zip(reading.parts, shardings.chosen, strict=True):

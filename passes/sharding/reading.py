@@ -68,12 +68,19 @@ class Reading:
         parts: of each op of ``work``.
         value_of: of each value of ``flow`` the one of ``work``: what a barrier or the boundary hands on is one value, and
             so is what a loop carries, in its body and after it.
+        together: phases that are one function, whose ops share the copies of a value.
     """
 
     work: Work
     flow: LoopFlow
     parts: tuple[Part, ...]
     value_of: tuple[int, ...]
+    together: frozenset[str] = frozenset()
+
+    def function_of(self, phase: str | None) -> str:
+        """A word for the function that a phase is in; what is done for the results is part of the update."""
+        phase = phase or UPDATE
+        return "together" if phase in self.together else phase
 
 
 def read_program(

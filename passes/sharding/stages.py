@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from jaxlib.mlir import ir
 
 from bactrian.passes.cluster import Cluster
 from bactrian.passes.errors import ConfigError, PassError
 from bactrian.passes.mesh_tensors import Axes, mesh_axes, num_devices
-from bactrian.passes.program import integer_attribute, main_function, string_attribute
+from bactrian.passes.program import integer_attribute, main_function, phases_together, string_attribute
 from bactrian.passes.sharding.loops import capture_unchanged
 from bactrian.passes.sharding.mesh import Mesh
 from bactrian.passes.sharding.reading import Reading, read_program
@@ -95,5 +95,6 @@ def read_stages(
         in_flight = count if gpipe else min(count, stages - stage)
         only = stage if stages > 1 else None
         reading = read_program(main, mesh, cluster, count, remark, in_flight, only)
+        reading = replace(reading, together=phases_together(module, main, stage))
         found.append(StageProgram(stage, name, mesh, reading, stages, count))
     return found

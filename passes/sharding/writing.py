@@ -44,7 +44,7 @@ class Writer:
     """Writes shardings into ``@main``.
 
     A result has the layout in which its op leaves it once partial results are added up; every other layout is reached
-    by a chain of ``sdy.reshard``, each of which is one collective. Readers of one phase share a chain.
+    by a chain of ``sdy.reshard``, each of which is one collective. Readers in one function share a chain.
 
     Args:
         main: the function.
@@ -84,7 +84,7 @@ class Writer:
         self._received: dict[int, ir.Value] = {}  # what other stages have made, as this one has it
         self._copies: dict[
             tuple[int, str, Layout], ir.Value
-        ] = {}  # (value of the flow, phase, layout) -> in that layout
+        ] = {}  # (value of the flow, function, layout) -> in that layout
 
     def write(self) -> None:
         """Write everything."""
@@ -282,11 +282,12 @@ class Writer:
             return current
         # What a loop reads from outside is moved before the loop.
         place, top = top_level(reader, _block_of(current)), top_level(reader, body(self.main))
-        phase, turns = _phase(top), self.reading.flow.value_turns[number]
+        turns = self.reading.flow.value_turns[number]
+        function = self.reading.function_of(phase_of(top))
         weight = turns * (1.0 if phase_of(top) in (UPDATE, None) else self.num_microbatches)
         with ir.InsertionPoint(place):
             for move in moves:
-                key = number, phase, move.target
+                key = number, function, move.target
                 if key not in self._copies:
                     self._count(move.kind, move.nbytes, turns, weight)
                     self._copies[key] = self._moved(current, home, move, place)
@@ -391,7 +392,3 @@ def _block_of(value: ir.Value) -> ir.Block:
 
 def _rank(value: ir.Value) -> int:
     return value.type.rank if isinstance(value.type, ir.RankedTensorType) else 0
-
-
-def _phase(op: ir.Operation) -> str:
-    return str(op.attributes["bactrian.phase"]) if "bactrian.phase" in op.attributes else ""
