@@ -212,7 +212,7 @@ def _scatter(value: ir.Value, dim: int, groups: np.ndarray, channel: int) -> ir.
         operands=[value],
         attributes={
             "scatter_dimension": _i64(dim),
-            "replica_groups": ir.DenseElementsAttr.get(groups),
+            "replica_groups": ir.DenseElementsAttr.get(cast(Any, groups)),
             "channel_handle": stablehlo.ChannelHandle.get(channel, _DEVICE_TO_DEVICE),
             "use_global_device_ids": ir.UnitAttr.get(),
         },
