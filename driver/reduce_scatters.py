@@ -6,6 +6,7 @@ import heapq
 import math
 import re
 from collections.abc import Sequence
+from typing import Any, cast
 
 import numpy as np
 from jaxlib.mlir import ir
