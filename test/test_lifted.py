@@ -11,10 +11,17 @@ import pytest
 
 from bactrian.passes.errors import ConfigError, InfeasiblePlanError
 from bactrian.passes.network import lifted
+from bactrian.passes.network import solve as solving
 from bactrian.passes.network.interned import Interner
 from bactrian.passes.network.problem import CostNetwork
 from bactrian.passes.network.reduce import ReducedNetwork
 from bactrian.passes.network.solve import Solution, solve
+
+
+@pytest.fixture(autouse=True)
+def by_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small networks are not solved by tables here (test_tables.py)."""
+    monkeypatch.setattr(solving, "elimination_order", lambda network: None)
 
 
 def layers(seed: int) -> CostNetwork:

@@ -11,6 +11,7 @@ from bactrian.passes.errors import ConfigError, InfeasiblePlanError
 from bactrian.passes.network.local import LocalSearch
 from bactrian.passes.network.problem import CostNetwork
 from bactrian.passes.network.reduce import ReducedNetwork
+from bactrian.passes.network.tables import elimination_order, solve_by_tables
 
 _REDUCTION_SHARE = 0.5  # of the time, at most
 _RELAXED_SHARE = 0.25  # of the time, at most, for a first try without the memory limit
@@ -74,7 +75,17 @@ def _solve(problem: CostNetwork, time_limit: float, *, only_proved: bool) -> Sol
         "pairs left": network.num_pairs,
     }
     choice, bound, proved = None, network.constant, True
-    if network.costs:
+    order = elimination_order(network) if network.limit is None else None
+    if network.costs and order is not None:
+        found = solve_by_tables(network, order)
+        if found is None:
+            raise InfeasiblePlanError(
+                "no combination of strategies is allowed",
+                why="the forbidden costs exclude each other",
+                fix="allow more pairs: costs from 10^18 on, and infinite ones, forbid",
+            )
+        choice = _in_order(network.expand(found))
+    elif network.costs:
         from bactrian.passes.network.lifted import solve_lifted  # imports a solver
 
         lifted = solve_lifted(network, begin + _LIFTED_SHARE * time_limit)
@@ -163,7 +174,9 @@ def _relaxed(problem: CostNetwork, network: ReducedNetwork, deadline: float) -> 
     free = replace(problem, limit=None)
     smaller = ReducedNetwork(free)
     smaller.reduce(deadline)
-    if smaller.num_pairs > _RELAXED_PAIRS * network.num_pairs or time.monotonic() > deadline:
+    if time.monotonic() > deadline:
+        return None
+    if smaller.num_pairs > _RELAXED_PAIRS * network.num_pairs and elimination_order(smaller) is None:
         return None
     try:
         found = _solve(free, deadline - time.monotonic(), only_proved=True)
