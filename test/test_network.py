@@ -14,11 +14,12 @@ import pytest
 
 from bactrian.driver import cli
 from bactrian.passes.errors import ConfigError, InfeasiblePlanError
-from bactrian.passes.network.local import LocalSearch
 from bactrian.passes.network import solve as solving
+from bactrian.passes.network.local import LocalSearch
 from bactrian.passes.network.problem import FORBIDDEN, CostNetwork, read_problem
 from bactrian.passes.network.reduce import ReducedNetwork
 from bactrian.passes.network.solve import solve
+
 
 @pytest.fixture(autouse=True)
 def by_programs(monkeypatch: pytest.MonkeyPatch) -> None:
