@@ -100,7 +100,7 @@ class Cluster:
             made.append(Axis(name, size, *link, curves))
             stride *= size
         inside = tuple(c for c in self.measured if c.kind == "all_reduce") if count <= self.devices_per_host else ()
-        return Mesh(tuple(reversed(made)), inside)
+        return Mesh(tuple(reversed(made)), inside, 2 / self.device.bytes_per_second)
 
 
 CPU_HOST = Cluster("cpu-host", 1, 64, 4 << 30, CPU_CORE, 2e9, 2e9, 5e-5, 5e-5)

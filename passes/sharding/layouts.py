@@ -229,13 +229,21 @@ class LayoutTable:
             last = axes[-1]
             fewer = _replaced(layout, dim, axes[:-1])
             size = mesh.axes[last].size
-            yield Move("all_gather", (last,), fewer, mesh.axes[last].all_gather(held), (size - 1) * held)
+            seconds = mesh.axes[last].all_gather(held)
+            if self._is_apart(layout, dim):
+                seconds += size * held * mesh.copy_seconds_per_byte
+            yield Move("all_gather", (last,), fewer, seconds, (size - 1) * held)
             for other, present in enumerate(layout):
                 if other != dim:
                     moved = _replaced(fewer, other, (*present, last))
                     sent = (size - 1) / size * held
                     yield Move("all_to_all", (last,), moved, mesh.axes[last].all_to_all(held), sent)
         yield from self._permutes(layout, held, free)
+
+    def _is_apart(self, layout: Layout, dim: int) -> bool:
+        """Whether a device's piece lies in several parts of a tensor that is whole along a dim: what is gathered along it comes
+        piece by piece, and is put in its place by a copy."""
+        return any(size > self.mesh.parts(axes) for size, axes in zip(self.shape[:dim], layout[:dim], strict=True))
 
     def _reductions(self, layout: Layout, axes: tuple[int, ...]) -> Iterator[Move]:
         held = local_bytes(self.nbytes, layout, self.mesh)

@@ -87,10 +87,12 @@ class Mesh:
     Attributes:
         axes: of the mesh.
         measured: curves of all-reduces over several axes at once, by the devices of their group.
+        copy_seconds_per_byte: of what a device copies within its memory, read and written.
     """
 
     axes: tuple[Axis, ...]
     measured: tuple[Curve, ...] = ()
+    copy_seconds_per_byte: float = 0.0
 
     def __post_init__(self) -> None:
         names = [axis.name for axis in self.axes]
