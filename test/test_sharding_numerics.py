@@ -218,8 +218,19 @@ def check_numbers(seed: int, ops: tuple[Callable[..., jax.Array], ...] = OPS, mo
         node += choices is not None
     sharded.write(module, reading, model, choice)
     got = sharded.run(module, axes, arguments)
-    expected = jax.tree.leaves(jax.jit(function)(*arguments))
-    for one, other in zip(got, expected, strict=True):
-        other = np.asarray(other)
-        assert one.shape == other.shape
-        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5 * max(1.0, np.abs(other).max(initial=0)))
+    expected = [np.asarray(each) for each in jax.tree.leaves(jax.jit(function)(*arguments))]
+    assert [each.shape for each in got] == [each.shape for each in expected]
+    off = [1e-5 * max(1.0, float(np.abs(each).max(initial=0))) for each in expected]
+    if not all(np.allclose(*each, rtol=1e-5, atol=most) for *each, most in zip(got, expected, off, strict=True)):
+        # A few programs lose digits: there one device is off by as much, against twice as many digits.
+        with jax.enable_x64(True):
+            wide = [each.astype(np.float64) if each.dtype == np.float32 else each for each in arguments]
+            exact = [np.asarray(each) for each in jax.tree.leaves(jax.jit(function)(*wide))]
+        off = [most + 4 * _farthest(*each) for *each, most in zip(expected, exact, off, strict=True)]
+        expected = exact
+    for one, other, most in zip(got, expected, off, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=most)
+
+
+def _farthest(one: np.ndarray[Any, Any], other: np.ndarray[Any, Any]) -> float:
+    return float(np.abs(one.astype(np.float64) - other.astype(np.float64)).max(initial=0))
