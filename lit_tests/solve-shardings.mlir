@@ -53,14 +53,16 @@ module @data_parallel attributes {bactrian.num_stages = 1 : i64} {
 
 // -----
 
-// What somebody has decided stays: the weight is cut by columns, so the product is; it is wanted whole, and after that
-// every device takes its own part of the work.
+// What somebody has decided stays: the weight is cut by columns, and the product is wanted whole. It is made by rows, which
+// takes a gather of the small weight, since its own gather along dim 1 would have a copy behind it. After that every device
+// takes its own part of the work.
 // CHECK-LABEL: module @given
 module @given attributes {bactrian.num_stages = 1 : i64} {
   sdy.mesh @stage0 = <["model"=4]>
   // CHECK: %[[W:[^:]*]]: tensor<64x64xf32> {bactrian.role = "state", sdy.sharding = #sdy.sharding<@stage0, [{}, {"model"}]>}
+  // CHECK: sdy.reshard %[[W]] <@stage0, [{}, {}]>
   // CHECK: %[[Y:.*]] = stablehlo.dot_general
-  // CHECK-SAME: <@stage0, [{}, {"model"}]>
+  // CHECK-SAME: <@stage0, [{"model"}, {}]>
   // CHECK: %[[C:.*]] = sdy.reshard %[[Y]] <@stage0, [{}, {}]>
   // CHECK: sdy.sharding_constraint %[[C]] <@stage0, [{}, {}]>
   // CHECK: sdy.reshard {{.*}} <@stage0, [{{{.*}}"model"{{.*}}}]>
