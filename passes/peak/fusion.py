@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from bactrian.passes.peak.graph import Graph, Kind, Node
+from bactrian.passes.peak.graph import ELSEWHERE, Graph, Kind, Node
 
 _EXPENSIVE = frozenset(
     [
@@ -26,25 +26,6 @@ _EXPENSIVE = frozenset(
         "remainder",
     ]
 )
-_ELSEWHERE = frozenset(
-    [
-        "transpose",
-        "broadcast_in_dim",
-        "slice",
-        "gather",
-        "concatenate",
-        "pad",
-        "reverse",
-        "iota",
-        "dynamic_slice",
-        "pieces",
-        "regroup",
-        "dynamic_update_slice",
-        "dynamic_reshape",
-    ]
-)
-"""Ops whose results are at other places than what they read: they are not computed in place."""
-
 
 _REDUCED = frozenset({"multiply", "add", "maximum"})
 """Ops that reductions compute themselves."""
@@ -84,7 +65,7 @@ def fuse(graph: Graph) -> Fused:
             continue
         readers = dict[int, bool]()
         for user in users[number]:
-            in_place = nodes[user].name not in _ELSEWHERE and nodes[user].nbytes == node.nbytes
+            in_place = nodes[user].name not in ELSEWHERE and nodes[user].nbytes == node.nbytes
             for head, same in inside[user].items():
                 readers[head] = readers.get(head, True) and same and in_place
         takers = _takers(node, readers, users[number], nodes)

@@ -10,6 +10,25 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
+ELSEWHERE = frozenset(
+    [
+        "transpose",
+        "broadcast_in_dim",
+        "slice",
+        "gather",
+        "concatenate",
+        "pad",
+        "reverse",
+        "iota",
+        "dynamic_slice",
+        "pieces",
+        "regroup",
+        "dynamic_update_slice",
+        "dynamic_reshape",
+    ]
+)
+"""Ops whose results are at other places than what they read: they are not computed in place."""
+
 
 class Kind(Enum):
     """How a node's result comes to be."""
@@ -104,3 +123,32 @@ class Graph:
         moved = [dim for dim in order if node.shape[dim] != 1]
         kind = Kind.VIEW if moved == sorted(moved) else Kind.LOOSE
         return self.add("transpose", kind, (operand,), shape, node.nbytes, key=tuple(order))
+
+    def order(self, number: int) -> list[int]:
+        """The dims of a value as XLA would have them in memory before it gives values their orders, the outermost first.
+
+        A transpose only names them anew; other ops whose results are in place take over the order of their first operand,
+        those in front of which a scalar stands that of the second.
+        """
+        moves = list[Sequence[int]]()
+        while True:
+            node = self.nodes[number]
+            if node.name == "transpose" and isinstance(node.key, tuple):
+                moves.append(node.key[-1])
+                number = node.operands[0]
+                continue
+            like = [o for o in node.operands if self.nodes[o].shape == node.shape and not self._is_scalar(o)]
+            if node.kind is not Kind.LOOSE or node.name in ELSEWHERE or not like:
+                break
+            number = like[0]
+        order = list(range(len(node.shape)))
+        for move in reversed(moves):
+            order = [move.index(dim) for dim in order]
+        return order
+
+    def _is_scalar(self, number: int) -> bool:
+        """Whether all elements of a value are one."""
+        node = self.nodes[number]
+        return node.kind is Kind.LOOSE and (
+            (node.name == "broadcast_in_dim" and len(node.dims) == len(node.shape)) or node.name == "constant"
+        )

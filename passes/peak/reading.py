@@ -329,11 +329,11 @@ class _Reader:
         gone = [dim for dim, (old, new) in enumerate(zip(now, after, strict=True)) if set(old) - set(new)]
         if any(axis in wanted for dim in gone for axis in now[dim] if axis not in after[dim]):
             return self._exchange(read, result, now, after)
-        shape, nbytes = self._local(result, now)
+        major = graph.order(read)
         for dim in gone:
             now = (*now[:dim], tuple(a for a in now[dim] if a in after[dim]), *now[dim + 1 :])
             shape, nbytes = self._local(result, now)
-            order = [dim, *(d for d in range(len(shape)) if d != dim)]
+            order = [dim, *(d for d in major if d != dim)]
             read = graph.transpose(read, order)
             read = graph.add("all_gather", Kind.FIRM, (read,), [shape[d] for d in order], nbytes, key=now)
             read = graph.transpose(read, [order.index(d) for d in range(len(shape))])
