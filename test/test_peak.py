@@ -56,11 +56,18 @@ def convolutions(params: Any, x: jax.Array) -> jax.Array:
     return jnp.square(x).mean()
 
 
+def experts(params: Any, x: jax.Array) -> jax.Array:
+    for up, down in params:
+        x = x + jnp.einsum("beh,ehd->bed", jax.nn.relu(jnp.einsum("bed,edh->beh", x, up)), down)
+    return jnp.square(x).mean()
+
+
 LAYER = {name: zeros(64, 4, 16) for name in "qkv"} | {"o": zeros(4, 16, 64), "scale": zeros(64)}
 PROGRAMS: dict[str, tuple[Loss, Any, Any]] = {
     "mlp": (mlp, [(zeros(128, 512), zeros(512, 128))] * 3, zeros(128, 128)),
     "small": (mlp, [(zeros(64, 256), zeros(256, 64))] * 2, zeros(256, 64)),
     "attention": (attention, [LAYER] * 2, zeros(8, 64, 64)),
+    "experts": (experts, [(zeros(8, 64, 256), zeros(8, 256, 64))], zeros(64, 8, 64)),
     "convolutions": (convolutions, [zeros(3, 3, 16, 16)] * 3, zeros(8, 16, 16, 16)),
 }
 
@@ -100,8 +107,9 @@ def compiled(staged: Staged, function: str) -> FunctionMemory:
         ("mlp", {"strategy": "zero1"}),
         ("convolutions", {"strategy": "data"}),
         ("attention", {"num_microbatches": 2, "num_stages": 2}),
+        ("experts", {"strategy": "data"}),  # new moments are gathered in the order of transposed gradients, then copied
     ],
-    ids=["mlp", "convolutions", "stages"],
+    ids=["mlp", "convolutions", "stages", "experts"],
 )
 def test_predicted_memory_is_what_xla_needs(tmp_path: Path, name: str, options: dict[str, Any]) -> None:
     staged = planned(tmp_path, name, **options)
@@ -202,6 +210,20 @@ def test_a_loop_needs_what_a_round_needs() -> None:
         found = function_memory(main_function(module), {})
     assert (found.arguments, found.aliased) == (2 * 4096, 0)
     assert 1024 * 4096 < found.temporaries < 1.1 * 1024 * 4096
+
+
+def test_the_order_of_dims_follows_the_first_operand() -> None:
+    graph = Graph()
+    plain = graph.add("argument", Kind.ARGUMENT, (), (2, 3, 4), 96)
+    moved = graph.transpose(graph.add("dot_general", Kind.FIRM, (plain,), (4, 2, 3), 96), [1, 2, 0])
+    scalar = graph.add("broadcast_in_dim", Kind.LOOSE, (), (2, 3, 4), 96, dims=(0, 1, 2))
+    scaled = graph.add("multiply", Kind.LOOSE, (scalar, moved), (2, 3, 4), 96)
+    assert graph.order(scaled) == [2, 0, 1]
+    assert graph.order(graph.add("add", Kind.LOOSE, (scaled, plain), (2, 3, 4), 96)) == [2, 0, 1]
+    assert graph.order(graph.add("add", Kind.LOOSE, (plain, scaled), (2, 3, 4), 96)) == [0, 1, 2]
+    assert graph.order(graph.transpose(scaled, [1, 0, 2])) == [2, 1, 0]
+    cut = graph.add("slice", Kind.LOOSE, (scaled,), (1, 3, 4), 48)
+    assert graph.order(graph.add("dot_general", Kind.FIRM, (cut,), (1, 3, 4), 48)) == graph.order(cut) == [0, 1, 2]
 
 
 def test_combined_collectives_do_not_wait_for_each_other() -> None:
