@@ -22,6 +22,8 @@ from bactrian.driver.planning import Decisions, stage_program
 from bactrian.driver.reference import reference
 from bactrian.driver.session import num_groups
 from bactrian.driver.source import line_here
+from bactrian.driver.together import staged_together
+from bactrian.driver.world import World
 from bactrian.passes.errors import ConfigError
 from bactrian.passes.mesh_tensors import num_devices
 from bactrian.passes.plan import Axes, Plan, axes_words
@@ -170,7 +172,7 @@ class Parallelized:
                     _log.warning("%s is planned again: its state is where another step placed it", self.__name__)
                 elif self._compiled:
                     _log.warning("%s is traced again for new shapes, dtypes or static arguments", self.__name__)
-                fitting = self.trace(*args, **kwargs).plan().compile()
+                fitting = self.trace(*args, **kwargs).plan_with_all().compile()
             self._compiled[signature] = known | {homes: fitting}
         return self._compiled[signature][homes]
 
@@ -317,6 +319,18 @@ class Traced:
                 paths=[argument.path for argument in self.captured.arguments],
                 layouts=dict(self.homes.layouts) if self.homes is not None else None,
             )
+        return Planned(self.captured, staged)
+
+    def plan_with_all(self) -> Planned:
+        """Cut the program into stages; on a mesh, rank 0 chooses layouts for all ranks (collective).
+
+        Raises:
+            BactrianError: as `plan` does, on every rank; or ranks have other programs or options.
+        """
+        world, mesh = World.current(), self._mesh()
+        if world.comm is None or num_devices(mesh) == 1:
+            return self.plan()
+        staged = staged_together(lambda: self.plan().staged, self.fingerprint, self.options, mesh, world)
         return Planned(self.captured, staged)
 
     def _mesh(self) -> Axes:

@@ -10,7 +10,9 @@ from bactrian.driver.comparison import Comparison, compare
 from bactrian.driver.compiled import Compiled
 from bactrian.driver.explaining import explain_value
 from bactrian.driver.planning import Staged
-from bactrian.driver.session import World, check_ranks, open_session
+from bactrian.driver.session import check_ranks, open_session
+from bactrian.driver.together import outline, with_layouts_of_main
+from bactrian.driver.world import World
 from bactrian.passes.frame.reproducer import versions
 from bactrian.passes.plan import Plan
 from bactrian.passes.sharding.explaining import Explanation
@@ -66,7 +68,7 @@ class Planned:
         return compare(self.staged)
 
     def compile(self) -> Compiled:
-        """Compile this process's stages (collective: all ranks call it).
+        """Compile this process's stages (collective: all ranks call it). Layouts are those that rank 0 found.
 
         Raises:
             ConfigError: the ranks do not fit the plan, or run different programs.
@@ -76,8 +78,8 @@ class Planned:
         own = {
             "versions": ", ".join(f"{name} {version}" for name, version in sorted(versions().items())),
             "the program": self.captured.fingerprint,
-            "the plan": self.plan.to_json(),
+            "the plan": outline(self.plan).to_json(),
             "the number of ranks of a mesh": str(shared),
         }
         world.check_equal(own)
-        return Compiled(self.captured, open_session(self.staged, world))
+        return Compiled(self.captured, open_session(with_layouts_of_main(self.staged, world), world))

@@ -6,7 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from clusters import SLOW
+from clusters import SLOW, cluster_text
 from commands import bactrian
 from xla_flags import QUICK
 
@@ -66,3 +66,104 @@ def test_meshes_over_several_ranks_equal_one_device(
     done = run(tmp_path, name, mesh, 2, "--distributed", ranks=ranks, stages=stages)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip().endswith(f"equal {4 * stages}")
+
+
+TOGETHER = """
+import sys
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import bactrian
+import bactrian.driver.api as api
+from bactrian.driver.world import World
+
+world, planned = World.current(), []
+stage_program = api.stage_program
+api.stage_program = lambda *args, **options: planned.append(options) or stage_program(*args, **options)
+
+
+def make(**options):
+    @bactrian.parallelize(num_stages=2, cluster=sys.argv[1], **{"mesh": "data=2"} | options)
+    def step(w, x):
+        loss, gradient = bactrian.value_and_grad(lambda w: jnp.mean(jnp.tanh(jnp.tanh(x @ w[0]) @ w[1]) ** 2))(w)
+        return jax.tree.map(lambda a, b: a - 0.1 * b, w, gradient), loss
+
+    return step
+
+
+w, x = [np.full((8, 8), 0.1, np.float32)] * 2, np.ones((16, 8), np.float32)
+
+
+def check(step):
+    found = bactrian.gather(step(w, x))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), found, make().reference(w, x))
+"""
+
+
+def together(tmp_path: Path, body: str, cluster: str = SLOW) -> subprocess.CompletedProcess[str]:
+    """The script on two ranks of two devices each."""
+    (tmp_path / "cluster.toml").write_text(cluster)
+    (tmp_path / "script.py").write_text(TOGETHER + body)
+    words = ["-n", 2, "--devices", 2, tmp_path / "script.py", tmp_path / "cluster.toml"]
+    return bactrian("run", *words, XLA_FLAGS=" ".join(QUICK))
+
+
+@pytest.mark.mpi
+def test_rank_0_plans_for_all(tmp_path: Path) -> None:
+    done = together(tmp_path, "check(make())\nprint(world.rank, 'planned', len(planned))\n")
+    assert done.returncode == 0, done.stderr
+    assert sorted(done.stdout.split("\n")) == ["", "0 planned 1", "1 planned 0"]
+
+
+@pytest.mark.mpi
+def test_ranks_that_found_other_layouts_take_those_of_rank_0(tmp_path: Path) -> None:
+    """As when two searches are ended by the clock: the decisions are the same, the layouts are not."""
+    body = """
+found = make(strategy="zero3" if world.rank else "data").trace(w, x).plan()
+stages = [replace(s, sharding=replace(s.sharding, strategy="auto")) for s in found.plan.stages]
+found.staged.plan = replace(found.plan, stages=tuple(stages))
+assert len(set(world.comm.allgather(found.staged_text))) == 2
+compiled = found.compile()
+assert len(set(world.comm.allgather(compiled.plan.to_json()))) == 1
+assert world.rank or compiled.plan == found.plan
+check(compiled)
+print("equal")
+"""
+    done = together(tmp_path, body)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "equal\nequal\n"
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize(
+    ("body", "error"),
+    [
+        ("check(make(strategy='zero1' if world.rank else 'auto'))", "ranks differ in the strategy: rank 0 has auto, rank 1 has zero1"),
+        ("check(make(mesh='model=2' if world.rank else 'data=2'))", "ranks differ in the mesh: rank 0 has data=2, rank 1 has model=2"),
+        ("make().trace(w, x).plan().compile() if world.rank else check(make())", "ranks differ in num_stages: rank 0 has 2, rank 1 has none"),
+    ],
+    ids=["strategy", "mesh", "place"],
+)  # fmt: skip
+def test_ranks_that_ask_for_different_plans(tmp_path: Path, body: str, error: str) -> None:
+    done = together(tmp_path, f"{body}\n")
+    assert done.returncode == 3, done.stderr
+    assert error in done.stderr
+    assert "start every rank with the same script" in done.stderr
+
+
+@pytest.mark.mpi
+def test_what_rank_0_finds_wrong_every_rank_says(tmp_path: Path) -> None:
+    body = """
+try:
+    check(make())
+except bactrian.InfeasiblePlanError as error:
+    print(str(error).splitlines()[0])
+"""
+    done = together(tmp_path, body, cluster_text("f32 = 1e-5", 0.001, 0.01, memory_gib=1e-7))
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == 2 and lines[0] == lines[1]
+    assert lines[0].startswith("cannot fit stage 0 into a device: ")

@@ -10,7 +10,8 @@ import pytest
 
 from bactrian.driver.cli import main
 from bactrian.driver.distributed import devices_of_ranks, ranks_per_mesh
-from bactrian.driver.session import World, stage_ranks
+from bactrian.driver.session import stage_ranks
+from bactrian.driver.world import World
 from bactrian.passes.errors import ConfigError
 
 MESH = (("data", 2), ("model", 2))
