@@ -177,9 +177,9 @@ def compare(staged: Staged, devices: Sequence[Device] | None = None) -> Comparis
             why="XLA compiles for devices that are there",
             fix=f"XLA_FLAGS=--xla_force_host_platform_device_count={widest} gives virtual CPU devices, before jax starts",
         )
-    explicit = function_texts(staged.module, numbered=True, for_shardy=True)
+    explicit = function_texts(staged.module, None, numbered=True)
     found = list[FunctionComparison]()
-    for symbol, text in function_texts(staged.module, numbered=True).items():
+    for symbol, text in function_texts(staged.module, devices[0].platform, numbered=True).items():
         stage, _, phase = symbol.removeprefix("stage").partition(".")
         count = program.num_devices(int(stage))
         if count > 1:

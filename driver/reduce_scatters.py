@@ -1,4 +1,4 @@
-"""Reduce-scatters as XLA takes them: on CPUs it makes none of its own."""
+"""Reduce-scatters for CPUs, where XLA makes none of its own."""
 
 from __future__ import annotations
 
@@ -25,12 +25,11 @@ def write_reduce_scatters(main: ir.Operation, axes: Axes) -> None:
     """Write sums that are cut along the axes that they are summed over as what each device does.
 
     A partitioner makes an all-reduce of a partial result, and a slice of that: twice the bytes of the reduce-scatter that was
-    planned. Some compilers make one of the two, XLA for CPUs does not. So such an op becomes an ``sdy.manual_computation``
-    on its pieces, with a ``stablehlo.reduce_scatter`` at its end. The results of small ones are put into one tensor first,
-    and share one.
+    planned. XLA for CPUs leaves it at that. So such an op becomes an ``sdy.manual_computation`` on its pieces, with a
+    ``stablehlo.reduce_scatter`` at its end. The results of small ones are put into one tensor first, and share one.
 
     Args:
-        main: of a module for XLA, with its moves still ``sdy.reshard``.
+        main: of a module for XLA on CPUs, with its moves still ``sdy.reshard``.
         axes: of its mesh.
     """
     together = bundles(main, list(scattered_sums(main)), dict(axes))

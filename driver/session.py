@@ -225,7 +225,7 @@ def _devices_of(program: StagedProgram, stage: int, place: int, local: Sequence[
 def _compile(staged: Staged, devices: Mapping[int, Sequence[Device]]) -> tuple[dict[str, StageFunction], float]:
     faults.at("compile")
     begin = time.perf_counter()
-    texts = function_texts(staged.module)
+    texts = function_texts(staged.module, jax.default_backend())
     homes = {call.function: devices[call.stage] for call in staged.program.calls if call.stage in devices}
     functions = compile_functions({symbol: texts[symbol] for symbol in homes}, homes)
     return functions, time.perf_counter() - begin

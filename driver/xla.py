@@ -40,12 +40,13 @@ Device = Any  # jax.Device, which its own stubs declare as a variable
 StageFunction = Callable[[Sequence[jax.Array]], list[jax.Array]]
 
 
-def function_texts(staged: ir.Module, *, numbered: bool = False, for_shardy: bool = False) -> dict[str, str]:
+def function_texts(staged: ir.Module, platform: str | None, *, numbered: bool = False) -> dict[str, str]:
     """Each stage function as a module of its own (text with ``@main``), by its symbol.
 
     Args:
+        platform: whose XLA is to read them (``jax.Device.platform``). None: Shardy's passes alone; moves stay
+            ``sdy.reshard`` for these.
         numbered: the name stack of every op of a function begins with ``op.<number>/``, in order of the function.
-        for_shardy: moves stay ``sdy.reshard``, as Shardy's passes read them; else they are as XLA reads them.
     """
     with staged.context:
         texts: dict[str, str] = {}
@@ -57,11 +58,11 @@ def function_texts(staged: ir.Module, *, numbered: bool = False, for_shardy: boo
             symbol = ir.StringAttr(op.attributes["sym_name"]).value
             if symbol != "main":
                 mesh = symbol.partition(".")[0]
-                texts[symbol] = _standalone(op, symbol, mesh, meshes.get(mesh, ()), numbered, for_shardy)
+                texts[symbol] = _standalone(op, symbol, mesh, meshes.get(mesh, ()), platform, numbered)
         return texts
 
 
-def _standalone(op: ir.Operation, symbol: str, mesh: str, axes: Axes, numbered: bool, for_shardy: bool) -> str:
+def _standalone(op: ir.Operation, symbol: str, mesh: str, axes: Axes, platform: str | None, numbered: bool) -> str:
     """A function as a module that XLA accepts: public ``@main``, and no attribute but aliasing and layouts."""
     clone = op.clone(ip=False).operation
     if numbered:
@@ -81,9 +82,9 @@ def _standalone(op: ir.Operation, symbol: str, mesh: str, axes: Axes, numbered: 
             with ir.InsertionPoint(module.body):
                 sdy.MeshOp(mesh, mesh_attribute(axes))
     module.body.append(clone)
-    if partitions > 1 and not for_shardy:
+    if partitions > 1 and platform is not None:
         with op.location:
-            constrain(clone, axes)
+            constrain(clone, axes, platform)
     root = module.operation
     # JAX's cache of compiled functions sees the module's name, but no name stacks.
     suffix = "_numbered" if numbered else ""
@@ -99,20 +100,25 @@ def _number(main: ir.Operation) -> None:
         op.location = ir.Location.name(f"op.{number}/{name_stack(op.location)}", op.location)
 
 
-def constrain(main: ir.Operation, axes: Axes) -> None:
+def constrain(main: ir.Operation, axes: Axes, platform: str) -> None:
     """Write shardings as XLA's import reads them.
 
-    Sums that are scattered become what each device does. ``sdy.reshard`` becomes ``sdy.sharding_constraint``. Shardy reads a constraint as the wish of all: it gives its
-    layout to the op that makes its operand, whatever that has, and lets every later reader of the operand read what the
+    ``sdy.reshard`` becomes ``sdy.sharding_constraint``. Shardy reads a constraint as the wish of all: it gives its layout
+    to the op that makes its operand, whatever that has, and lets every later reader of the operand read what the
     constraint makes. So a value that goes on to another layout is constrained to its own one first, where it is made, and
     everything reads that: of a value with several readers Shardy leaves each with what it reads. Loops carry what they
     read from outside: XLA makes operands of it, and then misses their shardings in the list.
 
+    On CPUs, where XLA makes no reduce-scatters, sums that are scattered become what each device does. Elsewhere it makes
+    one of each all-reduce and its slice, which it can first combine with others and move out of loops.
+
     Args:
         main: with its moves.
         axes: of its mesh.
+        platform: whose XLA reads it.
     """
-    write_reduce_scatters(main, axes)
+    if platform == "cpu":
+        write_reduce_scatters(main, axes)
     operations = nested_operations(main)
     moves = [op for op in operations if op.name == "sdy.reshard"]
     sources = list(dict.fromkeys(move.operands[0] for move in moves if not _is_move(move.operands[0].owner)))

@@ -70,7 +70,7 @@ def text_for_xla(module: ir.Module, axes: Axes) -> str:
                 for result, operand in zip(list(op.results), list(op.operands), strict=True):
                     result.replace_all_uses_with(operand)
                 op.erase()
-        constrain(main, axes)
+        constrain(main, axes, "cpu")
         count = int(np.prod([size for _, size in axes]))
         number = ir.IntegerAttr.get(ir.IntegerType.get_signless(32), count)
         clone.operation.attributes["mhlo.num_partitions"] = number

@@ -64,7 +64,7 @@ def counted(staged: Staged) -> list[dict[str, int]]:
     """Bytes that each device sends in a step, by stage and kind."""
     program = staged.program
     totals = [dict[str, float]() for _ in range(program.num_stages)]
-    for symbol, text in function_texts(staged.module, for_shardy=True).items():
+    for symbol, text in function_texts(staged.module, None).items():
         stage, _, phase = symbol.removeprefix("stage").partition(".")
         runs = program.num_microbatches if phase.startswith(("forward", "backward")) else 1
         with make_context():

@@ -149,7 +149,7 @@ def test_numbers_of_ops_change_nothing(slow: Path) -> None:
     """What is compared is what runs: the same collectives without the numbers."""
     built = models.train_case("mlp/plain", "adamw", microbatches=2).make()
     module = planned(built, slow, mesh="data=2,model=4").staged.module
-    texts = function_texts(module), function_texts(module, numbered=True)
+    texts = function_texts(module, "cpu"), function_texts(module, "cpu", numbered=True)
     for symbol, text in texts[0].items():
         read = [
             sorted((c.kind, c.group, c.nbytes, c.shapes) for c in read_collectives(hlo_of(each)))
@@ -187,7 +187,7 @@ def compared(text: str) -> FunctionComparison:
         for number, op in enumerate(nested_operations(main)):
             op.location = ir.Location.name(f"op.{number}/{op.name}")
         explicit = str(module.operation.get_asm(enable_debug_info=True))
-        constrain(main, (("data", 2), ("model", 4)))
+        constrain(main, (("data", 2), ("model", 4)), "cpu")
         constrained = str(module.operation.get_asm(enable_debug_info=True))
     return compare_function("readers", 1, explicit, hlo_of(constrained))
 

@@ -91,7 +91,7 @@ def planned(tmp_path: Path, name: str, gib: float = 3.0, **options: Any) -> Stag
 def compiled(staged: Staged, function: str) -> FunctionMemory:
     """What XLA says of a function."""
     count = math.prod(size for _, size in staged.program.mesh(0))
-    text = function_texts(staged.module)[function]
+    text = function_texts(staged.module, "cpu")[function]
     found = compile_function(text, jax.devices()[:count]).get_compiled_memory_stats()
     return FunctionMemory(
         found.argument_size_in_bytes,

@@ -14,7 +14,7 @@ from jax import lax
 from jaxlib.mlir import ir
 
 from bactrian.driver.reduce_scatters import device_groups
-from bactrian.driver.xla import compile_function
+from bactrian.driver.xla import compile_function, function_texts
 from bactrian.passes.frame.context import make_context
 from bactrian.passes.program import main_function
 from bactrian.passes.scattered_sums import bundles, scattered_sums
@@ -162,6 +162,24 @@ def test_what_is_a_reduce_scatter(target: str, number: str, fold: str, read: str
     s = (x.max(0, initial=0) if fold == "maximum" else x.sum(0))[:, None]
     expected = x.T @ x + s + (x.T @ x if read == "%a" else s)
     np.testing.assert_allclose(result, expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("platform", "scatters", "constraints"),
+    [("cpu", 1, 2), ("gpu", 0, 4), ("tpu", 0, 4), (None, 0, 0)],
+)
+def test_they_are_written_for_cpus_only(platform: str | None, scatters: int, constraints: int) -> None:
+    """XLA for others gets what Shardy gets, a sum and a move: there it makes reduce-scatters, and combines them."""
+    text = PRODUCT.replace("TARGET", '"x", "y"').replace("NUMBER", "0.0").replace("FOLD", "add").replace("READ", "%u")
+    text = text.replace("public @main", "@stage0.products")
+    text = text.replace("}) {\n    %zero", "}) attributes {mesh_shape = #sdy.mesh<[]>} {\n    %zero")
+    with make_context():
+        (written,) = function_texts(ir.Module.parse(text), platform).values()
+    assert written.count("stablehlo.reduce_scatter") == scatters
+    assert ("sdy.manual_computation" in written) == bool(scatters)
+    # Each of the two sums has a layout of its own before the one that the move gives it.
+    assert written.count("sdy.sharding_constraint") == constraints
+    assert written.count("sdy.reshard") == (2 if platform is None else 0)
 
 
 def test_large_ones_stay_alone() -> None:
