@@ -66,8 +66,8 @@ class Options:
             object.__setattr__(self, "schedule", schedule)
 
 
-def mesh_axes(mesh: str | Mapping[str, int] | None) -> Axes | None:
-    """Names and sizes of axes.
+def mesh_axes(mesh: Any) -> Axes | None:
+    """Names and sizes of axes, from what a user gave as a mesh: a text, a mapping or None.
 
     Raises:
         ConfigError: they are no mesh.
@@ -76,7 +76,7 @@ def mesh_axes(mesh: str | Mapping[str, int] | None) -> Axes | None:
         return None
     if isinstance(mesh, str):
         return parse_axes(mesh)
-    if not isinstance(mesh, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+    if not isinstance(mesh, Mapping):
         raise ConfigError(f"mesh is {mesh!r}, neither a text nor a mapping", fix='as in {"data": 2, "model": 4}')
     axes = parse_axes(",".join(f"{name}={size}" for name, size in mesh.items()))
     if [name for name, _ in axes] != list(mesh):

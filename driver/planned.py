@@ -15,6 +15,7 @@ from bactrian.driver.together import outline, with_layouts_of_main
 from bactrian.driver.world import World
 from bactrian.passes.frame.reproducer import versions
 from bactrian.passes.plan import Plan
+from bactrian.passes.plan_table import plan_html
 from bactrian.passes.sharding.explaining import Explanation
 
 
@@ -38,7 +39,7 @@ class Planned:
         return str(self.plan)
 
     def _repr_html_(self) -> str:
-        return self.plan._repr_html_()  # pyright: ignore[reportPrivateUsage]
+        return plan_html(self.plan)
 
     def show(self) -> None:
         """Print the table of stages."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
 import os
-import sys
 import sysconfig
 from collections.abc import Iterable, Iterator
 from types import TracebackType
@@ -80,7 +80,8 @@ def line_of_equation(equation: Any, callers: Iterable[Any] = ()) -> str:
 
 
 def _stack() -> Iterator[Frame]:
-    frame = sys._getframe(1)  # pyright: ignore[reportPrivateUsage]
+    own = inspect.currentframe()
+    frame = own and own.f_back
     while frame is not None:
         yield Frame(frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name)
         frame = frame.f_back

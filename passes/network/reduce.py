@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 import numpy as np
 
@@ -21,6 +22,8 @@ _Undo = Callable[[dict[int, int]], None]
 
 _MOST_PAIRS = 4096  # entries of an edge that an elimination may make
 _MOST_DOMINANCE = 300  # strategies of a node for which dominance is looked at: the test is cubic
+
+_Key = TypeVar("_Key", int, tuple[int, int])  # a node or an edge
 
 
 class ReducedNetwork:
@@ -158,12 +161,15 @@ class ReducedNetwork:
 
     def normalise(self) -> None:
         """Take the least cost of every node and edge to the constant: what is left is what a choice can save."""
-        for table in (self.costs, self.pairs):
-            for key, values in table.items():
-                least = self.arrays.known("least", steps.least, values)
-                self.constant += least
-                if least:
-                    table[key] = self.arrays.made("above least", steps.above_least, values)  # pyright: ignore
+        self._take_least(self.costs)
+        self._take_least(self.pairs)
+
+    def _take_least(self, table: dict[_Key, Array]) -> None:
+        for key, values in table.items():
+            least = self.arrays.known("least", steps.least, values)
+            self.constant += least
+            if least:
+                table[key] = self.arrays.made("above least", steps.above_least, values)
 
     def forbid_by_memory(self) -> None:
         """Drop strategies that don't fit even if everything else takes its least.
