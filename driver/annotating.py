@@ -16,7 +16,14 @@ from bactrian.driver.asked import Asked, write_asked
 from bactrian.driver.leaves import ArgumentInfo, ResultInfo
 from bactrian.passes.errors import ConfigError
 from bactrian.passes.frame.context import make_context
-from bactrian.passes.program import body, custom_call_target, integer, main_function
+from bactrian.passes.program import (
+    argument_attributes,
+    body,
+    custom_call_target,
+    integer,
+    main_function,
+    result_attributes,
+)
 
 _NO_MESH = "#sdy.mesh<[]>"
 
@@ -44,12 +51,12 @@ def annotated(
                 f"JAX lowered {len(arguments)} arguments to {len(block.arguments)}",
                 fix="switch jax_use_simplified_jaxpr_constants off",
             )
-        argument_attrs = _dicts(main, "arg_attrs", len(arguments))
+        argument_attrs = argument_attributes(main)
         for info, attrs, argument in zip(arguments, argument_attrs, block.arguments, strict=True):
             attrs["bactrian.role"] = ir.StringAttr.get(info.role)
             argument.set_location(ir.Location.name(info.path))
         write_asked(ours, asked, [len(info.physical.shape) for info in arguments], argument_attrs)
-        result_attrs = _dicts(main, "res_attrs", len(results))
+        result_attrs = result_attributes(main)
         for info, attrs in zip(results, result_attrs, strict=True):
             attrs["jax.result_info"] = ir.StringAttr.get(info.path)
             if info.updates is not None:
@@ -67,17 +74,11 @@ def annotated(
 def write_homes(module: ir.Module, homes: Homes) -> None:
     """Say on the arguments of `@main` which stages have them already."""
     main = main_function(module)
-    arguments = _dicts(main, "arg_attrs", len(body(main).arguments))
+    arguments = argument_attributes(main)
     for number, stages in homes.stages:
         arguments[number]["bactrian.home"] = ir.ArrayAttr.get([integer(stage) for stage in stages])
     main.attributes["arg_attrs"] = ir.ArrayAttr.get([ir.DictAttr.get(attrs) for attrs in arguments])
     module.operation.attributes["bactrian.num_stages"] = integer(homes.num_stages)
-
-
-def _dicts(main: Any, name: str, count: int) -> list[dict[str, ir.Attribute]]:
-    if name not in main.attributes:
-        return [{} for _ in range(count)]
-    return [{item.name: item.attr for item in ir.DictAttr(d)} for d in ir.ArrayAttr(main.attributes[name])]
 
 
 def _drop_noise(module: ir.Module, main: ir.Block) -> None:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection
+from functools import partial
 
 from jaxlib.mlir import ir
 
-from bactrian.driver.fitting import solved_again
+from bactrian.driver.fitting import Again, solved_again
 from bactrian.passes.errors import ConfigError, InfeasiblePlanError
 from bactrian.passes.frame.location import name_stack, user_place
 from bactrian.passes.mesh_tensors import SHARDING
-from bactrian.passes.program import body, main_function, nested_operations
+from bactrian.passes.program import argument_attributes, body, main_function, nested_operations
 from bactrian.passes.sharding.asked import CONSTRAINT
 from bactrian.passes.sharding.value_names import place_text
 
@@ -20,24 +21,25 @@ _CHANGE = "change such a layout, or "
 
 
 def with_conflict(
-    error: InfeasiblePlanError, unsolved: ir.Operation, fits: Callable[[ir.Module], bool], seconds: float = _SECONDS
+    error: InfeasiblePlanError, unsolved: ir.Operation, fits: Callable[[Again], bool], seconds: float = _SECONDS
 ) -> InfeasiblePlanError:
-    """The error with the smallest set of given layouts that excludes every plan: each one of them is needed for that.
+    """The error, and a smallest set of given layouts that excludes every plan: without any one of them there is a plan.
 
-    Layouts are left out one by one, as in a deletion filter (Chinneck and Dravnieks 1991), and the rest is tried.
+    Layouts are left out one by one, as in a deletion filter (Chinneck and Dravnieks 1991): one without which there still is
+    no plan is not to blame, and stays out. Other such sets may exist.
 
     Args:
         error: without any of that.
         unsolved: the module before layouts are chosen. Its context is entered.
-        fits: whether there is a plan for such a module, which is consumed.
-        seconds: after which no further try is begun; the set may then be larger than it has to be.
+        fits: whether there is a plan for the module that this makes.
+        seconds: after which no further try is begun; the set may then be larger than it has to be, and the error says so.
     """
     given = list(_found(solved_again(unsolved)))
     if not given:
         return error
     deadline = time.monotonic() + seconds
     try:
-        if not fits(_with(unsolved, ())):
+        if not fits(partial(_with, unsolved, ())):
             count = "the layout that was" if len(given) == 1 else f"any of the {len(given)} layouts that were"
             return _more(error, f"without {count} given it does not fit either", "")
         needed = given
@@ -46,7 +48,7 @@ def with_conflict(
                 names = ", ".join(needed)
                 return _more(error, f"without layouts that were given it fits: {names}, or some of these", _CHANGE)
             others = [each for each in needed if each != name]
-            if others and not fits(_with(unsolved, others)):
+            if others and not fits(partial(_with, unsolved, others)):
                 needed = others
     except ConfigError:  # nothing was found in time: neither is known
         return error
@@ -65,7 +67,7 @@ def _found(module: ir.Module) -> dict[str, list[int | ir.Operation]]:
     """What gives layouts, for people: arguments by their paths, and constraints by their lines, which may be of several ops."""
     main = main_function(module)
     found = dict[str, list[int | ir.Operation]]()
-    for number, entry in enumerate(_entries(main)):
+    for number, entry in enumerate(argument_attributes(main)):
         if SHARDING in entry:
             path = name_stack(body(main).arguments[number].location) or f"argument {number}"
             found.setdefault(f"the layout of {path}", []).append(number)
@@ -81,7 +83,7 @@ def _with(unsolved: ir.Operation, kept: Collection[str]) -> ir.Module:
     """A module of its own in which only these give layouts."""
     module = solved_again(unsolved)
     main = main_function(module)
-    entries = _entries(main)
+    entries = argument_attributes(main)
     for name, givers in _found(module).items():
         for giver in () if name in kept else givers:
             if isinstance(giver, int):
@@ -92,11 +94,3 @@ def _with(unsolved: ir.Operation, kept: Collection[str]) -> ir.Module:
     if entries:
         main.attributes["arg_attrs"] = ir.ArrayAttr.get([ir.DictAttr.get(entry) for entry in entries])
     return module
-
-
-def _entries(main: ir.Operation) -> list[dict[str, ir.Attribute]]:
-    if "arg_attrs" not in main.attributes:
-        return []
-    return [
-        {entry.name: entry.attr for entry in ir.DictAttr(each)} for each in ir.ArrayAttr(main.attributes["arg_attrs"])
-    ]

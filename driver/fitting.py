@@ -22,6 +22,8 @@ _TRIES = 6
 
 Cut = Callable[[ir.Module, int | None], Report]
 """Cuts a module into stages, in place, with so many bytes for the solver to fill."""
+Again = Callable[[], ir.Module]
+"""Makes a module from before layouts were chosen, each time a new one."""
 
 
 class Fitting:
@@ -107,12 +109,12 @@ class Fitted:
     report: Report
 
 
-def fit(module: ir.Module, unsolved: ir.Operation | None, cut: Cut, paths: Sequence[str] = ()) -> Fitted:
+def fit(module: ir.Module, again: Again | None, cut: Cut, paths: Sequence[str] = ()) -> Fitted:
     """Cut a program into stages, again with less memory to fill until it fits.
 
     Args:
         module: which is consumed.
-        unsolved: what it is cut again from; None where nothing has layouts.
+        again: makes the module that the next try consumes; None where nothing has layouts.
         cut: does it, in place; with bytes that the solver may fill, or None for all that a device has.
         paths: of the arguments, for people.
 
@@ -122,12 +124,12 @@ def fit(module: ir.Module, unsolved: ir.Operation | None, cut: Cut, paths: Seque
     report = cut(module, None)
     program = extract(module)
     shardings = read_shardings(module, program, paths)
-    if unsolved is None or not shardings:
+    if again is None or not shardings:
         return Fitted(module, program, shardings, report)
     fitting = Fitting(module, program, shardings)
     while fitting.limit is not None:
         with module.context:
-            module = solved_again(unsolved)
+            module = again()
         try:
             report = cut(module, fitting.limit)
         except InfeasiblePlanError as error:
@@ -138,10 +140,10 @@ def fit(module: ir.Module, unsolved: ir.Operation | None, cut: Cut, paths: Seque
     return Fitted(module, program, fitting.shardings, report)
 
 
-def is_fitting(unsolved: ir.Module, cut: Cut) -> bool:
-    """Whether a program with other layouts given than those of the first try fits."""
+def is_fitting(again: Again, cut: Cut) -> bool:
+    """Whether the program that ``again`` makes can be cut into stages that fit. The context must be entered."""
     try:
-        fit(solved_again(unsolved.operation), unsolved.operation, cut)
+        fit(again(), again, cut)
     except InfeasiblePlanError:
         return False
     return True

@@ -12,7 +12,7 @@ from jaxlib.mlir import ir
 
 from bactrian.driver.conflicts import with_conflict
 from bactrian.driver.extract import extract
-from bactrian.driver.fitting import fit, is_fitting
+from bactrian.driver.fitting import fit, is_fitting, solved_again
 from bactrian.driver.shardings import (
     Layout,
     as_before,
@@ -181,7 +181,7 @@ def stage_program(
         return run_pipeline(whole, pipeline, reproducer_dir=reproducer_dir, kept=kept)
 
     try:
-        fitted = fit(module, unsolved, cut, paths)
+        fitted = fit(module, None if unsolved is None else partial(solved_again, unsolved), cut, paths)
     except InfeasiblePlanError as error:
         if unsolved is None:
             raise

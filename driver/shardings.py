@@ -11,7 +11,7 @@ from jaxlib.mlir.dialects import sdy
 from bactrian.passes.errors import ConfigError
 from bactrian.passes.mesh_tensors import SHARDING, axis_names
 from bactrian.passes.plan import Axes, Plan
-from bactrian.passes.program import main_function
+from bactrian.passes.program import argument_attributes, main_function
 from bactrian.passes.sharding_plan import WHOLE, ShardingFigures, ShardingPlan, layout_text
 from bactrian.runtime.program import StagedProgram
 
@@ -94,11 +94,7 @@ def refuse_overruled(module: ir.Module, layouts: Mapping[int, Layout], paths: Se
     Raises:
         ConfigError: names the first one.
     """
-    main = main_function(module)
-    if "arg_attrs" not in main.attributes:
-        return
-    for number, attribute in enumerate(ir.ArrayAttr(main.attributes["arg_attrs"])):
-        entry = ir.DictAttr(attribute)
+    for number, entry in enumerate(argument_attributes(main_function(module))):
         if number in layouts and SHARDING in entry and axis_names(entry[SHARDING]) != layouts[number]:
             raise ConfigError(
                 f"{paths[number]} is {layout_text(layouts[number])} in the plan or from another step, "
@@ -110,19 +106,17 @@ def refuse_overruled(module: ir.Module, layouts: Mapping[int, Layout], paths: Se
 
 def write_layouts(module: ir.Module, layouts: Mapping[int, Layout]) -> None:
     """Give arguments of ``@main`` their layouts (the mesh is named by its axes: those of all stages are equal)."""
-    main = main_function(module)
     if not layouts:
         return
-    entries = [ir.DictAttr(entry) for entry in ir.ArrayAttr(main.attributes["arg_attrs"])]
+    main = main_function(module)
+    entries = argument_attributes(main)
     for number, layout in layouts.items():
         dims = [
             sdy.DimensionShardingAttr.get([sdy.AxisRefAttr.get(axis) for axis in axes], is_closed=True)
             for axes in layout
         ]
-        own = {item.name: item.attr for item in entries[number]}
-        own[SHARDING] = sdy.TensorShardingAttr.get("stage0", dims)
-        entries[number] = ir.DictAttr.get(own)
-    main.attributes["arg_attrs"] = ir.ArrayAttr.get(entries)
+        entries[number][SHARDING] = sdy.TensorShardingAttr.get("stage0", dims)
+    main.attributes["arg_attrs"] = ir.ArrayAttr.get([ir.DictAttr.get(entry) for entry in entries])
 
 
 def read_shardings(module: ir.Module, program: StagedProgram, paths: Sequence[str]) -> tuple[ShardingPlan, ...]:

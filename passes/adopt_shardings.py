@@ -13,10 +13,12 @@ from bactrian.passes.errors import ConfigError
 from bactrian.passes.frame.base import Locatable, Pass, PassContext, Statistic, option
 from bactrian.passes.mesh_tensors import SHARDING, Axes, axes_text, mesh_attribute, mesh_axes, num_devices
 from bactrian.passes.program import (
+    argument_attributes,
     body,
     custom_call_target,
     main_function,
     nested_operations,
+    result_attributes,
     result_updates,
     set_operand,
     terminator,
@@ -177,8 +179,8 @@ class _Program:
         self._strange = [
             op for op in ops if op.name == "sdy.manual_computation" or custom_call_target(op) == "Sharding"
         ]
-        self._arguments = _entries(main, "arg_attrs", len(body(main).arguments))
-        self._results = _entries(main, "res_attrs", len(terminator(main).operands))
+        self._arguments = argument_attributes(main)
+        self._results = result_attributes(main)
 
     @property
     def is_any(self) -> bool:
@@ -307,9 +309,3 @@ def _is_said(sharding: ir.Attribute) -> bool:
     dims: Sequence[ir.Attribute] = sdy.TensorShardingAttr(sharding).dimension_shardings
     found = [sdy.DimensionShardingAttr(dim) for dim in dims]
     return not found or any(dim.is_closed or len(dim.axes) for dim in found)
-
-
-def _entries(main: ir.Operation, name: str, count: int) -> list[dict[str, ir.Attribute]]:
-    if name not in main.attributes:
-        return [{} for _ in range(count)]
-    return [{item.name: item.attr for item in ir.DictAttr(entry)} for entry in ir.ArrayAttr(main.attributes[name])]

@@ -143,6 +143,22 @@ def erase_dead(candidates: Sequence[ir.Operation], phase: str | None = None) -> 
         stack.extend(p for p in producers if phase in (None, phase_of(p)) and p not in stack)
 
 
+def argument_attributes(main: ir.Operation) -> list[dict[str, ir.Attribute]]:
+    """A copy of the attributes of each argument of ``@main``."""
+    return _attributes(main, "arg_attrs", len(body(main).arguments))
+
+
+def result_attributes(main: ir.Operation) -> list[dict[str, ir.Attribute]]:
+    """A copy of the attributes of each result of ``@main``."""
+    return _attributes(main, "res_attrs", len(terminator(main).operands))
+
+
+def _attributes(main: ir.Operation, name: str, count: int) -> list[dict[str, ir.Attribute]]:
+    if name not in main.attributes:
+        return [{} for _ in range(count)]
+    return [{item.name: item.attr for item in ir.DictAttr(entry)} for entry in ir.ArrayAttr(main.attributes[name])]
+
+
 def argument_role(main: ir.Operation, index: int) -> str:
     """``bactrian.role`` of an argument of ``@main``: ``state``, ``batch`` or ``constant``."""
     attributes = ir.DictAttr(ir.ArrayAttr(main.attributes["arg_attrs"])[index])
@@ -158,10 +174,7 @@ def argument_roles(main: ir.Operation) -> list[str]:
 def argument_homes(main: ir.Operation) -> dict[int, tuple[int, ...]]:
     """``bactrian.home``: the stages that hold an argument already, in order, by argument number."""
     homes: dict[int, tuple[int, ...]] = {}
-    if "arg_attrs" not in main.attributes:
-        return homes
-    for argument, attribute in enumerate(ir.ArrayAttr(main.attributes["arg_attrs"])):
-        entry = ir.DictAttr(attribute)
+    for argument, entry in enumerate(argument_attributes(main)):
         if "bactrian.home" in entry:
             homes[argument] = tuple(sorted(ir.IntegerAttr(s).value for s in ir.ArrayAttr(entry["bactrian.home"])))
     return {argument: stages for argument, stages in homes.items() if stages}
@@ -169,14 +182,10 @@ def argument_homes(main: ir.Operation) -> dict[int, tuple[int, ...]]:
 
 def result_updates(main: ir.Operation) -> list[int | None]:
     """For each result of ``@main``, the argument whose next value it is."""
-    count = len(terminator(main).operands)
-    if "res_attrs" not in main.attributes:
-        return [None] * count
-    updates: list[int | None] = []
-    for attribute in ir.ArrayAttr(main.attributes["res_attrs"]):
-        entry = ir.DictAttr(attribute)
-        updates.append(ir.IntegerAttr(entry["bactrian.updates"]).value if "bactrian.updates" in entry else None)
-    return updates
+    return [
+        ir.IntegerAttr(entry["bactrian.updates"]).value if "bactrian.updates" in entry else None
+        for entry in result_attributes(main)
+    ]
 
 
 def terminator(main: ir.Operation) -> ir.Operation:

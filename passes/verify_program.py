@@ -9,13 +9,18 @@ from typing import ClassVar
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import func
 
-from .errors import ProgramError
-from .frame.base import Pass, PassContext, Statistic
-from .frame.location import describe, name_stack
-from .program import Dataflow
+from bactrian.passes.errors import ProgramError
+from bactrian.passes.frame.base import Pass, PassContext, Statistic
+from bactrian.passes.frame.location import describe, name_stack
+from bactrian.passes.program import (
+    BOUNDARY,
+    MICROBATCH_INDEX,
+    Dataflow,
+    argument_attributes,
+    custom_call_target,
+    result_attributes,
+)
 
-BOUNDARY = "bactrian.gradient_boundary"
-MICROBATCH_INDEX = "bactrian.microbatch_index"
 KINDS = ("loss", "aux", "gradient", "output")
 REDUCTIONS = ("mean", "sum", "last", "concat")
 ROLES = ("state", "batch", "constant")
@@ -80,7 +85,7 @@ class VerifyProgram(Pass):
         ctx.count("num-ops", len(ops))
         for op in ops:
             _check_op(op, static, ctx)
-            if _target(op) == BOUNDARY:
+            if custom_call_target(op) == BOUNDARY:
                 boundaries.append(op)
         boundary = _check_boundaries(main, boundaries, ctx)
         if boundary is not None:
@@ -112,22 +117,9 @@ def _walk(main: ir.Operation) -> list[ir.Operation]:
     return found[1:]
 
 
-def _target(op: ir.Operation) -> str:
-    """The target of a custom call; "" for other ops."""
-    if op.name != "stablehlo.custom_call":
-        return ""
-    return ir.StringAttr(op.attributes["call_target_name"]).value
-
-
-def _attribute_dicts(main: ir.Operation, key: str, count: int) -> list[dict[str, ir.Attribute]]:
-    if key not in main.attributes:
-        return [{} for _ in range(count)]
-    return [{entry.name: entry.attr for entry in ir.DictAttr(item)} for item in ir.ArrayAttr(main.attributes[key])]
-
-
 def _roles(main: ir.Operation) -> list[str]:
-    dicts = _attribute_dicts(main, "arg_attrs", len(main.regions[0].blocks[0].arguments))
-    return [ir.StringAttr(d["bactrian.role"]).value if "bactrian.role" in d else "" for d in dicts]
+    entries = argument_attributes(main)
+    return [ir.StringAttr(each["bactrian.role"]).value if "bactrian.role" in each else "" for each in entries]
 
 
 def _check_signature(main: ir.Operation, ctx: PassContext) -> None:
@@ -140,7 +132,7 @@ def _check_signature(main: ir.Operation, ctx: PassContext) -> None:
             ctx.error(argument, f"argument {index} has {got}, needs one of {', '.join(ROLES)}")
     results = ir.FunctionType(ir.TypeAttr(main.attributes["function_type"]).value).results
     owner: dict[int, int] = {}
-    for index, (kind, attrs) in enumerate(zip(results, _attribute_dicts(main, "res_attrs", len(results)), strict=True)):
+    for index, (kind, attrs) in enumerate(zip(results, result_attributes(main), strict=True)):
         if "bactrian.updates" not in attrs:
             continue
         number = ir.IntegerAttr(attrs["bactrian.updates"]).value
@@ -159,7 +151,7 @@ def _check_signature(main: ir.Operation, ctx: PassContext) -> None:
 
 def _check_op(op: ir.Operation, static: set[ir.Type], ctx: PassContext) -> None:
     """No effects, no calls to the host, no dynamic shapes. ``static`` are types known to be none."""
-    target = _target(op)
+    target = custom_call_target(op) or ""
     if op.name in _HOST_OPS:
         ctx.error(op, f"cannot run {_HOST_OPS[op.name]} in a pipeline", fix="move it out of the train step")
     elif _CALLBACK.search(target):
@@ -295,7 +287,7 @@ def _check_leaks(main: ir.Operation, ctx: PassContext) -> None:
         if role == "batch"
     }
     for index, op in enumerate(flow.ops):
-        if _target(op) == MICROBATCH_INDEX:
+        if custom_call_target(op) == MICROBATCH_INDEX:
             sources[flow.results[index][0]] = frozenset({"bactrian.microbatch_index()"})
             continue
         if index == flow.boundary or not (above[index] or live[index]):

@@ -16,8 +16,10 @@ from jaxlib.mlir import ir
 
 import bactrian
 from bactrian.driver.conflicts import with_conflict
+from bactrian.driver.fitting import Again
 from bactrian.passes.errors import InfeasiblePlanError
 from bactrian.passes.frame.context import make_context
+from bactrian.passes.frame.pipeline import run_pipeline
 
 CLUSTER = """
 hosts = 1
@@ -72,10 +74,30 @@ def test_not_even_the_leanest_layouts(tmp_path: Path) -> None:
     with pytest.raises(InfeasiblePlanError) as raised:
         plan(needed - 1, tmp_path, {"a": weight(), "b": weight()}, product)
     assert ", 1 B are missing" in raised.value.message
-    try:
-        plan(needed, tmp_path, {"a": weight(), "b": weight()}, product)
-    except InfeasiblePlanError as beyond:
-        assert beyond.least_bytes is None  # its values fit; what XLA needs besides may not
+
+
+SINE = """
+module @sine attributes {bactrian.num_stages = 1 : i64} {
+  sdy.mesh @stage0 = <["data"=2]>
+  func.func public @main(%x: tensor<1024xf32> {bactrian.role = "state"}) -> tensor<1024xf32> {
+    %y = stablehlo.sine %x {bactrian.phase = "update", sdy.sharding_rule = #sdy.op_sharding_rule<([i])->([i]) {i=1024}>} : tensor<1024xf32>
+    return %y : tensor<1024xf32>
+  }
+}
+"""
+
+
+def test_what_is_needed_is_enough_to_the_byte() -> None:
+    """Halves of what is read and of what is made: 4096 bytes."""
+    with make_context():
+        module = ir.Module.parse(SINE)
+        with pytest.raises(InfeasiblePlanError) as raised:
+            run_pipeline(module, "builtin.module(solve-shardings{memory-bytes=4095})")
+        assert raised.value.least_bytes == 4096 and ", 1 B are missing" in raised.value.message
+        run_pipeline(module, "builtin.module(solve-shardings{memory-bytes=4096})")
+        (stage,) = ir.ArrayAttr(module.operation.attributes["bactrian.sharding"])
+        held = [ir.DictAttr(entry)["bytes"] for entry in ir.ArrayAttr(ir.DictAttr(stage)["memory_bytes"])]
+        assert sum(ir.IntegerAttr(each).value for each in held) == 4096
 
 
 def test_one_layout_that_was_given_is_to_blame(tmp_path: Path) -> None:
@@ -124,7 +146,7 @@ def test_the_search_ends_in_time(tmp_path: Path) -> None:
     module, tried = conflicting("abc"), list[int]()
     error = InfeasiblePlanError("it does not fit", why="it is large", fix="use more")
 
-    def fits(_module: ir.Module) -> bool:
+    def fits(_again: Again) -> bool:
         tried.append(1)
         return True
 

@@ -15,7 +15,7 @@ from jaxlib.mlir.dialects import stablehlo
 
 from bactrian.passes.mesh_tensors import SHARDING, axis_names, value_shardings
 from bactrian.passes.peak.graph import Graph, Kind
-from bactrian.passes.program import body, nested_operations, type_bytes
+from bactrian.passes.program import argument_attributes, body, nested_operations, type_bytes
 from bactrian.passes.scattered_sums import ScatteredSum, bundles, scattered_sums
 from bactrian.passes.sharding.windows import borders_of
 
@@ -67,8 +67,7 @@ def read_function(main: ir.Operation, sizes: Mapping[str, int]) -> Graph:
     together = bundles(main, list(scattered_sums(main)), sizes)
     scattered = {found.op.results[0]: (found, number) for number, bundle in enumerate(together) for found in bundle}
     graph = _Reader(block, layouts, sizes, scattered).graph
-    entries = ir.ArrayAttr(main.attributes["arg_attrs"]) if "arg_attrs" in main.attributes else ()
-    for number, entry in enumerate(map(ir.DictAttr, entries)):
+    for number, entry in enumerate(argument_attributes(main)):
         if "tf.aliasing_output" in entry:
             graph.aliases[ir.IntegerAttr(entry["tf.aliasing_output"]).value] = number
     return graph

@@ -8,7 +8,7 @@ from jaxlib.mlir.dialects import sdy
 from bactrian.passes.errors import PassError, ProgramError
 from bactrian.passes.frame.location import describe
 from bactrian.passes.mesh_tensors import SHARDING
-from bactrian.passes.program import Dataflow, value_shape
+from bactrian.passes.program import Dataflow, argument_attributes, result_attributes, value_shape
 from bactrian.passes.sharding.layouts import Layout, all_layouts
 from bactrian.passes.sharding.mesh import Mesh
 
@@ -21,10 +21,8 @@ def refuse_result_shardings(main: ir.Operation) -> None:
     Raises:
         PassError: one has one.
     """
-    if "res_attrs" not in main.attributes:
-        return
-    for number, entry in enumerate(ir.ArrayAttr(main.attributes["res_attrs"])):
-        if SHARDING in ir.DictAttr(entry):
+    for number, entry in enumerate(result_attributes(main)):
+        if SHARDING in entry:
             raise PassError(
                 f"result {number} of @main has an {SHARDING} already",
                 why="layouts of results follow from those of their values",
@@ -39,11 +37,8 @@ def fixed_arguments(main: ir.Operation, flow: Dataflow, mesh: Mesh) -> list[tupl
         PassError: one leaves a dim open.
         ProgramError: one does not cut its argument into equal pieces.
     """
-    if "arg_attrs" not in main.attributes:
-        return []
     found = list[tuple[int, Layout]]()
-    for number, attribute in enumerate(ir.ArrayAttr(main.attributes["arg_attrs"])):
-        entry = ir.DictAttr(attribute)
+    for number, entry in enumerate(argument_attributes(main)):
         if SHARDING in entry:
             layout, open_ = _checked(entry[SHARDING], flow.values[number], mesh)
             if open_:

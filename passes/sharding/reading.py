@@ -19,6 +19,7 @@ from bactrian.passes.program import (
     FORWARD,
     MICROBATCH_INDEX,
     UPDATE,
+    argument_attributes,
     argument_homes,
     custom_call_target,
     nested_operations,
@@ -390,10 +391,8 @@ def drop_rules(main: ir.Operation) -> None:
 
 
 def _batch_arguments(main: ir.Operation) -> list[int]:
-    if "arg_attrs" not in main.attributes:
-        return []
-    entries = [ir.DictAttr(entry) for entry in ir.ArrayAttr(main.attributes["arg_attrs"])]
     batch = ir.StringAttr.get("batch")
+    entries = argument_attributes(main)
     return [
         number for number, entry in enumerate(entries) if "bactrian.role" in entry and entry["bactrian.role"] == batch
     ]

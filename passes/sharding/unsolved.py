@@ -12,7 +12,7 @@ from jaxlib.mlir import ir
 from bactrian.passes.cluster import CPU_HOST, Cluster, cluster_of
 from bactrian.passes.errors import ConfigError
 from bactrian.passes.mesh_tensors import SHARDING
-from bactrian.passes.program import main_function
+from bactrian.passes.program import argument_attributes, main_function
 
 ATTRIBUTE = "bactrian.solve"
 
@@ -96,9 +96,6 @@ def read_unsolved(text: str, source: str) -> Unsolved:
 
 
 def _given(module: ir.Module, sources: Mapping[int, str]) -> dict[int, str]:
-    main = main_function(module)
-    if "arg_attrs" not in main.attributes:
-        return {}
-    entries = ir.ArrayAttr(main.attributes["arg_attrs"])
-    placed = [number for number, entry in enumerate(entries) if SHARDING in ir.DictAttr(entry)]
+    entries = argument_attributes(main_function(module))
+    placed = [number for number, entry in enumerate(entries) if SHARDING in entry]
     return {number: sources.get(number, "the program") for number in placed}

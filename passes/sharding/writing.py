@@ -10,9 +10,11 @@ from jaxlib.mlir.dialects import sdy
 from bactrian.passes.mesh_tensors import SHARDING
 from bactrian.passes.program import (
     UPDATE,
+    argument_attributes,
     body,
     nested_operations,
     phase_of,
+    result_attributes,
     result_updates,
     set_operand,
     terminator,
@@ -351,17 +353,13 @@ class Writer:
             set_operand(end, position, self._read(value, target, end))
             layouts[position] = target
         arguments = {number: layout for number, layout in self._arguments.items() if number in first}
-        counts = flow.num_arguments, len(flow.operands[-1])
-        for name, chosen, count in zip(("arg_attrs", "res_attrs"), (arguments, layouts), counts, strict=True):
-            present = ir.ArrayAttr(main.attributes[name]) if name in main.attributes else [ir.DictAttr.get({})] * count
-            entries = list[ir.Attribute]()
-            for number, attribute in enumerate(present):
-                entry = ir.DictAttr(attribute)
-                own = {item.name: item.attr for item in entry}
-                if number in chosen:
-                    own[SHARDING] = sharding_attribute(chosen[number], self.mesh, self.mesh_name)
-                entries.append(ir.DictAttr.get(own))
-            main.attributes[name] = ir.ArrayAttr.get(entries)
+        for name, entries, chosen in (
+            ("arg_attrs", argument_attributes(main), arguments),
+            ("res_attrs", result_attributes(main), layouts),
+        ):
+            for number, layout in chosen.items():
+                entries[number][SHARDING] = sharding_attribute(layout, self.mesh, self.mesh_name)
+            main.attributes[name] = ir.ArrayAttr.get([ir.DictAttr.get(entry) for entry in entries])
 
     def _is_foreign(self, value: int, first: set[int]) -> bool:
         """Whether another stage has made a value, or gave an argument its sharding."""
