@@ -91,16 +91,17 @@ def test_data_parallel_bytes_are_those_of_the_plan(microbatches: int, slow: Path
 
 
 @pytest.mark.parametrize(
-    ("name", "mesh", "strategy", "classes"),
+    ("name", "mesh", "strategy", "classes", "most"),
     [
-        ("mlp/plain", "data=2,model=4", "auto", {"axis-by-axis"}),
-        ("mlp/plain", "data=8", "zero3", set()),
-        ("conv/linen", "data=8", "data", {"all-reduce-and-slice"}),  # of cut images
+        ("mlp/plain", "data=2,model=4", "auto", {"axis-by-axis"}, 1.003),
+        ("mlp/plain", "data=8", "zero3", set(), 1.0),
+        ("conv/linen", "data=8", "data", {"all-reduce-and-slice"}, 1.18),  # of cut images
         pytest.param(
             "gpt-tied-dropout/linen",
             "data=2,model=4",
             "auto",
             {"all-reduce-and-slice", "axis-by-axis"},
+            1.002,
             marks=pytest.mark.long,
         ),
         pytest.param(
@@ -108,17 +109,20 @@ def test_data_parallel_bytes_are_those_of_the_plan(microbatches: int, slow: Path
             "data=2,model=4",
             "zero3",
             {"all-reduce-and-slice"},
+            1.001,
             marks=pytest.mark.long,
         ),
     ],
 )
-def test_every_difference_has_a_name(name: str, mesh: str, strategy: str, classes: set[str], slow: Path) -> None:
+def test_every_difference_has_a_name(
+    name: str, mesh: str, strategy: str, classes: set[str], most: float, slow: Path
+) -> None:
+    """XLA sends what is planned, and so many times as much where a difference has a name."""
     built = models.train_case(name, "adamw", microbatches=2).make()
     comparison = planned(built, slow, mesh=mesh, strategy=strategy).compare_xla()
     explained(comparison)
     assert set(comparison.classes) == classes
-    if "all-reduce-and-slice" not in classes:
-        assert sum(comparison.compiled.values()) == pytest.approx(sum(comparison.planned.values()), rel=0.1)
+    assert 1.0 <= sum(comparison.compiled.values()) / sum(comparison.planned.values()) <= most
 
 
 def test_stages_are_compared_each_on_its_mesh(slow: Path) -> None:
