@@ -189,7 +189,9 @@ def _cluster_name(text: str) -> str:
 
 
 def _run(options: argparse.Namespace) -> int:
-    scripts.check_script(options.script)
+    scripts.check_script(
+        options.script, "name a Python file; options of `bactrian run` stand before it, its own after it"
+    )
     if options.distributed and options.n is None:
         raise ConfigError(
             "--distributed joins the devices of several ranks, but there is one process",
@@ -295,7 +297,7 @@ def _import(name: str) -> Any:
             if error.name is None or not (name == error.name or name.startswith(error.name + ".")):
                 raise
             raise ConfigError(f"cannot find the module {name}", fix="name a script as in `train.py:step`") from None
-    scripts.check_script(name)
+    scripts.check_script(name, "name a Python file, as in `train.py:step`")
     path = Path(name).resolve()
     if (loaded := sys.modules.get(path.stem)) is not None and getattr(loaded, "__file__", None) == str(path):
         return loaded

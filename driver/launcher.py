@@ -110,10 +110,33 @@ class _Rank:
 
 
 @dataclass(frozen=True)
-class _Failure:
+class Failure:
+    """Why a rank ended the job.
+
+    Attributes:
+        name: of the rank.
+        code: to exit with.
+        text: for the user; nothing after `sys.exit`.
+    """
+
     name: str
     code: int
     text: str
+
+
+def told(failures: Sequence[Failure]) -> list[tuple[str, str]]:
+    """What is said of ranks that failed, in the order in which they did: a heading and a text each, the cause last.
+
+    Wrong options fail on every rank with the same words, which are said once.
+    """
+    alike = dict[tuple[int, str], list[str]]()
+    for failure in failures:
+        alike.setdefault((failure.code, failure.text), []).append(failure.name)
+    found = list[tuple[str, str]]()
+    for (code, text), names in reversed(alike.items()):
+        others = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        found.append((f"{names[0]}{others} {'failed:' if text else f'called sys.exit({code})'}", text))
+    return found
 
 
 class Job:
@@ -132,7 +155,7 @@ class Job:
         self._token = secrets.token_hex(16)
         self._num_ranks, self._num_started = num_ranks, 0
         self._flavour = mpirun.flavour
-        self._failures: list[_Failure] = []
+        self._failures: list[Failure] = []
         self._lost: list[_Rank] = []
         self._codes: list[int] = []
         self._signal = 0
@@ -289,7 +312,7 @@ class Job:
                 return False
             elif kind == "failed":
                 rank.ended = True
-                self._failures.append(_Failure(rank.name, int(record["code"]), str(record["text"])))
+                self._failures.append(Failure(rank.name, int(record["code"]), str(record["text"])))
                 self._hurry()
             elif kind == "step":
                 rank.step = int(record["step"])
@@ -313,9 +336,9 @@ class Job:
             _say(f"stopped by {signal.Signals(self._signal).name}: all {self._num_ranks} ranks were ended")
             return 128 + self._signal
         if self._failures:
-            for failure in reversed(self._failures):  # the first to fail is the cause: it stands last
-                _say(f"{failure.name} {'failed:' if failure.text else f'called sys.exit({failure.code})'}")
-                _print(failure.text.encode(errors="backslashreplace"))
+            for heading, text in told(self._failures):
+                _say(heading)
+                _print(text.encode(errors="backslashreplace"))
             return self._failures[0].code
         if code == 0:
             return max(self._codes, default=0)

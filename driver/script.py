@@ -13,17 +13,18 @@ from types import TracebackType
 from bactrian.passes.errors import BactrianError, ConfigError, PassError
 
 
-def check_script(script: str) -> None:
+def check_script(script: str, fix: str) -> None:
     """Refuse a script that isn't there.
+
+    Args:
+        script: its path.
+        fix: how the command at hand wants it named.
 
     Raises:
         ConfigError: no such file.
     """
     if not Path(script).is_file():
-        raise ConfigError(
-            f"no such script: {script}",
-            fix="name a Python file; options of `bactrian run` stand before it, its own after it",
-        )
+        raise ConfigError(f"no such script: {script}", fix=fix)
 
 
 def run_script(script: str, arguments: Sequence[str]) -> None:

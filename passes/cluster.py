@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -79,7 +80,7 @@ class Cluster:
         if count > self.num_devices:
             raise ConfigError(
                 f"mesh {text} needs {count} devices, {self.name} has {self.num_devices}",
-                why=f"{self.hosts} hosts of {self.devices_per_host} devices",
+                why=f"{self.hosts} host{'s' * (self.hosts > 1)} of {self.devices_per_host} devices",
                 fix="take a smaller mesh, or describe a larger cluster",
             )
         if count > self.devices_per_host and count % self.devices_per_host:
@@ -128,7 +129,9 @@ def read_cluster(path: str | Path, table: str | None = None) -> Cluster:
         data: Any = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"cannot read the cluster {path}", why=str(error), fix="name a TOML file with the keys of read_cluster"
+            f"cannot read the cluster {path}",
+            why=error.strerror or str(error) if isinstance(error, OSError) else str(error),
+            fix=f"name a TOML file as `bactrian profile-cluster` writes it, with the keys {', '.join(_KEYS)}",
         ) from None
     where = str(path)
     for part in table.split(".") if table else ():
@@ -143,8 +146,11 @@ def cluster_of(data: Mapping[str, Any], *, name: str, where: str = "") -> Cluste
     name = _name(data, name, where)
     unknown = sorted(set(data) - set(_KEYS))
     if unknown:
+        close = [key for each in unknown for key in difflib.get_close_matches(each, _KEYS, 1)]
         raise ConfigError(
-            f"cluster {name} has unknown keys: {', '.join(unknown)}", where=where, fix=f"keys: {', '.join(_KEYS)}"
+            f"cluster {name} has unknown keys: {', '.join(unknown)}",
+            where=where,
+            fix=(f"did you mean {' and '.join(close)}? " if close else "") + f"keys: {', '.join(_KEYS)}",
         )
     missing = [key for key, needed in _KEYS.items() if needed and key not in data]
     if data.get("hosts", 1) != 1 and "inter_host_gb_per_s" not in data:

@@ -264,7 +264,7 @@ def stage_reasons(plan: Plan, stage: StagePlan) -> list[str]:
     lines: list[str] = []
     if names := module_names(plan, stage):
         shown = names if len(names) <= 6 else [*names[:4], f"… {len(names) - 5} more …", names[-1]]
-        lines.append("holds    " + ", ".join(shown))
+        lines.append("runs     " + ", ".join(shown))
     share = plan.time_shares()[stage.stage]
     if share is not None:
         off = 100 * (share * plan.num_stages - 1)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from bactrian.passes.cluster import Cluster, cluster_of, read_cluster
+from bactrian.passes.cluster import CPU_HOST, Cluster, cluster_of, read_cluster
 from bactrian.passes.errors import ConfigError
 
 KEYS: dict[str, Any] = {
@@ -84,6 +84,19 @@ def test_a_mesh_that_does_not_fit_is_refused(axes: tuple[tuple[str, int], ...], 
 def test_values_without_meaning_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         small(**changes)
+
+
+def test_mistyped_keys_and_files(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as raised:
+        small(memory_gb=80, speed=1)
+    assert raised.value.fix.startswith("did you mean memory_gib? keys: hosts, ")
+    with pytest.raises(ConfigError) as raised:
+        read_cluster(tmp_path / "nowhere.toml")
+    assert raised.value.why == "No such file or directory"
+    assert "profile-cluster" in raised.value.fix and "devices_per_host" in raised.value.fix
+    with pytest.raises(ConfigError) as raised:
+        CPU_HOST.mesh((("data", 128),))
+    assert raised.value.why == "1 host of 64 devices"
 
 
 @pytest.mark.parametrize("key", ["hosts", "memory_gib", "peak_tflops", "inter_host_gb_per_s"])

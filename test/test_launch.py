@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from bactrian.driver.banners import BannerFilter
+from bactrian.driver.launcher import Failure, told
 from bactrian.runtime import launch
 from bactrian.runtime.launch import keep_memory, rank_environment, share_of_cores
 
@@ -186,6 +187,16 @@ def test_other_ends(tmp_path: Path, point: str, code: int, last: str) -> None:
         assert "error: cannot place stage 3\n  fix: use more devices\n" in job.err and "Traceback" not in job.err
     assert job.seconds <= (3.0 if point == "kill" else END_SECONDS)
     assert job.survivors == []
+
+
+def test_ranks_that_fail_alike_are_told_of_once() -> None:
+    wrong = [Failure(f"rank {rank} on a (process {rank + 7})", 3, "error: unknown strategy\n") for rank in (2, 0, 1)]
+    lost = Failure("rank 3 on b (process 5)", 1, "error: lost\n")
+    assert told([wrong[0], lost, *wrong[1:]]) == [
+        ("rank 3 on b (process 5) failed:", "error: lost\n"),
+        ("rank 2 on a (process 9) and 2 more failed:", "error: unknown strategy\n"),
+    ]
+    assert told([Failure("rank 1 on a (process 8)", 7, "")]) == [("rank 1 on a (process 8) called sys.exit(7)", "")]
 
 
 @pytest.mark.mpi
