@@ -12,7 +12,7 @@ from jaxlib.mlir import ir
 
 from bactrian.driver.conflicts import with_conflict
 from bactrian.driver.extract import extract
-from bactrian.driver.fitting import fit, is_fitting, solved_again
+from bactrian.driver.fitting import Cut, Fitted, fit, is_fitting, solved_again
 from bactrian.driver.shardings import (
     Layout,
     as_before,
@@ -156,23 +156,18 @@ def stage_program(
         reproducer_dir: where a failing pass writes its reproducer.
     """
     first = run_pipeline(module, decisions.assignment_pipeline(), reproducer_dir=reproducer_dir)
-    given, placed = dict[int, Layout](), dict(layouts or {})
+    sources = dict[int, str]()
     with module.context:
         ops = _measured_ops(module, first.kept.get(Dataflow))
         work = _measure(ops)
         layers = _name_layers(ops, decisions.num_layers)
         first_layers = _first_layers(ops, decisions.num_stages)
         if decisions.is_wide:
-            ranks = [len(ir.RankedTensorType(value.type).shape) for value in body(main_function(module)).arguments]
-            given = {} if plan is None else plan_layouts(plan, paths, ranks)
-            refuse_moved(given, placed, paths)
-            refuse_overruled(module, given | placed, paths)
-            write_layouts(module, given | placed)
+            sources = _write_given(module, plan, layouts or {}, paths)
     second = run_pipeline(module, decisions.placing_pipeline(), reproducer_dir=reproducer_dir, kept=first.kept)
     unsolved = None
     if decisions.is_wide:
         with module.context:
-            sources = dict.fromkeys(given, "the plan that was applied") | dict.fromkeys(placed, "another step")
             unsolved = before_solving(module, fingerprint, decisions.cluster, decisions.strategy, sources)
 
     def cut(whole: ir.Module, limit: int | None = None) -> Report:
@@ -180,13 +175,7 @@ def stage_program(
         kept = second.kept if whole is module else None
         return run_pipeline(whole, pipeline, reproducer_dir=reproducer_dir, kept=kept)
 
-    try:
-        fitted = fit(module, None if unsolved is None else partial(solved_again, unsolved), cut, paths)
-    except InfeasiblePlanError as error:
-        if unsolved is None:
-            raise
-        with module.context:
-            raise with_conflict(error, unsolved, partial(is_fitting, cut=cut)) from error
+    fitted = _fitted(module, unsolved, cut, paths)
     module, program, shardings = fitted.module, fitted.program, fitted.shardings
     device = _DEVICES.get(platform)
     if plan is not None:
@@ -221,6 +210,29 @@ def stage_program(
     )
     diagnostics = (*first.diagnostics, *second.diagnostics, *fitted.report.diagnostics)
     return Staged(made, module, decisions.donate, diagnostics, unsolved)
+
+
+def _write_given(
+    module: ir.Module, plan: Plan | None, placed: Mapping[int, Layout], paths: Sequence[str]
+) -> dict[int, str]:
+    """Write the layouts that a plan or another step has given to arguments; returns who gave each, by the argument's number."""
+    ranks = [len(ir.RankedTensorType(value.type).shape) for value in body(main_function(module)).arguments]
+    given = {} if plan is None else plan_layouts(plan, paths, ranks)
+    refuse_moved(given, placed, paths)
+    refuse_overruled(module, {**given, **placed}, paths)
+    write_layouts(module, {**given, **placed})
+    return dict.fromkeys(given, "the plan that was applied") | dict.fromkeys(placed, "another step")
+
+
+def _fitted(module: ir.Module, unsolved: ir.Operation | None, cut: Cut, paths: Sequence[str]) -> Fitted:
+    """The program in stages. Where nothing fits, the error names the given layouts that are to blame."""
+    try:
+        return fit(module, None if unsolved is None else partial(solved_again, unsolved), cut, paths)
+    except InfeasiblePlanError as error:
+        if unsolved is None:
+            raise
+        with module.context:
+            raise with_conflict(error, unsolved, partial(is_fitting, cut=cut)) from error
 
 
 @dataclass

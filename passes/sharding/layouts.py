@@ -230,7 +230,7 @@ class LayoutTable:
             fewer = _replaced(layout, dim, axes[:-1])
             size = mesh.axes[last].size
             seconds = mesh.axes[last].all_gather(held)
-            if self._is_apart(layout, dim):
+            if self._comes_in_parts(layout, dim):
                 seconds += size * held * mesh.copy_seconds_per_byte
             yield Move("all_gather", (last,), fewer, seconds, (size - 1) * held)
             for other, present in enumerate(layout):
@@ -240,9 +240,9 @@ class LayoutTable:
                     yield Move("all_to_all", (last,), moved, mesh.axes[last].all_to_all(held), sent)
         yield from self._permutes(layout, held, free)
 
-    def _is_apart(self, layout: Layout, dim: int) -> bool:
-        """Whether a device's piece lies in several parts of a tensor that is whole along a dim: what is gathered along it comes
-        piece by piece, and is put in its place by a copy."""
+    def _comes_in_parts(self, layout: Layout, dim: int) -> bool:
+        """Whether a piece is no single stretch of what is gathered along a dim, since there are several rows before that dim: a
+        gather puts piece behind piece, and XLA copies what it gave into the right order."""
         return any(size > self.mesh.parts(axes) for size, axes in zip(self.shape[:dim], layout[:dim], strict=True))
 
     def _reductions(self, layout: Layout, axes: tuple[int, ...]) -> Iterator[Move]:
