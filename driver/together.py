@@ -72,10 +72,7 @@ def outline(plan: Plan) -> Plan:
     """A plan without what a search that ends by the clock may find otherwise: layouts on meshes, and what follows of them."""
     if all(num_devices(stage.mesh) == 1 for stage in plan.stages):
         return plan
-    stages = tuple(
-        replace(stage, sharding=_asked(stage.sharding), predicted_seconds=None)
-        for stage in plan.stages
-    )
+    stages = tuple(replace(stage, sharding=_asked(stage.sharding), predicted_seconds=None) for stage in plan.stages)
     return replace(plan, stages=stages, predicted_step_seconds=None, peak_memory_bytes=None)
 
 
