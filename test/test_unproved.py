@@ -14,6 +14,7 @@ from bactrian.passes import solve_shardings
 from bactrian.passes.errors import ConfigError
 from bactrian.passes.network.problem import CostNetwork
 from bactrian.passes.network.solve import Solution, solve
+from bactrian.passes.sharding.named import NAMED
 
 CLUSTER = """
 hosts = 1
@@ -84,3 +85,22 @@ def test_nothing_found_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(solve_shardings, "known_plan", lambda *arguments: None)
     with pytest.raises(ConfigError, match="no allowed choice was found"):
         sharding(tmp_path, compare=False)
+
+
+def test_the_known_plans_take_little_of_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = list[float]()
+
+    def known_plan(*arguments: Any) -> None:
+        limits.append(arguments[-1])
+
+    given = list[float]()
+
+    def unproved(problem: CostNetwork, time_limit: float = 60.0) -> Solution:
+        given.append(time_limit)
+        return everything_whole(problem)
+
+    monkeypatch.setattr(solve_shardings, "solve", unproved)
+    monkeypatch.setattr(solve_shardings, "known_plan", known_plan)
+    sharding(tmp_path, compare=False)
+    assert len(given) == 1 and len(limits) == len(NAMED)
+    assert sum(limits) <= 0.2 * given[0] * (1 + 1e-9)

@@ -14,7 +14,7 @@ import numpy as np
 
 from bactrian.passes.errors import InfeasiblePlanError
 from bactrian.passes.network.linear import LinearProgram, Result, Twins, finest_of, joined
-from bactrian.passes.network.reduce import Array, ReducedNetwork
+from bactrian.passes.network.reduce import Array, ReducedNetwork, nothing_combines
 
 _ROWS_AT_ONCE = 12  # memory rows added after one solve
 _GAP = 1e-9  # relative, at which a solution of costs that are no integers is called optimal
@@ -91,11 +91,7 @@ class IntegerProgram:
 
     def _infeasible(self) -> InfeasiblePlanError:
         if self._network.limit is None or not self._rows:
-            return InfeasiblePlanError(
-                "no combination of strategies is allowed",
-                why="the forbidden costs exclude each other",
-                fix="allow more pairs: costs from 10^18 on, and infinite ones, forbid",
-            )
+            return nothing_combines()
         return InfeasiblePlanError(
             f"no choice fits into a memory of {self._network.limit:,}",
             why="every allowed combination needs more at some time, though the leanest strategies alone would fit",

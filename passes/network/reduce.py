@@ -451,6 +451,15 @@ def _nothing_allowed(node: int) -> InfeasiblePlanError:
     )
 
 
+def nothing_combines() -> InfeasiblePlanError:
+    """The error where each strategy has an allowed partner everywhere, and still no choice is allowed."""
+    return InfeasiblePlanError(
+        "no combination of strategies is allowed",
+        why="the forbidden costs exclude each other",
+        fix="allow more pairs: costs from 10^18 on, and infinite ones, forbid",
+    )
+
+
 def _spans(changes: dict[int, Array]) -> list[tuple[int, int, Array]]:
     places = sorted(changes)
     found: list[tuple[int, int, Array]] = []

@@ -10,7 +10,7 @@ import numpy as np
 from bactrian.passes.errors import ConfigError, InfeasiblePlanError
 from bactrian.passes.network.local import LocalSearch
 from bactrian.passes.network.problem import CostNetwork
-from bactrian.passes.network.reduce import ReducedNetwork
+from bactrian.passes.network.reduce import ReducedNetwork, nothing_combines
 from bactrian.passes.network.tables import elimination_order, solve_by_tables
 
 _REDUCTION_SHARE = 0.5  # of the time, at most
@@ -79,11 +79,7 @@ def _solve(problem: CostNetwork, time_limit: float, *, only_proved: bool) -> Sol
     if network.costs and order is not None:
         found = solve_by_tables(network, order)
         if found is None:
-            raise InfeasiblePlanError(
-                "no combination of strategies is allowed",
-                why="the forbidden costs exclude each other",
-                fix="allow more pairs: costs from 10^18 on, and infinite ones, forbid",
-            )
+            raise nothing_combines()
         choice = _in_order(network.expand(found))
     elif network.costs:
         from bactrian.passes.network.lifted import solve_lifted  # imports a solver

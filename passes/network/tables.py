@@ -41,7 +41,11 @@ def elimination_order(
     """The order in which each node is eliminated with the smallest table of that time; None where tables get too large."""
     width = {node: math.log(max(1, len(costs))) for node, costs in network.costs.items()}
     near = {node: set(network.neighbours[node]) for node in network.costs}
-    size = {node: width[node] + sum(width[other] for other in near[node]) for node in near}
+
+    def log_entries(node: int) -> float:
+        return width[node] + sum(width[other] for other in sorted(near[node]))  # sums of floats depend on their order
+
+    size = {node: log_entries(node) for node in near}
     heap = [(entries, node) for node, entries in size.items()]
     heapq.heapify(heap)
     order, work = list[int](), 0.0
@@ -58,7 +62,7 @@ def elimination_order(
             near[other] |= others
             near[other] -= {node, other}
         for other in sorted(others):
-            size[other] = width[other] + sum(width[each] for each in sorted(near[other]))
+            size[other] = log_entries(other)
             heapq.heappush(heap, (size[other], other))
     return order
 
