@@ -20,7 +20,7 @@ import numpy as np
 from bactrian.passes.errors import InfeasiblePlanError
 from bactrian.passes.network.interned import Array
 from bactrian.passes.network.linear import LinearProgram, Result, Twins, finest_of, joined
-from bactrian.passes.network.milp import IntegerProgram
+from bactrian.passes.network.milp import IntegerProgram, is_gap_closed
 from bactrian.passes.network.reduce import ReducedNetwork
 
 _RADII = (2, 4, 8)
@@ -31,8 +31,6 @@ _ROUNDING = 1e-15  # of all that is added
 _MOST_HOPS = 3
 _SMALL_PAIRS = 20_000  # of a network that is solved without classes
 _SEARCH_SHARE = 0.2  # of the time that is left, at most, for one search for a choice
-_GAP = 1e-9  # relative, at which costs that are no integers are equal
-_UNIT_GAP = 0.99
 _ROWS_AT_ONCE = 12
 
 
@@ -98,13 +96,6 @@ def solve_lifted(network: ReducedNetwork, deadline: float) -> Lifted | None:
                     best, best_cost = last, network.constant
                 return Lifted(best, best_cost, best_cost, True, classes)
     return Lifted(best, best_cost, bound, False, classes)
-
-
-def is_gap_closed(network: ReducedNetwork, cost: float, bound: float) -> bool:
-    """Whether a choice of this cost is proved to be the best one."""
-    if not np.isfinite(cost):
-        return False
-    return cost - bound < _UNIT_GAP if network.whole else cost - bound <= _GAP * abs(cost - network.constant)
 
 
 def _fits(network: ReducedNetwork, choice: Mapping[int, int]) -> bool:

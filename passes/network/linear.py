@@ -58,6 +58,11 @@ class LinearProgram:
         """The largest coefficient of the objective."""
         return float(np.abs(self._objective).max(initial=0.0)) / self.factor
 
+    @property
+    def num_rows(self) -> int:
+        """How many rows there are."""
+        return len(self._low)
+
     def add_rows(
         self, values: Sequence[Array], rows: Sequence[Array], columns: Sequence[Array], high: list[float]
     ) -> None:

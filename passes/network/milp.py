@@ -14,12 +14,14 @@ import numpy as np
 
 from bactrian.passes.errors import InfeasiblePlanError
 from bactrian.passes.network.linear import LinearProgram, Result, Twins, finest_of, joined
+from bactrian.passes.network.marginals import Prices
 from bactrian.passes.network.reduce import Array, ReducedNetwork, nothing_combines
 
 _ROWS_AT_ONCE = 12  # memory rows added after one solve
 _GAP = 1e-9  # relative, at which a solution of costs that are no integers is called optimal
 _INTEGRAL = 1e-6  # as far from 0 and 1, HiGHS calls a variable integral
-_UNIT_GAP = 0.99  # for integers: what is left of a gap below 1 is none
+UNIT_GAP = 0.99
+"""For integers: what is left of a gap below 1 is none."""
 # Beside larger integers HiGHS's tolerances hide a difference of 1; nothing is called optimal then.
 MOST_EXACT = 10**12
 
@@ -34,6 +36,17 @@ class Outcome:
     memory_rows: int
 
 
+@dataclass(frozen=True)
+class Relaxed:
+    """``choice`` by node, if the relaxed program's solution is one: then it is the best; ``bound`` no choice's cost is below;
+    ``prices`` that prove it, if it was solved in time."""
+
+    choice: dict[int, int] | None
+    bound: float
+    prices: Prices | None
+    is_solved: bool
+
+
 class IntegerProgram:
     """The program of one reduced network, which grows by memory rows."""
 
@@ -44,7 +57,9 @@ class IntegerProgram:
         starts = np.concatenate([[0], np.cumsum(sizes)]).astype(int)
         self._start = dict(zip(self._nodes, starts.tolist(), strict=False))
         self._num_binary = int(starts[-1])
-        self._rows: set[int] = set()  # places with a memory constraint
+        self._rows: dict[int, tuple[int, float]] = {}  # places with a memory constraint -> its row, and its unit
+        # Edge -> the first row of either end, and the number of each strategy's row from there.
+        self._edges: dict[tuple[int, int], tuple[tuple[int, Array], tuple[int, Array]]] = {}
         self._build()
 
     def solve(self, deadline: float) -> Outcome:
@@ -53,36 +68,76 @@ class IntegerProgram:
         Raises:
             InfeasiblePlanError: there is no choice within the memory limit; the message says how much is missing.
         """
+        relaxed = self.relax(deadline)  # its violated memory rows are most of those that bind
+        if relaxed.choice is not None or not relaxed.is_solved:
+            return Outcome(
+                relaxed.choice, relaxed.bound, relaxed.choice is not None and self.is_exact, len(self._rows)
+            )
+        return self.solve_integer(deadline, relaxed.bound)
+
+    def relax(self, deadline: float) -> Relaxed:
+        """Without the integers, with all memory rows that it needs.
+
+        Raises:
+            InfeasiblePlanError: there is no choice within the memory limit.
+        """
         bound = self._network.constant
-        integer = False  # first relaxed: its violated memory rows are most of those that bind
         while True:
-            result = self._run(deadline, integer=integer)
-            if result.is_infeasible:
-                raise self._infeasible()
-            values, bound_here = result.values, result.bound + self._network.constant
-            bound = max(bound, bound_here)
+            result = self._run(deadline, integer=False)
+            values, bound = self._checked(result), max(bound, result.bound + self._network.constant)
+            if values is None:
+                return Relaxed(None, bound, None, is_solved=False)
+            if self._add_rows(self._relaxed_profile(values)):
+                continue
+            prices = None if result.duals is None else self._prices(result.duals)
+            if result.is_optimal and self._is_tight(values, result.bound + self._network.constant):
+                choice = self._choice(values)
+                profile = self._network.profile(choice)
+                if not len(self._over(profile)):
+                    return Relaxed(choice, bound, prices, is_solved=True)
+            return Relaxed(None, bound, prices, is_solved=True)
+
+    def solve_integer(self, deadline: float, bound: float) -> Outcome:
+        """With the integers, and the memory rows of before; ``bound`` is one that is known.
+
+        Raises:
+            InfeasiblePlanError: there is no choice within the memory limit.
+        """
+        while True:
+            result = self._run(deadline, integer=True)
+            values, bound = self._checked(result), max(bound, result.bound + self._network.constant)
             if values is None:
                 return Outcome(None, bound, optimal=False, memory_rows=len(self._rows))
-            if not integer:
-                if self._add_rows(self._relaxed_profile(values)):
-                    continue
-                integer = True
-                if not result.is_optimal or not self._is_tight(values, bound_here):
-                    continue
             choice = self._choice(values)
             profile = self._network.profile(choice)
             if not self._add_rows(profile) and not self._add_covers(choice, profile):
                 return Outcome(choice, bound, result.is_optimal and self.is_exact, len(self._rows))
+
+    def _checked(self, result: Result) -> Array | None:
+        if result.is_infeasible:
+            raise self._infeasible()
+        return result.values
+
+    def _prices(self, duals: Array) -> Prices:
+        """What the rows' duals say, as prices."""
+        moved = {
+            edge: (duals[first + own], duals[second + others])
+            for edge, ((first, own), (second, others)) in self._edges.items()
+        }
+        memory = {place: max(0.0, -float(duals[row])) / unit for place, (row, unit) in self._rows.items()}
+        return Prices(moved, {place: price for place, price in memory.items() if price})
 
     def _is_tight(self, values: Array, bound: float) -> bool:
         """Whether the relaxed program's solution is a choice, as it mostly is: then it is the best one."""
         least = float(values[: self._num_binary][values[: self._num_binary] > 0.5].min(initial=1.0))
         if least < 1 - _INTEGRAL or np.count_nonzero(values[: self._num_binary] > 0.5) != len(self._nodes):
             return False
-        cost = self._network.cost(self._choice(values))
-        if self._network.whole:
-            return cost - bound < _UNIT_GAP
-        return cost - bound <= _GAP * abs(cost - self._network.constant)
+        return is_gap_closed(self._network, self._network.cost(self._choice(values)), bound)
+
+    @property
+    def num_memory_rows(self) -> int:
+        """Places where memory is looked at."""
+        return len(self._rows)
 
     @property
     def is_exact(self) -> bool:
@@ -116,6 +171,7 @@ class IntegerProgram:
             pairs = at + np.arange(len(first))
             at += len(first)
             base, middle = len(low), len(low) + small.shape[0]
+            self._edges[i, j] = (base, own.number), (middle, others.number)
             rows += [base + first, middle + second, base + own.number, middle + others.number]
             columns += [pairs, pairs]
             columns.append(self._start[i] + np.arange(matrix.shape[0]))
@@ -138,7 +194,8 @@ class IntegerProgram:
             deadline,
             integer=integer,
             relative_gap=0.0 if whole else _GAP,
-            absolute_gap=_UNIT_GAP if whole else None,
+            absolute_gap=UNIT_GAP if whole else None,
+            duals=not integer,
         )
 
     def _choice(self, values: Array) -> dict[int, int]:
@@ -191,7 +248,7 @@ class IntegerProgram:
                 columns.append(start + np.arange(len(usage)))
                 values.append(usage / unit)
             high.append((network.limit - float(fixed[place])) / unit)
-        self._rows.update(places)
+            self._rows[place] = self._program.num_rows + number, unit
         self._program.add_rows(values, rows, columns, high)
 
     def _over(self, profile: Array) -> Array:
@@ -222,3 +279,10 @@ class IntegerProgram:
         if high:
             self._program.add_rows([np.ones(len(found)) for found in columns], rows, columns, high)
         return bool(high)
+
+
+def is_gap_closed(network: ReducedNetwork, cost: float, bound: float) -> bool:
+    """Whether a choice of this cost is proved to be the best one."""
+    if not np.isfinite(cost):
+        return False
+    return cost - bound < UNIT_GAP if network.whole else cost - bound <= _GAP * abs(cost - network.constant)

@@ -126,15 +126,26 @@ class ReducedNetwork:
 
     def restricted(self, keep: Mapping[int, Array]) -> ReducedNetwork:
         """A copy with some strategies only, by node. Its `expand` leads back to this network."""
-        copy = ReducedNetwork.__new__(ReducedNetwork)
-        copy.__dict__.update(self.__dict__)
-        copy.costs, copy.pairs, copy._undo = dict(self.costs), dict(self.pairs), []
-        copy.neighbours = {node: dict(near) for node, near in self.neighbours.items()}
-        copy._fixed, copy._spans = self._fixed.copy(), {}
-        copy._changes = {node: dict(changes) for node, changes in self._changes.items()}
+        copy = self._copy()
+        copy._undo = []
         for node, strategies in keep.items():
             if len(strategies) < len(copy.costs[node]):
                 copy._restrict(node, strategies)
+        return copy
+
+    def unlimited(self) -> ReducedNetwork:
+        """A copy without the memory limit. Its `expand` leads to the nodes that were there at first."""
+        copy = self._copy()
+        copy.limit, copy.times, copy._fixed, copy._changes = None, [], np.zeros(1), {}
+        return copy
+
+    def _copy(self) -> ReducedNetwork:
+        copy = ReducedNetwork.__new__(ReducedNetwork)
+        copy.__dict__.update(self.__dict__)
+        copy.costs, copy.pairs, copy._undo = dict(self.costs), dict(self.pairs), list(self._undo)
+        copy.neighbours = {node: dict(near) for node, near in self.neighbours.items()}
+        copy._fixed, copy._spans = self._fixed.copy(), {}
+        copy._changes = {node: dict(changes) for node, changes in self._changes.items()}
         return copy
 
     # Reductions
@@ -198,15 +209,6 @@ class ReducedNetwork:
                 )
             if not keep.all():
                 self._restrict(node, np.flatnonzero(keep))
-
-    def prune(self, cost: float) -> None:
-        """Forbid what no choice of at most this cost contains; after `normalise`."""
-        most = (cost - self.constant) * (1 + 1e-9)
-        for node, costs in self.costs.items():
-            self.costs[node] = self.arrays.array(np.where(costs > most, np.inf, costs))
-        for pair, matrix in self.pairs.items():
-            self.pairs[pair] = self.arrays.array(np.where(matrix > most, np.inf, matrix))
-        self.forbid()
 
     def forbid(self) -> None:
         """Drop strategies without a finite partner on some edge (arc consistency)."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from bactrian.passes.errors import ConfigError, InfeasiblePlanError
+from bactrian.passes.errors import ConfigError
 from bactrian.passes.network.local import LocalSearch
 from bactrian.passes.network.problem import CostNetwork
 from bactrian.passes.network.reduce import ReducedNetwork, nothing_combines
@@ -17,8 +18,6 @@ _REDUCTION_SHARE = 0.5  # of the time, at most
 _RELAXED_SHARE = 0.25  # of the time, at most, for a first try without the memory limit
 _RELAXED_PAIRS = 0.8  # it is made if that leaves less than this part of the pairs
 _LIFTED_SHARE = 0.5  # of the time, at most, for classes of nodes that look alike
-_FIRST_SHARE = 0.05  # of the time, at most, for a first choice
-_MOST_PRUNINGS = 4
 _PROGRAM_PAIRS = 400_000  # more don't go into one program: its relaxation alone would take minutes
 _SEARCH_SHARE = 0.15  # of the time, kept for a choice without proof where the program has given none
 
@@ -54,136 +53,146 @@ def solve(problem: CostNetwork, time_limit: float = 60.0) -> Solution:
         InfeasiblePlanError: there is no allowed choice.
         ConfigError: none was found in time.
     """
-    return _solve(problem, time_limit, only_proved=False)
-
-
-def _solve(problem: CostNetwork, time_limit: float, *, only_proved: bool) -> Solution:
-    """`solve`, or with ``only_proved`` an error instead of the long search for a good choice without proof."""
     begin = time.monotonic()
-    deadline = begin + time_limit
     network = ReducedNetwork(problem)
     network.reduce(begin + _REDUCTION_SHARE * time_limit)
-    relaxed = _relaxed(problem, network, begin + _RELAXED_SHARE * time_limit)
-    if relaxed is not None:
-        return replace(relaxed, seconds=time.monotonic() - begin)
-    count, rows = len(problem.costs), 0
-    figures = {
-        "nodes": count,
-        "strategies": problem.num_strategies,
-        "nodes left": len(network.costs),
-        "strategies left": network.num_strategies,
-        "pairs left": network.num_pairs,
-    }
-    choice, bound, proved = None, network.constant, True
-    order = elimination_order(network) if network.limit is None else None
-    if network.costs and order is not None:
-        found = solve_by_tables(network, order)
-        if found is None:
-            raise nothing_combines()
-        choice = _in_order(network.expand(found))
-    elif network.costs:
+    attempt = _relaxed(problem, network, begin + _RELAXED_SHARE * time_limit)
+    if attempt is None:
+        attempt = _Attempt(problem, network, begin, time_limit)
+        attempt.run()
+    return replace(attempt.solution(), seconds=time.monotonic() - begin)
+
+
+class _Attempt:
+    """One network on the way to its answer.
+
+    Attributes:
+        choice: the best allowed one that was found, in the order of the problem's nodes.
+        bound: on the cost of all.
+        proved: the choice is the best one, as far as numbers are exact.
+    """
+
+    def __init__(self, problem: CostNetwork, network: ReducedNetwork, begin: float, time_limit: float) -> None:
+        self.problem, self.network = problem, network
+        self.begin, self.time_limit = begin, time_limit
+        self.choice: list[int] | None = None
+        self.bound, self.proved = network.constant, False
+        self.figures = {
+            "nodes": len(problem.costs),
+            "strategies": problem.num_strategies,
+            "nodes left": len(network.costs),
+            "strategies left": network.num_strategies,
+            "pairs left": network.num_pairs,
+            "memory rows": 0,
+        }
+
+    def run(self, *, only_proved: bool = False) -> None:
+        """Find an answer; with ``only_proved`` not by a long search for a good one without proof."""
+        network = self.network
+        if not network.costs:
+            self.proved = self._take(network.expand({}))
+            return
+        order = elimination_order(network) if network.limit is None else None
+        if order is not None:
+            found = solve_by_tables(network, order)
+            if found is None:
+                raise nothing_combines()
+            self.proved = self._take(network.expand(found))
+            return
+        self._by_classes()
+        if self.proved:
+            return
+        if network.num_pairs <= _PROGRAM_PAIRS:
+            self._by_programs()
+        elif not only_proved:
+            self._by_search()
+
+    def solution(self) -> Solution:
+        """The answer.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        if self.choice is None:
+            raise ConfigError(
+                f"no allowed choice was found in {self.time_limit:g} s",
+                why=f"the network has {self.network.num_strategies:,} strategies and {self.network.num_pairs:,} pairs left",
+                fix="give it more time; whether there is one is not known",
+            )
+        cost = self.problem.cost(self.choice)
+        proved = self.proved and self.network.is_exact
+        return Solution(
+            choice=tuple(self.choice),
+            cost=cost,
+            bound=float(cost) if proved else min(float(self.bound), float(cost)),
+            optimal=proved,
+            memory=self.problem.peak(self.choice),
+            seconds=0.0,
+            figures=self.figures,
+        )
+
+    @property
+    def _deadline(self) -> float:
+        return self.begin + self.time_limit
+
+    def _take(self, found: Mapping[int, int]) -> bool:
+        """Keep a choice that is allowed, if it is the cheapest; whether it is allowed."""
+        choice = [found[node] for node in sorted(found)]
+        if not self.problem.is_allowed(choice):
+            return False
+        if self.choice is None or self.problem.cost(choice) < self.problem.cost(self.choice):
+            self.choice = choice
+        return True
+
+    def _by_classes(self) -> None:
         from bactrian.passes.network.lifted import solve_lifted  # imports a solver
 
-        lifted = solve_lifted(network, begin + _LIFTED_SHARE * time_limit)
-        if lifted is not None:
-            bound, proved = lifted.bound, lifted.optimal
-            if lifted.choice is not None:
-                choice = _allowed(problem, _in_order(lifted.choice))
-            figures["classes"] = lifted.num_classes
-    if not network.costs:
-        choice = choice or _allowed(problem, _in_order(network.expand({})))
-    elif not (choice is not None and proved) and network.num_pairs > _PROGRAM_PAIRS:
-        if only_proved:
-            raise ConfigError("the network is too large for one program")
+        lifted = solve_lifted(self.network, self.begin + _LIFTED_SHARE * self.time_limit)
+        if lifted is None:
+            return
+        self.bound = lifted.bound
+        self.figures["classes"] = lifted.num_classes
+        self.proved = lifted.choice is not None and self._take(lifted.choice) and lifted.optimal
+
+    def _by_programs(self) -> None:
+        from bactrian.passes.network.narrowing import solve_narrowing
+
+        until = self._deadline - _SEARCH_SHARE * self.time_limit
+        best = None if self.choice is None else dict(enumerate(self.choice))
+        cost = np.inf if self.choice is None else float(self.problem.cost(self.choice))
+        found = solve_narrowing(self.network, until, best, cost)
+        self.bound = max(self.bound, found.bound)
+        self.figures["memory rows"] = found.memory_rows
+        if found.choice is not None:
+            self.proved = self._take(found.choice) and found.optimal
+        if self.choice is None and (simple := LocalSearch(self.network).search(self._deadline)) is not None:
+            self._take(self.network.expand(simple))
+
+    def _by_search(self) -> None:
         from bactrian.passes.network.messages import search
 
-        proved, anytime = False, search(network, deadline)
-        bound = max(bound, anytime.bound)
-        figures |= {"sweeps": anytime.sweeps, "neighbourhoods": anytime.neighbourhoods}
-        if anytime.choice is not None:
-            other = _allowed(problem, _in_order(network.expand(anytime.choice)))
-            if choice is None or (other is not None and problem.cost(other) < problem.cost(choice)):
-                choice = other
-    elif choice is None or not proved:
-        from bactrian.passes.network.milp import IntegerProgram
-
-        proved = True
-        best = choice
-        if not IntegerProgram(network).is_exact:
-            # Some costs are so large that they hide small differences: those that any answer rules out can go.
-            found = LocalSearch(network).search(time.monotonic() + _FIRST_SHARE * time_limit)
-            if found is not None and network.profile(found).max(initial=0) <= (problem.limit or np.inf):
-                network.prune(network.cost(found))
-                network.reduce(deadline)
-        for _ in range(_MOST_PRUNINGS):
-            program = IntegerProgram(network)
-            try:
-                outcome = program.solve(deadline - _SEARCH_SHARE * time_limit)
-            except InfeasiblePlanError:
-                if best is None:
-                    raise
-                proved = True  # what is better than the best was looked for, and is not there
-                break
-            bound, proved, rows = max(bound, outcome.bound), outcome.optimal, rows + outcome.memory_rows
-            if outcome.choice is not None:
-                choice = _allowed(problem, _in_order(network.expand(outcome.choice)))
-                proved = proved and choice is not None
-            if outcome.choice is None or choice is None or proved or program.is_exact:
-                break
-            # Costs that the answer rules out are so large that they hide small differences: once more without them.
-            network.prune(network.cost(outcome.choice))
-            network.reduce(deadline)
-            if not network.costs:
-                choice, proved = _allowed(problem, _in_order(network.expand({}))), True
-                break
-        if best is not None and (choice is None or problem.cost(best) < problem.cost(choice)):
-            choice = best
-        if choice is None and (found := LocalSearch(network).search(deadline)) is not None:
-            choice, proved = _allowed(problem, _in_order(network.expand(found))), False
-    if choice is None:
-        raise ConfigError(
-            f"no allowed choice was found in {time_limit:g} s",
-            why=f"the network has {network.num_strategies:,} strategies and {network.num_pairs:,} pairs left",
-            fix="give it more time; whether there is one is not known",
-        )
-    proved = proved and network.is_exact
-    cost = problem.cost(choice)
-    figures["memory rows"] = rows
-    return Solution(
-        choice=tuple(choice),
-        cost=cost,
-        bound=float(cost) if proved else min(float(bound), float(cost)),
-        optimal=proved,
-        memory=problem.peak(choice),
-        seconds=time.monotonic() - begin,
-        figures=figures,
-    )
+        found = search(self.network, self._deadline)
+        self.bound = max(self.bound, found.bound)
+        self.figures |= {"sweeps": found.sweeps, "neighbourhoods": found.neighbourhoods}
+        if found.choice is not None:
+            self._take(self.network.expand(found.choice))
 
 
-def _relaxed(problem: CostNetwork, network: ReducedNetwork, deadline: float) -> Solution | None:
+def _relaxed(problem: CostNetwork, network: ReducedNetwork, deadline: float) -> _Attempt | None:
     """The answer without the memory limit, if it keeps the limit: nothing that does can cost less.
 
     Without memory, nodes with few edges can be eliminated that otherwise have to stay.
     """
     if problem.limit is None or not network.costs:
         return None
-    free = replace(problem, limit=None)
-    smaller = ReducedNetwork(free)
+    now = time.monotonic()
+    smaller = network.unlimited()
     smaller.reduce(deadline)
     if time.monotonic() > deadline:
         return None
     if smaller.num_pairs > _RELAXED_PAIRS * network.num_pairs and elimination_order(smaller) is None:
         return None
-    try:
-        found = _solve(free, deadline - time.monotonic(), only_proved=True)
-    except ConfigError:  # none in time
-        return None
-    return found if problem.is_allowed(found.choice) and found.optimal else None
-
-
-def _in_order(choice: dict[int, int]) -> list[int]:
-    return [choice[node] for node in sorted(choice)]
-
-
-def _allowed(problem: CostNetwork, choice: list[int]) -> list[int] | None:
-    return choice if problem.is_allowed(choice) else None
+    attempt = _Attempt(replace(problem, limit=None), smaller, now, deadline - now)
+    attempt.run(only_proved=True)
+    found = attempt.choice
+    return attempt if attempt.proved and found is not None and problem.is_allowed(found) else None

@@ -1,0 +1,128 @@
+"""One program after the other, each narrower: what costs more than a known choice leaves the network.
+
+The relaxation's prices say what every strategy and pair costs at least. Those that cost little above the bound are few, and
+among them a good choice is soon found, often the best one; what costs more than that choice is dropped, and the reductions
+begin anew. What is left is a small program, or none.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+
+from bactrian.passes.errors import InfeasiblePlanError
+from bactrian.passes.network.marginals import Marginals
+from bactrian.passes.network.milp import UNIT_GAP, IntegerProgram, is_gap_closed
+from bactrian.passes.network.reduce import ReducedNetwork
+
+_FIRST_PAIRS = 4000  # of the first program; twice as many where it has no choice
+_FIRST_SHARE = 0.3  # of the time that is left, at most, for a program that can prove nothing
+_WORTH = 0.7  # of the pairs: where more are left after dropping, the next program is of all that are left
+_MOST_ROUNDS = 6
+
+
+@dataclass
+class Narrowed:
+    """``choice`` by node of the problem, if one was found, and its ``cost``; no allowed choice costs less than that and the
+    ``bound``; ``optimal``: proved; ``memory_rows``: of the first relaxation."""
+
+    choice: dict[int, int] | None
+    cost: float
+    bound: float
+    optimal: bool = False
+    memory_rows: int = 0
+
+
+def solve_narrowing(
+    network: ReducedNetwork, deadline: float, choice: dict[int, int] | None = None, cost: float = np.inf
+) -> Narrowed:
+    """The best choice, or what was found until the deadline (`time.monotonic`).
+
+    Args:
+        network: reduced, with something to choose. Loses what no better choice than the one found contains.
+        deadline: not passed by much.
+        choice: one that is known, by node of the problem.
+        cost: of it.
+
+    Raises:
+        InfeasiblePlanError: no choice is allowed.
+    """
+    found = Narrowed(choice, cost, network.constant)
+    most_pairs = _FIRST_PAIRS
+    try:
+        for _ in range(_MOST_ROUNDS):
+            before = network.num_pairs
+            if _is_done(network, found, deadline, most_pairs):
+                break
+            if network.num_pairs > _WORTH * before:
+                most_pairs = network.num_pairs
+    except InfeasiblePlanError:  # nothing is better than the best
+        if found.choice is None:
+            raise
+        found.optimal = True
+    return found
+
+
+def _is_done(network: ReducedNetwork, found: Narrowed, deadline: float, most_pairs: int) -> bool:
+    """Relax, look for a choice, and drop what costs more; whether the best choice is proved, or time is up."""
+    program = IntegerProgram(network)
+    relaxed = program.relax(deadline)
+    found.bound = max(found.bound, relaxed.bound)
+    found.memory_rows = found.memory_rows or program.num_memory_rows
+    if relaxed.choice is not None:
+        fits = _take(network, found, relaxed.choice)
+        found.optimal = fits and program.is_exact and is_gap_closed(network, found.cost, found.bound)
+    if found.optimal or relaxed.prices is None:
+        return True
+    marginals = Marginals(network, relaxed.prices)
+    if relaxed.choice is None:
+        _search(network, marginals, found, deadline, most_pairs)
+    if found.optimal or time.monotonic() > deadline:
+        return True
+    marginals.drop(network, _gap(network, marginals, found))
+    network.reduce(deadline)
+    if not network.costs:
+        found.optimal = _take(network, found, {})
+    return found.optimal
+
+
+def _search(network: ReducedNetwork, marginals: Marginals, found: Narrowed, deadline: float, most_pairs: int) -> None:
+    """Look for a better choice within about so many pairs, those that cost least, or more if there is none."""
+    while time.monotonic() < deadline:
+        gap, within = _gap(network, marginals, found), marginals.gap_of(most_pairs)
+        complete = within >= gap
+        small = network.restricted({})
+        marginals.drop(small, min(gap, within))
+        now = time.monotonic()
+        try:
+            small.reduce(deadline)
+            until = deadline if complete else now + _FIRST_SHARE * (deadline - now)
+            outcome = IntegerProgram(small).solve(until) if small.costs else None
+        except InfeasiblePlanError:
+            if complete:
+                raise
+            most_pairs *= 2
+            continue
+        choice = {} if outcome is None else outcome.choice
+        fits = choice is not None and _take(network, found, small.expand(choice))
+        if outcome is None or outcome.optimal:  # then what is not among these costs more than ``within`` above the bound
+            found.optimal = fits and (complete or found.cost - marginals.bound <= within)
+        elif complete:
+            found.bound = max(found.bound, outcome.bound)
+        return
+
+
+def _gap(network: ReducedNetwork, marginals: Marginals, found: Narrowed) -> float:
+    """What a better choice than the one found costs above the bound at most."""
+    return found.cost - marginals.bound - (UNIT_GAP if network.whole else 0.0)
+
+
+def _take(network: ReducedNetwork, found: Narrowed, choice: dict[int, int]) -> bool:
+    """Keep a choice if it fits and costs less; whether it fits."""
+    cost = network.cost(choice)
+    fits = network.limit is None or not (network.profile(choice) > network.limit).any()
+    if fits and cost < found.cost:
+        found.choice, found.cost = network.expand(choice), cost
+    return fits
