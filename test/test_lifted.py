@@ -134,11 +134,11 @@ def test_a_restricted_copy_leaves_the_network_alone() -> None:
     usages = np.array([1, 7]), np.array([2, 9, 4])
     problem = CostNetwork((np.zeros(2), np.zeros(3)), usages, ((0, 2), (1, 3)), ((0, 1),), (pair,), 100)
     network = ReducedNetwork(problem)
-    before = network.profile({0: 1, 1: 1})
+    before = network.memory.profile({0: 1, 1: 1})
     small = network.restricted({1: np.array([0, 1])})
     small.contract()
     assert len(small.costs) == 1
-    np.testing.assert_array_equal(network.profile({0: 1, 1: 1}), before)
+    np.testing.assert_array_equal(network.memory.profile({0: 1, 1: 1}), before)
     assert before.max() == problem.peak([1, 1])
 
 

@@ -54,7 +54,7 @@ def test_bounds_hold_under_any_prices(tight: float) -> None:
             assert bound <= best + 1e-6
         raised += bound > first
         for _ in range(5):
-            places = random.choice(len(network.times), min(3, len(network.times)), replace=False)
+            places = random.choice(len(network.memory.times), min(3, len(network.memory.times)), replace=False)
             passed.price({int(place): float(random.random() * 10) for place in places})
             for _ in range(3):
                 assert passed.sweep() <= best + 1e-6
@@ -82,10 +82,10 @@ def test_decoding_within_memory_keeps_the_limit() -> None:
         assert network is not None and network.limit is not None
         passed = messages.Messages(network)
         passed.sweep()
-        over += bool((network.profile(passed.decode()) > network.limit).any())
+        over += bool((network.memory.profile(passed.decode()) > network.limit).any())
         within = passed.decode_within()
         assert within is not None
-        assert not (network.profile(within) > network.limit).any()
+        assert not (network.memory.profile(within) > network.limit).any()
     assert over >= 6  # else there was nothing to keep
 
 

@@ -207,12 +207,12 @@ def test_each_reduction_keeps_the_optimum(steps: tuple[str, ...]) -> None:
             whole = in_order(network.expand(choice))
             if np.isfinite(network.cost(choice)):
                 assert network.cost(choice) == problem.cost(whole)
-            peak = network.profile(choice).max(initial=0.0)
+            peak = network.memory.profile(choice).max(initial=0.0)
             if problem.limit is not None:
                 assert peak == problem.peak(whole)
             if problem.is_allowed(whole):
                 found.append(network.cost(choice))
-            assert problem.limit is None or network.least.max(initial=0.0) <= peak
+            assert problem.limit is None or network.memory.least.max(initial=0.0) <= peak
         assert min(found) == best
     assert changed > 20
 

@@ -86,8 +86,10 @@ def solve_lifted(network: ReducedNetwork, deadline: float) -> Lifted | None:
                 return Lifted(best, best_cost, bound, True, classes)
         if best is not None:
             program.drop(excess, best_cost - excess.bound)
+            times = [network.memory.times[place] for place in places]
             try:
                 network.reduce(deadline)
+                places = sorted({network.memory.place_at(time) for time in times})
             except InfeasiblePlanError:  # nothing is better
                 return Lifted(best, best_cost, best_cost, True, classes)
             if not network.costs:
@@ -99,7 +101,7 @@ def solve_lifted(network: ReducedNetwork, deadline: float) -> Lifted | None:
 
 
 def _fits(network: ReducedNetwork, choice: Mapping[int, int]) -> bool:
-    return network.limit is None or not (network.profile(dict(choice)) > network.limit).any()
+    return network.limit is None or not (network.memory.profile(dict(choice)) > network.limit).any()
 
 
 def _within(network: ReducedNetwork, keep: dict[int, Array], deadline: float) -> dict[int, int] | None:
@@ -192,7 +194,7 @@ def _usages(network: ReducedNetwork, node: int, places: Sequence[int]) -> list[A
     """The memory of each strategy, above that of the first one, at each of some places."""
     none = np.zeros(len(network.costs[node]))
     found = [none] * len(places)
-    for start, end, usage in network.spans(node):
+    for start, end, usage in network.memory.spans(node):
         for number, place in enumerate(places):
             if start <= place < end:
                 found[number] = usage
@@ -275,7 +277,7 @@ class _Program:
         for number, (place, row, unit) in enumerate(self._memory):
             assert network.limit is not None
             price = max(0.0, -float(duals[row])) / unit
-            bound -= price * (network.limit - float(network.fixed[place]))
+            bound -= price * (network.limit - float(network.memory.fixed[place]))
             for node, costs in zip(self._reps, nodes, strict=True):
                 costs += price * _usages(network, node, self._classes.places)[number]
         edges = list[Array]()
@@ -313,10 +315,10 @@ class _Program:
     def profile(self, values: Array) -> Array:
         """Memory from each of the network's times on, with each member taking its class's parts."""
         network = self._network
-        total = network.fixed
+        total = network.memory.fixed
         for node, number in self._classes.of_node.items():
             start = self._start[number]
-            for begin, end, usage in network.spans(node):
+            for begin, end, usage in network.memory.spans(node):
                 total[begin:end] += values[start : start + len(usage)] @ usage
         return total
 
@@ -403,7 +405,7 @@ class _Program:
     ) -> None:
         network, places = self._network, self._classes.places
         assert network.limit is not None
-        fixed = network.fixed
+        fixed = network.memory.fixed
         used = [_usages(network, node, places) for node in self._reps]
         for number, place in enumerate(places):
             held = [

@@ -31,12 +31,12 @@ class LocalSearch:
     def search(self, deadline: float) -> dict[int, int] | None:
         """The best allowed choice found until the deadline (`time.monotonic`); None if there was none."""
         network, best, best_cost = self._network, None, np.inf
-        prices = np.zeros(len(network.fixed))
+        prices = np.zeros(len(network.memory.fixed))
         for number in range(_ROUNDS):
             priced = self._priced(prices)
             choice = self._decode(priced)
             self._improve(choice, priced, None, deadline)
-            cost, profile = network.cost(choice), network.profile(choice)
+            cost, profile = network.cost(choice), network.memory.profile(choice)
             over = self._over(profile)
             if not over.any() and cost < best_cost:
                 best, best_cost = dict(choice), cost
@@ -49,12 +49,12 @@ class LocalSearch:
             prices = np.where(active, prices + step / (1 + number / 6) ** 0.5 * np.clip(slack, -0.5, 2.0), prices)
             prices = np.maximum(prices, 0.0)
         if best is not None:
-            self._improve(best, network.costs, network.profile(best), deadline)
+            self._improve(best, network.costs, network.memory.profile(best), deadline)
         return best
 
     def polish(self, choice: dict[int, int], deadline: float) -> None:
         """Improve an allowed choice, in place."""
-        self._improve(choice, self._network.costs, self._network.profile(choice), deadline)
+        self._improve(choice, self._network.costs, self._network.memory.profile(choice), deadline)
 
     def _over(self, profile: Array) -> Array:
         limit = self._network.limit
@@ -67,7 +67,7 @@ class LocalSearch:
         total = np.concatenate([[0.0], np.cumsum(prices)])
         priced: dict[int, Array] = {}
         for node, costs in self._network.costs.items():
-            for start, end, usage in self._network.spans(node):
+            for start, end, usage in self._network.memory.spans(node):
                 costs = costs + (total[end] - total[start]) * usage
             priced[node] = costs
         return priced
@@ -105,7 +105,7 @@ class LocalSearch:
 
     def _move(self, node: int, old: int, new: int, profile: Array, limit: float) -> bool:
         """Whether a move stays within memory; if so, the profile is brought up to date."""
-        spans = self._network.spans(node)
+        spans = self._network.memory.spans(node)
         for start, end, usage in spans:
             change = usage[new] - usage[old]
             if change > 0 and (profile[start:end] + change > limit).any():

@@ -43,12 +43,12 @@ class Marginals:
         own, self.pairs = self._priced(network, prices)
         self.nodes = self._along_tree(own)
 
-    def _priced(
-        self, network: ReducedNetwork, prices: Prices
-    ) -> tuple[dict[int, Array], dict[tuple[int, int], Array]]:
+    def _priced(self, network: ReducedNetwork, prices: Prices) -> tuple[dict[int, Array], dict[tuple[int, int], Array]]:
         """Costs of nodes and edges under the prices, above the least of each; sets the bound."""
         own = {node: costs.copy() for node, costs in network.costs.items()}
-        largest = {node: _largest(costs) for node, costs in own.items()}  # bounds every number on the way to the node's costs
+        largest = {
+            node: _largest(costs) for node, costs in own.items()
+        }  # bounds every number on the way to the node's costs
         pairs, parts, rounding = dict[tuple[int, int], Array](), [network.constant], _EPSILON * abs(network.constant)
         for (i, j), matrix in network.pairs.items():
             first, second = prices.moved[i, j]
@@ -60,13 +60,13 @@ class Marginals:
             rounding += 3 * _EPSILON * (_largest(matrix) + _largest(first) + _largest(second))
             parts.append(float(rest.min()))
             pairs[i, j] = rest - rest.min()
-        fixed = network.fixed
+        fixed = network.memory.fixed
         for place, price in prices.memory.items():
             assert network.limit is not None
             parts.append(price * (float(fixed[place]) - network.limit))
             rounding += 3 * _EPSILON * price * max(float(np.abs(fixed).max()), network.limit)
             for node in own:
-                for start, end, usage in network.spans(node):
+                for start, end, usage in network.memory.spans(node):
                     if start <= place < end:
                         own[node] += price * usage
                         largest[node] += price * _largest(usage)

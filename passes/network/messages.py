@@ -86,19 +86,19 @@ class Messages:
         self._constant = network.constant
 
     def price(self, prices: Mapping[int, float]) -> None:
-        """Set what a unit of memory costs at some places (numbers of ``network.times``)."""
+        """Set what a unit of memory costs at some places (numbers of ``network.memory.times``)."""
         self._prices = {place: price for place, price in prices.items() if price > 0}
         network = self._network
         if not self._prices:
             self._priced, self._constant = self._own, network.constant
             return
-        fixed, limit = network.fixed, float(network.limit or 0)
+        fixed, limit = network.memory.fixed, float(network.limit or 0)
         self._constant = network.constant + sum(p * (float(fixed[at]) - limit) for at, p in self._prices.items())
         places = np.array(sorted(self._prices))
         total = np.concatenate([[0.0], np.cumsum([self._prices[at] for at in places.tolist()])])
         self._priced = list(self._own)
         for place, node in enumerate(self._nodes):
-            for start, end, usage in network.spans(node):
+            for start, end, usage in network.memory.spans(node):
                 price = total[np.searchsorted(places, end)] - total[np.searchsorted(places, start)]
                 if price:
                     self._priced[place] = self._priced[place] + price * usage
@@ -134,7 +134,7 @@ class Messages:
 
         None where even the leanest choices don't fit; pairs that are forbidden may make the cost infinite.
         """
-        room = float(self._network.limit or 0) - self._network.least
+        room = float(self._network.limit or 0) - self._network.memory.least
         return None if (room < 0).any() else self._decoded(room)
 
     def _decoded(self, room: Array | None) -> dict[int, int]:
@@ -145,7 +145,7 @@ class Messages:
                 total = total + self._to_earlier[edge]
             for edge in self._earlier[at]:
                 total = total + self._forth[edge][:, chosen[self._ends[edge][0]]]
-            spans = self._network.spans(node) if room is not None else []
+            spans = self._network.memory.spans(node) if room is not None else []
             if room is None or not spans:
                 chosen.append(int(total.argmin()))
                 continue
@@ -210,7 +210,7 @@ def _pass_messages(network: ReducedNetwork, found: Found, local: LocalSearch, de
         if found.sweeps % _SWEEPS_PER_CHOICE:
             continue
         choice = messages.decode()
-        cost, profile = network.cost(choice), network.profile(choice)
+        cost, profile = network.cost(choice), network.memory.profile(choice)
         if network.limit is not None:
             prices.adjust(profile, cost)
             messages.price(prices.now)
@@ -219,7 +219,7 @@ def _pass_messages(network: ReducedNetwork, found: Found, local: LocalSearch, de
                 continue
             choice = messages.decode_within() or choice
             cost = network.cost(choice)
-        if cost < found.cost * _ABOVE and cost != found.cost and _fits(network, network.profile(choice)):
+        if cost < found.cost * _ABOVE and cost != found.cost and _fits(network, network.memory.profile(choice)):
             local.polish(choice, min(deadline, time.monotonic() + _POLISH_SECONDS))
             cost = network.cost(choice)
             if cost < found.cost:
@@ -330,7 +330,7 @@ class Neighbourhoods:
         assert self._found.choice is not None
         choice = {**self._found.choice, **part}
         cost = self._network.cost(choice)
-        if cost < self._found.cost and _fits(self._network, self._network.profile(choice)):
+        if cost < self._found.cost and _fits(self._network, self._network.memory.profile(choice)):
             self._found.choice, self._found.cost = choice, cost
 
 

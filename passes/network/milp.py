@@ -48,9 +48,14 @@ class Relaxed:
 
 
 class IntegerProgram:
-    """The program of one reduced network, which grows by memory rows."""
+    """The program of one reduced network, which grows by memory rows.
 
-    def __init__(self, network: ReducedNetwork) -> None:
+    Args:
+        network: reduced.
+        times: some of those at which there are memory rows from the start, the most important first.
+    """
+
+    def __init__(self, network: ReducedNetwork, times: Sequence[int] = ()) -> None:
         self._network = network
         self._nodes = sorted(network.costs)
         sizes = [len(network.costs[node]) for node in self._nodes]
@@ -61,6 +66,9 @@ class IntegerProgram:
         # Edge -> the first row of either end, and the number of each strategy's row from there.
         self._edges: dict[tuple[int, int], tuple[tuple[int, Array], tuple[int, Array]]] = {}
         self._build()
+        if times and network.limit is not None:
+            memory = network.memory
+            self._append(_some_apart([memory.place_at(time) for time in times], len(memory.times)))
 
     def solve(self, deadline: float) -> Outcome:
         """Until proved optimal or the deadline (`time.monotonic`).
@@ -70,9 +78,7 @@ class IntegerProgram:
         """
         relaxed = self.relax(deadline)  # its violated memory rows are most of those that bind
         if relaxed.choice is not None or not relaxed.is_solved:
-            return Outcome(
-                relaxed.choice, relaxed.bound, relaxed.choice is not None and self.is_exact, len(self._rows)
-            )
+            return Outcome(relaxed.choice, relaxed.bound, relaxed.choice is not None and self.is_exact, len(self._rows))
         return self.solve_integer(deadline, relaxed.bound)
 
     def relax(self, deadline: float) -> Relaxed:
@@ -92,7 +98,7 @@ class IntegerProgram:
             prices = None if result.duals is None else self._prices(result.duals)
             if result.is_optimal and self._is_tight(values, result.bound + self._network.constant):
                 choice = self._choice(values)
-                profile = self._network.profile(choice)
+                profile = self._network.memory.profile(choice)
                 if not len(self._over(profile)):
                     return Relaxed(choice, bound, prices, is_solved=True)
             return Relaxed(None, bound, prices, is_solved=True)
@@ -109,7 +115,7 @@ class IntegerProgram:
             if values is None:
                 return Outcome(None, bound, optimal=False, memory_rows=len(self._rows))
             choice = self._choice(values)
-            profile = self._network.profile(choice)
+            profile = self._network.memory.profile(choice)
             if not self._add_rows(profile) and not self._add_covers(choice, profile):
                 return Outcome(choice, bound, result.is_optimal and self.is_exact, len(self._rows))
 
@@ -135,9 +141,9 @@ class IntegerProgram:
         return is_gap_closed(self._network, self._network.cost(self._choice(values)), bound)
 
     @property
-    def num_memory_rows(self) -> int:
-        """Places where memory is looked at."""
-        return len(self._rows)
+    def times(self) -> list[int]:
+        """Those at which there are memory rows."""
+        return [self._network.memory.times[place] for place in self._rows]
 
     @property
     def is_exact(self) -> bool:
@@ -206,9 +212,9 @@ class IntegerProgram:
 
     def _relaxed_profile(self, values: Array) -> Array:
         network = self._network
-        total = network.fixed
+        total = network.memory.fixed
         for node, start in self._start.items():
-            for begin, end, usage in network.spans(node):
+            for begin, end, usage in network.memory.spans(node):
                 total[begin:end] += values[start : start + len(usage)] @ usage
         return total
 
@@ -219,12 +225,7 @@ class IntegerProgram:
             return False
         over = self._over(profile)
         over = over[np.argsort(-profile[over], kind="stable")]
-        chosen: list[int] = []
-        for place in over.tolist():
-            if place not in self._rows and all(abs(place - other) > len(profile) // 200 for other in chosen):
-                chosen.append(place)
-            if len(chosen) == _ROWS_AT_ONCE:
-                break
+        chosen = _some_apart([place for place in over.tolist() if place not in self._rows], len(profile))
         if not chosen:
             return False
         self._append(chosen)
@@ -234,12 +235,12 @@ class IntegerProgram:
         network = self._network
         assert network.limit is not None
         rows, columns, values, high = list[Array](), list[Array](), list[Array](), list[float]()
-        fixed = network.fixed
+        fixed = network.memory.fixed
         for number, place in enumerate(places):
             held = [
                 (start, usage)
                 for node, start in self._start.items()
-                for begin, end, usage in network.spans(node)
+                for begin, end, usage in network.memory.spans(node)
                 if begin <= place < end
             ]
             unit = max((float(np.abs(usage).max()) for _, usage in held), default=0.0) or 1.0
@@ -268,7 +269,7 @@ class IntegerProgram:
         for number, place in enumerate(over[:_ROWS_AT_ONCE].tolist()):
             nodes = 0
             for node, start in self._start.items():
-                for begin, end, usage in self._network.spans(node):
+                for begin, end, usage in self._network.memory.spans(node):
                     mine = usage[choice[node]]
                     if begin <= place < end and mine > usage.min():
                         nodes += 1
@@ -279,6 +280,17 @@ class IntegerProgram:
         if high:
             self._program.add_rows([np.ones(len(found)) for found in columns], rows, columns, high)
         return bool(high)
+
+
+def _some_apart(places: Sequence[int], count: int) -> list[int]:
+    """The first of some places, out of so many, that are not close to each other."""
+    chosen: list[int] = []
+    for place in places:
+        if all(abs(place - other) > count // 200 for other in chosen):
+            chosen.append(place)
+        if len(chosen) == _ROWS_AT_ONCE:
+            break
+    return chosen
 
 
 def is_gap_closed(network: ReducedNetwork, cost: float, bound: float) -> bool:

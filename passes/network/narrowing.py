@@ -8,6 +8,7 @@ begin anew. What is left is a small program, or none.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +19,7 @@ from bactrian.passes.network.milp import UNIT_GAP, IntegerProgram, is_gap_closed
 from bactrian.passes.network.reduce import ReducedNetwork
 
 _FIRST_PAIRS = 4000  # of the first program; twice as many where it has no choice
+_FEW_PAIRS = 8000  # a program of its own, whatever they cost
 _FIRST_SHARE = 0.3  # of the time that is left, at most, for a program that can prove nothing
 _WORTH = 0.7  # of the pairs: where more are left after dropping, the next program is of all that are left
 _MOST_ROUNDS = 6
@@ -26,17 +28,21 @@ _MOST_ROUNDS = 6
 @dataclass
 class Narrowed:
     """``choice`` by node of the problem, if one was found, and its ``cost``; no allowed choice costs less than that and the
-    ``bound``; ``optimal``: proved; ``memory_rows``: of the first relaxation."""
+    ``bound``; ``optimal``: proved; ``times`` at which there are memory rows."""
 
     choice: dict[int, int] | None
     cost: float
     bound: float
     optimal: bool = False
-    memory_rows: int = 0
+    times: Sequence[int] = ()
 
 
 def solve_narrowing(
-    network: ReducedNetwork, deadline: float, choice: dict[int, int] | None = None, cost: float = np.inf
+    network: ReducedNetwork,
+    deadline: float,
+    choice: dict[int, int] | None = None,
+    cost: float = np.inf,
+    times: Sequence[int] = (),
 ) -> Narrowed:
     """The best choice, or what was found until the deadline (`time.monotonic`).
 
@@ -45,19 +51,19 @@ def solve_narrowing(
         deadline: not passed by much.
         choice: one that is known, by node of the problem.
         cost: of it.
+        times: at which memory is likely to bind, the most likely first.
 
     Raises:
         InfeasiblePlanError: no choice is allowed.
     """
-    found = Narrowed(choice, cost, network.constant)
-    most_pairs = _FIRST_PAIRS
+    found = Narrowed(choice, cost, network.constant, times=times)
+    before = np.inf
     try:
         for _ in range(_MOST_ROUNDS):
+            few = network.num_pairs <= _FEW_PAIRS or network.num_pairs > _WORTH * before
             before = network.num_pairs
-            if _is_done(network, found, deadline, most_pairs):
+            if _is_done(network, found, deadline, before if few else _FIRST_PAIRS):
                 break
-            if network.num_pairs > _WORTH * before:
-                most_pairs = network.num_pairs
     except InfeasiblePlanError:  # nothing is better than the best
         if found.choice is None:
             raise
@@ -67,10 +73,9 @@ def solve_narrowing(
 
 def _is_done(network: ReducedNetwork, found: Narrowed, deadline: float, most_pairs: int) -> bool:
     """Relax, look for a choice, and drop what costs more; whether the best choice is proved, or time is up."""
-    program = IntegerProgram(network)
+    program = IntegerProgram(network, found.times)
     relaxed = program.relax(deadline)
-    found.bound = max(found.bound, relaxed.bound)
-    found.memory_rows = found.memory_rows or program.num_memory_rows
+    found.bound, found.times = max(found.bound, relaxed.bound), program.times
     if relaxed.choice is not None:
         fits = _take(network, found, relaxed.choice)
         found.optimal = fits and program.is_exact and is_gap_closed(network, found.cost, found.bound)
@@ -99,7 +104,7 @@ def _search(network: ReducedNetwork, marginals: Marginals, found: Narrowed, dead
         try:
             small.reduce(deadline)
             until = deadline if complete else now + _FIRST_SHARE * (deadline - now)
-            outcome = IntegerProgram(small).solve(until) if small.costs else None
+            outcome = IntegerProgram(small, found.times).solve(until) if small.costs else None
         except InfeasiblePlanError:
             if complete:
                 raise
@@ -107,7 +112,9 @@ def _search(network: ReducedNetwork, marginals: Marginals, found: Narrowed, dead
             continue
         choice = {} if outcome is None else outcome.choice
         fits = choice is not None and _take(network, found, small.expand(choice))
-        if outcome is None or outcome.optimal:  # then what is not among these costs more than ``within`` above the bound
+        if (
+            outcome is None or outcome.optimal
+        ):  # then what is not among these costs more than ``within`` above the bound
             found.optimal = fits and (complete or found.cost - marginals.bound <= within)
         elif complete:
             found.bound = max(found.bound, outcome.bound)
@@ -122,7 +129,7 @@ def _gap(network: ReducedNetwork, marginals: Marginals, found: Narrowed) -> floa
 def _take(network: ReducedNetwork, found: Narrowed, choice: dict[int, int]) -> bool:
     """Keep a choice if it fits and costs less; whether it fits."""
     cost = network.cost(choice)
-    fits = network.limit is None or not (network.profile(choice) > network.limit).any()
+    fits = network.limit is None or not (network.memory.profile(choice) > network.limit).any()
     if fits and cost < found.cost:
         found.choice, found.cost = network.expand(choice), cost
     return fits

@@ -6,7 +6,6 @@ elimination (1994), here with memory; min-plus elimination of nodes with at most
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Callable, Mapping
 from typing import TypeVar
@@ -16,6 +15,7 @@ import numpy as np
 from bactrian.passes.errors import InfeasiblePlanError
 from bactrian.passes.network import steps
 from bactrian.passes.network.interned import Array, Interner
+from bactrian.passes.network.memory import Memory
 from bactrian.passes.network.problem import FORBIDDEN, CostNetwork
 
 _Undo = Callable[[dict[int, int]], None]
@@ -34,7 +34,8 @@ class ReducedNetwork:
         pairs: (i, j) with i < j -> cost matrix.
         constant: cost of what is decided, and of the cheapest of what is not: a lower bound.
         whole: all costs and usages are integers.
-        times: the times at which anything begins or ends, in order. Memory is told by their places in this list.
+        limit: the most memory at any time; None where it does not matter.
+        memory: what is held over time.
     """
 
     def __init__(self, problem: CostNetwork) -> None:
@@ -42,20 +43,15 @@ class ReducedNetwork:
         self.arrays = Interner()
         self.constant = 0.0
         self._range = 0  # of all costs together
-        self.costs: dict[int, Array] = {n: self._read(c) for n, c in enumerate(problem.costs)}
+        known: dict[tuple[object, ...], tuple[Array, float, float]] = {}
+        self.costs: dict[int, Array] = {n: self._read(c, known) for n, c in enumerate(problem.costs)}
         self.pairs: dict[tuple[int, int], Array] = {}
         self.neighbours: dict[int, dict[int, None]] = {n: {} for n in self.costs}  # sets, in the order of entry
         self.limit = problem.limit
         self._undo: list[_Undo] = []
         for (i, j), matrix in zip(problem.edges, problem.edge_costs, strict=True):
-            self._add_pair(i, j, self._read(matrix))
-        self.times: list[int] = []
-        # What changes at each place: whatever is chosen, and by strategy, above or below the node's first strategy.
-        self._fixed: Array = np.zeros(1)
-        self._changes: dict[int, dict[int, Array]] = {}
-        self._spans: dict[int, list[tuple[int, int, Array]]] = {}
-        if problem.limit is not None:
-            self._read_memory(problem)
+            self._add_pair(i, j, self._read(matrix, known))
+        self.memory = Memory.none() if problem.limit is None else Memory.of(problem.usages, problem.intervals)
 
     # What it is
 
@@ -83,40 +79,6 @@ class ReducedNetwork:
         total = self.constant + sum(float(costs[choice[n]]) for n, costs in self.costs.items())
         return total + sum(float(matrix[choice[i], choice[j]]) for (i, j), matrix in self.pairs.items())
 
-    def holds(self, node: int) -> bool:
-        """Whether the choice for a node changes the memory."""
-        return node in self._changes
-
-    def spans(self, node: int) -> list[tuple[int, int, Array]]:
-        """``(start, end, usage)``: memory of each strategy between two places, above that of the first strategy."""
-        if node not in self._changes:
-            return []
-        if node not in self._spans:
-            self._spans[node] = _spans(self._changes[node])
-        return self._spans[node]
-
-    @property
-    def fixed(self) -> Array:
-        """Memory from each of ``times`` on with every node's first strategy."""
-        return np.cumsum(self._fixed)
-
-    @property
-    def least(self) -> Array:
-        """A lower bound on the memory from each of ``times`` on."""
-        total = self.fixed
-        for node in self._changes:
-            for start, end, usage in self.spans(node):
-                total[start:end] += usage.min()
-        return total
-
-    def profile(self, choice: dict[int, int]) -> Array:
-        """Memory from each of ``times`` on."""
-        change = self._fixed.copy()
-        for node, changes in self._changes.items():
-            for place, values in changes.items():
-                change[place] += values[choice[node]]
-        return np.cumsum(change)
-
     def expand(self, choice: Mapping[int, int]) -> dict[int, int]:
         """The choice for the nodes that were there at first."""
         whole = dict(choice)
@@ -136,7 +98,7 @@ class ReducedNetwork:
     def unlimited(self) -> ReducedNetwork:
         """A copy without the memory limit. Its `expand` leads to the nodes that were there at first."""
         copy = self._copy()
-        copy.limit, copy.times, copy._fixed, copy._changes = None, [], np.zeros(1), {}
+        copy.limit, copy.memory = None, Memory.none()
         return copy
 
     def _copy(self) -> ReducedNetwork:
@@ -144,8 +106,7 @@ class ReducedNetwork:
         copy.__dict__.update(self.__dict__)
         copy.costs, copy.pairs, copy._undo = dict(self.costs), dict(self.pairs), list(self._undo)
         copy.neighbours = {node: dict(near) for node, near in self.neighbours.items()}
-        copy._fixed, copy._spans = self._fixed.copy(), {}
-        copy._changes = {node: dict(changes) for node, changes in self._changes.items()}
+        copy.memory = self.memory.copy()
         return copy
 
     # Reductions
@@ -161,6 +122,7 @@ class ReducedNetwork:
         while True:
             before = len(self.costs), self.num_strategies, len(self.pairs)
             self.forbid()
+            self.memory.merge_places()
             self.forbid_by_memory()
             self.separate()
             self.eliminate()
@@ -190,16 +152,16 @@ class ReducedNetwork:
         """
         if self.limit is None:
             return
-        slack = self.limit - self.least
+        slack = self.limit - self.memory.least
         if slack.min() < 0:
             raise InfeasiblePlanError(
                 f"no choice fits into a memory of {self.limit:,}",
                 why=f"at the worst time even the leanest strategies need {-slack.min():,.0f} more",
                 fix="raise the limit, or allow strategies that use less memory",
             )
-        for node in list(self._changes):
+        for node in list(self.memory.nodes):
             keep = np.ones(len(self.costs[node]), bool)
-            for start, end, usage in self.spans(node):
+            for start, end, usage in self.memory.spans(node):
                 keep &= usage - usage.min() <= slack[start:end].min()
             if not keep.any():
                 raise InfeasiblePlanError(
@@ -259,7 +221,7 @@ class ReducedNetwork:
                 todo.add(near)
                 continue
             near = sorted(self.neighbours[node])
-            if node in self._changes or len(near) > 2:
+            if node in self.memory.nodes or len(near) > 2:
                 continue
             if len(near) == 2:
                 made = len(self.costs[near[0]]) * len(self.costs[near[1]])
@@ -283,7 +245,7 @@ class ReducedNetwork:
         costs = self.costs[node]
         if not 1 < len(costs) <= _MOST_DOMINANCE:
             return None
-        spans = [self.arrays.array(usage) for _, _, usage in self.spans(node)]
+        spans = [self.arrays.array(usage) for _, _, usage in self.memory.spans(node)]
         return self.arrays.known("undominated", steps.undominated, len(spans), costs, *spans, *self._around(node))
 
     def _around(self, node: int) -> list[Array]:
@@ -318,8 +280,7 @@ class ReducedNetwork:
                 self.pairs[node, other] = rest
             else:
                 self.pairs[other, node] = self.arrays.turned(rest)
-        if node in self._changes:
-            self._hold(node, {place: values[keep] for place, values in self._changes[node].items()})
+        self.memory.restrict(node, keep)
         old = keep.tolist()
 
         def undo(choice: dict[int, int]) -> None:
@@ -327,51 +288,19 @@ class ReducedNetwork:
 
         self._undo.append(undo)
 
-    def _hold(self, node: int, changes: dict[int, Array]) -> None:
-        """Set how a node's memory changes; that of its first strategy is fixed."""
-        left: dict[int, Array] = {}
-        for place, values in changes.items():
-            self._fixed[place] += values[0]
-            values = values - values[0]
-            if values.any():
-                left[place] = values
-        self._spans.pop(node, None)
-        if left:
-            self._changes[node] = left
-        else:
-            self._changes.pop(node, None)
-
-    def _add_changes(self, node: int, changes: dict[int, Array]) -> None:
-        """Add to a node's memory: touches only the places that change, since nodes are merged by the thousand."""
-        own = self._changes.setdefault(node, {})
-        for place, values in changes.items():
-            self._fixed[place] += values[0]
-            total = own[place] + (values - values[0]) if place in own else values - values[0]
-            if total.any():
-                own[place] = total
-            else:
-                own.pop(place, None)
-        if not own:
-            del self._changes[node]
-        self._spans.pop(node, None)
-
-    def _read(self, costs: Array) -> Array:
-        """Costs as floats above the least of them, which is subtracted while they are integers."""
-        allowed = costs[costs < FORBIDDEN]
-        least = allowed.min().item() if allowed.size else 0
+    def _read(self, costs: Array, known: dict[tuple[object, ...], tuple[Array, float, float]]) -> Array:
+        """Costs as floats above the least of them, which is subtracted while they are integers; equal ones once."""
+        key = costs.shape, costs.dtype.str, costs.tobytes()
+        if key not in known:
+            allowed = costs[costs < FORBIDDEN]
+            least, most = (allowed.min().item(), allowed.max().item()) if allowed.size else (0, 0)
+            above = np.where(costs >= FORBIDDEN, np.inf, (costs - least).astype(np.float64))
+            known[key] = self.arrays.array(above), least, most - least
+        above, least, spread = known[key]
         self.constant += least
-        if self.whole and allowed.size:
-            self._range += allowed.max().item() - least
-        return self.arrays.array(np.where(costs >= FORBIDDEN, np.inf, (costs - least).astype(np.float64)))
-
-    def _read_memory(self, problem: CostNetwork) -> None:
-        lasting = [(n, first, end) for n, (first, end) in enumerate(problem.intervals) if first < end]
-        self.times = sorted({time for _, first, end in lasting for time in (first, end)})
-        place = {time: index for index, time in enumerate(self.times)}
-        self._fixed = np.zeros(max(len(self.times), 1))
-        for node, first, end in lasting:
-            usage = problem.usages[node].astype(np.float64)
-            self._hold(node, {place[first]: usage, place[end]: -usage})
+        if self.whole:
+            self._range += spread
+        return above
 
     def _merge(self, i: int, j: int, partner: Array) -> None:
         """Node ``j`` follows node ``i``: strategy k of ``i`` goes with ``partner[k]`` of ``j``."""
@@ -383,9 +312,7 @@ class ReducedNetwork:
             moved = self.arrays.made("rows", steps.rows, self.matrix(j, other), partner)
             self._drop_pair(j, other)
             self._add_pair(i, other, moved)
-        if j in self._changes:
-            self._add_changes(i, {place: values[partner] for place, values in self._changes.pop(j).items()})
-            self._spans.pop(j, None)
+        self.memory.follow(i, j, partner)
         del self.costs[j], self.neighbours[j]
         table = partner.tolist()
 
@@ -460,14 +387,3 @@ def nothing_combines() -> InfeasiblePlanError:
         why="the forbidden costs exclude each other",
         fix="allow more pairs: costs from 10^18 on, and infinite ones, forbid",
     )
-
-
-def _spans(changes: dict[int, Array]) -> list[tuple[int, int, Array]]:
-    places = sorted(changes)
-    found: list[tuple[int, int, Array]] = []
-    held: Array = np.zeros_like(changes[places[0]])
-    for start, end in itertools.pairwise(places):
-        held = held + changes[start]
-        if held.any():
-            found.append((start, end, held))
-    return found

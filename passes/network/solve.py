@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -56,10 +56,12 @@ def solve(problem: CostNetwork, time_limit: float = 60.0) -> Solution:
     begin = time.monotonic()
     network = ReducedNetwork(problem)
     network.reduce(begin + _REDUCTION_SHARE * time_limit)
-    attempt = _relaxed(problem, network, begin + _RELAXED_SHARE * time_limit)
-    if attempt is None:
-        attempt = _Attempt(problem, network, begin, time_limit)
-        attempt.run()
+    attempt = _Attempt(problem, network, begin, time_limit)
+    relaxed = _relaxed(problem, network, begin + _RELAXED_SHARE * time_limit)
+    if relaxed is not None and relaxed.proved and problem.is_allowed(relaxed.choice or ()):
+        attempt = relaxed
+    else:
+        attempt.run([] if relaxed is None else relaxed.times_over(problem.limit))
     return replace(attempt.solution(), seconds=time.monotonic() - begin)
 
 
@@ -86,8 +88,13 @@ class _Attempt:
             "memory rows": 0,
         }
 
-    def run(self, *, only_proved: bool = False) -> None:
-        """Find an answer; with ``only_proved`` not by a long search for a good one without proof."""
+    def run(self, times: Sequence[int] = (), *, only_proved: bool = False) -> None:
+        """Find an answer.
+
+        Args:
+            times: at which memory is likely to bind, the most likely first.
+            only_proved: not by a long search for a good one without proof.
+        """
         network = self.network
         if not network.costs:
             self.proved = self._take(network.expand({}))
@@ -103,9 +110,15 @@ class _Attempt:
         if self.proved:
             return
         if network.num_pairs <= _PROGRAM_PAIRS:
-            self._by_programs()
+            self._by_programs(times)
         elif not only_proved:
             self._by_search()
+
+    def times_over(self, limit: float | None) -> list[int]:
+        """When the choice that was found needs more memory than this, the worst time first."""
+        profile = [] if self.choice is None else self.problem.profile(self.choice)
+        over = [(held, time) for time, held in profile if limit is not None and held > limit]
+        return [time for _, time in sorted(over, reverse=True)]
 
     def solution(self) -> Solution:
         """The answer.
@@ -154,15 +167,15 @@ class _Attempt:
         self.figures["classes"] = lifted.num_classes
         self.proved = lifted.choice is not None and self._take(lifted.choice) and lifted.optimal
 
-    def _by_programs(self) -> None:
+    def _by_programs(self, times: Sequence[int]) -> None:
         from bactrian.passes.network.narrowing import solve_narrowing
 
         until = self._deadline - _SEARCH_SHARE * self.time_limit
         best = None if self.choice is None else dict(enumerate(self.choice))
         cost = np.inf if self.choice is None else float(self.problem.cost(self.choice))
-        found = solve_narrowing(self.network, until, best, cost)
+        found = solve_narrowing(self.network, until, best, cost, times)
         self.bound = max(self.bound, found.bound)
-        self.figures["memory rows"] = found.memory_rows
+        self.figures["memory rows"] = len(found.times)
         if found.choice is not None:
             self.proved = self._take(found.choice) and found.optimal
         if self.choice is None and (simple := LocalSearch(self.network).search(self._deadline)) is not None:
@@ -179,9 +192,9 @@ class _Attempt:
 
 
 def _relaxed(problem: CostNetwork, network: ReducedNetwork, deadline: float) -> _Attempt | None:
-    """The answer without the memory limit, if it keeps the limit: nothing that does can cost less.
+    """The answer without the memory limit: if it keeps the limit, nothing that does can cost less.
 
-    Without memory, nodes with few edges can be eliminated that otherwise have to stay.
+    Without memory, nodes with few edges can be eliminated that otherwise have to stay; None where that gains little.
     """
     if problem.limit is None or not network.costs:
         return None
@@ -194,5 +207,4 @@ def _relaxed(problem: CostNetwork, network: ReducedNetwork, deadline: float) -> 
         return None
     attempt = _Attempt(replace(problem, limit=None), smaller, now, deadline - now)
     attempt.run(only_proved=True)
-    found = attempt.choice
-    return attempt if attempt.proved and found is not None and problem.is_allowed(found) else None
+    return attempt
