@@ -27,7 +27,7 @@ def by_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(solving, "elimination_order", lambda network: None)
 
 
-STEPS = ("forbid", "contract", "separate", "eliminate", "dominate")
+STEPS = ("forbid", "contract", "separate", "forbid_by_memory", "eliminate", "dominate")
 
 
 def in_order(choice: dict[int, int]) -> list[int]:
@@ -209,7 +209,8 @@ def test_each_reduction_keeps_the_optimum(steps: tuple[str, ...]) -> None:
                 assert network.cost(choice) == problem.cost(whole)
             peak = network.memory.profile(choice).max(initial=0.0)
             if problem.limit is not None:
-                assert peak == problem.peak(whole)
+                real = problem.peak(whole)
+                assert peak == real or (peak < real and real <= problem.limit)  # places that can't bind are left out
             if problem.is_allowed(whole):
                 found.append(network.cost(choice))
             assert problem.limit is None or network.memory.least.max(initial=0.0) <= peak

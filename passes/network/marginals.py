@@ -120,10 +120,12 @@ class Marginals:
     def _matrix(self, i: int, j: int) -> Array:
         return self.pairs[i, j] if i < j else self.pairs[j, i].T
 
-    def gap_of(self, num_pairs: int) -> float:
-        """The gap above the bound within which there are so many pairs."""
-        excess = np.concatenate([rest.ravel() for rest in self.pairs.values()] or [np.zeros(1)])
-        return float(np.partition(excess, num_pairs)[num_pairs]) if num_pairs < len(excess) else np.inf
+    def gap_of(self, num_pairs: float) -> float:
+        """The gap above the bound within which there are so many pairs; infinite where there are no more."""
+        if num_pairs >= sum(rest.size for rest in self.pairs.values()):
+            return np.inf
+        excess = np.concatenate([rest.ravel() for rest in self.pairs.values()])
+        return float(np.partition(excess, int(num_pairs))[int(num_pairs)])
 
     def drop(self, network: ReducedNetwork, gap: float) -> None:
         """Forbid what costs more than a gap above the bound, in the network or a copy of it."""

@@ -1,29 +1,41 @@
-"""What nodes hold in memory over time, as far as it depends on their choice."""
+"""What nodes hold in memory over time, as far as it depends on their choice and matters."""
 
 from __future__ import annotations
 
-import itertools
 from bisect import bisect_left
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from bactrian.passes.network.interned import Array
 
+_TOLERANCE = 1e-12  # of the limit: so near to it, rounding decides
+
+
+@dataclass(frozen=True)
+class _Table:
+    """A node's changes: at ``places``, in order, the memory of its strategies changes by the rows of ``changes``, and is
+    ``held`` from there on, above that of the first strategy."""
+
+    places: Array
+    changes: Array
+    held: Array
+
 
 @dataclass
 class Memory:
-    """Memory at each of some times, told by their places in ``times``.
+    """Memory at some times, told by their places in ``times``.
 
     Attributes:
-        times: in order; at all other times there is no more than at one of these.
+        times: in order; where a choice is over the limit, it is so at one of these, and nowhere by more.
     """
 
     times: list[int]
     # What changes at each place: whatever is chosen, and by strategy, above or below the node's first strategy.
     _fixed: Array
     _changes: dict[int, dict[int, Array]] = field(default_factory=dict)
+    _tables: dict[int, _Table] = field(default_factory=dict)
     _spans: dict[int, list[tuple[int, int, Array]]] = field(default_factory=dict)
 
     @classmethod
@@ -46,10 +58,10 @@ class Memory:
     def copy(self) -> Memory:
         """One that can be changed by itself."""
         changes = {node: dict(own) for node, own in self._changes.items()}
-        return Memory(self.times, self._fixed.copy(), changes)
+        return Memory(self.times, self._fixed.copy(), changes, dict(self._tables), dict(self._spans))
 
     @property
-    def nodes(self) -> Iterable[int]:
+    def nodes(self) -> Collection[int]:
         """Those whose choice changes the memory."""
         return self._changes.keys()
 
@@ -58,18 +70,18 @@ class Memory:
         if node not in self._changes:
             return []
         if node not in self._spans:
-            self._spans[node] = self._spans_of(self._changes[node])
+            table = self._table(node)
+            ends = [*table.places[1:].tolist(), len(self._fixed)]
+            self._spans[node] = [
+                (start, end, held)
+                for start, end, held in zip(table.places.tolist(), ends, table.held, strict=True)
+                if held.any()
+            ]
         return self._spans[node]
 
-    def _spans_of(self, changes: Mapping[int, Array]) -> list[tuple[int, int, Array]]:
-        places = sorted(changes)
-        found: list[tuple[int, int, Array]] = []
-        held: Array = np.zeros_like(changes[places[0]])
-        for start, end in itertools.pairwise([*places, len(self._fixed)]):
-            held = held + changes[start]
-            if held.any() and start < end:
-                found.append((start, end, held))
-        return found
+    def usages(self, node: int) -> list[Array]:
+        """The different ones among what a node's strategies hold at any place, above that of the first strategy."""
+        return list(np.unique(self._table(node).held, axis=0)) if node in self._changes else []
 
     @property
     def fixed(self) -> Array:
@@ -79,23 +91,47 @@ class Memory:
     @property
     def least(self) -> Array:
         """A lower bound at each place."""
-        total = self.fixed
+        change = self._fixed.copy()
         for node in self._changes:
-            for start, end, usage in self.spans(node):
-                total[start:end] += usage.min()
-        return total
+            table = self._table(node)
+            change[table.places] += np.diff(table.held.min(axis=1), prepend=0.0)
+        return np.cumsum(change)
+
+    @property
+    def most(self) -> Array:
+        """An upper bound at each place."""
+        change = self._fixed.copy()
+        for node in self._changes:
+            table = self._table(node)
+            change[table.places] += np.diff(table.held.max(axis=1), prepend=0.0)
+        return np.cumsum(change)
 
     def profile(self, choice: Mapping[int, int]) -> Array:
         """At each place."""
         change = self._fixed.copy()
-        for node, changes in self._changes.items():
-            for place, values in changes.items():
-                change[place] += values[choice[node]]
+        for node in self._changes:
+            table = self._table(node)
+            change[table.places] += table.changes[:, choice[node]]
         return np.cumsum(change)
+
+    def fitting(self, node: int, slack: Array) -> Array:
+        """Which strategies of a node hold no more above its leanest than there is slack, at each place."""
+        table = self._table(node)
+        room = np.minimum.reduceat(slack, table.places)
+        return (table.held - table.held.min(axis=1)[:, None] <= room[:, None]).all(axis=0)
 
     def place_at(self, time: int) -> int:
         """The place of a time, or one beside it."""
         return min(bisect_left(self.times, time), len(self.times) - 1)
+
+    def _table(self, node: int) -> _Table:
+        table = self._tables.get(node)
+        if table is None:
+            changes = self._changes[node]
+            places = sorted(changes)
+            rows = np.array([changes[place] for place in places])
+            table = self._tables[node] = _Table(np.array(places), rows, np.cumsum(rows, axis=0))
+        return table
 
     # Changes
 
@@ -122,8 +158,8 @@ class Memory:
                 own.pop(place, None)
         if not own:
             del self._changes[i]
-        self._spans.pop(i, None)
-        self._spans.pop(j, None)
+        self._forget(i)
+        self._forget(j)
 
     def _hold(self, node: int, changes: dict[int, Array]) -> None:
         """Set how a node's memory changes; that of its first strategy is fixed."""
@@ -133,43 +169,47 @@ class Memory:
             values = values - values[0]
             if values.any():
                 left[place] = values
-        self._spans.pop(node, None)
+        self._forget(node)
         if left:
             self._changes[node] = left
         else:
             self._changes.pop(node, None)
 
-    def merge_places(self) -> None:
-        """Leave out places at which there is never more than at a place beside them, whatever is chosen."""
+    def _forget(self, node: int) -> None:
+        self._tables.pop(node, None)
+        self._spans.pop(node, None)
+
+    def leave_out(self, limit: float) -> None:
+        """Leave out places at which no choice is over the limit, or none by more than at a place beside them."""
+        if not self.times:
+            return
+        self._keep(self.most > limit * (1 - _TOLERANCE))
         low = self._fixed.copy()
-        for changes in self._changes.values():
-            for place, values in changes.items():
-                low[place] += values.min()
+        for node in self._changes:
+            table = self._table(node)
+            low[table.places] += table.changes.min(axis=1)
         self._keep(np.append(low[1:] < 0, True))  # else there is no less at the next place
         high = self._fixed.copy()
-        for changes in self._changes.values():
-            for place, values in changes.items():
-                high[place] += values.max()
+        for node in self._changes:
+            table = self._table(node)
+            high[table.places] += table.changes.max(axis=1)
         self._keep(np.append(True, high[1:] > 0))  # else there was no less at the place before
 
     def _keep(self, kept: Array) -> None:
         """Leave out places; what changes there changes at the next one that is left, if there is one."""
         if kept.all() or not self.times:
             return
-        number = np.concatenate([[0], np.cumsum(kept)[:-1]])  # of the next place that is left
+        number = np.cumsum(kept) - kept  # of the next place that is left
         count = int(kept.sum())
-        self._fixed = np.bincount(number, weights=self._fixed, minlength=count + 1)[:count]
+        self._fixed = np.bincount(number, weights=self._fixed, minlength=count)[: max(count, 1)] * bool(count)
         self.times = [time for time, keep in zip(self.times, kept.tolist(), strict=True) if keep]
-        numbers = number.tolist()
-        for node, changes in list(self._changes.items()):
-            moved: dict[int, Array] = {}
-            for place, values in changes.items():
-                at = numbers[place]
-                if at < count:
-                    moved[at] = moved[at] + values if at in moved else values
-            moved = {place: values for place, values in moved.items() if values.any()}
-            if moved:
-                self._changes[node] = moved
+        for node in list(self._changes):
+            table = self._table(node)
+            places, first = np.unique(number[table.places], return_index=True)
+            changes = np.add.reduceat(table.changes, first, axis=0)
+            left = (places < count) & changes.any(axis=1)
+            if left.any():
+                self._changes[node] = dict(zip(places[left].tolist(), changes[left], strict=True))
             else:
                 del self._changes[node]
-        self._spans = {}
+        self._tables, self._spans = {}, {}

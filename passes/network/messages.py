@@ -23,6 +23,7 @@ from bactrian.passes.network.milp import IntegerProgram
 from bactrian.passes.network.reduce import Array, ReducedNetwork
 
 _SWEEPS_PER_CHOICE = 3
+_FIRST_CHOICES = 4  # that are looked at to see where memory binds
 _MOST_PRICES = 30  # places with a price
 _SWEEPS_PER_REPAIR = 9
 _FIRST_STEP = 0.05  # of the cost, for all of the memory
@@ -199,6 +200,24 @@ def search(network: ReducedNetwork, deadline: float) -> Found:
         found.cost = network.cost(found.choice)
     Neighbourhoods(network, found, excess, deadline).run(min(_MOST_WORKERS, num_cores()))
     return found
+
+
+def binding_times(network: ReducedNetwork) -> list[int]:
+    """When memory is likely to bind, as a few sweeps see it, with prices that follow their choices.
+
+    Args:
+        network: reduced.
+    """
+    if network.limit is None:
+        return []
+    messages, prices = Messages(network), _Prices(network)
+    for _ in range(_FIRST_CHOICES):
+        for _ in range(_SWEEPS_PER_CHOICE):
+            messages.sweep()
+        choice = messages.decode()
+        prices.adjust(network.memory.profile(choice), network.cost(choice))
+        messages.price(prices.now)
+    return [network.memory.times[place] for place in prices.now]
 
 
 def _pass_messages(network: ReducedNetwork, found: Found, local: LocalSearch, deadline: float) -> dict[int, Array]:

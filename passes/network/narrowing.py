@@ -15,6 +15,7 @@ import numpy as np
 
 from bactrian.passes.errors import InfeasiblePlanError
 from bactrian.passes.network.marginals import Marginals
+from bactrian.passes.network.messages import binding_times
 from bactrian.passes.network.milp import UNIT_GAP, IntegerProgram, is_gap_closed
 from bactrian.passes.network.reduce import ReducedNetwork
 
@@ -42,7 +43,6 @@ def solve_narrowing(
     deadline: float,
     choice: dict[int, int] | None = None,
     cost: float = np.inf,
-    times: Sequence[int] = (),
 ) -> Narrowed:
     """The best choice, or what was found until the deadline (`time.monotonic`).
 
@@ -51,18 +51,17 @@ def solve_narrowing(
         deadline: not passed by much.
         choice: one that is known, by node of the problem.
         cost: of it.
-        times: at which memory is likely to bind, the most likely first.
 
     Raises:
         InfeasiblePlanError: no choice is allowed.
     """
-    found = Narrowed(choice, cost, network.constant, times=times)
+    found = Narrowed(choice, cost, network.constant, times=binding_times(network))
     before = np.inf
     try:
         for _ in range(_MOST_ROUNDS):
             few = network.num_pairs <= _FEW_PAIRS or network.num_pairs > _WORTH * before
             before = network.num_pairs
-            if _is_done(network, found, deadline, before if few else _FIRST_PAIRS):
+            if _is_done(network, found, deadline, np.inf if few else _FIRST_PAIRS):
                 break
     except InfeasiblePlanError:  # nothing is better than the best
         if found.choice is None:
@@ -71,7 +70,7 @@ def solve_narrowing(
     return found
 
 
-def _is_done(network: ReducedNetwork, found: Narrowed, deadline: float, most_pairs: int) -> bool:
+def _is_done(network: ReducedNetwork, found: Narrowed, deadline: float, most_pairs: float) -> bool:
     """Relax, look for a choice, and drop what costs more; whether the best choice is proved, or time is up."""
     program = IntegerProgram(network, found.times)
     relaxed = program.relax(deadline)
@@ -93,7 +92,7 @@ def _is_done(network: ReducedNetwork, found: Narrowed, deadline: float, most_pai
     return found.optimal
 
 
-def _search(network: ReducedNetwork, marginals: Marginals, found: Narrowed, deadline: float, most_pairs: int) -> None:
+def _search(network: ReducedNetwork, marginals: Marginals, found: Narrowed, deadline: float, most_pairs: float) -> None:
     """Look for a better choice within about so many pairs, those that cost least, or more if there is none."""
     while time.monotonic() < deadline:
         gap, within = _gap(network, marginals, found), marginals.gap_of(most_pairs)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import itertools
 import json
 import math
 import zlib
@@ -84,18 +83,17 @@ class CostNetwork:
 
     def peak(self, choice: Sequence[int]) -> int | float:
         """The most memory at any time."""
-        return max((held for _, held in self.profile(choice)), default=0)
-
-    def profile(self, choice: Sequence[int]) -> list[tuple[int, int | float]]:
-        """``(time, memory)``, in order, for each time at which it may have changed."""
         change: dict[int, int | float] = {}
         for (first, end), usages, k in zip(self.intervals, self.usages, choice, strict=True):
             if first < end:
                 usage = usages[k].item()
                 change[first] = change.get(first, 0) + usage
                 change[end] = change.get(end, 0) - usage
-        times = sorted(change)
-        return list(zip(times, itertools.accumulate(change[time] for time in times), strict=True))
+        held = most = 0
+        for time in sorted(change):
+            held += change[time]
+            most = max(most, held)
+        return most
 
     def least_peak(self) -> int | float:
         """The most memory at any time if each node takes the strategy with the least: no choice has a lower peak."""

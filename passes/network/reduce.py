@@ -117,12 +117,12 @@ class ReducedNetwork:
         Raises:
             InfeasiblePlanError: no choice is allowed.
         """
+        self.contract()  # mostly leaves little to look at
         self.forbid()
         self.contract()
         while True:
             before = len(self.costs), self.num_strategies, len(self.pairs)
             self.forbid()
-            self.memory.merge_places()
             self.forbid_by_memory()
             self.separate()
             self.eliminate()
@@ -152,6 +152,10 @@ class ReducedNetwork:
         """
         if self.limit is None:
             return
+        self.memory.leave_out(self.limit)
+        if not self.memory.times:
+            self.limit = None
+            return
         slack = self.limit - self.memory.least
         if slack.min() < 0:
             raise InfeasiblePlanError(
@@ -160,9 +164,7 @@ class ReducedNetwork:
                 fix="raise the limit, or allow strategies that use less memory",
             )
         for node in list(self.memory.nodes):
-            keep = np.ones(len(self.costs[node]), bool)
-            for start, end, usage in self.memory.spans(node):
-                keep &= usage - usage.min() <= slack[start:end].min()
+            keep = self.memory.fitting(node, slack)
             if not keep.any():
                 raise InfeasiblePlanError(
                     f"no choice fits into a memory of {self.limit:,}",
@@ -245,8 +247,8 @@ class ReducedNetwork:
         costs = self.costs[node]
         if not 1 < len(costs) <= _MOST_DOMINANCE:
             return None
-        spans = [self.arrays.array(usage) for _, _, usage in self.memory.spans(node)]
-        return self.arrays.known("undominated", steps.undominated, len(spans), costs, *spans, *self._around(node))
+        usages = [self.arrays.array(usage) for usage in self.memory.usages(node)]
+        return self.arrays.known("undominated", steps.undominated, len(usages), costs, *usages, *self._around(node))
 
     def _around(self, node: int) -> list[Array]:
         """The matrices to a node's neighbours, in an order that is equal where they are."""

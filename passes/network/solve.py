@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -61,7 +61,7 @@ def solve(problem: CostNetwork, time_limit: float = 60.0) -> Solution:
     if relaxed is not None and relaxed.proved and problem.is_allowed(relaxed.choice or ()):
         attempt = relaxed
     else:
-        attempt.run([] if relaxed is None else relaxed.times_over(problem.limit))
+        attempt.run()
     return replace(attempt.solution(), seconds=time.monotonic() - begin)
 
 
@@ -88,13 +88,8 @@ class _Attempt:
             "memory rows": 0,
         }
 
-    def run(self, times: Sequence[int] = (), *, only_proved: bool = False) -> None:
-        """Find an answer.
-
-        Args:
-            times: at which memory is likely to bind, the most likely first.
-            only_proved: not by a long search for a good one without proof.
-        """
+    def run(self, *, only_proved: bool = False) -> None:
+        """Find an answer; with ``only_proved`` not by a long search for a good one without proof."""
         network = self.network
         if not network.costs:
             self.proved = self._take(network.expand({}))
@@ -110,15 +105,9 @@ class _Attempt:
         if self.proved:
             return
         if network.num_pairs <= _PROGRAM_PAIRS:
-            self._by_programs(times)
+            self._by_programs()
         elif not only_proved:
             self._by_search()
-
-    def times_over(self, limit: float | None) -> list[int]:
-        """When the choice that was found needs more memory than this, the worst time first."""
-        profile = [] if self.choice is None else self.problem.profile(self.choice)
-        over = [(held, time) for time, held in profile if limit is not None and held > limit]
-        return [time for _, time in sorted(over, reverse=True)]
 
     def solution(self) -> Solution:
         """The answer.
@@ -167,13 +156,13 @@ class _Attempt:
         self.figures["classes"] = lifted.num_classes
         self.proved = lifted.choice is not None and self._take(lifted.choice) and lifted.optimal
 
-    def _by_programs(self, times: Sequence[int]) -> None:
+    def _by_programs(self) -> None:
         from bactrian.passes.network.narrowing import solve_narrowing
 
         until = self._deadline - _SEARCH_SHARE * self.time_limit
         best = None if self.choice is None else dict(enumerate(self.choice))
         cost = np.inf if self.choice is None else float(self.problem.cost(self.choice))
-        found = solve_narrowing(self.network, until, best, cost, times)
+        found = solve_narrowing(self.network, until, best, cost)
         self.bound = max(self.bound, found.bound)
         self.figures["memory rows"] = len(found.times)
         if found.choice is not None:
@@ -196,7 +185,7 @@ def _relaxed(problem: CostNetwork, network: ReducedNetwork, deadline: float) -> 
 
     Without memory, nodes with few edges can be eliminated that otherwise have to stay; None where that gains little.
     """
-    if problem.limit is None or not network.costs:
+    if network.limit is None or not network.costs:
         return None
     now = time.monotonic()
     smaller = network.unlimited()

@@ -89,22 +89,22 @@ def separated(matrix: Array, whole: int) -> tuple[Array, Array] | None:
     return (matrix[:, 0], row[0]) if rest <= (0.0 if whole else ROUNDING * np.abs(matrix).max()) else None
 
 
-def undominated(num_spans: int, costs: Array, *rest: Array) -> Array | None:
+def undominated(num_usages: int, costs: Array, *rest: Array) -> Array | None:
     """The strategies that no other one can always replace; None if these are all.
 
     Args:
-        num_spans: how many of ``rest`` are usages of memory; the others are matrices to neighbours.
+        num_usages: how many of ``rest`` are usages of memory; the others are matrices to neighbours.
         costs: of the strategies.
     """
     count = len(costs)
     better = np.ones((count, count), bool)  # [p, q]: q can replace p
     np.fill_diagonal(better, False)
-    for usage in rest[:num_spans]:
+    for usage in rest[:num_usages]:
         better &= usage[None, :] <= usage[:, None]
         if not better.any():
             return None
     excess = costs[None, :] - costs[:, None]
-    for matrix in rest[num_spans:]:
+    for matrix in rest[num_usages:]:
         with np.errstate(invalid="ignore"):
             worst = matrix[None, :, :] - matrix[:, None, :]  # [p, q, k]: what q costs more than p beside k
         excess = excess + np.where(np.isnan(worst), -np.inf, worst).max(axis=2)
