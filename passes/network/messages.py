@@ -19,11 +19,14 @@ import numpy as np
 from bactrian.passes.errors import InfeasiblePlanError
 from bactrian.passes.network.cores import num_cores
 from bactrian.passes.network.local import LocalSearch
+from bactrian.passes.network.marginals import Prices
 from bactrian.passes.network.milp import IntegerProgram
 from bactrian.passes.network.reduce import Array, ReducedNetwork
 
 _SWEEPS_PER_CHOICE = 3
-_FIRST_CHOICES = 4  # that are looked at to see where memory binds
+_FIRST_SWEEPS = 60  # where programs follow
+_LAST_SWEEPS = 15  # of these, with the same prices
+_SMALL_STEP = 1e-6  # of the bound: where a sweep gains less, the next ones will too
 _MOST_PRICES = 30  # places with a price
 _SWEEPS_PER_REPAIR = 9
 _FIRST_STEP = 0.05  # of the cost, for all of the memory
@@ -163,6 +166,22 @@ class Messages:
             chosen.append(k)
         return dict(zip(self._nodes, chosen, strict=True))
 
+    def prices(self) -> Prices:
+        """What the last sweep back has moved: its bound is theirs.
+
+        A node that has sent messages to earlier ones has lent each of them its share, which is part of their edges.
+        """
+        moved = dict[tuple[int, int], tuple[Array, Array]]()
+        lent = list[Array]()
+        for at in range(len(self._nodes)):
+            total = self._sum(at)
+            lent.append(self._share[at] * (total - total.min()))
+        for edge, (first, second) in enumerate(self._ends):
+            ends = self._nodes[first], self._nodes[second]
+            to_first, to_second = self._to_earlier[edge], self._to_later[edge] - lent[second]
+            moved[min(ends), max(ends)] = (to_first, to_second) if ends[0] < ends[1] else (to_second, to_first)
+        return Prices(moved, dict(self._prices))
+
     def excess(self) -> dict[int, Array]:
         """About what each strategy costs above the best of its node: how likely it is in a good choice."""
         found = dict[int, Array]()
@@ -202,22 +221,26 @@ def search(network: ReducedNetwork, deadline: float) -> Found:
     return found
 
 
-def binding_times(network: ReducedNetwork) -> list[int]:
-    """When memory is likely to bind, as a few sweeps see it, with prices that follow their choices.
+def first_prices(network: ReducedNetwork, deadline: float) -> Prices:
+    """What a few sweeps give, with prices of memory that follow their choices.
 
     Args:
         network: reduced.
+        deadline: of `time.monotonic`.
     """
-    if network.limit is None:
-        return []
-    messages, prices = Messages(network), _Prices(network)
-    for _ in range(_FIRST_CHOICES):
-        for _ in range(_SWEEPS_PER_CHOICE):
-            messages.sweep()
-        choice = messages.decode()
-        prices.adjust(network.memory.profile(choice), network.cost(choice))
-        messages.price(prices.now)
-    return [network.memory.times[place] for place in prices.now]
+    messages, prices, bound = Messages(network), _Prices(network), -np.inf
+    for number in range(_FIRST_SWEEPS):
+        before, bound = bound, messages.sweep()
+        if time.monotonic() > deadline:
+            break
+        if number >= _FIRST_SWEEPS - _LAST_SWEEPS or network.limit is None:
+            if bound - before < _SMALL_STEP * abs(bound):
+                break
+        elif number % _SWEEPS_PER_CHOICE == 0:
+            choice = messages.decode()
+            prices.adjust(network.memory.profile(choice), network.cost(choice))
+            messages.price(prices.now)
+    return messages.prices()
 
 
 def _pass_messages(network: ReducedNetwork, found: Found, local: LocalSearch, deadline: float) -> dict[int, Array]:

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from bactrian.passes.errors import InfeasiblePlanError
-from bactrian.passes.network.marginals import Marginals
-from bactrian.passes.network.messages import binding_times
+from bactrian.passes.network.marginals import Marginals, Prices
+from bactrian.passes.network.messages import first_prices
 from bactrian.passes.network.milp import UNIT_GAP, IntegerProgram, is_gap_closed
 from bactrian.passes.network.reduce import ReducedNetwork
 
@@ -55,13 +55,19 @@ def solve_narrowing(
     Raises:
         InfeasiblePlanError: no choice is allowed.
     """
-    found = Narrowed(choice, cost, network.constant, times=binding_times(network))
+    found = Narrowed(choice, cost, network.constant)
     before = np.inf
     try:
-        for _ in range(_MOST_ROUNDS):
+        for number in range(_MOST_ROUNDS):
             few = network.num_pairs <= _FEW_PAIRS or network.num_pairs > _WORTH * before
             before = network.num_pairs
-            if _is_done(network, found, deadline, np.inf if few else _FIRST_PAIRS):
+            if number == 0 and not few:
+                prices, before = first_prices(network, deadline), np.inf
+                found.times = [network.memory.times[place] for place in prices.memory]
+                done = _narrow(network, prices, found, deadline, _FIRST_PAIRS)
+            else:
+                done = _relax(network, found, deadline, np.inf if few else _FIRST_PAIRS)
+            if done:
                 break
     except InfeasiblePlanError:  # nothing is better than the best
         if found.choice is None:
@@ -70,8 +76,8 @@ def solve_narrowing(
     return found
 
 
-def _is_done(network: ReducedNetwork, found: Narrowed, deadline: float, most_pairs: float) -> bool:
-    """Relax, look for a choice, and drop what costs more; whether the best choice is proved, or time is up."""
+def _relax(network: ReducedNetwork, found: Narrowed, deadline: float, most_pairs: float) -> bool:
+    """A round with the prices of the relaxation; whether the best choice is proved, or time is up."""
     program = IntegerProgram(network, found.times)
     relaxed = program.relax(deadline)
     found.bound, found.times = max(found.bound, relaxed.bound), program.times
@@ -80,8 +86,14 @@ def _is_done(network: ReducedNetwork, found: Narrowed, deadline: float, most_pai
         found.optimal = fits and program.is_exact and is_gap_closed(network, found.cost, found.bound)
     if found.optimal or relaxed.prices is None:
         return True
-    marginals = Marginals(network, relaxed.prices)
-    if relaxed.choice is None:
+    return _narrow(network, relaxed.prices, found, deadline, 0 if relaxed.choice is not None else most_pairs)
+
+
+def _narrow(network: ReducedNetwork, prices: Prices, found: Narrowed, deadline: float, most_pairs: float) -> bool:
+    """Look for a choice among so many pairs, if any, and drop what costs more; whether that was all to be done."""
+    marginals = Marginals(network, prices)
+    found.bound = max(found.bound, marginals.bound)
+    if most_pairs:
         _search(network, marginals, found, deadline, most_pairs)
     if found.optimal or time.monotonic() > deadline:
         return True
