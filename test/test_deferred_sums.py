@@ -198,9 +198,9 @@ def test_gradients_are_reduced_once_per_step(seed: int) -> None:
 
 def test_memory_decides_when_to_add_up() -> None:
     """Accumulators that are cut take less memory, and a reduction in every microbatch."""
-    _, _, model = read(step_of(5)[0], AXES[1])
+    _, _, model = read(step_of(13)[0], AXES[1])
     best = solve(model.network, 30.0)
-    _, _, tight = read(step_of(5)[0], AXES[1], int(best.memory) - 1)
+    _, _, tight = read(step_of(13)[0], AXES[1], int(best.memory) - 1)
     kept = solve(tight.network, 30.0)
     assert kept.memory < best.memory
     assert kept.cost > best.cost
