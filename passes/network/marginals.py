@@ -91,7 +91,6 @@ class Marginals:
         inside = set(tree)
         for parent, child in tree:
             rest = whole[parent] - handed[parent, child]
-            rest[np.isnan(rest)] = np.inf  # neither is possible
             paired = self._matrix(parent, child) + rest[:, None]
             whole[child] = ahead[child] + paired.min(axis=0)
             paired = paired + ahead[child]

@@ -123,9 +123,7 @@ def _search(network: ReducedNetwork, marginals: Marginals, found: Narrowed, dead
             continue
         choice = {} if outcome is None else outcome.choice
         fits = choice is not None and _take(network, found, small.expand(choice))
-        if (
-            outcome is None or outcome.optimal
-        ):  # then what is not among these costs more than ``within`` above the bound
+        if outcome is None or outcome.optimal:  # what is not among these costs more than ``within`` above the bound
             found.optimal = fits and (complete or found.cost - marginals.bound <= within)
         elif complete:
             found.bound = max(found.bound, outcome.bound)

@@ -1,0 +1,110 @@
+"""Programs that get narrower: what is said of each strategy and pair holds, and the answers are the best ones."""
+
+from __future__ import annotations
+
+import itertools
+import time
+
+import numpy as np
+import pytest
+from test_network import brute_force, check_against_brute_force, complete, in_order, random_network
+
+from bactrian.passes.errors import InfeasiblePlanError
+from bactrian.passes.network import narrowing
+from bactrian.passes.network import solve as solving
+from bactrian.passes.network.marginals import Marginals, Prices
+from bactrian.passes.network.messages import Messages, first_prices
+from bactrian.passes.network.milp import IntegerProgram
+from bactrian.passes.network.problem import CostNetwork
+from bactrian.passes.network.reduce import ReducedNetwork
+from bactrian.passes.network.solve import solve
+
+
+@pytest.fixture(autouse=True)
+def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small networks take the way of large ones."""
+    monkeypatch.setattr(solving, "elimination_order", lambda network: None)
+    monkeypatch.setattr(narrowing, "_FIRST_PAIRS", 3)
+    monkeypatch.setattr(narrowing, "_FEW_PAIRS", 3)
+
+
+def drawn(network: ReducedNetwork, seed: int) -> Prices:
+    """Any prices."""
+    random = np.random.default_rng(seed)
+    moved = {
+        pair: (random.integers(-9, 9, matrix.shape[0]) / 1.0, random.integers(-9, 9, matrix.shape[1]) / 1.0)
+        for pair, matrix in network.pairs.items()
+    }
+    times = len(network.memory.times)
+    places = random.choice(times, min(2, times), replace=False).tolist()
+    return Prices(moved, {place: float(random.random()) for place in places})
+
+
+def prices_of(network: ReducedNetwork, source: str, seed: int) -> Prices | None:
+    if source == "any":
+        return drawn(network, seed)
+    if source == "messages":
+        return first_prices(network, time.monotonic() + 60)
+    try:
+        return IntegerProgram(network).relax(time.monotonic() + 60).prices
+    except InfeasiblePlanError:
+        return None
+
+
+@pytest.mark.parametrize("source", ["any", "messages", "program"])
+def test_no_choice_costs_less_than_is_said(source: str) -> None:
+    checked = 0
+    for seed in range(120):
+        problem = random_network(seed)
+        if brute_force(problem) is None:
+            continue
+        network = ReducedNetwork(problem)
+        network.forbid()
+        prices = prices_of(network, source, seed)
+        assert prices is not None
+        marginals = Marginals(network, prices)
+        nodes = list(network.costs)
+        for values in itertools.product(*(range(len(network.costs[node])) for node in nodes)):
+            choice = dict(zip(nodes, values, strict=True))
+            if not problem.is_allowed(in_order(network.expand(choice))):
+                continue
+            above = network.cost(choice) - marginals.bound
+            said = [float(marginals.nodes[node][choice[node]]) for node in nodes]
+            said += [float(excess[choice[i], choice[j]]) for (i, j), excess in marginals.pairs.items()]
+            assert max(said, default=0.0) <= above * (1 + 1e-9) + 1e-9
+            checked += 1
+    assert checked > 1000
+
+
+def test_the_bound_of_messages_is_that_of_their_prices() -> None:
+    for seed in range(60):
+        problem = random_network(seed)
+        if brute_force(problem) is None:
+            continue
+        network = ReducedNetwork(problem)
+        network.forbid()
+        messages = Messages(network)
+        bound = max(messages.sweep() for _ in range(3))
+        assert Marginals(network, messages.prices()).bound == pytest.approx(bound, rel=1e-9, abs=1e-6)
+
+
+def test_equals_brute_force() -> None:
+    assert sum(check_against_brute_force(seed) for seed in range(200)) > 100
+
+
+@pytest.mark.parametrize("kind", [int, float])
+def test_dense_networks(kind: type) -> None:
+    """Nothing can be reduced, and relaxations are not tight."""
+    for seed in range(12):
+        problem = complete(6, 3, 0, 90, seed)
+        near = np.random.default_rng(seed)
+        usages = tuple(near.integers(0, 9, 3) for _ in range(6))
+        limit = int(sum(usage.min() for usage in usages) + near.integers(3, 12))
+        costs = [
+            tuple((array / 7 if kind is float else array) for array in part)
+            for part in (problem.costs, problem.edge_costs)
+        ]
+        problem = CostNetwork(costs[0], usages, problem.intervals, problem.edges, costs[1], limit)
+        solution = solve(problem)
+        assert solution.optimal and solution.cost == pytest.approx(brute_force(problem), rel=1e-9)
+        assert problem.is_allowed(solution.choice)
