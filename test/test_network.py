@@ -27,7 +27,7 @@ def by_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(solving, "elimination_order", lambda network: None)
 
 
-STEPS = ("forbid", "contract", "separate", "forbid_by_memory", "eliminate", "dominate")
+STEPS = ("forbid", "contract", "separate", "leave_out_times", "forbid_by_memory", "eliminate", "dominate")
 
 
 def in_order(choice: dict[int, int]) -> list[int]:

@@ -37,6 +37,7 @@ class Memory:
     _changes: dict[int, dict[int, Array]] = field(default_factory=dict)
     _tables: dict[int, _Table] = field(default_factory=dict)
     _spans: dict[int, list[tuple[int, int, Array]]] = field(default_factory=dict)
+    _usages: dict[int, list[Array]] = field(default_factory=dict)
 
     @classmethod
     def none(cls) -> Memory:
@@ -58,7 +59,9 @@ class Memory:
     def copy(self) -> Memory:
         """One that can be changed by itself."""
         changes = {node: dict(own) for node, own in self._changes.items()}
-        return Memory(self.times, self._fixed.copy(), changes, dict(self._tables), dict(self._spans))
+        return Memory(
+            self.times, self._fixed.copy(), changes, dict(self._tables), dict(self._spans), dict(self._usages)
+        )
 
     @property
     def nodes(self) -> Collection[int]:
@@ -81,7 +84,11 @@ class Memory:
 
     def usages(self, node: int) -> list[Array]:
         """The different ones among what a node's strategies hold at any place, above that of the first strategy."""
-        return list(np.unique(self._table(node).held, axis=0)) if node in self._changes else []
+        if node not in self._changes:
+            return []
+        if node not in self._usages:
+            self._usages[node] = list({row.tobytes(): row for row in self._table(node).held}.values())
+        return self._usages[node]
 
     @property
     def fixed(self) -> Array:
@@ -94,7 +101,7 @@ class Memory:
         change = self._fixed.copy()
         for node in self._changes:
             table = self._table(node)
-            change[table.places] += np.diff(table.held.min(axis=1), prepend=0.0)
+            change[table.places] += _steps(table.held.min(axis=1))
         return np.cumsum(change)
 
     @property
@@ -103,7 +110,7 @@ class Memory:
         change = self._fixed.copy()
         for node in self._changes:
             table = self._table(node)
-            change[table.places] += np.diff(table.held.max(axis=1), prepend=0.0)
+            change[table.places] += _steps(table.held.max(axis=1))
         return np.cumsum(change)
 
     def profile(self, choice: Mapping[int, int]) -> Array:
@@ -178,6 +185,7 @@ class Memory:
     def _forget(self, node: int) -> None:
         self._tables.pop(node, None)
         self._spans.pop(node, None)
+        self._usages.pop(node, None)
 
     def leave_out(self, limit: float) -> None:
         """Leave out places at which no choice is over the limit, or none by more than at a place beside them."""
@@ -205,11 +213,19 @@ class Memory:
         self.times = [time for time, keep in zip(self.times, kept.tolist(), strict=True) if keep]
         for node in list(self._changes):
             table = self._table(node)
-            places, first = np.unique(number[table.places], return_index=True)
-            changes = np.add.reduceat(table.changes, first, axis=0)
+            moved = number[table.places]  # in order
+            first = np.concatenate([[0], np.flatnonzero(moved[1:] != moved[:-1]) + 1])
+            places, changes = moved[first], np.add.reduceat(table.changes, first, axis=0)
             left = (places < count) & changes.any(axis=1)
             if left.any():
                 self._changes[node] = dict(zip(places[left].tolist(), changes[left], strict=True))
             else:
                 del self._changes[node]
-        self._tables, self._spans = {}, {}
+        self._tables, self._spans, self._usages = {}, {}, {}
+
+
+def _steps(values: Array) -> Array:
+    """How much each is above the one before it; the first one above 0."""
+    steps = values.copy()
+    steps[1:] -= values[:-1]
+    return steps

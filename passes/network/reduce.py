@@ -6,6 +6,7 @@ elimination (1994), here with memory; min-plus elimination of nodes with at most
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Mapping
 from typing import TypeVar
@@ -21,6 +22,7 @@ from bactrian.passes.network.problem import FORBIDDEN, CostNetwork
 _Undo = Callable[[dict[int, int]], None]
 
 _MOST_PAIRS = 4096  # entries of an edge that an elimination may make
+_ROUNDS_OF_TIMES = 2  # of all reductions, in which times are left out; later ones leave out few
 _MOST_DOMINANCE = 300  # strategies of a node for which dominance is looked at: the test is cubic
 
 _Key = TypeVar("_Key", int, tuple[int, int])  # a node or an edge
@@ -120,9 +122,11 @@ class ReducedNetwork:
         self.contract()  # mostly leaves little to look at
         self.forbid()
         self.contract()
-        while True:
+        for number in itertools.count():
             before = len(self.costs), self.num_strategies, len(self.pairs)
             self.forbid()
+            if number < _ROUNDS_OF_TIMES:
+                self.leave_out_times()
             self.forbid_by_memory()
             self.separate()
             self.eliminate()
@@ -144,6 +148,14 @@ class ReducedNetwork:
             if least:
                 table[key] = self.arrays.made("above least", steps.above_least, values)
 
+    def leave_out_times(self) -> None:
+        """Look at memory only when it can bind; if it never can, there is no limit any more."""
+        if self.limit is None:
+            return
+        self.memory.leave_out(self.limit)
+        if not self.memory.times:
+            self.limit = None
+
     def forbid_by_memory(self) -> None:
         """Drop strategies that don't fit even if everything else takes its least.
 
@@ -151,10 +163,6 @@ class ReducedNetwork:
             InfeasiblePlanError: not even the leanest strategies fit; the message says how much is missing.
         """
         if self.limit is None:
-            return
-        self.memory.leave_out(self.limit)
-        if not self.memory.times:
-            self.limit = None
             return
         slack = self.limit - self.memory.least
         if slack.min() < 0:
