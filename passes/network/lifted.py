@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from bactrian.passes.errors import InfeasiblePlanError
+from bactrian.passes.network.classes import Classes, usages_at
 from bactrian.passes.network.interned import Array
 from bactrian.passes.network.linear import LinearProgram, Result, Twins, finest_of, joined
 from bactrian.passes.network.milp import IntegerProgram, is_gap_closed
@@ -62,7 +63,7 @@ def solve_lifted(network: ReducedNetwork, deadline: float) -> Lifted | None:
     best, best_cost, bound, classes = None, np.inf, network.constant, 0
     for number, radius in enumerate(_RADII):
         while True:
-            program = _Program(network, _Classes.of(network, radius, places))
+            program = _Program(network, Classes.of(network, radius, places))
             if program.num_classes > _WORTH * len(network.costs):
                 return None if number == 0 else Lifted(best, best_cost, bound, False, classes)
             classes = program.num_classes
@@ -135,72 +136,6 @@ def _worst_places(network: ReducedNetwork, profile: Array, known: Sequence[int])
     return chosen
 
 
-@dataclass(frozen=True)
-class _Classes:
-    """Which nodes look alike.
-
-    Attributes:
-        of_node: the class of each node.
-        before: the class of each node one refinement earlier: members of a class have as many neighbours of each.
-        first: of each class a member.
-        sizes: of each class.
-        places: where memory is looked at; members of a class use as much there.
-    """
-
-    of_node: Mapping[int, int]
-    before: Mapping[int, int]
-    first: tuple[int, ...]
-    sizes: tuple[int, ...]
-    places: tuple[int, ...]
-
-    @classmethod
-    def of(cls, network: ReducedNetwork, radius: int, places: Sequence[int]) -> _Classes:
-        """The classes of nodes that are equal and have equal neighbourhoods up to a distance."""
-        arrays = network.arrays
-        around = {
-            node: [(arrays.number(network.matrix(node, other)), other) for other in near]
-            for node, near in network.neighbours.items()
-        }
-        used = {node: _usages(network, node, places) for node in network.costs}
-        now = _numbered(
-            {
-                node: (arrays.number(costs), *(arrays.number(arrays.array(usage)) for usage in used[node]))
-                for node, costs in network.costs.items()
-            }
-        )
-        before = now
-        for _ in range(radius):
-            before = now
-            now = _numbered(
-                {
-                    node: (before[node], *sorted((number, before[other]) for number, other in near))
-                    for node, near in around.items()
-                }
-            )
-        first: dict[int, int] = {}
-        for node, number in now.items():
-            first.setdefault(number, node)
-        sizes = Counter(now.values())
-        return cls(now, before, tuple(first.values()), tuple(sizes[number] for number in first), tuple(places))
-
-
-def _numbered(keys: Mapping[int, tuple[object, ...]]) -> dict[int, int]:
-    """A number for each key, by first appearance."""
-    known: dict[tuple[object, ...], int] = {}
-    return {node: known.setdefault(key, len(known)) for node, key in keys.items()}
-
-
-def _usages(network: ReducedNetwork, node: int, places: Sequence[int]) -> list[Array]:
-    """The memory of each strategy, above that of the first one, at each of some places."""
-    none = np.zeros(len(network.costs[node]))
-    found = [none] * len(places)
-    for start, end, usage in network.memory.spans(node):
-        for number, place in enumerate(places):
-            if start <= place < end:
-                found[number] = usage
-    return found
-
-
 # Class of a node, number of the matrix from its side, and what the neighbour was one refinement earlier: all members of the
 # class have equally many edges of one role.
 _Role = tuple[int, int, int]
@@ -227,7 +162,7 @@ class _Excess:
 class _Program:
     """The relaxation over classes."""
 
-    def __init__(self, network: ReducedNetwork, classes: _Classes) -> None:
+    def __init__(self, network: ReducedNetwork, classes: Classes) -> None:
         self._network, self._classes = network, classes
         self._reps = classes.first
         sizes = [len(network.costs[node]) for node in self._reps]
@@ -279,7 +214,7 @@ class _Program:
             price = max(0.0, -float(duals[row])) / unit
             bound -= price * (network.limit - float(network.memory.fixed[place]))
             for node, costs in zip(self._reps, nodes, strict=True):
-                costs += price * _usages(network, node, self._classes.places)[number]
+                costs += price * usages_at(network, node, self._classes.places)[number]
         edges = list[Array]()
         for joint in self._joined:
             matrix = joint.matrix
@@ -406,7 +341,7 @@ class _Program:
         network, places = self._network, self._classes.places
         assert network.limit is not None
         fixed = network.memory.fixed
-        used = [_usages(network, node, places) for node in self._reps]
+        used = [usages_at(network, node, places) for node in self._reps]
         for number, place in enumerate(places):
             held = [
                 (start, usages[number] * size)

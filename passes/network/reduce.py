@@ -103,6 +103,18 @@ class ReducedNetwork:
         copy.limit, copy.memory = None, Memory.none()
         return copy
 
+    def tied(self, class_of: Mapping[int, int]) -> ReducedNetwork:
+        """A copy in which all nodes of a class, which have as many strategies, take the same one. Its `expand` leads back
+        to this network."""
+        copy = self._copy()
+        copy._undo = []
+        first: dict[int, int] = {}
+        for node, number in class_of.items():
+            kept = first.setdefault(number, node)
+            if kept != node:
+                copy._merge(kept, node, copy.arrays.array(np.arange(len(copy.costs[node]))))
+        return copy
+
     def _copy(self) -> ReducedNetwork:
         copy = ReducedNetwork.__new__(ReducedNetwork)
         copy.__dict__.update(self.__dict__)
@@ -314,10 +326,10 @@ class ReducedNetwork:
 
     def _merge(self, i: int, j: int, partner: Array) -> None:
         """Node ``j`` follows node ``i``: strategy k of ``i`` goes with ``partner[k]`` of ``j``."""
-        matrix = self.matrix(i, j)
         self._raise(i, self.arrays.made("rows", steps.rows, self.costs[j], partner))
-        self._raise(i, self.arrays.made("along", steps.along, matrix, partner))
-        self._drop_pair(i, j)
+        if j in self.neighbours[i]:
+            self._raise(i, self.arrays.made("along", steps.along, self.matrix(i, j), partner))
+            self._drop_pair(i, j)
         for other in list(self.neighbours[j]):
             moved = self.arrays.made("rows", steps.rows, self.matrix(j, other), partner)
             self._drop_pair(j, other)

@@ -18,6 +18,7 @@ _REDUCTION_SHARE = 0.5  # of the time, at most
 _RELAXED_SHARE = 0.25  # of the time, at most, for a first try without the memory limit
 _RELAXED_PAIRS = 0.8  # it is made if that leaves less than this part of the pairs
 _LIFTED_SHARE = 0.5  # of the time, at most, for classes of nodes that look alike
+_TIED_SHARE = 0.5  # of the time that is left, at most, for a choice that is the same for nodes that look alike
 _PROGRAM_PAIRS = 400_000  # more don't go into one program: its relaxation alone would take minutes
 _SEARCH_SHARE = 0.15  # of the time, kept for a choice without proof where the program has given none
 
@@ -104,6 +105,8 @@ class _Attempt:
         self._by_classes()
         if self.proved:
             return
+        if self.choice is None and not only_proved:
+            self._by_ties()
         if network.num_pairs <= _PROGRAM_PAIRS:
             self._by_programs()
         elif not only_proved:
@@ -155,6 +158,14 @@ class _Attempt:
         self.bound = lifted.bound
         self.figures["classes"] = lifted.num_classes
         self.proved = lifted.choice is not None and self._take(lifted.choice) and lifted.optimal
+
+    def _by_ties(self) -> None:
+        from bactrian.passes.network.tied import solve_tied
+
+        now = time.monotonic()
+        found = solve_tied(self.network, now + _TIED_SHARE * (self._deadline - now))
+        if found is not None:
+            self._take(found)
 
     def _by_programs(self) -> None:
         from bactrian.passes.network.narrowing import solve_narrowing
