@@ -97,7 +97,7 @@ def test_small_networks_are_solved(workers: int, monkeypatch: pytest.MonkeyPatch
         problem = dense(seed)
         network = reduced(problem)
         assert network is not None
-        found = messages.search(network, time.monotonic() + 5.0)
+        found = messages.search(network, time.monotonic() + 3.0)
         best = brute_force(problem)
         assert found.choice is not None and best is not None
         choice = network.expand(found.choice)
