@@ -90,21 +90,25 @@ def test_decoding_within_memory_keeps_the_limit() -> None:
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-def test_small_networks_are_solved(workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("seed", range(3))
+def test_small_networks_are_solved(seed: int, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The search takes all of its time, and finds the best choice; a slow machine needs more."""
     monkeypatch.setattr(messages, "num_cores", lambda: workers)
-    solved = 0
-    for seed in range(3):
-        problem = dense(seed)
+    problem = dense(seed)
+    best = brute_force(problem)
+    assert best is not None
+    for seconds in (1.0, 2.0, 4.0, 8.0, 16.0, 32.0):
         network = reduced(problem)
         assert network is not None
-        found = messages.search(network, time.monotonic() + 3.0)
-        best = brute_force(problem)
-        assert found.choice is not None and best is not None
-        choice = network.expand(found.choice)
-        assert problem.is_allowed([choice[node] for node in sorted(choice)])
-        assert found.bound <= best + 1e-6 <= found.cost + 2e-6
-        solved += found.cost == best
-    assert solved == 3
+        found = messages.search(network, time.monotonic() + seconds)
+        assert found.bound <= best + 1e-6
+        if found.choice is not None:
+            choice = network.expand(found.choice)
+            assert problem.is_allowed([choice[node] for node in sorted(choice)])
+            assert best <= found.cost + 1e-6
+            if found.cost == best:
+                return
+    raise AssertionError(f"the best choice costs {best}, the best found {found.cost}")
 
 
 def test_what_threads_find_is_taken_together() -> None:
