@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -40,6 +41,16 @@ def drawn(network: ReducedNetwork, seed: int) -> Prices:
     return Prices(moved, {place: float(random.random()) for place in places})
 
 
+def feasible(count: int) -> Iterator[tuple[int, CostNetwork, ReducedNetwork]]:
+    """Random networks of so many seeds, those that have an allowed choice."""
+    for seed in range(count):
+        problem = random_network(seed)
+        if brute_force(problem) is not None:
+            network = ReducedNetwork(problem)
+            network.forbid()
+            yield seed, problem, network
+
+
 def prices_of(network: ReducedNetwork, source: str, seed: int) -> Prices | None:
     if source == "any":
         return drawn(network, seed)
@@ -54,12 +65,7 @@ def prices_of(network: ReducedNetwork, source: str, seed: int) -> Prices | None:
 @pytest.mark.parametrize("source", ["any", "messages", "program"])
 def test_no_choice_costs_less_than_is_said(source: str) -> None:
     checked = 0
-    for seed in range(120):
-        problem = random_network(seed)
-        if brute_force(problem) is None:
-            continue
-        network = ReducedNetwork(problem)
-        network.forbid()
+    for seed, problem, network in feasible(120):
         prices = prices_of(network, source, seed)
         assert prices is not None
         marginals = Marginals(network, prices)
@@ -77,12 +83,7 @@ def test_no_choice_costs_less_than_is_said(source: str) -> None:
 
 
 def test_the_bound_of_messages_is_that_of_their_prices() -> None:
-    for seed in range(60):
-        problem = random_network(seed)
-        if brute_force(problem) is None:
-            continue
-        network = ReducedNetwork(problem)
-        network.forbid()
+    for _, _, network in feasible(60):
         messages = Messages(network)
         bound = max(messages.sweep() for _ in range(3))
         assert Marginals(network, messages.prices()).bound == pytest.approx(bound, rel=1e-9, abs=1e-6)

@@ -127,8 +127,8 @@ class Graph:
     def order(self, number: int) -> list[int]:
         """The dims of a value as XLA would have them in memory before it gives values their orders, the outermost first.
 
-        A transpose only names them anew; other ops whose results are in place take over the order of their first operand,
-        those in front of which a scalar stands that of the second.
+        A transpose only names them anew; other ops whose results are in place take over the order of their first operand
+        that is no broadcast scalar.
         """
         moves = list[Sequence[int]]()
         while True:
