@@ -331,7 +331,7 @@ class Traced:
         if world.comm is None or num_devices(mesh) == 1:
             return self.plan()
         staged = staged_together(lambda: self.plan().staged, self.fingerprint, self.options, mesh, world)
-        return Planned(self.captured, staged)
+        return Planned(self.captured, staged, is_shared=True)
 
     def _mesh(self) -> Axes:
         """The mesh of every stage: the one that was asked for, or that on which the arguments are."""

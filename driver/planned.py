@@ -22,8 +22,9 @@ from bactrian.passes.sharding.explaining import Explanation
 class Planned:
     """A step cut into stages: the plan and the staged module."""
 
-    def __init__(self, captured: Captured, staged: Staged) -> None:
-        self.captured, self.staged = captured, staged
+    def __init__(self, captured: Captured, staged: Staged, *, is_shared: bool = False) -> None:
+        """``is_shared``: every rank has it from rank 0."""
+        self.captured, self.staged, self._is_shared = captured, staged, is_shared
 
     @property
     def plan(self) -> Plan:
@@ -83,4 +84,5 @@ class Planned:
             "the number of ranks of a mesh": str(shared),
         }
         world.check_equal(own)
-        return Compiled(self.captured, open_session(with_layouts_of_main(self.staged, world), world))
+        staged = self.staged if self._is_shared else with_layouts_of_main(self.staged, world)
+        return Compiled(self.captured, open_session(staged, world))
