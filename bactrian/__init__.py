@@ -3,36 +3,80 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bactrian.driver.api import parallelize
+    from bactrian.driver.arrays.distributed_array import DistributedArray, gather, put
+    from bactrian.driver.capture.gradient_boundary import grad, microbatch_index, stage_boundary, value_and_grad
+    from bactrian.driver.progress import is_main_rank, progress
+    from bactrian.passes.frame.errors import (
+        BactrianError,
+        ConfigError,
+        InfeasiblePlanError,
+        PassError,
+        ProgramError,
+        RuntimeFault,
+    )
+    from bactrian.passes.plan.schema import Plan
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "BactrianError",
+    "ConfigError",
+    "DistributedArray",
+    "InfeasiblePlanError",
+    "PassError",
+    "Plan",
+    "ProgramError",
+    "RuntimeFault",
+    "gather",
+    "grad",
+    "is_main_rank",
+    "microbatch_index",
+    "parallelize",
+    "progress",
+    "put",
+    "stage_boundary",
+    "value_and_grad",
+]
 
 # Public name -> the module that defines it. Nothing is imported before it is asked for.
 _PUBLIC: dict[str, str] = {
     "parallelize": "bactrian.driver.api",
-    "value_and_grad": "bactrian.driver.boundary",
-    "grad": "bactrian.driver.boundary",
-    "microbatch_index": "bactrian.driver.boundary",
-    "stage_boundary": "bactrian.driver.boundary",
-    "gather": "bactrian.driver.arrays",
-    "put": "bactrian.driver.arrays",
-    "DistributedArray": "bactrian.driver.arrays",
+    "value_and_grad": "bactrian.driver.capture.gradient_boundary",
+    "grad": "bactrian.driver.capture.gradient_boundary",
+    "microbatch_index": "bactrian.driver.capture.gradient_boundary",
+    "stage_boundary": "bactrian.driver.capture.gradient_boundary",
+    "gather": "bactrian.driver.arrays.distributed_array",
+    "put": "bactrian.driver.arrays.distributed_array",
+    "DistributedArray": "bactrian.driver.arrays.distributed_array",
     "is_main_rank": "bactrian.driver.progress",
     "progress": "bactrian.driver.progress",
-    "Plan": "bactrian.passes.plan",
-    "BactrianError": "bactrian.passes.errors",
-    "ProgramError": "bactrian.passes.errors",
-    "ConfigError": "bactrian.passes.errors",
-    "InfeasiblePlanError": "bactrian.passes.errors",
-    "PassError": "bactrian.passes.errors",
-    "RuntimeFault": "bactrian.passes.errors",
+    "Plan": "bactrian.passes.plan.schema",
+    "BactrianError": "bactrian.passes.frame.errors",
+    "ConfigError": "bactrian.passes.frame.errors",
+    "InfeasiblePlanError": "bactrian.passes.frame.errors",
+    "PassError": "bactrian.passes.frame.errors",
+    "ProgramError": "bactrian.passes.frame.errors",
+    "RuntimeFault": "bactrian.passes.frame.errors",
 }
 
 
 def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module 'bactrian' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_PUBLIC[name]), name)
+    try:
+        module = importlib.import_module(_PUBLIC[name])
+    except ModuleNotFoundError as error:
+        if error.name not in ("bactrian.driver", "bactrian.passes"):
+            raise
+        raise ImportError(
+            f"bactrian.{name} is not there: this is a checkout of Bactrian that is not installed; "
+            "run `pip install --editable .` in it"
+        ) from error
+    value = getattr(module, name)
     globals()[name] = value
     return value
 

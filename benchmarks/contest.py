@@ -51,9 +51,9 @@ KNOWN = {
 
 _CHILD = """
 import json, sys
-from bactrian.passes.errors import BactrianError
+from bactrian.passes.frame.errors import BactrianError
 from bactrian.passes.network.problem import read_problem
-from bactrian.passes.network.solve import solve
+from bactrian.passes.network.solver import solve
 problem = read_problem(sys.argv[1])
 try:
     found = solve(problem, float(sys.argv[2]))

@@ -14,9 +14,9 @@ import numpy as np
 from staged_programs import chain
 
 from bactrian.runtime.executor import Executor, run_together
+from bactrian.runtime.instruction_builder import build_lists
 from bactrian.runtime.instructions import Run
-from bactrian.runtime.lists import build_lists
-from bactrian.runtime.transport import LocalNetwork
+from bactrian.runtime.transports.interface import LocalNetwork
 
 
 def main(stages: int = 4, microbatches: int = 32, steps: int = 20) -> None:

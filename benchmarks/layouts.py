@@ -29,7 +29,7 @@ Row = dict[str, Any]
 
 def compiled_memory(planned: Any, devices: Any) -> int:
     """Bytes of a device at the fullest time: what XLA needs for a function, and the state that it doesn't read."""
-    from bactrian.driver.xla import compile_function, function_texts
+    from bactrian.driver.xla.compile_stage import compile_function, function_texts
 
     program = planned.staged.program
     sizes = dict(program.mesh(0))

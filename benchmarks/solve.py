@@ -44,16 +44,16 @@ def step_of(layers: int, width: int) -> tuple[Any, tuple[Any, ...]]:
 
 def run_case(layers: int, mesh_text: str, width: int, microbatches: int, cbc_seconds: float) -> dict[str, Any]:
     """One case in this process."""
-    import bactrian.passes.network.lifted  # noqa: F401 -- the solver's libraries are loaded before the clock runs
-    from bactrian.driver.garbage import paused_collection
-    from bactrian.driver.planning import Decisions
-    from bactrian.passes.cluster import CPU_HOST
+    import bactrian.passes.network.lifted_lp  # noqa: F401 -- the solver's libraries are loaded before the clock runs
+    from bactrian.driver.gc_pause import paused_collection
+    from bactrian.driver.planning.stage_program import Decisions
     from bactrian.passes.frame.pipeline import run_pipeline
-    from bactrian.passes.network.solve import solve
-    from bactrian.passes.program import main_function
-    from bactrian.passes.sharding.mesh import parse_axes
-    from bactrian.passes.sharding.model import ShardingModel
-    from bactrian.passes.sharding.reading import read_program
+    from bactrian.passes.ir.main_dataflow import main_function
+    from bactrian.passes.machine.cluster import CPU_HOST
+    from bactrian.passes.machine.mesh import parse_axes
+    from bactrian.passes.network.solver import solve
+    from bactrian.passes.sharding.sharding_model import ShardingModel
+    from bactrian.passes.sharding.work_from_ir import read_program
 
     step, arguments = step_of(layers, width)
     axes = parse_axes(mesh_text)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent.parent)]
 
-from bactrian.runtime.launch import prepare, start_mpi
+from bactrian.runtime.rank_lifecycle import prepare, start_mpi
 
 prepare()
 
@@ -21,11 +21,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bactrian.passes.schedules import gpipe
+from bactrian.passes.stages.schedules import gpipe
 from bactrian.runtime.executor import Executor
-from bactrian.runtime.lists import build_lists
-from bactrian.runtime.mpi import MpiTransport
-from bactrian.runtime.program import ArgumentPiece, Call, StagedProgram, Transfer, Value
+from bactrian.runtime.instruction_builder import build_lists
+from bactrian.runtime.staged_program import ArgumentPiece, Call, StagedProgram, Transfer, Value
+from bactrian.runtime.transports.mpi import MpiTransport
 
 MICROBATCHES, SHAPE = 12, (256, 1024)
 

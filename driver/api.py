@@ -9,24 +9,24 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, overload
 
-from bactrian.driver.arrays import Homes, gather
-from bactrian.driver.asked import asked_layouts, refuse_explicit_axes
-from bactrian.driver.calls import flatten_call, parameters_of
-from bactrian.driver.capture import capture
-from bactrian.driver.captured import Captured
-from bactrian.driver.compiled import Compiled
-from bactrian.driver.garbage import paused_collection
-from bactrian.driver.options import Options, cluster_file, mesh_axes
-from bactrian.driver.planned import Planned
-from bactrian.driver.planning import Decisions, stage_program
-from bactrian.driver.reference import reference
-from bactrian.driver.session import num_groups
+from bactrian.driver.arrays.distributed_array import Homes, gather
+from bactrian.driver.capture.argument_shardings import asked_layouts, refuse_explicit_axes
+from bactrian.driver.capture.call_signature import flatten_call, parameters_of
+from bactrian.driver.capture.captured_step import Captured
+from bactrian.driver.capture.lower_step import capture
+from bactrian.driver.capture.reference_step import reference
+from bactrian.driver.gc_pause import paused_collection
+from bactrian.driver.planned_step import Planned
+from bactrian.driver.planning.options import Options, cluster_file, mesh_axes
+from bactrian.driver.planning.plan_broadcast import staged_together
+from bactrian.driver.planning.stage_program import Decisions, stage_program
+from bactrian.driver.ranks import World
+from bactrian.driver.run.compiled_step import Compiled
+from bactrian.driver.run.session import num_groups
 from bactrian.driver.source import line_here
-from bactrian.driver.together import staged_together
-from bactrian.driver.world import World
-from bactrian.passes.errors import ConfigError
-from bactrian.passes.mesh_tensors import num_devices
-from bactrian.passes.plan import Axes, Plan, axes_words
+from bactrian.passes.frame.errors import ConfigError
+from bactrian.passes.ir.meshes import num_devices
+from bactrian.passes.plan.schema import Axes, Plan, axes_words
 from bactrian.runtime import faults
 
 _log = logging.getLogger("bactrian")
@@ -95,7 +95,7 @@ def parallelize(
         batch_argnums: positional arguments whose leaves have the batch as dim 0.
         state: for some arguments, the index of the result that is the next value; the rest is matched by tree, shapes
             and dtypes.
-        cluster: the TOML file that describes the machines (`bactrian.passes.cluster.read_cluster` says how); by
+        cluster: the TOML file that describes the machines (`bactrian.passes.machine.cluster.read_cluster` says how); by
             default the cores of this host.
         plan: a `Plan`, or the folder or file of a saved one; its decisions are applied instead of found.
         donate: let the step reuse the buffers of the state that it is given.

@@ -19,15 +19,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bactrian import __version__
-from bactrian.driver import script as scripts
-from bactrian.passes.errors import BactrianError, ConfigError
-from bactrian.passes.sharding.mesh import parse_axes
+from bactrian.driver.launch import user_script as scripts
+from bactrian.passes.frame.errors import BactrianError, ConfigError
+from bactrian.passes.machine.mesh import parse_axes
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from bactrian.driver.comparison import Comparison
-    from bactrian.passes.plan import Plan
+    from bactrian.driver.xla.compare_bytes import Comparison
+    from bactrian.passes.plan.schema import Plan
 
 _MOST_RANKS = 65536
 
@@ -199,7 +199,7 @@ def _run(options: argparse.Namespace) -> int:
         )
     scripts.use_virtual_devices(options.devices or (8 if options.n is None else 1))
     if options.n is not None:
-        from bactrian.driver.launcher import launch
+        from bactrian.driver.launch.launcher import launch
         from bactrian.driver.progress import TERMINAL_VARIABLE
 
         if sys.stderr.isatty():
@@ -207,7 +207,7 @@ def _run(options: argparse.Namespace) -> int:
         return launch(
             options.n, options.script, options.arguments, full=options.traceback, distributed=options.distributed
         )
-    from bactrian.runtime.launch import exit_code_of
+    from bactrian.runtime.rank_lifecycle import exit_code_of
 
     try:
         scripts.run_script(options.script, options.arguments)
@@ -244,14 +244,14 @@ def _plan(options: argparse.Namespace) -> int:
         return 0
     planned.plan.show()
     if comparison is not None:
-        from bactrian.driver.comparison_table import render_comparison
+        from bactrian.driver.report.comparison_table import render_comparison
 
         return _print(render_comparison(comparison))
     return 0
 
 
 def _with_comparison(plan: Plan, comparison: Comparison) -> str:
-    from bactrian.driver.comparison_table import comparison_json
+    from bactrian.driver.report.comparison_table import comparison_json
 
     return json.dumps(json.loads(plan.to_json()) | {"xla": comparison_json(comparison)}, indent=2) + "\n"
 
@@ -318,16 +318,16 @@ def _kind(value: Any) -> str:
 
 
 def _explain(options: argparse.Namespace) -> int:
-    from bactrian.driver.report import render_explanation
-    from bactrian.passes.plan import Plan
+    from bactrian.driver.report.plan_report import render_explanation
+    from bactrian.passes.plan.schema import Plan
 
     if options.value is None:
         if options.json or options.stage is not None:
             name = "--json" if options.json else "--stage"
             raise ConfigError(f"explain {name} needs a value", fix="name it with --value, as in --value \"state['w']\"")
         return _print(render_explanation(Plan.load(options.plan)))
-    from bactrian.driver.explaining import explain_value
-    from bactrian.passes.explanation_table import render_value
+    from bactrian.driver.planning.explain_value import explain_value
+    from bactrian.passes.sharding.explanation_table import render_value
 
     found = explain_value(options.plan, options.value, options.stage, options.time_limit)
     if options.json:
@@ -337,15 +337,15 @@ def _explain(options: argparse.Namespace) -> int:
 
 
 def _diff(options: argparse.Namespace) -> int:
-    from bactrian.driver.report import render_diff
-    from bactrian.passes.plan import Plan
+    from bactrian.driver.report.plan_report import render_diff
+    from bactrian.passes.plan.schema import Plan
 
     return _print(render_diff(Plan.load(options.before), Plan.load(options.after)))
 
 
 def _solve(options: argparse.Namespace) -> int:
     from bactrian.passes.network.problem import read_problem
-    from bactrian.passes.network.solve import solve
+    from bactrian.passes.network.solver import solve
 
     problem = read_problem(options.problem)
     solution = solve(problem, options.time_limit)
@@ -370,12 +370,12 @@ def _solve(options: argparse.Namespace) -> int:
 
 
 def _profile_cluster(options: argparse.Namespace) -> int:
-    from bactrian.driver.cluster_profile import check_target, cluster_text, render_profile, write_cluster
+    from bactrian.driver.profile.cluster_profile import check_target, cluster_text, render_profile, write_cluster
 
     target = Path(options.output)
     check_target(target, force=options.force)
     scripts.use_virtual_devices(options.devices or 8)
-    from bactrian.driver.profiling import profile_host
+    from bactrian.driver.profile.measure_host import profile_host
 
     profile = profile_host(options.devices, options.seconds)
     write_cluster(target, cluster_text(profile, options.name))
@@ -399,7 +399,7 @@ def _doctor(options: argparse.Namespace) -> int:
 
 def findings() -> list[tuple[str, str]]:
     """What ``bactrian doctor`` prints: a name and a finding each. Starts no jax and no MPI."""
-    from bactrian.driver.launcher import find_mpirun
+    from bactrian.driver.launch.launcher import find_mpirun
 
     found = [
         ("bactrian", __version__),
@@ -443,7 +443,7 @@ def _version(name: str) -> str | None:
 
 
 def _print(renderable: RenderableType) -> int:
-    from bactrian.passes.plan_table import show
+    from bactrian.passes.plan.plan_table import show
 
     show(renderable)
     return 0

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 from jaxlib.mlir import ir
 
-from bactrian.passes.errors import BactrianError, ConfigError, PassError, ProgramError
 from bactrian.passes.frame import documentation, pipeline, reproducer, verify_diagnostics
 from bactrian.passes.frame.context import make_context
 from bactrian.passes.frame.diagnostics import from_mlir, sort_key
+from bactrian.passes.frame.errors import BactrianError, ConfigError, PassError, ProgramError
 
 _SPLIT = re.compile(r"^// -----.*\n?", re.MULTILINE)
 _BUFFER = "-"  # what MLIR calls a text that was parsed from memory

@@ -8,7 +8,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Protocol
 
-from bactrian.runtime.launch import rank_environment
+from bactrian.runtime.rank_lifecycle import rank_environment
 
 TERMINAL_VARIABLE = "BACTRIAN_TERMINAL"  # columns of the launcher's terminal: a rank's own stderr is a pipe
 

@@ -29,8 +29,11 @@ def _package_directory(file: str | None) -> str:
     return os.path.dirname(os.path.abspath(file or "")) + os.sep
 
 
-# The import package and, in a checkout, the folder that its links lead to.
-_OURS = (_package_directory(os.path.dirname(os.path.abspath(__file__))), _package_directory(os.path.realpath(__file__)))
+# Our own folders lie beside each other, in an installed package as in a checkout.
+_OURS = tuple(
+    os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), name) + os.sep
+    for name in ("driver", "passes", "runtime")
+)
 _NEVER_THE_USER = (*_OURS, _package_directory(jax.__file__), _package_directory(jaxlib.__file__))
 _LIBRARIES = (sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), sysconfig.get_path("stdlib"))
 

@@ -7,10 +7,10 @@ from typing import ClassVar
 
 from jaxlib.mlir import ir
 
-from bactrian.passes.build import binary, scalar_i32, splat
-from bactrian.passes.cloning import StageRule, clone_into_readers, copy_stage, stage_key, stage_keys
 from bactrian.passes.frame.base import Pass, PassContext, Statistic, option
-from bactrian.passes.program import (
+from bactrian.passes.ir.builders import binary, scalar_i32, splat
+from bactrian.passes.ir.cloning import StageRule, clone_into_readers, copy_stage, stage_key, stage_keys
+from bactrian.passes.ir.main_dataflow import (
     BACKWARD,
     INITIALIZE,
     MICROBATCH_INDEX,
@@ -30,7 +30,7 @@ from bactrian.passes.program import (
     stage_of,
     top_level,
 )
-from bactrian.passes.regroup import regroup_scalar_reductions, value_stage
+from bactrian.passes.stages.regroup_reductions import regroup_scalar_reductions, value_stage
 
 _SHAPE_OPS = ("stablehlo.transpose", "stablehlo.reshape")
 

@@ -9,10 +9,9 @@ from typing import ClassVar
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import sdy
 
-from bactrian.passes.errors import ConfigError
 from bactrian.passes.frame.base import Locatable, Pass, PassContext, Statistic, option
-from bactrian.passes.mesh_tensors import SHARDING, Axes, axes_text, mesh_attribute, mesh_axes, num_devices
-from bactrian.passes.program import (
+from bactrian.passes.frame.errors import ConfigError
+from bactrian.passes.ir.main_dataflow import (
     argument_attributes,
     body,
     custom_call_target,
@@ -23,8 +22,9 @@ from bactrian.passes.program import (
     set_operand,
     terminator,
 )
-from bactrian.passes.sharding.asked import CONSTRAINT
-from bactrian.passes.sharding.mesh import parse_axes
+from bactrian.passes.ir.meshes import SHARDING, Axes, axes_text, mesh_attribute, mesh_axes, num_devices
+from bactrian.passes.machine.mesh import parse_axes
+from bactrian.passes.sharding.user_shardings import CONSTRAINT
 
 _STAGE = "stage"
 _FIRST = "stage0"

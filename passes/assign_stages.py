@@ -10,12 +10,9 @@ from typing import ClassVar
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import sdy
 
-from bactrian.passes import layering
-from bactrian.passes.costs import CostModel
-from bactrian.passes.errors import ConfigError
 from bactrian.passes.frame.base import Pass, PassContext, Statistic, option
-from bactrian.passes.mesh_tensors import Axes, mesh_attribute
-from bactrian.passes.program import (
+from bactrian.passes.frame.errors import ConfigError
+from bactrian.passes.ir.main_dataflow import (
     BACKWARD,
     FORWARD,
     Dataflow,
@@ -25,7 +22,10 @@ from bactrian.passes.program import (
     main_function,
     required_integer,
 )
-from bactrian.passes.sharding.mesh import parse_axes
+from bactrian.passes.ir.meshes import Axes, mesh_attribute
+from bactrian.passes.machine.mesh import parse_axes
+from bactrian.passes.machine.op_costs import CostModel
+from bactrian.passes.stages import layer_partitioning
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ class AssignStages(Pass):
                 fix=f"group-layers with num-layers={self.num_stages} or more, or ask for at most {len(flops)} stages",
             )
             return None
-        return list(layering.balance(flops, crossing, self.num_stages or len(flops)))
+        return list(layer_partitioning.balance(flops, crossing, self.num_stages or len(flops)))
 
 
 def _layer_costs(

@@ -7,10 +7,10 @@ from typing import ClassVar
 
 from jaxlib.mlir import ir
 
-from bactrian.passes.cloning import StageRule, clone_into_readers, copy_stage, stage_key, stage_keys
-from bactrian.passes.counters import clone_counters
 from bactrian.passes.frame.base import Pass, PassContext, Statistic, option
-from bactrian.passes.program import Dataflow, argument_roles, main_function
+from bactrian.passes.ir.cloning import StageRule, clone_into_readers, copy_stage, stage_key, stage_keys
+from bactrian.passes.ir.main_dataflow import Dataflow, argument_roles, main_function
+from bactrian.passes.stages.counters import clone_counters
 
 
 @dataclass(frozen=True)

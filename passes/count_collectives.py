@@ -8,8 +8,8 @@ from typing import ClassVar
 from jaxlib.mlir import ir
 
 from bactrian.passes.frame.base import Pass, PassContext, Statistic
-from bactrian.passes.program import integer, main_function
-from bactrian.passes.sharding.counting import count_collectives
+from bactrian.passes.ir.main_dataflow import integer, main_function
+from bactrian.passes.sharding.collective_bytes import count_collectives
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from typing import ClassVar
 from jaxlib.mlir import ir, passmanager
 from jaxlib.mlir.dialects import func
 
-from .errors import ProgramError
-from .frame.base import Pass, PassContext, Statistic
-from .frame.location import name_stack
+from bactrian.passes.frame.base import Pass, PassContext, Statistic
+from bactrian.passes.frame.errors import ProgramError
+from bactrian.passes.frame.location import name_stack
 
 ENTRY = "main"
 _COMPOSITES = "builtin.module(func.func(stablehlo-legalize-composite-to-call))"

@@ -7,13 +7,13 @@ from typing import ClassVar
 
 from jaxlib.mlir import ir
 
-from bactrian.passes import layering
-from bactrian.passes.errors import ConfigError
-from bactrian.passes.forward_cut import cut_forward
 from bactrian.passes.frame.base import Pass, PassContext, Statistic, option
-from bactrian.passes.homes import Homes
-from bactrian.passes.layered_program import LayeredProgram
-from bactrian.passes.program import BACKWARD, FORWARD, UPDATE, Dataflow, integer, integer_attribute
+from bactrian.passes.frame.errors import ConfigError
+from bactrian.passes.ir.main_dataflow import BACKWARD, FORWARD, UPDATE, Dataflow, integer, integer_attribute
+from bactrian.passes.stages import layer_partitioning
+from bactrian.passes.stages.forward_cut import cut_forward
+from bactrian.passes.stages.layer_graph import LayeredProgram
+from bactrian.passes.stages.pinned_arguments import Homes
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ def _place(
 
     What happens once per microbatch counts ``microbatches`` times what happens once per step.
     """
-    problem = layering.Placement(num_layers)
+    problem = layer_partitioning.Placement(num_layers)
     nodes: dict[int, int] = {}
     for index, phase in enumerate(program.phases):
         if phase in (BACKWARD, UPDATE) and not program.free[index] and not program.marker[index]:
@@ -151,7 +151,7 @@ def _place(
 
 
 def _homes(
-    program: LayeredProgram, held: Homes | None, layers: list[int | None], problem: layering.Placement
+    program: LayeredProgram, held: Homes | None, layers: list[int | None], problem: layer_partitioning.Placement
 ) -> dict[int, list[int]]:
     """Where each argument lives: the lowest and highest layer that hold it already or read it forward, else a variable.
 
@@ -173,7 +173,7 @@ def _homes(
 def _pay_for_value(
     program: LayeredProgram,
     layers: list[int | None],
-    problem: layering.Placement,
+    problem: layer_partitioning.Placement,
     nodes: dict[int, int],
     homes: dict[int, list[int]],
     value: int,

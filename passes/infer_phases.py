@@ -8,7 +8,7 @@ from typing import ClassVar
 from jaxlib.mlir import ir
 
 from bactrian.passes.frame.base import Pass, PassContext, Statistic
-from bactrian.passes.program import (
+from bactrian.passes.ir.main_dataflow import (
     BACKWARD,
     FORWARD,
     MICROBATCH_INDEX,

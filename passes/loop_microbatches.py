@@ -9,10 +9,9 @@ from typing import ClassVar
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import func
 
-from bactrian.passes.build import binary, less, rows_from, scalar_i32, splat
 from bactrian.passes.frame.base import Pass, PassContext, Statistic
-from bactrian.passes.mesh_tensors import mesh_tensor_parts, num_devices, stage_axes
-from bactrian.passes.program import (
+from bactrian.passes.ir.builders import binary, less, rows_from, scalar_i32, splat
+from bactrian.passes.ir.main_dataflow import (
     INITIALIZE,
     UPDATE,
     body,
@@ -22,7 +21,8 @@ from bactrian.passes.program import (
     string_attribute,
     terminator,
 )
-from bactrian.passes.staging import FUSED
+from bactrian.passes.ir.meshes import mesh_tensor_parts, num_devices, stage_axes
+from bactrian.passes.stages.stage_functions import FUSED
 
 _ALIAS = "tf.aliasing_output"
 

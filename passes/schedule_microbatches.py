@@ -8,7 +8,7 @@ from typing import ClassVar
 from jaxlib.mlir import ir
 
 from bactrian.passes.frame.base import Pass, PassContext, Statistic, option
-from bactrian.passes.program import (
+from bactrian.passes.ir.main_dataflow import (
     BACKWARD,
     FORWARD,
     body,
@@ -17,8 +17,8 @@ from bactrian.passes.program import (
     required_integer,
     string_attribute,
 )
-from bactrian.passes.schedules import SCHEDULES, make_order, parse_token
-from bactrian.passes.staging import FUSED
+from bactrian.passes.stages.schedules import SCHEDULES, make_order, parse_token
+from bactrian.passes.stages.stage_functions import FUSED
 
 _TOKEN_PHASE = {"F": FORWARD, "B": BACKWARD, "FB": FUSED}
 

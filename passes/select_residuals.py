@@ -8,10 +8,9 @@ from typing import ClassVar
 
 from jaxlib.mlir import ir
 
-from bactrian.passes.cloning import clone_into_readers, is_elementwise, required_stages
 from bactrian.passes.frame.base import Pass, PassContext, Statistic, option
-from bactrian.passes.layering import Placement
-from bactrian.passes.program import (
+from bactrian.passes.ir.cloning import clone_into_readers, is_elementwise, required_stages
+from bactrian.passes.ir.main_dataflow import (
     BACKWARD,
     FORWARD,
     MICROBATCH_INDEX,
@@ -23,6 +22,7 @@ from bactrian.passes.program import (
     required_integer,
     string_attribute,
 )
+from bactrian.passes.stages.layer_partitioning import Placement
 
 # An element of these takes longer to compute than to read.
 _SLOW_NAMES = """

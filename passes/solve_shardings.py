@@ -8,20 +8,20 @@ from typing import ClassVar
 
 from jaxlib.mlir import ir
 
-from bactrian.passes.cluster import CPU_HOST, read_cluster
-from bactrian.passes.errors import ConfigError, InfeasiblePlanError
 from bactrian.passes.frame.base import Pass, PassContext, Statistic, option
-from bactrian.passes.network.solve import Solution, solve
-from bactrian.passes.program import argument_roles, integer, main_function
-from bactrian.passes.sharding.accounts import account
-from bactrian.passes.sharding.known import KnownPlan, at_most_known, known_plan
-from bactrian.passes.sharding.model import ShardingModel
-from bactrian.passes.sharding.named import AUTO, NAMED, check_strategy, named
-from bactrian.passes.sharding.reading import drop_rules
-from bactrian.passes.sharding.scattering import scattered
-from bactrian.passes.sharding.shortage import shortage
-from bactrian.passes.sharding.stages import StageProgram, read_stages, stage_meshes
-from bactrian.passes.sharding.writing import Writer
+from bactrian.passes.frame.errors import ConfigError, InfeasiblePlanError
+from bactrian.passes.ir.main_dataflow import argument_roles, integer, main_function
+from bactrian.passes.machine.cluster import CPU_HOST, read_cluster
+from bactrian.passes.network.solver import Solution, solve
+from bactrian.passes.sharding.baselines import AUTO, NAMED, check_strategy, named
+from bactrian.passes.sharding.cost_breakdown import account
+from bactrian.passes.sharding.infeasible import shortage
+from bactrian.passes.sharding.known_plans import KnownPlan, at_most_known, known_plan
+from bactrian.passes.sharding.reduce_scatter_choice import scattered
+from bactrian.passes.sharding.sharding_model import ShardingModel
+from bactrian.passes.sharding.shardings_to_ir import Writer
+from bactrian.passes.sharding.stage_programs import StageProgram, read_stages, stage_meshes
+from bactrian.passes.sharding.work_from_ir import drop_rules
 
 _KNOWN_SHARE = 0.2  # of the time, on top of it: what all known plans together take where nothing is proved
 

@@ -8,21 +8,10 @@ from typing import ClassVar
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import func
 
-from bactrian.passes.build import scalar_i32
-from bactrian.passes.errors import PassError
 from bactrian.passes.frame.base import Pass, PassContext, Statistic, option
-from bactrian.passes.mesh_tensors import (
-    SHARDING,
-    axes_text,
-    mesh_attribute,
-    mesh_name,
-    mesh_tensor,
-    num_devices,
-    stage_axes,
-    value_shardings,
-    whole_sharding,
-)
-from bactrian.passes.program import (
+from bactrian.passes.frame.errors import PassError
+from bactrian.passes.ir.builders import scalar_i32
+from bactrian.passes.ir.main_dataflow import (
     INITIALIZE,
     UPDATE,
     boundary_words,
@@ -34,7 +23,18 @@ from bactrian.passes.program import (
     required_integer,
     result_updates,
 )
-from bactrian.passes.staging import FUSED, Crossing, StageFunction, Staging, analyze
+from bactrian.passes.ir.meshes import (
+    SHARDING,
+    axes_text,
+    mesh_attribute,
+    mesh_name,
+    mesh_tensor,
+    num_devices,
+    stage_axes,
+    value_shardings,
+    whole_sharding,
+)
+from bactrian.passes.stages.stage_functions import FUSED, Crossing, StageFunction, Staging, analyze
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ from typing import ClassVar
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import func
 
-from bactrian.passes.errors import ProgramError
 from bactrian.passes.frame.base import Pass, PassContext, Statistic
+from bactrian.passes.frame.errors import ProgramError
 from bactrian.passes.frame.location import describe, name_stack
-from bactrian.passes.program import (
+from bactrian.passes.ir.main_dataflow import (
     BOUNDARY,
     MICROBATCH_INDEX,
     Dataflow,

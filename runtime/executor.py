@@ -11,8 +11,9 @@ import ml_dtypes
 import numpy as np
 from jax.sharding import Sharding, SingleDeviceSharding
 
-from bactrian.passes.errors import RuntimeFault
-from bactrian.runtime import faults, launch
+from bactrian.passes.frame.errors import RuntimeFault
+from bactrian.runtime import faults, rank_lifecycle
+from bactrian.runtime.box_routing import Box
 from bactrian.runtime.instructions import (
     Arrive,
     Copy,
@@ -28,10 +29,9 @@ from bactrian.runtime.instructions import (
     Wait,
     describe,
 )
-from bactrian.runtime.parts import assembled, check_parts, joined, put_parts, unpacked
-from bactrian.runtime.slices import Box
-from bactrian.runtime.trace import Tracer
-from bactrian.runtime.transport import (
+from bactrian.runtime.shard_packing import assembled, check_parts, joined, put_parts, unpacked
+from bactrian.runtime.timeline import Tracer
+from bactrian.runtime.transports.interface import (
     DeviceArray,
     Handle,
     PartsTransport,
@@ -140,7 +140,7 @@ class Executor:
         if self.meter is not None:
             self.meter.begin(self.list)
         faults.set_step(self.num_steps)
-        launch.note_step(self.num_steps)
+        rank_lifecycle.note_step(self.num_steps)
 
     def advance(self) -> bool:
         """Go on until the end (true) or until another list of this process has to go first (false)."""

@@ -12,7 +12,7 @@ import time
 from dataclasses import dataclass
 from typing import NoReturn
 
-from bactrian.passes.errors import ConfigError
+from bactrian.passes.frame.errors import ConfigError
 
 POINTS = (
     "import",

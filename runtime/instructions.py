@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from bactrian.runtime.slices import Box, box_words
+from bactrian.runtime.box_routing import Box, box_words
 
 
 @dataclass(frozen=True, slots=True)

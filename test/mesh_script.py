@@ -6,11 +6,11 @@ import models
 from meshes import check
 
 import bactrian
+from bactrian.runtime.instruction_builder import build_lists
 from bactrian.runtime.instructions import Send
-from bactrian.runtime.lists import build_lists
-from bactrian.runtime.mpi import MpiTransport
-from bactrian.runtime.parts import packed
-from bactrian.runtime.program import StagedProgram
+from bactrian.runtime.shard_packing import packed
+from bactrian.runtime.staged_program import StagedProgram
+from bactrian.runtime.transports.mpi import MpiTransport
 
 sent = [0]
 send_parts = MpiTransport.send_parts

@@ -8,7 +8,7 @@ import numerics
 from cases import Built
 
 import bactrian
-from bactrian.driver.compiled import Compiled
+from bactrian.driver.run.compiled_step import Compiled
 
 
 def check(built: Built, **options: Any) -> Compiled:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
-from bactrian.runtime.launch import prepare, start_mpi
+from bactrian.runtime.rank_lifecycle import prepare, start_mpi
 
 prepare()
 
@@ -17,11 +17,11 @@ import numpy as np
 from staged_programs import chain, chain_arguments, chain_functions, run_serially
 
 from bactrian.runtime import faults
-from bactrian.runtime.check import check_lists
 from bactrian.runtime.executor import Executor
-from bactrian.runtime.lists import build_lists
-from bactrian.runtime.mpi import MpiTransport
-from bactrian.runtime.trace import Tracer, gather_traces, write_trace
+from bactrian.runtime.instruction_builder import build_lists
+from bactrian.runtime.instruction_checks import check_lists
+from bactrian.runtime.timeline import Tracer, gather_traces, write_trace
+from bactrian.runtime.transports.mpi import MpiTransport
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bactrian.runtime.program import Call, StagedProgram
+from bactrian.runtime.staged_program import Call, StagedProgram
 
 TOLERANCE = 1e-5
 TREE_FLOOR = 1e-3

@@ -9,16 +9,16 @@ import jax
 import numpy as np
 from jaxlib.mlir import ir
 
-from bactrian.driver.xla import constrain, sharded_function
-from bactrian.passes.cluster import CPU_HOST, Cluster
+from bactrian.driver.xla.compile_stage import constrain, sharded_function
 from bactrian.passes.frame.context import make_context
 from bactrian.passes.frame.pipeline import run_pipeline
-from bactrian.passes.program import BOUNDARY, body, custom_call_target, main_function
-from bactrian.passes.sharding.counting import count_collectives
-from bactrian.passes.sharding.loops import capture_unchanged
-from bactrian.passes.sharding.model import ShardingModel
-from bactrian.passes.sharding.reading import Reading, read_program
-from bactrian.passes.sharding.writing import Writer
+from bactrian.passes.ir.main_dataflow import BOUNDARY, body, custom_call_target, main_function
+from bactrian.passes.machine.cluster import CPU_HOST, Cluster
+from bactrian.passes.sharding.collective_bytes import count_collectives
+from bactrian.passes.sharding.loop_dataflow import capture_unchanged
+from bactrian.passes.sharding.sharding_model import ShardingModel
+from bactrian.passes.sharding.shardings_to_ir import Writer
+from bactrian.passes.sharding.work_from_ir import Reading, read_program
 
 Axes = tuple[tuple[str, int], ...]
 

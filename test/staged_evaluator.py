@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from jaxlib.mlir import ir
 
-from bactrian.passes.program import (
+from bactrian.passes.ir.main_dataflow import (
     body,
     boundary_words,
     custom_call_target,

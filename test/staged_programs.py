@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from bactrian.passes.schedules import forward_only, make_order
-from bactrian.runtime.program import ArgumentPiece, Call, ResultPiece, StagedProgram, Transfer, Value
+from bactrian.passes.stages.schedules import forward_only, make_order
+from bactrian.runtime.staged_program import ArgumentPiece, Call, ResultPiece, StagedProgram, Transfer, Value
 
 WIDTH, ROWS = 8, 2
 

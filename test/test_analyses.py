@@ -13,7 +13,7 @@ import bactrian
 from bactrian.passes.frame.base import Pass, PassContext
 from bactrian.passes.frame.context import make_context
 from bactrian.passes.frame.pipeline import run_pipeline
-from bactrian.passes.program import Dataflow, main_function
+from bactrian.passes.ir.main_dataflow import Dataflow, main_function
 
 MODULE = """
 func.func public @main(%arg0: tensor<f32>) -> tensor<f32> {

@@ -6,8 +6,8 @@ import jax
 import numpy as np
 from jax.sharding import Sharding, SingleDeviceSharding
 
-from bactrian.runtime.mpi import ArrayPool
-from bactrian.runtime.transport import device_array
+from bactrian.runtime.transports.interface import device_array
+from bactrian.runtime.transports.mpi import ArrayPool
 
 SHAPE, DTYPE = (4, 32), np.dtype(np.float32)
 

@@ -10,8 +10,8 @@ import pytest
 from jax.sharding import SingleDeviceSharding
 
 import bactrian
-from bactrian.driver.arrays import DistributedArray, Placement, SingleProcess
-from bactrian.passes.errors import BactrianError, ProgramError
+from bactrian.driver.arrays.distributed_array import DistributedArray, Placement, SingleProcess
+from bactrian.passes.frame.errors import BactrianError, ProgramError
 
 
 def placement(number=0, path="state['w']", value=None, stages=(0, 1), **options):

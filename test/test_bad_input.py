@@ -283,7 +283,7 @@ DIFFERENT = {
     "the program": "train_ = train\ndef train(state, batch):\n    state, loss = train_(state, batch)\n"
     "    return state, loss * (rank + 1)\nmake()(state, batch)\n",
     "the plan": "make()(state, batch) if rank else make().trace(state, batch).plan(num_layers=3).compile()\n",
-    "versions": "import bactrian.driver.planned as planned\nfound = planned.versions() | {'jax': f'0.0.{rank}'}\n"
+    "versions": "import bactrian.driver.planned_step as planned\nfound = planned.versions() | {'jax': f'0.0.{rank}'}\n"
     "planned.versions = lambda: found\nmake()(state, batch)\n",
 }
 

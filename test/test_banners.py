@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bactrian.driver.banners import BannerFilter, GlooFilter
+from bactrian.driver.launch.banners import BannerFilter, GlooFilter
 
 
 def test_only_the_launchers_own_assertion_is_dropped() -> None:

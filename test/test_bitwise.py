@@ -15,7 +15,7 @@ from training_script import SCRIPT
 
 import bactrian
 from bactrian.driver.api import Parallelized
-from bactrian.driver.compiled import Compiled
+from bactrian.driver.run.compiled_step import Compiled
 
 NUM_STEPS = 3
 

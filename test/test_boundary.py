@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 import bactrian
-from bactrian.driver.capture import capture
-from bactrian.driver.reference import reference
-from bactrian.passes.errors import ConfigError, ProgramError
+from bactrian.driver.capture.lower_step import capture
+from bactrian.driver.capture.reference_step import reference
+from bactrian.passes.frame.errors import ConfigError, ProgramError
 
 
 def loss(w, x):

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 import bactrian
-from bactrian.driver.arrays import DistributedArray, Placement
-from bactrian.driver.capture import capture
-from bactrian.driver.reference import reference
-from bactrian.passes.errors import ConfigError, ProgramError
+from bactrian.driver.arrays.distributed_array import DistributedArray, Placement
+from bactrian.driver.capture.lower_step import capture
+from bactrian.driver.capture.reference_step import reference
+from bactrian.passes.frame.errors import ConfigError, ProgramError
 
 W = np.ones((4, 3), np.float32)
 X = np.ones((8, 4), np.float32)
@@ -118,7 +118,7 @@ def test_the_fingerprint_is_of_program_statics_and_options():
 def test_the_fingerprint_is_the_same_in_every_process():
     program = (
         "import jax, jax.numpy as jnp, bactrian\n"
-        "from bactrian.driver.capture import capture\n"
+        "from bactrian.driver.capture.lower_step import capture\n"
         "def step(s, x):\n"
         "    v, g = bactrian.value_and_grad(lambda w: jnp.mean(s['f'](x @ w)))(s['w'])\n"
         "    return dict(s, w=s['w'] - g), v\n"

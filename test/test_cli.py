@@ -11,17 +11,18 @@ import pytest
 from commands import bactrian
 
 from bactrian import __version__
-from bactrian.driver import cli, launcher, progress
-from bactrian.passes.errors import ConfigError
-from bactrian.passes.plan import Plan, StagePlan
+from bactrian.driver import cli, progress
+from bactrian.driver.launch import launcher
+from bactrian.passes.frame.errors import ConfigError
+from bactrian.passes.plan.schema import Plan, StagePlan
 
 ROOT = Path(__file__).resolve().parent.parent
 
 # A parallelized function as the command sees it, without jax.
 PROGRAM = """
 from dataclasses import dataclass, replace
-from bactrian.passes.errors import InfeasiblePlanError
-from bactrian.passes.plan import Plan, StagePlan
+from bactrian.passes.frame.errors import InfeasiblePlanError
+from bactrian.passes.plan.schema import Plan, StagePlan
 
 assert __name__ != "__main__"
 
@@ -178,7 +179,11 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         ("def f():\n    1 / 0\nf()", 1, "ZeroDivisionError: division by zero"),
         ("x = (", 1, "SyntaxError: '(' was never closed"),
         ("from bactrian import ProgramError\nraise ProgramError('no boundary')", 3, "train.py:2"),
-        ("from bactrian import PassError\nraise PassError('bad IR')", 5, "bactrian.passes.errors.PassError: bad IR"),
+        (
+            "from bactrian import PassError\nraise PassError('bad IR')",
+            5,
+            "bactrian.passes.frame.errors.PassError: bad IR",
+        ),
         ("raise KeyboardInterrupt", 130, "bactrian: stopped by SIGINT"),
     ],
 )

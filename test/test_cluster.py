@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from bactrian.passes.cluster import CPU_HOST, Cluster, cluster_of, read_cluster
-from bactrian.passes.errors import ConfigError
+from bactrian.passes.frame.errors import ConfigError
+from bactrian.passes.machine.cluster import CPU_HOST, Cluster, cluster_of, read_cluster
 
 KEYS: dict[str, Any] = {
     "hosts": 2,

@@ -16,13 +16,14 @@ import jax
 import pytest
 from commands import bactrian
 
-from bactrian.driver import cli, cluster_profile, profiling
-from bactrian.driver.cluster_profile import Profile, Sample, cluster_text, fit_link
-from bactrian.passes.cluster import Cluster, cluster_of, read_cluster
-from bactrian.passes.errors import BactrianError, ConfigError
-from bactrian.passes.plan import Plan
-from bactrian.passes.sharding.curves import KINDS, Curve
-from bactrian.passes.sharding.mesh import Axis, Mesh
+from bactrian.driver import cli
+from bactrian.driver.profile import cluster_profile, measure_host
+from bactrian.driver.profile.cluster_profile import Profile, Sample, cluster_text, fit_link
+from bactrian.passes.frame.errors import BactrianError, ConfigError
+from bactrian.passes.machine.cluster import Cluster, cluster_of, read_cluster
+from bactrian.passes.machine.collective_times import KINDS, Curve
+from bactrian.passes.machine.mesh import Axis, Mesh
+from bactrian.passes.plan.schema import Plan
 
 ROOT = Path(__file__).resolve().parent.parent
 KEYS: dict[str, Any] = {
@@ -253,7 +254,7 @@ def test_a_host_is_measured_and_planned_for(tmp_path: Path) -> None:
 def test_a_file_is_kept_and_bad_targets_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(profiling, "profile_host", lambda *arguments: profile())
+    monkeypatch.setattr(measure_host, "profile_host", lambda *arguments: profile())
     path = tmp_path / "cluster.toml"
     command = ["profile-cluster", "--output", str(path)]
     assert cli.main(command) == 0
@@ -287,10 +288,10 @@ def test_a_number_of_devices_that_is_none(number: str, capsys: pytest.CaptureFix
 
 def test_too_few_devices() -> None:
     with pytest.raises(ConfigError, match="cannot profile one device") as caught:
-        profiling.profile_host(1, 1.0)
+        measure_host.profile_host(1, 1.0)
     assert "--devices 2" in caught.value.fix
     with pytest.raises(ConfigError, match="cannot profile 1000 devices: jax has"):
-        profiling.profile_host(1000, 1.0)
+        measure_host.profile_host(1000, 1.0)
 
 
 def test_devices_that_cannot_be_profiled(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -298,11 +299,11 @@ def test_devices_that_cannot_be_profiled(monkeypatch: pytest.MonkeyPatch) -> Non
         device = SimpleNamespace(platform=platform, device_kind="X", memory_stats=lambda: None)
         monkeypatch.setattr(jax, "local_devices", lambda device=device: [device] * 2)
         with pytest.raises(ConfigError, match=message):
-            profiling.profile_host(None, 1.0)
+            measure_host.profile_host(None, 1.0)
 
 
 def test_collectives_that_xla_took_away_are_noticed() -> None:
     text = "%a = f32[8] all-reduce(%p), x\n%b = (f32[8], f32[8]) all-reduce-start(%a)\n%c = f32[8] copy(%all-reduce.1)"
-    profiling.check_number(text, "all_reduce", 2)
+    measure_host.check_number(text, "all_reduce", 2)
     with pytest.raises(BactrianError, match="XLA made 2 of 3 collectives all-reduce"):
-        profiling.check_number(text, "all_reduce", 3)
+        measure_host.check_number(text, "all_reduce", 3)

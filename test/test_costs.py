@@ -7,8 +7,8 @@ import time
 import pytest
 from jaxlib.mlir import ir
 
-from bactrian.passes.costs import CPU_CORE, CostModel, Device, OpCost, repacks, trip_count
 from bactrian.passes.frame.context import make_context
+from bactrian.passes.machine.op_costs import CPU_CORE, CostModel, Device, OpCost, repacks, trip_count
 
 FUNCTION = """
 func.func @main(%x: tensor<8x16xf32>, %w: tensor<16x4xf32>, %i: tensor<2x1xi32>, %b: tensor<8x16xbf16>,

@@ -18,10 +18,10 @@ from jax.sharding import PartitionSpec as P
 from jaxlib.mlir import ir
 
 import bactrian
-from bactrian.driver.planning import Staged
-from bactrian.driver.xla import function_texts
+from bactrian.driver.planning.stage_program import Staged
+from bactrian.driver.xla.compile_stage import function_texts
 from bactrian.passes.frame.context import make_context
-from bactrian.passes.sharding.counting import count_collectives
+from bactrian.passes.sharding.collective_bytes import count_collectives
 
 # An all-reduce is measured to take less than a reduce-scatter, as it may on CPUs.
 ALIKE = """

@@ -13,15 +13,15 @@ import sharded
 from jaxlib.mlir import ir
 
 import bactrian
-from bactrian.passes.cluster import cluster_of
 from bactrian.passes.frame.pipeline import run_pipeline
+from bactrian.passes.ir.main_dataflow import main_function
+from bactrian.passes.machine.cluster import cluster_of
 from bactrian.passes.network.problem import CostNetwork
-from bactrian.passes.network.solve import solve
-from bactrian.passes.program import main_function
-from bactrian.passes.sharding.model import ShardingModel, seconds_of
-from bactrian.passes.sharding.reading import read_program
+from bactrian.passes.network.solver import solve
+from bactrian.passes.sharding.sharding_model import ShardingModel, seconds_of
+from bactrian.passes.sharding.shardings_to_ir import Writer
 from bactrian.passes.sharding.strategies import Defers
-from bactrian.passes.sharding.writing import Writer
+from bactrian.passes.sharding.work_from_ir import read_program
 
 BEFORE = (
     "builtin.module(flatten-calls,verify-program,canonicalize,cse,infer-phases,group-layers{num-layers=1},"

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from jax.sharding import SingleDeviceSharding
 
-from bactrian.driver.xla import device_array as fast
-from bactrian.runtime.transport import DeviceArray
-from bactrian.runtime.transport import device_array as plain
+from bactrian.driver.xla.compile_stage import device_array as fast
+from bactrian.runtime.transports.interface import DeviceArray
+from bactrian.runtime.transports.interface import device_array as plain
 
 BOTH = pytest.mark.parametrize("device_array", [fast, plain])
 

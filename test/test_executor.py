@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from staged_programs import chain, chain_arguments, chain_functions, run_serially
 
-from bactrian.passes.errors import RuntimeFault
-from bactrian.runtime.check import check_lists
+from bactrian.passes.frame.errors import RuntimeFault
 from bactrian.runtime.executor import Executor, Meter, run_together
-from bactrian.runtime.lists import build_lists
-from bactrian.runtime.program import StagedProgram
-from bactrian.runtime.trace import Tracer, gather_traces, write_trace
-from bactrian.runtime.transport import LocalNetwork
+from bactrian.runtime.instruction_builder import build_lists
+from bactrian.runtime.instruction_checks import check_lists
+from bactrian.runtime.staged_program import StagedProgram
+from bactrian.runtime.timeline import Tracer, gather_traces, write_trace
+from bactrian.runtime.transports.interface import LocalNetwork
 
 
 def executors(

@@ -12,11 +12,11 @@ from clusters import FAST
 from commands import bactrian
 
 from bactrian.driver import cli
-from bactrian.driver.explaining import explain_value
-from bactrian.passes.cluster import CPU_HOST
-from bactrian.passes.errors import ConfigError
-from bactrian.passes.plan import Plan
-from bactrian.passes.sharding.explaining import Explanation
+from bactrian.driver.planning.explain_value import explain_value
+from bactrian.passes.frame.errors import ConfigError
+from bactrian.passes.machine.cluster import CPU_HOST
+from bactrian.passes.plan.schema import Plan
+from bactrian.passes.sharding.explain import Explanation
 
 STEP = """
 import jax, jax.numpy as jnp

@@ -11,21 +11,21 @@ import pytest
 import sharded
 from jaxlib.mlir import ir
 
-from bactrian.passes.cluster import Cluster
-from bactrian.passes.costs import Device
-from bactrian.passes.errors import ConfigError
-from bactrian.passes.explanation_table import memory_text, reason_text, render_value
-from bactrian.passes.plan_table import to_text
-from bactrian.passes.program import argument_roles, main_function, result_updates
-from bactrian.passes.sharding.accounts import sent
-from bactrian.passes.sharding.explaining import Alternative, Explanation, StageExplainer
-from bactrian.passes.sharding.model import ShardingModel, seconds_of
-from bactrian.passes.sharding.named import named
-from bactrian.passes.sharding.reading import read_program
-from bactrian.passes.sharding.stages import StageProgram
+from bactrian.passes.frame.errors import ConfigError
+from bactrian.passes.ir.main_dataflow import argument_roles, main_function, result_updates
+from bactrian.passes.machine.cluster import Cluster
+from bactrian.passes.machine.op_costs import Device
+from bactrian.passes.plan.plan_table import to_text
+from bactrian.passes.plan.stage_sharding import layout_text
+from bactrian.passes.sharding.baselines import named
+from bactrian.passes.sharding.cost_breakdown import sent
+from bactrian.passes.sharding.explain import Alternative, Explanation, StageExplainer
+from bactrian.passes.sharding.explanation_table import memory_text, reason_text, render_value
+from bactrian.passes.sharding.sharding_model import ShardingModel, seconds_of
+from bactrian.passes.sharding.shardings_to_ir import Writer
+from bactrian.passes.sharding.stage_programs import StageProgram
 from bactrian.passes.sharding.value_names import NamedValue, find_value, named_values
-from bactrian.passes.sharding.writing import Writer
-from bactrian.passes.sharding_plan import layout_text
+from bactrian.passes.sharding.work_from_ir import read_program
 
 LINE: sharded.Axes = (("x", 4),)
 PLENTY = 1 << 40

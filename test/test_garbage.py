@@ -11,7 +11,7 @@ import pytest
 
 import bactrian
 from bactrian.driver import api
-from bactrian.driver.garbage import paused_collection
+from bactrian.driver.gc_pause import paused_collection
 
 
 def test_collection_is_as_it_was_afterwards() -> None:

@@ -14,12 +14,20 @@ import pytest
 from jaxlib.mlir import ir
 
 from bactrian.passes.assign_stages import AssignStages
-from bactrian.passes.errors import ConfigError, ProgramError
 from bactrian.passes.frame.base import PassContext
 from bactrian.passes.frame.context import make_context
 from bactrian.passes.frame.documentation import example
+from bactrian.passes.frame.errors import ConfigError, ProgramError
 from bactrian.passes.group_layers import GroupLayers
-from bactrian.passes.program import BACKWARD, FORWARD, UPDATE, Dataflow, argument_roles, main_function, result_updates
+from bactrian.passes.ir.main_dataflow import (
+    BACKWARD,
+    FORWARD,
+    UPDATE,
+    Dataflow,
+    argument_roles,
+    main_function,
+    result_updates,
+)
 
 
 def _run(one_pass, module):

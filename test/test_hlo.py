@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from bactrian.driver.hlo import HloCollective, read_collectives, total_by_kind
-from bactrian.passes.errors import PassError
+from bactrian.driver.xla.hlo_collectives import HloCollective, read_collectives, total_by_kind
+from bactrian.passes.frame.errors import PassError
 
 MODULE = """HloModule test, is_scheduled=true, num_partitions=8
 

@@ -15,7 +15,9 @@ from jaxlib.mlir import ir
 from test_mesh_plans import printed
 
 import bactrian
-from bactrian.driver.comparison import (
+from bactrian.driver.planned_step import Planned
+from bactrian.driver.report.comparison_table import render_comparison
+from bactrian.driver.xla.compare_bytes import (
     CLASSES,
     UNEXPLAINED,
     Comparison,
@@ -25,15 +27,13 @@ from bactrian.driver.comparison import (
     compare,
     compare_function,
 )
-from bactrian.driver.comparison_table import render_comparison
-from bactrian.driver.hlo import read_collectives
-from bactrian.driver.planned import Planned
-from bactrian.driver.xla import compile_function, constrain, function_texts
-from bactrian.passes.errors import ConfigError
+from bactrian.driver.xla.compile_stage import compile_function, constrain, function_texts
+from bactrian.driver.xla.hlo_collectives import read_collectives
 from bactrian.passes.frame.context import make_context
-from bactrian.passes.plan import Plan
-from bactrian.passes.plan_table import show
-from bactrian.passes.program import main_function, nested_operations
+from bactrian.passes.frame.errors import ConfigError
+from bactrian.passes.ir.main_dataflow import main_function, nested_operations
+from bactrian.passes.plan.plan_table import show
+from bactrian.passes.plan.schema import Plan
 
 Kinds = dict[str, float]
 

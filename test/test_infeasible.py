@@ -15,10 +15,10 @@ from jax.sharding import PartitionSpec as P
 from jaxlib.mlir import ir
 
 import bactrian
-from bactrian.driver.conflicts import with_conflict
-from bactrian.driver.fitting import Again
-from bactrian.passes.errors import InfeasiblePlanError
+from bactrian.driver.planning.infeasible_core import with_conflict
+from bactrian.driver.planning.memory_refinement import Again
 from bactrian.passes.frame.context import make_context
+from bactrian.passes.frame.errors import InfeasiblePlanError
 from bactrian.passes.frame.pipeline import run_pipeline
 
 CLUSTER = """

@@ -8,13 +8,13 @@ from dataclasses import replace
 import pytest
 from staged_programs import Builder, chain, random_program
 
-from bactrian.passes.errors import ConfigError, PassError
-from bactrian.passes.schedules import make_order
-from bactrian.runtime import instructions, lists
-from bactrian.runtime.check import check_lists
+from bactrian.passes.frame.errors import ConfigError, PassError
+from bactrian.passes.stages.schedules import make_order
+from bactrian.runtime import instruction_builder, instructions
+from bactrian.runtime.instruction_builder import build_lists
+from bactrian.runtime.instruction_checks import check_lists
 from bactrian.runtime.instructions import Arrive, Copy, Free, Instruction, Load, RankList, Recv, Run, Send, Wait
-from bactrian.runtime.lists import build_lists
-from bactrian.runtime.program import ResultPiece, StagedProgram
+from bactrian.runtime.staged_program import ResultPiece, StagedProgram
 
 
 def reads(x: Instruction) -> set[int]:
@@ -200,7 +200,7 @@ def test_a_result_that_nothing_makes_is_explained() -> None:
 @pytest.mark.parametrize("budget", [0, 1 << 20])
 def test_batch_pieces_are_loaded_while_the_pipeline_fills(budget: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a budget, all that is not needed before the first wait comes right before it; without, all where needed."""
-    monkeypatch.setattr(lists, "_LOAD_AHEAD_BYTES", budget)
+    monkeypatch.setattr(instruction_builder, "_LOAD_AHEAD_BYTES", budget)
     both = build_lists(chain(2, 6, "1f1b"), (0, 1))
     check_lists(both)
     loads = [[i for i, x in enumerate(each.instructions) if isinstance(x, Load)] for each in both]

@@ -13,13 +13,13 @@ import sharded
 from jax import ShapeDtypeStruct as Shape
 from jaxlib.mlir import ir
 
-from bactrian.passes.cluster import cluster_of
-from bactrian.passes.errors import InfeasiblePlanError
-from bactrian.passes.network.solve import Solution, solve
-from bactrian.passes.program import integer, main_function
-from bactrian.passes.sharding.counting import Collective, count_collectives
-from bactrian.passes.sharding.layouts import Layout
-from bactrian.passes.sharding.model import ShardingModel
+from bactrian.passes.frame.errors import InfeasiblePlanError
+from bactrian.passes.ir.main_dataflow import integer, main_function
+from bactrian.passes.machine.cluster import cluster_of
+from bactrian.passes.network.solver import Solution, solve
+from bactrian.passes.sharding.collective_bytes import Collective, count_collectives
+from bactrian.passes.sharding.reshard_paths import Layout
+from bactrian.passes.sharding.sharding_model import ShardingModel
 
 HOST = cluster_of(
     {

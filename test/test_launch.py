@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from bactrian.driver.banners import BannerFilter
-from bactrian.driver.launcher import Failure, told
-from bactrian.runtime import launch
-from bactrian.runtime.launch import keep_memory, rank_environment, share_of_cores
+from bactrian.driver.launch.banners import BannerFilter
+from bactrian.driver.launch.launcher import Failure, told
+from bactrian.runtime import rank_lifecycle
+from bactrian.runtime.rank_lifecycle import keep_memory, rank_environment, share_of_cores
 
 ROOT = Path(__file__).resolve().parent.parent
 START_SECONDS = 20.0  # a slow machine may take so long to start the ranks
@@ -52,7 +52,7 @@ for step in range(3):
             print("failed at", time.time(), flush=True)
             os._exit(3) if point == "os_exit" else sys.exit(7 if point == "code" else "no data")
         if me == rank and point == "config":
-            from bactrian.passes.errors import InfeasiblePlanError
+            from bactrian.passes.frame.errors import InfeasiblePlanError
             raise InfeasiblePlanError("cannot place stage 3", fix="use more devices")
         if point == "stop":
             print("failed at", time.time(), flush=True)
@@ -248,7 +248,7 @@ def test_ranks_know_whether_they_share_cores(more: int) -> None:
     size = str(len(os.sched_getaffinity(0)) + more)
     names = ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")
     place = {f"OMPI_COMM_WORLD_{name}": size if name.endswith("SIZE") else "0" for name in names}
-    code = "from bactrian.runtime.launch import *; pin_cores(); print(has_own_cores())"
+    code = "from bactrian.runtime.rank_lifecycle import *; pin_cores(); print(has_own_cores())"
     environment = os.environ | place | {"BACTRIAN_JOB": "1"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT, text=True, stdout=subprocess.PIPE)
     assert done.stdout == f"{not more}\n"
@@ -317,12 +317,12 @@ def test_malloc_is_left_alone_where_the_user_sets_it(monkeypatch: pytest.MonkeyP
 
 def test_steps_are_told_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[int] = []
-    monkeypatch.setattr(launch, "tell_step", told.append)
-    monkeypatch.setattr(launch, "_told", (0.0, -1))
+    monkeypatch.setattr(rank_lifecycle, "tell_step", told.append)
+    monkeypatch.setattr(rank_lifecycle, "_told", (0.0, -1))
     for step in (0, 1, 0, 2):  # at once: within one interval
-        launch.note_step(step)
+        rank_lifecycle.note_step(step)
     assert told == [0]
-    monkeypatch.setattr(launch, "_TELL_SECONDS", 0.0)
+    monkeypatch.setattr(rank_lifecycle, "_TELL_SECONDS", 0.0)
     for step in (0, 3, 1, 4):  # another step function has run less often
-        launch.note_step(step)
+        rank_lifecycle.note_step(step)
     assert told == [0, 3, 4]

@@ -8,11 +8,11 @@ import time
 
 import numpy as np
 
-from bactrian.passes import layering
+from bactrian.passes.stages import layer_partitioning
 
 
 def _best_cut(flops, anchors, crossing, num_groups, limit):
-    """Least bytes over all cuts that `layering.cut` may give, by trying them all."""
+    """Least bytes over all cuts that `layer_partitioning.cut` may give, by trying them all."""
     best = None
     for cuts in itertools.combinations(range(1, len(flops)), num_groups - 1):
         starts = (0, *cuts, len(flops))
@@ -34,7 +34,7 @@ def _random_program(seed):
     values = []
     for op in range(num_ops):
         values.append((op, rng.randint(op, min(num_ops - 1, op + 4)), rng.randint(0, 9)))
-    return rng, flops, anchors, layering.cut_bytes(num_ops, values)
+    return rng, flops, anchors, layer_partitioning.cut_bytes(num_ops, values)
 
 
 def test_cut_is_optimal_on_random_programs():
@@ -43,7 +43,7 @@ def test_cut_is_optimal_on_random_programs():
         rng, flops, anchors, crossing = _random_program(seed)
         num_groups = rng.randint(1, 4)
         epsilon = rng.choice([0.0, 0.1, 0.5])
-        found = layering.cut(flops, anchors, crossing, num_groups, epsilon)
+        found = layer_partitioning.cut(flops, anchors, crossing, num_groups, epsilon)
         if found is None:
             assert _best_cut(flops, anchors, crossing, num_groups, float("inf")) is None
             continue
@@ -68,7 +68,7 @@ def test_cut_keeps_to_choices_and_is_optimal_among_them():
         choices = [
             {rng.randrange(num_groups) for _ in range(num_groups)} if rng.random() < 0.3 else None for _ in flops
         ]
-        found = layering.cut(flops, anchors, crossing, num_groups, epsilon, choices=choices)
+        found = layer_partitioning.cut(flops, anchors, crossing, num_groups, epsilon, choices=choices)
         costs = {}  # by the largest group that counts
         for cuts in itertools.combinations(range(1, len(flops)), num_groups - 1):
             starts = (0, *cuts, len(flops))
@@ -93,13 +93,13 @@ def test_cut_keeps_to_choices_and_is_optimal_among_them():
 
 def test_cut_takes_the_most_even_of_the_cheapest():
     anchors = [True] * 9
-    found = layering.cut([1.0] * 8 + [8.0], anchors, np.full(10, 5), 5, 0.1)
+    found = layer_partitioning.cut([1.0] * 8 + [8.0], anchors, np.full(10, 5), 5, 0.1)
     assert found is not None
     assert found.starts == (0, 2, 4, 6, 8)
 
 
 def test_cut_keeps_to_the_allowed_positions():
-    found = layering.cut([1.0] * 8, [True] * 8, np.ones(9, dtype=np.int64), 2, 0.0, allowed=[3, 6])
+    found = layer_partitioning.cut([1.0] * 8, [True] * 8, np.ones(9, dtype=np.int64), 2, 0.0, allowed=[3, 6])
     assert found is not None
     assert found.starts == (0, 3)
     assert found.largest == 5.0
@@ -111,19 +111,19 @@ def test_cut_of_ten_thousand_ops_is_fast():
     anchors = (rng.random(10_000) < 0.1).tolist()
     crossing = rng.integers(1, 1 << 30, 10_001)
     begin = time.process_time()
-    assert layering.cut(flops.tolist(), anchors, crossing, 64, 0.1) is not None
+    assert layer_partitioning.cut(flops.tolist(), anchors, crossing, 64, 0.1) is not None
     assert time.process_time() - begin < 2.0
 
 
 def test_cut_bytes_counts_a_value_once_per_position():
-    assert layering.cut_bytes(3, [(0, 2, 4), (1, 2, 3), (2, 2, 9)]).tolist() == [0, 4, 7, 0]
+    assert layer_partitioning.cut_bytes(3, [(0, 2, 4), (1, 2, 3), (2, 2, 9)]).tolist() == [0, 4, 7, 0]
 
 
 def test_normalized_order_moves_side_chains_to_their_reader():
     # cast_a, cast_b, dot_a(cast_a), metric(dot_a), dot_b(cast_b, dot_a), late(dot_a)
     operands = [[], [], [0], [2], [1, 2], [2]]
     anchors = [False, False, True, False, True, False]
-    assert layering.normalized_order(operands, anchors) == [0, 2, 3, 5, 1, 4]
+    assert layer_partitioning.normalized_order(operands, anchors) == [0, 2, 3, 5, 1, 4]
 
 
 def test_normalized_order_is_topological():
@@ -132,7 +132,7 @@ def test_normalized_order_is_topological():
         size = rng.randint(1, 30)
         operands = [[rng.randrange(op) for _ in range(rng.randint(0, 3))] if op else [] for op in range(size)]
         anchors = [rng.random() < 0.3 for _ in range(size)]
-        order = layering.normalized_order(operands, anchors)
+        order = layer_partitioning.normalized_order(operands, anchors)
         place = {op: position for position, op in enumerate(order)}
         assert sorted(order) == list(range(size))
         assert all(place[read] < place[op] for op in range(size) for read in operands[op])
@@ -144,9 +144,9 @@ def test_placement_is_optimal_and_least_on_random_problems():
     for seed in range(200):
         rng = random.Random(seed)
         num_layers, num_nodes = rng.randint(1, 4), rng.randint(1, 5)
-        problem = layering.Placement(num_layers)
+        problem = layer_partitioning.Placement(num_layers)
         nodes = [problem.node() for _ in range(num_nodes)]
-        ends = nodes + [layering.Placement.at(layer) for layer in range(num_layers)]
+        ends = nodes + [layer_partitioning.Placement.at(layer) for layer in range(num_layers)]
         for _ in range(rng.randint(1, 10)):
             problem.pay(rng.choice(ends), rng.choice(ends), rng.randint(1, 9))
         for _ in range(rng.randint(0, 3)):
@@ -164,7 +164,7 @@ def test_placement_is_optimal_and_least_on_random_problems():
 
 
 def test_a_span_is_paid_once():
-    problem = layering.Placement(4)
+    problem = layer_partitioning.Placement(4)
     nodes = [problem.node() for _ in range(3)]
     problem.pay_span([*nodes, problem.at(1)], 10)
     for node, layer in zip(nodes, (0, 2, 3), strict=True):
@@ -181,7 +181,7 @@ def test_balance_is_optimal_on_random_layers():
         num_groups = rng.randint(1, size)
         weights = [rng.randint(1, 9) for _ in range(size)]
         crossing = [rng.randint(0, 9) for _ in range(size)]
-        found = layering.balance(weights, crossing, num_groups)
+        found = layer_partitioning.balance(weights, crossing, num_groups)
 
         def key(starts, weights=weights, crossing=crossing):
             ends = (*starts[1:], len(weights))

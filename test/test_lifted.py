@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bactrian.passes.errors import ConfigError, InfeasiblePlanError
-from bactrian.passes.network import lifted
-from bactrian.passes.network import solve as solving
-from bactrian.passes.network.interned import Interner
+from bactrian.passes.frame.errors import ConfigError, InfeasiblePlanError
+from bactrian.passes.network import lifted_lp
+from bactrian.passes.network import solver as solving
+from bactrian.passes.network.hash_consing import Interner
 from bactrian.passes.network.problem import CostNetwork
-from bactrian.passes.network.reduce import ReducedNetwork
-from bactrian.passes.network.solve import Solution, solve
+from bactrian.passes.network.reductions import ReducedNetwork
+from bactrian.passes.network.solver import Solution, solve
 
 
 @pytest.fixture(autouse=True)
@@ -72,7 +72,7 @@ def layers(seed: int) -> CostNetwork:
 def plainly(problem: CostNetwork, monkeypatch: pytest.MonkeyPatch) -> Solution | None:
     """The answer without classes."""
     with monkeypatch.context() as patch:
-        patch.setattr(lifted, "solve_lifted", lambda *_: None)
+        patch.setattr(lifted_lp, "solve_lifted", lambda *_: None)
         try:
             return solve(problem)
         except InfeasiblePlanError:
@@ -97,7 +97,7 @@ def test_bounds_and_proofs(seeds: range, monkeypatch: pytest.MonkeyPatch) -> Non
         network.forbid()
         network.forbid_by_memory()
         network.normalise()
-        found = lifted.solve_lifted(network, time.monotonic() + 30)
+        found = lifted_lp.solve_lifted(network, time.monotonic() + 30)
         if found is not None:
             tried += 1
             assert found.bound <= best.cost + tolerance

@@ -35,7 +35,7 @@ def test_places_and_names(text: str, place: str, name: str) -> None:
 def test_which_files_are_the_users() -> None:
     import dataclasses
 
-    import bactrian.passes.errors as own
+    import bactrian.passes.frame.errors as own
 
     assert is_user_file("/home/me/train.py")
     assert is_user_file("-")

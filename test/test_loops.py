@@ -17,16 +17,16 @@ from jaxlib.mlir import ir
 from meshes import check, cut
 
 import bactrian
-from bactrian.driver.comparison import compare
-from bactrian.passes.cluster import CPU_HOST
-from bactrian.passes.mesh_tensors import axis_names, value_shardings
-from bactrian.passes.network.solve import solve
-from bactrian.passes.program import main_function, nested_operations, result_updates
-from bactrian.passes.sharding.accounts import sent
-from bactrian.passes.sharding.loops import capture_unchanged
-from bactrian.passes.sharding.model import seconds_of
-from bactrian.passes.sharding.reading import read_program
-from bactrian.passes.sharding.writing import Writer
+from bactrian.driver.xla.compare_bytes import compare
+from bactrian.passes.ir.main_dataflow import main_function, nested_operations, result_updates
+from bactrian.passes.ir.meshes import axis_names, value_shardings
+from bactrian.passes.machine.cluster import CPU_HOST
+from bactrian.passes.network.solver import solve
+from bactrian.passes.sharding.cost_breakdown import sent
+from bactrian.passes.sharding.loop_dataflow import capture_unchanged
+from bactrian.passes.sharding.sharding_model import seconds_of
+from bactrian.passes.sharding.shardings_to_ir import Writer
+from bactrian.passes.sharding.work_from_ir import read_program
 
 LAYERS, WIDTH, HIDDEN = 4, 256, 1024
 MESHES = ((("data", 2), ("model", 4)), (("data", 8),))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import bactrian
-from bactrian.driver.compiled import Compiled
+from bactrian.driver.run.compiled_step import Compiled
 from bactrian.runtime.executor import Meter
 
 RNG = np.random.default_rng(1)

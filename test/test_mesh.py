@@ -16,8 +16,8 @@ from meshes import check, cut
 from traps import TRAPS
 
 import bactrian
-from bactrian.passes.errors import ConfigError
-from bactrian.passes.sharding.named import NAMED
+from bactrian.passes.frame.errors import ConfigError
+from bactrian.passes.sharding.baselines import NAMED
 
 # Those that are not about stages; all run over stages too.
 ONE_STAGE_TRAPS = ("aux-outputs", "random-numbers-typed-key", "skip-not-finite", "several-arguments", "empty-update")

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from test_network import brute_force, random_network
 
-from bactrian.passes.errors import InfeasiblePlanError
-from bactrian.passes.network import messages
-from bactrian.passes.network import solve as solving
+from bactrian.passes.frame.errors import InfeasiblePlanError
+from bactrian.passes.network import solver as solving
+from bactrian.passes.network import trws
 from bactrian.passes.network.problem import CostNetwork
-from bactrian.passes.network.reduce import ReducedNetwork
+from bactrian.passes.network.reductions import ReducedNetwork
 
 
 def dense(seed: int, count: int = 7, size: int = 4, tight: float = 0.6) -> CostNetwork:
@@ -46,7 +46,7 @@ def test_bounds_hold_under_any_prices(tight: float) -> None:
         best = brute_force(problem)
         network = reduced(problem)
         assert best is not None and network is not None
-        passed = messages.Messages(network)
+        passed = trws.Messages(network)
         random = np.random.default_rng(seed)
         first, bound = passed.sweep(), 0.0
         for _ in range(20):
@@ -67,7 +67,7 @@ def test_a_tree_is_solved_by_messages_alone() -> None:
     costs = tuple(random.integers(0, 50, 3) for _ in range(8))
     matrices = tuple(random.integers(0, 50, (3, 3)) for _ in edges)
     problem = CostNetwork(costs, (np.zeros(3, int),) * 8, ((0, 1),) * 8, edges, matrices)
-    passed = messages.Messages(ReducedNetwork(problem))
+    passed = trws.Messages(ReducedNetwork(problem))
     for _ in range(20):
         bound = passed.sweep()
     choice = passed.decode()
@@ -80,7 +80,7 @@ def test_decoding_within_memory_keeps_the_limit() -> None:
     for seed in range(12):
         network = reduced(dense(seed, tight=0.8))
         assert network is not None and network.limit is not None
-        passed = messages.Messages(network)
+        passed = trws.Messages(network)
         passed.sweep()
         over += bool((network.memory.profile(passed.decode()) > network.limit).any())
         within = passed.decode_within()
@@ -93,14 +93,14 @@ def test_decoding_within_memory_keeps_the_limit() -> None:
 @pytest.mark.parametrize("seed", range(3))
 def test_small_networks_are_solved(seed: int, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The search takes all of its time, and finds the best choice; a slow machine needs more."""
-    monkeypatch.setattr(messages, "num_cores", lambda: workers)
+    monkeypatch.setattr(trws, "num_cores", lambda: workers)
     problem = dense(seed)
     best = brute_force(problem)
     assert best is not None
     for seconds in (1.0, 2.0, 4.0, 8.0, 16.0, 32.0):
         network = reduced(problem)
         assert network is not None
-        found = messages.search(network, time.monotonic() + seconds)
+        found = trws.search(network, time.monotonic() + seconds)
         assert found.bound <= best + 1e-6
         if found.choice is not None:
             choice = network.expand(found.choice)
@@ -116,13 +116,13 @@ def test_what_threads_find_is_taken_together() -> None:
     network = reduced(dense(0))
     assert network is not None
     nodes = sorted(network.costs)
-    found = messages.search(network, time.monotonic() + 2.0)
+    found = trws.search(network, time.monotonic() + 2.0)
     assert found.choice is not None
     best, cost = dict(found.choice), found.cost
     found.choice = {**best, **{node: 1 - min(best[node], 1) for node in nodes[:2]}}
     found.cost = network.cost(found.choice)
     assert found.cost > cost
-    neighbourhoods = messages.Neighbourhoods(network, found, {}, 0.0)
+    neighbourhoods = trws.Neighbourhoods(network, found, {}, 0.0)
     neighbourhoods.take({nodes[0]: best[nodes[0]], nodes[1]: best[nodes[1]]})
     assert found.choice == best and found.cost == cost
     neighbourhoods.take({nodes[0]: 1 - min(best[nodes[0]], 1)})
@@ -138,7 +138,7 @@ def test_random_networks_stay_allowed() -> None:
             continue
         looked += 1
         best = brute_force(problem)
-        found = messages.search(network, time.monotonic() + 0.3)
+        found = trws.search(network, time.monotonic() + 0.3)
         if found.choice is None:
             continue
         assert best is not None
@@ -151,15 +151,15 @@ def test_random_networks_stay_allowed() -> None:
 
 def test_solve_says_that_nothing_is_proved(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
-    original = messages.search
+    original = trws.search
 
-    def search(*arguments: Any) -> messages.Found:
+    def search(*arguments: Any) -> trws.Found:
         seen.append(original(*arguments))
         return seen[-1]
 
-    monkeypatch.setattr(messages, "search", search)
+    monkeypatch.setattr(trws, "search", search)
     monkeypatch.setattr(solving, "_PROGRAM_PAIRS", 10)
-    monkeypatch.setattr("bactrian.passes.network.lifted.solve_lifted", lambda *_: None)
+    monkeypatch.setattr("bactrian.passes.network.lifted_lp.solve_lifted", lambda *_: None)
     problem = dense(3)
     solution = solving.solve(problem, 3.0)
     assert len(seen) == 1

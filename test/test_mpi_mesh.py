@@ -78,7 +78,7 @@ import numpy as np
 
 import bactrian
 import bactrian.driver.api as api
-from bactrian.driver.world import World
+from bactrian.driver.ranks import World
 
 world, planned = World.current(), []
 stage_program = api.stage_program

@@ -10,23 +10,23 @@ import numpy as np
 import pytest
 from test_network import brute_force, check_against_brute_force, complete, in_order, random_network
 
-from bactrian.passes.errors import InfeasiblePlanError
-from bactrian.passes.network import narrowing
-from bactrian.passes.network import solve as solving
-from bactrian.passes.network.marginals import Marginals, Prices
-from bactrian.passes.network.messages import Messages, first_prices
+from bactrian.passes.frame.errors import InfeasiblePlanError
+from bactrian.passes.network import reduced_cost_fixing
+from bactrian.passes.network import solver as solving
 from bactrian.passes.network.milp import IntegerProgram
+from bactrian.passes.network.min_marginals import Marginals, Prices
 from bactrian.passes.network.problem import CostNetwork
-from bactrian.passes.network.reduce import ReducedNetwork
-from bactrian.passes.network.solve import solve
+from bactrian.passes.network.reductions import ReducedNetwork
+from bactrian.passes.network.solver import solve
+from bactrian.passes.network.trws import Messages, first_prices
 
 
 @pytest.fixture(autouse=True)
 def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small networks take the way of large ones."""
     monkeypatch.setattr(solving, "elimination_order", lambda network: None)
-    monkeypatch.setattr(narrowing, "_FIRST_PAIRS", 3)
-    monkeypatch.setattr(narrowing, "_FEW_PAIRS", 3)
+    monkeypatch.setattr(reduced_cost_fixing, "_FIRST_PAIRS", 3)
+    monkeypatch.setattr(reduced_cost_fixing, "_FEW_PAIRS", 3)
 
 
 def drawn(network: ReducedNetwork, seed: int) -> Prices:

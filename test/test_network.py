@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 
 from bactrian.driver import cli
-from bactrian.passes.errors import ConfigError, InfeasiblePlanError
-from bactrian.passes.network import solve as solving
-from bactrian.passes.network.local import LocalSearch
+from bactrian.passes.frame.errors import ConfigError, InfeasiblePlanError
+from bactrian.passes.network import solver as solving
+from bactrian.passes.network.local_search import LocalSearch
 from bactrian.passes.network.problem import FORBIDDEN, CostNetwork, read_problem
-from bactrian.passes.network.reduce import ReducedNetwork
-from bactrian.passes.network.solve import solve
+from bactrian.passes.network.reductions import ReducedNetwork
+from bactrian.passes.network.solver import solve
 
 
 @pytest.fixture(autouse=True)

@@ -15,17 +15,17 @@ from clusters import cluster_text
 from jaxlib.mlir import ir
 
 import bactrian
-from bactrian.driver.memory import stage_peak
-from bactrian.driver.planning import Staged
-from bactrian.driver.xla import compile_function, function_texts
-from bactrian.passes.errors import InfeasiblePlanError
+from bactrian.driver.planning.stage_memory import stage_peak
+from bactrian.driver.planning.stage_program import Staged
+from bactrian.driver.xla.compile_stage import compile_function, function_texts
 from bactrian.passes.frame.context import make_context
+from bactrian.passes.frame.errors import InfeasiblePlanError
+from bactrian.passes.ir.main_dataflow import main_function
 from bactrian.passes.peak.estimate import FunctionMemory, function_memory, module_memory
 from bactrian.passes.peak.fusion import fuse
-from bactrian.passes.peak.graph import Graph, Kind
-from bactrian.passes.peak.order import schedule, temporary_bytes
-from bactrian.passes.program import main_function
-from bactrian.runtime.program import StagedProgram
+from bactrian.passes.peak.live_ranges import schedule, temporary_bytes
+from bactrian.passes.peak.value_graph import Graph, Kind
+from bactrian.runtime.staged_program import StagedProgram
 
 Loss = Callable[[Any, jax.Array], jax.Array]
 

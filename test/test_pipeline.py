@@ -10,10 +10,10 @@ from typing import ClassVar
 import pytest
 from jaxlib.mlir import ir
 
-from bactrian.passes.errors import ConfigError, PassError, ProgramError
 from bactrian.passes.frame import pipeline, reproducer
 from bactrian.passes.frame.base import Pass, PassContext, Statistic, option
 from bactrian.passes.frame.context import make_context
+from bactrian.passes.frame.errors import ConfigError, PassError, ProgramError
 
 MODULE = """
 func.func public @main(%arg0: tensor<f32>) -> tensor<f32> {

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bactrian.passes.errors import ConfigError, ProgramError
-from bactrian.passes.plan import LayerPlan, Plan, StagePlan, diff, fingerprint_text, load_staged
-from bactrian.passes.plan_table import WIDTH, human_bytes, human_count, human_seconds, stage_reasons
+from bactrian.passes.frame.errors import ConfigError, ProgramError
+from bactrian.passes.plan.plan_table import WIDTH, human_bytes, human_count, human_seconds, stage_reasons
+from bactrian.passes.plan.schema import LayerPlan, Plan, StagePlan, diff, fingerprint_text, load_staged
 
 
 def random_plan(seed: int, max_stages: int = 6) -> Plan:

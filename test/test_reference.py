@@ -13,8 +13,8 @@ from flax import nnx
 from flax.training.train_state import TrainState
 
 import bactrian
-from bactrian.driver.capture import capture
-from bactrian.driver.reference import reference, reference_function
+from bactrian.driver.capture.lower_step import capture
+from bactrian.driver.capture.reference_step import reference, reference_function
 
 RNG = np.random.default_rng(0)
 BATCH = {"x": RNG.normal(size=(8, 5)).astype(np.float32), "y": RNG.normal(size=(8, 2)).astype(np.float32)}

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from bactrian.passes.errors import ConfigError
 from bactrian.passes.frame import documentation, registry
 from bactrian.passes.frame.base import Pass
+from bactrian.passes.frame.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parent.parent
 NOT_PASSES = {"__init__", "errors"}

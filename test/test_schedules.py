@@ -8,9 +8,9 @@ from itertools import product
 
 import pytest
 
-from bactrian.passes import schedules
-from bactrian.passes.errors import ConfigError
-from bactrian.passes.schedules import make_order, peak_in_flight
+from bactrian.passes.frame.errors import ConfigError
+from bactrian.passes.stages import schedules
+from bactrian.passes.stages.schedules import make_order, peak_in_flight
 
 parse_token = lru_cache(maxsize=None)(schedules.parse_token)
 

@@ -10,7 +10,7 @@ from jaxlib.mlir import ir
 
 from bactrian.passes.frame.context import make_context
 from bactrian.passes.frame.pipeline import run_pipeline
-from bactrian.passes.program import BACKWARD, FORWARD, Dataflow, main_function, phase_of
+from bactrian.passes.ir.main_dataflow import BACKWARD, FORWARD, Dataflow, main_function, phase_of
 
 OVERHEAD = 48
 _BYTES = {"f64": 8, "f32": 4, "f16": 2}

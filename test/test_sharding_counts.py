@@ -7,9 +7,9 @@ import sharded
 from jaxlib.mlir import ir
 from test_sharding_numerics import MESHES, program
 
-from bactrian.passes.network.solve import solve
-from bactrian.passes.program import main_function
-from bactrian.passes.sharding.writing import Writer
+from bactrian.passes.ir.main_dataflow import main_function
+from bactrian.passes.network.solver import solve
+from bactrian.passes.sharding.shardings_to_ir import Writer
 
 
 def check_bytes(seed: int) -> None:

@@ -11,16 +11,16 @@ import pytest
 from jaxlib.mlir import ir
 from jaxlib.mlir.passmanager import PassManager
 
-from bactrian.passes.errors import ConfigError
 from bactrian.passes.frame.context import make_context
-from bactrian.passes.network.solve import solve
-from bactrian.passes.sharding.borders import Border
-from bactrian.passes.sharding.layouts import Layout, LayoutTable, Move, all_layouts
-from bactrian.passes.sharding.mesh import Axis, Mesh, parse_axes
-from bactrian.passes.sharding.model import Operation, ShardingModel, Shardings, Tensor, Work, seconds_of
-from bactrian.passes.sharding.rules import Rule, elementwise, whole
+from bactrian.passes.frame.errors import ConfigError
+from bactrian.passes.machine.mesh import Axis, Mesh, parse_axes
+from bactrian.passes.network.solver import solve
+from bactrian.passes.sharding.halo import Border
+from bactrian.passes.sharding.reshard_paths import Layout, LayoutTable, Move, all_layouts
+from bactrian.passes.sharding.sharding_model import Operation, ShardingModel, Shardings, Tensor, Work, seconds_of
+from bactrian.passes.sharding.sharding_rules import Rule, elementwise, whole
+from bactrian.passes.sharding.shardings_to_ir import sharding_attribute
 from bactrian.passes.sharding.strategies import strategies
-from bactrian.passes.sharding.writing import sharding_attribute
 
 TWO = Mesh((Axis("x", 2, 1e-6, 1e-9), Axis("y", 4, 2e-6, 1e-10)))
 EQUAL = Mesh((Axis("x", 2, 1e-6, 1e-9), Axis("y", 2, 2e-6, 1e-10)))

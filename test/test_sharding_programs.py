@@ -9,12 +9,12 @@ import pytest
 import sharded
 from jaxlib.mlir import ir
 
-from bactrian.passes.errors import PassError, ProgramError
-from bactrian.passes.network.solve import solve
-from bactrian.passes.program import main_function, nested_operations, result_updates
-from bactrian.passes.sharding.model import ShardingModel, seconds_of
-from bactrian.passes.sharding.reading import Reading
-from bactrian.passes.sharding.writing import Writer
+from bactrian.passes.frame.errors import PassError, ProgramError
+from bactrian.passes.ir.main_dataflow import main_function, nested_operations, result_updates
+from bactrian.passes.network.solver import solve
+from bactrian.passes.sharding.sharding_model import ShardingModel, seconds_of
+from bactrian.passes.sharding.shardings_to_ir import Writer
+from bactrian.passes.sharding.work_from_ir import Reading
 
 AXES = (("x", 2), ("y", 4))
 

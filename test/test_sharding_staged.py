@@ -12,7 +12,15 @@ from jaxlib.mlir import ir
 
 import bactrian
 from bactrian.passes.frame.pipeline import run_pipeline
-from bactrian.passes.program import BOUNDARY, Dataflow, body, custom_call_target, main_function, phase_of, stage_of
+from bactrian.passes.ir.main_dataflow import (
+    BOUNDARY,
+    Dataflow,
+    body,
+    custom_call_target,
+    main_function,
+    phase_of,
+    stage_of,
+)
 
 BEFORE = (
     "builtin.module(flatten-calls,verify-program,canonicalize,cse,infer-phases,group-layers{num-layers=1},"

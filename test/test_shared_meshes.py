@@ -9,10 +9,10 @@ import jax
 import pytest
 
 from bactrian.driver.cli import main
-from bactrian.driver.distributed import devices_of_ranks, ranks_per_mesh
-from bactrian.driver.session import stage_ranks
-from bactrian.driver.world import World
-from bactrian.passes.errors import ConfigError
+from bactrian.driver.ranks import World
+from bactrian.driver.run.distributed_meshes import devices_of_ranks, ranks_per_mesh
+from bactrian.driver.run.session import stage_ranks
+from bactrian.passes.frame.errors import ConfigError
 
 MESH = (("data", 2), ("model", 2))
 

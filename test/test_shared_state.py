@@ -13,8 +13,9 @@ import optax
 import pytest
 
 import bactrian
-from bactrian.driver import arrays, compiled
-from bactrian.passes.errors import ConfigError, ProgramError
+from bactrian.driver.arrays import distributed_array
+from bactrian.driver.run import compiled_step
+from bactrian.passes.frame.errors import ConfigError, ProgramError
 
 WIDTHS = [16, 16, 64, 64, 64, 16, 48, 96, 24]  # of unequal layers
 
@@ -23,14 +24,14 @@ WIDTHS = [16, 16, 64, 64, 64, 16, 48, 96, 24]  # of unequal layers
 def moves(monkeypatch):
     """The arrays that were brought to the host or to other stages."""
     made = []
-    real = arrays.physical_values
+    real = distributed_array.physical_values
 
     def counted(array):
         made.append(array.path)
         return real(array)
 
-    monkeypatch.setattr(arrays, "physical_values", counted)
-    monkeypatch.setattr(compiled, "physical_values", counted)
+    monkeypatch.setattr(distributed_array, "physical_values", counted)
+    monkeypatch.setattr(compiled_step, "physical_values", counted)
     return made
 
 

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from staged_programs import chain
 
-from bactrian.passes.errors import PassError
-from bactrian.runtime.check import check_lists
-from bactrian.runtime.groups import share_lists
+from bactrian.passes.frame.errors import PassError
+from bactrian.runtime.box_routing import Axes, Box, Layout, num_elements, plan_slices, rank_tiles, tiles
+from bactrian.runtime.instruction_builder import build_lists
+from bactrian.runtime.instruction_checks import check_lists
 from bactrian.runtime.instructions import Forward, Instruction, RankList, Recv, Run, Send, describe
-from bactrian.runtime.lists import build_lists
-from bactrian.runtime.slices import Axes, Box, Layout, num_elements, plan_slices, rank_tiles, tiles
+from bactrian.runtime.mesh_groups import share_lists
 
 SHAPE = (8, 8)
 SMALL: Axes = (("a", 2), ("b", 2))

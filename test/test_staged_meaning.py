@@ -11,7 +11,7 @@ from staged_evaluator import StagedRun, run_captured, shape_and_dtype
 
 from bactrian.passes.frame.context import make_context
 from bactrian.passes.frame.pipeline import run_pipeline
-from bactrian.passes.program import (
+from bactrian.passes.ir.main_dataflow import (
     Dataflow,
     argument_roles,
     body,

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from test_network import brute_force, check_against_brute_force, complete, in_order, random_network
 
-from bactrian.passes.errors import InfeasiblePlanError
-from bactrian.passes.network import solve as solving
+from bactrian.passes.frame.errors import InfeasiblePlanError
+from bactrian.passes.network import solver as solving
+from bactrian.passes.network.bucket_elimination import elimination_order, solve_by_tables
 from bactrian.passes.network.problem import FORBIDDEN, CostNetwork
-from bactrian.passes.network.reduce import ReducedNetwork
-from bactrian.passes.network.solve import solve
-from bactrian.passes.network.tables import elimination_order, solve_by_tables
+from bactrian.passes.network.reductions import ReducedNetwork
+from bactrian.passes.network.solver import solve
 
 
 def network_of(sizes: list[int], edges: list[tuple[int, int]], seed: int, top: float = 100) -> CostNetwork:
@@ -100,7 +100,7 @@ def test_a_limit_that_does_not_bind_is_left_out(monkeypatch: pytest.MonkeyPatch)
     problem = ladder(12, 2, 4, seed=3)
     usages = tuple(np.arange(4) for _ in problem.costs)
     limited = CostNetwork(problem.costs, usages, problem.intervals, problem.edges, problem.edge_costs, 3 * 24)
-    monkeypatch.setattr("bactrian.passes.network.lifted.solve_lifted", _not_called)
+    monkeypatch.setattr("bactrian.passes.network.lifted_lp.solve_lifted", _not_called)
     assert solve(limited).cost == solve(problem).cost
 
 

@@ -8,11 +8,11 @@ import time
 import numpy as np
 import pytest
 
-from bactrian.passes.errors import InfeasiblePlanError
-from bactrian.passes.network.classes import Classes
+from bactrian.passes.frame.errors import InfeasiblePlanError
+from bactrian.passes.network.colour_refinement import Classes
 from bactrian.passes.network.problem import CostNetwork
-from bactrian.passes.network.reduce import ReducedNetwork
-from bactrian.passes.network.tied import solve_tied
+from bactrian.passes.network.reductions import ReducedNetwork
+from bactrian.passes.network.tied_classes import solve_tied
 
 
 def ring(seed: int, count: int = 12, tight: bool = False) -> CostNetwork:

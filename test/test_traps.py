@@ -18,7 +18,7 @@ from numerics import assert_equal_step
 
 import bactrian
 from bactrian.driver.api import Parallelized
-from bactrian.passes.plan import Plan
+from bactrian.passes.plan.schema import Plan
 from bactrian.runtime.instructions import Send
 
 RNG = np.random.default_rng(7)

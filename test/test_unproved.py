@@ -11,10 +11,10 @@ import pytest
 
 import bactrian
 from bactrian.passes import solve_shardings
-from bactrian.passes.errors import ConfigError
+from bactrian.passes.frame.errors import ConfigError
 from bactrian.passes.network.problem import CostNetwork
-from bactrian.passes.network.solve import Solution, solve
-from bactrian.passes.sharding.named import NAMED
+from bactrian.passes.network.solver import Solution, solve
+from bactrian.passes.sharding.baselines import NAMED
 
 CLUSTER = """
 hosts = 1

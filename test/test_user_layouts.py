@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 import bactrian
 from bactrian.driver.api import Parallelized
-from bactrian.passes.errors import ConfigError, ProgramError
+from bactrian.passes.frame.errors import ConfigError, ProgramError
 
 MESH = "data=2,model=4"
 RANDOM = np.random.default_rng(0)

@@ -17,10 +17,10 @@ from jax import lax
 from test_known_plans import f32, plan
 
 import bactrian
-from bactrian.passes.sharding.borders import Border, borders_sent
-from bactrian.passes.sharding.model import ShardingModel
-from bactrian.passes.sharding.reading import Reading
+from bactrian.passes.sharding.halo import Border, borders_sent
+from bactrian.passes.sharding.sharding_model import ShardingModel
 from bactrian.passes.sharding.strategies import Strategy
+from bactrian.passes.sharding.work_from_ir import Reading
 
 GRID = (("x", 2), ("y", 4))
 IMAGE = ("NHWC", "HWIO", "NHWC")

@@ -11,8 +11,8 @@ from typing import Any, ClassVar, TypeVar
 
 from jaxlib.mlir import ir
 
-from ..errors import ConfigError, ProgramError
 from .diagnostics import Diagnostic, Severity, merge_errors
+from .errors import ConfigError, ProgramError
 from .location import describe, user_place
 
 T = TypeVar("T")

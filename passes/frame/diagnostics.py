@@ -7,7 +7,7 @@ from typing import Literal
 
 from jaxlib.mlir import ir
 
-from ..errors import ProgramError
+from .errors import ProgramError
 from .location import Place, describe, user_place
 
 Severity = Literal["error", "warning", "remark", "note"]

@@ -6,9 +6,9 @@ import inspect
 import re
 from typing import Any
 
-from ..errors import ConfigError
 from . import registry
 from .base import Pass
+from .errors import ConfigError
 
 _MLIR_BLOCK = re.compile(r"```mlir\n(.*?)```", re.DOTALL)
 

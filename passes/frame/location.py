@@ -13,10 +13,9 @@ from dataclasses import dataclass
 
 from jaxlib.mlir import ir
 
-# Where our own code lies: as it was imported (perhaps through the links in bactrian/), and as it lies on the disk.
+# Where our own code lies: beside each other, in an installed package as in a checkout.
 _OWN_FOLDERS = tuple(
-    os.path.join(os.path.dirname(os.path.dirname(os.path.dirname(path))), name) + os.sep
-    for path in (os.path.abspath(__file__), os.path.realpath(__file__))
+    os.path.join(os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))), name) + os.sep
     for name in ("passes", "driver", "runtime", "bactrian")
 )
 _FOREIGN_PARTS = ("site-packages", "dist-packages")

@@ -14,11 +14,11 @@ from typing import Any
 
 from jaxlib.mlir import ir, passmanager
 
-from ..errors import BactrianError, ConfigError, PassError
 from . import registry, reproducer
 from .base import Pass, PassContext
 from .context import make_context
 from .diagnostics import Diagnostic, from_mlir
+from .errors import BactrianError, ConfigError, PassError
 
 ANCHOR = "builtin.module"
 

@@ -7,8 +7,8 @@ import functools
 import importlib
 import importlib.metadata
 
-from ..errors import ConfigError
 from .base import Pass
+from .errors import ConfigError
 
 ENTRY_POINT_GROUP = "bactrian.passes"
 

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bactrian.passes.errors import InfeasiblePlanError
-from bactrian.passes.network.linear import LinearProgram, Result, Twins, finest_of, joined
-from bactrian.passes.network.marginals import Prices
-from bactrian.passes.network.reduce import Array, ReducedNetwork, nothing_combines
+from bactrian.passes.frame.errors import InfeasiblePlanError
+from bactrian.passes.network.linear_programs import LinearProgram, Result, Twins, finest_of, joined
+from bactrian.passes.network.min_marginals import Prices
+from bactrian.passes.network.reductions import Array, ReducedNetwork, nothing_combines
 
 _ROWS_AT_ONCE = 12  # memory rows added after one solve
 _GAP = 1e-9  # relative, at which a solution of costs that are no integers is called optimal

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from bactrian.passes.errors import ConfigError
+from bactrian.passes.frame.errors import ConfigError
 
 FORBIDDEN = 10**18  # in files: a cost from here on forbids the choice
 

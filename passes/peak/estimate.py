@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from jaxlib.mlir import ir
 
-from bactrian.passes.mesh_tensors import mesh_axes
-from bactrian.passes.peak.order import temporary_bytes
-from bactrian.passes.peak.reading import read_function
+from bactrian.passes.ir.meshes import mesh_axes
+from bactrian.passes.peak.graph_from_ir import read_function
+from bactrian.passes.peak.live_ranges import temporary_bytes
 
 _POINTER = 8
 _MARGIN = 0.02

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from bactrian.passes.peak.graph import ELSEWHERE, Graph, Kind, Node
+from bactrian.passes.peak.value_graph import ELSEWHERE, Graph, Kind, Node
 
 _EXPENSIVE = frozenset(
     [

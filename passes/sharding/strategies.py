@@ -9,10 +9,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from bactrian.passes.sharding.borders import Border, borders_sent
-from bactrian.passes.sharding.layouts import Layout, Reduction, all_reduced, local_bytes, scatters_over
-from bactrian.passes.sharding.mesh import Mesh
-from bactrian.passes.sharding.rules import Dims, Rule
+from bactrian.passes.machine.mesh import Mesh
+from bactrian.passes.sharding.halo import Border, borders_sent
+from bactrian.passes.sharding.reshard_paths import Layout, Reduction, all_reduced, local_bytes, scatters_over
+from bactrian.passes.sharding.sharding_rules import Dims, Rule
 
 
 class Defers(enum.Enum):

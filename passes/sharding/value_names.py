@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 from jaxlib.mlir import ir
 
-from bactrian.passes.errors import ConfigError
+from bactrian.passes.frame.errors import ConfigError
 from bactrian.passes.frame.location import Place, name_stack, user_place
-from bactrian.passes.sharding.loops import INSIDE
-from bactrian.passes.sharding.stages import StageProgram
+from bactrian.passes.sharding.loop_dataflow import INSIDE
+from bactrian.passes.sharding.stage_programs import StageProgram
 
 _MOST_LISTED = 20
 _PARTS = re.compile(r"\w+")

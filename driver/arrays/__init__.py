@@ -1,0 +1,1 @@
+"""Arrays that live on the stages of a step."""

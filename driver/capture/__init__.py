@@ -1,0 +1,1 @@
+"""From a train step and its arguments to one StableHLO module."""

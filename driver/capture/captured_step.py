@@ -1,0 +1,89 @@
+"""A captured step: the module, and what Python needs beside it (trees, static leaves, the jaxpr for the reference)."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+from jaxlib.mlir import ir
+
+from bactrian.driver.arrays.distributed_array import Homes
+from bactrian.driver.capture.argument_info import ArgumentInfo, ResultInfo
+from bactrian.driver.capture.call_signature import Call, flatten_call, merged
+from bactrian.driver.capture.jaxpr_dataflow import Dataflow
+from bactrian.driver.capture.module_attributes import write_homes
+from bactrian.driver.source import line_here
+from bactrian.passes.frame.context import make_context
+from bactrian.passes.frame.errors import ProgramError
+
+
+@dataclass(frozen=True, eq=False)
+class Captured:
+    """A captured step. ``module()`` makes a fresh MLIR module of it in a context of its own."""
+
+    name: str
+    bytecode: bytes = field(repr=False)
+    fingerprint: str
+    platform: str
+    num_microbatches: int
+    schedule: str
+    forward_only: bool
+    arguments: tuple[ArgumentInfo, ...] = field(repr=False)
+    results: tuple[ResultInfo, ...] = field(repr=False)
+    call_signature: tuple[Any, ...] = field(repr=False)
+    out_tree: Any = field(repr=False)
+    out_statics: tuple[tuple[int, Any], ...] = field(repr=False)
+    dataflow: Dataflow = field(repr=False)
+    parameters: inspect.Signature | None = field(repr=False)
+    remarks: tuple[str, ...] = ()
+
+    def module(self, homes: Homes | None = None) -> ir.Module:
+        """A module of its own, with locations, that passes may rewrite; ``homes`` says where arguments are already."""
+        with make_context(), ir.Location.unknown():
+            module = ir.Module.parse(self.bytecode)
+            if homes is not None:
+                write_homes(module, homes)
+            return module
+
+    @property
+    def text(self) -> str:
+        """The module as text, with locations."""
+        return self.text_with(None)
+
+    def text_with(self, homes: Homes | None) -> str:
+        """The module as text, with locations and homes."""
+        return str(self.module(homes).operation.get_asm(enable_debug_info=True))
+
+    def flatten(self, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> list[Any]:
+        """The array leaves of a call, in the order of ``arguments``.
+
+        Raises:
+            ProgramError: shapes, dtypes, tree or static leaves differ from what was captured.
+        """
+        call = flatten_call(self.parameters, args, kwargs or {})
+        if call.signature != self.call_signature:
+            raise ProgramError(
+                f"the arguments of {self.name} are not those it was captured with",
+                where=line_here(),
+                why=_difference(self, call),
+            )
+        return call.leaves
+
+    def unflatten(self, results: Sequence[Any]) -> Any:
+        """The step's result from its array leaves; static leaves are put back."""
+        return jax.tree.unflatten(self.out_tree, merged(list(results), self.out_statics))
+
+
+def _difference(captured: Captured, call: Call) -> str:
+    tree, avals, statics = captured.call_signature
+    if tree != call.tree:
+        return f"the tree was {tree} and is {call.tree}"
+    if statics != call.statics:
+        return "static leaves (functions, strings, settings) changed"
+    for info, old, new in zip(captured.arguments, avals, call.signature[1], strict=True):
+        if old != new:
+            return f"{info.path} was {old[1]}{list(old[0])} and is {new[1]}{list(new[0])}"
+    return "a static leaf compares unequal to itself"

@@ -1,0 +1,290 @@
+"""The gradient boundary: what a train step says to be run as a pipeline.
+
+Outside a capture every function here is JAX's own. While ``driver.capture`` traces a step, results go through one
+custom call that says which values are loss, aux and gradients, and how each is reduced over the microbatches.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bactrian.driver.source import line_here
+from bactrian.passes.frame.errors import ConfigError, ProgramError
+
+GRADIENT_BOUNDARY = "bactrian.gradient_boundary"
+STAGE_BOUNDARY = "bactrian.stage_boundary"
+MICROBATCH_INDEX = "bactrian.microbatch_index"
+
+GRADIENT_REDUCTIONS = ("mean", "sum")
+REDUCTIONS = ("mean", "sum", "last", "concat")
+
+
+@dataclass(eq=False)
+class CaptureMode:
+    """One capture under way. ``index`` is the traced number of the microbatch."""
+
+    num_microbatches: int
+    forward_only: bool = False
+    index: jax.Array | None = None
+    index_used: bool = field(default=False, init=False)
+
+
+# Part of JAX's tracing cache key: a function jitted inside the step is traced anew for each capture, and a trace made
+# in a capture is never used outside of it.
+_active = jax.make_user_context(default_value=None)
+
+
+@contextmanager
+def capturing(num_microbatches: int, forward_only: bool = False) -> Generator[CaptureMode]:
+    """Makes the functions of this module mark the program that is being traced."""
+    mode = CaptureMode(num_microbatches, forward_only)
+    with _active(mode):
+        try:
+            yield mode
+        finally:
+            mode.index = None  # no tracer outlives its trace
+
+
+def trace_index(mode: CaptureMode) -> None:
+    """Puts the one ``bactrian.microbatch_index`` of a captured program where every nested function can read it."""
+    mode.index = jax.ffi.ffi_call(MICROBATCH_INDEX, jax.ShapeDtypeStruct((), jnp.int32))()
+
+
+def value_and_grad(
+    fun: Callable[..., Any],
+    argnums: int | Sequence[int] = 0,
+    has_aux: bool = False,
+    holomorphic: bool = False,
+    allow_int: bool = False,
+    *,
+    reduction: str = "mean",
+    aux_reduction: Any = "mean",
+    **options: Any,
+) -> Callable[..., tuple[Any, Any]]:
+    """``jax.value_and_grad``, whose results are reduced over the microbatches of a parallelized step.
+
+    Args:
+        fun: a scalar function, as for JAX.
+        argnums: which arguments to differentiate.
+        has_aux: whether ``fun`` returns ``(loss, aux)``.
+        holomorphic: refused; the boundary is defined for real losses.
+        allow_int: forwarded to JAX.
+        reduction: ``mean`` or ``sum`` over microbatches, of the loss and the gradients alike. A mean of masked means
+            over unequal masks is a mean of means.
+        aux_reduction: one word or a prefix tree of ``mean``, ``sum``, ``last``, ``concat`` (along dim 0, in the order
+            of the microbatches). Leaves that are not floating point need one of the last three.
+        options: JAX's other options, refused by name.
+
+    Raises:
+        ConfigError: an unknown reduction or option.
+        ProgramError: an aux leaf that can't be reduced as asked.
+    """
+    _refuse_options(holomorphic, options)
+    if reduction not in GRADIENT_REDUCTIONS:
+        raise ConfigError(
+            f"unknown reduction {reduction!r} of loss and gradients",
+            where=line_here(),
+            fix=f"use one of {', '.join(GRADIENT_REDUCTIONS)}",
+        )
+    _check_words(aux_reduction)
+    differentiated = jax.value_and_grad(fun, argnums=argnums, has_aux=has_aux, allow_int=allow_int)
+
+    @functools.wraps(fun)
+    def value_and_grad_fun(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        value, gradients = differentiated(*args, **kwargs)
+        mode: CaptureMode | None = _active.value
+        if mode is None:
+            return value, gradients
+        loss, aux = value if has_aux else (value, None)
+        loss, aux, gradients = _mark_gradients(mode, loss, aux, gradients, reduction, aux_reduction)
+        return ((loss, aux) if has_aux else loss), gradients
+
+    return value_and_grad_fun
+
+
+def grad(
+    fun: Callable[..., Any],
+    argnums: int | Sequence[int] = 0,
+    has_aux: bool = False,
+    holomorphic: bool = False,
+    allow_int: bool = False,
+    *,
+    reduction: str = "mean",
+    aux_reduction: Any = "mean",
+    **options: Any,
+) -> Callable[..., Any]:
+    """``jax.grad``, whose results are reduced over the microbatches; see ``value_and_grad``."""
+    both = value_and_grad(
+        fun, argnums, has_aux, holomorphic, allow_int, reduction=reduction, aux_reduction=aux_reduction, **options
+    )
+
+    @functools.wraps(fun)
+    def grad_fun(*args: Any, **kwargs: Any) -> Any:
+        value, gradients = both(*args, **kwargs)
+        return (gradients, value[1]) if has_aux else gradients
+
+    return grad_fun
+
+
+def microbatch_index() -> Any:
+    """The number of the microbatch under way, to fold into a random key; 0 outside a parallelized step."""
+    mode: CaptureMode | None = _active.value
+    if mode is None:
+        return np.int32(0)
+    mode.index_used = True
+    return mode.index
+
+
+def stage_boundary(x: Any) -> Any:
+    """The identity on a pytree; in a parallelized step, a request that a layer begin after it."""
+    if _active.value is None:
+        return x
+    return jax.tree.map(lambda leaf: _stage_boundary(leaf) if _is_inexact(leaf) else leaf, x)
+
+
+def _stage_boundary_call(x: Any) -> Any:
+    result = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    return jax.ffi.ffi_call(STAGE_BOUNDARY, result, vmap_method="broadcast_all")(x)
+
+
+# The identity's derivative is the identity: only the forward pass is marked.
+_stage_boundary = jax.custom_jvp(_stage_boundary_call)
+_stage_boundary.defjvps(lambda tangent, _result, _x: tangent)
+
+
+def mark(mode: CaptureMode, leaves: Sequence[Any], kinds: Sequence[str], reductions: Sequence[str]) -> list[Any]:
+    """Passes array leaves through one boundary; typed keys travel as their bits."""
+    operands = [jax.random.key_data(leaf) if _is_key(leaf) else jnp.asarray(leaf) for leaf in leaves]
+    results = [
+        jax.ShapeDtypeStruct(_reduced_shape(x.shape, reduction, mode.num_microbatches), x.dtype)
+        for x, reduction in zip(operands, reductions, strict=True)
+    ]
+    # Under vmap, "sequential" puts the call into a loop, where capture finds it and can name its line.
+    call = jax.ffi.ffi_call(GRADIENT_BOUNDARY, results, vmap_method="sequential")
+    marked = call(*operands, kinds=",".join(kinds), reductions=",".join(reductions))
+    return [
+        jax.random.wrap_key_data(y, impl=jax.random.key_impl(leaf)) if _is_key(leaf) else y
+        for leaf, y in zip(leaves, marked, strict=True)
+    ]
+
+
+def is_array(leaf: Any) -> bool:
+    """Whether a pytree leaf is data (an array, an abstract one or a Python number); everything else is static."""
+    if isinstance(leaf, (bool, int, float, complex)):
+        return True
+    dtype = getattr(leaf, "dtype", None)
+    if dtype is None or not hasattr(leaf, "shape") or isinstance(leaf, type):
+        return False
+    return dtype != jax.dtypes.float0 and not (isinstance(dtype, np.dtype) and dtype.kind in "OSUMm")
+
+
+def tree_reductions(tree: Any, words: Any, option: str) -> list[str]:
+    """One reduction per array leaf of ``tree``, from one word or a prefix tree of words.
+
+    Raises:
+        ConfigError: an unknown word.
+        ProgramError: the words do not fit the tree, or a leaf can't be reduced that way.
+    """
+    _check_words(words)
+    try:
+        spread = jax.tree.map(lambda word, part: jax.tree.map(lambda _: word, part), words, tree)
+    except ValueError as error:
+        raise ProgramError(
+            f"{option} is no prefix of the tree of values",
+            where=line_here(),
+            why=str(error),
+            fix="give one word, or a tree of words that ends where the tree of values does or earlier",
+        ) from None
+    by_path = zip(jax.tree_util.tree_leaves_with_path(tree), jax.tree.leaves(spread), strict=True)
+    reductions: list[str] = []
+    for (path, leaf), word in by_path:
+        if is_array(leaf):
+            _check_reducible(jax.tree_util.keystr(path), leaf, word, option)
+            reductions.append(word)
+    return reductions
+
+
+def _mark_gradients(
+    mode: CaptureMode, loss: Any, aux: Any, gradients: Any, reduction: str, aux_reduction: Any
+) -> tuple[Any, Any, Any]:
+    if mode.forward_only:
+        raise ProgramError(
+            "a forward-only function takes a gradient",
+            where=line_here(),
+            fix="drop forward_only=True, or return the loss without bactrian.value_and_grad",
+        )
+    aux_reductions = tree_reductions(aux, aux_reduction, "aux_reduction")
+    leaves, tree = jax.tree.flatten((loss, aux, gradients))
+    positions = [i for i, leaf in enumerate(leaves) if is_array(leaf)]
+    num_gradients = len(positions) - 1 - len(aux_reductions)
+    kinds = ["loss", *["aux"] * len(aux_reductions), *["gradient"] * num_gradients]
+    reductions = [reduction, *aux_reductions, *[reduction] * num_gradients]
+    for i, marked in zip(positions, mark(mode, [leaves[i] for i in positions], kinds, reductions), strict=True):
+        leaves[i] = marked
+    return jax.tree.unflatten(tree, leaves)
+
+
+def _refuse_options(holomorphic: bool, options: dict[str, Any]) -> None:
+    if holomorphic:
+        raise ConfigError(
+            "holomorphic=True is not supported",
+            where=line_here(),
+            why="loss and gradients are averaged over microbatches as real numbers",
+            fix="use jax.grad(holomorphic=True) inside the loss function",
+        )
+    for name, value in options.items():
+        if name == "reduce_axes" and not value:
+            continue
+        raise ConfigError(f"option {name!r} of JAX's grad is not supported", where=line_here(), fix=f"drop {name!r}")
+
+
+def _check_words(words: Any) -> None:
+    for word in jax.tree.leaves(words):
+        if word not in REDUCTIONS:
+            raise ConfigError(
+                f"unknown reduction {word!r}", where=line_here(), fix=f"use one of {', '.join(REDUCTIONS)}"
+            )
+
+
+def _check_reducible(path: str, leaf: Any, word: str, option: str) -> None:
+    value = leaf if hasattr(leaf, "dtype") else jnp.asarray(leaf)
+    name, what = path or "the value", f"{value.dtype}[{','.join(map(str, value.shape))}]"
+    if word == "concat" and not value.shape:
+        raise ProgramError(
+            f"cannot concatenate {name}: it is a scalar ({what})",
+            where=line_here(),
+            fix=f"give it {option}='mean', 'sum' or 'last', or a leading dim of 1",
+        )
+    if word == "mean" and not _is_inexact(value):
+        raise ProgramError(
+            f"cannot take the mean of {name} over microbatches: it is {what}",
+            where=line_here(),
+            why=f"{option} is 'mean' for it, and only floating-point values have a mean of their own dtype",
+            fix=f"give it {option}='sum', 'last' or 'concat', or convert it to a float",
+        )
+    if word == "sum" and (_is_key(value) or value.dtype == jnp.bool_):
+        raise ProgramError(
+            f"cannot sum {name} over microbatches: it is {what}",
+            where=line_here(),
+            fix=f"give it {option}='last' or 'concat'" + ("" if _is_key(value) else ", or convert it to an integer"),
+        )
+
+
+def _reduced_shape(shape: tuple[int, ...], reduction: str, num_microbatches: int) -> tuple[int, ...]:
+    return (shape[0] * num_microbatches, *shape[1:]) if reduction == "concat" else shape
+
+
+def _is_key(leaf: Any) -> bool:
+    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _is_inexact(leaf: Any) -> bool:
+    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.inexact)

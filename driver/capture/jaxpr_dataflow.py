@@ -1,0 +1,302 @@
+"""A traced step as straight-line data flow: what is above the gradient boundary, what below, and what depends on what.
+
+Calls of jitted functions are opened; every other equation stays one operation.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax.extend import core
+
+from bactrian.driver.capture.gradient_boundary import GRADIENT_BOUNDARY, MICROBATCH_INDEX, STAGE_BOUNDARY
+from bactrian.driver.source import line_here, line_of_equation
+from bactrian.passes.frame.errors import ProgramError
+
+_MAX_LINES_REPORTED = 5
+_LAYOUTS = ("in_shardings", "out_shardings")
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One equation on numbered values; ``callers`` are the calls it was opened from, innermost first."""
+
+    equation: Any
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    callers: tuple[Any, ...] = ()
+
+    @property
+    def line(self) -> str:
+        """The user's line."""
+        return line_of_equation(self.equation, self.callers)
+
+
+@dataclass(frozen=True, eq=False)
+class Dataflow:
+    """A closed jaxpr as a list of operations in order.
+
+    Values ``0 .. num_inputs - 1`` are the inputs; ``constants`` are literals and closed-over arrays.
+    """
+
+    num_inputs: int
+    constants: dict[int, Any]
+    operations: tuple[Operation, ...]
+    outputs: tuple[int, ...]
+    boundary: Operation
+    index: int  # the value of bactrian.microbatch_index
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """``loss``, ``aux``, ``gradient`` or ``output``: what each operand of the boundary is."""
+        return _words(self.boundary, "kinds")
+
+    @property
+    def reductions(self) -> tuple[str, ...]:
+        """How each operand of the boundary is reduced over the microbatches."""
+        return _words(self.boundary, "reductions")
+
+    def above(self) -> list[Operation]:
+        """What a microbatch does: the ancestors of the boundary's operands."""
+        return self._ancestors(self.boundary.inputs)
+
+    def below(self) -> list[Operation]:
+        """What is done once: the ancestors of the results, down to the boundary."""
+        return self._ancestors(self.outputs)
+
+    def _ancestors(self, values: Iterable[int]) -> list[Operation]:
+        needed, kept = set(values), list[Operation]()
+        for operation in reversed(self.operations):
+            if operation is not self.boundary and needed.intersection(operation.outputs):
+                needed.update(operation.inputs)
+                kept.append(operation)
+        return kept[::-1]
+
+    def dependencies(self) -> list[int]:
+        """For each output, the inputs that it depends on, as a bit set."""
+        known = {i: 1 << i for i in range(self.num_inputs)}
+        for operation in self.operations:
+            if operation is self.boundary:
+                known.update(zip(operation.outputs, (known.get(i, 0) for i in operation.inputs), strict=True))
+                continue
+            union = 0
+            for i in operation.inputs:
+                union |= known.get(i, 0)
+            known.update(dict.fromkeys(operation.outputs, union))
+        return [known.get(i, 0) for i in self.outputs]
+
+    def tainted(self, inputs: Iterable[int]) -> tuple[set[int], dict[int, Operation]]:
+        """Values computed from ``inputs`` or the microbatch's number other than through the boundary, and by what."""
+        tainted, by = {*inputs, self.index}, dict[int, Operation]()
+        for operation in self.operations:
+            if operation is not self.boundary and tainted.intersection(operation.inputs):
+                tainted.update(operation.outputs)
+                by.update(dict.fromkeys(operation.outputs, operation))
+        return tainted, by
+
+
+def flatten(closed: core.ClosedJaxpr) -> Dataflow:
+    """Straightens a traced step.
+
+    Raises:
+        ProgramError: there is no boundary, more than one, or one inside of a loop or another transformation; or the
+            step has side effects.
+    """
+    _refuse_effects(closed.jaxpr)
+    _refuse_double_donation(closed.jaxpr)
+    inliner = _Inliner()
+    inputs = [inliner.fresh() for _ in closed.jaxpr.invars]
+    outputs = inliner.inline(closed.jaxpr, closed.consts, inputs)
+    boundaries = [op for op in inliner.operations if is_call(op.equation, GRADIENT_BOUNDARY)]
+    _refuse_hidden_boundaries(inliner.operations)
+    if not boundaries:
+        raise ProgramError(
+            "the step has no gradient boundary",
+            where=line_here(),
+            why="bactrian.value_and_grad or bactrian.grad says which part of a step runs once per microbatch",
+            fix="use bactrian.value_and_grad in place of jax.value_and_grad, or forward_only=True to run a function"
+            " without gradients",
+        )
+    if len(boundaries) > 1:
+        lines = sorted({op.line for op in boundaries})
+        raise ProgramError(
+            f"the step has {len(boundaries)} gradient boundaries",
+            where="; ".join(lines),
+            why="one step takes one gradient: each boundary would be a pipeline of its own",
+            fix="add the losses up inside one function, or use jax.grad for the inner ones",
+        )
+    index = next(op.outputs[0] for op in inliner.operations if is_call(op.equation, MICROBATCH_INDEX))
+    return Dataflow(len(inputs), inliner.constants, tuple(inliner.operations), tuple(outputs), boundaries[0], index)
+
+
+def is_call(equation: Any, target: str) -> bool:
+    """Whether an equation is the custom call ``target``."""
+    return equation.primitive.name == "ffi_call" and equation.params["target_name"] == target
+
+
+def nested_jaxprs(equation: Any) -> Iterator[core.Jaxpr]:
+    """The jaxprs in an equation's parameters."""
+    for value in equation.params.values():
+        for item in value if isinstance(value, (tuple, list)) else (value,):
+            if isinstance(item, core.ClosedJaxpr):
+                yield item.jaxpr
+            elif isinstance(item, core.Jaxpr):
+                yield item
+
+
+def equations(jaxpr: core.Jaxpr, callers: tuple[Any, ...] = ()) -> Iterator[tuple[Any, tuple[Any, ...]]]:
+    """Every equation, outermost first, with the equations that it is nested in, innermost first."""
+    for equation in jaxpr.eqns:
+        yield equation, callers
+        for inner in nested_jaxprs(equation):
+            yield from equations(inner, (equation, *callers))
+
+
+def without_hints(jaxpr: core.Jaxpr) -> core.Jaxpr:
+    """The same function with every ``bactrian.stage_boundary`` and sharding constraint replaced by its operand, and no
+    layouts on inner jitted functions: what one device computes."""
+    if not any(_is_hint(equation) or _has_layouts(equation) for equation, _ in equations(jaxpr)):
+        return jaxpr
+    renamed: dict[Any, Any] = {}
+
+    def now(atom: Any) -> Any:
+        return atom if isinstance(atom, core.Literal) else renamed.get(atom, atom)
+
+    kept: list[Any] = []
+    for equation in jaxpr.eqns:
+        if _is_hint(equation):
+            renamed[equation.outvars[0]] = now(equation.invars[0])
+            continue
+        params = {name: _without_hints_in(value) for name, value in equation.params.items()}
+        if _has_layouts(equation):
+            params |= {name: (_no_layout(),) * len(params[name]) for name in _LAYOUTS}
+        kept.append(equation.replace(invars=[now(v) for v in equation.invars], params=params))
+    return jaxpr.replace(eqns=kept, outvars=[now(v) for v in jaxpr.outvars])
+
+
+def _is_hint(equation: Any) -> bool:
+    return is_call(equation, STAGE_BOUNDARY) or equation.primitive.name == "sharding_constraint"
+
+
+def _has_layouts(equation: Any) -> bool:
+    return is_jit(equation) and any(layout is not _no_layout() for name in _LAYOUTS for layout in equation.params[name])
+
+
+@functools.cache
+def _no_layout() -> Any:
+    """What JAX writes where a jitted function was given no layout."""
+    return jax.make_jaxpr(jax.jit(lambda x: x))(0).jaxpr.eqns[0].params["in_shardings"][0]
+
+
+def _without_hints_in(value: Any) -> Any:
+    if isinstance(value, core.ClosedJaxpr):
+        jaxpr = without_hints(value.jaxpr)
+        return value if jaxpr is value.jaxpr else value.replace(jaxpr=jaxpr)
+    if isinstance(value, core.Jaxpr):
+        return without_hints(value)
+    if type(value) is tuple:
+        return tuple(_without_hints_in(item) for item in value)
+    return value
+
+
+class _Inliner:
+    def __init__(self) -> None:
+        self.operations: list[Operation] = []
+        self.constants: dict[int, Any] = {}
+        self._count = 0
+
+    def fresh(self) -> int:
+        self._count += 1
+        return self._count - 1
+
+    def constant(self, value: Any) -> int:
+        number = self.fresh()
+        self.constants[number] = value
+        return number
+
+    def inline(
+        self, jaxpr: core.Jaxpr, consts: Sequence[Any], inputs: Sequence[int], callers: tuple[Any, ...] = ()
+    ) -> list[int]:
+        """Appends the operations of ``jaxpr``; returns the numbers of its results."""
+        known: dict[Any, int] = dict(zip(jaxpr.constvars, map(self.constant, consts), strict=True))
+        known.update(zip(jaxpr.invars, inputs, strict=True))
+
+        def number(atom: Any) -> int:
+            return self.constant(atom.val) if isinstance(atom, core.Literal) else known[atom]
+
+        for equation in jaxpr.eqns:
+            operands = [number(v) for v in equation.invars]
+            if is_jit(equation):
+                inner = equation.params["jaxpr"]
+                results = self.inline(inner.jaxpr, inner.consts, operands, (equation, *callers))
+            else:
+                results = [self.fresh() for _ in equation.outvars]
+                self.operations.append(Operation(equation, tuple(operands), tuple(results), callers))
+            known.update(zip(equation.outvars, results, strict=True))
+        return [number(v) for v in jaxpr.outvars]
+
+
+def is_jit(equation: Any) -> bool:
+    """Whether an equation calls a jitted function."""
+    return equation.primitive is core.primitives.jit_p
+
+
+def _words(boundary: Operation, name: str) -> tuple[str, ...]:
+    return tuple(dict(boundary.equation.params["attributes"])[name].split(","))
+
+
+def _refuse_hidden_boundaries(operations: Iterable[Operation]) -> None:
+    for operation in operations:
+        for jaxpr in nested_jaxprs(operation.equation):
+            for inner, callers in equations(jaxpr, (operation.equation, *operation.callers)):
+                if is_call(inner, GRADIENT_BOUNDARY):
+                    outer = operation.equation.primitive.name
+                    raise ProgramError(
+                        f"the gradient boundary is inside of `{outer}`" + (" or `vmap`" if outer == "scan" else ""),
+                        where=line_of_equation(inner, callers),
+                        why="everything above the boundary runs once per microbatch, everything below once per step",
+                        fix="take the gradient at the top level of the step; the microbatches are the loop",
+                    )
+
+
+def _refuse_effects(jaxpr: core.Jaxpr) -> None:
+    culprits = [
+        (equation, callers)
+        for equation, callers in equations(jaxpr)
+        if not any(True for _ in nested_jaxprs(equation))
+        and ("callback" in equation.primitive.name or (jaxpr.effects and equation.effects))
+    ]
+    if culprits:
+        lines = sorted({f"{line_of_equation(e, callers)}: {e.primitive.name}" for e, callers in culprits})[
+            :_MAX_LINES_REPORTED
+        ]
+        raise ProgramError(
+            f"the step has {len(culprits)} side effect{'s' * (len(culprits) > 1)} or host callback"
+            f"{'s' * (len(culprits) > 1)}",
+            where="; ".join(lines[:_MAX_LINES_REPORTED]),
+            why="parts of a step run on different machines, in another order, and more than once",
+            fix="return the values (as aux of bactrian.value_and_grad) and print or save them after the step",
+        )
+
+
+def _refuse_double_donation(jaxpr: core.Jaxpr, callers: tuple[Any, ...] = ()) -> None:
+    donated: dict[Any, Any] = {}
+    for equation in jaxpr.eqns:
+        for var in equation.invars:
+            if not isinstance(var, core.Literal) and var in donated:
+                raise ProgramError(
+                    "a donated value was used a second time",
+                    where=line_of_equation(equation, callers),
+                    why=f"it was donated at {line_of_equation(donated[var], callers)}",
+                    fix="drop donate_argnums from functions inside the step: state is donated by Bactrian",
+                )
+        if is_jit(equation):
+            flags = equation.params["donated_invars"]
+            gone = [v for v, flag in zip(equation.invars, flags, strict=True) if flag]
+            donated.update((v, equation) for v in gone if not isinstance(v, core.Literal))
+        for inner in nested_jaxprs(equation):
+            _refuse_double_donation(inner, (equation, *callers))

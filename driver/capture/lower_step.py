@@ -1,0 +1,343 @@
+"""Capture: a train step and its arguments become one StableHLO module that says everything the passes need.
+
+The module is what ``docs/ir.md`` calls *captured*; what Python needs beside it (trees, static leaves, the jaxpr for the
+reference) is kept in ``Captured``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend import core
+
+from bactrian.driver.capture import gradient_boundary, jaxpr_dataflow
+from bactrian.driver.capture.argument_info import ArgumentInfo, ResultInfo
+from bactrian.driver.capture.argument_shardings import asked_layouts
+from bactrian.driver.capture.call_signature import Call, abstract, flatten_call, is_key, merged, parameters_of
+from bactrian.driver.capture.captured_step import Captured
+from bactrian.driver.capture.module_attributes import annotated
+from bactrian.driver.capture.state_matching import Part, match_state
+from bactrian.driver.capture.trace_errors import explain_trace_error
+from bactrian.driver.source import line_here
+from bactrian.passes.frame.errors import BactrianError, ConfigError, ProgramError
+
+_RANDOM = re.compile("random_bits|threefry|rng_")
+
+
+def capture(
+    fun: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    batch_argnums: Sequence[int] = (1,),
+    num_microbatches: int = 1,
+    schedule: str = "1f1b",
+    state: Mapping[int, int | None] | None = None,
+    forward_only: bool = False,
+    out_reduction: Any = "concat",
+    platform: str | None = None,
+) -> Captured:
+    """Traces ``fun`` at microbatch size and lowers it; no device is used.
+
+    Args:
+        fun: the train step.
+        args, kwargs: its arguments; any leaf with a shape and a dtype is data, abstract ones included.
+        batch_argnums: positional arguments whose leaves all have the batch as dim 0.
+        num_microbatches: how many parts every batch leaf is cut into.
+        schedule: the schedule's name, for the passes.
+        state: for some arguments, the index of the result element that is the next value (``None``: read only);
+            the others are matched by tree, shapes and dtypes.
+        forward_only: ``fun`` takes no gradient; its results are reduced as ``out_reduction`` says.
+        out_reduction: one word or a prefix tree of ``mean``, ``sum``, ``last``, ``concat``.
+        platform: lower for ``cpu``, ``cuda``, …; JAX's default backend when not given.
+
+    Raises:
+        ProgramError: the step can't be run as a pipeline; names the user's line.
+        ConfigError: the options do not fit the arguments.
+    """
+    _check_count(num_microbatches)
+    parameters = parameters_of(fun)
+    call = flatten_call(parameters, args, kwargs or {})
+    batch = _batch_argnums(batch_argnums, len(call.args))
+    arguments = _arguments(call, batch, parameters)
+    avals = [_microbatch_aval(info, leaf, num_microbatches) for info, leaf in zip(arguments, call.leaves, strict=True)]
+    step = _Step(fun, parameters, call, num_microbatches, forward_only, out_reduction)
+    traced = step.trace(avals)
+    closed = traced.jaxpr.replace(jaxpr=jaxpr_dataflow.without_hints(traced.jaxpr.jaxpr))
+    flow = jaxpr_dataflow.flatten(closed)
+    results = _results(step, flow, closed)
+    _refuse_unreduced(flow, arguments, results)
+    if not forward_only:
+        arguments, results = _pair_state(step, flow, call, arguments, results, batch, state)
+    platform = platform or jax.default_backend()
+    lowered = traced.lower(lowering_platforms=(platform,))
+    options = {"num_microbatches": num_microbatches, "schedule": schedule}
+    asked = asked_layouts(call.leaves)
+    bytecode, digest = annotated(lowered.compiler_ir("stablehlo"), arguments, results, options, asked)
+    statics = _static_text((call.tree, call.statics, step.out_tree, step.out_statics, forward_only, platform))
+    return Captured(
+        name=step.name,
+        bytecode=bytecode,
+        fingerprint=hashlib.sha256(f"{digest}\n{statics}".encode()).hexdigest(),
+        platform=platform,
+        num_microbatches=num_microbatches,
+        schedule=schedule,
+        forward_only=forward_only,
+        arguments=tuple(arguments),
+        results=tuple(results),
+        call_signature=call.signature,
+        out_tree=step.out_tree,
+        out_statics=step.out_statics,
+        dataflow=flow,
+        parameters=parameters,
+        remarks=_remarks(step, flow, num_microbatches),
+    )
+
+
+class _Step:
+    """The user's function on array leaves; what it returns beside arrays is kept here."""
+
+    out_tree: Any
+    out_statics: tuple[tuple[int, Any], ...]
+    out_paths: tuple[str, ...]
+    key_impls: tuple[Any, ...]
+    index_used: bool
+
+    def __init__(
+        self,
+        fun: Callable[..., Any],
+        parameters: inspect.Signature | None,
+        call: Call,
+        num_microbatches: int,
+        forward_only: bool,
+        out_reduction: Any,
+    ) -> None:
+        self.fun, self.parameters, self.call, self.num_microbatches = fun, parameters, call, num_microbatches
+        self.forward_only, self.out_reduction = forward_only, out_reduction
+        self.name: str = getattr(fun, "__name__", type(fun).__name__)
+
+    def trace(self, avals: Sequence[jax.ShapeDtypeStruct]) -> Any:
+        """Traces to a jaxpr; errors of JAX that mean "not traceable" get the user's line."""
+        with gradient_boundary.capturing(self.num_microbatches, self.forward_only) as mode:
+
+            def flat(*leaves: Any) -> list[Any]:
+                return self._run(mode, leaves)
+
+            flat.__name__ = flat.__qualname__ = self.name
+            try:
+                traced = jax.jit(flat, keep_unused=True).trace(*avals)
+            except BactrianError:
+                raise
+            except Exception as error:
+                explained = explain_trace_error(error, self.name, self.num_microbatches)
+                if explained is None:
+                    raise
+                raise explained from error
+            self.index_used = mode.index_used
+        return traced
+
+    def _run(self, mode: gradient_boundary.CaptureMode, leaves: Sequence[Any]) -> list[Any]:
+        gradient_boundary.trace_index(mode)
+        args, kwargs = jax.tree.unflatten(self.call.tree, merged(list(leaves), self.call.statics))
+        result = self.fun(*args, **kwargs)
+        with_paths, self.out_tree = jax.tree_util.tree_flatten_with_path(result)
+        arrays = [(path, leaf) for path, leaf in with_paths if gradient_boundary.is_array(leaf)]
+        self.out_statics = tuple((i, x) for i, (_, x) in enumerate(with_paths) if not gradient_boundary.is_array(x))
+        self.out_paths = tuple("result" + jax.tree_util.keystr(path) for path, _ in arrays)
+        outputs = [leaf for _, leaf in arrays]
+        if self.forward_only:
+            words = gradient_boundary.tree_reductions(result, self.out_reduction, "out_reduction")
+            outputs = gradient_boundary.mark(mode, outputs, ["output"] * len(outputs), words)
+        self.key_impls = tuple(jax.random.key_impl(x) if is_key(getattr(x, "dtype", None)) else None for x in outputs)
+        return outputs
+
+
+def _check_count(num_microbatches: int) -> None:
+    if num_microbatches < 1:
+        raise ConfigError(f"num_microbatches is {num_microbatches}", fix="give a number of 1 or more")
+
+
+def _batch_argnums(batch_argnums: Sequence[int], num_args: int) -> set[int]:
+    for argnum in batch_argnums:
+        if not -num_args <= argnum < num_args:
+            raise ConfigError(
+                f"batch_argnums has {argnum}, but the step was called with {num_args} positional arguments",
+                where=line_here(),
+                fix="say with batch_argnums which arguments carry the batch; () for none",
+            )
+    return {argnum % num_args for argnum in batch_argnums}
+
+
+def _arguments(call: Call, batch: set[int], parameters: inspect.Signature | None) -> list[ArgumentInfo]:
+    names = _argument_names(len(call.args), parameters)
+    infos: list[ArgumentInfo] = []
+    for path, leaf in jax.tree_util.tree_leaves_with_path((call.args, call.kwargs)):
+        if not gradient_boundary.is_array(leaf):
+            continue
+        aval = abstract(leaf)
+        positional = path[0].idx == 0
+        argnum = path[1].idx if positional else None
+        name = names[argnum] if argnum is not None else path[1].key
+        role = "batch" if argnum in batch else "constant"
+        key_impl = jax.random.key_impl(_example_key(aval.dtype)) if is_key(aval.dtype) else None
+        text = name + jax.tree_util.keystr(path[2:])
+        weak_type = bool(aval.weak_type)
+        infos.append(
+            ArgumentInfo(len(infos), text, aval.shape, aval.dtype, role, argnum, key_impl, weak_type=weak_type)
+        )
+    return infos
+
+
+def _argument_names(count: int, parameters: inspect.Signature | None) -> list[str]:
+    names: list[str] = []
+    for parameter in parameters.parameters.values() if parameters else ():
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            names += [f"{parameter.name}[{i}]" for i in range(count - len(names))]
+        elif parameter.kind is not parameter.KEYWORD_ONLY and parameter.kind is not parameter.VAR_KEYWORD:
+            names.append(parameter.name)
+    return (names + [f"args[{i}]" for i in range(len(names), count)])[:count]
+
+
+def _example_key(dtype: Any) -> Any:
+    """A key array of a key dtype; only its dtype is looked at."""
+    return jnp.empty((), dtype)
+
+
+def _microbatch_aval(info: ArgumentInfo, leaf: Any, num_microbatches: int) -> jax.ShapeDtypeStruct:
+    aval = abstract(leaf)
+    if info.role != "batch":
+        return aval
+    if not info.shape:
+        raise ProgramError(
+            f"batch argument {info.path} is a scalar",
+            where=line_here(),
+            why=f"every leaf of a batch argument is cut into {num_microbatches} microbatches along dim 0",
+            fix="pass it as an argument that is not in batch_argnums",
+        )
+    if info.shape[0] % num_microbatches:
+        raise ProgramError(
+            f"batch argument {info.path} has {info.shape[0]} rows, which {num_microbatches} microbatches do not divide",
+            where=line_here(),
+            fix=f"use a batch of a multiple of {num_microbatches}, or another num_microbatches",
+        )
+    return jax.ShapeDtypeStruct(
+        (info.shape[0] // num_microbatches, *info.shape[1:]), aval.dtype, weak_type=aval.weak_type
+    )
+
+
+def _results(step: _Step, flow: jaxpr_dataflow.Dataflow, closed: core.ClosedJaxpr) -> list[ResultInfo]:
+    infos = [
+        ResultInfo(i, path, tuple(aval.shape), aval.dtype, key_impl, weak_type=getattr(aval, "weak_type", False))
+        for i, (path, aval, key_impl) in enumerate(zip(step.out_paths, closed.out_avals, step.key_impls, strict=True))
+    ]
+    assert len(infos) == len(flow.outputs)
+    return infos
+
+
+def _refuse_unreduced(
+    flow: jaxpr_dataflow.Dataflow, arguments: Sequence[ArgumentInfo], results: Sequence[ResultInfo]
+) -> None:
+    """Nothing below the boundary may depend on one microbatch other than through the boundary."""
+    batch = [info.number for info in arguments if info.role == "batch"]
+    tainted, by = flow.tainted(batch)
+    for info, value in zip(results, flow.outputs, strict=True):
+        if value not in tainted:
+            continue
+        below = {i for op in flow.operations if op is flow.boundary for i in op.outputs}
+        line = ""
+        for operation in flow.operations:  # the first that mixes both sides, else what made the result
+            if below.intersection(operation.inputs):
+                below.update(operation.outputs)
+                if tainted.intersection(operation.inputs):
+                    line = operation.line
+                    break
+        if not line and value in by:
+            line = by[value].line
+        raise ProgramError(
+            f"{info.path} depends on the batch other than through the gradient boundary",
+            where=line,
+            why="what is below the boundary runs once per step, and each microbatch has a value of its own",
+            fix="return it from the loss function as aux (has_aux=True) with an aux_reduction",
+        )
+
+
+def _pair_state(
+    step: _Step,
+    flow: jaxpr_dataflow.Dataflow,
+    call: Call,
+    arguments: list[ArgumentInfo],
+    results: list[ResultInfo],
+    batch: set[int],
+    state: Mapping[int, int | None] | None,
+) -> tuple[list[ArgumentInfo], list[ResultInfo]]:
+    names = _argument_names(len(call.args), step.parameters)
+    argument_parts = [
+        replace(part, pythonic=_all_numbers(arg))
+        for part, arg in zip(_parts(names, call.tree.children()[0], arguments, call.statics), call.args, strict=True)
+    ]
+    whole = Part.of("result", 0, step.out_tree, results, dict(step.out_statics))
+    elements = [whole]
+    root = step.out_tree.node_data()
+    is_state = any(part.signature == whole.signature for i, part in enumerate(argument_parts) if i not in batch)
+    if root is not None and root[0] in (tuple, list) and not is_state:
+        names = [f"result[{i}]" for i in range(len(step.out_tree.children()))]
+        elements = _parts(names, step.out_tree, results, step.out_statics)
+    losses = {out for out, kind in zip(flow.boundary.outputs, flow.kinds, strict=True) if kind == "loss"}
+    loss_results = {i for i, value in enumerate(flow.outputs) if value in losses}
+    candidates = {i: part for i, part in enumerate(argument_parts) if i not in batch}
+    pairs = match_state(candidates, elements, loss_results, flow.dependencies(), state)
+    updates: dict[int, int] = {}
+    for argnum, index in pairs.items():
+        for argument, result in zip(argument_parts[argnum].leaves, elements[index].leaves, strict=True):
+            updates[argument.number] = result.number
+    updated = {result: argument for argument, result in updates.items()}
+    return (
+        [replace(a, role="state", updated_by=updates[a.number]) if a.number in updates else a for a in arguments],
+        [replace(r, updates=updated.get(r.number)) for r in results],
+    )
+
+
+def _all_numbers(arg: Any) -> bool:
+    leaves = [leaf for leaf in jax.tree.leaves(arg) if gradient_boundary.is_array(leaf)]
+    return all(isinstance(leaf, (bool, int, float, complex)) for leaf in leaves)
+
+
+def _parts(names: Sequence[str], tree: Any, infos: Sequence[Any], statics: Sequence[tuple[int, Any]]) -> list[Part]:
+    """The children of the root of ``tree``, each with its own leaves out of ``infos`` and ``statics``."""
+    static, rest, start, parts = dict(statics), list(infos), 0, list[Part]()
+    for name, child in zip(names, tree.children(), strict=True):
+        own = {i - start: static[i] for i in range(start, start + child.num_leaves) if i in static}
+        count = child.num_leaves - len(own)
+        parts.append(Part.of(name, len(parts), child, rest[:count], own))
+        rest, start = rest[count:], start + child.num_leaves
+    return parts
+
+
+def _remarks(step: _Step, flow: jaxpr_dataflow.Dataflow, num_microbatches: int) -> tuple[str, ...]:
+    if num_microbatches == 1 or step.index_used:
+        return ()
+    for operation in flow.above():
+        equation = operation.equation
+        inner = (e for jaxpr in jaxpr_dataflow.nested_jaxprs(equation) for e, _ in jaxpr_dataflow.equations(jaxpr))
+        if any(_RANDOM.search(e.primitive.name) for e in (equation, *inner)):
+            return (
+                f"every microbatch gets the same random bits ({operation.line}): "
+                "fold bactrian.microbatch_index() into the key if they should differ",
+            )
+    return ()
+
+
+def _static_text(value: Any) -> str:
+    """A description that is the same in every process: functions by name, objects without their addresses."""
+    if isinstance(value, tuple):
+        return f"({', '.join(_static_text(item) for item in value)})"
+    if callable(value) and hasattr(value, "__qualname__"):
+        return f"{value.__module__}.{value.__qualname__}"
+    return re.sub(r" at 0x[0-9a-f]+", "", f"{type(value).__qualname__} {value!r}")

@@ -1,0 +1,108 @@
+"""Attributes that capture writes onto JAX's module, as ``docs/ir.md`` says under *captured*."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import sdy
+
+from bactrian.driver.arrays.distributed_array import Homes
+from bactrian.driver.capture import gradient_boundary
+from bactrian.driver.capture.argument_info import ArgumentInfo, ResultInfo
+from bactrian.driver.capture.argument_shardings import Asked, write_asked
+from bactrian.passes.frame.context import make_context
+from bactrian.passes.frame.errors import ConfigError
+from bactrian.passes.ir.main_dataflow import (
+    argument_attributes,
+    body,
+    custom_call_target,
+    integer,
+    main_function,
+    result_attributes,
+)
+
+_NO_MESH = "#sdy.mesh<[]>"
+
+
+def annotated(
+    module: ir.Module,
+    arguments: Sequence[ArgumentInfo],
+    results: Sequence[ResultInfo],
+    options: Mapping[str, int | str],
+    asked: Sequence[tuple[int, Asked]],
+) -> tuple[bytes, str]:
+    """Bytecode of the module with our attributes, and the digest of its text without locations."""
+    jax_bytecode = io.BytesIO()
+    module.operation.write_bytecode(jax_bytecode)
+    with make_context(), ir.Location.unknown():
+        ours = ir.Module.parse(jax_bytecode.getvalue())
+        for name, value in options.items():
+            ours.operation.attributes[f"bactrian.{name}"] = (
+                ir.StringAttr.get(value) if isinstance(value, str) else integer(value)
+            )
+        main = main_function(ours)
+        block = body(main)
+        if len(block.arguments) != len(arguments):
+            raise ConfigError(
+                f"JAX lowered {len(arguments)} arguments to {len(block.arguments)}",
+                fix="switch jax_use_simplified_jaxpr_constants off",
+            )
+        argument_attrs = argument_attributes(main)
+        for info, attrs, argument in zip(arguments, argument_attrs, block.arguments, strict=True):
+            attrs["bactrian.role"] = ir.StringAttr.get(info.role)
+            argument.set_location(ir.Location.name(info.path))
+        write_asked(ours, asked, [len(info.physical.shape) for info in arguments], argument_attrs)
+        result_attrs = result_attributes(main)
+        for info, attrs in zip(results, result_attrs, strict=True):
+            attrs["jax.result_info"] = ir.StringAttr.get(info.path)
+            if info.updates is not None:
+                attrs["bactrian.updates"] = integer(info.updates)
+        for name, dicts in (("arg_attrs", argument_attrs), ("res_attrs", result_attrs)):
+            if dicts:
+                main.attributes[name] = ir.ArrayAttr.get([ir.DictAttr.get(d) for d in dicts])
+        _drop_noise(ours, block)
+        text = str(ours.operation.get_asm(enable_debug_info=False))
+        bytecode = io.BytesIO()
+        ours.operation.write_bytecode(bytecode)
+    return bytecode.getvalue(), hashlib.sha256(text.encode()).hexdigest()
+
+
+def write_homes(module: ir.Module, homes: Homes) -> None:
+    """Say on the arguments of `@main` which stages have them already."""
+    main = main_function(module)
+    arguments = argument_attributes(main)
+    for number, stages in homes.stages:
+        arguments[number]["bactrian.home"] = ir.ArrayAttr.get([integer(stage) for stage in stages])
+    main.attributes["arg_attrs"] = ir.ArrayAttr.get([ir.DictAttr.get(attrs) for attrs in arguments])
+    module.operation.attributes["bactrian.num_stages"] = integer(homes.num_stages)
+
+
+def _drop_noise(module: ir.Module, main: ir.Block) -> None:
+    """Removes the microbatch index when nothing reads it, and JAX's constraints of keys to no mesh at all."""
+    index = next(op for op in main.operations if custom_call_target(op.operation) == gradient_boundary.MICROBATCH_INDEX)
+    if not any(True for _ in index.results[0].uses):
+        index.erase()
+    meshes = [op for op in module.body.operations if op.name == "sdy.mesh" and str(op.attributes["mesh"]) == _NO_MESH]
+    if not meshes:
+        return
+    prefixes = tuple(f"#sdy.sharding<@{ir.StringAttr(op.attributes['sym_name']).value}," for op in meshes)
+    constraints: list[ir.Operation] = []
+
+    def visit(op: Any) -> ir.WalkResult:
+        constraints.append(op.operation)
+        return ir.WalkResult.ADVANCE
+
+    module.operation.walk(visit, ir.WalkOrder.PRE_ORDER, sdy.ShardingConstraintOp)
+    for op in constraints:
+        if not str(op.attributes["sharding"]).startswith(prefixes):
+            continue
+        op.results[0].replace_all_uses_with(op.operands[0])
+        op.erase()
+    text = str(module.operation.get_asm(enable_debug_info=False, large_elements_limit=0))
+    for op, prefix in zip(meshes, prefixes, strict=True):
+        if text.count(prefix.removeprefix("#sdy.sharding<").removesuffix(",")) == 1:
+            op.erase()

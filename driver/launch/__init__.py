@@ -1,0 +1,1 @@
+"""``bactrian run``: ranks are started, watched and told apart."""

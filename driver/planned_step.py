@@ -1,0 +1,88 @@
+"""A step cut into stages: what can be printed, saved, compared and compiled."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from bactrian.driver.capture.captured_step import Captured
+from bactrian.driver.planning.explain_value import explain_value
+from bactrian.driver.planning.plan_broadcast import outline, with_layouts_of_main
+from bactrian.driver.planning.stage_program import Staged
+from bactrian.driver.ranks import World
+from bactrian.driver.run.compiled_step import Compiled
+from bactrian.driver.run.session import check_ranks, open_session
+from bactrian.driver.xla.compare_bytes import Comparison, compare
+from bactrian.passes.frame.reproducer import versions
+from bactrian.passes.plan.plan_table import plan_html
+from bactrian.passes.plan.schema import Plan
+from bactrian.passes.sharding.explain import Explanation
+
+
+class Planned:
+    """A step cut into stages: the plan and the staged module."""
+
+    def __init__(self, captured: Captured, staged: Staged, *, is_shared: bool = False) -> None:
+        """``is_shared``: every rank has it from rank 0."""
+        self.captured, self.staged, self._is_shared = captured, staged, is_shared
+
+    @property
+    def plan(self) -> Plan:
+        """The decisions and their predictions."""
+        return self.staged.plan
+
+    @property
+    def staged_text(self) -> str:
+        """The staged module as text."""
+        return self.staged.text
+
+    def __str__(self) -> str:
+        return str(self.plan)
+
+    def _repr_html_(self) -> str:
+        return plan_html(self.plan)
+
+    def show(self) -> None:
+        """Print the table of stages."""
+        self.plan.show()
+
+    def save(self, directory: str | Path) -> None:
+        """Write ``plan.json`` and ``staged.mlir`` into a folder; on a mesh ``solve.mlir`` too, for ``bactrian explain``."""
+        self.staged.save(directory)
+
+    def explain(self, value: str, *, stage: int | None = None, time_limit: float = 60.0) -> Explanation:
+        """Which layouts a value could have, what a step would take with each, and what bound the choice.
+
+        Args:
+            value: the pytree path of an argument (``state['w']``) or the name stack of an op, or a part that only one has.
+            stage: whose value it is, where several stages hold it.
+            time_limit: seconds for all of it.
+
+        Raises:
+            ConfigError: stages have one device each; no value, or several, are called so.
+        """
+        with TemporaryDirectory(prefix="bactrian-") as folder:
+            self.save(folder)
+            return explain_value(folder, value, stage, time_limit)
+
+    def compare_xla(self) -> Comparison:
+        """Compile for this process's devices, and compare what the functions send with what is predicted."""
+        return compare(self.staged)
+
+    def compile(self) -> Compiled:
+        """Compile this process's stages (collective: all ranks call it). Layouts are those that rank 0 found.
+
+        Raises:
+            ConfigError: the ranks do not fit the plan, or run different programs.
+        """
+        world = World.current()
+        shared = check_ranks([stage.mesh for stage in self.plan.stages], world)
+        own = {
+            "versions": ", ".join(f"{name} {version}" for name, version in sorted(versions().items())),
+            "the program": self.captured.fingerprint,
+            "the plan": outline(self.plan).to_json(),
+            "the number of ranks of a mesh": str(shared),
+        }
+        world.check_equal(own)
+        staged = self.staged if self._is_shared else with_layouts_of_main(self.staged, world)
+        return Compiled(self.captured, open_session(staged, world))

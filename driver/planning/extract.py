@@ -1,0 +1,149 @@
+"""From the staged module to the runtime's plain data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from jaxlib.mlir import ir
+
+from bactrian.passes.ir.main_dataflow import (
+    UPDATE,
+    body,
+    integer_attribute,
+    main_function,
+    required_integer,
+    string_attribute,
+    terminator,
+)
+from bactrian.passes.ir.meshes import axis_names, mesh_tensor_parts, stage_axes
+from bactrian.runtime.staged_program import ArgumentPiece, Call, ResultPiece, StagedProgram, Transfer, Value
+
+_DTYPES = {
+    "i1": "bool",
+    "i4": "int4",
+    "ui4": "uint4",
+    "bf16": "bfloat16",
+    "complex<f32>": "complex64",
+    "complex<f64>": "complex128",
+    "f8E4M3FN": "float8_e4m3fn",
+    "f8E5M2": "float8_e5m2",
+    **{f"i{bits}": f"int{bits}" for bits in (8, 16, 32, 64)},
+    **{f"ui{bits}": f"uint{bits}" for bits in (8, 16, 32, 64)},
+    **{f"f{bits}": f"float{bits}" for bits in (16, 32, 64)},
+}
+
+
+def numpy_dtype(element: ir.Type) -> str:
+    """The numpy name of a tensor's element type."""
+    text = str(element)
+    if text not in _DTYPES:
+        from bactrian.passes.frame.errors import ProgramError
+
+        raise ProgramError(f"element type {text} can't cross between stages", fix="cast the value to a standard dtype")
+    return _DTYPES[text]
+
+
+@dataclass
+class _Reader:
+    values: list[Value] = field(default_factory=list[Value])
+    number: dict[ir.Value, int] = field(default_factory=dict[ir.Value, int])
+
+    def add(self, value: ir.Value, per_microbatch: bool) -> int:
+        """Number one value of the staged ``@main``."""
+        stage, tensor, sharding = mesh_tensor_parts(value.type)
+        number = len(self.values)
+        shape, dtype = tuple(tensor.shape), numpy_dtype(tensor.element_type)
+        self.values.append(Value(number, stage, shape, dtype, per_microbatch, axis_names(sharding)))
+        self.number[value] = number
+        return number
+
+
+def extract(module: ir.Module) -> StagedProgram:
+    """Read a scheduled module (``docs/ir.md`` section 9) into a `StagedProgram`."""
+    with module.context:
+        return _extract(module)
+
+
+def _extract(module: ir.Module) -> StagedProgram:
+    root, main = module.operation, main_function(module)
+    functions = {
+        ir.StringAttr(view.operation.attributes["sym_name"]).value: view.operation
+        for view in module.body.operations
+        if view.operation.name == "func.func"
+    }
+    reader = _Reader()
+    arguments: list[ArgumentPiece] = []
+    counters: set[ir.Value] = set()
+    for value, entry in zip(body(main).arguments, ir.ArrayAttr(main.attributes["arg_attrs"]), strict=True):
+        attributes = ir.DictAttr(entry)
+        role = ir.StringAttr(attributes["bactrian.role"]).value
+        if role == "microbatch_index":
+            counters.add(value)
+            continue
+        argument = ir.IntegerAttr(attributes["bactrian.argument"]).value
+        arguments.append(ArgumentPiece(argument, role, reader.add(value, role == "batch")))
+    calls: list[Call] = []
+    transfers: list[Transfer] = []
+    for view in body(main).operations:
+        op = view.operation
+        if op.name == "mpmd.fragment_call":
+            calls.append(_call(op, functions, reader, counters))
+        elif op.name == "mpmd.transfer":
+            source = reader.number[op.operands[0]]
+            once = string_attribute(op, "bactrian.phase") == UPDATE
+            target = reader.add(op.results[0], reader.values[source].per_microbatch and not once)
+            transfers.append(Transfer(source, target))
+    num_stages = required_integer(root, "bactrian.num_stages", "assign-stages")
+    return StagedProgram(
+        num_stages=num_stages,
+        num_microbatches=required_integer(root, "bactrian.num_microbatches", "capture"),
+        schedule=string_attribute(root, "bactrian.schedule") or "",
+        values=tuple(reader.values),
+        calls=tuple(calls),
+        transfers=tuple(transfers),
+        arguments=tuple(arguments),
+        results=tuple(_results(main, reader)),
+        order=tuple(
+            tuple(ir.StringAttr(token).value for token in ir.ArrayAttr(tokens))
+            for tokens in ir.ArrayAttr(root.attributes["bactrian.order"])
+        ),
+        meshes=stage_axes(module, num_stages),
+    )
+
+
+def _call(op: ir.Operation, functions: dict[str, ir.Operation], reader: _Reader, counters: set[ir.Value]) -> Call:
+    symbol = ir.FlatSymbolRefAttr(op.attributes["callee"]).value
+    phase = string_attribute(op, "bactrian.phase") or ""
+    stage = integer_attribute(op, "bactrian.stage") or 0
+    inputs = tuple(-1 if value in counters else reader.number[value] for value in op.operands)
+    per_microbatch = phase in ("forward", "backward", "forward_backward")
+    outputs = tuple(reader.add(value, per_microbatch) for value in op.results)
+    donated: list[int] = []
+    carries: list[tuple[int, int]] = []
+    for position, entry in enumerate(ir.ArrayAttr(functions[symbol].attributes["arg_attrs"])):
+        attributes = ir.DictAttr(entry)
+        if "tf.aliasing_output" in attributes:
+            donated.append(position)
+            if "bactrian.accumulator" in attributes:
+                carries.append((position, ir.IntegerAttr(attributes["tf.aliasing_output"]).value))
+    return Call(
+        function=symbol,
+        stage=stage,
+        phase=phase,
+        round=integer_attribute(op, "bactrian.round") or 0,
+        inputs=inputs,
+        outputs=outputs,
+        donated=tuple(donated),
+        carries=tuple(carries),
+        index_input=inputs.index(-1) if -1 in inputs else None,
+    )
+
+
+def _results(main: ir.Operation, reader: _Reader) -> list[ResultPiece]:
+    entries = ir.ArrayAttr(main.attributes["res_attrs"])
+    pieces: list[ResultPiece] = []
+    for value, entry in zip(terminator(main).operands, entries, strict=True):
+        attributes = ir.DictAttr(entry)
+        updates = ir.IntegerAttr(attributes["bactrian.updates"]).value if "bactrian.updates" in attributes else None
+        pieces.append(ResultPiece(ir.IntegerAttr(attributes["bactrian.result"]).value, reader.number[value], updates))
+    return pieces

@@ -1,0 +1,161 @@
+"""Layouts whose functions fit into a device: solved again, with less memory to fill, until what XLA needs fits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from jaxlib.mlir import ir
+
+from bactrian.driver.planning.extract import extract
+from bactrian.driver.planning.plan_shardings import read_shardings
+from bactrian.driver.planning.stage_memory import StagePeak, stage_peak
+from bactrian.passes.frame.errors import InfeasiblePlanError
+from bactrian.passes.frame.pipeline import Report
+from bactrian.passes.peak.estimate import module_memory
+from bactrian.passes.plan.plan_table import human_bytes
+from bactrian.passes.plan.stage_sharding import ShardingPlan
+from bactrian.passes.sharding.solve_snapshot import ATTRIBUTE
+from bactrian.runtime.staged_program import StagedProgram
+
+_TRIES = 6
+
+Cut = Callable[[ir.Module, int | None], Report]
+"""Cuts a module into stages, in place, with so many bytes for the solver to fill."""
+Again = Callable[[], ir.Module]
+"""Makes a module from before layouts were chosen, each time a new one."""
+
+
+class Fitting:
+    """Tries to fit a program into the devices' memory.
+
+    The solver's memory is that of values; what XLA needs beside them is known when the stage functions are there. If it is
+    too much, the solver gets as much less as was missing.
+
+    Attributes:
+        shardings: of the last try, with their peaks.
+        limit: bytes that the solver may fill in the next try; None if the last one fits.
+    """
+
+    def __init__(self, module: ir.Module, program: StagedProgram, shardings: tuple[ShardingPlan, ...]) -> None:
+        self._device = min(each.limit_bytes or 0 for each in shardings)
+        self._bounds = [each.bound_seconds for each in shardings]
+        self._tries = 0
+        self._is_lean = False
+        self.limit: int | None = None
+        self.add(module, program, shardings)
+
+    def add(self, module: ir.Module, program: StagedProgram, shardings: tuple[ShardingPlan, ...]) -> None:
+        """Look at another try.
+
+        Raises:
+            InfeasiblePlanError: it was the last one, and does not fit.
+        """
+        functions = module_memory(module)
+        self._peaks = [stage_peak(program, stage, functions) for stage in range(program.num_stages)]
+        self.shardings = tuple(
+            replace(each, peak_bytes=peak.nbytes, temporary_bytes=peak.temporaries, bound_seconds=bound)
+            for each, peak, bound in zip(shardings, self._peaks, self._bounds, strict=True)
+        )
+        limits = [
+            sum(nbytes for _, nbytes in each.memory_bytes) - (peak.nbytes - self._device)
+            for each, peak in zip(self.shardings, self._peaks, strict=True)
+            if peak.nbytes > self._device
+        ]
+        self._known = self._device if self.limit is None else self.limit
+        self._tries += 1
+        self.limit = max(1, min(*limits, self._known - 1)) if limits else None
+        if self.limit is not None and self._tries == _TRIES:
+            raise self.error()
+
+    def lean(self, error: InfeasiblePlanError) -> None:
+        """The solver has no layouts for so little: once, the leanest that it has are tried.
+
+        Raises:
+            InfeasiblePlanError: it was tried already, or would fill as much as layouts that did not fit.
+        """
+        if self._is_lean or error.least_bytes is None or error.least_bytes >= self._known:
+            raise self.error() from error
+        self._is_lean, self.limit = True, error.least_bytes
+
+    def error(self) -> InfeasiblePlanError:
+        """What did not fit in the last try."""
+        stage = max(range(len(self._peaks)), key=lambda each: self._peaks[each].nbytes)
+        peak: StagePeak = self._peaks[stage]
+        return InfeasiblePlanError(
+            f"cannot fit stage {stage} into a device: it needs {human_bytes(peak.nbytes)}, "
+            f"a device has {human_bytes(self._device)}, {human_bytes(peak.nbytes - self._device)} are missing",
+            where=f"{peak.function}, when a device holds most",
+            why=f"{human_bytes(peak.temporaries)} of it are copies and temporaries, as predicted of XLA for CPUs; no layouts "
+            f"that need less were found in {self._tries} {'try' if self._tries == 1 else 'tries'}",
+            fix="use more microbatches, stages or devices, or a cluster whose devices have more memory",
+        )
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A program in stages whose functions fit into their devices.
+
+    Attributes:
+        module: the staged module.
+        program: as the runtime reads it.
+        shardings: of every stage, with their peaks; nothing where stages have one device.
+        report: of the passes.
+    """
+
+    module: ir.Module
+    program: StagedProgram
+    shardings: tuple[ShardingPlan, ...]
+    report: Report
+
+
+def fit(module: ir.Module, again: Again | None, cut: Cut, paths: Sequence[str] = ()) -> Fitted:
+    """Cut a program into stages, again with less memory to fill until it fits.
+
+    Args:
+        module: which is consumed.
+        again: makes the module that the next try consumes; None where nothing has layouts.
+        cut: does it, in place; with bytes that the solver may fill, or None for all that a device has.
+        paths: of the arguments, for people.
+
+    Raises:
+        InfeasiblePlanError: nothing fits, or was found to.
+    """
+    report = cut(module, None)
+    program = extract(module)
+    shardings = read_shardings(module, program, paths)
+    if again is None or not shardings:
+        return Fitted(module, program, shardings, report)
+    fitting = Fitting(module, program, shardings)
+    while fitting.limit is not None:
+        with module.context:
+            module = again()
+        try:
+            report = cut(module, fitting.limit)
+        except InfeasiblePlanError as error:
+            fitting.lean(error)
+            continue
+        program = extract(module)
+        fitting.add(module, program, read_shardings(module, program, paths))
+    return Fitted(module, program, fitting.shardings, report)
+
+
+def is_fitting(again: Again, cut: Cut) -> bool:
+    """Whether the program that ``again`` makes can be cut into stages that fit. The context must be entered."""
+    try:
+        fit(again(), again, cut)
+    except InfeasiblePlanError:
+        return False
+    return True
+
+
+def solved_again(unsolved: ir.Operation) -> ir.Module:
+    """The module as it was before layouts were chosen, to be worked on. Its context must be entered."""
+    with unsolved.location:
+        module = ir.Module.create()
+    for name in unsolved.attributes:
+        if name != ATTRIBUTE:
+            module.operation.attributes[name] = unsolved.attributes[name]
+    for view in unsolved.regions[0].blocks[0].operations:
+        module.body.append(view.operation.clone(ip=False))
+    return module

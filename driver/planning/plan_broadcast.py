@@ -1,0 +1,113 @@
+"""One plan for all ranks: rank 0 makes it, the others take it over.
+
+A choice of layouts that ends by the clock is not the same twice, and ranks of one host would solve against each other.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from jaxlib.mlir import ir
+
+from bactrian.driver.planning.options import Options
+from bactrian.driver.planning.stage_program import Staged
+from bactrian.driver.ranks import World
+from bactrian.passes.frame.context import make_context
+from bactrian.passes.frame.diagnostics import Diagnostic
+from bactrian.passes.ir.meshes import num_devices
+from bactrian.passes.plan.schema import Axes, Plan, axes_words, fingerprint_text
+from bactrian.passes.plan.stage_sharding import ShardingPlan
+
+
+def staged_together(make: Callable[[], Staged], fingerprint: str, options: Options, mesh: Axes, world: World) -> Staged:
+    """What ``make`` gives on rank 0, on every rank (collective).
+
+    Args:
+        make: plans the program; called on rank 0 alone.
+        fingerprint: of the program, which every rank has captured.
+        options: what every rank was told.
+        mesh: of every stage.
+        world: the ranks.
+
+    Raises:
+        ConfigError: ranks have other programs or options.
+        BactrianError: what ``make`` raised on rank 0.
+    """
+    world.check_equal(
+        {
+            "the program": fingerprint,
+            "num_stages": str(options.num_stages),
+            "the mesh": axes_words(mesh),
+            "the strategy": options.strategy,
+            "donate": str(options.donate),
+            "the cluster file": fingerprint_text(Path(options.cluster).read_text()) if options.cluster else "none",
+            "the plan that is applied": "none" if options.plan is None else options.plan.to_json(),
+        }
+    )
+    made = list[Staged]()
+
+    def packed() -> _Packed:
+        made.append(make())
+        return _pack(made[0])
+
+    received = world.of_main(packed)
+    return made[0] if made else _unpack(received)
+
+
+def with_layouts_of_main(staged: Staged, world: World) -> Staged:
+    """The staged program of rank 0, where ranks that decided the same found other layouts (collective)."""
+    if world.comm is None or all(num_devices(stage.mesh) == 1 for stage in staged.plan.stages):
+        return staged
+    digests: list[str] = world.comm.allgather(fingerprint_text(f"{staged.plan.to_json()}\n{staged.text}"))
+    if len(set(digests)) == 1:
+        return staged
+    received = world.of_main(lambda: _pack(staged))
+    return staged if world.rank == 0 else _unpack(received)
+
+
+def outline(plan: Plan) -> Plan:
+    """A plan without what a search that ends by the clock may find otherwise: layouts on meshes, and what follows of them."""
+    if all(num_devices(stage.mesh) == 1 for stage in plan.stages):
+        return plan
+    stages = tuple(replace(stage, sharding=_asked(stage.sharding), predicted_seconds=None) for stage in plan.stages)
+    return replace(plan, stages=stages, predicted_step_seconds=None, peak_memory_bytes=None)
+
+
+def _asked(sharding: ShardingPlan | None) -> ShardingPlan | None:
+    return None if sharding is None else ShardingPlan(sharding.strategy, given=sharding.given)
+
+
+@dataclass(frozen=True)
+class _Packed:
+    """A staged program as it is sent."""
+
+    plan: str
+    module: bytes
+    unsolved: bytes | None
+    donate: bool
+    diagnostics: tuple[Diagnostic, ...]
+
+
+def _pack(staged: Staged) -> _Packed:
+    unsolved = None if staged.unsolved is None else _bytecode(staged.unsolved)
+    return _Packed(
+        staged.plan.to_json(), _bytecode(staged.module.operation), unsolved, staged.donate, staged.diagnostics
+    )
+
+
+def _unpack(packed: _Packed) -> Staged:
+    with make_context(), ir.Location.unknown():
+        module = ir.Module.parse(packed.module)
+        unsolved = None if packed.unsolved is None else ir.Module.parse(packed.unsolved).operation
+    plan = Plan.from_json(packed.plan, source="the plan of rank 0")
+    return Staged(plan, module, packed.donate, packed.diagnostics, unsolved)
+
+
+def _bytecode(op: ir.Operation) -> bytes:
+    with op.context:
+        written = io.BytesIO()
+        op.write_bytecode(written)
+    return written.getvalue()

@@ -1,0 +1,1 @@
+"""Measuring this host's devices, and the cluster file that it gives."""

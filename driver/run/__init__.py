@@ -1,0 +1,1 @@
+"""A compiled step on this process's share of the cluster."""

@@ -1,0 +1,131 @@
+"""Meshes with the devices of several ranks: joining the ranks' devices by ``jax.distributed``, and dealing them out."""
+
+from __future__ import annotations
+
+import math
+import socket
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from bactrian.driver.xla.compile_stage import Device
+from bactrian.passes.frame.errors import ConfigError
+from bactrian.runtime.staged_program import StagedProgram
+
+_SHUTDOWN_SECONDS = 24 * 60 * 60  # ranks that are done wait for the others, as at the end of MPI
+
+
+def join_ranks(comm: Any) -> None:
+    """Make the devices of all ranks known to each (collective), before jax starts.
+
+    A rank that dies is noticed by mpirun and the launcher, which end the job; JAX's own heartbeat is what is left where
+    they can't.
+    """
+    rank, size = comm.Get_rank(), comm.Get_size()
+    host = socket.gethostname()
+    local = "127.0.0.1" if len(set(comm.allgather(host))) == 1 else None
+    port = 0
+    if rank == 0:
+        with socket.create_server((local or "", 0)) as server:
+            port = server.getsockname()[1]
+    port = comm.bcast(port)
+    jax.distributed.initialize(
+        f"{local or comm.bcast(host)}:{port}",
+        size,
+        rank,
+        shutdown_timeout_seconds=_SHUTDOWN_SECONDS,
+        coordinator_bind_address=local and f"{local}:{port}",
+    )
+
+
+def ranks_per_mesh(meshes: Sequence[Sequence[tuple[str, int]]], world: Any, local: Sequence[Device]) -> int:
+    """How many ranks' devices a mesh is made of; 1 where a rank has enough by itself.
+
+    Args:
+        meshes: names and sizes of the axes of each stage's mesh.
+        world: this process among its peers.
+        local: this rank's devices.
+
+    Raises:
+        ConfigError: there are not the devices, or the ranks are not joined, or can't be divided so.
+    """
+    sizes = [math.prod(size for _, size in mesh) for mesh in meshes]
+    needed, each = max(sizes), len(local)
+    if needed <= each:
+        return 1
+    stage = sizes.index(needed)
+    words = ",".join(f"{name}={size}" for name, size in meshes[stage])
+    several = world.comm is not None
+    mesh = f"stage {stage} has a mesh of {needed} devices ({words})"
+    whose = "each rank" if several else "this process"
+    makes = f"bactrian run --devices {needed}, or XLA_FLAGS=--xla_force_host_platform_device_count={needed}"
+    if not several or not jax.distributed.is_initialized():
+        joins = (
+            "bactrian run --distributed joins the ranks' devices, as does jax.distributed.initialize("
+            'cluster_detection_method="mpi4py") under mpirun, before jax is used; '
+        )
+        raise ConfigError(
+            f"{mesh}, {whose} has {each}",
+            why="the devices of one mesh belong to one process, unless jax.distributed joins several",
+            fix=f"{joins if several else ''}{makes}, makes as many of a CPU; or take a smaller mesh",
+        )
+    _check_joined(world)
+    _check_equal_shares(each)
+    if needed % each:
+        raise ConfigError(
+            f"{mesh}, {whose} has {each}, which does not divide {needed}",
+            why="a mesh has all devices of some ranks, or some of one",
+            fix=f"take a mesh of a multiple of {each} devices, or ranks with another number of them",
+        )
+    if min(sizes) != needed:
+        other = sizes.index(min(sizes))
+        raise ConfigError(
+            f"{mesh}, stage {other} one of {sizes[other]}",
+            why=f"meshes over several ranks are of one size, {each} devices a rank",
+            fix="give all stages meshes of the same size, or every rank enough devices for the largest",
+        )
+    ranks = needed // each
+    if world.num_ranks % ranks:
+        raise ConfigError(
+            f"{mesh}, which takes {ranks} ranks of {each} devices, but {world.num_ranks} ranks were started",
+            why=f"{world.num_ranks} is no multiple of {ranks}",
+            fix=f"start {world.num_ranks // ranks * ranks or ranks} or {(world.num_ranks // ranks + 1) * ranks} ranks",
+        )
+    return ranks
+
+
+def _check_joined(world: Any) -> None:
+    count, index = jax.process_count(), jax.process_index()
+    if (count, index) != (world.num_ranks, world.rank):
+        raise ConfigError(
+            f"jax.distributed joins {count} processes, of which this is number {index}; "
+            f"MPI has {world.num_ranks} ranks, of which this is number {world.rank}",
+            why="messages between stages and collectives within them go by the same numbers",
+            fix='jax.distributed.initialize(cluster_detection_method="mpi4py"), or bactrian run --distributed',
+        )
+
+
+def _check_equal_shares(each: int) -> None:
+    shares = [0] * jax.process_count()
+    for device in jax.devices():
+        shares[device.process_index] += 1
+    odd = [rank for rank, share in enumerate(shares) if share != each]
+    if odd:
+        raise ConfigError(
+            f"rank {odd[0]} has {shares[odd[0]]} devices, rank {jax.process_index()} has {each}",
+            why="a mesh over several ranks has equally many devices of each",
+            fix="give every rank the same number of devices",
+        )
+
+
+def devices_of_ranks(ranks: Sequence[int]) -> list[Device]:
+    """The devices of some ranks, rank by rank."""
+    place = {rank: i for i, rank in enumerate(ranks)}
+    mine = [device for device in jax.devices() if device.process_index in place]
+    return sorted(mine, key=lambda device: (place[device.process_index], device.id))
+
+
+def meshes_of(program: StagedProgram) -> list[tuple[tuple[str, int], ...]]:
+    """The mesh of every stage."""
+    return [program.mesh(stage) for stage in range(program.num_stages)]

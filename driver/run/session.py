@@ -1,0 +1,231 @@
+"""A staged program on this process's share of the cluster: compiled functions, lists, executors."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Sharding
+
+from bactrian.driver.planning.stage_program import Staged
+from bactrian.driver.ranks import World
+from bactrian.driver.run.distributed_meshes import devices_of_ranks, meshes_of, ranks_per_mesh
+from bactrian.driver.xla.compile_stage import (
+    Device,
+    StageFunction,
+    compile_functions,
+    device_array,
+    function_texts,
+    mesh_sharding,
+)
+from bactrian.passes.frame.errors import ConfigError
+from bactrian.passes.ir.meshes import Axes
+from bactrian.runtime import faults
+from bactrian.runtime.executor import Executor, Meter, run_together
+from bactrian.runtime.instruction_builder import build_lists
+from bactrian.runtime.instruction_checks import Report, check_lists
+from bactrian.runtime.instructions import RankList, Slot
+from bactrian.runtime.mesh_groups import share_lists
+from bactrian.runtime.rank_lifecycle import has_own_cores, pin_cores
+from bactrian.runtime.staged_program import StagedProgram
+from bactrian.runtime.timeline import Tracer, gather_traces, write_trace
+from bactrian.runtime.transports.interface import InProcessTransport, LocalNetwork, Transport
+
+
+class Places:
+    """Where the values of a staged program live in this process."""
+
+    def __init__(self, program: StagedProgram, devices: Mapping[int, Sequence[Device]]) -> None:
+        self._program, self._devices = program, devices
+        self._known: dict[tuple[int, tuple[tuple[str, ...], ...]], Sharding] = {}
+
+    def of_slot(self, slot: Slot) -> Sharding:
+        """The sharding of a slot."""
+        layout = self._program.values[slot.value].layout if slot.value >= 0 else ()
+        return self.of_layout(slot.stage, layout)
+
+    def of_value(self, value: int) -> Sharding:
+        """The sharding of a value of the staged program."""
+        return self.of_layout(self._program.values[value].stage, self._program.values[value].layout)
+
+    def of_layout(self, stage: int, layout: tuple[tuple[str, ...], ...]) -> Sharding:
+        """The sharding of a layout on a stage's mesh."""
+        key = stage, layout
+        if key not in self._known:
+            self._known[key] = mesh_sharding(self._devices[stage], self._program.mesh(stage), layout)
+        return self._known[key]
+
+
+@dataclass
+class Session:
+    """The stages of one step function that live in this process, ready to run.
+
+    Pieces of state are held by (argument, stage). In one process every virtual device is a rank of its own, and all
+    lists are walked in turn; under MPI this process walks its own list.
+    """
+
+    staged: Staged
+    world: World
+    lists: tuple[RankList, ...]
+    report: Report
+    executors: tuple[Executor, ...]
+    devices: dict[int, tuple[Device, ...]]  # stage -> its mesh's devices, stages of this process only
+    functions: dict[str, StageFunction]
+    compile_seconds: float
+    places: Places
+    mesh_comm: Any = None  # of the ranks that this one shares its meshes with, if there are others
+    tracer: Tracer | None = None
+    meter: Meter | None = None
+    _make: Callable[..., tuple[Executor, ...]] = field(default=lambda: (), repr=False)
+
+    @cached_property
+    def arguments(self) -> tuple[tuple[int, int], ...]:
+        """What a step reads beside the batch: (argument, stage), in the order of ``run``."""
+        return tuple((slot.argument, slot.stage) for e in self.executors for slot in e.list.arguments)
+
+    @cached_property
+    def results(self) -> tuple[tuple[int, int], ...]:
+        """What a step gives: (result, stage), in the order of ``run``."""
+        return tuple((slot.result, slot.stage) for e in self.executors for slot in e.list.results)
+
+    def run(self, pieces: Sequence[jax.Array], batch: Mapping[int, Any]) -> list[jax.Array]:
+        """One step: a piece for each of ``arguments`` and whole batch arrays by argument; one for each of ``results``."""
+        if len(self.executors) == 1:
+            return self.executors[0].step(pieces, batch)
+        rest = iter(pieces)
+        inputs = [list(islice(rest, len(e.list.arguments))) for e in self.executors]
+        return [value for values in run_together(self.executors, inputs, batch) for value in values]
+
+    def observe(self, *, trace: bool = False, meter: bool = False) -> None:
+        """Record times (``trace``) or held buffers (``meter``) from the next step on; both off: full speed."""
+        self.tracer = Tracer() if trace else None
+        self.meter = Meter() if meter else None
+        self.executors = self._make(self.tracer, self.meter)
+
+    def write_trace(self, path: str | Path) -> None:
+        """Write what was recorded as one Chrome trace (collective; rank 0 writes)."""
+        if self.tracer is None:
+            raise ConfigError("nothing was traced", fix="call observe(trace=True) before the steps to be traced")
+        events = gather_traces(self.tracer, self.world.comm)
+        if self.world.rank == 0:
+            write_trace(path, events)
+
+
+def num_groups(mesh: Axes) -> int:
+    """How many stages can have ranks of their own, each as many as such a mesh takes."""
+    world = World.current()
+    return 1 if world.comm is None else world.num_ranks // ranks_per_mesh([mesh], world, jax.local_devices())
+
+
+def check_ranks(meshes: Sequence[Axes], world: World) -> int:
+    """The ranks that each mesh takes.
+
+    Raises:
+        ConfigError: the ranks or their devices do not fit the stages' meshes.
+    """
+    shared = ranks_per_mesh(meshes, world, jax.local_devices())
+    stage_ranks(len(meshes), world.num_ranks, shared)
+    return shared
+
+
+def stage_ranks(num_stages: int, num_ranks: int, ranks_per_mesh: int = 1) -> tuple[int, ...]:
+    """Stages dealt round to ranks, or to groups of consecutive ranks, consecutive stages to different ones.
+
+    Raises:
+        ConfigError: there are more ranks than stages have use for.
+    """
+    groups = num_ranks // ranks_per_mesh
+    if groups > num_stages:
+        each, most = ranks_per_mesh, num_stages * ranks_per_mesh
+        fitting = f"{each} ranks" if num_stages == 1 else f"a multiple of {each} ranks up to {most}"
+        if each == 1 < num_stages:
+            fitting = f"1 to {num_stages} ranks"
+        whose = "one rank" if each == 1 else f"{each} ranks"
+        raise ConfigError(
+            f"the plan has {num_stages} stage{'s' * (num_stages > 1)}, but {num_ranks} ranks were started",
+            why=f"a stage belongs to {whose}, so a rank without a stage would have nothing to do",
+            fix=f"start {fitting}, or ask for num_stages={groups}",
+        )
+    return tuple(stage % groups for stage in range(num_stages))
+
+
+def open_session(staged: Staged, world: World) -> Session:
+    """Compile this process's stages and build its lists (collective under MPI)."""
+    program = staged.program
+    local = jax.local_devices()
+    shared = ranks_per_mesh(meshes_of(program), world, local)
+    num_ranks = world.num_ranks if world.comm is not None else _own_ranks(program, len(local))
+    groups = stage_ranks(program.num_stages, num_ranks, shared)
+    lists = share_lists(build_lists(program, groups, broadcast_results=world.comm is not None), program, shared)
+    report = check_lists(lists)
+    mesh_comm = None
+    if world.comm is not None:
+        own = (lists[world.rank],)
+        if shared > 1:
+            mesh_comm = world.comm.Split(world.rank // shared, world.rank)
+            local = devices_of_ranks(own[0].mesh_ranks)
+        devices = {stage: _devices_of(program, stage, i, local) for i, stage in enumerate(own[0].stages)}
+        from bactrian.runtime.transports.mpi import MpiTransport
+
+        transport = MpiTransport(world.comm, own_cores=has_own_cores(), device_array=device_array)
+        if shared > 1 and not transport.has_helper:
+            raise ConfigError(
+                f"a mesh takes {shared} ranks, but this MPI lets one thread at a time use it",
+                why="messages have to go on while a rank waits in a call for the others of its mesh",
+                fix="use an MPI with MPI_THREAD_MULTIPLE, as Open MPI and MPICH from `pip` have it",
+            )
+        transports: list[Transport] = [transport]
+    else:
+        own = lists
+        devices = {stage: _devices_of(program, stage, rank, local) for stage, rank in enumerate(groups)}
+        network = LocalNetwork()
+        transports = [InProcessTransport(network, rank_list.rank) for rank_list in own]
+    functions, seconds = _compile(staged, devices)
+    on_cores = all(device.platform == "cpu" for mesh in devices.values() for device in mesh)
+    inline = world.comm is not None and (len(pin_cores()) == 1 or shared > 1) and on_cores
+    places = Places(program, devices)
+
+    def make(tracer: Tracer | None = None, meter: Meter | None = None) -> tuple[Executor, ...]:
+        return tuple(
+            Executor(
+                rank_list,
+                functions,
+                places.of_slot,
+                transport,
+                tracer=tracer,
+                meter=meter,
+                device_array=device_array,
+                inline=inline,
+            )
+            for rank_list, transport in zip(own, transports, strict=True)
+        )
+
+    return Session(staged, world, lists, report, make(), devices, functions, seconds, places, mesh_comm, _make=make)
+
+
+def _own_ranks(program: StagedProgram, num_devices: int) -> int:
+    """How many stages can have devices of their own in one process, all meshes taken to be as large as the largest."""
+    largest = max(program.num_devices(stage) for stage in range(program.num_stages))
+    return min(program.num_stages, num_devices // largest)
+
+
+def _devices_of(program: StagedProgram, stage: int, place: int, local: Sequence[Device]) -> tuple[Device, ...]:
+    """The devices of a stage's mesh: the ``place``-th lot of so many, beginning again when there are no more."""
+    count = program.num_devices(stage)
+    first = count * (place % (len(local) // count))
+    return tuple(local[first : first + count])
+
+
+def _compile(staged: Staged, devices: Mapping[int, Sequence[Device]]) -> tuple[dict[str, StageFunction], float]:
+    faults.at("compile")
+    begin = time.perf_counter()
+    texts = function_texts(staged.module, jax.default_backend())
+    homes = {call.function: devices[call.stage] for call in staged.program.calls if call.stage in devices}
+    functions = compile_functions({symbol: texts[symbol] for symbol in homes}, homes)
+    return functions, time.perf_counter() - begin

@@ -1,0 +1,1 @@
+"""Stage functions as XLA takes them, compiles them and reports on them."""

@@ -1,0 +1,1 @@
+"""Reading and writing the IR: ``@main``, attributes, meshes, builders and clones."""

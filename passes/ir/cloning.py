@@ -1,0 +1,175 @@
+"""Cloning ops into the groups (stages, phases, rounds) that read them, so that a cheap value is never sent or kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+
+from jaxlib.mlir import ir
+
+from bactrian.passes.ir.main_dataflow import (
+    BOUNDARY,
+    UPDATE,
+    Dataflow,
+    custom_call_target,
+    replace_reads,
+    required_integer,
+    string_attribute,
+    top_level,
+)
+
+PARTIAL = "bactrian.partial"  # an op that ends one stage's part of a regrouped fold
+
+# Ops that cost about what writing their result costs.
+_ELEMENTWISE_NAMES = """
+abs add and atan2 bitcast_convert broadcast broadcast_in_dim cbrt ceil clamp compare complex concatenate constant
+convert cosine count_leading_zeros divide exponential exponential_minus_one floor imag iota is_finite log log_plus_one
+logistic maximum minimum multiply negate not or pad popcnt power real remainder reshape reverse round_nearest_afz
+round_nearest_even rsqrt select shift_left shift_right_arithmetic shift_right_logical sign sine slice sqrt subtract tan
+tanh transpose xor
+"""
+_ELEMENTWISE = frozenset(f"stablehlo.{name}" for name in _ELEMENTWISE_NAMES.split())
+
+NEVER_CLONED = frozenset(
+    f"stablehlo.{name}" for name in ("dot_general", "dot", "convolution", "fft", "cholesky", "triangular_solve", "sort")
+)
+
+
+def is_elementwise(op: ir.Operation) -> bool:
+    """Whether an op costs about what writing its result costs (data movement included)."""
+    return op.name in _ELEMENTWISE
+
+
+def clone_into_readers(
+    flow: Dataflow,
+    keys: Sequence[Hashable],
+    key_of: Callable[[ir.Operation], Hashable],
+    set_key: Callable[[ir.Operation, ir.Operation], None],
+    cloneable: Callable[[int, Hashable], bool],
+) -> int:
+    """Give each group of readers its own copy of every cloneable op that it reads.
+
+    Args:
+        flow: the function as it stands; it is out of date afterwards.
+        keys: the group of each op; ops without one (None: boundary, return) keep what they read.
+        key_of: the group of a clone.
+        set_key: ``set_key(clone, reader)`` writes the reader's group on a clone.
+        cloneable: ``cloneable(number, reader_key)``: may the op of this number be computed again in that group.
+
+    Returns:
+        How many clones were made. An op that nobody reads any more afterwards is erased.
+    """
+    foreign = _read_elsewhere(flow, keys)
+    key_of_result = {flow.values[r.start]: key for r, key in zip(flow.results, keys, strict=True) if r}
+    made = 0
+    for index in range(len(flow.ops) - 1, -1, -1):
+        if not foreign[index]:
+            continue
+        op, own, block = flow.ops[index], keys[index], flow.ops[index].block
+        groups: dict[Hashable, dict[ir.Operation, None]] = {}
+        stays = False
+        for result in op.results:
+            for use in result.uses:
+                reader = top_level(use.owner.operation, block)
+                key = key_of_result[reader.results[0]] if len(reader.results) else None
+                if key is None or key == own:
+                    stays = True
+                else:
+                    groups.setdefault(key, {})[reader] = None
+        for key, readers in groups.items():
+            if not cloneable(index, key):
+                stays = True
+                continue
+            clone = op.clone(ip=ir.InsertionPoint(op)).operation
+            set_key(clone, next(iter(readers)))
+            key_of_result[clone.results[0]] = key_of(clone)
+            made += 1
+            for value in flow.operands[index]:  # which the clone reads in its own group
+                producer = flow.producer[value]
+                if producer >= 0 and keys[producer] is not None:
+                    foreign[producer] = True
+            for reader in readers:
+                for old, new in zip(op.results, clone.results, strict=True):
+                    replace_reads(reader, old, new)
+        if groups and not stays:
+            op.erase()
+            made -= 1
+    return made
+
+
+def _read_elsewhere(flow: Dataflow, keys: Sequence[Hashable]) -> list[bool]:
+    """Which ops a group other than their own reads."""
+    foreign = [False] * len(flow.ops)
+    for index, key in enumerate(keys):
+        if key is None:
+            continue
+        for value in flow.operands[index]:
+            producer = flow.producer[value]
+            if producer >= 0 and keys[producer] is not None and keys[producer] != key:
+                foreign[producer] = True
+    return foreign
+
+
+def is_boundary_or_return(op: ir.Operation) -> bool:
+    """Whether an op belongs to no group: the gradient boundary and the function's return."""
+    return op.name in ("func.return", "return") or custom_call_target(op) == BOUNDARY
+
+
+def stage_keys(flow: Dataflow) -> list[Hashable]:
+    """The stage of each op, update apart from the rest; None for the boundary and the return."""
+    stages = required_stages(flow)
+    return [None if s is None else (s, p == UPDATE) for s, p in zip(stages, flow.phases, strict=True)]
+
+
+def required_stages(flow: Dataflow) -> list[int | None]:
+    """The stage of each op; None for the boundary and the return only.
+
+    Raises:
+        PassError: if another op has none.
+    """
+    none = (flow.boundary, len(flow.ops) - 1)
+    for index, stage in enumerate(flow.stages):
+        if stage is None and index not in none:
+            required_integer(flow.ops[index], "bactrian.stage", "assign-stages")
+    return [None if index in none else stage for index, stage in enumerate(flow.stages)]
+
+
+def stage_key(op: ir.Operation) -> Hashable:
+    """`stage_keys` for one op that has a stage."""
+    update = string_attribute(op, "bactrian.phase") == UPDATE
+    return required_integer(op, "bactrian.stage", "assign-stages"), update
+
+
+def copy_stage(clone: ir.Operation, reader: ir.Operation) -> None:
+    """Put a clone on its reader's stage and layer."""
+    for name in ("bactrian.stage", "bactrian.layer"):
+        if name in reader.attributes:
+            clone.attributes[name] = reader.attributes[name]
+
+
+class StageRule:
+    """Which ops may be computed again on another stage.
+
+    ``free`` forward and backward ops depend on small arguments and constants only. ``shared`` values of the update are
+    computed from small arguments, constants and the partial results of regrouped folds (``PARTIAL``), which are sent
+    once and end there; large ones only by elementwise ops.
+    """
+
+    def __init__(self, flow: Dataflow, roles: list[str], small_bytes: int) -> None:
+        sizes = flow.sizes
+        known = [roles[i] != "batch" and sizes[i] <= small_bytes for i in range(flow.num_arguments)]
+        known += [False] * (len(flow.values) - flow.num_arguments)
+        self._allowed = [False] * len(flow.ops)
+        last = len(flow.ops) - 1
+        for index, op in enumerate(flow.ops):
+            if index in (flow.boundary, last) or op.name in NEVER_CLONED:
+                continue
+            partial = PARTIAL in op.attributes
+            again = not partial and all(known[value] for value in flow.operands[index])
+            cheap = flow.phases[index] != UPDATE or is_elementwise(op)
+            for result in flow.results[index]:
+                known[result] = (again or partial) and (cheap or sizes[result] <= small_bytes)
+            self._allowed[index] = again
+
+    def __call__(self, index: int, key: Hashable) -> bool:
+        """Whether a reader in group ``key`` may have its own copy."""
+        return self._allowed[index]

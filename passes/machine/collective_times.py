@@ -1,0 +1,120 @@
+"""Measured times of collectives, in the place of a formula."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from typing import Any
+
+from bactrian.passes.frame.errors import ConfigError
+
+KINDS = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all", "collective_permute")
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Seconds of one collective over groups of one size, by bytes.
+
+    Attributes:
+        kind: one of `KINDS`.
+        group: devices that take part together.
+        nbytes: what each of them holds before: its piece for an all-gather, its summand for a reduce-scatter or an
+            all-reduce. Increasing, two or more.
+        seconds: for each of these; never less for more bytes, and more for the last than for the first.
+    """
+
+    kind: str
+    group: int
+    nbytes: tuple[float, ...]
+    seconds: tuple[float, ...]
+
+    def seconds_for(self, nbytes: float) -> float:
+        """On the line between two points; below the first as there.
+
+        Above the last point the line goes on as steeply as between the last two, or between the first and the last,
+        whichever is steeper: a last point that was measured too low would make large messages free.
+        """
+        points, seconds = self.nbytes, self.seconds
+        if nbytes <= points[0]:
+            return seconds[0]
+        if nbytes > points[-1]:
+            last, whole = (
+                (seconds[-1] - seconds[first]) / (points[-1] - points[first]) for first in (len(points) - 2, 0)
+            )
+            return seconds[-1] + max(last, whole) * (nbytes - points[-1])
+        above = min(bisect_right(points, nbytes), len(points) - 1)
+        share = (nbytes - points[above - 1]) / (points[above] - points[above - 1])
+        return min(seconds[above], seconds[above - 1] + share * (seconds[above] - seconds[above - 1]))
+
+
+def curves_of(data: Any, *, name: str, where: str = "") -> tuple[Curve, ...]:
+    """The curves of a cluster's table ``measured``: ``[measured.all_gather.8]`` has the lists ``bytes``, ``seconds``.
+
+    A measurement that is lower than one of fewer bytes counts as that one.
+
+    Raises:
+        ConfigError: another form, an unknown kind, numbers that can't be times; the key is named.
+    """
+    if not isinstance(data, dict):
+        raise ConfigError(f"measured of cluster {name} is no table of collectives", where=where)
+    found = list[Curve]()
+    for kind, groups in data.items():
+        if kind not in KINDS:
+            raise ConfigError(
+                f"measured.{kind} of cluster {name}: no such collective", where=where, fix=f"one of {', '.join(KINDS)}"
+            )
+        if not isinstance(groups, dict):
+            raise ConfigError(f"measured.{kind} of cluster {name} is no table by size of the group", where=where)
+        for group, lists in groups.items():
+            found.append(_curve(kind, group, lists, f"measured.{kind}.{group}", name, where))
+    return tuple(sorted(found, key=lambda curve: (curve.kind, curve.group)))
+
+
+def _curve(kind: str, group: str, lists: Any, key: str, name: str, where: str) -> Curve:
+    if not (group.isascii() and group.isdecimal()) or group != str(int(group)) or int(group) < 2:
+        raise ConfigError(f"{key} of cluster {name}: {group!r} is no number of devices of 2 or more", where=where)
+    if not isinstance(lists, dict) or set(lists) != {"bytes", "seconds"}:
+        raise ConfigError(f"{key} of cluster {name} must have the keys bytes and seconds, and no others", where=where)
+    nbytes = _numbers(lists["bytes"], f"{key}.bytes of cluster {name}", where)
+    seconds = _numbers(lists["seconds"], f"{key}.seconds of cluster {name}", where)
+    if len(nbytes) != len(seconds):
+        raise ConfigError(
+            f"{key} of cluster {name} has {len(nbytes)} bytes and {len(seconds)} seconds",
+            where=where,
+            fix="give one entry of seconds for each of bytes",
+        )
+    if len(nbytes) < 2:
+        raise ConfigError(f"{key}.bytes of cluster {name} has fewer than two entries", where=where)
+    for before, after in pairwise(nbytes):
+        if after <= before:
+            raise ConfigError(
+                f"{key}.bytes of cluster {name} must increase: {after:g} comes after {before:g}", where=where
+            )
+    rising = tuple(accumulate(seconds, max))
+    if rising[-1] == rising[0]:
+        raise ConfigError(
+            f"{key}.seconds of cluster {name} do not grow",
+            where=where,
+            why=f"{nbytes[-1]:g} bytes take no longer than {nbytes[0]:g}, so nothing is known of more bytes",
+            fix="measure larger messages",
+        )
+    return Curve(kind, int(group), nbytes, rising)
+
+
+def _numbers(values: Any, key: str, where: str) -> tuple[float, ...]:
+    if not isinstance(values, list):
+        raise ConfigError(f"{key} is no list", where=where)
+    return tuple(positive(value, f"entry {at} of {key}", where) for at, value in enumerate(values))
+
+
+def positive(value: Any, what: str, where: str) -> float:
+    """The value as a number.
+
+    Raises:
+        ConfigError: it is none, or not above 0 and finite.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise ConfigError(f"{what} is {value!r}, must be a positive number", where=where)
+    return float(value)

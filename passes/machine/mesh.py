@@ -1,0 +1,162 @@
+"""A mesh of devices: named axes, and what messages along each of them cost."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from bactrian.passes.frame.errors import ConfigError
+from bactrian.passes.machine.collective_times import Curve
+
+_AXIS = re.compile(r"\s*([A-Za-z_]\w*)\s*=\s*(\d+)\s*")
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One axis of a mesh.
+
+    What a collective along it takes is read off its measured curve, or is ``latency`` and the bytes that a device
+    sends, times ``seconds_per_byte``.
+
+    Attributes:
+        name: as in ``sdy.mesh``.
+        size: devices along it.
+        latency: seconds that a collective along it takes at least.
+        seconds_per_byte: of what one device sends along it while all others do.
+        measured: curves of collectives over groups of ``size`` devices, at most one of a kind.
+    """
+
+    name: str
+    size: int
+    latency: float = 5e-6
+    seconds_per_byte: float = 1e-10
+    measured: tuple[Curve, ...] = ()
+
+    def all_gather(self, nbytes: float) -> float:
+        """Seconds, for ``nbytes`` on each device before."""
+        return self.seconds("all_gather", nbytes)
+
+    def all_to_all(self, nbytes: float) -> float:
+        """Seconds, for ``nbytes`` on each device."""
+        return self.seconds("all_to_all", nbytes)
+
+    def reduce_scatter(self, nbytes: float) -> float:
+        """Seconds, for ``nbytes`` on each device before.
+
+        Never more than an all-reduce takes, of which each device can keep its piece: compilers write both alike.
+        """
+        return min(self.seconds("reduce_scatter", nbytes), self.seconds("all_reduce", nbytes))
+
+    def all_reduce(self, nbytes: float) -> float:
+        """Seconds, for ``nbytes`` on each device."""
+        return self.seconds("all_reduce", nbytes)
+
+    def permute(self, nbytes: float) -> float:
+        """Seconds, for ``nbytes`` on each device."""
+        return self.seconds("collective_permute", nbytes)
+
+    def seconds(self, kind: str, nbytes: float) -> float:
+        """Of a collective of this kind (`KINDS`), for ``nbytes`` on each device before."""
+        for curve in self.measured:
+            if curve.kind == kind:
+                return curve.seconds_for(nbytes)
+        return self.latency + _sent_share(kind, self.size) * nbytes * self.seconds_per_byte
+
+
+def _sent_share(kind: str, size: int) -> float:
+    """Of what a device of ``size`` holds before, how much it sends."""
+    match kind:
+        case "all_gather":
+            return size - 1
+        case "all_to_all" | "reduce_scatter":
+            return (size - 1) / size
+        case "all_reduce":
+            return 2 * (size - 1) / size
+        case "collective_permute":
+            return 1
+        case _:
+            raise ValueError(f"no collective {kind}")
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Axes, the first of which goes over devices in the largest strides.
+
+    Attributes:
+        axes: of the mesh.
+        measured: curves of all-reduces over several axes at once, by the devices of their group.
+        copy_seconds_per_byte: of what a device copies within its memory, read and written.
+    """
+
+    axes: tuple[Axis, ...]
+    measured: tuple[Curve, ...] = ()
+    copy_seconds_per_byte: float = 0.0
+
+    def __post_init__(self) -> None:
+        names = [axis.name for axis in self.axes]
+        if len(set(names)) != len(names):
+            raise ConfigError(f"the mesh has two axes of one name: {', '.join(names)}")
+        for axis in self.axes:
+            if axis.size < 1:
+                raise ConfigError(f"axis {axis.name} of the mesh has size {axis.size}", fix="give sizes of 1 or more")
+            for what, value in (("latency", axis.latency), ("seconds per byte", axis.seconds_per_byte)):
+                if not 0 <= value < math.inf:
+                    raise ConfigError(f"the {what} of axis {axis.name} is {value}, must be a number of 0 or more")
+            for curve in axis.measured:
+                if curve.group != axis.size:
+                    raise ConfigError(f"axis {axis.name} of {axis.size} devices has a curve for {curve.group}")
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Of all axes."""
+        return tuple(axis.size for axis in self.axes)
+
+    @property
+    def num_devices(self) -> int:
+        """All of them."""
+        return math.prod(self.sizes)
+
+    def all_reduce(self, axes: Sequence[int], nbytes: float) -> float:
+        """Seconds of one all-reduce over several axes, for ``nbytes`` on each device.
+
+        Reduce-scatters along one axis after the other, the fastest first, so that the slowest carries the least, and
+        all-gathers in the opposite order; the latency is that of the slowest. What was measured for a group of as many
+        devices counts instead.
+        """
+        if len(axes) == 1:
+            return self.axes[axes[0]].all_reduce(nbytes)
+        group = self.parts(axes)
+        for curve in self.measured:
+            if (curve.kind, curve.group) == ("all_reduce", group):
+                return curve.seconds_for(nbytes)
+        seconds = 0.0
+        for axis in sorted((self.axes[number] for number in axes), key=lambda axis: axis.seconds_per_byte):
+            seconds += 2 * (axis.size - 1) / axis.size * nbytes * axis.seconds_per_byte
+            nbytes /= axis.size
+        return seconds + max((self.axes[number].latency for number in axes), default=0.0)
+
+    def parts(self, axes: Sequence[int]) -> int:
+        """How many pieces these axes cut something into."""
+        return math.prod(self.axes[axis].size for axis in axes)
+
+
+def parse_axes(text: str) -> tuple[tuple[str, int], ...]:
+    """``"data=2,model=4"`` as names and sizes.
+
+    Raises:
+        ConfigError: another form, a name twice, or a size of 0.
+    """
+    found = list[tuple[str, int]]()
+    for part in text.split(","):
+        match = _AXIS.fullmatch(part)
+        if match is None:
+            raise ConfigError(f"mesh {text!r} is not a list of axes", fix='write it as in "data=2,model=4"')
+        found.append((match[1], int(match[2])))
+    names = [name for name, _ in found]
+    if len(set(names)) != len(names):
+        raise ConfigError(f"mesh {text!r} has two axes of one name")
+    if any(size == 0 for _, size in found):
+        raise ConfigError(f"mesh {text!r} has an axis of size 0", fix="give sizes of 1 or more")
+    return tuple(found)

@@ -1,0 +1,358 @@
+"""Tables of a plan, for a terminal, for a file and for a notebook. rich is imported when a table is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+from bactrian.passes.plan.schema import Option, Plan, StagePlan, add_known
+from bactrian.passes.plan.sharding_table import compared_table, layout_grid
+
+if TYPE_CHECKING:
+    from rich.console import Console, Group, RenderableType
+    from rich.table import Table
+    from rich.text import Text
+
+WIDTH = 100
+_BAR_CELLS = 8
+_UNKNOWN = "–"
+_ACCENT = "#b5651d"
+_QUIET = "grey50"
+_STAGE_COLORS = ("#b5651d", "#3a7d7c")  # neighbours differ
+
+
+def human_bytes(value: float | None) -> str:
+    """``18.4 GiB``, ``1.50 KiB``: three significant digits, ``–`` for unknown. 1,000 bytes are ``0.98 KiB``."""
+    return _human(value, 1024.0, ("B", "KiB", "MiB", "GiB", "TiB", "PiB"))
+
+
+def human_count(value: float | None, unit: str = "") -> str:
+    """``1.23 M``, ``45.6 Tflop``: powers of a thousand with three significant digits, ``–`` for unknown."""
+    return _human(value, 1000.0, tuple(prefix + unit for prefix in ("", "k", "M", "G", "T", "P", "E")))
+
+
+def human_seconds(value: float | None) -> str:
+    """``1.25 s``, ``12.3 ms``, ``850 µs``; ``–`` for unknown."""
+    if value is None:
+        return _UNKNOWN
+    for scale, unit in ((1.0, "s"), (1e-3, "ms")):
+        if value >= scale or value == 0:
+            return f"{_three(value / scale)} {unit}"
+    return f"{_three(value / 1e-6)} µs"
+
+
+def _human(value: float | None, base: float, units: Sequence[str]) -> str:
+    if value is None:
+        return _UNKNOWN
+    if value < 1000:
+        return f"{value:,.0f} {units[0]}".rstrip()
+    power = 0
+    while value >= 999.5 and power < len(units) - 1:
+        value, power = value / base, power + 1
+    return f"{_three(value)} {units[power]}"
+
+
+def _three(value: float) -> str:
+    return f"{value:,.{2 if value < 9.995 else 1 if value < 99.95 else 0}f}"
+
+
+def layer_range(stage: StagePlan) -> str:
+    """``0–3``, or ``2`` for a single layer."""
+    return str(stage.first_layer) if stage.num_layers == 1 else f"{stage.first_layer}–{stage.last_layer}"
+
+
+def mesh_text(stage: StagePlan) -> str:
+    """``data=2 model=4``; axes of size 1 are left out, and a mesh of nothing else is ``1 device``."""
+    return " ".join(f"{name}={size}" for name, size in stage.mesh if size > 1) or "1 device"
+
+
+def module_names(plan: Plan, stage: StagePlan) -> list[str]:
+    """The user's module names of a stage's layers, in order, each once."""
+    layers = plan.layers[stage.first_layer : stage.last_layer + 1]
+    return list(
+        dict.fromkeys(name for layer in layers for name in layer.modules or ((layer.first_op,) * bool(layer.first_op)))
+    )
+
+
+def plan_lines(plan: Plan) -> list[str]:
+    """The heading: what was decided for the whole step, then what it is predicted to take."""
+    decided = [_counted(plan.num_stages, "stage"), _counted(plan.num_microbatches, "microbatch", "es")]
+    decided.append("forward only" if plan.forward_only else plan.schedule)
+    decided += [_counted(plan.num_layers, "layer"), _counted(plan.num_devices, f"{plan.platform} device")]
+    if plan.num_devices > plan.num_stages and _equal_meshes(plan):
+        decided.append(f"each on {mesh_text(plan.stages[0])}")
+    predicted: list[str] = []
+    if plan.predicted_step_seconds is not None:
+        predicted.append(f"{human_seconds(plan.predicted_step_seconds)} per step")
+    if plan.peak_memory_bytes is not None:
+        predicted.append(f"{human_bytes(plan.peak_memory_bytes)} on the fullest device")
+    lines = [" · ".join(decided)]
+    return lines + (["predicted: " + " · ".join(predicted)] if predicted else [])
+
+
+def _equal_meshes(plan: Plan) -> bool:
+    return len({stage.mesh for stage in plan.stages}) == 1
+
+
+def render_plan(plan: Plan) -> Group:
+    """The plan as something that rich prints within 100 columns: a heading, the table of stages, and a footnote."""
+    from rich.console import Group
+    from rich.text import Text
+
+    title = Text("plan", style=f"bold {_ACCENT}")
+    if plan.fingerprint:
+        title.append(f"  of program {plan.fingerprint[:12]}", style=_QUIET)
+    decided, *predicted = plan_lines(plan)
+    parts: list[Text | Table] = [
+        title,
+        Text(decided, style="bold"),
+        *(Text(line) for line in predicted),
+        _stage_table(plan),
+    ]
+    if not any(share is None for share in plan.time_shares()):
+        measure = (
+            "predicted time"
+            if all(s.predicted_seconds is not None for s in plan.stages)
+            else "flops (no time predicted)"
+        )
+        notes = f"flops, kept and sent per microbatch · share of {measure}"
+    else:
+        notes = "flops, kept and sent per microbatch"
+    if any(stage.update_sent_bytes for stage in plan.stages):
+        notes += f" · update sends {human_bytes(add_known(*(s.update_sent_bytes or 0 for s in plan.stages)))} a step"
+    parts.append(Text(notes, style=_QUIET))
+    for stage in plan.stages:
+        if stage.sharding is not None:
+            number = stage.stage if plan.num_stages > 1 else None
+            parts += [Text(""), layout_grid(stage.sharding, number, human_seconds, human_bytes)]
+            if stage.sharding.compared:
+                parts.append(compared_table(stage.sharding, human_seconds, human_bytes))
+    if plan.options:
+        parts.append(
+            Text("options: " + "  ".join(f"{name}={_option_text(value)}" for name, value in plan.options), style=_QUIET)
+        )
+    return Group(*parts)
+
+
+def _stage_table(plan: Plan) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, show_footer=plan.num_stages > 1, padding=(0, 1, 0, 0), pad_edge=False)
+    table.header_style = table.footer_style = "bold"
+    stages = plan.stages
+    shares = plan.time_shares()
+    columns: list[tuple[str, Callable[[StagePlan], str], str]] = [
+        ("stage", lambda s: str(s.stage), "all"),
+        ("layers", layer_range, str(plan.num_layers)),
+    ]
+    cells_of_bar = _BAR_CELLS
+    if not _equal_meshes(plan):
+        columns.append(("mesh", mesh_text, ""))
+        cells_of_bar = 0  # no room for both
+    columns += [
+        ("flops", lambda s: human_count(s.flops), human_count(add_known(*(s.flops for s in stages)))),
+        (
+            "params",
+            lambda s: human_count(s.num_parameters),
+            human_count(add_known(*(s.num_parameters for s in stages))),
+        ),
+        ("state", lambda s: human_bytes(s.state_bytes), human_bytes(add_known(*(s.state_bytes for s in stages)))),
+        ("kept", _kept, human_bytes(add_known(*(_all_kept(s) for s in stages)))),
+        (
+            "sent →",
+            lambda s: _sent(s.sent_bytes_forward),
+            human_bytes(add_known(*(s.sent_bytes_forward for s in stages))),
+        ),
+        (
+            "sent ←",
+            lambda s: _sent(s.sent_bytes_backward),
+            human_bytes(add_known(*(s.sent_bytes_backward for s in stages))),
+        ),
+    ]
+    for header, _, total in columns:
+        table.add_column(
+            header, total, justify="left" if header in ("layers", "mesh") else "right", no_wrap=header != "mesh"
+        )
+    table.add_column("share", "", no_wrap=True)
+    for run in _runs(plan):
+        first, last = run[0], run[-1]
+        cells = [value(first) for _, value, _ in columns]
+        if len(run) > 1:
+            cells[0] = f"{first.stage}–{last.stage}"
+            cells[1] = f"{first.first_layer}–{last.last_layer}"
+        color = _STAGE_COLORS[first.stage % len(_STAGE_COLORS)]
+        table.add_row(*cells, _bar(shares[first.stage], shares, cells_of_bar, color, each=len(run) > 1))
+    return table
+
+
+def _runs(plan: Plan) -> list[list[StagePlan]]:
+    """Stages one by one; from 17 stages on, neighbours that show the same figures share a row."""
+    if plan.num_stages <= 16:
+        return [[stage] for stage in plan.stages]
+    shown = [
+        (
+            s.num_layers,
+            s.mesh,
+            human_count(s.flops),
+            human_count(s.num_parameters),
+            human_bytes(s.state_bytes),
+            _kept(s),
+        )
+        + (_sent(s.sent_bytes_forward), _sent(s.sent_bytes_backward))
+        for s in plan.stages
+    ]
+    return [list(run) for _, run in groupby(plan.stages, key=lambda stage: shown[stage.stage])]
+
+
+def _bar(share: float | None, shares: Sequence[float | None], cells: int, color: str, each: bool) -> Text:
+    """The share as a bar of so many cells (the longest fills it) and a number."""
+    from rich.text import Text
+
+    if share is None:
+        return Text(_UNKNOWN, style=_QUIET)
+    halves = round(share / max(s or 0.0 for s in shares) * cells * 2)
+    bar = "━" * (halves // 2) + "╸" * (halves % 2)
+    text = Text(bar.ljust(cells + 1) if cells else "", style=color)
+    return text.append(f"{100 * share:4.1f} %" + (" each" if each else ""), style="default")
+
+
+def _kept(stage: StagePlan) -> str:
+    text = human_bytes(stage.activation_bytes)
+    return f"{text} × {stage.microbatches_in_flight}" if stage.microbatches_in_flight is not None else text
+
+
+def _all_kept(stage: StagePlan) -> int | None:
+    if stage.activation_bytes is None or stage.microbatches_in_flight is None:
+        return None
+    return stage.activation_bytes * stage.microbatches_in_flight
+
+
+def _sent(value: int | None) -> str:
+    return "" if value == 0 else human_bytes(value)
+
+
+def _counted(count: int, noun: str, plural: str = "s") -> str:
+    return f"{count:,} {noun}{'' if count == 1 else plural}"
+
+
+def _option_text(value: Option) -> str:
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
+
+
+def render_explanation(plan: Plan) -> Group:
+    """The plan, then each stage in words: its layers, its load against the mean, what its cut sends, what it holds."""
+    from rich.console import Group
+    from rich.text import Text
+
+    parts: list[Text | Group] = [render_plan(plan)]
+    for stage in plan.stages:
+        color = _STAGE_COLORS[stage.stage % len(_STAGE_COLORS)]
+        heading = Text(f"\nstage {stage.stage}", style=f"bold {color}")
+        heading.append(
+            f"  {'layer' if stage.num_layers == 1 else 'layers'} {layer_range(stage)} on {mesh_text(stage)}",
+            style="default",
+        )
+        parts.append(heading)
+        parts += [Text(f"  {line}") for line in stage_reasons(plan, stage)]
+    return Group(*parts)
+
+
+def stage_reasons(plan: Plan, stage: StagePlan) -> list[str]:
+    """Why the stage is what it is, in figures: its layers, its load against the mean, its cuts and its memory."""
+    lines: list[str] = []
+    if names := module_names(plan, stage):
+        shown = names if len(names) <= 6 else [*names[:4], f"… {len(names) - 5} more …", names[-1]]
+        lines.append("runs     " + ", ".join(shown))
+    share = plan.time_shares()[stage.stage]
+    if share is not None:
+        off = 100 * (share * plan.num_stages - 1)
+        where = (
+            "the mean load" if abs(off) < 0.05 else f"{abs(off):.1f} % {'above' if off > 0 else 'below'} the mean load"
+        )
+        busy = (
+            f", busy {human_seconds(stage.predicted_seconds)} per step" if stage.predicted_seconds is not None else ""
+        )
+        slowest = share == max(s or 0.0 for s in plan.time_shares()) and plan.num_stages > 1 and off >= 0.05
+        lines.append(
+            f"balance  {100 * share:.1f} % of the work, {where}{busy}" + (": the slowest stage" if slowest else "")
+        )
+    sent = [
+        f"{human_bytes(value)} {towards}"
+        for value, towards in (
+            (stage.sent_bytes_forward, "forward"),
+            (stage.sent_bytes_backward, "backward"),
+        )
+        if value
+    ]
+    if sent:
+        per_step = add_known(stage.sent_bytes_forward or 0, stage.sent_bytes_backward or 0) or 0
+        in_all = human_bytes(per_step * plan.num_microbatches)
+        lines.append(f"cut      sends {' and '.join(sent)} per microbatch, {in_all} per step")
+    if stage.update_sent_bytes:
+        lines.append(f"update   sends {human_bytes(stage.update_sent_bytes)} per step")
+    if stage.memory_bytes is not None:
+        in_flight = _counted(stage.microbatches_in_flight or 0, "microbatch", "es")
+        kept = f"{human_bytes(stage.activation_bytes)} kept for each of {in_flight}"
+        lines.append(
+            f"memory   {human_bytes(stage.memory_bytes)}: state {human_bytes(stage.state_bytes)}, {kept} in flight"
+        )
+    return lines or ["nothing was predicted for it"]
+
+
+def plan_text(plan: Plan) -> str:
+    """The plan's table as plain text."""
+    return to_text(render_plan(plan))
+
+
+def to_text(renderable: RenderableType) -> str:
+    """What rich prints, as plain text of at most 100 columns, without spaces at the ends of lines."""
+    console = _console(record=False)
+    with console.capture() as capture:
+        console.print(renderable)
+    return "\n".join(line.rstrip() for line in capture.get().splitlines())
+
+
+def plan_html(plan: Plan) -> str:
+    """The plan's table as a piece of HTML with inline styles."""
+    return html(render_plan(plan))
+
+
+def html(renderable: RenderableType) -> str:
+    """What rich renders as a piece of HTML with inline styles."""
+    console = _console(record=True)
+    console.print(renderable)
+    frame = "<pre style=\"font-family:Menlo,'DejaVu Sans Mono',Consolas,monospace;line-height:1.25\">{code}</pre>"
+    return console.export_html(inline_styles=True, code_format=frame)
+
+
+def show_plan(plan: Plan) -> None:
+    """Print the plan, in colour on a terminal."""
+    show(render_plan(plan))
+
+
+def show(renderable: RenderableType) -> None:
+    """Print to the terminal in colour, to anything else as plain text."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    if console.is_terminal:
+        console.print(renderable)
+    else:
+        print(to_text(renderable))
+
+
+def _console(record: bool) -> Console:
+    import io
+
+    from rich.console import Console
+
+    return Console(
+        file=io.StringIO(),
+        width=WIDTH,
+        record=record,
+        highlight=False,
+        force_terminal=record,
+        color_system="truecolor" if record else None,
+    )

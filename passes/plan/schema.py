@@ -1,0 +1,364 @@
+"""The plan: every decision about a program, and what was predicted of it, as plain data. No MLIR, no jax."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, cast
+
+from bactrian.passes.frame.errors import ConfigError, ProgramError
+from bactrian.passes.plan.json_fields import Option, add_record, as_mapping, check_types, decode, encode
+from bactrian.passes.plan.stage_sharding import ShardingPlan
+
+VERSION = 1
+PLAN_FILE = "plan.json"
+STAGED_FILE = "staged.mlir"
+UNSOLVED_FILE = "solve.mlir"
+
+Axes = tuple[tuple[str, int], ...]
+"""Names and sizes of a mesh's axes, the major one first."""
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One layer of the program, named so that a reader finds it in the user's source."""
+
+    layer: int
+    first_op: str = ""  # "stablehlo.dot_general at train.py:12"
+    modules: tuple[str, ...] = ()  # the user's module names, in order of appearance
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One pipeline stage: its layers and its mesh, and what was predicted of it.
+
+    Flops, activations and bytes sent are of one microbatch and of the whole stage, over all devices of its mesh;
+    ``update_sent_bytes`` is once per step. ``predicted_seconds`` is the stage's busy time in one step.
+    What is ``None`` was not predicted.
+    """
+
+    stage: int
+    first_layer: int
+    last_layer: int  # inclusive
+    mesh: tuple[tuple[str, int], ...] = (("data", 1),)
+    forward_flops: int | None = None
+    backward_flops: int | None = None
+    num_parameters: int | None = None
+    parameter_bytes: int | None = None
+    state_bytes: int | None = None  # parameters included
+    activation_bytes: int | None = None  # kept from forward to backward
+    microbatches_in_flight: int | None = None
+    sent_bytes_forward: int | None = None
+    sent_bytes_backward: int | None = None
+    update_sent_bytes: int | None = None
+    predicted_seconds: float | None = None
+    sharding: ShardingPlan | None = None
+
+    @property
+    def num_layers(self) -> int:
+        """Number of layers of this stage."""
+        return self.last_layer - self.first_layer + 1
+
+    @property
+    def num_devices(self) -> int:
+        """Number of devices of this stage's mesh."""
+        return math.prod(size for _, size in self.mesh)
+
+    @property
+    def flops(self) -> int | None:
+        """Flops of one microbatch, forward and backward."""
+        return add_known(self.forward_flops, self.backward_flops)
+
+    @property
+    def memory_bytes(self) -> int | None:
+        """Bytes of state plus the activations of all microbatches in flight."""
+        if self.state_bytes is None or self.activation_bytes is None or self.microbatches_in_flight is None:
+            return None
+        return self.state_bytes + self.activation_bytes * self.microbatches_in_flight
+
+    @property
+    def device_memory_bytes(self) -> int | None:
+        """Bytes of each device: what its layouts leave there, on a mesh of several."""
+        if self.sharding is None:
+            return self.memory_bytes
+        if self.sharding.peak_bytes is not None:
+            return self.sharding.peak_bytes
+        return sum(nbytes for _, nbytes in self.sharding.memory_bytes)
+
+
+add_record(LayerPlan, "a list of layers")
+add_record(StagePlan, "a list of stages")
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """The decisions about one program plus predictions. Equal plans have byte-identical JSON, and only they.
+
+    A plan can be written by hand: predictions, layer names and the fingerprint may be left out.
+
+    Raises:
+        ConfigError: the decisions contradict each other.
+    """
+
+    num_stages: int
+    num_microbatches: int
+    schedule: str
+    num_layers: int
+    stages: tuple[StagePlan, ...]
+    layers: tuple[LayerPlan, ...] = ()
+    fingerprint: str = ""  # of the program; "" fits every program
+    platform: str = "cpu"
+    predicted_step_seconds: float | None = None
+    peak_memory_bytes: int | None = None  # of the fullest device
+    options: tuple[tuple[str, Option], ...] = ()
+    version: int = field(default=VERSION, kw_only=True)
+
+    def __post_init__(self) -> None:
+        check_types(self, "plan")
+        object.__setattr__(self, "options", tuple(sorted(self.options, key=lambda option: option[0])))
+        _check_decisions(self)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Plan) and self.to_json() == other.to_json()
+
+    def __hash__(self) -> int:
+        return hash(self.to_json())
+
+    def __str__(self) -> str:
+        from bactrian.passes.plan.plan_table import plan_text
+
+        return plan_text(cast(Any, self))  # the type checker meets this file under two paths
+
+    def _repr_html_(self) -> str:
+        from bactrian.passes.plan.plan_table import plan_html
+
+        return plan_html(cast(Any, self))
+
+    def show(self) -> None:
+        """Print the plan as a table."""
+        from bactrian.passes.plan.plan_table import show_plan
+
+        show_plan(cast(Any, self))
+
+    @property
+    def num_devices(self) -> int:
+        """Number of devices of all stages."""
+        return sum(stage.num_devices for stage in self.stages)
+
+    @property
+    def forward_only(self) -> bool:
+        """Whether the program is known to have no backward phase, so that its schedule makes no difference."""
+        return bool(self.stages) and all(
+            stage.forward_flops is not None and stage.backward_flops == 0 and stage.activation_bytes == 0
+            for stage in self.stages
+        )
+
+    def time_shares(self) -> tuple[float | None, ...]:
+        """Each stage's share of the work: of the predicted seconds, or of the flops where no time was predicted."""
+        for weights in ([s.predicted_seconds for s in self.stages], [s.flops for s in self.stages]):
+            known = [weight for weight in weights if weight is not None]
+            if len(known) == len(weights) and sum(known) > 0:
+                return tuple(weight / sum(known) for weight in known)
+        return (None,) * len(self.stages)
+
+    def check_program(self, fingerprint: str) -> None:
+        """Refuse a program other than the one that this plan was made for.
+
+        Raises:
+            ProgramError: the fingerprints differ.
+        """
+        if self.fingerprint and self.fingerprint != fingerprint:
+            raise ProgramError(
+                f"this plan was made for program {self.fingerprint[:12]}, but this program is {fingerprint[:12]}",
+                why="the traced step differs: its source, shapes, dtypes, static arguments or jax version changed",
+                fix="make the plan again with `bactrian plan --save`, or run the program that it was made for",
+            )
+
+    def to_json(self) -> str:
+        """Canonical JSON: fields in declaration order, options sorted, a newline at the end."""
+        return json.dumps({"version": self.version} | encode(self), indent=1, allow_nan=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, *, source: str = PLAN_FILE) -> Plan:
+        """Read a plan from its JSON form.
+
+        Raises:
+            ConfigError: not JSON, an unknown version or key, a missing key or a value of the wrong type.
+        """
+        try:
+            data: Any = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_refuse_duplicates)
+        except RecursionError:
+            raise ConfigError(f"cannot read plan {source}: nested too deeply") from None
+        except ValueError as error:
+            raise ConfigError(
+                f"cannot read plan {source}: not JSON: {error}", fix="restore or remake the plan"
+            ) from None
+        data = as_mapping(data, "plan", source)
+        version = data.get("version")
+        if type(version) is not int or version != VERSION:
+            shown = "no version" if version is None else f"version {json.dumps(version)}"
+            raise ConfigError(
+                f"cannot read plan {source}: it has {shown}, this Bactrian reads version {VERSION}",
+                fix="make the plan again with `bactrian plan --save`",
+            )
+        return decode(cls, data, "plan", source)
+
+    def save(self, directory: str | Path, staged_text: str | None = None, unsolved_text: str | None = None) -> None:
+        """Write ``plan.json`` into a folder, and, if they are given, the staged module as ``staged.mlir`` and the module
+        before layouts were chosen as ``solve.mlir``."""
+        folder = Path(directory)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for name, text in ((STAGED_FILE, staged_text), (UNSOLVED_FILE, unsolved_text)):
+                if text is None:
+                    (folder / name).unlink(missing_ok=True)  # it would belong to another plan
+                else:
+                    _write(folder / name, text)
+            _write(folder / PLAN_FILE, self.to_json())
+        except OSError as error:
+            raise ConfigError(
+                f"cannot save the plan in {folder}: {error.strerror}", fix="name a folder that can be written"
+            ) from error
+
+    @classmethod
+    def load(cls, directory: str | Path) -> Plan:
+        """Read the plan in a folder, or a plan file itself."""
+        path = Path(directory)
+        path = path / PLAN_FILE if path.is_dir() else path
+        return cls.from_json(_read(path), source=str(path))
+
+
+def load_staged(directory: str | Path) -> str:
+    """The text of the staged module that was saved with a plan."""
+    return _read(Path(directory) / STAGED_FILE)
+
+
+def fingerprint_text(text: str) -> str:
+    """The fingerprint of a program's text: SHA-256 as 64 hexadecimal digits."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def axes_words(axes: Axes) -> str:
+    """``data=2,model=4``, as a mesh is given."""
+    return ",".join(f"{name}={size}" for name, size in axes)
+
+
+def add_known(*values: int | None) -> int | None:
+    """The sum, or ``None`` if any of the values is unknown."""
+    total = 0
+    for value in values:
+        if value is None:
+            return None
+        total += value
+    return total
+
+
+def diff(a: Plan, b: Plan) -> list[str]:
+    """What differs from plan ``a`` to plan ``b``, one line each, decisions first; empty for equal plans.
+
+    Predictions come with their relative change: ``stage 1: activation_bytes 100 → 150 (+50.0 %)``.
+    """
+    lines = _differences(a, b, "", skip={"stages", "layers", "options"})
+    before, after = dict(a.options), dict(b.options)
+    for name in sorted(before.keys() | after.keys()):
+        lines += _difference(f"option {name}", before.get(name), after.get(name))
+    for stage in range(max(a.num_stages, b.num_stages)):
+        if stage >= b.num_stages:
+            lines.append(f"stage {stage}: only in the first plan")
+        elif stage >= a.num_stages:
+            lines.append(f"stage {stage}: only in the second plan")
+        else:
+            lines += _differences(a.stages[stage], b.stages[stage], f"stage {stage}: ", skip=set())
+    if a.num_layers == b.num_layers and a.layers and b.layers:
+        for old, new in zip(a.layers, b.layers, strict=True):
+            lines += _differences(old, new, f"layer {old.layer}: ", skip=set())
+    elif bool(a.layers) != bool(b.layers):
+        lines.append(f"layer names: only in the {'first' if a.layers else 'second'} plan")
+    return lines
+
+
+def _differences(a: object, b: object, prefix: str, skip: set[str]) -> list[str]:
+    lines: list[str] = []
+    for item in fields(cast(Any, a)):
+        if item.name not in skip:
+            lines += _difference(prefix + item.name, getattr(a, item.name), getattr(b, item.name))
+    return lines
+
+
+def _difference(name: str, a: Any, b: Any) -> list[str]:
+    if a == b and type(a) is type(b):
+        return []
+    change = ""
+    if type(a) in (int, float) and type(b) in (int, float) and a:
+        change = f" ({100 * (b - a) / abs(a):+.1f} %)"
+    return [f"{name} {_show(a)} → {_show(b)}{change}"]
+
+
+def _show(value: Any) -> str:
+    if value is None:
+        return "unknown"
+    if isinstance(value, tuple):
+        items = cast(tuple[Any, ...], value)
+        return "[" + ", ".join("=".join(map(str, i)) if isinstance(i, tuple) else str(i) for i in items) + "]"
+    return f"{value:,}" if type(value) is int else str(value) or '""'
+
+
+def _check_decisions(plan: Plan) -> None:
+    problems: list[str] = []
+    for name in ("num_stages", "num_microbatches", "num_layers"):
+        if getattr(plan, name) < 1:
+            problems.append(f"{name} is {getattr(plan, name)}, should be at least 1")
+    if plan.version != VERSION:
+        problems.append(f"version is {plan.version}, should be {VERSION}")
+    if len(plan.stages) != plan.num_stages:
+        problems.append(f"num_stages is {plan.num_stages}, but {len(plan.stages)} stages are listed")
+    if plan.layers and [layer.layer for layer in plan.layers] != list(range(plan.num_layers)):
+        problems.append(f"layers should be numbered 0 to {plan.num_layers - 1} in order, or be left out")
+    following = 0
+    for position, stage in enumerate(plan.stages):
+        if stage.stage != position:
+            problems.append(f"stages[{position}] is called stage {stage.stage}")
+        if stage.first_layer != following or stage.last_layer < stage.first_layer:
+            layers = f"{stage.first_layer} to {stage.last_layer}"
+            problems.append(
+                f"stage {position} has layers {layers}, should begin at layer {following} and have at least one"
+            )
+        if not stage.mesh or any(size < 1 for _, size in stage.mesh):
+            problems.append(f"stage {position} has a mesh without devices: {_show(stage.mesh)}")
+        following = stage.last_layer + 1
+    if plan.stages and following != plan.num_layers:
+        problems.append(f"the stages end at layer {following - 1}, should end at layer {plan.num_layers - 1}")
+    if problems:
+        raise ConfigError("bad plan: " + "; ".join(problems[:5]))
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not a number of JSON")
+
+
+def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    data = dict(pairs)
+    if len(data) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"key {next(name for name in names if names.count(name) > 1)!r} stands twice")
+    return data
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise ConfigError(
+            f"cannot read plan {path}: {reason}", fix="name a folder that `bactrian plan --save` wrote"
+        ) from error
+
+
+def _write(path: Path, text: str) -> None:
+    """Write the whole file or leave the old one."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)

@@ -1,0 +1,169 @@
+"""Well-known plans by name, as layouts of a step's arguments; what they leave open is chosen like everything else."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from bactrian.passes.frame.errors import ConfigError
+from bactrian.passes.ir.main_dataflow import BACKWARD, FORWARD, UPDATE
+from bactrian.passes.machine.mesh import Mesh
+from bactrian.passes.sharding.reshard_paths import Layout, replicated
+from bactrian.passes.sharding.sharding_rules import Dims
+from bactrian.passes.sharding.work_from_ir import Reading
+
+AUTO = "auto"
+NAMED = ("data", "zero1", "zero2", "zero3", "megatron")
+
+
+def check_strategy(name: str) -> None:
+    """Refuse a plan that nobody knows.
+
+    Raises:
+        ConfigError: it has another name.
+    """
+    if name != AUTO and name not in NAMED:
+        raise ConfigError(f"unknown strategy {name!r}", fix=f"use {AUTO}, or one of {', '.join(NAMED)}")
+
+
+_Dim = tuple[int, int]  # value, dim
+
+
+@dataclass(frozen=True)
+class Roles:
+    """What the arguments of a step are for.
+
+    Attributes:
+        batch: cut over the data, along dim 0.
+        parameters: state that forward or backward read.
+        rest: state that only the update reads.
+        gradients: values that backward makes, or adds up, and the update reads.
+    """
+
+    batch: tuple[int, ...]
+    parameters: tuple[int, ...]
+    rest: tuple[int, ...]
+    gradients: tuple[int, ...]
+
+    @classmethod
+    def of(cls, reading: Reading, roles: Sequence[str]) -> Roles:
+        """From ``bactrian.role`` of the arguments and the phases of the ops."""
+        flow, value_of = reading.flow, reading.value_of
+        early, late = set[int](), set[int]()
+        made = dict[int, str | None]()
+        for index, (reads, phase) in enumerate(zip(flow.operands, flow.phases, strict=True)):
+            (late if phase == UPDATE else early if phase is not None else set[int]()).update(value_of[v] for v in reads)
+            for value in flow.results[index]:
+                made[value] = phase
+        state = [number for number, role in enumerate(roles) if role == "state"]
+        gradients = sorted(v for v in late if made.get(v) in (FORWARD, BACKWARD) and reading.work.values[v].shape)
+        return cls(
+            batch=tuple(number for number, role in enumerate(roles) if role == "batch"),
+            parameters=tuple(number for number in state if number in early),
+            rest=tuple(number for number in state if number not in early),
+            gradients=tuple(gradients),
+        )
+
+
+def named(reading: Reading, mesh: Mesh, roles: Sequence[str], name: str) -> Reading:
+    """A program with the layouts that a known plan gives to its arguments; those that were given already stay.
+
+    * ``data``: batches are cut over all axes, state is whole.
+    * ``zero1``: as ``data``, with state that only the update reads cut over all axes, along its largest dim that divides.
+    * ``zero2``: gradients too. ``zero3``: parameters too. (Rajbhandari et al., SC 2020.)
+    * ``megatron``: batches are cut over all axes but the last; over the last, each parameter along one dim, chosen so that
+      products come in pairs, by columns and by rows (Shoeybi et al., 2019): dims that belong together are cut together, those
+      with few parameters first, none of a batch's, none twice in a parameter.
+    """
+    who = Roles.of(reading, roles)
+    work, fixed = reading.work, dict(reading.work.fixed)
+    everything = tuple(number for number, axis in enumerate(mesh.axes) if axis.size > 1)
+    data = everything[:-1] if name == "megatron" else everything
+    layouts = {number: replicated(len(work.values[number].shape)) for number in (*who.parameters, *who.rest)}
+    for number in who.batch:
+        shape = work.values[number].shape
+        cut = bool(shape) and shape[0] % mesh.parts(data) == 0
+        layouts[number] = (data if cut else (), *replicated(len(shape) - 1)) if shape else ()
+    wanted = dict[int, Layout]()
+    if name in ("zero1", "zero2", "zero3"):
+        for number in who.rest + (who.parameters if name == "zero3" else ()):
+            layouts[number] = _spread(work.values[number].shape, everything, mesh)
+    if name in ("zero2", "zero3"):
+        wanted = {value: _spread(work.values[value].shape, everything, mesh) for value in who.gradients}
+    if name == "megatron" and everything:
+        layouts |= _by_columns_and_rows(reading, who, everything[-1], mesh)
+    layouts |= fixed
+    changed = replace(work, fixed=tuple(sorted(layouts.items())), wanted=tuple(sorted(wanted.items())))
+    return replace(reading, work=changed)
+
+
+def _spread(shape: tuple[int, ...], axes: tuple[int, ...], mesh: Mesh) -> Layout:
+    """All axes over the largest dim that they divide; as many as divide one, where all divide none."""
+    for count in range(len(axes), 0, -1):
+        dims = [dim for dim, size in enumerate(shape) if size % mesh.parts(axes[-count:]) == 0]
+        if dims:
+            best = max(dims, key=lambda dim: (shape[dim], -dim))
+            return tuple(axes[-count:] if dim == best else () for dim in range(len(shape)))
+    return replicated(len(shape))
+
+
+def _by_columns_and_rows(reading: Reading, who: Roles, axis: int, mesh: Mesh) -> dict[int, Layout]:
+    values = reading.work.values
+    groups = _Groups(reading)
+    state = [number for number in (*who.parameters, *who.rest) if values[number].shape]
+    taken_by_batch = {groups.of(number, dim) for number in who.batch for dim in range(len(values[number].shape))}
+    uses: Counter[_Dim] = Counter()
+    for number in who.parameters:
+        uses.update({groups.of(number, dim) for dim in range(len(values[number].shape))})
+    chosen = set[_Dim]()
+    for group in sorted(uses, key=lambda group: (uses[group], group)):
+        members = [(number, dim) for number in state for dim in _dims(values[number].shape, groups, number, {group})]
+        divides = all(values[number].shape[dim] % mesh.axes[axis].size == 0 for number, dim in members)
+        matrices = any(len(values[number].shape) > 1 for number, _ in members)
+        twice = any(len(_dims(values[number].shape, groups, number, chosen | {group})) > 1 for number, _ in members)
+        if divides and matrices and not twice and group not in taken_by_batch:
+            chosen.add(group)
+    layouts = dict[int, Layout]()
+    for number in state:
+        shape = values[number].shape
+        cut = _dims(shape, groups, number, chosen)
+        layouts[number] = tuple((axis,) if dim in cut else () for dim in range(len(shape)))
+    return layouts
+
+
+def _dims(shape: tuple[int, ...], groups: _Groups, number: int, chosen: set[_Dim]) -> list[int]:
+    return [dim for dim in range(len(shape)) if groups.of(number, dim) in chosen]
+
+
+class _Groups:
+    """Dims that belong together: those that one factor of an op's rule goes over, the major factor of a dim counting."""
+
+    def __init__(self, reading: Reading) -> None:
+        self._parent = dict[_Dim, _Dim]()
+        self._value_of = reading.value_of
+        for part, operation in zip(reading.parts, reading.work.operations, strict=True):
+            first = dict[int, _Dim]()
+            for value, dims in zip(operation.operands, part.rule.operands, strict=False):
+                self._join(first, value, dims)
+            for value, dims in zip(operation.results, part.rule.results, strict=True):
+                self._join(first, value, dims)
+        for value, other, _ in reading.work.carried:
+            for dim in range(len(reading.work.values[value].shape)):
+                self._join({dim: self.of(other, dim)}, value, ((),) * dim + ((dim,),))
+
+    def of(self, value: int, dim: int) -> _Dim:
+        """The group of a dim."""
+        here = value, dim
+        while (above := self._parent.get(here, here)) != here:
+            self._parent[here] = self._parent.get(above, above)
+            here = above
+        return here
+
+    def _join(self, first: dict[int, _Dim], value: int, dims: Dims) -> None:
+        for dim, factors in enumerate(dims):
+            if factors:
+                mine = self.of(value, dim)
+                other = self.of(*first.setdefault(factors[0], mine))
+                if mine != other:
+                    self._parent[max(mine, other)] = min(mine, other)

@@ -1,0 +1,135 @@
+"""What chosen layouts are predicted to take: seconds, and memory by what it is for."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from bactrian.passes.ir.main_dataflow import BACKWARD, FORWARD, UPDATE
+from bactrian.passes.sharding.baselines import Roles
+from bactrian.passes.sharding.halo import HALO
+from bactrian.passes.sharding.reshard_paths import Layout
+from bactrian.passes.sharding.sharding_model import ShardingModel, Shardings
+from bactrian.passes.sharding.work_from_ir import Reading
+
+_OF_PHASE = {FORWARD: "activations", BACKWARD: "gradients", UPDATE: "update"}
+
+
+@dataclass(frozen=True)
+class Account:
+    """What a step takes.
+
+    Attributes:
+        communication_seconds: the part of its time in which devices exchange values.
+        memory: bytes of a device at the fullest time, by class; what is nothing is left out.
+    """
+
+    communication_seconds: float
+    memory: tuple[tuple[str, int], ...]
+
+
+def account(
+    model: ShardingModel, reading: Reading, roles: Sequence[str], choice: Sequence[int], shardings: Shardings
+) -> Account:
+    """The account of a choice of the model's network."""
+    work = model.work
+    computing = sum(
+        op.weight * model.computing(op, strategy)
+        for op, strategy in zip(work.operations, shardings.chosen, strict=True)
+        if strategy is not None
+    )
+    loading = sum(s / model.mesh.parts(sum(shardings.arguments[number], ())) for number, s in work.loads)
+    names = classes(model, reading, roles)
+    network = model.network
+    held = [usage[k].item() for usage, k in zip(network.usages, choice, strict=True)]
+    change = np.zeros(max(end for _, end in network.intervals) + 1)
+    for (first, end), nbytes in zip(network.intervals, held, strict=True):
+        change[first] += nbytes
+        change[end] -= nbytes
+    fullest = int(np.cumsum(change).argmax())
+    memory = dict[str, int]()
+    for (first, end), nbytes, name in zip(network.intervals, held, names, strict=True):
+        if first <= fullest < end and nbytes:
+            memory[name] = memory.get(name, 0) + round(nbytes)
+    return Account(
+        max(0.0, shardings.seconds - computing - loading), tuple(sorted(memory.items(), key=lambda x: -x[1]))
+    )
+
+
+def sent(
+    model: ShardingModel,
+    reading: Reading,
+    shardings: Shardings,
+    num_microbatches: int,
+    updates: Sequence[int | None],
+    first: Collection[int],
+) -> dict[str, int]:
+    """What each device sends in a step, by kind of collective: as `Writer` counts it, without writing anything.
+
+    Readers in one function share the copies of a value; values that are free send nothing.
+
+    Args:
+        model: its tables.
+        reading: what was read.
+        shardings: what was chosen.
+        num_microbatches: how often forward and backward run in a step.
+        updates: for each result of ``@main`` the argument that it is the next value of.
+        first: the arguments that no stage before reads.
+    """
+    flow = reading.flow
+    home, copied, total = dict(shardings.arguments), set[tuple[int, str, Layout]](), dict[str, float]()
+
+    def count(kind: str, nbytes: float, weight: float) -> None:
+        if nbytes:
+            total[kind] = total.get(kind, 0.0) + weight * nbytes
+
+    def read(number: int, layout: Layout, phase: str | None) -> None:
+        value = reading.value_of[number]
+        source = home.get(value)
+        if source is None:
+            return
+        weight = flow.value_turns[number] * (1.0 if phase in (UPDATE, None) else num_microbatches)
+        for move in model.tables[value].way(source, layout):
+            key = number, reading.function_of(phase), move.target
+            if key not in copied:
+                copied.add(key)
+                count(move.kind, move.nbytes, weight)
+
+    for part, strategy in zip(reading.parts, shardings.chosen, strict=True):
+        if strategy is None:
+            continue
+        for number, layout in zip(part.reads, strategy.operands, strict=True):
+            read(number, layout, flow.phases[part.index])
+        for exchange in strategy.exchanges:
+            count(HALO, exchange.nbytes, part.operation.weight)
+        for reduction in strategy.reductions:
+            count(reduction.kind, reduction.nbytes, part.operation.weight)
+        home.update(zip(part.operation.results, strategy.results, strict=True))
+    for loop in flow.loops:
+        for number, result in zip(loop.returned, loop.results, strict=True):
+            if reading.value_of[result] in home:
+                read(number, home[reading.value_of[result]], flow.phases[loop.end])
+    made = {value for part in reading.parts for value in part.operation.results}
+    for number, updated in zip(flow.operands[-1], updates, strict=True):
+        own = reading.value_of[number] in made or reading.value_of[number] in first
+        if own and updated is not None and updated in shardings.arguments:
+            read(number, shardings.arguments[updated], None)
+    return {kind: round(nbytes) for kind, nbytes in sorted(total.items())}
+
+
+def classes(model: ShardingModel, reading: Reading, roles: Sequence[str]) -> list[str]:
+    """What each node of the network holds."""
+    who = Roles.of(reading, roles)
+    of_input = {number: "constants" if role == "constant" else role for number, role in enumerate(roles)}
+    of_input |= dict.fromkeys(who.parameters, "parameters") | dict.fromkeys(who.rest, "optimizer state")
+    names = [of_input.get(number, "received") for number in model.work.inputs]
+    gradients = set(who.gradients)
+    for part, choices in zip(reading.parts, model.strategies, strict=True):
+        if choices is None:
+            continue
+        phase = reading.flow.phases[part.index]
+        own = gradients.intersection(part.operation.results)
+        names.append("gradients" if own else _OF_PHASE.get(phase or "", "other"))
+    return names

@@ -1,0 +1,110 @@
+"""Which sums may wait: gradients that are accumulated over microbatches before their parts are added up."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from jaxlib.mlir import ir
+
+from bactrian.passes.ir.main_dataflow import UPDATE, Dataflow
+from bactrian.passes.sharding.strategies import Defers
+
+_SUMS = ("stablehlo.dot_general", "stablehlo.reduce", "stablehlo.scatter")
+_LINEAR = ("stablehlo.transpose", "stablehlo.reshape", "stablehlo.convert", "stablehlo.negate")
+_SCALING = ("stablehlo.multiply", "stablehlo.divide")  # by a constant
+
+
+def deferred_sums(flow: Dataflow, value_of: Sequence[int], hands_on: Sequence[bool]) -> dict[int, Defers]:
+    """The ops that lie between a sum over a batch and the accumulator that only the update reads.
+
+    All that is between is linear, and nothing else reads it, so devices can accumulate parts of the sum, each its own, and
+    add them up once per step.
+
+    Args:
+        flow: the program.
+        value_of: of each value the one that it is, where ops hand on what they read.
+        hands_on: which ops do so.
+    """
+    finder = _Finder(flow, value_of, hands_on)
+    found = dict[int, Defers]()
+    for index, op in enumerate(flow.ops[:-1]):
+        if "bactrian.accumulate" in op.attributes and op.name == "stablehlo.add":
+            found |= finder.below(index) or {}
+    return found
+
+
+class _Finder:
+    def __init__(self, flow: Dataflow, value_of: Sequence[int], hands_on: Sequence[bool]) -> None:
+        self._flow, self._value_of = flow, value_of
+        self._readers: list[set[int]] = [set() for _ in flow.values]
+        for index, reads in enumerate(flow.operands):
+            if index == len(flow.ops) - 1 or not hands_on[index]:
+                for value in reads:
+                    self._readers[value_of[value]].add(index)
+
+    def below(self, index: int) -> dict[int, Defers] | None:
+        """What leads to an accumulator, and the accumulator itself; None where its sum can't wait."""
+        flow = self._flow
+        stage, end = flow.stages[index], len(flow.ops) - 1
+        readers = self._readers[flow.results[index][0]]
+        if not readers or flow.phases[index] == UPDATE or not _is_float(flow.ops[index]):
+            return None
+        if any(r == end or flow.phases[r] != UPDATE or flow.stages[r] != stage for r in readers):
+            return None
+        zeros, value = flow.operands[index]
+        source = self._chain(value, index)
+        if source is None or not self._is_zero(zeros):
+            return None
+        return {**source, index: Defers.PASSES}
+
+    def _chain(self, value: int, reader: int) -> dict[int, Defers] | None:
+        flow = self._flow
+        value = self._value_of[value]
+        index = flow.producer[value]
+        if index < 0 or self._readers[value] != {reader} or flow.stages[index] != flow.stages[reader]:
+            return None
+        op = flow.ops[index]
+        if flow.phases[index] == UPDATE or len(op.results) != 1 or not _is_float(op):
+            return None
+        if op.name in _SUMS:
+            begins = {"stablehlo.reduce": 1, "stablehlo.scatter": 0}.get(op.name)
+            if begins is not None and (len(op.operands) > 3 - begins or not self._begins_at_zero(index, begins)):
+                return None
+            return {index: Defers.STARTS}
+        if op.name in _LINEAR:
+            if not isinstance(ir.RankedTensorType(op.operands[0].type).element_type, ir.FloatType):
+                return None
+            source = self._chain(flow.operands[index][0], index)
+            return None if source is None else {**source, index: Defers.PASSES}
+        if op.name in _SCALING and splat_of(flow.values[self._value_of[flow.operands[index][1]]]) is not None:
+            source = self._chain(flow.operands[index][0], index)
+            return None if source is None else {**source, index: Defers.PASSES}
+        if op.name == "stablehlo.add":
+            left, right = (self._chain(operand, index) for operand in flow.operands[index])
+            return None if left is None or right is None else {**left, **right, index: Defers.PASSES}
+        return None
+
+    def _begins_at_zero(self, index: int, position: int) -> bool:
+        """Whether a sum begins at zero and does nothing but add."""
+        op = self._flow.ops[index]
+        names = [nested.operation.name for nested in op.regions[0].blocks[0].operations]
+        return names == ["stablehlo.add", "stablehlo.return"] and self._is_zero(self._flow.operands[index][position])
+
+    def _is_zero(self, value: int) -> bool:
+        constant = splat_of(self._flow.values[self._value_of[value]])
+        return constant is not None and ir.FloatAttr(constant).value == 0.0
+
+
+def splat_of(value: ir.Value) -> ir.Attribute | None:
+    """The one number that all elements of a constant are, if it is one; spread over more dims or not."""
+    owner = value.owner
+    while not isinstance(owner, ir.Block) and owner.operation.name == "stablehlo.broadcast_in_dim":
+        owner = owner.operation.operands[0].owner
+    if isinstance(owner, ir.Block) or owner.operation.name != "stablehlo.constant":
+        return None
+    elements = ir.DenseElementsAttr(owner.operation.attributes["value"])
+    return elements.get_splat_value() if elements.is_splat else None
+
+
+def _is_float(op: ir.Operation) -> bool:
+    return isinstance(ir.RankedTensorType(op.results[0].type).element_type, ir.FloatType)

@@ -1,0 +1,432 @@
+"""Why a value has its layout: which ones there were, what a step takes with each, and what bound the choice."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from typing import Any, cast
+
+from bactrian.passes.frame.errors import ConfigError
+from bactrian.passes.network.problem import CostNetwork
+from bactrian.passes.network.solver import Solution, solve
+from bactrian.passes.plan.stage_sharding import layout_text
+from bactrian.passes.sharding.baselines import AUTO, named
+from bactrian.passes.sharding.cost_breakdown import account, sent
+from bactrian.passes.sharding.reduce_scatter_choice import scattered
+from bactrian.passes.sharding.reshard_paths import Layout
+from bactrian.passes.sharding.sharding_model import ShardingModel, Work
+from bactrian.passes.sharding.stage_programs import StageProgram
+from bactrian.passes.sharding.unshardable_dims import Uncut, uncut
+from bactrian.passes.sharding.value_names import NamedValue, place_text
+from bactrian.passes.sharding.work_from_ir import Reading
+
+_EQUAL = 1e-9  # of seconds: what differs by less is equal
+_COUNTED = "the stages, each of which counts for itself"
+_PATIENCE = 2.0  # a layout gets at least so many times what the choice itself took, while there is time
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """One layout of the value, with the best of everything else.
+
+    Attributes:
+        layout: the axes of each dim, ``-`` for a whole one.
+        is_chosen: whether it is the plan's.
+        seconds: of a step, the least that was found; None where none was, or it does not fit.
+        bound_seconds: no step with this layout takes less; None where it does not fit, or nothing is known.
+        communication_seconds: the part of ``seconds`` in which devices exchange values.
+        memory_bytes: of a device at the fullest time; of a layout that does not fit, the least that it takes.
+        memory: the same by class, where there are seconds.
+        sent_bytes: what each device sends in a step, by kind of collective.
+        lacking_bytes: what a device's memory is short of; 0 where the layout fits.
+    """
+
+    layout: str
+    is_chosen: bool = False
+    seconds: float | None = None
+    bound_seconds: float | None = None
+    communication_seconds: float | None = None
+    memory_bytes: int | None = None
+    memory: tuple[tuple[str, int], ...] = ()
+    sent_bytes: tuple[tuple[str, int], ...] = ()
+    lacking_bytes: int = 0
+
+    @property
+    def is_proved(self) -> bool:
+        """Whether ``seconds`` are the least."""
+        return None not in (self.seconds, self.bound_seconds) and _at_least(self.bound_seconds, self.seconds)
+
+
+@dataclass(frozen=True)
+class Unlimited:
+    """What would be chosen if memory did not matter, where that is faster.
+
+    Attributes:
+        layout: of the value.
+        seconds: of a step.
+        memory_bytes: of a device at the fullest time.
+        binds: whether the value's layout is another one for want of memory: with the plan's layout, and without a limit,
+            a step takes longer.
+    """
+
+    layout: str
+    seconds: float
+    memory_bytes: int
+    binds: bool
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """All that is said of one value.
+
+    Attributes:
+        name, origin, type: as in `NamedValue`.
+        place: the user's ``file:line``, or "".
+        nbytes: of the whole value.
+        stage: that it belongs to; None where there is one stage.
+        mesh: names and sizes of the axes.
+        layout: the plan's; "" of a scalar.
+        local_shape, local_bytes: of a device's piece.
+        reason: ``given``, ``memory``, ``cheapest``, ``only`` (there is one layout), ``free`` (any layout costs nothing), or
+            ``unproved`` (a better one was found here).
+        given_by: who gave the layout, or "".
+        seconds, bound_seconds: of a step as planned, and the least that it could take.
+        limit_bytes: memory of a device.
+        unlimited: if memory keeps the step from being faster.
+        alternatives: the fastest first; those that were not finished, and those that do not fit, at the end.
+        impossible: cuts that there are not.
+        notes: what else ties the layout to others.
+    """
+
+    name: str
+    origin: str
+    type: str
+    place: str
+    nbytes: int
+    stage: int | None
+    mesh: tuple[tuple[str, int], ...]
+    layout: str
+    local_shape: tuple[int, ...]
+    local_bytes: int
+    reason: str
+    given_by: str
+    seconds: float
+    bound_seconds: float
+    limit_bytes: int
+    unlimited: Unlimited | None
+    alternatives: tuple[Alternative, ...]
+    impossible: tuple[Uncut, ...]
+    notes: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data for JSON."""
+        fields = asdict(self)
+        fields["mesh"] = dict(self.mesh)
+        for each, entry in zip(self.alternatives, fields["alternatives"], strict=True):
+            entry |= {"memory": dict(each.memory), "sent_bytes": dict(each.sent_bytes), "is_proved": each.is_proved}
+        return fields
+
+    def show(self) -> None:
+        """Print the table."""
+        from bactrian.passes.plan.plan_table import show
+        from bactrian.passes.sharding.explanation_table import render_value
+
+        show(render_value(cast(Any, self)))
+
+    def _repr_html_(self) -> str:
+        from bactrian.passes.plan.plan_table import html
+        from bactrian.passes.sharding.explanation_table import render_value
+
+        return html(render_value(cast(Any, self)))
+
+
+class StageExplainer:
+    """Answers about the values of one stage.
+
+    Args:
+        program: of the stage.
+        values: their names.
+        strategy: ``auto``, or the known plan that was asked for.
+        roles: of the arguments.
+        updates: for each result of ``@main`` the argument that it is the next value of.
+        limit: bytes of a device.
+        given: who gave arguments their layouts, by number.
+        first: the arguments that no stage before reads.
+        time_limit: seconds for the plan's own choice.
+    """
+
+    def __init__(
+        self,
+        program: StageProgram,
+        values: Sequence[NamedValue],
+        strategy: str,
+        roles: Sequence[str],
+        updates: Sequence[int | None],
+        limit: int,
+        given: Mapping[int, str],
+        first: frozenset[int],
+        time_limit: float,
+    ) -> None:
+        self.program, self.strategy, self.roles, self.updates = program, strategy, roles, updates
+        self._named = {value.number: value for value in values if value.stage == program.stage}
+        self.limit, self.given, self.first, self.time_limit = limit, given, first, time_limit
+        self.reading = program.reading
+        if strategy != AUTO:
+            self.reading = named(program.reading, program.mesh, roles, strategy)
+        self.model = ShardingModel(self.reading.work, program.mesh, limit)
+
+    @cached_property
+    def solution(self) -> Solution:
+        """The plan's choice, made once more."""
+        return scattered(self.model, solve(self.model.network, self.time_limit))
+
+    def layout(self, value: int) -> str:
+        """The plan's layout of a value; ``any`` where it costs nothing."""
+        found = _layouts_of(self.model, value)
+        return "any" if found is None else self._text(found[1][self.solution.choice[found[0]]], value)
+
+    def explain(self, value: NamedValue, deadline: float) -> Explanation:
+        """All about one value.
+
+        Args:
+            value: that the stage holds.
+            deadline: of `time.monotonic`; what is not finished then is said to be so.
+        """
+        work, mesh = self.model.work, self.program.mesh
+        tensor = work.values[value.number]
+        found = _layouts_of(self.model, value.number)
+        solution, model = self.solution, self.model
+        layout: Layout | None = None
+        given_by, unlimited, alternatives = "", None, list[Alternative]()
+        if found is not None:
+            node, layouts = found
+            layout = layouts[solution.choice[node]]
+            given_by = self._given_by(value, layout)
+            if not given_by:
+                unlimited = self._unlimited(value.number, layout, deadline)
+            if given_by and given_by != _COUNTED:
+                open_ = replace(self.reading, work=_without_given(work, value.number))
+                model = ShardingModel(open_.work, mesh, self.limit)
+                alternatives = self._alternatives(value.number, layout, model, open_, deadline)
+            else:
+                alternatives = self._alternatives(value.number, layout, model, self.reading, deadline)
+        rank = len(tensor.shape)
+        cut = ((),) * rank if layout is None else layout[len(layout) - rank :]
+        parts = [mesh.parts(axes) for axes in cut]
+        local = tuple(size // part for size, part in zip(tensor.shape, parts, strict=True))
+        return Explanation(
+            name=value.label,
+            origin=value.origin,
+            type=value.type,
+            place="" if value.place is None else place_text(value.place),
+            nbytes=tensor.nbytes,
+            stage=self.program.only,
+            mesh=tuple((axis.name, axis.size) for axis in mesh.axes),
+            layout="any" if layout is None else self._text(layout, value.number),
+            local_shape=local,
+            local_bytes=round(tensor.nbytes / mesh.parts(sum(cut, ()))),
+            reason=_reason(layout, given_by, alternatives, unlimited),
+            given_by=given_by,
+            seconds=float(solution.cost),
+            bound_seconds=float(solution.bound),
+            limit_bytes=self.limit,
+            unlimited=unlimited,
+            alternatives=tuple(sorted(alternatives, key=_order)),
+            impossible=() if layout is None else tuple(uncut(model, value.number, value.op)),
+            notes=tuple(self._notes(value.number)),
+        )
+
+    def _text(self, layout: Layout, value: int) -> str:
+        names = [[self.program.mesh.axes[axis].name for axis in axes] for axes in layout]
+        summed = len(names) - len(self.model.work.values[value].shape)
+        text = layout_text(names[summed:])
+        return f"sum over {'+'.join(name for (name,) in names[:summed])}: {text}" if summed else text
+
+    def _given_by(self, value: NamedValue, layout: Layout) -> str:
+        """Who decided the layout, or ""."""
+        number = value.number
+        if number in self.given:
+            return self.given[number]
+        if number in dict(self.program.reading.work.fixed):
+            return _COUNTED if number < self.reading.flow.num_arguments else self._constraint(number)
+        work = self.reading.work
+        if dict(work.fixed).get(number) == layout or dict(work.wanted).get(number) == layout:
+            return f"strategy {self.strategy}" if self.strategy != AUTO else _COUNTED
+        if any(op.given and number in op.results for op in work.operations):
+            return self._constraint(number)
+        return ""
+
+    def _constraint(self, value: int) -> str:
+        place = self._named[value].place
+        return "a sharding constraint" + ("" if place is None else f" at {place_text(place)}")
+
+    def _alternatives(
+        self, value: int, chosen: Layout, model: ShardingModel, reading: Reading, deadline: float
+    ) -> list[Alternative]:
+        """The chosen layout as it is planned, and all others of a model: of one that leaves the value open, if its layout
+        was given."""
+        solution = self.solution
+        rows = [self._solved(chosen, value, self.model, self.reading, solution, is_chosen=True)]
+        found = _layouts_of(model, value)
+        assert found is not None  # it has layouts already
+        node, layouts = found
+        others = [layout for layout in dict.fromkeys(layouts) if layout != chosen]
+        for number, layout in enumerate(others):
+            kept = [k for k, each in enumerate(layouts) if each == layout]
+            network = model.network.restricted(node, kept)
+            least = network.least_peak()
+            if least > self.limit:  # whatever the edges forbid
+                lacking = round(least) - self.limit
+                rows.append(Alternative(self._text(layout, value), memory_bytes=round(least), lacking_bytes=lacking))
+                continue
+            left = max(0.0, deadline - time.monotonic())
+            share = max(left / (len(others) - number), min(left, _PATIENCE * solution.seconds))
+            answer = _answer(network, share)
+            if answer is None:
+                bound = float(solution.bound) if model is self.model else None
+                rows.append(Alternative(self._text(layout, value), bound_seconds=bound))
+                continue
+            choice = list(answer.choice)
+            choice[node] = kept[choice[node]]
+            rows.append(self._solved(layout, value, model, reading, replace(answer, choice=tuple(choice))))
+        return rows
+
+    def _solved(
+        self,
+        layout: Layout,
+        value: int,
+        model: ShardingModel,
+        reading: Reading,
+        solution: Solution,
+        *,
+        is_chosen: bool = False,
+    ) -> Alternative:
+        shardings = model.shardings(solution.choice)
+        taken = account(model, reading, self.roles, solution.choice, shardings)
+        moved = sent(model, reading, shardings, self.program.num_microbatches, self.updates, self.first)
+        return Alternative(
+            layout=self._text(layout, value),
+            is_chosen=is_chosen,
+            seconds=float(solution.cost),
+            bound_seconds=float(solution.bound),
+            communication_seconds=taken.communication_seconds,
+            memory_bytes=round(solution.memory),
+            memory=taken.memory,
+            sent_bytes=tuple(moved.items()),
+        )
+
+    def _unlimited(self, value: int, chosen: Layout, deadline: float) -> Unlimited | None:
+        """The choice without a memory limit, if it is faster."""
+        network = self.model.network
+        if network.peak([int(usages.argmax()) for usages in network.usages]) <= self.limit:
+            return None
+        free = replace(network, limit=None)
+        best = _answer(free, max(0.0, deadline - time.monotonic()) / 2)
+        if best is None or _at_least(float(best.cost), float(self.solution.cost)):
+            return None
+        found = _layouts_of(self.model, value)
+        assert found is not None
+        node, layouts = found
+        layout, binds = layouts[best.choice[node]], False
+        if layout != chosen:
+            kept = [k for k, each in enumerate(layouts) if each == chosen]
+            forced = _answer(free.restricted(node, kept), max(0.0, deadline - time.monotonic()) / 2)
+            binds = forced is not None and forced.bound > float(best.cost) * (1 + _EQUAL)
+        return Unlimited(self._text(layout, value), float(best.cost), round(best.memory), binds)
+
+    def _notes(self, value: int) -> list[str]:
+        """What else ties the layout: constraints that read the value, borders of its pieces, the state that it becomes."""
+        names = self._borders(value)
+        for op in self.reading.work.operations:
+            if op.given and value in op.operands:
+                asked = " or ".join(self._text(layout, value) for layout in op.given)
+                names.append(f"{self._constraint(op.results[0])} reads it as {asked}")
+        for made, argument in self.reading.work.updates:
+            if made == value:
+                path = self._named[argument].name
+                names.append(f"it is the next value of {path}, which is {self.layout(argument) or 'a scalar'}")
+        return names
+
+    def _borders(self, value: int) -> list[str]:
+        """What neighbours exchange of the value for ops that look at windows of it."""
+        work, names = self.model.work, list[str]()
+        chosen = self.model.shardings(self.solution.choice).chosen
+        for op, strategy in zip(work.operations, chosen, strict=True):
+            exchanges = strategy.exchanges if strategy is not None else ()
+            own = [each for each in exchanges if op.operands[each.border.operand] == value]
+            if own:
+                rows = " and ".join(f"{e.rows} of dim {e.border.dim} ({'+'.join(self._axes(e.axes))})" for e in own)
+                nbytes, seconds = sum(each.nbytes for each in own), sum(each.seconds for each in own)
+                names.append(
+                    f"{self._named[op.results[0]].label} exchanges borders of its pieces, rows: {rows}; "
+                    f"{nbytes:,.0f} bytes, {seconds:.3g} s"
+                )
+        return names
+
+    def _axes(self, axes: Sequence[int]) -> list[str]:
+        return [self.program.mesh.axes[axis].name for axis in axes]
+
+
+def _reason(
+    layout: Layout | None, given_by: str, alternatives: Sequence[Alternative], unlimited: Unlimited | None
+) -> str:
+    if layout is None:
+        return "free"
+    if given_by:
+        return "given"
+    if len(alternatives) == 1:
+        return "only"
+    chosen = next(row.seconds for row in alternatives if row.is_chosen)
+    if any(row.seconds is not None and not _at_least(row.seconds, chosen) for row in alternatives):
+        return "unproved"
+    return "memory" if unlimited is not None and unlimited.binds else "cheapest"
+
+
+def _at_least(seconds: float | None, other: float | None) -> bool:
+    return seconds is not None and other is not None and seconds >= other * (1 - _EQUAL)
+
+
+def _order(row: Alternative) -> tuple[int, float, bool, str]:
+    """The fastest first, the plan's before others that take as long; then what was not finished, then what does not fit."""
+    if row.seconds is not None:
+        return 0, float(f"{row.seconds:.9e}"), not row.is_chosen, row.layout
+    if row.lacking_bytes:
+        return 2, row.lacking_bytes, True, row.layout
+    return 1, row.bound_seconds or 0.0, True, row.layout
+
+
+def _answer(network: CostNetwork, time_limit: float) -> Solution | None:
+    """The best choice, None where none was found in time."""
+    if time_limit <= 0:
+        return None
+    try:
+        return solve(network, time_limit)
+    except ConfigError:
+        return None
+
+
+def _layouts_of(model: ShardingModel, value: int) -> tuple[int, list[Layout]] | None:
+    """The node of the network that decides a value's layout, and the layout that each of its strategies gives; None for
+    what is free."""
+    for node, (number, layouts) in enumerate(zip(model.work.inputs, model.argument_layouts, strict=True)):
+        if number == value:
+            return node, list(layouts)
+    node = len(model.work.inputs)
+    for op, choices in zip(model.work.operations, model.strategies, strict=True):
+        if choices is None:
+            continue
+        if value in op.results:
+            position = op.results.index(value)
+            return node, [strategy.results[position] for strategy in choices]
+        node += 1
+    return None
+
+
+def _without_given(work: Work, value: int) -> Work:
+    """The work as if nobody had decided the layout of a value."""
+    operations = tuple(replace(op, given=()) if op.given and value in op.results else op for op in work.operations)
+    fixed = tuple(pair for pair in work.fixed if pair[0] != value)
+    wanted = tuple(pair for pair in work.wanted if pair[0] != value)
+    return replace(work, operations=operations, fixed=fixed, wanted=wanted)

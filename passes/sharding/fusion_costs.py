@@ -1,0 +1,96 @@
+"""What an op takes of one device, as far as values need memory at all: what is fused into its readers does not."""
+
+from __future__ import annotations
+
+from jaxlib.mlir import ir
+
+from bactrian.passes.machine.cluster import Cluster
+from bactrian.passes.machine.op_costs import HEAVY, CostModel, repacks
+from bactrian.passes.sharding.loop_dataflow import CONDITION, END, LoopFlow
+
+# What XLA computes in the loop of its reader, so that no tensor of it need ever exist.
+_NOT_FUSED = HEAVY | frozenset(
+    f"stablehlo.{name}"
+    for name in [
+        "reduce",
+        "reduce_window",
+        "scatter",
+        "gather",
+        "sort",
+        "while",
+        "case",
+        "custom_call",
+        "rng_bit_generator",
+        "select_and_scatter",
+        "dynamic_update_slice",
+        "fft",
+        "cholesky",
+        "triangular_solve",
+        "all_reduce",
+        "all_gather",
+        "optimization_barrier",
+    ]
+)
+PART_WRITTEN = "stablehlo.dynamic_update_slice"
+
+
+def read_from_memory(flow: LoopFlow, value_of: list[int]) -> list[bool]:
+    """Which values must exist: an op that is not fused, another phase or the caller reads them."""
+    read = [False] * len(flow.values)
+    for value in flow.operands[-1]:
+        read[value_of[value]] = True
+    for index in range(len(flow.ops) - 1):
+        separate = is_separate(flow, index) or flow.kinds[index] in (END, CONDITION)
+        for value in flow.operands[index]:
+            source = value_of[value]
+            producer = flow.producer[source]
+            if separate or source != value or producer < 0 or _apart(flow, producer, index):
+                read[source] = True
+    return read
+
+
+def is_separate(flow: LoopFlow, index: int) -> bool:
+    """Whether an op is not fused with others; what a loop stacks is written where it is computed."""
+    name = flow.ops[index].name
+    return name in _NOT_FUSED and not (name == PART_WRITTEN and flow.tops[index] is not flow.ops[index])
+
+
+def _apart(flow: LoopFlow, producer: int, reader: int) -> bool:
+    """Whether two ops are of two phases, or in two loops."""
+    if flow.phases[producer] != flow.phases[reader]:
+        return True
+    inside = flow.tops[reader] is not flow.ops[reader]
+    return inside and flow.ops[producer].block != flow.ops[reader].block
+
+
+def repack_seconds(op: ir.Operation, cluster: Cluster) -> float:
+    """For each byte of a device's pieces of the operands: bringing them into the order that a product wants."""
+    return 1 / cluster.device.repack_bytes_per_second if repacks(op) else 0.0
+
+
+def op_seconds(
+    op: ir.Operation,
+    model: CostModel,
+    cluster: Cluster,
+    keeps: bool,
+    separate: bool,
+    from_memory: list[bool],
+    operands: tuple[int, ...],
+) -> float:
+    """Roofline time on one device; of a fused op only what it brings to and from memory."""
+    cost = model.cost(op)
+    device = cluster.device
+    if separate:
+        return device.seconds(cost)
+    flops = cost.flops / (device.flops_per_second.get(cost.dtype) or device.flops_per_second["default"])
+    made = [model.size(value.type).bytes for value in op.results]
+    read = [
+        model.size(value.type).bytes if from_memory[number] else 0
+        for value, number in zip(op.operands, operands, strict=False)
+    ]
+    if op.name == "stablehlo.dynamic_slice":
+        read[:1] = [min(read[0], *made)]
+    if op.name == PART_WRITTEN:
+        made, read[0] = [model.size(op.operands[1].type).bytes], 0
+    moved = sum(read) + (sum(made) if keeps else 0)
+    return max(flops, moved / device.bytes_per_second)

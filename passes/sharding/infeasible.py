@@ -1,0 +1,97 @@
+"""Why a stage fits into its devices in no layouts: what is missing, when, of what it consists, and what would help."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from bactrian.passes.frame.errors import InfeasiblePlanError
+from bactrian.passes.frame.location import describe
+from bactrian.passes.ir.main_dataflow import UPDATE
+from bactrian.passes.plan.plan_table import human_bytes
+from bactrian.passes.sharding.cost_breakdown import classes
+from bactrian.passes.sharding.sharding_model import ShardingModel
+from bactrian.passes.sharding.work_from_ir import Reading
+
+_PER_MICROBATCH = frozenset({"batch", "activations", "received"})
+
+
+def shortage(model: ShardingModel, reading: Reading, roles: Sequence[str], stage: int) -> InfeasiblePlanError | None:
+    """The error for a stage whose leanest layouts are too large at some time; None if each fits by itself.
+
+    Every layout can be moved to every other, so the leanest choice for each value is a choice for all: what it takes at the
+    fullest time is the least there is.
+
+    Args:
+        model: with its memory limit.
+        reading: what the model was made of.
+        roles: of the arguments.
+        stage: its number.
+    """
+    network = model.network
+    if model.memory is None or not network.usages:
+        return None
+    least = [int(usage.min()) for usage in network.usages]
+    change = np.zeros(max(end for _, end in network.intervals) + 1, dtype=np.int64)
+    for (first, end), nbytes in zip(network.intervals, least, strict=True):
+        change[first] += nbytes
+        change[end] -= nbytes
+    held = np.cumsum(change)
+    time = int(held.argmax())
+    needed = int(held[time])
+    if needed <= model.memory:
+        return None
+    there = [
+        (nbytes, name, node)
+        for node, ((first, end), nbytes, name) in enumerate(
+            zip(network.intervals, least, classes(model, reading, roles), strict=True)
+        )
+        if first <= time < end and nbytes
+    ]
+    sums = dict[str, int]()
+    for nbytes, name, _ in there:
+        sums[name] = sums.get(name, 0) + nbytes
+    parts = ", ".join(f"{human_bytes(nbytes)} {name}" for name, nbytes in sorted(sums.items(), key=lambda x: -x[1]))
+    largest, _, node = max(there, key=lambda each: each[0])
+    missing = needed - model.memory
+    return InfeasiblePlanError(
+        f"cannot fit stage {stage} into a device: it holds at least {human_bytes(needed)}, a device has "
+        f"{human_bytes(model.memory)}, {human_bytes(missing)} are missing",
+        where=_at(reading, time),
+        why=f"with all values cut as far as they can be there are {parts}; the largest piece, {human_bytes(largest)}, is of "
+        f"{_name(model, reading, node)}",
+        fix=_help(missing, needed, sums),
+        least_bytes=needed,
+    )
+
+
+def _at(reading: Reading, time: int) -> str:
+    """The op that a device holds most at."""
+    if not reading.parts:
+        return ""
+    index = reading.parts[min(time, len(reading.parts) - 1)].index
+    op, phase = reading.flow.ops[index], reading.flow.phases[index]
+    place = describe(op.location) or op.name
+    return f"{place}, {'in the update' if phase == UPDATE else phase}" if phase else place
+
+
+def _name(model: ShardingModel, reading: Reading, node: int) -> str:
+    """What a node decides the layout of, for people."""
+    inputs = model.work.inputs
+    if node < len(inputs):
+        value = inputs[node]
+    else:
+        free = [part for part, choices in zip(reading.parts, model.strategies, strict=True) if choices is not None]
+        value = free[node - len(inputs)].operation.results[0]
+    found = reading.flow.values[value]
+    return f"{describe(found.location) or 'a value'}: {found.type}"
+
+
+def _help(missing: int, needed: int, sums: dict[str, int]) -> str:
+    """What would make room for so much."""
+    moving = sum(nbytes for name, nbytes in sums.items() if name in _PER_MICROBATCH)
+    more = "more devices or stages"
+    if moving > missing:
+        more = "more microbatches, " + more
+    return f"take {more}, or devices with {human_bytes(needed)} or more"

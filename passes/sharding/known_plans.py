@@ -1,0 +1,77 @@
+"""The well-known plans as answers: what they would take, and the best of them where the solver's own is not proved."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from bactrian.passes.frame.errors import ConfigError, InfeasiblePlanError
+from bactrian.passes.machine.mesh import Mesh
+from bactrian.passes.network.solver import Solution, solve
+from bactrian.passes.sharding.baselines import named
+from bactrian.passes.sharding.cost_breakdown import Account, account
+from bactrian.passes.sharding.sharding_model import ShardingModel, Shardings
+from bactrian.passes.sharding.work_from_ir import Reading
+
+
+@dataclass(frozen=True)
+class KnownPlan:
+    """One that fits.
+
+    Attributes:
+        seconds: of a step.
+        account: of its time and memory.
+        memory: bytes of a device at the fullest time.
+        shardings: its layouts.
+    """
+
+    seconds: float
+    account: Account
+    memory: int
+    shardings: Shardings
+
+
+def known_plan(
+    reading: Reading, mesh: Mesh, roles: Sequence[str], name: str, limit: int | None, time_limit: float
+) -> KnownPlan | None:
+    """A known plan, solved for what it leaves open; None where it does not fit, or none was found in time."""
+    plan = named(reading, mesh, roles, name)
+    model = ShardingModel(plan.work, mesh, limit)
+    try:
+        solution = solve(model.network, time_limit)
+    except (ConfigError, InfeasiblePlanError):
+        return None
+    shardings = model.shardings(solution.choice)
+    taken = account(model, plan, roles, solution.choice, shardings)
+    return KnownPlan(float(solution.cost), taken, round(solution.memory), shardings)
+
+
+def at_most_known(model: ShardingModel, solution: Solution | None, known: Iterable[KnownPlan]) -> Solution | None:
+    """A solution that is not proved, or the cheapest known plan, if that is cheaper: with the solution's bound.
+
+    Args:
+        model: of the program, with nothing decided by a known plan.
+        solution: of its network; None where none was found.
+        known: plans of the same program within the same memory.
+    """
+    best = solution
+    for plan in known:
+        choice = choice_of(model, plan.shardings)
+        cost = model.network.cost(choice)
+        if model.network.is_allowed(choice) and (best is None or cost < best.cost):
+            old = best or Solution(choice, cost, 0.0, False, 0, 0.0, {})
+            best = replace(old, choice=choice, cost=cost, memory=model.network.peak(choice))
+    return best
+
+
+def choice_of(model: ShardingModel, shardings: Shardings) -> tuple[int, ...]:
+    """The choice of the model's network that means these layouts; each must be among its strategies."""
+    choice = [
+        layouts.index(shardings.arguments[number])
+        for number, layouts in zip(model.work.inputs, model.argument_layouts, strict=True)
+    ]
+    for choices, strategy in zip(model.strategies, shardings.chosen, strict=True):
+        if choices is not None:
+            assert strategy is not None  # what is free is so in every plan
+            choice.append(choices.index(strategy))
+    return tuple(choice)

@@ -1,0 +1,86 @@
+"""All-reduces whose results are only read cut become reduce-scatters, where that takes no longer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from bactrian.passes.network.solver import Solution
+from bactrian.passes.sharding.reshard_paths import Layout, LayoutTable
+from bactrian.passes.sharding.sharding_model import ShardingModel
+from bactrian.passes.sharding.strategies import Strategy
+
+_EPSILON = 1e-12  # of a time: two that differ by less are equal
+_Result = tuple[LayoutTable, list[Layout]]  # of a value, and the layouts in which it is read
+
+
+def scattered(model: ShardingModel, solution: Solution) -> Solution:
+    """A solution that takes no longer, and sends less where it can.
+
+    Where a cluster was measured, a reduce-scatter may take as long as an all-reduce, and the solver takes either. Compilers
+    make a reduce-scatter of an all-reduce whose result is only cut, so what is sent would be less than what is predicted.
+
+    Args:
+        model: of the program.
+        solution: of its network.
+
+    Returns:
+        The solution, with other strategies of the same ops: with the same work on the same operands.
+    """
+    work, made = model.work, list(solution.choice)
+    node = len(work.inputs)
+    shardings = model.shardings(solution.choice)
+    reads: dict[int, set[Layout]] = {}
+    for op, strategy in zip(work.operations, shardings.chosen, strict=True):
+        if strategy is not None:
+            for value, layout in zip(op.operands, strategy.operands, strict=True):
+                reads.setdefault(value, set()).add(layout)
+    for value, argument in work.updates:
+        reads.setdefault(value, set()).add(shardings.arguments[argument])
+    layouts = dict(shardings.arguments)
+    for op, strategy in zip(work.operations, shardings.chosen, strict=True):
+        layouts.update(zip(op.results, strategy.results, strict=True) if strategy is not None else ())
+    for value, other, _ in work.carried:
+        reads.setdefault(value, set()).add(layouts[other])
+    for op, choices, strategy in zip(work.operations, model.strategies, shardings.chosen, strict=True):
+        if choices is None or strategy is None:
+            continue
+        if any(each.kind == "all_reduce" for each in strategy.reductions):
+            results = [(model.tables[value], sorted(reads.get(value, ()))) for value in op.results]
+            made[node] = _better(results, choices, made[node])
+        node += 1
+    choice, network = tuple(made), model.network
+    if choice == tuple(solution.choice):
+        return solution
+    return replace(solution, choice=choice, cost=network.cost(choice), memory=network.peak(choice))
+
+
+def _better(results: Sequence[_Result], choices: Sequence[Strategy], chosen: int) -> int:
+    """The number of the strategy that scatters what the chosen one adds up everywhere, if its readers lose nothing."""
+    old, best, fewest = choices[chosen], chosen, _sent(results, choices[chosen])
+    slack = _EPSILON * old.reduction_seconds
+    for number, new in enumerate(choices):
+        if new.factors != old.factors or new.reduction_seconds > old.reduction_seconds + slack:
+            continue
+        if all(
+            layout == before or (reads and all(_seconds(table, layout, x) <= _seconds(table, before, x) for x in reads))
+            for (table, reads), layout, before in zip(results, new.results, old.results, strict=True)
+        ):
+            sent = _sent(results, new)
+            if sent < fewest:
+                best, fewest = number, sent
+    return best
+
+
+def _seconds(table: LayoutTable, source: Layout, target: Layout) -> float:
+    return float(table.seconds[table.number[source], table.number[target]])
+
+
+def _sent(results: Sequence[_Result], strategy: Strategy) -> float:
+    moved = sum(
+        move.nbytes
+        for (table, reads), layout in zip(results, strategy.results, strict=True)
+        for target in reads
+        for move in table.way(layout, target)
+    )
+    return sum(each.nbytes for each in strategy.reductions) + moved

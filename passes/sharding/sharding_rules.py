@@ -1,0 +1,58 @@
+"""Sharding rules: how the dims of an op's operands and results belong together. A copy of Shardy's without MLIR."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from bactrian.passes.sharding.halo import Border
+
+Dims = tuple[tuple[int, ...], ...]
+"""For each dim of a tensor the factors that it is made of, the major one first."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """The factors of an op (``sdy.op_sharding_rule``).
+
+    For a matrix product: ``Rule((8, 16, 4), operands=(((0,), (1,)), ((1,), (2,))), results=(((0,), (2,)),),
+    reduction=frozenset({1}))``.
+
+    Attributes:
+        sizes: of each factor.
+        operands, results: of each tensor the factors of its dims.
+        reduction: factors that the op sums over: they are in operands only.
+        replicated: factors that every device needs whole.
+        permuted: factors of which a device needs some of its neighbours' part, nobody knows how much.
+        borders: how operands are read along factors of which a device needs its neighbours' borders.
+    """
+
+    sizes: tuple[int, ...]
+    operands: tuple[Dims, ...]
+    results: tuple[Dims, ...]
+    reduction: frozenset[int] = frozenset()
+    replicated: frozenset[int] = frozenset()
+    permuted: frozenset[int] = frozenset()
+    borders: tuple[Border, ...] = ()
+
+    def factor_of(self, border: Border) -> int:
+        """The factor that a border is of."""
+        return self.operands[border.operand][border.dim][0]
+
+
+def elementwise(shape: tuple[int, ...], num_operands: int) -> Rule:
+    """The rule of an op that treats each position on its own."""
+    dims: Dims = tuple((factor,) for factor in range(len(shape)))
+    return Rule(shape, (dims,) * num_operands, (dims,))
+
+
+def whole(operands: tuple[tuple[int, ...], ...], results: tuple[tuple[int, ...], ...]) -> Rule:
+    """The rule of an op that nothing is known of: every device does all of it."""
+    sizes = list[int]()
+
+    def dims(shape: tuple[int, ...]) -> Dims:
+        first = len(sizes)
+        sizes.extend(shape)
+        return tuple((first + dim,) for dim in range(len(shape)))
+
+    ins, outs = tuple(dims(shape) for shape in operands), tuple(dims(shape) for shape in results)
+    return Rule(tuple(sizes), ins, outs, replicated=frozenset(range(len(sizes))))

@@ -1,0 +1,392 @@
+"""From chosen layouts to ``sdy.sharding`` on every value, and every move as an op."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import sdy
+
+from bactrian.passes.ir.main_dataflow import (
+    UPDATE,
+    argument_attributes,
+    body,
+    nested_operations,
+    phase_of,
+    result_attributes,
+    result_updates,
+    set_operand,
+    terminator,
+    top_level,
+)
+from bactrian.passes.ir.meshes import SHARDING
+from bactrian.passes.machine.mesh import Mesh
+from bactrian.passes.sharding.halo import HALO
+from bactrian.passes.sharding.loop_dataflow import CARRY, CONDITION, INSIDE, Loop, condition_ops
+from bactrian.passes.sharding.partial_sums import PartsOfSums
+from bactrian.passes.sharding.reshard_paths import Layout, Move, replicated
+from bactrian.passes.sharding.sharding_model import ShardingModel, Shardings
+from bactrian.passes.sharding.strategies import Strategy, strategies
+from bactrian.passes.sharding.user_shardings import CONSTRAINT
+from bactrian.passes.sharding.work_from_ir import Part, Reading, drop_rules
+
+_PLACE = ("bactrian.phase", "bactrian.stage", "bactrian.layer")
+
+
+def sharding_attribute(layout: Layout, mesh: Mesh, mesh_name: str) -> ir.Attribute:
+    """A layout as ``#sdy.sharding<@mesh, [...]>``, closed: nothing may cut further."""
+    dims = [
+        sdy.DimensionShardingAttr.get([sdy.AxisRefAttr.get(mesh.axes[axis].name) for axis in axes], is_closed=True)
+        for axes in layout
+    ]
+    return sdy.TensorShardingAttr.get(mesh_name, dims)
+
+
+class Writer:
+    """Writes shardings into ``@main``.
+
+    A result has the layout in which its op leaves it once partial results are added up; every other layout is reached
+    by a chain of ``sdy.reshard``, each of which is one collective. Readers in one function share a chain.
+
+    Args:
+        main: the function.
+        reading: what was read of it.
+        model: its tables.
+        shardings: what was chosen.
+        mesh_name: the symbol of the mesh.
+        num_microbatches: how often forward and backward run in a step.
+        stage: whose ops they are, where there are several stages.
+        claimed: arguments that earlier stages have given their sharding; grows.
+    """
+
+    def __init__(
+        self,
+        main: ir.Operation,
+        reading: Reading,
+        model: ShardingModel,
+        shardings: Shardings,
+        mesh_name: str,
+        num_microbatches: int = 1,
+        stage: int | None = None,
+        claimed: set[int] | None = None,
+    ) -> None:
+        self.main, self.reading, self.model, self.mesh_name = main, reading, model, mesh_name
+        self.num_microbatches, self.stage = num_microbatches, stage
+        self._claimed = set[int]() if claimed is None else claimed
+        self.mesh = model.mesh
+        self.num_reshards = 0
+        # By kind of collective, bytes that each device sends: when @main runs once, and in a step.
+        self.sent: dict[str, float] = {}
+        self.sent_in_step: dict[str, float] = {}
+        self.cut: dict[int, ir.Value] = {}  # values that are cut after their reduction, cut
+        self._chosen = self._free_ones_chosen(shardings)
+        self._arguments = shardings.arguments
+        self._parts = PartsOfSums(self.mesh, lambda layout: sharding_attribute(layout, self.mesh, mesh_name), _place_of)
+        self._home: dict[int, Layout] = {}  # of values: the layout that they have for all readers
+        self._received: dict[int, ir.Value] = {}  # what other stages have made, as this one has it
+        self._copies: dict[
+            tuple[int, str, Layout], ir.Value
+        ] = {}  # (value of the flow, function, layout) -> in that layout
+
+    def write(self) -> None:
+        """Write everything."""
+        flow = self.reading.flow
+        for number, layout in self._arguments.items():
+            self._home[number] = layout
+        first = self._receive()
+        chosen = {part.index: (part, strategy) for part, strategy in zip(self.reading.parts, self._chosen, strict=True)}
+        for index, op in enumerate(flow.ops[:-1]):
+            if index not in chosen:
+                if self.stage is None or flow.stages[index] in (None, self.stage):  # its results are its operands
+                    self._hand_on(index, op)
+                continue
+            part, strategy = chosen[index]
+            if flow.kinds[index] == CARRY:
+                self._carry(part, strategy)
+                continue
+            if flow.kinds[index] == CONDITION:
+                self._condition(part, strategy)
+                continue
+            leaves = _is_sum(strategy, op)
+            for position, (number, layout) in enumerate(zip(part.reads, strategy.operands, strict=True)):
+                present = flow.values[number]
+                value = self._constant_in_parts(number, layout) or self._read(number, layout, op)
+                if position < len(op.operands):
+                    set_operand(op, position, value)
+                if value != present and len(op.regions):
+                    for nested in nested_operations(op):
+                        nested.replace_uses_of_with(present, value)
+            for nested in nested_operations(op) if len(op.regions) else ():
+                if nested.name == CONSTRAINT:  # in a loop: XLA keeps it
+                    asked = sdy.TensorShardingAttr(nested.attributes["sharding"])
+                    nested.attributes["sharding"] = sdy.TensorShardingAttr.get(
+                        self.mesh_name, asked.dimension_shardings
+                    )
+            if op.name == CONSTRAINT:
+                op.attributes["sharding"] = sharding_attribute(strategy.results[0], self.mesh, self.mesh_name)
+                self._home[flow.results[index][0]] = strategy.results[0]
+                continue
+            if leaves:
+                self._parts.rewrite(op, strategy)
+            self._annotate(op, strategy.partial)
+            for exchange in strategy.exchanges:
+                self._count(HALO, exchange.nbytes, flow.turns[index], part.operation.weight)
+            for reduction in strategy.reductions:
+                self._count(reduction.kind, reduction.nbytes, flow.turns[index], part.operation.weight)
+            for value, made, final in zip(flow.results[index], strategy.partial, strategy.results, strict=True):
+                self._home[value] = final
+                if made != final:  # together with the reduction, a reduce-scatter
+                    with ir.InsertionPoint.after(op):
+                        self.cut[value] = self._reshard(flow.values[value], final, op)
+        self._results(first)
+        drop_rules(self.main)
+
+    def _receive(self) -> set[int]:
+        """Make what this stage reads of others its own: a reshard from one mesh to another is a transfer.
+
+        Returns:
+            The arguments that no stage before has read.
+        """
+        if self.stage is None:
+            return set(self._arguments)
+        flow, value_of = self.reading.flow, self.reading.value_of
+        first = {n for n in self._arguments if n < flow.num_arguments} - self._claimed
+        self._claimed |= first
+        readers = dict[int, ir.Operation]()
+        for index, reads in enumerate(flow.operands):
+            if flow.stages[index] == self.stage:
+                for number in reads:
+                    readers.setdefault(value_of[number], flow.tops[index])
+        for number, layout in self._arguments.items():
+            if number not in first and number in readers:
+                with ir.InsertionPoint(readers[number]):
+                    self._received[number] = self._reshard(flow.values[number], layout, readers[number])
+        return first
+
+    def receive_cut(self, cut: Mapping[int, ir.Value]) -> None:
+        """Take from other stages what they have cut, as it is cut: when this stage was written, they may not have been.
+
+        Args:
+            cut: of all stages.
+        """
+        for number, value in self._received.items():
+            if number in cut:
+                set_operand(ir.OpResult(value).owner.operation, 0, cut[number])
+
+    def _hand_on(self, index: int, op: ir.Operation) -> None:
+        flow, value_of, work = self.reading.flow, self.reading.value_of, self.reading.work
+        if flow.kinds[index] == INSIDE:
+            self._unchanged(index, op)
+            return
+        if index in flow.ends:
+            self._end(flow.ends[index], op)
+            return
+        layouts = list[Layout]()
+        for position, number in enumerate(flow.operands[index]):
+            value = value_of[number]
+            foreign = value not in self._home or value in self._received
+            if foreign and flow.stages[index] is None and self.stage is not None:
+                continue
+            set_operand(op, position, self._at_home(number))
+            layouts.append(self._home.get(value, replicated(len(work.values[value].shape))))
+            self._parts.follow(op.results[position], layouts[-1])
+        if len(layouts) == len(op.results) and (self.stage is None or flow.stages[index] is not None):
+            self._annotate(op, layouts)
+
+    def _unchanged(self, index: int, loop: ir.Operation) -> None:
+        """Let a loop carry a value on that it does not change, as it is."""
+        flow = self.reading.flow
+        first = flow.values[flow.results[index][0]]
+        if not isinstance(first.owner, ir.Block):  # else they are the arguments of its body
+            set_operand(loop, ir.OpResult(first).result_number, self._at_home(flow.operands[index][0]))
+
+    def _carry(self, part: Part, strategy: Strategy) -> None:
+        """Bring a value to the layout that a loop carries it in."""
+        (result,) = part.operation.results
+        loop, layout = self.reading.flow.ops[part.index], strategy.results[0]
+        position = ir.OpResult(self.reading.flow.values[result]).result_number
+        set_operand(loop, position, self._read(part.reads[0], layout, loop))
+        self._home[result] = layout
+
+    def _condition(self, part: Part, strategy: Strategy) -> None:
+        """Let the condition of a loop read everything whole."""
+        flow = self.reading.flow
+        first = flow.ops[part.index]
+        loop = first.block.owner.operation
+        inside = condition_ops(loop)
+        for number, layout in zip(part.reads, strategy.operands, strict=True):
+            present, value = flow.values[number], self._read(number, layout, first)
+            if value != present:
+                for op in inside:
+                    op.replace_uses_of_with(present, value)
+        for op in inside:
+            if op.name != "stablehlo.return" and len(op.results):
+                self._annotate(op, [replicated(_rank(result)) for result in op.results])
+
+    def _end(self, loop: Loop, end: ir.Operation) -> None:
+        """Bring what the body of a loop makes to the layouts of the next turn."""
+        value_of, values = self.reading.value_of, self.reading.work.values
+        layouts = [self._home.get(value_of[r], replicated(len(values[r].shape))) for r in loop.results]
+        for position, (number, layout) in enumerate(zip(loop.returned, layouts, strict=True)):
+            set_operand(end, position, self._read(number, layout, end))
+        self._annotate(loop.op, layouts)
+
+    def _free_ones_chosen(self, shardings: Shardings) -> list[Strategy]:
+        """All strategies, those of free ops included: they make what their readers want, or, where these want different
+        layouts, the whole of it, which is cut for nothing."""
+        work = self.reading.work
+        wanted: dict[int, set[Layout]] = {}
+        for value, argument in work.updates:
+            wanted.setdefault(value, set()).add(shardings.arguments[argument])
+        results = {
+            value: layout
+            for op, strategy in zip(work.operations, shardings.chosen, strict=True)
+            if strategy is not None
+            for value, layout in zip(op.results, strategy.results, strict=True)
+        }
+        for value, result, _ in work.carried:
+            wanted.setdefault(value, set()).add(results[result])
+        chosen = list[Strategy]()
+        for at in range(len(work.operations) - 1, -1, -1):
+            op, strategy = work.operations[at], shardings.chosen[at]
+            if strategy is None:
+                sizes = tuple(float(work.values[value].nbytes) for value in op.results)
+                choices = strategies(self.reading.parts[at].rule, sizes, self.mesh, (None,) * len(sizes))
+                targets = tuple(_only(wanted.get(value), len(work.values[value].shape)) for value in op.results)
+                silent = (s for s in choices if not s.reductions and not s.exchanges)
+                strategy = next((s for s in silent if s.results == targets), choices[0])
+            chosen.append(strategy)
+            for value, layout in zip(op.operands, strategy.operands, strict=True):
+                wanted.setdefault(value, set()).add(layout)
+        return chosen[::-1]
+
+    def _annotate(self, op: ir.Operation, layouts: Sequence[Layout]) -> None:
+        attributes = [sharding_attribute(layout, self.mesh, self.mesh_name) for layout in layouts]
+        op.attributes[SHARDING] = sdy.TensorShardingPerValueAttr.get(attributes)
+
+    def _at_home(self, number: int) -> ir.Value:
+        """A value of the flow as all readers find it; what a barrier or the boundary hands on is a value of its own."""
+        flow, value = self.reading.flow, self.reading.value_of[number]
+        received = self._received.get(value)
+        if received is not None and (number == value or flow.stages[flow.producer[number]] != self.stage):
+            return received
+        return self.cut.get(number, flow.values[number])
+
+    def _read(self, number: int, layout: Layout, reader: ir.Operation) -> ir.Value:
+        """A value of the flow in the layout that an op needs."""
+        value = self.reading.value_of[number]
+        current = self._at_home(number)
+        home = self._home.get(value)
+        if home is None or home == layout:
+            return current
+        moves = self.model.tables[value].way(home, layout)
+        if not moves:
+            return current
+        # What a loop reads from outside is moved before the loop.
+        place, top = top_level(reader, _block_of(current)), top_level(reader, body(self.main))
+        turns = self.reading.flow.value_turns[number]
+        function = self.reading.function_of(phase_of(top))
+        weight = turns * (1.0 if phase_of(top) in (UPDATE, None) else self.num_microbatches)
+        with ir.InsertionPoint(place):
+            for move in moves:
+                key = number, function, move.target
+                if key not in self._copies:
+                    self._count(move.kind, move.nbytes, turns, weight)
+                    self._copies[key] = self._moved(current, home, move, place)
+                current, home = self._copies[key], move.target
+        return current
+
+    def _moved(self, value: ir.Value, layout: Layout, move: Move, place: ir.Operation) -> ir.Value:
+        """A value after a move. Parts of a sum are added up, and with a scatter each device keeps its piece."""
+        if move.kind not in ("all_reduce", "reduce_scatter"):
+            return self._reshard(value, move.target, place)
+        count = len(move.axes)
+        total = self._parts.add_up(value, layout, count, place)
+        return total if move.target == layout[count:] else self._reshard(total, move.target, place)
+
+    def _constant_in_parts(self, number: int, layout: Layout) -> ir.Value | None:
+        """What an op on parts of a sum reads of a constant; None of all other values."""
+        value = self.reading.value_of[number]
+        tensor = self.reading.work.values[value]
+        if tensor.partial or len(layout) == len(tensor.shape):
+            return None
+        return self._parts.constant(self.reading.flow.values[value], layout)
+
+    def _count(self, kind: str, nbytes: float, turns: int, weight: float) -> None:
+        if nbytes:
+            self.sent[kind] = self.sent.get(kind, 0.0) + turns * nbytes
+            self.sent_in_step[kind] = self.sent_in_step.get(kind, 0.0) + weight * nbytes
+
+    def _reshard(self, value: ir.Value, layout: Layout, place: ir.Operation) -> ir.Value:
+        self.num_reshards += 1
+        attributes = {"sharding": sharding_attribute(layout, self.mesh, self.mesh_name)}
+        attributes |= self._place(place, value)
+        op = ir.Operation.create("sdy.reshard", [value.type], [value], attributes, loc=place.location)
+        return op.results[0]
+
+    def _place(self, reader: ir.Operation, value: ir.Value) -> dict[str, ir.Attribute]:
+        """Phase, stage and layer of a move: those of its reader; before the return it is the maker's last work."""
+        source = reader
+        if reader.name == "func.return" and not isinstance(value.owner, ir.Block):
+            source = value.owner.operation
+        found = _place_of(source)
+        if source is not reader and _PLACE[0] in found:
+            found[_PLACE[0]] = ir.StringAttr.get(UPDATE)
+        return found
+
+    def _results(self, first: set[int]) -> None:
+        """Next values of state in their arguments' layouts; other results as they are.
+
+        Args:
+            first: the arguments that get their sharding here.
+        """
+        flow, value_of, main = self.reading.flow, self.reading.value_of, self.main
+        end = terminator(main)
+        layouts = dict[int, Layout]()
+        for position, (value, updated) in enumerate(zip(flow.operands[-1], result_updates(main), strict=True)):
+            source = value_of[value]
+            if self.stage is not None and (source not in self._home or self._is_foreign(source, first)):
+                continue  # another stage's
+            rank = len(self.reading.work.values[source].shape)
+            home = self._home.get(source, replicated(rank))
+            target = home if updated is None else self._arguments.get(updated, home)
+            set_operand(end, position, self._read(value, target, end))
+            layouts[position] = target
+        arguments = {number: layout for number, layout in self._arguments.items() if number in first}
+        for name, entries, chosen in (
+            ("arg_attrs", argument_attributes(main), arguments),
+            ("res_attrs", result_attributes(main), layouts),
+        ):
+            for number, layout in chosen.items():
+                entries[number][SHARDING] = sharding_attribute(layout, self.mesh, self.mesh_name)
+            main.attributes[name] = ir.ArrayAttr.get([ir.DictAttr.get(entry) for entry in entries])
+
+    def _is_foreign(self, value: int, first: set[int]) -> bool:
+        """Whether another stage has made a value, or gave an argument its sharding."""
+        flow = self.reading.flow
+        if value < flow.num_arguments:
+            return value not in first
+        return flow.stages[flow.producer[value]] != self.stage
+
+
+def _only(layouts: set[Layout] | None, rank: int) -> Layout:
+    return next(iter(layouts)) if layouts and len(layouts) == 1 else replicated(rank)
+
+
+def _is_sum(strategy: Strategy, op: ir.Operation) -> bool:
+    """Whether an op leaves parts of a sum."""
+    return len(op.results) == 1 and len(strategy.results[0]) > len(ir.RankedTensorType(op.results[0].type).shape)
+
+
+def _place_of(op: ir.Operation) -> dict[str, ir.Attribute]:
+    """Phase, stage and layer."""
+    return {name: op.attributes[name] for name in _PLACE if name in op.attributes}
+
+
+def _block_of(value: ir.Value) -> ir.Block:
+    owner = value.owner
+    return owner if isinstance(owner, ir.Block) else owner.operation.block
+
+
+def _rank(value: ir.Value) -> int:
+    return value.type.rank if isinstance(value.type, ir.RankedTensorType) else 0

@@ -1,0 +1,100 @@
+"""From a module before its layouts are chosen to the program of each stage, as the solver sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from jaxlib.mlir import ir
+
+from bactrian.passes.frame.errors import ConfigError, PassError
+from bactrian.passes.ir.main_dataflow import integer_attribute, main_function, phases_together, string_attribute
+from bactrian.passes.ir.meshes import Axes, mesh_axes, num_devices
+from bactrian.passes.machine.cluster import Cluster
+from bactrian.passes.machine.mesh import Mesh
+from bactrian.passes.sharding.loop_dataflow import capture_unchanged
+from bactrian.passes.sharding.work_from_ir import Reading, read_program
+
+
+@dataclass(frozen=True)
+class StageProgram:
+    """What one stage does.
+
+    Attributes:
+        stage: its number.
+        mesh_name: the symbol of its mesh.
+        mesh: its devices.
+        reading: its part of ``@main``.
+        num_stages: how many stages there are.
+        num_microbatches: how often forward and backward run in a step.
+    """
+
+    stage: int
+    mesh_name: str
+    mesh: Mesh
+    reading: Reading
+    num_stages: int
+    num_microbatches: int
+
+    @property
+    def only(self) -> int | None:
+        """The stage's number, where there are several."""
+        return self.stage if self.num_stages > 1 else None
+
+
+def stage_meshes(module: ir.Module) -> dict[str, Axes]:
+    """The axes of every stage's mesh by its symbol, in the order of the stages; nothing where all have one device.
+
+    Raises:
+        PassError: a mesh of several devices belongs to no stage.
+        ConfigError: only some stages have several devices.
+    """
+    stages = integer_attribute(module.operation, "bactrian.num_stages") or 1
+    meshes = mesh_axes(module)
+    wide = [name for name, axes in meshes.items() if num_devices(axes) > 1]
+    if not wide:
+        return {}
+    names = [f"stage{stage}" for stage in range(stages)]
+    if strange := [name for name in wide if name not in names]:
+        raise PassError(
+            f"mesh @{strange[0]} has several devices, but belongs to no stage",
+            fix="run adopt-shardings first, or call it @stage0",
+        )
+    if narrow := [name for name in names if name not in wide]:
+        raise ConfigError(
+            f"mesh @{wide[0]} has several devices, @{narrow[0]} has one",
+            why="stages with layouts beside stages without are not there yet",
+            fix="give all stages several devices, or one",
+        )
+    return {name: meshes[name] for name in names}
+
+
+def read_stages(
+    module: ir.Module, meshes: dict[str, Axes], cluster: Cluster, remark: Callable[[ir.Operation, str], None]
+) -> list[StageProgram]:
+    """The programs of all stages. Loops are made to read from outside what they never change.
+
+    Args:
+        module: with ``sdy.sharding_rule`` on the ops of ``@main``, and phases.
+        meshes: of all stages, as `stage_meshes` gives them.
+        cluster: whose devices the meshes are made of.
+        remark: told of ops that nothing is known of.
+
+    Raises:
+        ConfigError: the cluster has too few devices for a mesh.
+        PassError, ProgramError: as `read_program`.
+    """
+    main = main_function(module)
+    capture_unchanged(main)
+    count = integer_attribute(module.operation, "bactrian.num_microbatches") or 1
+    gpipe = string_attribute(module.operation, "bactrian.schedule") == "gpipe"
+    stages = len(meshes)
+    found = list[StageProgram]()
+    for stage, (name, axes) in enumerate(meshes.items()):
+        mesh = cluster.mesh(axes)
+        in_flight = count if gpipe else min(count, stages - stage)
+        only = stage if stages > 1 else None
+        reading = read_program(main, mesh, cluster, count, remark, in_flight, only)
+        reading = replace(reading, together=phases_together(module, main, stage))
+        found.append(StageProgram(stage, name, mesh, reading, stages, count))
+    return found

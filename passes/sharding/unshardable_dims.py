@@ -1,0 +1,65 @@
+"""Cuts of a value that there are not: dims that axes don't divide, dims that an op needs whole."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import combinations
+
+from bactrian.passes.sharding.sharding_model import ShardingModel
+
+
+@dataclass(frozen=True)
+class Uncut:
+    """A dim that can't be cut over some axes.
+
+    Attributes:
+        dim: its number.
+        size: of the dim.
+        axes: of the mesh.
+        parts: devices along them, all together.
+        op: that leaves the dim whole though its size divides, or "".
+    """
+
+    dim: int
+    size: int
+    axes: tuple[str, ...]
+    parts: int
+    op: str = ""
+
+
+def uncut(model: ShardingModel, value: int, op: str) -> Iterator[Uncut]:
+    """All such dims and axes, without those that follow from fewer axes.
+
+    Args:
+        model: of the stage.
+        value: its number.
+        op: the name of the op that makes it; "" of an argument.
+    """
+    mesh, shape = model.mesh, model.work.values[value].shape
+    wide = [axis for axis in range(len(mesh.axes)) if mesh.axes[axis].size > 1]
+    made = _made_over(model, value)
+    for dim, size in enumerate(shape):
+        failing = list[tuple[int, ...]]()
+        for count in range(1, len(wide) + 1):
+            for axes in combinations(wide, count):
+                if any(set(few) <= set(axes) for few in failing):
+                    continue
+                names, parts = tuple(mesh.axes[axis].name for axis in axes), mesh.parts(axes)
+                if size % parts:
+                    failing.append(axes)
+                    yield Uncut(dim, size, names, parts)
+                elif made is not None and count == 1 and (dim, axes[0]) not in made:
+                    failing.append(axes)
+                    yield Uncut(dim, size, names, parts, op)
+
+
+def _made_over(model: ShardingModel, value: int) -> set[tuple[int, int]] | None:
+    """The dims and axes that some strategy of the value's op cuts; None of an input, or where its layout was given."""
+    for operation, choices in zip(model.work.operations, model.strategies, strict=True):
+        if value in operation.results and choices is not None and not operation.given:
+            rank = len(model.work.values[value].shape)
+            made = (strategy.results[operation.results.index(value)] for strategy in choices)
+            layouts = [layout[len(layout) - rank :] for layout in made]
+            return {(dim, axis) for layout in layouts for dim, axes in enumerate(layout) for axis in axes}
+    return None

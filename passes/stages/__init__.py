@@ -1,0 +1,1 @@
+"""How a step is cut: layers, stages, the functions of each stage, and schedules."""

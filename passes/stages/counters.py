@@ -1,0 +1,105 @@
+"""Counters of the state, which every stage that has them can bring up to date itself."""
+
+from __future__ import annotations
+
+from jaxlib.mlir import ir
+
+from bactrian.passes.ir.cloning import NEVER_CLONED
+from bactrian.passes.ir.main_dataflow import (
+    UPDATE,
+    Dataflow,
+    argument_roles,
+    custom_call_target,
+    integer,
+    nested_operations,
+    replace_reads,
+    result_updates,
+)
+
+COUNTER = "bactrian.counter"  # on an op: the results of `@main` that its stage computes so
+
+
+def clone_counters(main: ir.Operation, small_bytes: int) -> int:
+    """Let every stage that reads a counter bring it up to date itself, in the place of a message per step.
+
+    A counter is a small integer state (a step count, the words of a random key) whose next value depends on such state
+    and constants only. Integers, since a compiler may round a floating expression differently in each function that it
+    stands in, and the stages' copies must stay equal. The ops that end such a computation are marked with ``COUNTER``.
+
+    Returns:
+        How many clones were made.
+    """
+    flow = Dataflow.of(main)
+    exact = [_is_exact(value) and size <= small_bytes for value, size in zip(flow.values, flow.sizes, strict=True)]
+    roles = argument_roles(main)
+    known = [exact[i] and roles[i] != "batch" for i in range(flow.num_arguments)]
+    known += [False] * (len(flow.values) - flow.num_arguments)
+    for index, op in enumerate(flow.ops):
+        if flow.phases[index] == UPDATE and op.name not in NEVER_CLONED and custom_call_target(op) is None:
+            computable = all(known[value] for value in flow.operands[index]) and _is_exact_inside(op)
+            for result in flow.results[index]:
+                known[result] = computable and exact[result]
+    readers: dict[int, set[int]] = {}
+    for index, stage in enumerate(flow.stages):
+        for value in flow.operands[index]:
+            if value < flow.num_arguments and stage is not None:
+                readers.setdefault(value, set()).add(stage)
+    made = 0
+    for result, (value, updated) in enumerate(zip(flow.operands[-1], result_updates(main), strict=True)):
+        producer = flow.producer[value]
+        if updated is None or producer < 0 or not known[value] or len(flow.results[producer]) != 1:
+            continue
+        needed = _computation(flow, producer)
+        read = {operand for index in needed for operand in flow.operands[index] if operand < flow.num_arguments}
+        stages = set[int].intersection(*(readers.get(argument, set[int]()) for argument in {updated, *read}))
+        for stage in sorted(stages - {flow.stages[producer]}):
+            _copy(flow, needed, stage, result)
+            made += len(needed)
+    return made
+
+
+def counters(flow: Dataflow) -> dict[tuple[int, int], int]:
+    """(result, stage) -> the value that a stage computes for itself (``COUNTER``)."""
+    found: dict[tuple[int, int], int] = {}
+    for index, op in enumerate(flow.ops):
+        stage = flow.stages[index]
+        if COUNTER in op.attributes and stage is not None:
+            for result in ir.ArrayAttr(op.attributes[COUNTER]):
+                found.setdefault((ir.IntegerAttr(result).value, stage), flow.results[index][0])
+    return found
+
+
+def _computation(flow: Dataflow, producer: int) -> list[int]:
+    """An update op and all that it needs, in program order."""
+    needed: set[int] = set()
+    stack = [producer]
+    while stack:
+        index = stack.pop()
+        if index >= 0 and index not in needed:
+            needed.add(index)
+            stack.extend(flow.producer[value] for value in flow.operands[index])
+    return sorted(needed)
+
+
+def _copy(flow: Dataflow, needed: list[int], stage: int, result: int) -> None:
+    """Copy a computation to a stage."""
+    copies: dict[ir.Value, ir.Value] = {}
+    for index in needed:
+        op = flow.ops[index]
+        clone = op.clone(ip=ir.InsertionPoint(flow.ops[needed[-1]])).operation
+        for old, new in copies.items():
+            replace_reads(clone, old, new)
+        clone.attributes["bactrian.stage"] = integer(stage)
+        if index == needed[-1]:
+            clone.attributes[COUNTER] = ir.ArrayAttr.get([integer(result)])
+        copies.update(zip(op.results, clone.results, strict=True))
+
+
+def _is_exact(value: ir.Value) -> bool:
+    return isinstance(value.type, ir.RankedTensorType) and isinstance(value.type.element_type, ir.IntegerType)
+
+
+def _is_exact_inside(op: ir.Operation) -> bool:
+    if not len(op.regions):
+        return True
+    return all(_is_exact(result) for nested in nested_operations(op) for result in nested.results)

@@ -1,0 +1,229 @@
+"""Where forward ops are cut into layers: by weight, bytes that cross, stage boundaries and homes of arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from jaxlib.mlir import ir
+
+from bactrian.passes.frame.base import PassContext
+from bactrian.passes.ir.main_dataflow import BACKWARD, FORWARD
+from bactrian.passes.machine.op_costs import HEAVY, CostModel
+from bactrian.passes.stages import layer_partitioning
+from bactrian.passes.stages.layer_graph import LayeredProgram
+from bactrian.passes.stages.pinned_arguments import Homes, Reads
+
+
+def cut_forward(
+    program: LayeredProgram, num_layers: int, epsilon: float, module: ir.Module, ctx: PassContext
+) -> list[int | None] | None:
+    """The layer of each forward op that is not free (None for all other ops); None if it can't be done."""
+    flow = program.flow
+    ops = [i for i, phase in enumerate(program.phases) if phase == FORWARD and not program.free[i]]
+    weighty = [program.batch[i] and flow.ops[i].name in HEAVY for i in ops]
+    kind = "with weight"
+    if not any(weighty):
+        weighty = [program.batch[i] and not program.marker[i] for i in ops]
+        kind = "that depend on the batch"
+    order = _order(program, ops, weighty)
+    ops, weighty = [ops[i] for i in order], [weighty[i] for i in order]
+    position = {op: place for place, op in enumerate(ops)}
+    model = CostModel()
+    flops = [model.flops(flow.ops[i]) for i in ops]
+    lifetimes = [(place, last, program.bytes[value]) for value, place, last in _lifetimes(program, position)]
+    crossing = layer_partitioning.cut_bytes(len(ops), lifetimes)
+    allowed = _marker_positions([program.marker[i] for i in ops], weighty)
+    num_layers = num_layers or len(allowed or ()) + 1
+    limited = "at stage boundaries" if allowed is not None else ""
+    request = _Request(flops, weighty, crossing, num_layers, epsilon, allowed, None, kind, limited)
+    layers: list[int | None] = [None] * len(flow.ops)
+    if num_layers > 1:
+        if not request.check(module, ctx):
+            return None
+        cut = _cut_at_homes(program, ops, request, module, ctx)
+        if cut is None:
+            return None
+        groups = cut.group_of(len(ops))
+        ctx.count("cut-bytes", cut.bytes)
+    else:
+        groups = [0] * len(ops)
+    for op, group in zip(ops, groups, strict=True):
+        layers[op] = group
+    return layers
+
+
+def _order(program: LayeredProgram, ops: list[int], weighty: list[bool]) -> list[int]:
+    """The normalized order of forward ops, as positions in ``ops``. Stage boundaries keep their place."""
+    number = {op: place for place, op in enumerate(ops)}
+    producer = program.flow.producer
+    # Through the boundary's own result, not through the value that it passes on: readers come after it.
+    operands = [
+        [number[producer[value]] for value in program.flow.operands[op] if producer[value] in number] for op in ops
+    ]
+    anchors = [heavy or program.marker[op] for op, heavy in zip(ops, weighty, strict=True)]
+    return layer_partitioning.normalized_order(operands, anchors)
+
+
+def _kept_positions(program: LayeredProgram, position: dict[int, int]) -> list[int] | None:
+    """Where every value that crosses is kept for the backward phase; None if the program recomputes nothing.
+
+    `jax.checkpoint` computes forward ops again in the backward phase, behind an optimization barrier. A cut inside of
+    such a part would have its beginning computed again on the layer of its end, because backward edges go down.
+    """
+    recomputes = any(
+        phase == BACKWARD and op.name == "stablehlo.optimization_barrier"
+        for op, phase in zip(program.flow.ops, program.phases, strict=True)
+    )
+    if not recomputes:
+        return None
+    inner = [
+        (place, last, 1)
+        for value, place, last in _lifetimes(program, position)
+        if not any(program.phases[reader] == BACKWARD for reader in program.readers[value])
+    ]
+    return [
+        place for place, count in enumerate(layer_partitioning.cut_bytes(len(position), inner).tolist()) if count == 0
+    ]
+
+
+def _lifetimes(program: LayeredProgram, position: dict[int, int]) -> list[tuple[int, int, int]]:
+    """(value, position of its producer, position of its last forward reader) of each forward value read there."""
+    lifetimes: list[tuple[int, int, int]] = []
+    for op, place in position.items():
+        if program.marker[op]:
+            continue
+        for value in program.flow.results[op]:
+            last = max((position.get(reader, -1) for reader in program.readers[value]), default=-1)
+            if last > place:
+                lifetimes.append((value, place, last))
+    return lifetimes
+
+
+def _marker_positions(marker: Sequence[bool], weighty: Sequence[bool]) -> list[int] | None:
+    """Where stage boundaries allow cuts: one position for boundaries with no weight between them. None without any."""
+    if not any(marker):
+        return None
+    positions: list[int] = []
+    weight = False
+    last = max((place for place, heavy in enumerate(weighty) if heavy), default=-1)
+    for place, here in enumerate(marker):
+        weight = weight or weighty[place]
+        if not here or place > last:
+            continue
+        if weight:
+            positions.append(place + 1)
+            weight = False
+        elif positions:
+            positions[-1] = place + 1
+    return positions
+
+
+@dataclass(frozen=True)
+class _Request:
+    """A cut that is wanted. ``kind`` says what weight is, ``limited`` where cuts may be (empty: anywhere)."""
+
+    flops: list[float]
+    weighty: list[bool]
+    crossing: layer_partitioning.Ints
+    num_layers: int
+    epsilon: float
+    allowed: list[int] | None
+    choices: list[frozenset[int] | None] | None
+    kind: str
+    limited: str
+
+    def check(self, module: ir.Module, ctx: PassContext) -> bool:
+        """Whether there can be so many layers; reports an error if not."""
+        allowed, num_layers, weight = self.allowed, self.num_layers, sum(self.weighty)
+        if allowed is not None and num_layers > len(allowed) + 1:
+            ctx.error(
+                module.operation,
+                f"cannot cut at {_count(len(allowed), 'stage boundary', 'stage boundaries')} into {num_layers} layers",
+                why="where a program has stage boundaries, layers are cut only there, and every layer needs "
+                + ("a product or convolution" if self.kind == "with weight" else "an op that depends on the batch"),
+                fix=f"ask for at most {len(allowed) + 1} layers, or add stage boundaries",
+            )
+            return False
+        if weight < num_layers:
+            with_weight = self.kind == "with weight"
+            ctx.error(
+                module.operation,
+                f"cannot cut {_count(weight, 'forward op', 'forward ops')} {self.kind} into {num_layers} layers",
+                why="every layer needs a product or convolution" if with_weight else "every layer needs one",
+                fix=f"ask for at most {max(1, weight)} layers",
+            )
+            return False
+        return True
+
+    def cut(self) -> layer_partitioning.Cut | None:
+        """The cheapest cut, or None."""
+        return layer_partitioning.cut(
+            self.flops, self.weighty, self.crossing, self.num_layers, self.epsilon, self.allowed, self.choices
+        )
+
+    def remark(self, cut: layer_partitioning.Cut, module: ir.Module, ctx: PassContext) -> None:
+        """Tells if a cut is less balanced than asked."""
+        if cut.largest > (1 + self.epsilon) * cut.share * (1 + 1e-6):
+            ctx.remark(
+                module.operation,
+                f"the largest of {self.num_layers} layers has {cut.largest / cut.share:.2f} times an even share of the "
+                f"forward flops; no cut {self.limited or 'at all'} comes within {1 + self.epsilon:.2f} times",
+            )
+
+
+def _cut_at_homes(
+    program: LayeredProgram, ops: list[int], request: _Request, module: ir.Module, ctx: PassContext
+) -> layer_partitioning.Cut | None:
+    """The cut that keeps arguments with homes there and, if it can, recomputed parts whole; None after an error."""
+    homes = program.homes
+    if homes is not None and homes.num_stages != request.num_layers:
+        ctx.remark(
+            module.operation,
+            f"{_count(len(homes.of), 'argument is', 'arguments are')} on {homes.num_stages} stages already, which "
+            f"{request.num_layers} layers do not keep to",
+        )
+        homes = None
+    asked = [request]
+    reads = _home_reads(program, homes, ops) if homes is not None else None
+    if reads is not None:
+        limited = f"{request.limited} that leaves arguments on their stages".strip()
+        few = reads.only(program.large)
+        asked = [replace(request, choices=r.choices(), limited=limited) for r in (reads, few)]
+    if request.allowed is None:
+        kept = _kept_positions(program, {op: place for place, op in enumerate(ops)})
+        if kept is not None:
+            where = "between parts that are computed again"
+            asked = [variant for one in asked for variant in (replace(one, allowed=kept, limited=where), one)]
+    for one in asked:
+        cut = one.cut()
+        if cut is not None:
+            one.remark(cut, module, ctx)
+            return cut
+    assert reads is not None, "as many weights as layers, or boundaries with weight between them"
+    place, why = reads.only(program.large).conflict(request.allowed is not None)
+    ctx.error(
+        program.flow.ops[ops[place]],
+        f"cannot leave the arguments on the {request.num_layers} stages that hold them",
+        why=f"{why}; the step that made them placed them so",
+        fix="read them in the order in which that step does, or pass bactrian.gather(...) of them, to place them anew",
+    )
+    return None
+
+
+def _home_reads(program: LayeredProgram, homes: Homes, ops: list[int]) -> Reads:
+    """The arguments with homes that each of ``ops`` reads, itself or through free ops, which go where they are read."""
+    through: dict[int, frozenset[int]] = {argument: frozenset([argument]) for argument in homes.of}
+    found: dict[int, frozenset[int]] = {}
+    for index, phase in enumerate(program.phases):
+        if phase != FORWARD:
+            continue
+        read = frozenset[int]().union(*(through.get(value, ()) for value in program.reads[index]))
+        found[index] = read
+        if program.free[index]:
+            through.update((result, read) for result in program.flow.results[index])
+    return Reads(homes, [tuple(sorted(found[op])) for op in ops])
+
+
+def _count(number: int, one: str, many: str) -> str:
+    return f"{number} {one if number == 1 else many}"

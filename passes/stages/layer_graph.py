@@ -1,0 +1,116 @@
+"""``@main`` as numbers, as ``group-layers`` reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from jaxlib.mlir import ir
+
+from bactrian.passes.frame.errors import PassError
+from bactrian.passes.ir.main_dataflow import (
+    BOUNDARY,
+    STAGE_BOUNDARY,
+    Dataflow,
+    argument_roles,
+    custom_call_target,
+    main_function,
+    phase_of,
+    result_updates,
+)
+from bactrian.passes.machine.op_costs import HEAVY, CostModel
+from bactrian.passes.stages.pinned_arguments import Homes
+
+_NO_PHASE = ""  # boundary and return
+
+
+@dataclass(frozen=True)
+class LayeredProgram:
+    """Who reads what, how large it is and what it depends on. A stage boundary's result is the same value as its operand."""
+
+    flow: Dataflow
+    phases: list[str]
+    marker: list[bool]
+    same: list[int]
+    reads: list[tuple[int, ...]]
+    readers: list[list[int]]
+    bytes: list[int]
+    batch: list[bool]
+    free: list[bool]
+    roles: list[str]
+    next_of: dict[int, list[int]]
+    boundary: int | None
+    homes: Homes | None
+    large: list[bool]
+
+    @classmethod
+    def of(cls, module: ir.Module, flow: Dataflow, small_bytes: int) -> LayeredProgram:
+        """Read ``@main``.
+
+        Raises:
+            PassError: if an op has no phase.
+        """
+        main = main_function(module)
+        model = CostModel()
+        roles = argument_roles(main)
+        sizes = [model.size(value.type).bytes for value in flow.values]
+        targets = [custom_call_target(op) for op in flow.ops]
+        marker = [target == STAGE_BOUNDARY for target in targets]
+        same = list(range(len(flow.values)))
+        reads: list[tuple[int, ...]] = []
+        for index, operands in enumerate(flow.operands):
+            reads.append(tuple(dict.fromkeys(same[value] for value in operands)))
+            if marker[index]:
+                for result, operand in zip(flow.results[index], operands, strict=True):
+                    same[result] = same[operand]
+        readers: list[list[int]] = [[] for _ in flow.values]
+        for index, values in enumerate(reads):
+            for value in values:
+                readers[value].append(index)
+        boundary = next((index for index, target in enumerate(targets) if target == BOUNDARY), None)
+        phases = [_phase(flow, index, boundary) for index in range(len(flow.ops))]
+        batch, free = _dependence(flow, reads, roles, sizes, phases, marker, small_bytes)
+        next_of: dict[int, list[int]] = {}
+        for value, argument in zip(flow.operands[-1], result_updates(main), strict=True):
+            if argument is not None:
+                next_of.setdefault(same[value], []).append(argument)
+        homes = Homes.read(module, flow)
+        large = [size > small_bytes for size in sizes[: flow.num_arguments]]
+        return cls(
+            flow, phases, marker, same, reads, readers, sizes, batch, free, roles, next_of, boundary, homes, large
+        )
+
+
+def _phase(flow: Dataflow, index: int, boundary: int | None) -> str:
+    if index == boundary or index == len(flow.ops) - 1:
+        return _NO_PHASE
+    op = flow.ops[index]
+    phase = phase_of(op)
+    if phase is None:
+        raise PassError(f"bactrian.phase is missing on {op.name}", where=str(op.location), fix="run infer-phases first")
+    return phase
+
+
+def _dependence(
+    flow: Dataflow,
+    reads: Sequence[tuple[int, ...]],
+    roles: Sequence[str],
+    sizes: Sequence[int],
+    phases: Sequence[str],
+    marker: Sequence[bool],
+    small_bytes: int,
+) -> tuple[list[bool], list[bool]]:
+    """For each op: whether it depends on the batch, and whether it depends on neither batch nor a large argument."""
+    from_batch = [role == "batch" for role in roles] + [False] * (len(sizes) - len(roles))
+    bound = [role == "batch" or size > small_bytes for role, size in zip(roles, sizes, strict=False)]
+    bound += [False] * (len(sizes) - len(roles))
+    batch: list[bool] = []
+    free: list[bool] = []
+    for index, op in enumerate(flow.ops):
+        batch.append(any(from_batch[value] for value in reads[index]))
+        tied = any(bound[value] for value in reads[index]) or op.name in HEAVY or marker[index]
+        free.append(not tied and phases[index] != _NO_PHASE)
+        for result in flow.results[index]:
+            from_batch[result] = batch[index]
+            bound[result] = tied or phases[index] == _NO_PHASE
+    return batch, free

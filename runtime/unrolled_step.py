@@ -1,0 +1,207 @@
+"""The step unrolled: which task reads and writes which value for which microbatch; one global order of all tasks."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from bactrian.passes.frame.errors import PassError
+from bactrian.passes.stages.schedules import parse_token
+from bactrian.runtime.staged_program import Call, StagedProgram
+
+ONCE = -1
+INDEX = -1  # value id of a microbatch's number
+
+_COST = {"forward": 1.0, "backward": 2.0, "forward_backward": 3.0}
+_PHASES = {"F": ("forward",), "B": ("backward",), "FB": ("forward", "backward", "forward_backward")}
+
+
+class Key(NamedTuple):
+    """One buffer: a value of one microbatch (or of the whole step) on one stage. ``copy`` > 0: a result's own copy."""
+
+    value: int
+    microbatch: int
+    stage: int
+    copy: int = 0
+
+
+class Task(NamedTuple):
+    """One call of a stage function."""
+
+    call: int
+    microbatch: int
+
+
+@dataclass
+class DataFlow:
+    """Reads and writes of every task of a step."""
+
+    program: StagedProgram
+    root: dict[int, int] = field(default_factory=lambda: {})  # value -> the value it was transferred from
+    arguments: set[int] = field(default_factory=lambda: set())  # values that are there before the step
+    batches: dict[int, int] = field(default_factory=lambda: {})  # value that is loaded -> argument
+    reads: dict[Task, tuple[Key, ...]] = field(default_factory=lambda: {})
+    writes: dict[Task, tuple[Key, ...]] = field(default_factory=lambda: {})
+    producer: dict[Key, Task] = field(default_factory=lambda: {})
+    stage_tasks: list[list[Task]] = field(default_factory=lambda: [])
+    carried: set[int] = field(default_factory=lambda: set())  # values that are carried to the next microbatch
+
+    def __post_init__(self) -> None:
+        program = self.program
+        sources = {t.target: t.source for t in program.transfers}
+        for value in range(len(program.values)):
+            origin = value
+            while origin in sources:
+                origin = sources[origin]
+            self.root[value] = origin
+        for piece in program.arguments:
+            if piece.role == "batch":
+                self.batches[piece.value] = piece.argument
+            else:
+                self.arguments.add(piece.value)
+        for call in program.calls:
+            self.carried |= {call.outputs[o] for _, o in call.carries}
+        self.stage_tasks = [self._tasks_of(stage) for stage in range(program.num_stages)]
+        for tasks in self.stage_tasks:
+            for task in tasks:
+                self._connect(task)
+        self._check()
+
+    def key(self, value: int, microbatch: int) -> Key:
+        """The buffer that a reader in ``microbatch`` (or `ONCE`) finds the value in."""
+        program = self.program
+        if not program.values[self.root[value]].per_microbatch:
+            microbatch = ONCE
+        elif microbatch == ONCE or not program.values[value].per_microbatch:
+            microbatch = program.num_microbatches - 1
+        return Key(value, microbatch, program.values[value].stage)
+
+    def origin(self, key: Key) -> Key:
+        """The buffer that a transferred one is made from; itself if it is not transferred."""
+        root = self.root[key.value] if key.value != INDEX else INDEX
+        return key if root == key.value else Key(root, key.microbatch, self.program.values[root].stage)
+
+    def call(self, task: Task) -> Call:
+        """The call of a task."""
+        return self.program.calls[task.call]
+
+    def _tasks_of(self, stage: int) -> list[Task]:
+        """A stage's tasks in its order: the tokens, initialization right before its first reader, the update rounds."""
+        program = self.program
+        mine = [i for i, call in enumerate(program.calls) if call.stage == stage]
+        first = [i for i in mine if program.calls[i].phase == "initialize"]
+        made = {value for i in first for value in program.calls[i].outputs}
+        updates = [i for i in mine if program.calls[i].phase == "update"]
+        tasks: list[Task] = []
+        for token in program.order[stage]:
+            kind, microbatch = parse_token(token)
+            now = [i for i in mine if program.calls[i].phase in _PHASES[kind]]
+            if first and any(made.intersection(program.calls[i].inputs) for i in now):
+                tasks += [Task(i, ONCE) for i in first]
+                first = []
+            tasks += [Task(i, microbatch) for i in now]
+        tasks += [Task(i, ONCE) for i in first]
+        return tasks + [Task(i, ONCE) for i in sorted(updates, key=lambda i: program.calls[i].round)]
+
+    def _connect(self, task: Task) -> None:
+        call, microbatch = self.call(task), task.microbatch
+        carried_from = dict(call.carries) if microbatch > 0 else {}
+        reads: list[Key] = []
+        for position, value in enumerate(call.inputs):
+            if position == call.index_input:
+                reads.append(Key(INDEX, microbatch, call.stage))
+            elif position in carried_from:
+                reads.append(self.key(call.outputs[carried_from[position]], microbatch - 1))
+            else:
+                reads.append(self.key(value, microbatch))
+        self.reads[task] = tuple(reads)
+        self.writes[task] = tuple(
+            Key(v, microbatch if self.program.values[v].per_microbatch else ONCE, call.stage) for v in call.outputs
+        )
+        for key in self.writes[task]:
+            if key in self.producer:
+                raise PassError(f"value {key.value} of microbatch {key.microbatch} is made twice", where=call.function)
+            self.producer[key] = task
+
+    def _check(self) -> None:
+        """Every call runs for every microbatch, and everything read exists, on the reader's stage."""
+        program = self.program
+        for i, call in enumerate(program.calls):
+            wanted = [ONCE] if call.phase in ("initialize", "update") else range(program.num_microbatches)
+            for microbatch in wanted:
+                if Task(i, microbatch) not in self.reads:
+                    raise PassError(
+                        f"stage {call.stage} never runs {call.function} for microbatch {microbatch}",
+                        why=f"its order is {' '.join(program.order[call.stage])}",
+                    )
+        for task, keys in self.reads.items():
+            for key in keys:
+                if key.value == INDEX:
+                    continue
+                if key.stage != self.call(task).stage:
+                    raise PassError(
+                        f"{self.call(task).function} reads value {key.value} of stage {key.stage}",
+                        fix="transfer it first",
+                    )
+                self.check_origin(key, self.call(task).function)
+
+    def check_origin(self, key: Key, reader: str) -> None:
+        """Refuse a key that nothing makes."""
+        origin = self.origin(key)
+        if origin.value in self.batches and origin.value != key.value:
+            raise PassError(f"{reader} reads a transferred batch piece", fix="give the stage its own batch piece")
+        if origin not in self.producer and origin.value not in self.arguments and origin.value not in self.batches:
+            raise PassError(f"{reader} reads value {key.value} of microbatch {key.microbatch}, which nothing makes")
+
+
+def global_order(flow: DataFlow, stage_ranks: tuple[int, ...]) -> list[Task]:
+    """All tasks of all ranks in one valid order, by simulating the ranks with forward = 1 and backward = 2.
+
+    Of the tasks that could start, the earliest goes first; then backward before forward (it frees memory), the lower
+    microbatch, the lower stage. That this ends with nothing left proves that the order of work is possible.
+    """
+    dependencies = {
+        task: {flow.producer[o] for o in map(flow.origin, keys) if o in flow.producer}
+        for task, keys in flow.reads.items()
+    }
+    rank_free: dict[int, float] = defaultdict(float)
+    finish: dict[Task, float] = {}
+    next_index = [0] * len(flow.stage_tasks)
+    heads: dict[int, tuple[Task, float]] = {}  # stage -> its next task, once all inputs are under way
+    order: list[Task] = []
+    total = sum(map(len, flow.stage_tasks))
+    while len(order) < total:
+        for stage, tasks in enumerate(flow.stage_tasks):
+            if stage in heads or next_index[stage] == len(tasks):
+                continue
+            task = tasks[next_index[stage]]
+            if all(d in finish for d in dependencies[task]):
+                heads[stage] = task, max((finish[d] for d in dependencies[task]), default=0.0)
+        if not heads:
+            raise _stuck(flow, next_index, dependencies, finish)
+        _, _, _, stage = min(
+            (max(ready, rank_free[stage_ranks[s]]), "backward" not in flow.call(task).phase, task.microbatch, s)
+            for s, (task, ready) in heads.items()
+        )
+        task, ready = heads.pop(stage)
+        rank = stage_ranks[stage]
+        rank_free[rank] = finish[task] = max(ready, rank_free[rank]) + _COST.get(flow.call(task).phase, 1.0)
+        next_index[stage] += 1
+        order.append(task)
+    return order
+
+
+def _stuck(
+    flow: DataFlow, next_index: list[int], dependencies: dict[Task, set[Task]], finish: dict[Task, float]
+) -> PassError:
+    waiting: list[str] = []
+    for stage, tasks in enumerate(flow.stage_tasks):
+        if next_index[stage] < len(tasks):
+            task = tasks[next_index[stage]]
+            missing = min(d for d in dependencies[task] if d not in finish)
+            waiting.append(
+                f"stage {stage}: {flow.call(task).function} of microbatch {task.microbatch} waits for "
+                f"{flow.call(missing).function} of microbatch {missing.microbatch}"
+            )
+    return PassError("the order of work of the stages can't be carried out", why="; ".join(waiting))
