@@ -11,6 +11,7 @@ from .base import Pass
 from .errors import ConfigError
 
 _MLIR_BLOCK = re.compile(r"```mlir\n(.*?)```", re.DOTALL)
+_CLAUSE = re.compile(r"^(Requires|Ensures|Example):", re.MULTILINE)
 
 
 def pass_table() -> list[dict[str, Any]]:
@@ -63,7 +64,7 @@ def markdown() -> str:
     for name in registry.PASSES:
         cls = registry.load(name)
         row = _describe(cls)
-        lines += ["", f"## {name}", "", inspect.getdoc(cls) or ""]
+        lines += ["", f"## {name}", "", _paragraphs(inspect.getdoc(cls) or "")]
         if row["options"]:
             lines += ["", "| option | type | default | meaning |", "|---|---|---|---|"]
             for o in row["options"]:
@@ -73,6 +74,11 @@ def markdown() -> str:
             lines += ["", "| statistic | meaning |", "|---|---|"]
             lines += [f"| `{s['name']}` | {s['help']} |" for s in row["statistics"]]
     return "\n".join(lines) + "\n"
+
+
+def _paragraphs(docstring: str) -> str:
+    """The docstring with each clause (``Requires:``, ``Ensures:``, ``Example:``) as a paragraph of its own."""
+    return re.sub(r"\n{3,}", "\n\n", _CLAUSE.sub(r"\n**\1:**", docstring))
 
 
 def _text(value: Any) -> str:
