@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bactrian.driver.api import parallelize
-    from bactrian.driver.arrays.distributed_array import DistributedArray, gather, put
+    from bactrian.driver.arrays.distributed_array import DistributedArray
+    from bactrian.driver.arrays.host_values import gather, put
     from bactrian.driver.capture.gradient_boundary import grad, microbatch_index, stage_boundary, value_and_grad
     from bactrian.driver.progress import is_main_rank, progress
     from bactrian.passes.frame.errors import (
@@ -49,8 +50,8 @@ _PUBLIC: dict[str, str] = {
     "grad": "bactrian.driver.capture.gradient_boundary",
     "microbatch_index": "bactrian.driver.capture.gradient_boundary",
     "stage_boundary": "bactrian.driver.capture.gradient_boundary",
-    "gather": "bactrian.driver.arrays.distributed_array",
-    "put": "bactrian.driver.arrays.distributed_array",
+    "gather": "bactrian.driver.arrays.host_values",
+    "put": "bactrian.driver.arrays.host_values",
     "DistributedArray": "bactrian.driver.arrays.distributed_array",
     "is_main_rank": "bactrian.driver.progress",
     "progress": "bactrian.driver.progress",

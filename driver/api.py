@@ -9,7 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, overload
 
-from bactrian.driver.arrays.distributed_array import Homes, gather
+from bactrian.driver.arrays.host_values import gather
+from bactrian.driver.arrays.placed_arguments import PlacedArguments
 from bactrian.driver.capture.argument_shardings import asked_layouts, refuse_explicit_axes
 from bactrian.driver.capture.call_signature import flatten_call, parameters_of
 from bactrian.driver.capture.captured_step import Captured
@@ -145,7 +146,9 @@ class Parallelized:
         self.__name__ = getattr(fun, "__name__", type(fun).__name__)
         self.fun, self.options = fun, options
         self._parameters = parameters_of(fun)
-        self._compiled: dict[Any, dict[Homes | None, Compiled]] = {}  # by signature, then by where state came from
+        self._compiled: dict[
+            Any, dict[PlacedArguments | None, Compiled]
+        ] = {}  # by signature, then by where state came from
         self._captured: dict[Any, Captured] = {}
         self._last: Compiled | None = None
 
@@ -163,9 +166,9 @@ class Parallelized:
         self, signature: Any, leaves: Sequence[Any], args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> Compiled:
         """The step compiled for such arguments at such places; one that has all it needs there serves as well."""
-        homes = Homes.of(leaves)
+        placed = PlacedArguments.of(leaves)
         known = self._compiled.get(signature, {})
-        if homes not in known:
+        if placed not in known:
             fitting = next((compiled for compiled in known.values() if compiled.has_all(leaves)), None)
             if fitting is None:
                 if known:
@@ -173,8 +176,8 @@ class Parallelized:
                 elif self._compiled:
                     _log.warning("%s is traced again for new shapes, dtypes or static arguments", self.__name__)
                 fitting = self.trace(*args, **kwargs).plan_with_all().compile()
-            self._compiled[signature] = known | {homes: fitting}
-        return self._compiled[signature][homes]
+            self._compiled[signature] = known | {placed: fitting}
+        return self._compiled[signature][placed]
 
     def with_options(self, **changes: Any) -> Parallelized:
         """The same step with some options of ``parallelize`` changed, as in ``num_microbatches=8``."""
@@ -185,8 +188,8 @@ class Parallelized:
 
         Arguments that another step has placed stay on their stages: the plan will put there what reads them.
         """
-        homes = Homes.of(flatten_call(self._parameters, args, kwargs).leaves)
-        return Traced(self._capture(args, kwargs), self.options, homes)
+        placed = PlacedArguments.of(flatten_call(self._parameters, args, kwargs).leaves)
+        return Traced(self._capture(args, kwargs), self.options, placed)
 
     def reference(self, *args: Any, **kwargs: Any) -> Any:
         """The same step as plain JAX on one device, one microbatch after another: the oracle.
@@ -240,13 +243,13 @@ class Parallelized:
 class Traced:
     """A traced step. `plan` cuts it into stages."""
 
-    def __init__(self, captured: Captured, options: Options, homes: Homes | None = None) -> None:
-        self.captured, self.options, self.homes = captured, options, homes
+    def __init__(self, captured: Captured, options: Options, placed: PlacedArguments | None = None) -> None:
+        self.captured, self.options, self.placed = captured, options, placed
 
     @property
     def text(self) -> str:
         """The captured module, with locations."""
-        return self.captured.text_with(self.homes)
+        return self.captured.text_with(self.placed)
 
     @property
     def fingerprint(self) -> str:
@@ -285,13 +288,13 @@ class Traced:
         if plan is not None:
             plan.check_program(self.captured.fingerprint)
             self._check_plan(plan)
-            self._check_homes(plan.num_stages)
+            self._check_placed(plan.num_stages)
             decisions = replace(Decisions.of_plan(plan, self.options.donate, cluster), compare=compare)
         else:
             stages = num_stages or self.options.num_stages
             if stages is not None:
-                self._check_homes(stages)
-            stages = stages or (self.homes.num_stages if self.homes is not None else num_groups(self._mesh()))
+                self._check_placed(stages)
+            stages = stages or (self.placed.num_stages if self.placed is not None else num_groups(self._mesh()))
             decisions = Decisions(
                 stages,
                 num_layers or stages,
@@ -309,7 +312,7 @@ class Traced:
             )
         with paused_collection():
             staged = stage_program(
-                self.captured.module(self.homes),
+                self.captured.module(self.placed),
                 decisions,
                 fingerprint=self.captured.fingerprint,
                 platform=self.captured.platform,
@@ -317,7 +320,7 @@ class Traced:
                 num_microbatches=self.captured.num_microbatches,
                 plan=plan,
                 paths=[argument.path for argument in self.captured.arguments],
-                layouts=dict(self.homes.layouts) if self.homes is not None else None,
+                layouts=dict(self.placed.layouts) if self.placed is not None else None,
             )
         return Planned(self.captured, staged)
 
@@ -335,7 +338,7 @@ class Traced:
 
     def _mesh(self) -> Axes:
         """The mesh of every stage: the one that was asked for, or that on which the arguments are."""
-        asked, placed = self.options.mesh, None if self.homes is None else self.homes.mesh
+        asked, placed = self.options.mesh, None if self.placed is None else self.placed.mesh
         if asked is not None and placed is not None and asked != placed:
             raise ConfigError(
                 f"mesh is {axes_words(asked)}, but the arguments were placed on {axes_words(placed)}",
@@ -347,7 +350,7 @@ class Traced:
 
     def _strategy(self) -> str:
         """How layouts are chosen; arguments that are placed already leave a known plan nothing to say."""
-        if self.options.strategy != "auto" and self.homes is not None and self.homes.layouts:
+        if self.options.strategy != "auto" and self.placed is not None and self.placed.layouts:
             raise ConfigError(
                 f"strategy is {self.options.strategy}, but another step has placed the arguments",
                 where=line_here(),
@@ -356,8 +359,8 @@ class Traced:
             )
         return self.options.strategy
 
-    def _check_homes(self, num_stages: int) -> None:
-        placed = num_stages if self.homes is None else self.homes.num_stages
+    def _check_placed(self, num_stages: int) -> None:
+        placed = num_stages if self.placed is None else self.placed.num_stages
         if placed != num_stages:
             raise ConfigError(
                 f"num_stages is {num_stages}, but the arguments were placed by a step of {placed} stages",

@@ -10,7 +10,8 @@ import pytest
 from jax.sharding import SingleDeviceSharding
 
 import bactrian
-from bactrian.driver.arrays.distributed_array import DistributedArray, Placement, SingleProcess
+from bactrian.driver.arrays.distributed_array import DistributedArray, SingleProcess
+from bactrian.driver.arrays.placement import Placement
 from bactrian.passes.frame.errors import BactrianError, ProgramError
 
 

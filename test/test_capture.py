@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 import bactrian
-from bactrian.driver.arrays.distributed_array import DistributedArray, Placement
+from bactrian.driver.arrays.distributed_array import DistributedArray
+from bactrian.driver.arrays.placement import Placement
 from bactrian.driver.capture.lower_step import capture
 from bactrian.driver.capture.reference_step import reference
 from bactrian.passes.frame.errors import ConfigError, ProgramError

@@ -13,7 +13,7 @@ import optax
 import pytest
 
 import bactrian
-from bactrian.driver.arrays import distributed_array
+from bactrian.driver.arrays import host_values
 from bactrian.driver.run import compiled_step
 from bactrian.passes.frame.errors import ConfigError, ProgramError
 
@@ -24,13 +24,13 @@ WIDTHS = [16, 16, 64, 64, 64, 16, 48, 96, 24]  # of unequal layers
 def moves(monkeypatch):
     """The arrays that were brought to the host or to other stages."""
     made = []
-    real = distributed_array.physical_values
+    real = host_values.physical_values
 
     def counted(array):
         made.append(array.path)
         return real(array)
 
-    monkeypatch.setattr(distributed_array, "physical_values", counted)
+    monkeypatch.setattr(host_values, "physical_values", counted)
     monkeypatch.setattr(compiled_step, "physical_values", counted)
     return made
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from bactrian.driver.capture.call_signature import physical
+from bactrian.driver.arrays.leaf_types import physical
 
 
 @dataclass(frozen=True)

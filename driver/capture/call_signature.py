@@ -12,13 +12,13 @@ import jax
 import jax.numpy as jnp
 
 from bactrian.driver.arrays.distributed_array import DistributedArray
-from bactrian.driver.capture import gradient_boundary
+from bactrian.driver.arrays.leaf_types import is_array, is_key
 from bactrian.driver.source import line_here
 from bactrian.passes.frame.errors import ProgramError
 
 
 @dataclass(frozen=True, eq=False)
-class Call:
+class FlatCall:
     """The arguments of one call, flattened: ``leaves`` are data, ``statics`` (position, value) everything else."""
 
     args: tuple[Any, ...]
@@ -33,7 +33,7 @@ class Call:
         return self.tree, tuple(map(aval_key, self.leaves)), self.statics
 
 
-def flatten_call(parameters: inspect.Signature | None, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
+def flatten_call(parameters: inspect.Signature | None, args: Sequence[Any], kwargs: Mapping[str, Any]) -> FlatCall:
     """Flattens a call; an argument given by keyword that could be positional is positional.
 
     Raises:
@@ -45,9 +45,7 @@ def flatten_call(parameters: inspect.Signature | None, args: Sequence[Any], kwar
         args, kwargs = bound.args, bound.kwargs
     flat, tree = jax.tree.flatten((args, kwargs))
     statics = tuple(
-        (i, leaf)
-        for i, leaf in enumerate(flat)
-        if not isinstance(leaf, DistributedArray) and not gradient_boundary.is_array(leaf)
+        (i, leaf) for i, leaf in enumerate(flat) if not isinstance(leaf, DistributedArray) and not is_array(leaf)
     )
     for i, leaf in statics:
         try:
@@ -61,7 +59,7 @@ def flatten_call(parameters: inspect.Signature | None, args: Sequence[Any], kwar
             ) from None
     static = {i for i, _ in statics}
     leaves = [leaf for i, leaf in enumerate(flat) if i not in static] if static else flat
-    return Call(args, kwargs, tree, leaves, statics)
+    return FlatCall(args, kwargs, tree, leaves, statics)
 
 
 def parameters_of(fun: Callable[..., Any]) -> inspect.Signature | None:
@@ -91,20 +89,6 @@ def aval_key(leaf: Any) -> tuple[tuple[int, ...], Any, bool]:
 @functools.lru_cache(maxsize=256)
 def _canonical_dtype(dtype: Any, _x64: bool) -> Any:
     return dtype if is_key(dtype) else jax.dtypes.canonicalize_dtype(dtype)
-
-
-def is_key(dtype: Any) -> bool:
-    """Whether a dtype is that of typed PRNG keys."""
-    return dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
-
-
-def physical(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-    """Shape and dtype of what stages carry: a typed key is its uint32 words."""
-    logical = jax.ShapeDtypeStruct(shape, dtype)
-    if not is_key(dtype):
-        return logical
-    physical = jax.eval_shape(jax.random.key_data, logical)
-    return jax.ShapeDtypeStruct(physical.shape, physical.dtype)
 
 
 def merged(leaves: list[Any], statics: Sequence[tuple[int, Any]]) -> list[Any]:

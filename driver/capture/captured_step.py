@@ -10,11 +10,11 @@ from typing import Any
 import jax
 from jaxlib.mlir import ir
 
-from bactrian.driver.arrays.distributed_array import Homes
+from bactrian.driver.arrays.placed_arguments import PlacedArguments
 from bactrian.driver.capture.argument_info import ArgumentInfo, ResultInfo
-from bactrian.driver.capture.call_signature import Call, flatten_call, merged
-from bactrian.driver.capture.jaxpr_dataflow import Dataflow
-from bactrian.driver.capture.module_attributes import write_homes
+from bactrian.driver.capture.call_signature import FlatCall, flatten_call, merged
+from bactrian.driver.capture.jaxpr_dataflow import JaxprDataflow
+from bactrian.driver.capture.module_attributes import write_placed
 from bactrian.driver.source import line_here
 from bactrian.passes.frame.context import make_context
 from bactrian.passes.frame.errors import ProgramError
@@ -36,16 +36,16 @@ class Captured:
     call_signature: tuple[Any, ...] = field(repr=False)
     out_tree: Any = field(repr=False)
     out_statics: tuple[tuple[int, Any], ...] = field(repr=False)
-    dataflow: Dataflow = field(repr=False)
+    dataflow: JaxprDataflow = field(repr=False)
     parameters: inspect.Signature | None = field(repr=False)
     remarks: tuple[str, ...] = ()
 
-    def module(self, homes: Homes | None = None) -> ir.Module:
-        """A module of its own, with locations, that passes may rewrite; ``homes`` says where arguments are already."""
+    def module(self, placed: PlacedArguments | None = None) -> ir.Module:
+        """A new module with locations, for passes to rewrite; ``placed`` says which stages hold arguments already."""
         with make_context(), ir.Location.unknown():
             module = ir.Module.parse(self.bytecode)
-            if homes is not None:
-                write_homes(module, homes)
+            if placed is not None:
+                write_placed(module, placed)
             return module
 
     @property
@@ -53,9 +53,9 @@ class Captured:
         """The module as text, with locations."""
         return self.text_with(None)
 
-    def text_with(self, homes: Homes | None) -> str:
-        """The module as text, with locations and homes."""
-        return str(self.module(homes).operation.get_asm(enable_debug_info=True))
+    def text_with(self, placed: PlacedArguments | None) -> str:
+        """The module as text, with locations and the stages of placed arguments."""
+        return str(self.module(placed).operation.get_asm(enable_debug_info=True))
 
     def flatten(self, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> list[Any]:
         """The array leaves of a call, in the order of ``arguments``.
@@ -77,7 +77,7 @@ class Captured:
         return jax.tree.unflatten(self.out_tree, merged(list(results), self.out_statics))
 
 
-def _difference(captured: Captured, call: Call) -> str:
+def _difference(captured: Captured, call: FlatCall) -> str:
     tree, avals, statics = captured.call_signature
     if tree != call.tree:
         return f"the tree was {tree} and is {call.tree}"

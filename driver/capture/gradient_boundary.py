@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bactrian.driver.arrays.leaf_types import is_array
 from bactrian.driver.source import line_here
 from bactrian.passes.frame.errors import ConfigError, ProgramError
 
@@ -174,16 +175,6 @@ def mark(mode: CaptureMode, leaves: Sequence[Any], kinds: Sequence[str], reducti
         jax.random.wrap_key_data(y, impl=jax.random.key_impl(leaf)) if _is_key(leaf) else y
         for leaf, y in zip(leaves, marked, strict=True)
     ]
-
-
-def is_array(leaf: Any) -> bool:
-    """Whether a pytree leaf is data (an array, an abstract one or a Python number); everything else is static."""
-    if isinstance(leaf, (bool, int, float, complex)):
-        return True
-    dtype = getattr(leaf, "dtype", None)
-    if dtype is None or not hasattr(leaf, "shape") or isinstance(leaf, type):
-        return False
-    return dtype != jax.dtypes.float0 and not (isinstance(dtype, np.dtype) and dtype.kind in "OSUMm")
 
 
 def tree_reductions(tree: Any, words: Any, option: str) -> list[str]:

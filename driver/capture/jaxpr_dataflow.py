@@ -22,7 +22,7 @@ _LAYOUTS = ("in_shardings", "out_shardings")
 
 
 @dataclass(frozen=True)
-class Operation:
+class JaxprOperation:
     """One equation on numbered values; ``callers`` are the calls it was opened from, innermost first."""
 
     equation: Any
@@ -37,7 +37,7 @@ class Operation:
 
 
 @dataclass(frozen=True, eq=False)
-class Dataflow:
+class JaxprDataflow:
     """A closed jaxpr as a list of operations in order.
 
     Values ``0 .. num_inputs - 1`` are the inputs; ``constants`` are literals and closed-over arrays.
@@ -45,9 +45,9 @@ class Dataflow:
 
     num_inputs: int
     constants: dict[int, Any]
-    operations: tuple[Operation, ...]
+    operations: tuple[JaxprOperation, ...]
     outputs: tuple[int, ...]
-    boundary: Operation
+    boundary: JaxprOperation
     index: int  # the value of bactrian.microbatch_index
 
     @property
@@ -60,16 +60,16 @@ class Dataflow:
         """How each operand of the boundary is reduced over the microbatches."""
         return _words(self.boundary, "reductions")
 
-    def above(self) -> list[Operation]:
+    def above(self) -> list[JaxprOperation]:
         """What a microbatch does: the ancestors of the boundary's operands."""
         return self._ancestors(self.boundary.inputs)
 
-    def below(self) -> list[Operation]:
+    def below(self) -> list[JaxprOperation]:
         """What is done once: the ancestors of the results, down to the boundary."""
         return self._ancestors(self.outputs)
 
-    def _ancestors(self, values: Iterable[int]) -> list[Operation]:
-        needed, kept = set(values), list[Operation]()
+    def _ancestors(self, values: Iterable[int]) -> list[JaxprOperation]:
+        needed, kept = set(values), list[JaxprOperation]()
         for operation in reversed(self.operations):
             if operation is not self.boundary and needed.intersection(operation.outputs):
                 needed.update(operation.inputs)
@@ -89,9 +89,9 @@ class Dataflow:
             known.update(dict.fromkeys(operation.outputs, union))
         return [known.get(i, 0) for i in self.outputs]
 
-    def tainted(self, inputs: Iterable[int]) -> tuple[set[int], dict[int, Operation]]:
+    def tainted(self, inputs: Iterable[int]) -> tuple[set[int], dict[int, JaxprOperation]]:
         """Values computed from ``inputs`` or the microbatch's number other than through the boundary, and by what."""
-        tainted, by = {*inputs, self.index}, dict[int, Operation]()
+        tainted, by = {*inputs, self.index}, dict[int, JaxprOperation]()
         for operation in self.operations:
             if operation is not self.boundary and tainted.intersection(operation.inputs):
                 tainted.update(operation.outputs)
@@ -99,7 +99,7 @@ class Dataflow:
         return tainted, by
 
 
-def flatten(closed: core.ClosedJaxpr) -> Dataflow:
+def flatten(closed: core.ClosedJaxpr) -> JaxprDataflow:
     """Straightens a traced step.
 
     Raises:
@@ -130,7 +130,9 @@ def flatten(closed: core.ClosedJaxpr) -> Dataflow:
             fix="add the losses up inside one function, or use jax.grad for the inner ones",
         )
     index = next(op.outputs[0] for op in inliner.operations if is_call(op.equation, MICROBATCH_INDEX))
-    return Dataflow(len(inputs), inliner.constants, tuple(inliner.operations), tuple(outputs), boundaries[0], index)
+    return JaxprDataflow(
+        len(inputs), inliner.constants, tuple(inliner.operations), tuple(outputs), boundaries[0], index
+    )
 
 
 def is_call(equation: Any, target: str) -> bool:
@@ -205,7 +207,7 @@ def _without_hints_in(value: Any) -> Any:
 
 class _Inliner:
     def __init__(self) -> None:
-        self.operations: list[Operation] = []
+        self.operations: list[JaxprOperation] = []
         self.constants: dict[int, Any] = {}
         self._count = 0
 
@@ -235,7 +237,7 @@ class _Inliner:
                 results = self.inline(inner.jaxpr, inner.consts, operands, (equation, *callers))
             else:
                 results = [self.fresh() for _ in equation.outvars]
-                self.operations.append(Operation(equation, tuple(operands), tuple(results), callers))
+                self.operations.append(JaxprOperation(equation, tuple(operands), tuple(results), callers))
             known.update(zip(equation.outvars, results, strict=True))
         return [number(v) for v in jaxpr.outvars]
 
@@ -245,11 +247,11 @@ def is_jit(equation: Any) -> bool:
     return equation.primitive is core.primitives.jit_p
 
 
-def _words(boundary: Operation, name: str) -> tuple[str, ...]:
+def _words(boundary: JaxprOperation, name: str) -> tuple[str, ...]:
     return tuple(dict(boundary.equation.params["attributes"])[name].split(","))
 
 
-def _refuse_hidden_boundaries(operations: Iterable[Operation]) -> None:
+def _refuse_hidden_boundaries(operations: Iterable[JaxprOperation]) -> None:
     for operation in operations:
         for jaxpr in nested_jaxprs(operation.equation):
             for inner, callers in equations(jaxpr, (operation.equation, *operation.callers)):

@@ -17,13 +17,14 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
+from bactrian.driver.arrays.leaf_types import is_array, is_key
 from bactrian.driver.capture import gradient_boundary, jaxpr_dataflow
 from bactrian.driver.capture.argument_info import ArgumentInfo, ResultInfo
 from bactrian.driver.capture.argument_shardings import asked_layouts
-from bactrian.driver.capture.call_signature import Call, abstract, flatten_call, is_key, merged, parameters_of
+from bactrian.driver.capture.call_signature import FlatCall, abstract, flatten_call, merged, parameters_of
 from bactrian.driver.capture.captured_step import Captured
 from bactrian.driver.capture.module_attributes import annotated
-from bactrian.driver.capture.state_matching import Part, match_state
+from bactrian.driver.capture.state_matching import StepPart, match_state
 from bactrian.driver.capture.trace_errors import explain_trace_error
 from bactrian.driver.source import line_here
 from bactrian.passes.frame.errors import BactrianError, ConfigError, ProgramError
@@ -114,7 +115,7 @@ class _Step:
         self,
         fun: Callable[..., Any],
         parameters: inspect.Signature | None,
-        call: Call,
+        call: FlatCall,
         num_microbatches: int,
         forward_only: bool,
         out_reduction: Any,
@@ -148,8 +149,8 @@ class _Step:
         args, kwargs = jax.tree.unflatten(self.call.tree, merged(list(leaves), self.call.statics))
         result = self.fun(*args, **kwargs)
         with_paths, self.out_tree = jax.tree_util.tree_flatten_with_path(result)
-        arrays = [(path, leaf) for path, leaf in with_paths if gradient_boundary.is_array(leaf)]
-        self.out_statics = tuple((i, x) for i, (_, x) in enumerate(with_paths) if not gradient_boundary.is_array(x))
+        arrays = [(path, leaf) for path, leaf in with_paths if is_array(leaf)]
+        self.out_statics = tuple((i, x) for i, (_, x) in enumerate(with_paths) if not is_array(x))
         self.out_paths = tuple("result" + jax.tree_util.keystr(path) for path, _ in arrays)
         outputs = [leaf for _, leaf in arrays]
         if self.forward_only:
@@ -175,11 +176,11 @@ def _batch_argnums(batch_argnums: Sequence[int], num_args: int) -> set[int]:
     return {argnum % num_args for argnum in batch_argnums}
 
 
-def _arguments(call: Call, batch: set[int], parameters: inspect.Signature | None) -> list[ArgumentInfo]:
+def _arguments(call: FlatCall, batch: set[int], parameters: inspect.Signature | None) -> list[ArgumentInfo]:
     names = _argument_names(len(call.args), parameters)
     infos: list[ArgumentInfo] = []
     for path, leaf in jax.tree_util.tree_leaves_with_path((call.args, call.kwargs)):
-        if not gradient_boundary.is_array(leaf):
+        if not is_array(leaf):
             continue
         aval = abstract(leaf)
         positional = path[0].idx == 0
@@ -232,7 +233,7 @@ def _microbatch_aval(info: ArgumentInfo, leaf: Any, num_microbatches: int) -> ja
     )
 
 
-def _results(step: _Step, flow: jaxpr_dataflow.Dataflow, closed: core.ClosedJaxpr) -> list[ResultInfo]:
+def _results(step: _Step, flow: jaxpr_dataflow.JaxprDataflow, closed: core.ClosedJaxpr) -> list[ResultInfo]:
     infos = [
         ResultInfo(i, path, tuple(aval.shape), aval.dtype, key_impl, weak_type=getattr(aval, "weak_type", False))
         for i, (path, aval, key_impl) in enumerate(zip(step.out_paths, closed.out_avals, step.key_impls, strict=True))
@@ -242,7 +243,7 @@ def _results(step: _Step, flow: jaxpr_dataflow.Dataflow, closed: core.ClosedJaxp
 
 
 def _refuse_unreduced(
-    flow: jaxpr_dataflow.Dataflow, arguments: Sequence[ArgumentInfo], results: Sequence[ResultInfo]
+    flow: jaxpr_dataflow.JaxprDataflow, arguments: Sequence[ArgumentInfo], results: Sequence[ResultInfo]
 ) -> None:
     """Nothing below the boundary may depend on one microbatch other than through the boundary."""
     batch = [info.number for info in arguments if info.role == "batch"]
@@ -270,8 +271,8 @@ def _refuse_unreduced(
 
 def _pair_state(
     step: _Step,
-    flow: jaxpr_dataflow.Dataflow,
-    call: Call,
+    flow: jaxpr_dataflow.JaxprDataflow,
+    call: FlatCall,
     arguments: list[ArgumentInfo],
     results: list[ResultInfo],
     batch: set[int],
@@ -282,7 +283,7 @@ def _pair_state(
         replace(part, pythonic=_all_numbers(arg))
         for part, arg in zip(_parts(names, call.tree.children()[0], arguments, call.statics), call.args, strict=True)
     ]
-    whole = Part.of("result", 0, step.out_tree, results, dict(step.out_statics))
+    whole = StepPart.of("result", 0, step.out_tree, results, dict(step.out_statics))
     elements = [whole]
     root = step.out_tree.node_data()
     is_state = any(part.signature == whole.signature for i, part in enumerate(argument_parts) if i not in batch)
@@ -305,22 +306,22 @@ def _pair_state(
 
 
 def _all_numbers(arg: Any) -> bool:
-    leaves = [leaf for leaf in jax.tree.leaves(arg) if gradient_boundary.is_array(leaf)]
+    leaves = [leaf for leaf in jax.tree.leaves(arg) if is_array(leaf)]
     return all(isinstance(leaf, (bool, int, float, complex)) for leaf in leaves)
 
 
-def _parts(names: Sequence[str], tree: Any, infos: Sequence[Any], statics: Sequence[tuple[int, Any]]) -> list[Part]:
+def _parts(names: Sequence[str], tree: Any, infos: Sequence[Any], statics: Sequence[tuple[int, Any]]) -> list[StepPart]:
     """The children of the root of ``tree``, each with its own leaves out of ``infos`` and ``statics``."""
-    static, rest, start, parts = dict(statics), list(infos), 0, list[Part]()
+    static, rest, start, parts = dict(statics), list(infos), 0, list[StepPart]()
     for name, child in zip(names, tree.children(), strict=True):
         own = {i - start: static[i] for i in range(start, start + child.num_leaves) if i in static}
         count = child.num_leaves - len(own)
-        parts.append(Part.of(name, len(parts), child, rest[:count], own))
+        parts.append(StepPart.of(name, len(parts), child, rest[:count], own))
         rest, start = rest[count:], start + child.num_leaves
     return parts
 
 
-def _remarks(step: _Step, flow: jaxpr_dataflow.Dataflow, num_microbatches: int) -> tuple[str, ...]:
+def _remarks(step: _Step, flow: jaxpr_dataflow.JaxprDataflow, num_microbatches: int) -> tuple[str, ...]:
     if num_microbatches == 1 or step.index_used:
         return ()
     for operation in flow.above():

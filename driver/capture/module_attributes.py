@@ -10,7 +10,7 @@ from typing import Any
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import sdy
 
-from bactrian.driver.arrays.distributed_array import Homes
+from bactrian.driver.arrays.placed_arguments import PlacedArguments
 from bactrian.driver.capture import gradient_boundary
 from bactrian.driver.capture.argument_info import ArgumentInfo, ResultInfo
 from bactrian.driver.capture.argument_shardings import Asked, write_asked
@@ -71,14 +71,14 @@ def annotated(
     return bytecode.getvalue(), hashlib.sha256(text.encode()).hexdigest()
 
 
-def write_homes(module: ir.Module, homes: Homes) -> None:
+def write_placed(module: ir.Module, placed: PlacedArguments) -> None:
     """Say on the arguments of `@main` which stages have them already."""
     main = main_function(module)
     arguments = argument_attributes(main)
-    for number, stages in homes.stages:
+    for number, stages in placed.stages:
         arguments[number]["bactrian.home"] = ir.ArrayAttr.get([integer(stage) for stage in stages])
     main.attributes["arg_attrs"] = ir.ArrayAttr.get([ir.DictAttr.get(attrs) for attrs in arguments])
-    module.operation.attributes["bactrian.num_stages"] = integer(homes.num_stages)
+    module.operation.attributes["bactrian.num_stages"] = integer(placed.num_stages)
 
 
 def _drop_noise(module: ir.Module, main: ir.Block) -> None:

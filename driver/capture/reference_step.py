@@ -9,9 +9,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from bactrian.driver.arrays.distributed_array import gather
+from bactrian.driver.arrays.host_values import gather
 from bactrian.driver.capture.captured_step import Captured
-from bactrian.driver.capture.jaxpr_dataflow import Dataflow, Operation
+from bactrian.driver.capture.jaxpr_dataflow import JaxprDataflow, JaxprOperation
 
 
 def reference(captured: Captured, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> Any:
@@ -102,7 +102,7 @@ def _accumulate(old: Any, value: Any, reduction: str) -> Any:
 
 
 def _evaluate(
-    flow: Dataflow, operations: Sequence[Operation], inputs: Mapping[int, Any], outputs: Sequence[int]
+    flow: JaxprDataflow, operations: Sequence[JaxprOperation], inputs: Mapping[int, Any], outputs: Sequence[int]
 ) -> list[Any]:
     """Evaluates operations in order; ``inputs`` are values by number."""
     values = flow.constants | dict(inputs)

@@ -11,7 +11,7 @@ from bactrian.passes.frame.errors import ProgramError
 
 
 @dataclass(frozen=True, eq=False)
-class Part:
+class StepPart:
     """One argument of a step, or one element of its result.
 
     ``name`` is the path of its root; ``leaves`` are its array leaves (each with number, path, shape and dtype).
@@ -26,8 +26,8 @@ class Part:
     pythonic: bool = False
 
     @classmethod
-    def of(cls, name: str, index: int, tree: Any, leaves: Sequence[Any], statics: Mapping[int, Any]) -> Part:
-        """Makes a part; ``statics`` are its leaves that are no arrays, by position."""
+    def of(cls, name: str, index: int, tree: Any, leaves: Sequence[Any], statics: Mapping[int, Any]) -> StepPart:
+        """``statics`` are its leaves that are no arrays, by position."""
         avals = tuple((leaf.shape, leaf.dtype) for leaf in leaves)
         static = tuple(sorted(statics.items(), key=lambda item: item[0]))
         return cls(name, index, tree, tuple(leaves), (tree, avals, static))
@@ -37,15 +37,15 @@ class Part:
         """Whether it is a single array rather than a tree."""
         return self.tree.node_data() is None and bool(self.leaves)
 
-    def reads(self, argument: Part, dependencies: Sequence[int]) -> bool:
+    def reads(self, argument: StepPart, dependencies: Sequence[int]) -> bool:
         """Whether this result element is computed from ``argument``, or is without arrays as it is."""
         inputs = sum(1 << leaf.number for leaf in argument.leaves)
         return not argument.leaves or any(dependencies[leaf.number] & inputs for leaf in self.leaves)
 
 
 def match_state(
-    arguments: Mapping[int, Part],
-    elements: Sequence[Part],
+    arguments: Mapping[int, StepPart],
+    elements: Sequence[StepPart],
     losses: set[int],
     dependencies: Sequence[int],
     given: Mapping[int, int | None] | None,
@@ -102,7 +102,7 @@ def match_state(
 
 
 def _given_element(
-    argnum: int, index: int | None, arguments: Mapping[int, Part], elements: Sequence[Part]
+    argnum: int, index: int | None, arguments: Mapping[int, StepPart], elements: Sequence[StepPart]
 ) -> int | None:
     if argnum not in arguments:
         raise ProgramError(
@@ -126,7 +126,7 @@ def _given_element(
     return index
 
 
-def _refuse_ambiguous(argnums: Sequence[int], nexts: Sequence[Part], arguments: Mapping[int, Part]) -> None:
+def _refuse_ambiguous(argnums: Sequence[int], nexts: Sequence[StepPart], arguments: Mapping[int, StepPart]) -> None:
     names = ", ".join(f"{argnum} ({arguments[argnum].name})" for argnum in argnums)
     raise ProgramError(
         f"cannot tell the next value of argument{'s' * (len(argnums) > 1)} {names} from {len(nexts)} results",
@@ -137,7 +137,7 @@ def _refuse_ambiguous(argnums: Sequence[int], nexts: Sequence[Part], arguments: 
     )
 
 
-def _refuse_changed(argument: Part, elements: Sequence[Part], dependencies: Sequence[int]) -> None:
+def _refuse_changed(argument: StepPart, elements: Sequence[StepPart], dependencies: Sequence[int]) -> None:
     """Refuses an argument that is clearly meant to be state, but whose next value is of another kind."""
     for element in elements:
         if not element.reads(argument, dependencies) or not _clearly_next(argument, element):
@@ -151,7 +151,7 @@ def _refuse_changed(argument: Part, elements: Sequence[Part], dependencies: Sequ
         )
 
 
-def _clearly_next(argument: Part, element: Part) -> bool:
+def _clearly_next(argument: StepPart, element: StepPart) -> bool:
     if argument.bare or element.bare:
         same_shape = argument.bare and element.bare and argument.leaves[0].shape == element.leaves[0].shape
         return same_shape and bool(argument.leaves[0].shape) and argument.leaves[0].dtype != element.leaves[0].dtype
@@ -162,7 +162,7 @@ def _clearly_next(argument: Part, element: Part) -> bool:
     return kinds[0] is kinds[1] and 2 * len(ours & theirs) > len(ours)
 
 
-def difference(argument: Part, element: Part) -> str:
+def difference(argument: StepPart, element: StepPart) -> str:
     """The first leaf in which two parts differ, with both shapes and dtypes."""
     if argument.tree != element.tree:
         ours, theirs = _inner_paths(argument), _inner_paths(element)
@@ -180,6 +180,6 @@ def _aval(leaf: Any) -> str:
     return f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
 
 
-def _inner_paths(part: Part) -> set[str]:
+def _inner_paths(part: StepPart) -> set[str]:
     """Leaf paths below the root: ``['w']`` of ``state['w']`` and of ``result[0]['w']``."""
     return {leaf.path[len(part.name) :] for leaf in part.leaves}

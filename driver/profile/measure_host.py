@@ -22,7 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from bactrian.driver.profile.cluster_profile import Profile, Sample
 from bactrian.driver.progress import Advance, progress
-from bactrian.driver.xla.compile_stage import Device
+from bactrian.driver.xla.compile_stage import JaxDevice
 from bactrian.passes.frame.errors import BactrianError, ConfigError
 from bactrian.passes.machine.collective_times import KINDS
 from bactrian.passes.machine.host_cores import num_cores
@@ -85,7 +85,7 @@ def profile_host(num_devices: int | None, seconds: float) -> Profile:
     return Profile(_describe(devices), len(devices), memory_bytes, memory_source, flops, rate, samples, repack)
 
 
-def _devices(num_devices: int | None) -> list[Device]:
+def _devices(num_devices: int | None) -> list[JaxDevice]:
     devices = jax.local_devices()
     if devices[0].platform not in ("cpu", "gpu"):
         raise ConfigError(
@@ -108,13 +108,13 @@ def _devices(num_devices: int | None) -> list[Device]:
     return devices
 
 
-def _describe(devices: Sequence[Device]) -> str:
+def _describe(devices: Sequence[JaxDevice]) -> str:
     if devices[0].platform != "cpu":
         return f"{len(devices)} × {devices[0].device_kind}"
     return f"{len(devices)} virtual CPU devices on {num_cores()} cores"
 
 
-def _memory(devices: Sequence[Device]) -> tuple[int, str]:
+def _memory(devices: Sequence[JaxDevice]) -> tuple[int, str]:
     """Bytes of one device, and where that comes from."""
     if devices[0].platform == "cpu":
         total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -128,7 +128,7 @@ def _memory(devices: Sequence[Device]) -> tuple[int, str]:
     return min(limits), "what jax may take of a device"
 
 
-def _mesh(devices: Sequence[Device], group: int) -> Mesh:
+def _mesh(devices: Sequence[JaxDevice], group: int) -> Mesh:
     return Mesh(np.array(devices).reshape(-1, group), ("outer", "inner"))
 
 
@@ -160,7 +160,7 @@ def _median_seconds(call: Callable[[], jax.Array], share: float) -> float:
     return statistics.median(runs)
 
 
-def _matmul_rate(devices: Sequence[Device], dtype: str, sizes: Sizes, share: float, advance: Advance) -> float:
+def _matmul_rate(devices: Sequence[JaxDevice], dtype: str, sizes: Sizes, share: float, advance: Advance) -> float:
     """The best flops per second of a device over the sizes; a size that would take too long is left out."""
     mesh, best, seconds = _mesh(devices, 1), 0.0, 0.0
 
@@ -176,7 +176,7 @@ def _matmul_rate(devices: Sequence[Device], dtype: str, sizes: Sizes, share: flo
     return best
 
 
-def _repack_rate(devices: Sequence[Device], sizes: Sizes, share: float) -> float | None:
+def _repack_rate(devices: Sequence[JaxDevice], sizes: Sizes, share: float) -> float | None:
     """Bytes of both operands per second that a product over rows takes longer than one over columns; None if it does not.
 
     Of the smaller widths, where the difference is more than the noise of the product; both in turn.
@@ -203,7 +203,7 @@ def _products(chain: int, dim: int, x: jax.Array, weights: jax.Array) -> jax.Arr
     return x
 
 
-def _elementwise_rate(devices: Sequence[Device], nbytes: int, share: float) -> float:
+def _elementwise_rate(devices: Sequence[JaxDevice], nbytes: int, share: float) -> float:
     """Bytes per second that an elementwise op reads and writes on each device."""
     mesh = _mesh(devices, 1)
     (x,) = _operands(mesh, (nbytes // 4,))
@@ -219,7 +219,7 @@ def _elementwise_rate(devices: Sequence[Device], nbytes: int, share: float) -> f
 
 
 def _samples(
-    devices: Sequence[Device], groups: Sequence[int], sizes: Sizes, share: float, advance: Advance
+    devices: Sequence[JaxDevice], groups: Sequence[int], sizes: Sizes, share: float, advance: Advance
 ) -> Iterator[Sample]:
     # A reduce-scatter by itself takes half the time of an all-reduce on CPUs, but the pieces that a step scatters are brought
     # into one tensor and out of it again, and steps take as long with reduce-scatters as with all-reduces that are cut.

@@ -12,20 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bactrian.driver.arrays.distributed_array import (
-    MPI,
-    Communicator,
-    DistributedArray,
-    Placement,
-    SingleProcess,
-    of_pieces,
-    physical_values,
-    whole_value,
-)
+from bactrian.driver.arrays.distributed_array import MPI, Communicator, DistributedArray, SingleProcess, of_pieces
+from bactrian.driver.arrays.host_values import physical_values, whole_value
+from bactrian.driver.arrays.leaf_types import is_array
+from bactrian.driver.arrays.placement import Placement
 from bactrian.driver.capture.argument_info import ArgumentInfo, ResultInfo
 from bactrian.driver.capture.call_signature import aval_key
 from bactrian.driver.capture.captured_step import Captured
-from bactrian.driver.capture.gradient_boundary import is_array
 from bactrian.driver.run.session import Session
 from bactrian.driver.source import line_here
 from bactrian.driver.xla.compile_stage import device_array

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from bactrian.driver.xla.compile_stage import Device
+from bactrian.driver.xla.compile_stage import JaxDevice
 from bactrian.passes.frame.errors import ConfigError
 from bactrian.runtime.staged_program import StagedProgram
 
@@ -39,7 +39,7 @@ def join_ranks(comm: Any) -> None:
     )
 
 
-def ranks_per_mesh(meshes: Sequence[Sequence[tuple[str, int]]], world: Any, local: Sequence[Device]) -> int:
+def ranks_per_mesh(meshes: Sequence[Sequence[tuple[str, int]]], world: Any, local: Sequence[JaxDevice]) -> int:
     """How many ranks' devices a mesh is made of; 1 where a rank has enough by itself.
 
     Args:
@@ -119,7 +119,7 @@ def _check_equal_shares(each: int) -> None:
         )
 
 
-def devices_of_ranks(ranks: Sequence[int]) -> list[Device]:
+def devices_of_ranks(ranks: Sequence[int]) -> list[JaxDevice]:
     """The devices of some ranks, rank by rank."""
     place = {rank: i for i, rank in enumerate(ranks)}
     mine = [device for device in jax.devices() if device.process_index in place]

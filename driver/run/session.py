@@ -17,8 +17,8 @@ from bactrian.driver.planning.stage_program import Staged
 from bactrian.driver.ranks import World
 from bactrian.driver.run.distributed_meshes import devices_of_ranks, meshes_of, ranks_per_mesh
 from bactrian.driver.xla.compile_stage import (
-    Device,
-    StageFunction,
+    CompiledFunction,
+    JaxDevice,
     compile_functions,
     device_array,
     function_texts,
@@ -41,7 +41,7 @@ from bactrian.runtime.transports.interface import InProcessTransport, LocalNetwo
 class Places:
     """Where the values of a staged program live in this process."""
 
-    def __init__(self, program: StagedProgram, devices: Mapping[int, Sequence[Device]]) -> None:
+    def __init__(self, program: StagedProgram, devices: Mapping[int, Sequence[JaxDevice]]) -> None:
         self._program, self._devices = program, devices
         self._known: dict[tuple[int, tuple[tuple[str, ...], ...]], Sharding] = {}
 
@@ -75,8 +75,8 @@ class Session:
     lists: tuple[RankList, ...]
     report: Report
     executors: tuple[Executor, ...]
-    devices: dict[int, tuple[Device, ...]]  # stage -> its mesh's devices, stages of this process only
-    functions: dict[str, StageFunction]
+    devices: dict[int, tuple[JaxDevice, ...]]  # stage -> its mesh's devices, stages of this process only
+    functions: dict[str, CompiledFunction]
     compile_seconds: float
     places: Places
     mesh_comm: Any = None  # of the ranks that this one shares its meshes with, if there are others
@@ -215,14 +215,14 @@ def _own_ranks(program: StagedProgram, num_devices: int) -> int:
     return min(program.num_stages, num_devices // largest)
 
 
-def _devices_of(program: StagedProgram, stage: int, place: int, local: Sequence[Device]) -> tuple[Device, ...]:
+def _devices_of(program: StagedProgram, stage: int, place: int, local: Sequence[JaxDevice]) -> tuple[JaxDevice, ...]:
     """The devices of a stage's mesh: the ``place``-th lot of so many, beginning again when there are no more."""
     count = program.num_devices(stage)
     first = count * (place % (len(local) // count))
     return tuple(local[first : first + count])
 
 
-def _compile(staged: Staged, devices: Mapping[int, Sequence[Device]]) -> tuple[dict[str, StageFunction], float]:
+def _compile(staged: Staged, devices: Mapping[int, Sequence[JaxDevice]]) -> tuple[dict[str, CompiledFunction], float]:
     faults.at("compile")
     begin = time.perf_counter()
     texts = function_texts(staged.module, jax.default_backend())

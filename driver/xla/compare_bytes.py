@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import jax
 from jaxlib.mlir import ir
 
-from bactrian.driver.xla.compile_stage import Device, compile_function, function_texts
+from bactrian.driver.xla.compile_stage import JaxDevice, compile_function, function_texts
 from bactrian.driver.xla.hlo_collectives import HloCollective, op_names, read_collectives
 from bactrian.passes.frame.context import make_context
 from bactrian.passes.frame.errors import ConfigError
@@ -152,7 +152,7 @@ class Comparison:
         return tuple(d for function in self.functions for d in function.differences if UNEXPLAINED in d.names)
 
 
-def compare(staged: Staged, devices: Sequence[Device] | None = None) -> Comparison:
+def compare(staged: Staged, devices: Sequence[JaxDevice] | None = None) -> Comparison:
     """Compile every stage function on a mesh, and compare what it sends with what is planned. Runs nothing.
 
     Args:

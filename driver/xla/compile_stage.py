@@ -36,8 +36,8 @@ from bactrian.passes.ir.meshes import (
 )
 from bactrian.runtime.transports.interface import device_array as plain_device_array
 
-Device = Any  # jax.Device, which its own stubs declare as a variable
-StageFunction = Callable[[Sequence[jax.Array]], list[jax.Array]]
+JaxDevice = Any  # jax.Device, which its own stubs declare as a variable
+CompiledFunction = Callable[[Sequence[jax.Array]], list[jax.Array]]
 
 
 def function_texts(staged: ir.Module, platform: str | None, *, numbered: bool = False) -> dict[str, str]:
@@ -148,7 +148,7 @@ def _constraint(value: ir.Value, sharding: ir.Attribute, place: ir.Operation) ->
     ).results[0]
 
 
-def compile_function(text: str, devices: Sequence[Device]) -> Any:
+def compile_function(text: str, devices: Sequence[JaxDevice]) -> Any:
     """Compile one stage function; returns the loaded executable.
 
     Args:
@@ -172,15 +172,17 @@ def compile_function(text: str, devices: Sequence[Device]) -> Any:
         )
 
 
-def compile_functions(texts: Mapping[str, str], devices: Mapping[str, Sequence[Device]]) -> dict[str, StageFunction]:
+def compile_functions(
+    texts: Mapping[str, str], devices: Mapping[str, Sequence[JaxDevice]]
+) -> dict[str, CompiledFunction]:
     """Compile stage functions, each for its stage's mesh.
 
     Args:
         texts: module text by symbol; equal texts for equal devices are compiled once.
         devices: the devices of each symbol's mesh, in its order.
     """
-    made: dict[tuple[str, tuple[Device, ...]], StageFunction] = {}
-    functions: dict[str, StageFunction] = {}
+    made: dict[tuple[str, tuple[JaxDevice, ...]], CompiledFunction] = {}
+    functions: dict[str, CompiledFunction] = {}
     for symbol, text in texts.items():
         key = (text, tuple(devices[symbol]))
         if key not in made:
@@ -203,10 +205,10 @@ def device_array(view: Any, place: Sharding, copy: bool) -> jax.Array:
     return xla_client.batched_device_put(aval, place, [view], devices, True, force_copy=copy)
 
 
-_placements: dict[tuple[tuple[int, ...], Any, Sharding, bool], tuple[ShapedArray, list[Device]]] = {}
+_placements: dict[tuple[tuple[int, ...], Any, Sharding, bool], tuple[ShapedArray, list[JaxDevice]]] = {}
 
 
-def mesh_sharding(devices: Sequence[Device], axes: Axes, layout: Sequence[Sequence[str]]) -> Sharding:
+def mesh_sharding(devices: Sequence[JaxDevice], axes: Axes, layout: Sequence[Sequence[str]]) -> Sharding:
     """Where a value of a stage is.
 
     Args:
@@ -220,7 +222,7 @@ def mesh_sharding(devices: Sequence[Device], axes: Axes, layout: Sequence[Sequen
     return NamedSharding(mesh, PartitionSpec(*(tuple(names) or None for names in layout)))
 
 
-def sharded_function(text: str, devices: Sequence[Device]) -> tuple[StageFunction, list[Sharding]]:
+def sharded_function(text: str, devices: Sequence[JaxDevice]) -> tuple[CompiledFunction, list[Sharding]]:
     """Compile a function for a mesh of several devices: what calls it, and where its arguments have to be.
 
     Args:
@@ -230,7 +232,7 @@ def sharded_function(text: str, devices: Sequence[Device]) -> tuple[StageFunctio
     return _callable(compile_function(text, devices), text, devices), signature_shardings(text, devices)[0]
 
 
-def signature_shardings(text: str, devices: Sequence[Device]) -> tuple[list[Sharding], list[Sharding]]:
+def signature_shardings(text: str, devices: Sequence[JaxDevice]) -> tuple[list[Sharding], list[Sharding]]:
     """The shardings of the arguments and of the results of ``@main``; on one device that device."""
     with jax_mlir.make_ir_context():
         module = ir.Module.parse(text)
@@ -249,7 +251,7 @@ def signature_shardings(text: str, devices: Sequence[Device]) -> tuple[list[Shar
         return (of("arg_attrs") if counts["arg_attrs"] else []), (of("res_attrs") if counts["res_attrs"] else [])
 
 
-def _callable(executable: Any, text: str, devices: Sequence[Device]) -> StageFunction:
+def _callable(executable: Any, text: str, devices: Sequence[JaxDevice]) -> CompiledFunction:
     """Call an executable with JAX arrays; results come back before they are computed."""
     execute, handlers = executable.execute_sharded, _result_handlers(text, devices)
 
@@ -259,7 +261,7 @@ def _callable(executable: Any, text: str, devices: Sequence[Device]) -> StageFun
     return call
 
 
-def _result_handlers(text: str, devices: Sequence[Device]) -> list[Any]:
+def _result_handlers(text: str, devices: Sequence[JaxDevice]) -> list[Any]:
     """What makes JAX arrays of an executable's results, without a sharding object made for each."""
     shardings = signature_shardings(text, devices)[1]
     with jax_mlir.make_ir_context():

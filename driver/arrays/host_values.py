@@ -1,0 +1,134 @@
+"""How arrays on the stages of a step come to the host and go back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bactrian.driver.arrays.distributed_array import Communicator, DistributedArray
+from bactrian.driver.arrays.leaf_types import is_array, is_key, physical
+from bactrian.driver.arrays.placement import Placement
+from bactrian.driver.source import line_here
+from bactrian.driver.xla.compile_stage import device_array
+from bactrian.passes.frame.errors import ProgramError
+
+
+class PlacedStep(Protocol):
+    """A compiled step, as ``put`` needs it."""
+
+    @property
+    def placements(self) -> Sequence[Placement]:
+        """One per captured argument that is not batch, in the order of their numbers."""
+        ...
+
+    @property
+    def communicator(self) -> Communicator:
+        """The ranks that the step runs on."""
+        ...
+
+
+def gather(tree: Any) -> Any:
+    """Host values of a tree that may hold distributed arrays: numpy arrays, and key arrays for typed keys.
+
+    Collective: all ranks call it with the same tree, and all get the values.
+    """
+    return jax.tree.map(_to_host, tree)
+
+
+def put(tree: Any, step: PlacedStep, *, argnum: int | None = None) -> Any:
+    """Host values to where a compiled step wants them; the inverse of ``gather``.
+
+    Args:
+        tree: the whole argument of the step, every rank with the same values.
+        step: the compiled step.
+        argnum: which positional argument it is; found by its shapes and dtypes when not given.
+
+    Raises:
+        ProgramError: the tree fits no argument of the step, or several.
+    """
+    leaves, treedef = jax.tree.flatten(tree)
+    positions = [i for i, leaf in enumerate(leaves) if is_array(leaf)]
+    placements = _placements_of([leaves[i] for i in positions], step, argnum)
+    for i, placement in zip(positions, placements, strict=True):
+        if not isinstance(leaves[i], DistributedArray):
+            leaves[i] = _to_devices(leaves[i], placement, step.communicator)
+    return jax.tree.unflatten(treedef, leaves)
+
+
+def _to_host(leaf: Any) -> Any:
+    if isinstance(leaf, DistributedArray):
+        leaf.check_usable()
+        data = physical_values(leaf)
+        if leaf.placement.key_impl is None:
+            return data
+        return jax.random.wrap_key_data(jnp.asarray(data), impl=leaf.placement.key_impl)
+    if isinstance(leaf, jax.Array) and not is_key(leaf.dtype):
+        return np.asarray(leaf)
+    return leaf
+
+
+def physical_values(array: DistributedArray) -> np.ndarray[Any, Any]:
+    """The values of the first stage's copy, on every rank."""
+    comm, stage = array.communicator, array.stages[0]
+    ranks = array.placement.ranks.get(stage, (0,))
+    piece = array.pieces.get(stage)
+    if comm.size == 1 or (len(ranks) == comm.size and piece is not None and piece.is_fully_replicated):
+        assert piece is not None
+        return np.asarray(piece)
+    carried = physical(array.placement.shape, array.placement.dtype)
+    values = np.empty(carried.shape, carried.dtype)
+    if len(ranks) == 1:
+        if comm.rank == ranks[0]:
+            assert piece is not None
+            values = np.array(piece, order="C")
+        comm.broadcast(values, ranks[0])
+        return values
+    return _gathered(values, piece, comm)
+
+
+def whole_value(array: jax.Array, communicator: Communicator) -> np.ndarray[Any, Any]:
+    """The values of an array on a mesh of several ranks, on each of them. Collective."""
+    return _gathered(np.empty(array.shape, array.dtype), array, communicator)
+
+
+def _gathered(values: np.ndarray[Any, Any], piece: jax.Array | None, comm: Communicator) -> np.ndarray[Any, Any]:
+    """Fill ``values`` with what the mesh's ranks hold: each sends the shards that it is the first to hold."""
+    held = piece.addressable_shards if piece is not None else []
+    shards = [(shard.index, np.asarray(shard.data)) for shard in held if shard.replica_id == 0]
+    for part in comm.allgather(shards):
+        for index, data in part:
+            values[index] = data
+    return values
+
+
+def _placements_of(leaves: Sequence[Any], step: PlacedStep, argnum: int | None) -> list[Placement]:
+    by_argnum: dict[int | None, list[Placement]] = {}
+    for placement in sorted(step.placements, key=lambda p: p.argument):
+        by_argnum.setdefault(placement.argnum, []).append(placement)
+    wanted = [_shape_dtype(leaf) for leaf in leaves]
+    fits = [n for n, ps in by_argnum.items() if [(p.shape, p.dtype) for p in ps] == wanted and argnum in (None, n)]
+    if len(fits) != 1:
+        raise ProgramError(
+            f"the tree of {len(leaves)} arrays fits {len(fits)} arguments of the step",
+            where=line_here(),
+            why="; ".join(f"argument {n} has {len(ps)} arrays, first {ps[0].path}" for n, ps in by_argnum.items()),
+            fix="give the whole argument" + ("" if argnum is not None else ", and argnum= if several look alike"),
+        )
+    return by_argnum[fits[0]]
+
+
+def _shape_dtype(leaf: Any) -> tuple[tuple[int, ...], Any]:
+    value = leaf if hasattr(leaf, "dtype") else jnp.asarray(leaf)
+    dtype = value.dtype if is_key(value.dtype) else jax.dtypes.canonicalize_dtype(value.dtype)
+    return tuple(value.shape), dtype
+
+
+def _to_devices(leaf: Any, placement: Placement, communicator: Communicator) -> DistributedArray:
+    value = np.asarray(jax.random.key_data(leaf)) if is_key(getattr(leaf, "dtype", None)) else np.asarray(leaf)
+    value = value.astype(physical(placement.shape, placement.dtype).dtype, copy=False)
+    pieces = {stage: device_array(value, sharding, True) for stage, sharding in placement.shardings.items()}
+    return DistributedArray(placement, pieces, communicator)
