@@ -23,8 +23,8 @@ from bactrian.passes.ir.main_dataflow import (
     required_integer,
 )
 from bactrian.passes.ir.meshes import Axes, mesh_attribute
+from bactrian.passes.ir.op_costs import CostModel
 from bactrian.passes.machine.mesh import parse_axes
-from bactrian.passes.machine.op_costs import CostModel
 from bactrian.passes.stages import layer_partitioning
 
 

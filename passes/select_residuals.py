@@ -22,13 +22,9 @@ from bactrian.passes.ir.main_dataflow import (
     required_integer,
     string_attribute,
 )
+from bactrian.passes.ir.op_traits import SLOW_TO_RECOMPUTE
 from bactrian.passes.stages.layer_partitioning import Placement
 
-# An element of these takes longer to compute than to read.
-_SLOW_NAMES = """
-atan2 cbrt cosine exponential exponential_minus_one log log_plus_one logistic power remainder sine tan tanh
-"""
-_SLOW = frozenset(f"stablehlo.{name}" for name in _SLOW_NAMES.split())
 # Prices are eighths of a byte: XLA fuses a simple op into its reader, which costs an eighth of keeping its result.
 _KEEP, _FUSED_OP, _SLOW_OP = 8, 1, 16
 _BEFORE, _BEHIND = Placement.at(1), Placement.at(0)
@@ -198,4 +194,6 @@ class _Rule:
 
     def _price(self, value: int) -> int:
         name, size = self._flow.ops[self._flow.producer[value]].name, self._flow.sizes[value]
-        return size * (_SLOW_OP if name in _SLOW else _FUSED_OP) + size * _KEEP * (value in self._materialized)
+        return size * (_SLOW_OP if name in SLOW_TO_RECOMPUTE else _FUSED_OP) + size * _KEEP * (
+            value in self._materialized
+        )

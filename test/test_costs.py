@@ -8,7 +8,9 @@ import pytest
 from jaxlib.mlir import ir
 
 from bactrian.passes.frame.context import make_context
-from bactrian.passes.machine.op_costs import CPU_CORE, CostModel, Device, OpCost, repacks, trip_count
+from bactrian.passes.ir import op_traits
+from bactrian.passes.ir.op_costs import CostModel, repacks, trip_count
+from bactrian.passes.machine.device import CPU_CORE, Device, OpCost
 
 FUNCTION = """
 func.func @main(%x: tensor<8x16xf32>, %w: tensor<16x4xf32>, %i: tensor<2x1xi32>, %b: tensor<8x16xbf16>,
@@ -156,3 +158,12 @@ def test_twenty_thousand_ops_are_fast():
     seconds = time.process_time() - begin
     assert total == 20_000 * 128
     assert seconds < 1.0, seconds
+
+
+def test_the_table_of_traits_names_only_ops_that_exist() -> None:
+    context = make_context()
+    sets = [value for value in vars(op_traits).values() if isinstance(value, frozenset)]
+    assert sets
+    assert not [name for names in sets for name in names if not context.is_registered_operation(name)]
+    assert op_traits.TRANSCENDENTAL <= op_traits.ELEMENTWISE
+    assert not op_traits.ELEMENTWISE & op_traits.NO_FLOPS

@@ -14,7 +14,7 @@ from jaxlib.mlir import ir
 from bactrian.passes.frame.errors import ConfigError
 from bactrian.passes.ir.main_dataflow import argument_roles, main_function, result_updates
 from bactrian.passes.machine.cluster import Cluster
-from bactrian.passes.machine.op_costs import Device
+from bactrian.passes.machine.device import Device
 from bactrian.passes.plan.plan_table import to_text
 from bactrian.passes.plan.stage_sharding import layout_text
 from bactrian.passes.sharding.baselines import named

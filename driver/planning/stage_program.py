@@ -27,7 +27,8 @@ from bactrian.passes.frame.location import name_stack, user_place
 from bactrian.passes.frame.pipeline import Report, quote, run_pipeline
 from bactrian.passes.ir.main_dataflow import Dataflow, body, integer_attribute, main_function, phase_of, stage_of
 from bactrian.passes.ir.meshes import num_devices
-from bactrian.passes.machine.op_costs import CPU_CORE, CostModel, Device, OpCost
+from bactrian.passes.ir.op_costs import CostModel
+from bactrian.passes.machine.device import CPU_CORE, Device, OpCost
 from bactrian.passes.plan.schema import Axes, LayerPlan, Plan, StagePlan
 from bactrian.passes.plan.stage_sharding import ShardingPlan
 from bactrian.passes.sharding.solve_snapshot import before_solving

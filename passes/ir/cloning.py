@@ -16,27 +16,14 @@ from bactrian.passes.ir.main_dataflow import (
     string_attribute,
     top_level,
 )
+from bactrian.passes.ir.op_traits import DATA_MOVEMENT, ELEMENTWISE, NEVER_CLONED
 
 PARTIAL = "bactrian.partial"  # an op that ends one stage's part of a regrouped fold
-
-# Ops that cost about what writing their result costs.
-_ELEMENTWISE_NAMES = """
-abs add and atan2 bitcast_convert broadcast broadcast_in_dim cbrt ceil clamp compare complex concatenate constant
-convert cosine count_leading_zeros divide exponential exponential_minus_one floor imag iota is_finite log log_plus_one
-logistic maximum minimum multiply negate not or pad popcnt power real remainder reshape reverse round_nearest_afz
-round_nearest_even rsqrt select shift_left shift_right_arithmetic shift_right_logical sign sine slice sqrt subtract tan
-tanh transpose xor
-"""
-_ELEMENTWISE = frozenset(f"stablehlo.{name}" for name in _ELEMENTWISE_NAMES.split())
-
-NEVER_CLONED = frozenset(
-    f"stablehlo.{name}" for name in ("dot_general", "dot", "convolution", "fft", "cholesky", "triangular_solve", "sort")
-)
 
 
 def is_elementwise(op: ir.Operation) -> bool:
     """Whether an op costs about what writing its result costs (data movement included)."""
-    return op.name in _ELEMENTWISE
+    return op.name in ELEMENTWISE or op.name in DATA_MOVEMENT
 
 
 def clone_into_readers(

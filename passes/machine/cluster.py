@@ -12,8 +12,8 @@ from typing import Any
 
 from bactrian.passes.frame.errors import ConfigError
 from bactrian.passes.machine.collective_times import Curve, curves_of, positive
+from bactrian.passes.machine.device import CPU_CORE, Device
 from bactrian.passes.machine.mesh import Axis, Mesh
-from bactrian.passes.machine.op_costs import CPU_CORE, Device
 
 _GIGA = 1e9
 _KEYS = {

@@ -4,29 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from bactrian.passes.ir.op_traits import NEVER_DUPLICATED, without_dialect
 from bactrian.passes.peak.value_graph import ELSEWHERE, Graph, Kind, Node
 
-_EXPENSIVE = frozenset(
-    [
-        "exponential",
-        "exponential_minus_one",
-        "log",
-        "log_plus_one",
-        "tanh",
-        "power",
-        "rsqrt",
-        "sqrt",
-        "cbrt",
-        "logistic",
-        "sine",
-        "cosine",
-        "tan",
-        "atan2",
-        "erf",
-        "remainder",
-    ]
-)
-
+_EXPENSIVE = without_dialect(NEVER_DUPLICATED)
 _REDUCED = frozenset({"multiply", "add", "maximum"})
 """Ops that reductions compute themselves."""
 

@@ -15,6 +15,7 @@ from jaxlib.mlir.dialects import stablehlo
 
 from bactrian.passes.ir.main_dataflow import argument_attributes, body, nested_operations, type_bytes
 from bactrian.passes.ir.meshes import SHARDING, axis_names, value_shardings
+from bactrian.passes.ir.op_traits import CONTRACTING, HAS_OWN_BUFFER, without_dialect
 from bactrian.passes.peak.value_graph import Graph, Kind
 from bactrian.passes.sharding.halo_rules import borders_of
 from bactrian.passes.sharding.scattered_sums import ScatteredSum, bundles, scattered_sums
@@ -22,31 +23,8 @@ from bactrian.passes.sharding.scattered_sums import ScatteredSum, bundles, scatt
 Layout = tuple[tuple[str, ...], ...]
 
 _VIEWS = frozenset({"reshape", "bitcast_convert"})
-_FIRM = frozenset(
-    [
-        "dot_general",
-        "dot",
-        "convolution",
-        "reduce",
-        "reduce_window",
-        "scatter",
-        "sort",
-        "while",
-        "case",
-        "if",
-        "custom_call",
-        "rng_bit_generator",
-        "select_and_scatter",
-        "fft",
-        "cholesky",
-        "triangular_solve",
-        "all_reduce",
-        "all_gather",
-        "reduce_scatter",
-        "rng",
-    ]
-)
-_CONTRACTS = frozenset({"dot_general", "dot", "convolution", "reduce", "gather", "scatter", "select_and_scatter"})
+_FIRM = without_dialect(HAS_OWN_BUFFER)
+_CONTRACTS = without_dialect(CONTRACTING)
 _LOOPS = frozenset({"while", "case", "if"})
 _INDEX = 4  # bytes of one
 _DIMS = re.compile(r"\[([^\]]*)\]")

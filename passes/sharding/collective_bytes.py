@@ -13,7 +13,7 @@ from jaxlib.mlir.passmanager import PassManager
 from bactrian.passes.frame.context import make_context
 from bactrian.passes.frame.errors import PassError
 from bactrian.passes.ir.main_dataflow import body, main_function, value_shape
-from bactrian.passes.machine.op_costs import tensor_size
+from bactrian.passes.ir.op_costs import tensor_size
 from bactrian.passes.sharding.halo import HALO, Border, borders_sent
 from bactrian.passes.sharding.halo_rules import RULE, apart, borders_of, windowed_dims
 from bactrian.passes.sharding.loop_dataflow import WHILE, turns_of

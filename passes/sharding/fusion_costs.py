@@ -4,33 +4,11 @@ from __future__ import annotations
 
 from jaxlib.mlir import ir
 
+from bactrian.passes.ir.op_costs import CostModel, repacks
+from bactrian.passes.ir.op_traits import COSTED_ALONE
 from bactrian.passes.machine.cluster import Cluster
-from bactrian.passes.machine.op_costs import HEAVY, CostModel, repacks
 from bactrian.passes.sharding.loop_dataflow import CONDITION, END, LoopFlow
 
-# What XLA computes in the loop of its reader, so that no tensor of it need ever exist.
-_NOT_FUSED = HEAVY | frozenset(
-    f"stablehlo.{name}"
-    for name in [
-        "reduce",
-        "reduce_window",
-        "scatter",
-        "gather",
-        "sort",
-        "while",
-        "case",
-        "custom_call",
-        "rng_bit_generator",
-        "select_and_scatter",
-        "dynamic_update_slice",
-        "fft",
-        "cholesky",
-        "triangular_solve",
-        "all_reduce",
-        "all_gather",
-        "optimization_barrier",
-    ]
-)
 PART_WRITTEN = "stablehlo.dynamic_update_slice"
 
 
@@ -52,7 +30,7 @@ def read_from_memory(flow: LoopFlow, value_of: list[int]) -> list[bool]:
 def is_separate(flow: LoopFlow, index: int) -> bool:
     """Whether an op is not fused with others; what a loop stacks is written where it is computed."""
     name = flow.ops[index].name
-    return name in _NOT_FUSED and not (name == PART_WRITTEN and flow.tops[index] is not flow.ops[index])
+    return name in COSTED_ALONE and not (name == PART_WRITTEN and flow.tops[index] is not flow.ops[index])
 
 
 def _apart(flow: LoopFlow, producer: int, reader: int) -> bool:

@@ -10,7 +10,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import stablehlo
 
 from bactrian.passes.ir.main_dataflow import value_shape
-from bactrian.passes.machine.op_costs import element_bytes
+from bactrian.passes.ir.op_costs import element_bytes
 from bactrian.passes.sharding.deferred_reductions import splat_of
 from bactrian.passes.sharding.halo import Border
 from bactrian.passes.sharding.sharding_rules import Rule

@@ -9,7 +9,7 @@ from functools import cached_property
 from jaxlib.mlir import ir
 
 from bactrian.passes.ir.main_dataflow import Dataflow, body, nested_operations, phase_of, stage_of
-from bactrian.passes.machine.op_costs import trip_count
+from bactrian.passes.ir.op_costs import trip_count
 
 WHILE = "stablehlo.while"
 

@@ -23,9 +23,10 @@ from bactrian.passes.ir.main_dataflow import (
     result_updates,
     value_shape,
 )
+from bactrian.passes.ir.op_costs import CostModel, trip_count
+from bactrian.passes.ir.op_traits import MATRIX_PRODUCTS
 from bactrian.passes.machine.cluster import Cluster
 from bactrian.passes.machine.mesh import Mesh
-from bactrian.passes.machine.op_costs import HEAVY, CostModel, trip_count
 from bactrian.passes.sharding.deferred_reductions import deferred_sums
 from bactrian.passes.sharding.fusion_costs import (
     PART_WRITTEN,
@@ -300,7 +301,8 @@ class _Reader:
         results = tuple(self._flow.results[index])
         given = given_layouts(op, self._mesh)
         is_free = not given and (
-            _is_source(op) or (bool(operands) and all(self._free[v] for v in operands) and op.name not in HEAVY)
+            _is_source(op)
+            or (bool(operands) and all(self._free[v] for v in operands) and op.name not in MATRIX_PRODUCTS)
         )
         for value in results:
             self._free[value] = is_free

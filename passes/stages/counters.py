@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from jaxlib.mlir import ir
 
-from bactrian.passes.ir.cloning import NEVER_CLONED
 from bactrian.passes.ir.main_dataflow import (
     UPDATE,
     Dataflow,
@@ -15,6 +14,7 @@ from bactrian.passes.ir.main_dataflow import (
     replace_reads,
     result_updates,
 )
+from bactrian.passes.ir.op_traits import NEVER_CLONED
 
 COUNTER = "bactrian.counter"  # on an op: the results of `@main` that its stage computes so
 

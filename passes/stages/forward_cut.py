@@ -9,7 +9,8 @@ from jaxlib.mlir import ir
 
 from bactrian.passes.frame.base import PassContext
 from bactrian.passes.ir.main_dataflow import BACKWARD, FORWARD
-from bactrian.passes.machine.op_costs import HEAVY, CostModel
+from bactrian.passes.ir.op_costs import CostModel
+from bactrian.passes.ir.op_traits import MATRIX_PRODUCTS
 from bactrian.passes.stages import layer_partitioning
 from bactrian.passes.stages.layer_graph import LayeredProgram
 from bactrian.passes.stages.pinned_arguments import Homes, Reads
@@ -21,7 +22,7 @@ def cut_forward(
     """The layer of each forward op that is not free (None for all other ops); None if it can't be done."""
     flow = program.flow
     ops = [i for i, phase in enumerate(program.phases) if phase == FORWARD and not program.free[i]]
-    weighty = [program.batch[i] and flow.ops[i].name in HEAVY for i in ops]
+    weighty = [program.batch[i] and flow.ops[i].name in MATRIX_PRODUCTS for i in ops]
     kind = "with weight"
     if not any(weighty):
         weighty = [program.batch[i] and not program.marker[i] for i in ops]

@@ -18,7 +18,8 @@ from bactrian.passes.ir.main_dataflow import (
     phase_of,
     result_updates,
 )
-from bactrian.passes.machine.op_costs import HEAVY, CostModel
+from bactrian.passes.ir.op_costs import CostModel
+from bactrian.passes.ir.op_traits import MATRIX_PRODUCTS
 from bactrian.passes.stages.pinned_arguments import Homes
 
 _NO_PHASE = ""  # boundary and return
@@ -108,7 +109,7 @@ def _dependence(
     free: list[bool] = []
     for index, op in enumerate(flow.ops):
         batch.append(any(from_batch[value] for value in reads[index]))
-        tied = any(bound[value] for value in reads[index]) or op.name in HEAVY or marker[index]
+        tied = any(bound[value] for value in reads[index]) or op.name in MATRIX_PRODUCTS or marker[index]
         free.append(not tied and phases[index] != _NO_PHASE)
         for result in flow.results[index]:
             from_batch[result] = batch[index]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from jaxlib.mlir import ir
 
-from bactrian.passes.ir.cloning import NEVER_CLONED, PARTIAL
+from bactrian.passes.ir.cloning import PARTIAL
 from bactrian.passes.ir.main_dataflow import (
     BOUNDARY,
     UPDATE,
@@ -23,6 +23,7 @@ from bactrian.passes.ir.main_dataflow import (
     stage_of,
     value_bytes,
 )
+from bactrian.passes.ir.op_traits import NEVER_CLONED
 
 _ASSOCIATIVE = frozenset(f"stablehlo.{name}" for name in ("add", "multiply", "and", "or", "xor", "maximum", "minimum"))
 

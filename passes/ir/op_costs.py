@@ -1,36 +1,21 @@
-"""What a StableHLO op costs: floating-point operations, bytes moved, and seconds on a device.
+"""What a StableHLO op costs: floating-point operations and bytes moved.
 
-Operations count two per multiply-add; bytes are what an unfused op reads and writes. The time of an op is the roofline
-``max(flops / rate, bytes / bandwidth)`` (Williams, Waterman and Patterson 2009).
+Operations count two per multiply-add; bytes are what an unfused op reads and writes.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import stablehlo
 
-HEAVY = frozenset({"stablehlo.dot_general", "stablehlo.dot", "stablehlo.convolution"})
-"""Ops that a model's weight is counted in."""
+from bactrian.passes.ir.op_traits import NO_FLOPS, NO_READ_TRAFFIC, NO_TRAFFIC, POLYNOMIAL_FLOPS
+from bactrian.passes.machine.device import OpCost
 
-
-def _ops(names: str) -> frozenset[str]:
-    return frozenset(f"stablehlo.{name}" for name in names.split())
-
-
-_FREE = _ops(
-    "after_all bitcast_convert broadcast broadcast_in_dim concatenate constant copy create_token dynamic_slice "
-    "dynamic_update_slice gather get_tuple_element iota optimization_barrier pad partition_id replica_id reshape "
-    "return reverse slice transpose tuple"
-)
-_NO_TRAFFIC = _ops("after_all bitcast_convert create_token get_tuple_element optimization_barrier reshape return tuple")
-_TRANSCENDENTAL = _ops(
-    "atan2 cbrt cosine exponential exponential_minus_one log log_plus_one logistic power rsqrt sine sqrt tan tanh"
-)
-_TRANSCENDENTAL_FLOPS = 8  # about what a vectorized polynomial costs; XLA's own estimate on CPU is of that size
+_POLYNOMIAL_FLOPS = 8  # about what a vectorized polynomial costs; XLA's own estimate on CPU is of that size
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,53 +26,6 @@ class TensorSize:
     bytes: int
     dtype: str
     shape: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class OpCost:
-    """Work of one execution of an op; ``dtype`` is the element type that it computes in."""
-
-    flops: float
-    bytes: float
-    dtype: str
-
-    def __add__(self, other: OpCost) -> OpCost:
-        heavier = self if self.flops >= other.flops else other
-        return OpCost(self.flops + other.flops, self.bytes + other.bytes, heavier.dtype)
-
-    def times(self, count: float) -> OpCost:
-        """The same work ``count`` times."""
-        return OpCost(self.flops * count, self.bytes * count, self.dtype)
-
-
-@dataclass(frozen=True)
-class Device:
-    """Speed of one device.
-
-    Args:
-        name: how reports call it.
-        flops_per_second: peak rate per element type (MLIR's names: ``f32``, ``bf16``); ``default`` for all others.
-        bytes_per_second: memory bandwidth.
-        repack_bytes_per_second: bytes of operands that it brings into another order for a product that `repacks`.
-    """
-
-    name: str
-    flops_per_second: Mapping[str, float]
-    bytes_per_second: float
-    repack_bytes_per_second: float = math.inf
-
-    def seconds(self, cost: OpCost) -> float:
-        """Roofline time of one op: 1e9 flops at 1e11/s and 1e8 bytes at 2e10/s take max(0.01, 0.005) s."""
-        rate = self.flops_per_second.get(cost.dtype) or self.flops_per_second["default"]
-        return max(cost.flops / rate, cost.bytes / self.bytes_per_second)
-
-
-CPU_CORE = Device(
-    "cpu-core",
-    {"default": 5.0e10, "f32": 5.0e10, "f64": 2.5e10, "bf16": 2.5e10, "f16": 2.5e10},
-    1.0e10,
-)
-"""One core of a current server: two 8-wide fused multiply-adds a cycle at about 1.6 GHz, its share of the memory."""
 
 
 _UNKNOWN = OpCost(0.0, 0.0, "f32")
@@ -118,7 +56,7 @@ class CostModel:
             return _UNKNOWN
         first = self.size(results[0].type)
         name = op.name
-        if name in _NO_TRAFFIC:
+        if name in NO_TRAFFIC:
             return OpCost(0.0, 0.0, first.dtype)
         if len(op.regions) and name in _CONTROL_FLOW:
             return _CONTROL_FLOW[name](self, op)
@@ -128,9 +66,9 @@ class CostModel:
         if name in _SPECIAL:
             flops, traffic, dtype = _SPECIAL[name](op, operands, first, traffic)
             return OpCost(flops, traffic, dtype)
-        if name in _FREE:
-            return OpCost(0.0, traffic if name not in _SOURCES else float(written), first.dtype)
-        per_element = _TRANSCENDENTAL_FLOPS if name in _TRANSCENDENTAL else 1
+        if name in NO_FLOPS:
+            return OpCost(0.0, traffic if name not in NO_READ_TRAFFIC else float(written), first.dtype)
+        per_element = _POLYNOMIAL_FLOPS if name in POLYNOMIAL_FLOPS else 1
         return OpCost(float(per_element * first.elements), traffic, first.dtype)
 
     def flops(self, op: ir.Operation) -> float:
@@ -163,7 +101,6 @@ class CostModel:
         return self.block_cost(op.regions[0].blocks[0])
 
 
-_SOURCES = frozenset({"stablehlo.constant", "stablehlo.iota", "stablehlo.broadcast_in_dim"})
 _CONTROL_FLOW: dict[str, Callable[[CostModel, ir.Operation], OpCost]] = {
     "stablehlo.while": CostModel.while_cost,
     "stablehlo.case": CostModel.branch_cost,
