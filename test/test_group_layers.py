@@ -346,7 +346,6 @@ def test_the_documented_example_is_true(one_pass):
         assert str(module) == str(ir.Module.parse(after))
 
 
-@pytest.mark.slow
 def test_a_large_train_step_takes_about_a_second():
     module = lowered.lower(*_language_model(Gpt(24)))
     begin = time.process_time()
