@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bactrian.passes.stages.schedules import gpipe
+from bactrian.passes.schedules.gpipe import GPipe
 from bactrian.runtime.executor import Executor
 from bactrian.runtime.instruction_builder import build_lists
 from bactrian.runtime.staged_program import ArgumentPiece, Call, StagedProgram, Transfer, Value
@@ -45,7 +45,7 @@ def program() -> StagedProgram:
         for s in range(2)
     )
     first = ("F0", "F1", *(t for t in order[0] if not (t[0] == "F" and int(t[1:]) >= MICROBATCHES)))
-    assert sorted(first) == sorted(gpipe(1, MICROBATCHES)[0])
+    assert sorted(first) == sorted(GPipe().order(1, MICROBATCHES)[0])
     moves = (Transfer(1, 2), Transfer(4, 5))
     batch = (ArgumentPiece(0, "batch", 0),)
     return StagedProgram(2, MICROBATCHES, "1f1b", values, calls, moves, batch, (), (first, order[1]))

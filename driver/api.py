@@ -28,6 +28,7 @@ from bactrian.driver.source import line_here
 from bactrian.passes.frame.errors import ConfigError
 from bactrian.passes.ir.meshes import num_devices
 from bactrian.passes.plan.schema import Axes, Plan, axes_words
+from bactrian.passes.schedules.by_name import DEFAULT_SCHEDULE
 from bactrian.runtime import faults
 
 _log = logging.getLogger("bactrian")
@@ -39,7 +40,7 @@ def parallelize(
     *,
     num_stages: int | None = None,
     num_microbatches: int = 1,
-    schedule: str = "1f1b",
+    schedule: str = DEFAULT_SCHEDULE,
     batch_argnums: int | Sequence[int] = (1,),
     state: Mapping[int, int | None] | None = None,
     cluster: str | Path | None = None,
@@ -56,7 +57,7 @@ def parallelize(
     *,
     num_stages: int | None = None,
     num_microbatches: int = 1,
-    schedule: str = "1f1b",
+    schedule: str = DEFAULT_SCHEDULE,
     batch_argnums: int | Sequence[int] = (1,),
     state: Mapping[int, int | None] | None = None,
     cluster: str | Path | None = None,
@@ -72,7 +73,7 @@ def parallelize(
     *,
     num_stages: int | None = None,
     num_microbatches: int = 1,
-    schedule: str = "1f1b",
+    schedule: str = DEFAULT_SCHEDULE,
     batch_argnums: int | Sequence[int] = (1,),
     state: Mapping[int, int | None] | None = None,
     cluster: str | Path | None = None,

@@ -8,6 +8,7 @@ from typing import ClassVar
 from jaxlib.mlir import ir
 
 from bactrian.passes.frame.base import Pass, PassContext, Statistic, option
+from bactrian.passes.frame.errors import ConfigError
 from bactrian.passes.ir.main_dataflow import (
     BACKWARD,
     FORWARD,
@@ -17,7 +18,8 @@ from bactrian.passes.ir.main_dataflow import (
     required_integer,
     string_attribute,
 )
-from bactrian.passes.stages.schedules import SCHEDULES, make_order, parse_token
+from bactrian.passes.schedules.by_name import schedule_named
+from bactrian.passes.schedules.schedule import fused, parse_token
 from bactrian.passes.stages.stage_functions import FUSED
 
 _TOKEN_PHASE = {"F": FORWARD, "B": BACKWARD, "FB": FUSED}
@@ -75,12 +77,10 @@ class ScheduleMicrobatches(Pass):
         """Write ``bactrian.order``."""
         root = module.operation
         name = self.schedule or string_attribute(root, "bactrian.schedule") or ""
-        if name not in SCHEDULES:
-            ctx.error(
-                main_function(module),
-                f"unknown schedule {name!r}",
-                fix=f"use one of: {', '.join(sorted(SCHEDULES))}",
-            )
+        try:
+            schedule = schedule_named(name)
+        except ConfigError as error:
+            ctx.error(main_function(module), error.message, fix=error.fix)
             return
         num_stages = required_integer(root, "bactrian.num_stages", "assign-stages")
         count = required_integer(root, "bactrian.num_microbatches", "capture")
@@ -89,10 +89,13 @@ class ScheduleMicrobatches(Pass):
             stage = integer_attribute(view.operation, "bactrian.stage")
             if stage is not None:
                 phases[stage].add(string_attribute(view.operation, "bactrian.phase") or "")
-        whole = make_order(name, num_stages, count, fuse_last=any(FUSED in present for present in phases))
         order = [
-            [token for token in tokens if _TOKEN_PHASE[parse_token(token)[0]] in present]
-            for tokens, present in zip(whole, phases, strict=True)
+            [
+                token
+                for token in (fused(tokens) if FUSED in present else tokens)
+                if _TOKEN_PHASE[parse_token(token)[0]] in present
+            ]
+            for tokens, present in zip(schedule.order(num_stages, count), phases, strict=True)
         ]
         ctx.count("tasks", sum(len(tokens) for tokens in order))
         root.attributes["bactrian.order"] = ir.ArrayAttr.get(

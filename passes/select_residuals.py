@@ -20,8 +20,8 @@ from bactrian.passes.ir.main_dataflow import (
     main_function,
     phase_of,
     required_integer,
-    string_attribute,
 )
+from bactrian.passes.ir.module_schedule import schedule_of
 from bactrian.passes.ir.op_traits import SLOW_TO_RECOMPUTE
 from bactrian.passes.stages.layer_partitioning import Placement
 
@@ -93,10 +93,9 @@ class SelectResiduals(Pass):
         num_stages = required_integer(module.operation, "bactrian.num_stages", "assign-stages")
         stages = required_stages(flow)
         rule = _Rule(flow, argument_roles(main))
-        # The last stage of 1F1B turns at once: its forward and backward phases are one function.
-        turns_at_once = string_attribute(module.operation, "bactrian.schedule") == "1f1b"
+        schedule = schedule_of(module)
         for stage in sorted(rule.wanted):
-            if not (turns_at_once and stage == num_stages - 1):
+            if schedule is None or not schedule.fuses(stage, num_stages):  # one function keeps nothing for another
                 ctx.count("kept-bytes", rule.solve(stage, self.overhead_bytes))
         keys: list[Hashable] = [None if s is None else (s, p) for s, p in zip(stages, flow.phases, strict=True)]
         ctx.count("recomputed", clone_into_readers(flow, keys, _phase_key, _copy_phase, rule))

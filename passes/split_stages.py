@@ -18,7 +18,6 @@ from bactrian.passes.ir.main_dataflow import (
     find_boundary,
     integer,
     main_function,
-    phases_together,
     replace_reads,
     required_integer,
     result_updates,
@@ -34,6 +33,7 @@ from bactrian.passes.ir.meshes import (
     value_shardings,
     whole_sharding,
 )
+from bactrian.passes.ir.module_schedule import fused_phases
 from bactrian.passes.stages.stage_functions import FUSED, Crossing, StageFunction, Staging, analyze
 
 
@@ -106,8 +106,7 @@ class SplitStages(Pass):
         if not self._check(module, main, ctx):
             return
         num_stages = required_integer(module.operation, "bactrian.num_stages", "assign-stages")
-        together = phases_together(module, main, num_stages - 1)
-        staging = analyze(main, num_stages, bool(together), UPDATE in together)
+        staging = analyze(main, [fused_phases(module, main, stage) for stage in range(num_stages)])
         _Emitter(module, main, staging, num_stages, self.donate).emit()
         ctx.count("functions", len(staging.functions))
         ctx.count("transfers", len(staging.crossings))

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from bactrian.passes.frame.errors import PassError
-from bactrian.passes.stages.schedules import parse_token
+from bactrian.passes.schedules.schedule import parse_token
 from bactrian.runtime.staged_program import Call, StagedProgram
 
 ONCE = -1

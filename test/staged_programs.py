@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from bactrian.passes.stages.schedules import forward_only, make_order
+from bactrian.passes.schedules.by_name import schedule_named
+from bactrian.passes.schedules.schedule import Order, fused
 from bactrian.runtime.staged_program import ArgumentPiece, Call, ResultPiece, StagedProgram, Transfer, Value
 
 WIDTH, ROWS = 8, 2
@@ -67,7 +68,7 @@ def chain(num_stages: int, num_microbatches: int, schedule: str = "1f1b") -> Sta
     Arguments: 0 … S-1 the weights, S the shared state, S+1 the batch. Results alike (S+1: loss, S+2: norm, S+3: the
     old shared state as an ordinary result).
     """
-    b, last, fused = Builder(), num_stages - 1, schedule == "1f1b"
+    b, last, fuse_last = Builder(), num_stages - 1, schedule == "1f1b"
     weights = [b.argument(s, "state", s, (WIDTH, WIDTH)) for s in range(num_stages)]
     shared = b.argument(num_stages, "state", 0, (WIDTH,))
     x = b.argument(num_stages + 1, "batch", 0, (ROWS, WIDTH))
@@ -87,7 +88,7 @@ def chain(num_stages: int, num_microbatches: int, schedule: str = "1f1b") -> Sta
     gradient = b.value(last, (ROWS, WIDTH), each=True)
     sums = [b.value(s, (WIDTH, WIDTH), each=True) for s in range(num_stages)]
     loss = b.value(last, each=True)
-    if fused:
+    if fuse_last:
         b.call(
             f"stage{last}.forward_backward",
             (weights[last], hidden, *tail, zeros[last], loss_zero),
@@ -135,7 +136,14 @@ def chain(num_stages: int, num_microbatches: int, schedule: str = "1f1b") -> Sta
         total = total_here if s == 0 else total
     b.results += [ResultPiece(num_stages + 1, loss), ResultPiece(num_stages + 2, total)]
     b.results.append(ResultPiece(num_stages + 3, shared))
-    return b.program(schedule, make_order(schedule, num_stages, num_microbatches, fuse_last=fused), num_microbatches)
+    order = order_of(schedule, num_stages, num_microbatches, fuse_last=fuse_last)
+    return b.program(schedule, order, num_microbatches)
+
+
+def order_of(schedule: str, num_stages: int, num_microbatches: int, *, fuse_last: bool) -> Order:
+    """The order of a schedule, with one function for the last stage's forward and backward or with two."""
+    order = schedule_named(schedule).order(num_stages, num_microbatches)
+    return (*order[:-1], fused(order[-1])) if fuse_last else order
 
 
 def out_of(b: Builder, stage: int) -> int:
@@ -248,7 +256,7 @@ def random_program(seed: int) -> tuple[StagedProgram, tuple[int, ...]]:
     stages, microbatches = int(random.integers(1, 9)), int(random.integers(1, 9))
     schedule = str(random.choice(["gpipe", "1f1b", "forward"]))
     b, last = Builder(), stages - 1
-    fused = schedule == "1f1b" or (schedule == "gpipe" and bool(random.integers(2)))
+    fuse_last = schedule == "1f1b" or (schedule == "gpipe" and bool(random.integers(2)))
     weights = [b.argument(s, "state", s, (4,)) for s in range(stages)]
     batch = [b.argument(stages, "batch", s, (2,)) for s in range(stages)]
     zeros = [b.value(s) for s in range(stages)]
@@ -263,7 +271,7 @@ def random_program(seed: int) -> tuple[StagedProgram, tuple[int, ...]]:
         outs = [b.value(s, (int(random.integers(1, 5)),), each=True) for _ in range(int(random.integers(1, 4)))]
         made += outs
         forwards.append([weights[s], batch[s], *dict.fromkeys(b.move(v, s) for v in sources if v != weights[s])])
-        if schedule == "forward" or s < last or not fused:
+        if schedule == "forward" or s < last or not fuse_last:
             b.call(f"stage{s}.forward", forwards[s], outs, s, "forward")
     gradients: list[int] = []
     if schedule != "forward":
@@ -272,7 +280,7 @@ def random_program(seed: int) -> tuple[StagedProgram, tuple[int, ...]]:
             mine = [v for v in made if b.values[v].stage == s]
             head = [zeros[s], *dict.fromkeys(b.move(g, s) for g in gradients if random.random() < 0.7)]
             carried = {"carries": ((0, 0),), "donated": (0,)}
-            if s == last and fused:
+            if s == last and fuse_last:
                 name, phase, outs, ins = "forward_backward", "forward_backward", [total, out, *mine], forwards[s]
             else:
                 name, phase, outs, ins = "backward", "backward", [total, out], [weights[s], *mine]
@@ -288,8 +296,8 @@ def random_program(seed: int) -> tuple[StagedProgram, tuple[int, ...]]:
     else:
         b.results += [ResultPiece(i, v) for i, v in enumerate(made) if random.random() < 0.5]
     if schedule == "forward":
-        order = forward_only(stages, microbatches)
+        order = (tuple(f"F{m}" for m in range(microbatches)),) * stages
     else:
-        order = make_order(schedule, stages, microbatches, fuse_last=fused)
+        order = order_of(schedule, stages, microbatches, fuse_last=fuse_last)
     ranks = int(random.integers(1, stages + 1))
     return b.program(schedule, order, microbatches), tuple(s % ranks for s in range(stages))

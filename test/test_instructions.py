@@ -6,10 +6,9 @@ import doctest
 from dataclasses import replace
 
 import pytest
-from staged_programs import Builder, chain, random_program
+from staged_programs import Builder, chain, order_of, random_program
 
 from bactrian.passes.frame.errors import ConfigError, PassError
-from bactrian.passes.stages.schedules import make_order
 from bactrian.runtime import instruction_builder, instructions
 from bactrian.runtime.instruction_builder import build_lists
 from bactrian.runtime.instruction_checks import check_lists
@@ -238,7 +237,7 @@ def test_schedules_never_deadlock() -> None:
         for microbatches in (1, 3, 32, 128):
             for ranks in (stages, max(1, stages // 4)):
                 program = chain(stages, microbatches)
-                order = make_order("1f1b", stages, microbatches, fuse_last=True)
+                order = order_of("1f1b", stages, microbatches, fuse_last=True)
                 check_lists(build_lists(replace(program, order=order), tuple(s % ranks for s in range(stages))))
 
 

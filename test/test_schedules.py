@@ -1,22 +1,30 @@
-"""Invariants of the pipeline schedules."""
+"""Invariants of the pipeline schedules, and that only their folder knows their names."""
 
 from __future__ import annotations
 
+import ast
 import doctest
 from functools import lru_cache
 from itertools import product
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 from bactrian.passes.frame.errors import ConfigError
-from bactrian.passes.stages import schedules
-from bactrian.passes.stages.schedules import make_order, peak_in_flight
+from bactrian.passes.schedules import gpipe, one_f_one_b, schedule
+from bactrian.passes.schedules.by_name import SCHEDULES, schedule_named
+from bactrian.passes.schedules.schedule import Order, fused, peak_in_flight
 
-parse_token = lru_cache(maxsize=None)(schedules.parse_token)
+ROOT = Path(__file__).resolve().parent.parent
+
+parse_token = lru_cache(maxsize=None)(schedule.parse_token)
 
 
 def check(name: str, stages: int, microbatches: int, fuse: bool) -> None:
-    order = make_order(name, stages, microbatches, fuse_last=fuse)
+    order = SCHEDULES[name].order(stages, microbatches)
+    if fuse:
+        order = (*order[:-1], fused(order[-1]))
     assert len(order) == stages
     for stage, tokens in enumerate(order):
         parsed = [parse_token(t) for t in tokens]
@@ -27,14 +35,15 @@ def check(name: str, stages: int, microbatches: int, fuse: bool) -> None:
         for kind, m in parsed:
             assert kind == "FB" or (kind == "F") == (m not in seen)
             seen.add(m)
-        fused = fuse and stage == stages - 1
-        assert all((kind == "FB") == fused for kind, _ in parsed)
+        last = fuse and stage == stages - 1
+        assert all((kind == "FB") == last for kind, _ in parsed)
         most = microbatches if name == "gpipe" else min(stages - stage, microbatches)
-        assert peak_in_flight(tokens) == (1 if fused else most)
+        assert peak_in_flight(tokens) == (1 if last else most)
+        assert SCHEDULES[name].in_flight(stage, stages, microbatches) == most
     assert completes(order)
 
 
-def completes(order: schedules.Order) -> bool:
+def completes(order: Order) -> bool:
     """A forward waits for the stage before, a backward for the stage after: does it all get done?"""
     at, done = [0] * len(order), set[tuple[str, int, int]]()
     progress = True
@@ -53,7 +62,7 @@ def completes(order: schedules.Order) -> bool:
     return all(i == len(tokens) for i, tokens in zip(at, order, strict=True))
 
 
-@pytest.mark.parametrize("name", sorted(schedules.SCHEDULES))
+@pytest.mark.parametrize("name", sorted(SCHEDULES))
 @pytest.mark.parametrize("fuse", [False, True])
 def test_invariants_on_a_sample(name: str, fuse: bool) -> None:
     for stages, microbatches in product((1, 2, 3, 7, 64), (1, 2, 5, 8, 128)):
@@ -61,23 +70,38 @@ def test_invariants_on_a_sample(name: str, fuse: bool) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", sorted(schedules.SCHEDULES))
+@pytest.mark.parametrize("name", sorted(SCHEDULES))
 @pytest.mark.parametrize("fuse", [False, True])
 def test_invariants_of_many(name: str, fuse: bool) -> None:
     for stages, microbatches in product(range(1, 65), (*range(1, 17), *range(17, 129, 8))):
         check(name, stages, microbatches, fuse)
 
 
+@pytest.mark.parametrize("name", sorted(SCHEDULES))
+def test_fused_stages_do_nothing_between_a_forward_and_its_backward(name: str) -> None:
+    for stages, microbatches in product((1, 2, 5), (1, 2, 5)):
+        for stage, tokens in enumerate(SCHEDULES[name].order(stages, microbatches)):
+            if SCHEDULES[name].fuses(stage, stages):
+                assert tokens == tuple(f"{kind}{m}" for m in range(microbatches) for kind in "FB")
+
+
+def test_1f1b_fuses_the_last_stage_and_gpipe_none() -> None:
+    assert [SCHEDULES["1f1b"].fuses(stage, 3) for stage in range(3)] == [False, False, True]
+    assert [SCHEDULES["gpipe"].fuses(stage, 3) for stage in range(3)] == [False, False, False]
+
+
 @pytest.mark.parametrize("stages, microbatches", [(0, 1), (1, 0), (-1, 4)])
 def test_counts_below_one_are_refused(stages: int, microbatches: int) -> None:
-    for make in (schedules.gpipe, schedules.one_f_one_b, schedules.forward_only):
+    for each in SCHEDULES.values():
         with pytest.raises(ConfigError, match="at least 1 stage"):
-            make(stages, microbatches)
+            each.order(stages, microbatches)
 
 
 def test_an_unknown_schedule_lists_the_known() -> None:
-    with pytest.raises(ConfigError, match=r"(?s)unknown schedule 'zigzag'.*1f1b, gpipe"):
-        make_order("zigzag", 2, 2, fuse_last=True)
+    with pytest.raises(ConfigError, match=r"(?s)unknown schedule 'zigzag'.*fix: known schedules: 1f1b, gpipe"):
+        schedule_named("zigzag")
+    with pytest.raises(ConfigError, match=r"(?s)unknown schedule '1b1f'.*did you mean 1f1b\?"):
+        schedule_named("1b1f")
 
 
 @pytest.mark.parametrize("token", ["", "F", "3", "X1", "BF2"])
@@ -86,5 +110,19 @@ def test_a_malformed_token_is_refused(token: str) -> None:
         parse_token(token)
 
 
-def test_examples() -> None:
-    assert doctest.testmod(schedules).failed == 0
+def test_only_the_schedules_know_their_names() -> None:
+    files = [path for folder in ("passes", "driver", "runtime") for path in (ROOT / folder).rglob("*.py")]
+    others = [path for path in files if path.parent.name != "schedules"]
+    assert len(files) > len(others) > 100
+    said = [
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for path in others
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Constant) and node.value in SCHEDULES
+    ]
+    assert not said, f"ask a Schedule instead: {', '.join(said)}"
+
+
+@pytest.mark.parametrize("module", [schedule, gpipe, one_f_one_b])
+def test_examples(module: ModuleType) -> None:
+    assert doctest.testmod(module).failed == 0

@@ -28,6 +28,7 @@ from bactrian.driver.capture.state_matching import StepPart, match_state
 from bactrian.driver.capture.trace_errors import explain_trace_error
 from bactrian.driver.source import line_here
 from bactrian.passes.frame.errors import BactrianError, ConfigError, ProgramError
+from bactrian.passes.schedules.by_name import DEFAULT_SCHEDULE
 
 _RANDOM = re.compile("random_bits|threefry|rng_")
 
@@ -39,7 +40,7 @@ def capture(
     *,
     batch_argnums: Sequence[int] = (1,),
     num_microbatches: int = 1,
-    schedule: str = "1f1b",
+    schedule: str = DEFAULT_SCHEDULE,
     state: Mapping[int, int | None] | None = None,
     forward_only: bool = False,
     out_reduction: Any = "concat",

@@ -12,8 +12,8 @@ from bactrian.passes.ir.meshes import num_devices
 from bactrian.passes.machine.cluster import read_cluster
 from bactrian.passes.machine.mesh import parse_axes
 from bactrian.passes.plan.schema import Axes, Plan, axes_words
+from bactrian.passes.schedules.by_name import DEFAULT_SCHEDULE, schedule_named
 from bactrian.passes.sharding.baselines import check_strategy
-from bactrian.passes.stages.schedules import SCHEDULES
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,7 @@ class Options:
             raise ConfigError(f"num_stages is {self.num_stages}", fix="give a number of 1 or more, or None")
         if self.num_microbatches < 1:
             raise ConfigError(f"num_microbatches is {self.num_microbatches}", fix="give a number of 1 or more")
-        if self.schedule not in SCHEDULES:
-            raise ConfigError(f"unknown schedule {self.schedule!r}", fix=f"use one of {', '.join(sorted(SCHEDULES))}")
+        schedule_named(self.schedule)
         check_strategy(self.strategy)
         if self.strategy != "auto" and num_devices(self.mesh or ()) == 1 and self.plan is None:
             raise ConfigError(
@@ -97,6 +96,6 @@ def _of_plan(plan: Plan, num_microbatches: int, schedule: str) -> tuple[int, str
             f"num_microbatches is {num_microbatches}, but the plan has {plan.num_microbatches}",
             fix="leave it out, or make the plan again",
         )
-    if schedule not in ("1f1b", plan.schedule):
+    if schedule not in (DEFAULT_SCHEDULE, plan.schedule):
         raise ConfigError(f"schedule is {schedule}, but the plan has {plan.schedule}", fix="leave it out")
     return plan.num_microbatches, plan.schedule

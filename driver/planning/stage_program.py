@@ -31,8 +31,8 @@ from bactrian.passes.ir.op_costs import CostModel
 from bactrian.passes.machine.device import CPU_CORE, Device, OpCost
 from bactrian.passes.plan.schema import Axes, LayerPlan, Plan, StagePlan
 from bactrian.passes.plan.stage_sharding import ShardingPlan
+from bactrian.passes.schedules.schedule import peak_in_flight
 from bactrian.passes.sharding.solve_snapshot import before_solving
-from bactrian.passes.stages.schedules import peak_in_flight
 from bactrian.runtime.staged_program import StagedProgram
 
 _DEVICES: dict[str, Device] = {"cpu": CPU_CORE}

@@ -60,18 +60,6 @@ def boundary_words(boundary: ir.Operation, key: str) -> list[str]:
     return text.split(",") if text else []
 
 
-def phases_together(module: ir.Module, main: ir.Operation, stage: int) -> frozenset[str]:
-    """The phases of a stage that are one function: forward and backward on the last stage under 1F1B, and everything
-    that a single stage does with one microbatch."""
-    stages = integer_attribute(module.operation, "bactrian.num_stages") or 1
-    if string_attribute(module.operation, "bactrian.schedule") != "1f1b" or stage != stages - 1:
-        return frozenset()
-    if set(boundary_words(find_boundary(main), "kinds")) == {"output"}:  # there is no backward phase
-        return frozenset()
-    single = stages == 1 and integer_attribute(module.operation, "bactrian.num_microbatches") == 1
-    return frozenset({FORWARD, BACKWARD, UPDATE} if single else {FORWARD, BACKWARD})
-
-
 def set_boundary_words(boundary: ir.Operation, kinds: list[str], reductions: list[str]) -> None:
     """Write ``kinds`` and ``reductions`` of the boundary."""
     boundary.attributes["mhlo.backend_config"] = ir.DictAttr.get(

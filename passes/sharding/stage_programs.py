@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 from jaxlib.mlir import ir
 
 from bactrian.passes.frame.errors import ConfigError, PassError
-from bactrian.passes.ir.main_dataflow import integer_attribute, main_function, phases_together, string_attribute
+from bactrian.passes.ir.main_dataflow import integer_attribute, main_function
 from bactrian.passes.ir.meshes import Axes, mesh_axes, num_devices
+from bactrian.passes.ir.module_schedule import fused_phases, schedule_of
 from bactrian.passes.machine.cluster import Cluster
 from bactrian.passes.machine.mesh import Mesh
 from bactrian.passes.sharding.loop_dataflow import capture_unchanged
@@ -87,14 +88,14 @@ def read_stages(
     main = main_function(module)
     capture_unchanged(main)
     count = integer_attribute(module.operation, "bactrian.num_microbatches") or 1
-    gpipe = string_attribute(module.operation, "bactrian.schedule") == "gpipe"
+    schedule = schedule_of(module)
     stages = len(meshes)
     found = list[StageProgram]()
     for stage, (name, axes) in enumerate(meshes.items()):
         mesh = cluster.mesh(axes)
-        in_flight = count if gpipe else min(count, stages - stage)
+        in_flight = 1 if schedule is None else schedule.in_flight(stage, stages, count)
         only = stage if stages > 1 else None
         reading = read_program(main, mesh, cluster, count, remark, in_flight, only)
-        reading = replace(reading, together=phases_together(module, main, stage))
+        reading = replace(reading, together=fused_phases(module, main, stage))
         found.append(StageProgram(stage, name, mesh, reading, stages, count))
     return found

@@ -1,1 +1,1 @@
-"""How a step is cut: layers, stages, the functions of each stage, and schedules."""
+"""How a step is cut: layers, stages, and the functions of each stage."""

@@ -5,7 +5,7 @@ The analysis behind ``split-stages``: it reads ``@main`` and changes nothing but
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 
 from jaxlib.mlir import ir
@@ -94,19 +94,18 @@ class Staging:
     whole: bool = False  # one function does everything, once
 
 
-def analyze(main: ir.Operation, num_stages: int, fuse_last: bool, whole: bool = False) -> Staging:
+def analyze(main: ir.Operation, fused: Sequence[frozenset[str]]) -> Staging:
     """Decide which function every op goes to and what crosses.
 
     Args:
         main: the captured function, with stages and phases.
-        num_stages: how many stages there are.
-        fuse_last: one function for the last stage's forward and backward.
-        whole: everything in one function (one stage and one microbatch), which XLA can fuse as it fuses a plain step.
+        fused: by stage, the phases that are one function. With the update among them that function is all of the step
+            (one stage and one microbatch), and XLA can fuse as it fuses a plain step.
     """
     flow = _assign_rounds(main)
     through = _through_boundary(flow)
     received = _received(flow, main, through)
-    keys = _function_keys(flow, num_stages, fuse_last, whole, through)
+    keys = _function_keys(flow, fused, through)
     functions = _collect(flow, keys)
     home = {value: key for index, key in enumerate(keys) if key is not None for value in flow.results[index]}
     pieces: set[tuple[int, int]] = set()
@@ -130,10 +129,11 @@ def analyze(main: ir.Operation, num_stages: int, fuse_last: bool, whole: bool = 
                 if source.stage != key.stage:
                     crossings[Crossing(value, source.stage, key.stage, key.phase == UPDATE)] = None
         function.inputs = sorted(taken)
-    result_pieces = _result_pieces(flow, main, num_stages, through, home, pieces, crossings, outgoing)
+    result_pieces = _result_pieces(flow, main, len(fused), through, home, pieces, crossings, outgoing)
     for key, function in functions.items():
         function.outputs = sorted(outgoing[key])
     ordered = [functions[key] for key in sorted(functions)]
+    whole = any(UPDATE in phases for phases in fused)
     return Staging(
         flow, ordered, list(crossings), sorted(pieces), result_pieces, home, through, flow.sizes, received, whole
     )
@@ -159,7 +159,7 @@ def _received(flow: Dataflow, main: ir.Operation, through: dict[int, int]) -> di
 
 
 def _function_keys(
-    flow: Dataflow, num_stages: int, fuse_last: bool, whole: bool, through: dict[int, int]
+    flow: Dataflow, fused: Sequence[frozenset[str]], through: dict[int, int]
 ) -> list[FunctionKey | None]:
     """The function of each op, one key object per function; None for the boundary and the return."""
     known: dict[tuple[int, str, int], FunctionKey] = {}
@@ -171,7 +171,7 @@ def _function_keys(
             continue
         if phase is None:
             raise PassError(f"{op.name} has no phase", where=str(op.location), fix="run infer-phases first")
-        if whole or (fuse_last and stage == num_stages - 1 and phase in (FORWARD, BACKWARD)):
+        if phase in fused[stage] or UPDATE in fused[stage]:
             phase = FUSED
         round_ = (integer_attribute(op, _ROUND) or 0) if phase == UPDATE else 0
         place = stage, phase, round_
