@@ -46,7 +46,7 @@ def run_case(layers: int, mesh_text: str, width: int, microbatches: int, cbc_sec
     """One case in this process."""
     import bactrian.passes.network.lifted_lp  # noqa: F401 -- the solver's libraries are loaded before the clock runs
     from bactrian.driver.gc_pause import paused_collection
-    from bactrian.driver.planning.stage_program import Decisions
+    from bactrian.passes import pipelines
     from bactrian.passes.frame.pipeline import run_pipeline
     from bactrian.passes.ir.main_dataflow import main_function
     from bactrian.passes.machine.cluster import CPU_HOST
@@ -60,10 +60,10 @@ def run_case(layers: int, mesh_text: str, width: int, microbatches: int, cbc_sec
     marks = [time.perf_counter()]
     with paused_collection():
         module = step.with_options(num_stages=1, num_microbatches=microbatches).trace(*arguments).captured.module()
-        run_pipeline(module, Decisions(1, 1, mesh=axes).assignment_pipeline())
-        run_pipeline(module, "builtin.module(clone-cheap-ops,select-residuals,accumulate-gradients)")
+        run_pipeline(module, [*pipelines.import_step(mesh_text), *pipelines.form_stages(1, 1, mesh=mesh_text)])
+        run_pipeline(module, pipelines.localize_stages())
         marks.append(time.perf_counter())
-        run_pipeline(module, "builtin.module(func.func(sdy-populate-op-sharding-rules))")
+        run_pipeline(module, pipelines.prepare_shardings())
         mesh = CPU_HOST.mesh(axes)
         with module.context:
             reading = read_program(main_function(module), mesh, CPU_HOST, microbatches, lambda op, text: None)

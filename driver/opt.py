@@ -22,10 +22,10 @@ _BUFFER = "-"  # what MLIR calls a text that was parsed from memory
 
 
 class _Parser(argparse.ArgumentParser):
-    """Lists the passes in its help; imports them only then."""
+    """Lists the passes and pipelines in its help; imports them only then."""
 
     def format_help(self) -> str:
-        return f"{super().format_help()}\n{documentation.help_text()}\n"
+        return f"{super().format_help()}\n{documentation.help_text()}\n\n{documentation.pipelines_text()}\n"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -33,7 +33,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="bactrian-opt",
         description="Run passes on MLIR text and print the result.",
         allow_abbrev=False,
-        usage="bactrian-opt [options] [--<pass>[=option=value ...] ...] [input]",
+        usage="bactrian-opt [options] [--<pass or pipeline>[=option=value ...] ...] [input]",
     )
     add = parser.add_argument
     add("input", nargs="?", default="-", help="file to read, - for standard input")
@@ -50,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--mlir-timing", action="store_true", help="print the time of each pass to standard error")
     add("--mlir-pass-statistics", action="store_true", help="print the statistics of each pass to standard error")
     add("--list-passes", choices=("text", "json", "markdown"), help="list the registered passes and stop")
+    add("--list-pipelines", action="store_true", help="list the named pipelines and stop")
     add("--run-reproducer", action="store_true", help="run the pipeline that the input, a reproducer, names")
     add("--reproducer-dir", metavar="DIR", default=".", help="where a failing pass leaves its reproducer")
     return parser
@@ -216,6 +217,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = parser.parse_args(rest)
         if args.list_passes:
             sys.stdout.write(_list_passes(args.list_passes))
+            return 0
+        if args.list_pipelines:
+            sys.stdout.write(f"{documentation.pipelines_text()}\n")
             return 0
         return _run(args, elements)
     except BactrianError as error:

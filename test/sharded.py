@@ -10,6 +10,7 @@ import numpy as np
 from jaxlib.mlir import ir
 
 from bactrian.driver.xla.compile_stage import constrain, sharded_function
+from bactrian.passes import pipelines
 from bactrian.passes.frame.context import make_context
 from bactrian.passes.frame.pipeline import run_pipeline
 from bactrian.passes.ir.main_dataflow import BOUNDARY, body, custom_call_target, main_function
@@ -40,7 +41,7 @@ def prepared(text: str, axes: Axes) -> ir.Module:
         mesh = ir.Module.parse(f"sdy.mesh @stage0 = <[{sizes}]>").body.operations[0].operation
         clone = mesh.clone(ip=ir.InsertionPoint.at_block_begin(module.body))
         assert clone.operation.name == "sdy.mesh"
-    run_pipeline(module, "builtin.module(flatten-calls,canonicalize,cse,func.func(sdy-populate-op-sharding-rules))")
+    run_pipeline(module, pipelines.prepare_function())
     return module
 
 

@@ -54,6 +54,10 @@ def _constant(op: ir.Operation) -> Array:
     return np.full(shape, attribute.get_splat_value().value, kind)
 
 
+def _place(starts: list[Array], shape: tuple[int, ...]) -> tuple[slice, ...]:
+    return tuple(slice(int(at), int(at) + size) for at, size in zip(starts, shape, strict=True))
+
+
 def evaluate(op: ir.Operation, env: Env, microbatch: int | None) -> None:
     """Run one op, its regions included."""
     args = [env[value] for value in op.operands]
@@ -78,8 +82,18 @@ def evaluate(op: ir.Operation, env: Env, microbatch: int | None) -> None:
     elif name == "case":
         branch = op.regions[int(np.clip(args[0], 0, len(op.regions) - 1))].blocks[0]
         outs = run_block(branch, dict(env), microbatch)
+    elif name == "while":
+        condition, turn = (region.blocks[0] for region in op.regions)
+        outs = args
+        while run_block(condition, env | dict(zip(condition.arguments, outs, strict=True)), microbatch)[0]:
+            outs = run_block(turn, env | dict(zip(turn.arguments, outs, strict=True)), microbatch)
+    elif name == "compare":
+        assert "LT" in str(op.attributes["comparison_direction"])
+        outs = [np.asarray(args[0] < args[1])]
+    elif name == "dynamic_slice":
+        outs = [args[0][_place(args[1:], shape_and_dtype(op.results[0])[0])]]
     elif name == "dynamic_update_slice":
-        place = tuple(slice(int(at), int(at) + size) for at, size in zip(args[2:], args[1].shape, strict=True))
+        place = _place(args[2:], args[1].shape)
         outs = [args[0].copy()]
         outs[0][place] = args[1]
     elif custom_call_target(op) == "bactrian.microbatch_index":

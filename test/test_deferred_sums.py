@@ -13,6 +13,7 @@ import sharded
 from jaxlib.mlir import ir
 
 import bactrian
+from bactrian.passes import pipelines
 from bactrian.passes.frame.pipeline import run_pipeline
 from bactrian.passes.ir.main_dataflow import main_function
 from bactrian.passes.machine.cluster import cluster_of
@@ -23,10 +24,8 @@ from bactrian.passes.sharding.shardings_to_ir import Writer
 from bactrian.passes.sharding.strategies import Defers
 from bactrian.passes.sharding.work_from_ir import read_program
 
-BEFORE = (
-    "builtin.module(flatten-calls,verify-program,canonicalize,cse,infer-phases,group-layers{num-layers=1},"
-    "assign-stages{num-stages=1 mesh=data=2,model=4},clone-cheap-ops,accumulate-gradients)"
-)
+MESH = "data=2,model=4"
+BEFORE = (*pipelines.import_step(MESH), *pipelines.form_stages(1, 1, mesh=MESH), *pipelines.localize_stages())
 AXES = ((("data", 2), ("model", 4)), (("data", 8),), (("a", 2), ("b", 2), ("c", 2)))
 MICROBATCHES = 4
 ROWS = 16  # of a microbatch

@@ -11,6 +11,7 @@ import sharded
 from jaxlib.mlir import ir
 
 import bactrian
+from bactrian.passes import pipelines
 from bactrian.passes.frame.pipeline import run_pipeline
 from bactrian.passes.ir.main_dataflow import (
     BOUNDARY,
@@ -22,11 +23,7 @@ from bactrian.passes.ir.main_dataflow import (
     stage_of,
 )
 
-BEFORE = (
-    "builtin.module(flatten-calls,verify-program,canonicalize,cse,infer-phases,group-layers{num-layers=1},"
-    "assign-stages{num-stages=1 mesh=data=2,model=4},clone-cheap-ops,accumulate-gradients,"
-    "func.func(sdy-populate-op-sharding-rules),solve-shardings)"
-)
+MESH = "data=2,model=4"
 AXES = (("data", 2), ("model", 4))
 
 
@@ -49,7 +46,8 @@ def captured() -> tuple[ir.Module, list[Any]]:
     parallel = bactrian.parallelize(step, num_stages=1, num_microbatches=4)
     arguments = state, tuple(batch)
     module = parallel.trace(*arguments).captured.module(None)
-    run_pipeline(module, BEFORE)
+    run_pipeline(module, [*pipelines.import_step(MESH), *pipelines.form_stages(1, 1, mesh=MESH)])
+    run_pipeline(module, [*pipelines.localize_stages(), *pipelines.prepare_shardings(), *pipelines.shard_stages()])
     return module, jax.tree.leaves(arguments)
 
 
@@ -67,7 +65,7 @@ def test_what_comes_out_has_a_place() -> None:
         assert all(flow.phases[i] == "update" for i in below)
         added_up = [op for i, op in enumerate(flow.ops) if i in below and op.name == "stablehlo.reduce"]
         assert len(added_up) == 4  # the parts of the loss and of each gradient
-    run_pipeline(module, "builtin.module(split-stages,loop-microbatches,schedule-microbatches)")
+    run_pipeline(module, pipelines.emit_stages())
 
 
 def test_one_microbatch_of_it_gives_the_numbers() -> None:

@@ -21,15 +21,17 @@ from bactrian.driver.planning.plan_shardings import (
     refuse_overruled,
     write_layouts,
 )
+from bactrian.passes import pipelines
 from bactrian.passes.frame.diagnostics import Diagnostic
 from bactrian.passes.frame.errors import InfeasiblePlanError
 from bactrian.passes.frame.location import name_stack, user_place
-from bactrian.passes.frame.pipeline import Report, quote, run_pipeline
+from bactrian.passes.frame.pipeline import Report, run_pipeline
 from bactrian.passes.ir.main_dataflow import Dataflow, body, integer_attribute, main_function, phase_of, stage_of
 from bactrian.passes.ir.meshes import num_devices
 from bactrian.passes.ir.op_costs import CostModel
 from bactrian.passes.machine.device import CPU_CORE, Device, OpCost
-from bactrian.passes.plan.schema import Axes, LayerPlan, Plan, StagePlan
+from bactrian.passes.pipelines import Steps
+from bactrian.passes.plan.schema import Axes, LayerPlan, Plan, StagePlan, axes_words
 from bactrian.passes.plan.stage_sharding import ShardingPlan
 from bactrian.passes.schedules.schedule import peak_in_flight
 from bactrian.passes.sharding.solve_snapshot import before_solving
@@ -71,39 +73,33 @@ class Decisions:
         strategy = "auto" if sharding is None else sharding.strategy
         return cls(plan.num_stages, plan.num_layers, firsts, donate, plan.stages[0].mesh, cluster, strategy)
 
-    def assignment_pipeline(self) -> str:
-        """The passes up to ``assign-stages``."""
-        axes = ",".join(f"{name}={size}" for name, size in self.mesh)
-        mesh = f" mesh={axes}" if self.is_wide else ""
-        adopt = f"adopt-shardings{{mesh={axes}}}" if self.is_wide else "adopt-shardings"
-        boundaries = f" boundaries={','.join(map(str, self.first_layers))}" if self.first_layers else ""
-        return (
-            f"builtin.module(flatten-calls,{adopt},verify-program,canonicalize,cse,infer-phases,"
-            f"group-layers{{num-layers={self.num_layers}}},"
-            f"assign-stages{{num-stages={self.num_stages}{boundaries}{mesh}}})"
-        )
-
     @property
     def is_wide(self) -> bool:
         """Whether stages have several devices."""
         return num_devices(self.mesh) > 1
 
-    def placing_pipeline(self) -> str:
-        """The passes from there to what ``solve-shardings`` reads."""
-        rules = ",func.func(sdy-populate-op-sharding-rules)" if self.is_wide else ""
-        return f"builtin.module(clone-cheap-ops,select-residuals,accumulate-gradients{rules})"
+    @property
+    def mesh_text(self) -> str:
+        """The mesh as passes take it; nothing where stages have one device."""
+        return axes_words(self.mesh) if self.is_wide else ""
 
-    def staging_pipeline(self, memory_bytes: int = 0) -> str:
+    def assigning(self) -> Steps:
+        """The passes up to ``assign-stages``."""
+        boundaries = ",".join(map(str, self.first_layers))
+        imported = pipelines.import_step(self.mesh_text)
+        return (*imported, *pipelines.form_stages(self.num_stages, self.num_layers, boundaries, self.mesh_text))
+
+    def localizing(self) -> Steps:
+        """The passes from there to what ``solve-shardings`` reads."""
+        return (*pipelines.localize_stages(), *(pipelines.prepare_shardings() if self.is_wide else ()))
+
+    def staging(self, memory_bytes: int = 0) -> Steps:
         """The passes from there to the scheduled module, with layouts that hold less than some bytes of a device; 0 for
         what the cluster says."""
-        donate = "" if self.donate else "{donate=false}"
-        shardings = ""
+        sharded: Steps = ()
         if self.is_wide:
-            options = f"time-limit={self.time_limit} strategy={self.strategy} compare={str(self.compare).lower()}"
-            options += f" cluster={quote(self.cluster)}" if self.cluster else ""
-            options += f" memory-bytes={memory_bytes}" if memory_bytes else ""
-            shardings = f"solve-shardings{{{options}}},"
-        return f"builtin.module({shardings}split-stages{donate},loop-microbatches,schedule-microbatches)"
+            sharded = pipelines.shard_stages(self.cluster, memory_bytes, self.time_limit, self.strategy, self.compare)
+        return (*sharded, *pipelines.emit_stages(self.donate))
 
 
 @dataclass
@@ -156,7 +152,7 @@ def stage_program(
         layouts: of arguments on the mesh of the one stage, where they are given: the axes of each dim.
         reproducer_dir: where a failing pass writes its reproducer.
     """
-    first = run_pipeline(module, decisions.assignment_pipeline(), reproducer_dir=reproducer_dir)
+    first = run_pipeline(module, decisions.assigning(), reproducer_dir=reproducer_dir)
     sources = dict[int, str]()
     with module.context:
         ops = _measured_ops(module, first.kept.get(Dataflow))
@@ -165,16 +161,15 @@ def stage_program(
         first_layers = _first_layers(ops, decisions.num_stages)
         if decisions.is_wide:
             sources = _write_given(module, plan, layouts or {}, paths)
-    second = run_pipeline(module, decisions.placing_pipeline(), reproducer_dir=reproducer_dir, kept=first.kept)
+    second = run_pipeline(module, decisions.localizing(), reproducer_dir=reproducer_dir, kept=first.kept)
     unsolved = None
     if decisions.is_wide:
         with module.context:
             unsolved = before_solving(module, fingerprint, decisions.cluster, decisions.strategy, sources)
 
     def cut(whole: ir.Module, limit: int | None = None) -> Report:
-        pipeline = decisions.staging_pipeline(limit or 0)
         kept = second.kept if whole is module else None
-        return run_pipeline(whole, pipeline, reproducer_dir=reproducer_dir, kept=kept)
+        return run_pipeline(whole, decisions.staging(limit or 0), reproducer_dir=reproducer_dir, kept=kept)
 
     fitted = _fitted(module, unsolved, cut, paths)
     module, program, shardings = fitted.module, fitted.program, fitted.shardings

@@ -127,16 +127,8 @@ class Pass:
         Raises:
             ConfigError: for an unknown option or a value of the wrong type.
         """
-        hints = typing.get_type_hints(cls)
-        known = {f.name.replace("_", "-"): f.name for f in cls.option_fields()}
-        values: dict[str, Any] = {}
-        for key, text in options.items():
-            name = known.get(key.replace("_", "-"))
-            if name is None:
-                raise ConfigError(
-                    f"pass {cls.name} has no option {key!r}", fix=f"options: {', '.join(known) or 'none'}"
-                )
-            values[name] = _parse_value(cls.name, key, text, hints[name])
+        kinds = typing.get_type_hints(cls)
+        values = parse_options(f"pass {cls.name}", options, {f.name: kinds[f.name] for f in cls.option_fields()})
         instance = cls(**values)
         instance.check_options()
         return instance
@@ -148,6 +140,27 @@ class Pass:
             for f in self.option_fields()
             if getattr(self, f.name) != f.default
         }
+
+
+def parse_options(owner: str, texts: Mapping[str, str], kinds: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of options by their Python names, from their texts.
+
+    Args:
+        owner: whose they are, for errors: ``pass group-layers``.
+        texts: of the options that are given, by their names, with dashes or underscores.
+        kinds: the type of every option, by its Python name.
+
+    Raises:
+        ConfigError: for an unknown option or a value of the wrong type.
+    """
+    known = {name.replace("_", "-"): name for name in kinds}
+    values: dict[str, Any] = {}
+    for key, text in texts.items():
+        name = known.get(key.replace("_", "-"))
+        if name is None:
+            raise ConfigError(f"{owner} has no option {key!r}", fix=f"options: {', '.join(known) or 'none'}")
+        values[name] = _parse_value(owner, key, text, kinds[name])
+    return values
 
 
 def _parse_value(owner: str, key: str, text: str, hint: Any) -> Any:
@@ -162,7 +175,7 @@ def _parse_value(owner: str, key: str, text: str, hint: Any) -> Any:
             return {"true": True, "1": True, "": True, "false": False, "0": False}[text.lower()]
         return kind(text)
     except (KeyError, ValueError):
-        raise ConfigError(f"option {key!r} of pass {owner} needs {kind.__name__}, got {text!r}") from None
+        raise ConfigError(f"option {key!r} of {owner} needs {kind.__name__}, got {text!r}") from None
 
 
 def _print_value(value: Any) -> str:

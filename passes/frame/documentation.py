@@ -48,6 +48,15 @@ def help_text() -> str:
     return "\n".join(lines)
 
 
+def pipelines_text() -> str:
+    """One line per pipeline: its name and what it does."""
+    lines = ["pipelines, each run as its passes in order:"]
+    for name in registry.PIPELINES:
+        first = (inspect.getdoc(registry.load_pipeline(name)) or "").partition("\n")[0]
+        lines.append(f"  --{name:28} {first[:1].lower()}{first[1:].removesuffix('.')}")
+    return "\n".join(lines)
+
+
 def example(cls: type[Pass]) -> tuple[str, str] | None:
     """The module before and after the pass from its docstring; None when there are not exactly two blocks."""
     blocks = _MLIR_BLOCK.findall(inspect.getdoc(cls) or "")

@@ -1,13 +1,14 @@
 """Pipelines: MLIR's textual grammar, and a runner on MLIR's own pass manager.
 
 ``builtin.module(flatten-calls,group-layers{layers=4},func.func(canonicalize))``: a name that is registered with us is
-our pass; everything else is handed to MLIR as it stands.
+our pass or pipeline; everything else is handed to MLIR as it stands.
 """
 
 from __future__ import annotations
 
 import functools
 import time
+import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 from jaxlib.mlir import ir, passmanager
 
 from . import registry, reproducer
-from .base import Pass, PassContext
+from .base import Pass, PassContext, parse_options
 from .context import make_context
 from .diagnostics import Diagnostic, from_mlir
 from .errors import BactrianError, ConfigError, PassError
@@ -164,25 +165,35 @@ Pipeline = str | Sequence[Step]
 
 
 def resolve(pipeline: Pipeline) -> list[Step]:
-    """Turn a pipeline into steps: our passes as objects, everything else as text that MLIR has accepted.
+    """Turn a pipeline into steps: our passes as objects, everything else as text that MLIR has accepted. Pipelines of ours
+    that it names are replaced by their steps.
 
     Raises:
         ConfigError: for an unknown name (the three nearest are listed) or a wrong option.
     """
-    if not isinstance(pipeline, str):
-        steps: list[Step] = []
-        for step in pipeline:
-            steps += resolve(step) if isinstance(step, str) else [step]
-        return steps
-    return [_resolve_element(element) for element in parse_pipeline(pipeline)]
+    if isinstance(pipeline, str):
+        return [step for element in parse_pipeline(pipeline) for step in _resolve_element(element)]
+    steps: list[Step] = []
+    for step in pipeline:
+        if isinstance(step, str):
+            steps += resolve(step)
+        else:
+            step.check_options()
+            steps.append(step)
+    return steps
 
 
-def _resolve_element(element: Element) -> Step:
+def _resolve_element(element: Element) -> list[Step]:
+    options = {key: text or "" for key, text in element.options}
     if element.children is None and registry.is_registered(element.name):
-        cls = registry.load(element.name)
-        return cls.from_options({key: text or "" for key, text in element.options})
+        return [registry.load(element.name).from_options(options)]
+    if element.children is None and element.name in registry.PIPELINES:
+        made = registry.load_pipeline(element.name)
+        kinds = typing.get_type_hints(made)
+        del kinds["return"]
+        return resolve(made(**parse_options(f"pipeline {element.name}", options, kinds)))
     _check_mlir(element)
-    return str(element)
+    return [str(element)]
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""Which pass a name stands for. Nothing is imported before it is asked for."""
+"""Which pass or pipeline a name stands for. Nothing is imported before it is asked for."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import difflib
 import functools
 import importlib
 import importlib.metadata
+from collections.abc import Callable
+from typing import Any
 
 from .base import Pass
 from .errors import ConfigError
@@ -28,6 +30,21 @@ PASSES: dict[str, str] = {
     "split-stages": "bactrian.passes.split_stages:SplitStages",
     "loop-microbatches": "bactrian.passes.loop_microbatches:LoopMicrobatches",
     "schedule-microbatches": "bactrian.passes.schedule_microbatches:ScheduleMicrobatches",
+}
+
+# flag -> "module:function" that gives the passes of a pipeline.
+PIPELINES: dict[str, str] = {
+    f"bactrian-{name.replace('_', '-')}": f"bactrian.passes.pipelines:{name}"
+    for name in (
+        "stage_step",
+        "import_step",
+        "form_stages",
+        "localize_stages",
+        "prepare_shardings",
+        "shard_stages",
+        "emit_stages",
+        "prepare_function",
+    )
 }
 
 # MLIR's pass registry can't be listed from Python; these are offered when a name is not known.
@@ -85,9 +102,15 @@ def load(name: str) -> type[Pass]:
     return cls
 
 
+def load_pipeline(name: str) -> Callable[..., tuple[Any, ...]]:
+    """The function that gives the passes of a pipeline, a key of `PIPELINES`; its parameters are the options."""
+    module, _, function = PIPELINES[name].partition(":")
+    return getattr(importlib.import_module(module), function)
+
+
 def nearest(name: str) -> list[str]:
     """The three known names most like ``name``, the best first."""
-    return difflib.get_close_matches(name, [*names(), *_MLIR_NAMES], n=3, cutoff=0.0)
+    return difflib.get_close_matches(name, [*names(), *PIPELINES, *_MLIR_NAMES], n=3, cutoff=0.0)
 
 
 def unknown_name(name: str) -> ConfigError:

@@ -1,0 +1,122 @@
+"""The pass pipelines, by name: lists of passes that the command, the driver, the tests and the benchmarks share.
+
+A pipeline is a function of the few options that its passes depend on; it returns passes, and as text those of MLIR.
+``bactrian-opt --bactrian-form-stages='num-stages=2'`` runs one, and `registry.PIPELINES` gives each its name. Options are
+numbers, texts and switches, as those of passes are. Passes are imported when their pipeline is asked for.
+"""
+
+from __future__ import annotations
+
+from bactrian.passes.frame.pipeline import Step
+
+Steps = tuple[Step, ...]
+
+
+def import_step(mesh: str = "") -> Steps:
+    """Flatten and verify a captured step, and find the phases of its ops."""
+    from bactrian.passes.adopt_shardings import AdoptShardings
+    from bactrian.passes.flatten_calls import FlattenCalls
+    from bactrian.passes.infer_phases import InferPhases
+    from bactrian.passes.verify_program import VerifyProgram
+
+    return (
+        # Calls first: every later pass reads one straight-line function.
+        FlattenCalls(),
+        # The user's shardings before the program is verified, so that errors about them name the user's own ops.
+        AdoptShardings(mesh=mesh),
+        # Before anything is simplified: what is refused has the user's line, and stands as the user wrote it.
+        VerifyProgram(),
+        # What tracing wrote twice must not be given two phases, layers or stages.
+        "canonicalize",
+        "cse",
+        InferPhases(),
+    )
+
+
+def form_stages(num_stages: int = 0, num_layers: int = 0, boundaries: str = "", mesh: str = "") -> Steps:
+    """Group ops into layers, and layers into pipeline stages, each with a mesh."""
+    from bactrian.passes.assign_stages import AssignStages
+    from bactrian.passes.group_layers import GroupLayers
+
+    return (
+        GroupLayers(num_layers=num_layers),
+        AssignStages(num_stages=num_stages, boundaries=boundaries, mesh=mesh),
+    )
+
+
+def localize_stages() -> Steps:
+    """Clone or recompute what each stage needs, and make accumulators explicit."""
+    from bactrian.passes.accumulate_gradients import AccumulateGradients
+    from bactrian.passes.clone_cheap_ops import CloneCheapOps
+    from bactrian.passes.select_residuals import SelectResiduals
+
+    return (
+        # Constants, masks and random bits are computed where they are read: they would be sent otherwise.
+        CloneCheapOps(),
+        # Then, within a stage: what the backward phase is given, and what it computes again.
+        SelectResiduals(),
+        # Last, because accumulators and combined partial results belong to one stage each.
+        AccumulateGradients(),
+    )
+
+
+def prepare_shardings() -> Steps:
+    """Annotate every op with its sharding rule."""
+    return ("func.func(sdy-populate-op-sharding-rules)",)
+
+
+def shard_stages(
+    cluster: str = "",
+    memory_bytes: int = 0,
+    time_limit: float = 60.0,
+    strategy: str = "auto",
+    compare: bool = False,
+) -> Steps:
+    """Choose a sharding for every value on the mesh of its stage."""
+    from bactrian.passes.solve_shardings import SolveShardings
+
+    return (
+        SolveShardings(
+            cluster=cluster, memory_bytes=memory_bytes, time_limit=time_limit, strategy=strategy, compare=compare
+        ),
+    )
+
+
+def emit_stages(donate: bool = True) -> Steps:
+    """Make one function per stage and phase, and schedule the microbatches."""
+    from bactrian.passes.loop_microbatches import LoopMicrobatches
+    from bactrian.passes.schedule_microbatches import ScheduleMicrobatches
+    from bactrian.passes.split_stages import SplitStages
+
+    return (
+        SplitStages(donate=donate),
+        # A single stage whose forward and backward are one function needs no schedule: it loops by itself.
+        LoopMicrobatches(),
+        ScheduleMicrobatches(),
+    )
+
+
+def stage_step(
+    num_stages: int = 1,
+    num_layers: int = 0,
+    boundaries: str = "",
+    mesh: str = "",
+    cluster: str = "",
+    strategy: str = "auto",
+    donate: bool = True,
+) -> Steps:
+    """Turn a captured step into scheduled stages: everything below, in order."""
+    # The planner measures ops and names layers after this, while ops still have layers.
+    staged = (*import_step(mesh), *form_stages(num_stages, num_layers or num_stages, boundaries, mesh))
+    # Stages of one device have nothing to shard.
+    prepared = prepare_shardings() if mesh else ()
+    # The planner keeps the module as it is here, to solve again with less memory and to explain the choice.
+    sharded = shard_stages(cluster, strategy=strategy) if mesh else ()
+    return (*staged, *localize_stages(), *prepared, *sharded, *emit_stages(donate))
+
+
+def prepare_function() -> Steps:
+    """Flatten a function that is no train step, and annotate it with sharding rules."""
+    from bactrian.passes.flatten_calls import FlattenCalls
+
+    return (FlattenCalls(), "canonicalize", "cse", *prepare_shardings())
