@@ -24,7 +24,7 @@ class MLIRLexer(RegexLexer):
             (r"[#!][\w$.-]+", Name.Decorator),
             (r"(\d+x)+(?=[a-z])", Number.Integer),
             (r"\b(tensor|memref|vector|tuple)\b", Keyword.Type),
-            (r"\b([su]?i\d+|bf16|f\d+|index|complex)\b", Keyword.Type),
+            (r"([su]?i\d+|bf16|f\d+|index|complex)\b", Keyword.Type),
             (r"\b(module|attributes|return|loc|dense|true|false|unit)\b", Keyword),
             (r"\b\w+\.[\w.]+\b", Name.Builtin),
             (r"-?\d+\.\d+([eE][+-]?\d+)?", Number.Float),
