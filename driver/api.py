@@ -18,9 +18,10 @@ from bactrian.driver.capture.lower_step import capture
 from bactrian.driver.capture.reference_step import reference
 from bactrian.driver.gc_pause import paused_collection
 from bactrian.driver.planned_step import Planned
+from bactrian.driver.planning.decisions import Decisions
 from bactrian.driver.planning.options import Options, cluster_file, mesh_axes
 from bactrian.driver.planning.plan_broadcast import staged_together
-from bactrian.driver.planning.stage_program import Decisions, stage_program
+from bactrian.driver.planning.stage_program import stage_program
 from bactrian.driver.ranks import World
 from bactrian.driver.run.compiled_step import Compiled
 from bactrian.driver.run.session import num_groups

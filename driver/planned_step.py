@@ -8,7 +8,7 @@ from tempfile import TemporaryDirectory
 from bactrian.driver.capture.captured_step import Captured
 from bactrian.driver.planning.explain_value import explain_value
 from bactrian.driver.planning.plan_broadcast import outline, with_layouts_of_main
-from bactrian.driver.planning.stage_program import Staged
+from bactrian.driver.planning.staged import Staged
 from bactrian.driver.ranks import World
 from bactrian.driver.run.compiled_step import Compiled
 from bactrian.driver.run.session import check_ranks, open_session

@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 from jaxlib.mlir import ir
 
 import bactrian
-from bactrian.driver.planning.stage_program import Staged
+from bactrian.driver.planning.staged import Staged
 from bactrian.driver.xla.compile_stage import function_texts
 from bactrian.passes.frame.context import make_context
 from bactrian.passes.sharding.collective_bytes import count_collectives

@@ -16,7 +16,7 @@ from jaxlib.mlir import ir
 
 import bactrian
 from bactrian.driver.planning.stage_memory import stage_peak
-from bactrian.driver.planning.stage_program import Staged
+from bactrian.driver.planning.staged import Staged
 from bactrian.driver.xla.compile_stage import compile_function, function_texts
 from bactrian.passes.frame.context import make_context
 from bactrian.passes.frame.errors import InfeasiblePlanError

@@ -13,7 +13,7 @@ from pathlib import Path
 from jaxlib.mlir import ir
 
 from bactrian.driver.planning.options import Options
-from bactrian.driver.planning.stage_program import Staged
+from bactrian.driver.planning.staged import Staged
 from bactrian.driver.ranks import World
 from bactrian.passes.frame.context import make_context
 from bactrian.passes.frame.diagnostics import Diagnostic

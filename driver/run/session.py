@@ -13,7 +13,7 @@ from typing import Any
 import jax
 from jax.sharding import Sharding
 
-from bactrian.driver.planning.stage_program import Staged
+from bactrian.driver.planning.staged import Staged
 from bactrian.driver.ranks import World
 from bactrian.driver.run.distributed_meshes import devices_of_ranks, meshes_of, ranks_per_mesh
 from bactrian.driver.xla.compile_stage import (

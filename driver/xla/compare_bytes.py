@@ -25,7 +25,7 @@ from bactrian.passes.sharding.collective_bytes import Collective, count_collecti
 from bactrian.passes.sharding.halo import HALO
 
 if TYPE_CHECKING:
-    from bactrian.driver.planning.stage_program import Staged
+    from bactrian.driver.planning.staged import Staged
 
 UNEXPLAINED = "unexplained"
 CLASSES: dict[str, str] = {

@@ -1,0 +1,72 @@
+"""What is decided about a program before any pass runs, and the passes that carry it out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from bactrian.passes import pipelines
+from bactrian.passes.ir.meshes import num_devices
+from bactrian.passes.pipelines import Steps
+from bactrian.passes.plan.schema import Axes, Plan, axes_words
+
+
+@dataclass(frozen=True)
+class Decisions:
+    """What is decided before any pass runs.
+
+    Attributes:
+        num_stages, num_layers: how many.
+        first_layers: the first layer of every stage, if given.
+        donate: whether the update reuses the buffers of the old state.
+        mesh: names and sizes of the axes of every stage's mesh.
+        cluster: the file that describes the machines, "" for the cores of this host.
+        strategy: how layouts are chosen, as ``solve-shardings`` knows it.
+        compare: whether known plans are looked at too.
+        time_limit: seconds for the choice of layouts.
+    """
+
+    num_stages: int
+    num_layers: int
+    first_layers: tuple[int, ...] = ()
+    donate: bool = True
+    mesh: Axes = (("data", 1),)
+    cluster: str = ""
+    strategy: str = "auto"
+    compare: bool = False
+    time_limit: float = 60.0
+
+    @classmethod
+    def of_plan(cls, plan: Plan, donate: bool, cluster: str = "") -> Decisions:
+        """The decisions of an existing plan."""
+        firsts = tuple(stage.first_layer for stage in plan.stages)
+        sharding = plan.stages[0].sharding
+        strategy = "auto" if sharding is None else sharding.strategy
+        return cls(plan.num_stages, plan.num_layers, firsts, donate, plan.stages[0].mesh, cluster, strategy)
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether stages have several devices."""
+        return num_devices(self.mesh) > 1
+
+    @property
+    def mesh_text(self) -> str:
+        """The mesh as passes take it; nothing where stages have one device."""
+        return axes_words(self.mesh) if self.is_wide else ""
+
+    def forming(self) -> Steps:
+        """The passes up to ``assign-stages``."""
+        boundaries = ",".join(map(str, self.first_layers))
+        imported = pipelines.import_step(self.mesh_text)
+        return (*imported, *pipelines.form_stages(self.num_stages, self.num_layers, boundaries, self.mesh_text))
+
+    def localizing(self) -> Steps:
+        """The passes from there to what ``solve-shardings`` reads."""
+        return (*pipelines.localize_stages(), *(pipelines.prepare_shardings() if self.is_wide else ()))
+
+    def emitting(self, memory_bytes: int = 0) -> Steps:
+        """The passes from there to the scheduled module, with layouts that hold less than some bytes of a device; 0 for
+        what the cluster says."""
+        sharded: Steps = ()
+        if self.is_wide:
+            sharded = pipelines.shard_stages(self.cluster, memory_bytes, self.time_limit, self.strategy, self.compare)
+        return (*sharded, *pipelines.emit_stages(self.donate))

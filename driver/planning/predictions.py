@@ -1,0 +1,160 @@
+"""What is predicted of a step: the work of every stage, and how long a pipeline of such stages takes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from jaxlib.mlir import ir
+
+from bactrian.driver.planning.stage_traffic import StageTraffic
+from bactrian.passes.ir.main_dataflow import Dataflow, integer_attribute, main_function, phase_of, stage_of
+from bactrian.passes.ir.op_costs import CostModel
+from bactrian.passes.machine.device import CPU_CORE, Device, OpCost
+from bactrian.passes.plan.schema import StagePlan
+from bactrian.passes.plan.stage_sharding import ShardingPlan
+from bactrian.passes.schedules.schedule import peak_in_flight
+from bactrian.runtime.staged_program import StagedProgram
+
+DEVICES: dict[str, Device] = {"cpu": CPU_CORE}
+"""What is known of one device of a platform, where nobody describes a cluster."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlacedOp:
+    """An op of ``@main`` with the phase, stage and layer that it was given, and what it costs."""
+
+    op: ir.Operation
+    phase: str
+    stage: int
+    layer: int | None
+    cost: OpCost
+
+
+def placed_ops(module: ir.Module, flow: Dataflow | None) -> list[PlacedOp]:
+    """The ops that have a stage, in program order, as ``assign-stages`` leaves them: later passes drop the layers.
+
+    Args:
+        module: its context is entered.
+        flow: of ``@main``, if the pass before kept it.
+    """
+    model = CostModel()
+    found: list[PlacedOp] = []
+    for op in (flow or Dataflow.of(main_function(module))).ops:
+        phase, stage = phase_of(op), stage_of(op)
+        if phase is not None and stage is not None:
+            found.append(PlacedOp(op, phase, stage, integer_attribute(op, "bactrian.layer"), model.cost(op)))
+    return found
+
+
+def first_layers(ops: Iterable[PlacedOp], num_stages: int) -> tuple[int, ...]:
+    """The first layer of every stage; 0 for the first stage, whatever its ops are."""
+    first: dict[int, int] = {}
+    for op in ops:
+        if op.layer is not None:
+            first[op.stage] = min(op.layer, first.get(op.stage, op.layer))
+    return (0, *(first[stage] for stage in range(1, num_stages)))
+
+
+@dataclass
+class StageWork:
+    """Flops and roofline seconds of a stage on one core, by phase: of one microbatch, and for the update of one step."""
+
+    flops: dict[str, float] = field(default_factory=dict[str, float])
+    seconds: dict[str, float] = field(default_factory=dict[str, float])
+
+    def add(self, phase: str, cost: OpCost) -> None:
+        """Count one op."""
+        self.flops[phase] = self.flops.get(phase, 0.0) + cost.flops
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + CPU_CORE.seconds(cost)
+
+    @property
+    def microbatch_seconds(self) -> float:
+        """Forward and backward of one microbatch."""
+        return self.seconds.get("forward", 0.0) + self.seconds.get("backward", 0.0)
+
+    @property
+    def update_seconds(self) -> float:
+        """What runs once per step."""
+        return self.seconds.get("update", 0.0)
+
+
+def stage_work(ops: Iterable[PlacedOp], num_stages: int) -> tuple[StageWork, ...]:
+    """The work of every stage."""
+    work = tuple(StageWork() for _ in range(num_stages))
+    for op in ops:
+        work[op.stage].add(op.phase, op.cost)
+    return work
+
+
+def step_seconds(
+    work: Sequence[StageWork], shardings: Sequence[ShardingPlan], num_microbatches: int, device: Device | None
+) -> float | None:
+    """Seconds of one step of a pipeline of ``S`` stages on ``m`` microbatches; None where the devices are not known.
+
+    A microbatch passes all stages, one after the other, and the slowest stage sets the pace of the others. Transfers between
+    stages count nothing: they are taken to hide behind computation.
+
+    On stages of one device, with ``t_s`` seconds of stage ``s`` for a microbatch and ``u_s`` for the update::
+
+        sum_s t_s + (m - 1) max_s t_s + max_s u_s
+
+    On meshes the solver knows ``T_s``, the busy seconds of stage ``s`` in a step, update included. With all stages as slow as
+    the slowest, a microbatch takes ``max_s T_s / m`` on each of them, and there are ``m + S - 1`` such slots::
+
+        max_s T_s (m + S - 1) / m
+
+    Example: two stages that are busy for 4 s and 6 s of a step of 3 microbatches take 6 (3 + 1) / 3 = 8 s.
+    """
+    if shardings:
+        return max(s.seconds for s in shardings) * (num_microbatches + len(shardings) - 1) / num_microbatches
+    if device is None:
+        return None
+    per_microbatch = [stage.microbatch_seconds for stage in work]
+    update = max(stage.update_seconds for stage in work)
+    return sum(per_microbatch) + (num_microbatches - 1) * max(per_microbatch) + update
+
+
+def stage_plan(
+    program: StagedProgram,
+    stage: int,
+    layers: range,
+    work: StageWork,
+    *,
+    num_microbatches: int,
+    device: Device | None,
+    sharding: ShardingPlan | None,
+) -> StagePlan:
+    """What is predicted of one stage.
+
+    Args:
+        program: the staged program.
+        stage: its number.
+        layers: that it is made of.
+        work: its ops.
+        num_microbatches: of a step.
+        device: that it runs on; None if nothing is known of it.
+        sharding: on a mesh, what was chosen.
+    """
+    traffic = StageTraffic(program, stage)
+    parameters = traffic.state_values(lambda phase: phase != "update")
+    seconds = None if device is None else work.microbatch_seconds * num_microbatches + work.update_seconds
+    return StagePlan(
+        stage=stage,
+        first_layer=layers[0],
+        last_layer=layers[-1],
+        forward_flops=round(work.flops.get("forward", 0.0)),
+        backward_flops=round(work.flops.get("backward", 0.0)),
+        num_parameters=sum(math.prod(program.values[value].shape) for value in parameters),
+        parameter_bytes=sum(program.values[value].nbytes for value in parameters),
+        state_bytes=sum(program.values[v].nbytes for v in traffic.state_values(lambda phase: True)),
+        mesh=program.mesh(stage),
+        activation_bytes=traffic.activation_bytes(),
+        microbatches_in_flight=peak_in_flight(program.order[stage]),
+        sent_bytes_forward=traffic.sent_bytes(("forward",)),
+        sent_bytes_backward=traffic.sent_bytes(("backward", "forward_backward")),
+        update_sent_bytes=traffic.sent_bytes(None),
+        predicted_seconds=seconds if sharding is None else sharding.seconds,
+        sharding=sharding,
+    )

@@ -1,0 +1,43 @@
+"""A program in stages: the plan, the scheduled module, and the same as plain data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from jaxlib.mlir import ir
+
+from bactrian.driver.planning.extract import extract
+from bactrian.passes.frame.diagnostics import Diagnostic
+from bactrian.passes.plan.schema import Plan
+from bactrian.runtime.staged_program import StagedProgram
+
+
+@dataclass
+class Staged:
+    """A planned program: the plan, the scheduled module, and the same as plain data.
+
+    ``unsolved`` is the module as it was before layouts were chosen; None where there was nothing to choose.
+    """
+
+    plan: Plan
+    module: ir.Module
+    donate: bool
+    diagnostics: tuple[Diagnostic, ...] = ()
+    unsolved: ir.Operation | None = None
+
+    @cached_property
+    def program(self) -> StagedProgram:
+        """The staged program as the runtime reads it."""
+        return extract(self.module)
+
+    @cached_property
+    def text(self) -> str:
+        """The staged module as text, without locations."""
+        return str(self.module)
+
+    def save(self, directory: str | Path) -> None:
+        """Write ``plan.json`` and ``staged.mlir`` into a folder; on a mesh, ``solve.mlir`` too, to be explained."""
+        unsolved = None if self.unsolved is None else str(self.unsolved.get_asm(enable_debug_info=True))
+        self.plan.save(directory, self.text, unsolved)
