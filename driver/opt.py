@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from jaxlib.mlir import ir
 
-from bactrian.passes.frame import documentation, pipeline, reproducer, verify_diagnostics
+from bactrian.passes.frame import documentation, pipeline, pipeline_text, reproducer, verify_diagnostics
 from bactrian.passes.frame.context import make_context
 from bactrian.passes.frame.diagnostics import from_mlir, sort_key
 from bactrian.passes.frame.errors import BactrianError, ConfigError, PassError, ProgramError
@@ -56,13 +56,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def split_pass_flags(argv: Sequence[str], known: Sequence[str]) -> tuple[list[str], list[pipeline.Element]]:
+def split_pass_flags(argv: Sequence[str], known: Sequence[str]) -> tuple[list[str], list[pipeline_text.Element]]:
     """Take the ``--<pass>[=options]`` flags out of a command line, in their order.
 
     Example: ``["--cse", "in.mlir", "--group-layers=num-layers=4"]`` leaves ``["in.mlir"]``.
     """
     rest: list[str] = []
-    elements: list[pipeline.Element] = []
+    elements: list[pipeline_text.Element] = []
     for word in argv:
         flag, equals, text = word.partition("=")
         if word == "--list-passes":
@@ -71,11 +71,11 @@ def split_pass_flags(argv: Sequence[str], known: Sequence[str]) -> tuple[list[st
             rest.append(word)
         else:
             options = f"{{{text}}}" if equals else ""
-            elements += pipeline.parse_pipeline(flag[2:] + options)
+            elements += pipeline_text.parse_pipeline(flag[2:] + options)
     return rest, elements
 
 
-def _steps(args: argparse.Namespace, elements: list[pipeline.Element], text: str) -> list[pipeline.Step]:
+def _steps(args: argparse.Namespace, elements: list[pipeline_text.Element], text: str) -> list[pipeline.Step]:
     given = [bool(elements), args.pass_pipeline is not None, args.run_reproducer]
     if sum(given) > 1:
         raise ConfigError("give passes as flags, by --pass-pipeline or by --run-reproducer, not by two of them")
@@ -83,7 +83,7 @@ def _steps(args: argparse.Namespace, elements: list[pipeline.Element], text: str
         return pipeline.resolve(reproducer.read_pipeline(text, args.input))
     if args.pass_pipeline is not None:
         return pipeline.resolve(args.pass_pipeline)
-    return pipeline.resolve(pipeline.print_pipeline(elements))
+    return pipeline.resolve(pipeline_text.print_pipeline(elements))
 
 
 def split_input(text: str) -> list[str]:
@@ -102,7 +102,7 @@ class _Result:
     """One part of the input after its run: the printed IR, or what failed."""
 
     text: str = ""
-    report: pipeline.Report = dataclasses.field(default_factory=pipeline.Report)
+    report: pipeline.PipelineReport = dataclasses.field(default_factory=pipeline.PipelineReport)
     error: BactrianError | None = None
 
 
@@ -155,7 +155,7 @@ def _print_diagnostics(result: _Result, name: str) -> None:
         print(f"error: {result.error}", file=sys.stderr)
 
 
-def _run(args: argparse.Namespace, elements: list[pipeline.Element]) -> int:
+def _run(args: argparse.Namespace, elements: list[pipeline_text.Element]) -> int:
     text = _read(args.input)
     steps = _steps(args, elements, text)
     outputs: list[str] = []

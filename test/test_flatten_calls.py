@@ -41,7 +41,7 @@ def random_bits(weight, x):
     return jnp.mean(jnp.where(mask, x, 0.0) @ weight)
 
 
-def _flatten(text: str) -> tuple[str, pipeline.Report]:
+def _flatten(text: str) -> tuple[str, pipeline.PipelineReport]:
     with make_context():
         module = ir.Module.parse(text)
         report = pipeline.run_pipeline(module, "flatten-calls")

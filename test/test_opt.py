@@ -14,7 +14,7 @@ from jaxlib.mlir import ir
 from bactrian.driver import opt
 from bactrian.passes.frame import registry
 from bactrian.passes.frame.base import Pass, PassContext
-from bactrian.passes.frame.pipeline import Element
+from bactrian.passes.frame.pipeline_text import Element
 from bactrian.passes.frame.verify_diagnostics import parse_expectations
 
 MODULE = """func.func public @main(%arg0: tensor<f32>) -> tensor<f32> {

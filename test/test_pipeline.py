@@ -10,7 +10,7 @@ from typing import ClassVar
 import pytest
 from jaxlib.mlir import ir
 
-from bactrian.passes.frame import pipeline, reproducer
+from bactrian.passes.frame import pipeline, pipeline_text, reproducer
 from bactrian.passes.frame.base import Pass, PassContext, Statistic, option
 from bactrian.passes.frame.context import make_context
 from bactrian.passes.frame.errors import ConfigError, PassError, ProgramError
@@ -65,16 +65,16 @@ def module():
         yield ir.Module.parse(MODULE)
 
 
-def _random_elements(rng: random.Random, depth: int) -> tuple[pipeline.Element, ...]:
+def _random_elements(rng: random.Random, depth: int) -> tuple[pipeline_text.Element, ...]:
     values = [None, "1", "true", "a b", "", "{x=1 y=2}", "[1, 2]", "it's", 'say "x"', "a,b", "1.5e-3", "a=b"]
-    found: list[pipeline.Element] = []
+    found: list[pipeline_text.Element] = []
     for _ in range(rng.randrange(4)):
         name = rng.choice(["canonicalize", "flatten-calls", "func.func", "a.b", "x_y"])
         if depth and rng.random() < 0.4:
-            found.append(pipeline.Element(name, children=_random_elements(rng, depth - 1)))
+            found.append(pipeline_text.Element(name, children=_random_elements(rng, depth - 1)))
         else:
             options = tuple((rng.choice("abc") + str(i), rng.choice(values)) for i in range(rng.randrange(3)))
-            found.append(pipeline.Element(name, options))
+            found.append(pipeline_text.Element(name, options))
     return tuple(found)
 
 
@@ -82,16 +82,16 @@ def test_print_then_parse_is_the_identity() -> None:
     rng = random.Random(0)
     for _ in range(500):
         elements = _random_elements(rng, 3)
-        text = pipeline.print_pipeline(elements)
-        if len(elements) == 1 and elements[0].name == pipeline.ANCHOR:
+        text = pipeline_text.print_pipeline(elements)
+        if len(elements) == 1 and elements[0].name == pipeline_text.ANCHOR:
             continue
-        assert pipeline.parse_pipeline(text) == elements, text
-        assert pipeline.parse_pipeline(f"builtin.module({text})") == elements
+        assert pipeline_text.parse_pipeline(text) == elements, text
+        assert pipeline_text.parse_pipeline(f"builtin.module({text})") == elements
 
 
 @pytest.mark.parametrize("text", ["a", "a,b", "a{x=1 y=z},func.func(c,d{e})", "a{x={b c}}", "func.func(a(b),c)"])
 def test_parse_then_print_is_the_identity(text: str) -> None:
-    assert pipeline.print_pipeline(pipeline.parse_pipeline(text)) == text
+    assert pipeline_text.print_pipeline(pipeline_text.parse_pipeline(text)) == text
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_parse_then_print_is_the_identity(text: str) -> None:
 )
 def test_malformed_pipelines_name_the_column(text: str, column: int) -> None:
     with pytest.raises(ConfigError, match=f"column {column}:"):
-        pipeline.parse_pipeline(text)
+        pipeline_text.parse_pipeline(text)
 
 
 def test_an_unknown_pass_lists_the_three_nearest() -> None:

@@ -11,7 +11,7 @@ from bactrian.driver.planning.extract import extract
 from bactrian.driver.planning.plan_shardings import read_shardings
 from bactrian.driver.planning.stage_memory import StagePeak, stage_peak
 from bactrian.passes.frame.errors import InfeasiblePlanError
-from bactrian.passes.frame.pipeline import Report
+from bactrian.passes.frame.pipeline import PipelineReport
 from bactrian.passes.peak.estimate import module_memory
 from bactrian.passes.plan.plan_table import human_bytes
 from bactrian.passes.plan.stage_sharding import ShardingPlan
@@ -20,7 +20,7 @@ from bactrian.runtime.staged_program import StagedProgram
 
 _TRIES = 6
 
-Cut = Callable[[ir.Module, int | None], Report]
+Cut = Callable[[ir.Module, int | None], PipelineReport]
 """Cuts a module into stages, in place, with so many bytes for the solver to fill."""
 Again = Callable[[], ir.Module]
 """Makes a module from before layouts were chosen, each time a new one."""
@@ -106,7 +106,7 @@ class Fitted:
     module: ir.Module
     program: StagedProgram
     shardings: tuple[ShardingPlan, ...]
-    report: Report
+    report: PipelineReport
 
 
 def fit(module: ir.Module, again: Again | None, cut: Cut, paths: Sequence[str] = ()) -> Fitted:

@@ -32,7 +32,7 @@ from bactrian.driver.planning.predictions import (
 )
 from bactrian.driver.planning.staged import Staged
 from bactrian.passes.frame.errors import InfeasiblePlanError
-from bactrian.passes.frame.pipeline import Report, run_pipeline
+from bactrian.passes.frame.pipeline import PipelineReport, run_pipeline
 from bactrian.passes.ir.main_dataflow import Dataflow, body, main_function
 from bactrian.passes.plan.schema import LayerPlan, Plan, StagePlan
 from bactrian.passes.sharding.solve_snapshot import before_solving
@@ -123,13 +123,13 @@ def _fitted(
     module: ir.Module,
     unsolved: ir.Operation | None,
     decisions: Decisions,
-    localized: Report,
+    localized: PipelineReport,
     paths: Sequence[str],
     reproducer_dir: str | None,
 ) -> Fitted:
     """The program in stages that fit. Where nothing fits, the error names the given layouts that are to blame."""
 
-    def cut(whole: ir.Module, limit: int | None = None) -> Report:
+    def cut(whole: ir.Module, limit: int | None = None) -> PipelineReport:
         kept = localized.kept if whole is module else None
         return run_pipeline(whole, decisions.emitting(limit or 0), reproducer_dir=reproducer_dir, kept=kept)
 
