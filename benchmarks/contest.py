@@ -57,8 +57,8 @@ from bactrian.passes.network.solver import solve
 problem = read_problem(sys.argv[1])
 try:
     found = solve(problem, float(sys.argv[2]))
-    assert problem.is_allowed(found.choice) and problem.cost(found.choice) == found.cost
-    result = {"cost": found.cost, "bound": found.bound, "optimal": found.optimal, "seconds": found.seconds}
+    assert problem.is_feasible(found.choice) and problem.cost(found.choice) == found.cost
+    result = {"cost": found.cost, "bound": found.lower_bound, "optimal": found.optimal, "seconds": found.seconds}
 except BactrianError as error:
     result = {"error": error.message}
 print(json.dumps(result))

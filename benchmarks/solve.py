@@ -76,7 +76,7 @@ def run_case(layers: int, mesh_text: str, width: int, microbatches: int, cbc_sec
     found: dict[str, Any] = {
         "layers": layers, "mesh": mesh_text, "microbatches": microbatches, "ops": len(reading.flow.ops), "strategies": network.num_strategies,
         "before_s": before, "read_s": read, "built_s": built, "solved_s": solved, "sum_s": read + built + solved,
-        "cost_s": solution.cost, "bound_s": solution.bound, "optimal": solution.optimal,
+        "cost_s": solution.cost, "bound_s": solution.lower_bound, "optimal": solution.optimal,
     }  # fmt: skip
     if cbc_seconds:
         found["cbc"] = by_cbc(network, cbc_seconds)

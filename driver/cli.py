@@ -350,7 +350,7 @@ def _solve(options: argparse.Namespace) -> int:
     problem = read_problem(options.problem)
     solution = solve(problem, options.time_limit)
     if options.json:
-        fields = {"cost": solution.cost, "bound": solution.bound, "optimal": solution.optimal}
+        fields = {"cost": solution.cost, "bound": solution.lower_bound, "optimal": solution.optimal}
         sys.stdout.write(json.dumps(fields | {"choice": list(solution.choice)}) + "\n")
         return 0
     from rich.table import Table
@@ -358,9 +358,9 @@ def _solve(options: argparse.Namespace) -> int:
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     table.add_column(style="bold", no_wrap=True)
     table.add_column(justify="right")
-    gap = (solution.cost - solution.bound) / abs(solution.cost) if solution.cost else 0.0
+    gap = (solution.cost - solution.lower_bound) / abs(solution.cost) if solution.cost else 0.0
     table.add_row("cost", f"{solution.cost:,}")
-    table.add_row("bound", "proved optimal" if solution.optimal else f"{solution.bound:,.0f} (gap {gap:.3%})")
+    table.add_row("bound", "proved optimal" if solution.optimal else f"{solution.lower_bound:,.0f} (gap {gap:.3%})")
     limit = "" if problem.limit is None else f" of {problem.limit:,}"
     table.add_row("peak memory", f"{solution.memory:,}{limit}")
     table.add_row("seconds", f"{solution.seconds:.1f}")

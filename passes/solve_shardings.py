@@ -180,7 +180,7 @@ class SolveShardings(Pass):
         given: int,
     ) -> dict[str, ir.Attribute]:
         """What is said of one stage."""
-        gap = "optimal" if solution.optimal else f"at least {solution.bound:.4g} s"
+        gap = "optimal" if solution.optimal else f"at least {solution.lower_bound:.4g} s"
         ctx.remark(
             main,
             f"{'a step' if writer.stage is None else f'stage {writer.stage}'} takes {solution.cost:.4g} s ({gap}), a device holds {solution.memory / 2**20:.1f} MiB",
@@ -192,7 +192,7 @@ class SolveShardings(Pass):
             "strategy": ir.StringAttr.get(self.strategy),
             "given": integer(given),
             "seconds": _number(solution.cost),
-            "bound_seconds": _number(solution.bound),
+            "bound_seconds": _number(solution.lower_bound),
             "communication_seconds": _number(taken.communication_seconds),
             "limit_bytes": integer(limit),
             "sent_bytes": ir.DictAttr.get({kind: integer(nbytes) for kind, nbytes in sent.items()}),

@@ -293,7 +293,7 @@ def test_what_is_not_finished_is_said_to_be_so() -> None:
     found = stage.explain(find_value(values, "batch", None, lambda v: ""), time.monotonic())
     others = [row for row in found.alternatives if not row.is_chosen]
     assert len(others) == 2
-    assert all(row.seconds is None and row.bound_seconds == stage.solution.bound for row in others)
+    assert all(row.seconds is None and row.bound_seconds == stage.solution.lower_bound for row in others)
     text = to_text(render_value(found))
     assert text.count("not finished") == 2 and "--time-limit" in text and "no other was found" in text
 

@@ -14,20 +14,21 @@ import pytest
 
 from bactrian.driver import cli
 from bactrian.passes.frame.errors import ConfigError, InfeasiblePlanError
+from bactrian.passes.network import reductions
 from bactrian.passes.network import solver as solving
 from bactrian.passes.network.local_search import LocalSearch
 from bactrian.passes.network.problem import FORBIDDEN, CostNetwork, read_problem
-from bactrian.passes.network.reductions import ReducedNetwork
+from bactrian.passes.network.reduced_network import ReducedNetwork
 from bactrian.passes.network.solver import solve
 
 
 @pytest.fixture(autouse=True)
 def by_programs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small networks are not solved by tables here (test_tables.py)."""
+    """Small networks are not solved by tables here (test_bucket_elimination.py)."""
     monkeypatch.setattr(solving, "elimination_order", lambda network: None)
 
 
-STEPS = ("forbid", "contract", "separate", "leave_out_times", "forbid_by_memory", "eliminate", "dominate")
+STEPS = ("forbid", "contract", "separate", "drop_program_points", "forbid_by_memory", "eliminate", "dominate")
 
 
 def in_order(choice: dict[int, int]) -> list[int]:
@@ -67,7 +68,7 @@ def random_network(seed: int) -> CostNetwork:
 def brute_force(problem: CostNetwork) -> int | float | None:
     """The least cost of an allowed choice, None where there is none."""
     choices = itertools.product(*(range(len(costs)) for costs in problem.costs))
-    return min((problem.cost(choice) for choice in choices if problem.is_allowed(choice)), default=None)
+    return min((problem.cost(choice) for choice in choices if problem.is_feasible(choice)), default=None)
 
 
 def check_against_brute_force(seed: int) -> bool:
@@ -78,8 +79,8 @@ def check_against_brute_force(seed: int) -> bool:
             solve(problem)
         return False
     solution = solve(problem)
-    assert (solution.cost, solution.bound, solution.optimal) == (best, best, True)
-    assert problem.is_allowed(solution.choice) and problem.cost(solution.choice) == best
+    assert (solution.cost, solution.lower_bound, solution.optimal) == (best, best, True)
+    assert problem.is_feasible(solution.choice) and problem.cost(solution.choice) == best
     return True
 
 
@@ -132,7 +133,7 @@ def test_memory_to_the_byte(limit: int) -> None:
             solution = solve(problem)
             solved += 1
             assert (solution.cost, solution.optimal) == (best, True)
-            assert problem.is_allowed(solution.choice)
+            assert problem.is_feasible(solution.choice)
     assert solved or limit < 2
 
 
@@ -175,9 +176,9 @@ def test_little_time_gives_an_answer_or_a_clear_error() -> None:
     try:
         solution = solve(problem, time_limit=2.0)
     except ConfigError as error:
-        assert "no allowed choice was found in 2 s" in str(error)
+        assert "no feasible choice was found in 2 s" in str(error)
     else:
-        assert problem.is_allowed(solution.choice) and solution.bound <= solution.cost
+        assert problem.is_feasible(solution.choice) and solution.lower_bound <= solution.cost
 
 
 @pytest.mark.long
@@ -198,8 +199,8 @@ def test_each_reduction_keeps_the_optimum(steps: tuple[str, ...]) -> None:
         network = ReducedNetwork(problem)
         before = network.num_strategies, len(network.pairs)
         for step in steps:
-            network.forbid()  # what is eliminated may forbid more, and comes before dominance
-            getattr(network, step)()
+            reductions.forbid(network)  # what is eliminated may forbid more, and comes before dominance
+            getattr(reductions, step)(network)
         changed += before != (network.num_strategies, len(network.pairs))
         nodes = list(network.costs)
         found = list[float]()
@@ -212,7 +213,7 @@ def test_each_reduction_keeps_the_optimum(steps: tuple[str, ...]) -> None:
             if problem.limit is not None:
                 real = problem.peak(whole)
                 assert peak == real or (peak < real and real <= problem.limit)  # places that can't bind are left out
-            if problem.is_allowed(whole):
+            if problem.is_feasible(whole):
                 found.append(network.cost(choice))
             assert problem.limit is None or network.memory.least.max(initial=0.0) <= peak
         assert min(found) == best
@@ -238,10 +239,10 @@ def test_the_search_without_proof_finds_allowed_choices() -> None:
         if best is None:
             continue
         network = ReducedNetwork(problem)
-        network.forbid()
+        reductions.forbid(network)
         choice = LocalSearch(network).search(time.monotonic() + 10)
         tried += 1
-        if choice is not None and problem.is_allowed(whole := in_order(network.expand(choice))):
+        if choice is not None and problem.is_feasible(whole := in_order(network.expand(choice))):
             found += 1
             assert problem.cost(whole) >= best
             ratios.append(problem.cost(whole) / best if best else 1.0)
@@ -258,9 +259,9 @@ def test_no_time_for_the_program_gives_a_choice_without_proof() -> None:
     usages = tuple(random.integers(0, 50, 6) for _ in costs)
     problem = CostNetwork(costs, usages, ((0, 9),) * 60, edges, matrices, 1200)
     solution = solve(problem, time_limit=6.0)
-    assert problem.is_allowed(solution.choice)
+    assert problem.is_feasible(solution.choice)
     assert not solution.optimal
-    assert solution.bound < solution.cost
+    assert solution.lower_bound < solution.cost
 
 
 def example() -> dict[str, Any]:
@@ -278,7 +279,7 @@ def test_the_contests_format(tmp_path: Path) -> None:
     problem = read_problem(write(tmp_path / "p.json.gz", example()))
     # costs: (0,0) 1+4+0+1, (0,1) 1+2+3+1, (1,0) 5+4+7+1, (1,1) is forbidden by the second edge
     assert [problem.cost(choice) for choice in ((0, 0), (0, 1), (1, 0))] == [6, 7, 17]
-    assert not problem.is_allowed((1, 1))
+    assert not problem.is_feasible((1, 1))
     assert [problem.peak(choice) for choice in ((0, 0), (1, 0))] == [14, 7]
     assert solve(problem).choice == (0, 0)
     (tmp_path / "plain.json").write_text(json.dumps(example()))

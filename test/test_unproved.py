@@ -52,7 +52,7 @@ def everything_whole(problem: CostNetwork, time_limit: float = 60.0) -> Solution
 
 
 def nothing(problem: CostNetwork, time_limit: float = 60.0) -> Solution:
-    raise ConfigError("no allowed choice was found")
+    raise ConfigError("no feasible choice was found")
 
 
 @pytest.mark.parametrize("answer", [everything_whole, nothing])
@@ -83,7 +83,7 @@ def test_a_better_answer_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_nothing_found_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(solve_shardings, "solve", nothing)
     monkeypatch.setattr(solve_shardings, "known_plan", lambda *arguments: None)
-    with pytest.raises(ConfigError, match="no allowed choice was found"):
+    with pytest.raises(ConfigError, match="no feasible choice was found"):
         sharding(tmp_path, compare=False)
 
 

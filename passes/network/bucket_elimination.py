@@ -1,8 +1,8 @@
-"""Networks that are nearly trees, solved exactly by tables: nodes are eliminated one after the other.
+"""Bucket elimination: exact solution of networks that are nearly trees, without a memory limit.
 
-A node goes when what its neighbours choose says what it should choose: the sum of all tables that it is in, with its least
+Nodes are eliminated one after the other. A node goes when what its neighbours choose says what it should choose: the sum of all tables that it is in, with its least
 entry for each choice of the others, is a table of these (nonserial dynamic programming, Bertele and Brioschi 1972; bucket
-elimination, Dechter 1999). What that takes is known beforehand: the product of the numbers of strategies of the node and its
+elimination, Dechter 1999). The order is greedy: the smallest table next. What that takes is known beforehand: the product of the numbers of strategies of the node and its
 neighbours of that time. Steps of deep programs are often a few nodes wide, however long they are.
 """
 
@@ -12,13 +12,11 @@ import heapq
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
-from bactrian.passes.network.reductions import ReducedNetwork
-
-_Array = np.ndarray[Any, Any]
+from bactrian.passes.network.hash_consing import Array
+from bactrian.passes.network.reduced_network import ReducedNetwork
 
 MOST_ENTRIES = 20_000_000
 """Of one table, while it is there."""
@@ -28,11 +26,11 @@ _MOST_NODES_OF_A_TABLE = 30  # numpy has tables of up to 32 dims
 
 
 @dataclass(frozen=True)
-class _Table:
+class _CostTable:
     """Costs by the strategies of some nodes, in ascending order."""
 
     nodes: tuple[int, ...]
-    costs: _Array
+    costs: Array
 
 
 def elimination_order(
@@ -67,18 +65,23 @@ def elimination_order(
     return order
 
 
-def solve_by_tables(network: ReducedNetwork, order: Sequence[int]) -> dict[int, int] | None:
+def solve_by_elimination(network: ReducedNetwork, order: Sequence[int]) -> dict[int, int] | None:
     """The cheapest choice for a network without a memory limit; None where every one is forbidden.
+
+    Args:
+        network: whose ``limit`` is None.
+        order: of `elimination_order`.
+
 
     Of equally cheap strategies the first one is taken, from the last eliminated node to the first.
     """
     assert network.limit is None
-    tables: dict[int, list[_Table]] = {node: [_Table((node,), costs)] for node, costs in network.costs.items()}
+    tables: dict[int, list[_CostTable]] = {node: [_CostTable((node,), costs)] for node, costs in network.costs.items()}
     for (i, j), costs in network.pairs.items():
-        table = _Table((i, j), costs)
+        table = _CostTable((i, j), costs)
         tables[i].append(table)
         tables[j].append(table)
-    best = list[tuple[int, tuple[int, ...], _Array]]()  # a node, the others of its tables, its best choice by theirs
+    best = list[tuple[int, tuple[int, ...], Array]]()  # a node, the others of its tables, its best choice by theirs
     for node in order:
         own = tables.pop(node)
         nodes = tuple(sorted({each for table in own for each in table.nodes}))
@@ -90,7 +93,7 @@ def solve_by_tables(network: ReducedNetwork, order: Sequence[int]) -> dict[int, 
         others = nodes[:at] + nodes[at + 1 :]
         chosen = total.argmin(axis=at)
         best.append((node, others, chosen.astype(np.int32)))
-        made = _Table(others, np.take_along_axis(total, np.expand_dims(chosen, at), at).squeeze(at))
+        made = _CostTable(others, np.take_along_axis(total, np.expand_dims(chosen, at), at).squeeze(at))
         for other in others:
             tables[other] = [table for table in tables[other] if node not in table.nodes]
             tables[other].append(made)

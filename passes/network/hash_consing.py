@@ -1,7 +1,7 @@
-"""Arrays that are made once.
+"""Hash consing of arrays: equal arrays are one object, and a function of such objects is computed once.
 
-Repeated layers make the same arrays again and again. Here equal arrays are one object, and a function of such objects is
-computed once (hash consing): what a reduction costs grows with what is different in a network, not with its size.
+Repeated layers make the same arrays again and again. So what a reduction takes grows with what is different in a network,
+not with its size.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ Array = np.ndarray[Any, np.dtype[Any]]
 _T = TypeVar("_T")
 
 
-class Interner:
+class HashConsing:
     """Knows arrays by their contents, and results by what they were made of."""
 
     def __init__(self) -> None:
         self._by_content: dict[tuple[tuple[int, ...], str, bytes], Array] = {}
         self._numbers: dict[int, int] = {}  # id -> number
         self._known: list[Array] = []  # keeps what has a number
-        self._made: dict[tuple[Any, ...], Any] = {}
-        self._turned: dict[int, Array] = {}
+        self._results: dict[tuple[Any, ...], Any] = {}
+        self._transposed: dict[int, Array] = {}
         self._lock = threading.Lock()  # numbers are given once, also where several threads reduce parts of a network
 
-    def array(self, values: Array) -> Array:
+    def unique(self, values: Array) -> Array:
         """The one array with these contents. It must not be written to."""
         if id(values) in self._numbers:
             return values
@@ -48,26 +48,32 @@ class Interner:
         """The number of an array that came from here: equal arrays, and only they, have equal ones."""
         return self._numbers[id(array)]
 
-    def turned(self, matrix: Array) -> Array:
-        """The transpose."""
+    def transposed(self, matrix: Array) -> Array:
+        """The transpose of a matrix that came from here, from here too."""
         number = self._numbers[id(matrix)]
-        found = self._turned.get(number)
+        found = self._transposed.get(number)
         if found is None:
-            found = self.array(matrix.T)
-            self._turned[number] = found
-            self._turned.setdefault(self._numbers[id(found)], matrix)
+            found = self.unique(matrix.T)
+            self._transposed[number] = found
+            self._transposed.setdefault(self._numbers[id(found)], matrix)
         return found
 
-    def made(self, name: str, function: Callable[..., Array], *parts: Array | int) -> Array:
+    def apply(self, name: str, function: Callable[..., Array], *parts: Array | int) -> Array:
         """``function`` of arrays that came from here, computed once; the result is from here too."""
-        return self.known(name, lambda *values: self.array(function(*values)), *parts)
+        return self.cached(name, lambda *values: self.unique(function(*values)), *parts)
 
-    def known(self, name: str, function: Callable[..., _T], *parts: Array | int) -> _T:
-        """``function`` of arrays that came from here, or of integers, computed once."""
+    def cached(self, name: str, function: Callable[..., _T], *parts: Array | int) -> _T:
+        """``function`` of arrays that came from here, or of integers, computed once.
+
+        Args:
+            name: of the function; two functions must not share it.
+            function: has no other inputs.
+            parts: its arguments.
+        """
         numbers = self._numbers
         key = (name, *[part if isinstance(part, int) else numbers[id(part)] for part in parts])
         try:
-            return self._made[key]
+            return self._results[key]
         except KeyError:
-            found = self._made[key] = function(*parts)
+            found = self._results[key] = function(*parts)
             return found

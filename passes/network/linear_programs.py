@@ -1,4 +1,8 @@
-"""Linear and mixed-integer programs, solved by HiGHS through OR-tools."""
+"""Linear and mixed-integer programs, solved by HiGHS (Huangfu and Hall 2018) through OR-tools' MathOpt.
+
+HiGHS runs with a fixed seed and without the presolve rules that watch the clock, so that a solve that ends before its
+deadline gives the same solution on every machine.
+"""
 
 from __future__ import annotations
 
@@ -19,18 +23,24 @@ from bactrian.passes.network.hash_consing import Array
 _OBJECTIVE = 1e6  # the largest coefficient after scaling
 # Bits of HiGHS's presolve rules that are left out: those for dependent equations and dependent free columns give up after a
 # second, so that the solution would depend on what else the machine does. Without them it is also faster.
-_UNTIMED = 1 << 10 | 1 << 11
+_TIMED_PRESOLVE_RULES = 1 << 10 | 1 << 11
 
 
 @dataclass(frozen=True)
-class Result:
-    """How a solve ended: ``values`` of the columns, if any were found; ``bound`` on the objective; ``duals`` of the rows
-    (an increase of a row's bounds by one changes the optimum by that), where they were asked for."""
+class ProgramResult:
+    """How a solve ended.
+
+    Attributes:
+        is_infeasible, is_optimal: proved.
+        values: of the columns, if any were found.
+        lower_bound: on the objective.
+        duals: of the rows, where they were asked for: an increase of a row's bounds by one changes the optimum by that.
+    """
 
     is_infeasible: bool
     is_optimal: bool
     values: Array | None
-    bound: float
+    lower_bound: float
     duals: Array | None = None
 
 
@@ -68,7 +78,7 @@ class LinearProgram:
     ) -> None:
         """Add rows with an upper bound each; ``rows`` count from 0."""
         shape = len(high), len(self._objective)
-        triples = (joined(values, float), (joined(rows, int), joined(columns, int)))
+        triples = (concatenated(values, float), (concatenated(rows, int), concatenated(columns, int)))
         more = scipy.sparse.csr_matrix(triples, shape=shape)
         self._matrix = scipy.sparse.vstack([self._matrix, more], format="csr")
         self._low = np.concatenate([self._low, np.full(len(high), -np.inf)])
@@ -82,11 +92,19 @@ class LinearProgram:
         relative_gap: float = 0.0,
         absolute_gap: float | None = None,
         duals: bool = False,
-    ) -> Result:
-        """Solve it, as far as it gets until the deadline (`time.monotonic`)."""
+    ) -> ProgramResult:
+        """Solve it, as far as it gets until the deadline (`time.monotonic`).
+
+        Args:
+            deadline: passed by little.
+            integer: whether the first columns must be 0 or 1; else the linear relaxation.
+            relative_gap: between the objective and its lower bound, at which a solution is called optimal.
+            absolute_gap: the same, in the unit of the objective; None for the solver's default.
+            duals: whether to return those of the rows; of linear programs only.
+        """
         left = deadline - time.monotonic()
         if left <= 0:
-            return Result(False, False, None, -np.inf)
+            return ProgramResult(False, False, None, -np.inf)
         result = mathopt.solve(
             mathopt.Model.from_model_proto(self._proto(integer)),
             mathopt.SolverType.HIGHS,
@@ -95,20 +113,20 @@ class LinearProgram:
                 relative_gap_tolerance=relative_gap,
                 absolute_gap_tolerance=None if absolute_gap is None else absolute_gap * self.factor,
                 random_seed=0,
-                highs=highs_pb2.HighsOptionsProto(int_options={"presolve_rule_off": _UNTIMED}),
+                highs=highs_pb2.HighsOptionsProto(int_options={"presolve_rule_off": _TIMED_PRESOLVE_RULES}),
             ),
         )
         found = result.has_primal_feasible_solution()
         values = np.fromiter(result.variable_values().values(), float, len(self._objective)) if found else None
-        reason, prices = result.termination.reason, None
+        reason, multipliers = result.termination.reason, None
         if duals and result.has_dual_feasible_solution():
-            prices = np.fromiter(result.dual_values().values(), float, len(self._low)) / self.factor
-        return Result(
+            multipliers = np.fromiter(result.dual_values().values(), float, len(self._low)) / self.factor
+        return ProgramResult(
             is_infeasible=reason == mathopt.TerminationReason.INFEASIBLE,
             is_optimal=reason == mathopt.TerminationReason.OPTIMAL,
             values=values,
-            bound=float(result.best_objective_bound()) / self.factor,
-            duals=prices,
+            lower_bound=float(result.best_objective_bound()) / self.factor,
+            duals=multipliers,
         )
 
     def _proto(self, integer: bool) -> Any:
@@ -135,14 +153,14 @@ class LinearProgram:
 
 
 @dataclass(frozen=True)
-class Twins:
-    """Classes of rows: the ``first`` row of each class, and the class ``number`` of each row."""
+class EqualRows:
+    """Classes of equal rows: the ``first`` row of each class, and the class ``number`` of each row."""
 
     first: Array
     number: Array
 
     @classmethod
-    def of(cls, matrix: Array, finest: float | None) -> Twins:
+    def of(cls, matrix: Array, finest: float | None) -> EqualRows:
         """The equal rows of a matrix; numbers that differ by less than ``finest`` are equal."""
         keys = matrix if finest is None else np.round(np.where(np.isfinite(matrix), matrix, 0.0) / finest)
         keys = np.where(np.isfinite(matrix), keys, -1.0)  # costs are not negative
@@ -150,7 +168,7 @@ class Twins:
         return cls(first, number.reshape(-1))
 
 
-def finest_of(matrices: Sequence[Array], whole: bool) -> float | None:
+def resolution_of(matrices: Sequence[Array], whole: bool) -> float | None:
     """Costs that differ by less are equal: all together, far less than the gap that is proved. None for integers."""
     if whole:
         return None
@@ -158,6 +176,6 @@ def finest_of(matrices: Sequence[Array], whole: bool) -> float | None:
     return max(1e-14 * largest, 1e-300)
 
 
-def joined(parts: Sequence[Array], kind: type) -> Array:
+def concatenated(parts: Sequence[Array], kind: type) -> Array:
     """The parts one after another."""
     return np.concatenate(parts) if parts else np.zeros(0, kind)

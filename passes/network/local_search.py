@@ -1,4 +1,8 @@
-"""A good allowed choice without a proof: decoding under prices on memory, then moves of one node at a time."""
+"""Local search for a feasible choice: decoding under a Lagrangian for memory, then moves of one node at a time.
+
+It gives no lower bound. It is the last resort where no integer program has found a feasible choice in time, and it polishes
+choices of message passing.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +10,19 @@ import time
 
 import numpy as np
 
-from bactrian.passes.network.reductions import Array, ReducedNetwork
+from bactrian.passes.network.hash_consing import Array
+from bactrian.passes.network.reduced_network import ReducedNetwork
 
-_ROUNDS = 300  # of prices
+_ROUNDS = 300  # of multipliers
 _SWEEPS = 20  # over all nodes, in one improvement
 
 
 class LocalSearch:
-    """Finds allowed choices of a reduced network.
+    """Finds feasible choices of a reduced network.
 
-    Memory over the limit gets a price at the times where it is over (a subgradient of the Lagrangian); a choice is decoded
-    node by node under these prices; of the allowed ones the cheapest is improved by moves that stay within memory.
+    Memory has a multiplier at each program point, which follows the subgradient of the Lagrangian: what decoded choices hold
+    above the limit. A choice is decoded node by node under these multipliers; of the feasible ones the cheapest is improved
+    by moves that stay within memory (iterated conditional modes, Besag 1986).
     """
 
     def __init__(self, network: ReducedNetwork) -> None:
@@ -29,68 +35,70 @@ class LocalSearch:
         self._least = {node: {o: matrix.min(axis=1) for o, matrix in rows.items()} for node, rows in self._rows.items()}
 
     def search(self, deadline: float) -> dict[int, int] | None:
-        """The best allowed choice found until the deadline (`time.monotonic`); None if there was none."""
+        """The best feasible choice found until the deadline (`time.monotonic`); None if there was none."""
         network, best, best_cost = self._network, None, np.inf
-        prices = np.zeros(len(network.memory.fixed))
+        multipliers = np.zeros(len(network.memory.fixed))
         for number in range(_ROUNDS):
-            priced = self._priced(prices)
-            choice = self._decode(priced)
-            self._improve(choice, priced, None, deadline)
+            penalized = self._penalized(multipliers)
+            choice = self._decode(penalized)
+            self._improve(choice, penalized, None, deadline)
             cost, profile = network.cost(choice), network.memory.profile(choice)
             over = self._over(profile)
             if not over.any() and cost < best_cost:
                 best, best_cost = dict(choice), cost
-            if network.limit is None or not (over.any() or prices.any()) or time.monotonic() > deadline:
+            if network.limit is None or not (over.any() or multipliers.any()) or time.monotonic() > deadline:
                 break
             scale = max(abs(cost), 1e-30) if np.isfinite(cost) else 1.0
             slack = (profile - network.limit) / max(float(network.limit), 1e-30)
-            active = over | (prices > 0)
+            active = over | (multipliers > 0)
             step = 5.0 * scale / max(float(network.limit), 1e-30) / max(int(active.sum()), 1) ** 0.5
-            prices = np.where(active, prices + step / (1 + number / 6) ** 0.5 * np.clip(slack, -0.5, 2.0), prices)
-            prices = np.maximum(prices, 0.0)
+            multipliers = np.where(
+                active, multipliers + step / (1 + number / 6) ** 0.5 * np.clip(slack, -0.5, 2.0), multipliers
+            )
+            multipliers = np.maximum(multipliers, 0.0)
         if best is not None:
             self._improve(best, network.costs, network.memory.profile(best), deadline)
         return best
 
     def polish(self, choice: dict[int, int], deadline: float) -> None:
-        """Improve an allowed choice, in place."""
+        """Improve a feasible choice, in place."""
         self._improve(choice, self._network.costs, self._network.memory.profile(choice), deadline)
 
     def _over(self, profile: Array) -> Array:
         limit = self._network.limit
         return np.zeros(len(profile), bool) if limit is None else profile > limit
 
-    def _priced(self, prices: Array) -> dict[int, Array]:
-        """Costs of the strategies with what their memory costs."""
-        if not prices.any():
+    def _penalized(self, multipliers: Array) -> dict[int, Array]:
+        """Costs of the strategies, and their memory times its multipliers."""
+        if not multipliers.any():
             return self._network.costs
-        total = np.concatenate([[0.0], np.cumsum(prices)])
-        priced: dict[int, Array] = {}
+        total = np.concatenate([[0.0], np.cumsum(multipliers)])
+        penalized: dict[int, Array] = {}
         for node, costs in self._network.costs.items():
             for start, end, usage in self._network.memory.spans(node):
                 costs = costs + (total[end] - total[start]) * usage
-            priced[node] = costs
-        return priced
+            penalized[node] = costs
+        return penalized
 
-    def _decode(self, priced: dict[int, Array]) -> dict[int, int]:
+    def _decode(self, penalized: dict[int, Array]) -> dict[int, int]:
         """Node by node, the best beside what is decided; neighbours that are not are taken at their best."""
         choice: dict[int, int] = {}
         for node in self._nodes:
-            total = priced[node].copy()
+            total = penalized[node].copy()
             for other, matrix in self._rows[node].items():
                 total += matrix[:, choice[other]] if other in choice else self._least[node][other]
             choice[node] = int(total.argmin())
         return choice
 
     def _improve(
-        self, choice: dict[int, int], priced: dict[int, Array], profile: Array | None, deadline: float
+        self, choice: dict[int, int], penalized: dict[int, Array], profile: Array | None, deadline: float
     ) -> None:
         """Move single nodes while that is cheaper and, where a profile is given, within memory; in place."""
         limit = self._network.limit
         for _ in range(_SWEEPS):
             moved = False
             for node in self._nodes:
-                total = priced[node].copy()
+                total = penalized[node].copy()
                 for other, matrix in self._rows[node].items():
                     total += matrix[:, choice[other]]
                 now = choice[node]

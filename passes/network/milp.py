@@ -1,8 +1,10 @@
-"""The reduced network as a mixed-integer program, solved by HiGHS through OR-tools.
+"""The reduced network as a mixed-integer linear program (MILP) over the local polytope.
 
 Each node has a binary variable per strategy, each edge a variable per pair, and the pairs' sums over either side equal the
-node variables: the local polytope of Wainwright and Jordan (2008), whose relaxation is tight on most real instances where
-XLA's ``e >= s_p + s_q - 1`` is not. Memory rows are added when a solution violates them.
+node variables: the local polytope (Wainwright and Jordan, "Graphical models, exponential families, and variational inference",
+2008), whose linear relaxation is tight on most real instances, where XLA's ``e >= s_p + s_q - 1`` is not. Strategies of a node
+with equal rows in a cost matrix share that edge's pair variables. Memory rows, one for a program point, are added when a
+solution violates them (lazy constraints).
 """
 
 from __future__ import annotations
@@ -13,9 +15,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from bactrian.passes.frame.errors import InfeasiblePlanError
-from bactrian.passes.network.linear_programs import LinearProgram, Result, Twins, finest_of, joined
-from bactrian.passes.network.min_marginals import Prices
-from bactrian.passes.network.reductions import Array, ReducedNetwork, nothing_combines
+from bactrian.passes.network.hash_consing import Array
+from bactrian.passes.network.linear_programs import EqualRows, LinearProgram, ProgramResult, concatenated, resolution_of
+from bactrian.passes.network.min_marginals import DualMultipliers
+from bactrian.passes.network.reduced_network import ReducedNetwork, nothing_combines
 
 _ROWS_AT_ONCE = 12  # memory rows added after one solve
 _GAP = 1e-9  # relative, at which a solution of costs that are no integers is called optimal
@@ -27,23 +30,36 @@ MOST_EXACT = 10**12
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """``choice`` by node, if one was found; ``bound`` no solution's cost is below; ``optimal``: proved."""
+class IntegerResult:
+    """How an integer program ended.
+
+    Attributes:
+        choice: by node of the network, if one was found.
+        lower_bound: no feasible choice costs less.
+        optimal: whether the choice is proved optimal.
+        memory_rows: how many the program has.
+    """
 
     choice: dict[int, int] | None
-    bound: float
+    lower_bound: float
     optimal: bool
     memory_rows: int
 
 
 @dataclass(frozen=True)
-class Relaxed:
-    """``choice`` by node, if the relaxed program's solution is one: then it is the best; ``bound`` no choice's cost is below;
-    ``prices`` that prove it, if it was solved in time."""
+class RelaxationResult:
+    """How a linear relaxation ended.
+
+    Attributes:
+        choice: by node of the network, if the solution is integral: then it is the best one.
+        lower_bound: no feasible choice costs less.
+        duals: the multipliers that prove it, if it was solved in time.
+        is_solved: whether it was.
+    """
 
     choice: dict[int, int] | None
-    bound: float
-    prices: Prices | None
+    lower_bound: float
+    duals: DualMultipliers | None
     is_solved: bool
 
 
@@ -62,27 +78,29 @@ class IntegerProgram:
         starts = np.concatenate([[0], np.cumsum(sizes)]).astype(int)
         self._start = dict(zip(self._nodes, starts.tolist(), strict=False))
         self._num_binary = int(starts[-1])
-        self._rows: dict[int, tuple[int, float]] = {}  # places with a memory constraint -> its row, and its unit
+        self._rows: dict[int, tuple[int, float]] = {}  # points with a memory constraint -> its row, and its unit
         # Edge -> the first row of either end, and the number of each strategy's row from there.
         self._edges: dict[tuple[int, int], tuple[tuple[int, Array], tuple[int, Array]]] = {}
         self._build()
         if times and network.limit is not None:
             memory = network.memory
-            self._append(_some_apart([memory.place_at(time) for time in times], len(memory.times)))
+            self._append(_spread_out([memory.point_at(time) for time in times], len(memory.times)))
 
-    def solve(self, deadline: float) -> Outcome:
-        """Until proved optimal or the deadline (`time.monotonic`).
+    def solve(self, deadline: float) -> IntegerResult:
+        """Relax, then solve with integers, until proved optimal or the deadline (`time.monotonic`).
 
         Raises:
-            InfeasiblePlanError: there is no choice within the memory limit; the message says how much is missing.
+            InfeasiblePlanError: there is no choice within the memory limit.
         """
         relaxed = self.relax(deadline)  # its violated memory rows are most of those that bind
         if relaxed.choice is not None or not relaxed.is_solved:
-            return Outcome(relaxed.choice, relaxed.bound, relaxed.choice is not None and self.is_exact, len(self._rows))
-        return self.solve_integer(deadline, relaxed.bound)
+            return IntegerResult(
+                relaxed.choice, relaxed.lower_bound, relaxed.choice is not None and self.is_exact, len(self._rows)
+            )
+        return self.solve_integer(deadline, relaxed.lower_bound)
 
-    def relax(self, deadline: float) -> Relaxed:
-        """Without the integers, with all memory rows that it needs.
+    def relax(self, deadline: float) -> RelaxationResult:
+        """The linear relaxation, with all memory rows that it needs.
 
         Raises:
             InfeasiblePlanError: there is no choice within the memory limit.
@@ -90,48 +108,48 @@ class IntegerProgram:
         bound = self._network.constant
         while True:
             result = self._run(deadline, integer=False)
-            values, bound = self._checked(result), max(bound, result.bound + self._network.constant)
+            values, bound = self._checked(result), max(bound, result.lower_bound + self._network.constant)
             if values is None:
-                return Relaxed(None, bound, None, is_solved=False)
-            if self._add_rows(self._relaxed_profile(values)):
+                return RelaxationResult(None, bound, None, is_solved=False)
+            if self._add_rows(self._fractional_profile(values)):
                 continue
-            prices = None if result.duals is None else self._prices(result.duals)
-            if result.is_optimal and self._is_tight(values, result.bound + self._network.constant):
+            duals = None if result.duals is None else self._multipliers(result.duals)
+            if result.is_optimal and self._is_tight(values, result.lower_bound + self._network.constant):
                 choice = self._choice(values)
                 profile = self._network.memory.profile(choice)
                 if not len(self._over(profile)):
-                    return Relaxed(choice, bound, prices, is_solved=True)
-            return Relaxed(None, bound, prices, is_solved=True)
+                    return RelaxationResult(choice, bound, duals, is_solved=True)
+            return RelaxationResult(None, bound, duals, is_solved=True)
 
-    def solve_integer(self, deadline: float, bound: float) -> Outcome:
-        """With the integers, and the memory rows of before; ``bound`` is one that is known.
+    def solve_integer(self, deadline: float, bound: float) -> IntegerResult:
+        """With the integers, and the memory rows of before; ``bound`` is a lower bound that is known.
 
         Raises:
             InfeasiblePlanError: there is no choice within the memory limit.
         """
         while True:
             result = self._run(deadline, integer=True)
-            values, bound = self._checked(result), max(bound, result.bound + self._network.constant)
+            values, bound = self._checked(result), max(bound, result.lower_bound + self._network.constant)
             if values is None:
-                return Outcome(None, bound, optimal=False, memory_rows=len(self._rows))
+                return IntegerResult(None, bound, optimal=False, memory_rows=len(self._rows))
             choice = self._choice(values)
             profile = self._network.memory.profile(choice)
             if not self._add_rows(profile) and not self._add_covers(choice, profile):
-                return Outcome(choice, bound, result.is_optimal and self.is_exact, len(self._rows))
+                return IntegerResult(choice, bound, result.is_optimal and self.is_exact, len(self._rows))
 
-    def _checked(self, result: Result) -> Array | None:
+    def _checked(self, result: ProgramResult) -> Array | None:
         if result.is_infeasible:
             raise self._infeasible()
         return result.values
 
-    def _prices(self, duals: Array) -> Prices:
-        """What the rows' duals say, as prices."""
-        moved = {
+    def _multipliers(self, duals: Array) -> DualMultipliers:
+        """The rows' duals, by edge and program point."""
+        edges = {
             edge: (duals[first + own], duals[second + others])
             for edge, ((first, own), (second, others)) in self._edges.items()
         }
-        memory = {place: max(0.0, -float(duals[row])) / unit for place, (row, unit) in self._rows.items()}
-        return Prices(moved, {place: price for place, price in memory.items() if price})
+        memory = {point: max(0.0, -float(duals[row])) / unit for point, (row, unit) in self._rows.items()}
+        return DualMultipliers(edges, {point: multiplier for point, multiplier in memory.items() if multiplier})
 
     def _is_tight(self, values: Array, bound: float) -> bool:
         """Whether the relaxed program's solution is a choice, as it mostly is: then it is the best one."""
@@ -143,7 +161,7 @@ class IntegerProgram:
     @property
     def times(self) -> list[int]:
         """Those at which there are memory rows."""
-        return [self._network.memory.times[place] for place in self._rows]
+        return [self._network.memory.times[point] for point in self._rows]
 
     @property
     def is_exact(self) -> bool:
@@ -161,7 +179,7 @@ class IntegerProgram:
 
     def _build(self) -> None:
         network = self._network
-        finest = finest_of(list(network.pairs.values()), network.whole)
+        finest = resolution_of(list(network.pairs.values()), network.whole)
         costs = [network.costs[node] for node in self._nodes]
         rows, columns, values, low = list[Array](), list[Array](), list[Array](), list[float]()
         for node, own in zip(self._nodes, costs, strict=True):
@@ -171,7 +189,7 @@ class IntegerProgram:
             low.append(1.0)
         at = self._num_binary
         for (i, j), matrix in network.pairs.items():
-            own, others = Twins.of(matrix, finest), Twins.of(matrix.T, finest)
+            own, others = EqualRows.of(matrix, finest), EqualRows.of(matrix.T, finest)
             small = matrix[np.ix_(own.first, others.first)]
             first, second = np.nonzero(np.isfinite(small))
             pairs = at + np.arange(len(first))
@@ -190,11 +208,11 @@ class IntegerProgram:
             ]
             low += [0.0] * (small.shape[0] + small.shape[1])
             costs.append(small[first, second])
-        triples = joined(values, float), joined(rows, int), joined(columns, int)
+        triples = concatenated(values, float), concatenated(rows, int), concatenated(columns, int)
         bounds = np.array(low)
-        self._program = LinearProgram(joined(costs, float), triples, bounds, bounds, self._num_binary)
+        self._program = LinearProgram(concatenated(costs, float), triples, bounds, bounds, self._num_binary)
 
-    def _run(self, deadline: float, *, integer: bool) -> Result:
+    def _run(self, deadline: float, *, integer: bool) -> ProgramResult:
         whole = self._network.whole
         return self._program.solve(
             deadline,
@@ -210,7 +228,7 @@ class IntegerProgram:
             for node, start in self._start.items()
         }
 
-    def _relaxed_profile(self, values: Array) -> Array:
+    def _fractional_profile(self, values: Array) -> Array:
         network = self._network
         total = network.memory.fixed
         for node, start in self._start.items():
@@ -225,31 +243,31 @@ class IntegerProgram:
             return False
         over = self._over(profile)
         over = over[np.argsort(-profile[over], kind="stable")]
-        chosen = _some_apart([place for place in over.tolist() if place not in self._rows], len(profile))
+        chosen = _spread_out([point for point in over.tolist() if point not in self._rows], len(profile))
         if not chosen:
             return False
         self._append(chosen)
         return True
 
-    def _append(self, places: Sequence[int]) -> None:
+    def _append(self, points: Sequence[int]) -> None:
         network = self._network
         assert network.limit is not None
         rows, columns, values, high = list[Array](), list[Array](), list[Array](), list[float]()
         fixed = network.memory.fixed
-        for number, place in enumerate(places):
+        for number, point in enumerate(points):
             held = [
                 (start, usage)
                 for node, start in self._start.items()
                 for begin, end, usage in network.memory.spans(node)
-                if begin <= place < end
+                if begin <= point < end
             ]
             unit = max((float(np.abs(usage).max()) for _, usage in held), default=0.0) or 1.0
             for start, usage in held:
                 rows.append(np.full(len(usage), number))
                 columns.append(start + np.arange(len(usage)))
                 values.append(usage / unit)
-            high.append((network.limit - float(fixed[place])) / unit)
-            self._rows[place] = self._program.num_rows + number, unit
+            high.append((network.limit - float(fixed[point])) / unit)
+            self._rows[point] = self._program.num_rows + number, unit
         self._program.add_rows(values, rows, columns, high)
 
     def _over(self, profile: Array) -> Array:
@@ -266,12 +284,12 @@ class IntegerProgram:
         """
         over = self._over(profile)
         rows, columns, high = list[Array](), list[Array](), list[float]()
-        for number, place in enumerate(over[:_ROWS_AT_ONCE].tolist()):
+        for number, point in enumerate(over[:_ROWS_AT_ONCE].tolist()):
             nodes = 0
             for node, start in self._start.items():
                 for begin, end, usage in self._network.memory.spans(node):
                     mine = usage[choice[node]]
-                    if begin <= place < end and mine > usage.min():
+                    if begin <= point < end and mine > usage.min():
                         nodes += 1
                         found = start + np.flatnonzero(usage >= mine)
                         rows.append(np.full(len(found), number))
@@ -282,12 +300,12 @@ class IntegerProgram:
         return bool(high)
 
 
-def _some_apart(places: Sequence[int], count: int) -> list[int]:
-    """The first of some places, out of so many, that are not close to each other."""
+def _spread_out(points: Sequence[int], count: int) -> list[int]:
+    """The first of some points, out of so many, that are not close to each other."""
     chosen: list[int] = []
-    for place in places:
-        if all(abs(place - other) > count // 200 for other in chosen):
-            chosen.append(place)
+    for point in points:
+        if all(abs(point - other) > count // 200 for other in chosen):
+            chosen.append(point)
         if len(chosen) == _ROWS_AT_ONCE:
             break
     return chosen

@@ -1,9 +1,10 @@
-"""What each strategy and each pair costs at least, seen from the prices of a relaxation.
+"""Min-marginals: lower bounds for each strategy and each pair, from the dual multipliers of a relaxation.
 
-Prices move costs between edges and their ends, and charge for memory; whatever they are, the least costs of all nodes and
-edges add up to a bound, and what is left above them is what a choice pays on top (reduced-cost fixing). Along a tree of edges
-these excesses are added up exactly, for every strategy at once, by messages to its root and back; all other edges count with
-their least, which is none. What costs more than a known choice can go.
+The multipliers of the local polytope's equations move costs between edges and their ends (a reparametrization), those of
+memory rows charge for memory. Whatever they are, the least costs of all nodes and edges add up to a lower bound on any
+choice, and what a strategy or a pair costs above the least is its reduced cost. Along a spanning tree of edges reduced costs
+are added up exactly, for every strategy at once, by messages to its root and back (min-sum belief propagation); all other
+edges count with their least, which is zero. What costs more than a known choice can go: reduced-cost fixing.
 """
 
 from __future__ import annotations
@@ -15,43 +16,48 @@ from dataclasses import dataclass
 import numpy as np
 
 from bactrian.passes.network.hash_consing import Array
-from bactrian.passes.network.reductions import ReducedNetwork
+from bactrian.passes.network.reduced_network import ReducedNetwork
 
 _EPSILON = 2.0**-52
-_TOLERANCE = 1e-9  # of an excess, which is a sum of many rounded numbers
+_TOLERANCE = 1e-9  # of a min-marginal, which is a sum of many rounded numbers
 
 
 @dataclass(frozen=True)
-class Prices:
-    """``moved``: by edge, what of its costs goes to the strategies of its first and its second node; ``memory``: what a unit
-    costs at some of the network's places, not negative."""
+class DualMultipliers:
+    """Multipliers of a relaxation's constraints; optimal or not.
 
-    moved: Mapping[tuple[int, int], tuple[Array, Array]]
+    Attributes:
+        edges: by edge (i, j), the costs that it gives to the strategies of i, shape (K_i,), and of j, shape (K_j,).
+        memory: by program point (an index of the network's), cost per unit of memory, not negative.
+    """
+
+    edges: Mapping[tuple[int, int], tuple[Array, Array]]
     memory: Mapping[int, float]
 
 
-class Marginals:
-    """Lower bounds on all choices that have a strategy, or a pair.
+class MinMarginals:
+    """Lower bounds on all choices within the memory limit that have a strategy, or a pair.
 
     Attributes:
-        bound: no choice within the memory limit costs less, for any prices.
-        nodes: node -> what each strategy costs at least above the bound.
-        pairs: edge -> the same of each pair.
+        lower_bound: no choice within the memory limit costs less, for any multipliers.
+        nodes: node -> by strategy, what a choice with it costs above the lower bound at least, shape (K_i,).
+        pairs: edge -> the same of each pair, shape (K_i, K_j).
     """
 
-    def __init__(self, network: ReducedNetwork, prices: Prices) -> None:
-        own, self.pairs = self._priced(network, prices)
-        self.nodes = self._along_tree(own)
+    def __init__(self, network: ReducedNetwork, duals: DualMultipliers) -> None:
+        reduced, self.pairs = self._reparametrized(network, duals)
+        self.nodes = self._along_tree(reduced)
 
-    def _priced(self, network: ReducedNetwork, prices: Prices) -> tuple[dict[int, Array], dict[tuple[int, int], Array]]:
-        """Costs of nodes and edges under the prices, above the least of each; sets the bound."""
+    def _reparametrized(
+        self, network: ReducedNetwork, duals: DualMultipliers
+    ) -> tuple[dict[int, Array], dict[tuple[int, int], Array]]:
+        """Reduced costs of nodes and edges under the multipliers; sets the lower bound."""
         own = {node: costs.copy() for node, costs in network.costs.items()}
-        largest = {
-            node: _largest(costs) for node, costs in own.items()
-        }  # bounds every number on the way to the node's costs
+        # Of each node, a bound on every number on the way to its costs.
+        largest = {node: _largest(costs) for node, costs in own.items()}
         pairs, parts, rounding = dict[tuple[int, int], Array](), [network.constant], _EPSILON * abs(network.constant)
         for (i, j), matrix in network.pairs.items():
-            first, second = prices.moved[i, j]
+            first, second = duals.edges[i, j]
             own[i] += first
             own[j] += second
             largest[i] += _largest(first)
@@ -61,39 +67,39 @@ class Marginals:
             parts.append(float(rest.min()))
             pairs[i, j] = rest - rest.min()
         fixed = network.memory.fixed
-        for place, price in prices.memory.items():
+        for point, multiplier in duals.memory.items():
             assert network.limit is not None
-            parts.append(price * (float(fixed[place]) - network.limit))
-            rounding += 3 * _EPSILON * price * max(float(np.abs(fixed).max()), network.limit)
+            parts.append(multiplier * (float(fixed[point]) - network.limit))
+            rounding += 3 * _EPSILON * multiplier * max(float(np.abs(fixed).max()), network.limit)
             for node in own:
                 for start, end, usage in network.memory.spans(node):
-                    if start <= place < end:
-                        own[node] += price * usage
-                        largest[node] += price * _largest(usage)
+                    if start <= point < end:
+                        own[node] += multiplier * usage
+                        largest[node] += multiplier * _largest(usage)
         for node, costs in own.items():
-            steps = len(network.neighbours[node]) + len(prices.memory) + 2
+            steps = len(network.neighbours[node]) + len(duals.memory) + 2
             rounding += steps * _EPSILON * largest[node]
             parts.append(float(costs.min()))
             own[node] = costs - costs.min()
         self._rounding = rounding
-        self.bound = math.fsum(parts) - rounding
+        self.lower_bound = math.fsum(parts) - rounding
         return own, pairs
 
     def _along_tree(self, own: dict[int, Array]) -> dict[int, Array]:
-        """Adds up along a tree; turns the pairs' own excess into what a choice with the pair costs."""
-        ahead = dict(own)  # with all that is below a node
-        handed = dict[tuple[int, int], Array]()
+        """Min-marginals of nodes from their reduced costs ``own``; turns those of pairs into min-marginals too."""
+        upward = dict(own)  # with all that is below a node
+        sent = dict[tuple[int, int], Array]()
         tree = self._tree(own)
         for parent, child in reversed(tree):
-            handed[parent, child] = (self._matrix(parent, child) + ahead[child]).min(axis=1)
-            ahead[parent] = ahead[parent] + handed[parent, child]
-        whole = dict(ahead)
+            sent[parent, child] = (self._matrix(parent, child) + upward[child]).min(axis=1)
+            upward[parent] = upward[parent] + sent[parent, child]
+        whole = dict(upward)
         inside = set(tree)
         for parent, child in tree:
-            rest = whole[parent] - handed[parent, child]
+            rest = whole[parent] - sent[parent, child]
             paired = self._matrix(parent, child) + rest[:, None]
-            whole[child] = ahead[child] + paired.min(axis=0)
-            paired = paired + ahead[child]
+            whole[child] = upward[child] + paired.min(axis=0)
+            paired = paired + upward[child]
             self.pairs[min(parent, child), max(parent, child)] = paired if parent < child else paired.T
         for (i, j), rest in self.pairs.items():
             if (i, j) not in inside and (j, i) not in inside:
@@ -101,8 +107,8 @@ class Marginals:
         return whole
 
     def _tree(self, own: Mapping[int, Array]) -> list[tuple[int, int]]:
-        """A spanning forest of the edges on which most is paid on average, as (parent, child), parents first."""
-        near = _heaviest({edge: _mean(rest) for edge, rest in self.pairs.items()})
+        """A spanning forest of the edges with the largest mean reduced costs, as (parent, child), parents first."""
+        near = _heaviest_forest({edge: _mean(rest) for edge, rest in self.pairs.items()})
         seen, tree = set[int](), list[tuple[int, int]]()
         for root in own:
             if root in seen:
@@ -119,36 +125,36 @@ class Marginals:
     def _matrix(self, i: int, j: int) -> Array:
         return self.pairs[i, j] if i < j else self.pairs[j, i].T
 
-    def gap_of(self, num_pairs: float) -> float:
-        """The gap above the bound within which there are so many pairs; infinite where there are no more."""
+    def gap_for(self, num_pairs: float) -> float:
+        """The gap above the lower bound within which there are so many pairs; infinite where there are no more."""
         if num_pairs >= sum(rest.size for rest in self.pairs.values()):
             return np.inf
-        excess = np.concatenate([rest.ravel() for rest in self.pairs.values()])
-        return float(np.partition(excess, int(num_pairs))[int(num_pairs)])
+        above = np.concatenate([rest.ravel() for rest in self.pairs.values()])
+        return float(np.partition(above, int(num_pairs))[int(num_pairs)])
 
-    def drop(self, network: ReducedNetwork, gap: float) -> None:
-        """Forbid what costs more than a gap above the bound, in the network or a copy of it."""
+    def fix(self, network: ReducedNetwork, gap: float) -> None:
+        """Forbid what costs more than a gap above the lower bound, in the network or a copy of it."""
         most = gap * (1 + _TOLERANCE) + 2 * self._rounding
-        for node, excess in self.nodes.items():
-            network.costs[node] = network.arrays.array(np.where(excess > most, np.inf, network.costs[node]))
-        for edge, excess in self.pairs.items():
-            network.pairs[edge] = network.arrays.array(np.where(excess > most, np.inf, network.pairs[edge]))
+        for node, above in self.nodes.items():
+            network.costs[node] = network.arrays.unique(np.where(above > most, np.inf, network.costs[node]))
+        for edge, above in self.pairs.items():
+            network.pairs[edge] = network.arrays.unique(np.where(above > most, np.inf, network.pairs[edge]))
 
 
-def _heaviest(weights: Mapping[tuple[int, int], float]) -> dict[int, list[int]]:
+def _heaviest_forest(weights: Mapping[tuple[int, int], float]) -> dict[int, list[int]]:
     """Neighbours in the heaviest spanning forest (Kruskal 1956)."""
-    parts, near = dict[int, int](), dict[int, list[int]]()
+    parents, near = dict[int, int](), dict[int, list[int]]()
 
-    def part(node: int) -> int:
-        while (above := parts.setdefault(node, node)) != node:
-            parts[node] = parts[above]
-            node = parts[node]
+    def root(node: int) -> int:
+        while (above := parents.setdefault(node, node)) != node:
+            parents[node] = parents[above]
+            node = parents[node]
         return node
 
     for i, j in sorted(weights, key=lambda edge: (-weights[edge], edge)):
-        first, second = part(i), part(j)
+        first, second = root(i), root(j)
         if first != second:
-            parts[first] = second
+            parents[first] = second
             near.setdefault(i, []).append(j)
             near.setdefault(j, []).append(i)
     return near

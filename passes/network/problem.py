@@ -1,4 +1,7 @@
-"""The problem: one choice per node, costs on nodes and pairs, memory over time; and the contest's file format."""
+"""The problem: a pairwise cost network with memory limits at program points, and the contest's file format.
+
+Without the limit it is MAP inference in a pairwise Markov random field, also called a weighted constraint network.
+"""
 
 from __future__ import annotations
 
@@ -22,17 +25,17 @@ Costs = np.ndarray[Any, np.dtype[Any]]
 
 @dataclass(frozen=True)
 class CostNetwork:
-    """Choose one strategy for every node, at the least total cost, with memory below the limit at all times.
+    """Choose one strategy for every node, at the least total cost, with memory within the limit at every program point.
 
     The form of the ASPLOS 2025 / EuroSys 2025 contest on intra-operator parallelism (repository ``google/iopddl``).
 
     Attributes:
         costs: of each node, the cost of each of its strategies, shape (K_i,); infinite where it is forbidden.
         usages: of each node, the memory of each strategy, shape (K_i,).
-        intervals: of each node, ``(first, end)``: it holds its memory at the times ``first <= t < end``.
+        intervals: of each node, ``(first, end)``: its live range: it holds its memory at the program points ``first <= t < end``.
         edges: pairs of different nodes; those that occur more than once add up.
         edge_costs: of each edge (i, j), the cost of each pair, shape (K_i, K_j); infinite where it is forbidden.
-        limit: the most memory at any time; None where memory does not matter.
+        limit: the most memory at any program point; None where memory does not matter.
     """
 
     costs: tuple[Costs, ...]
@@ -43,7 +46,7 @@ class CostNetwork:
     limit: int | float | None = None
 
     def __post_init__(self) -> None:
-        """Refuse what has no meaning."""
+        """Refuse arrays of the wrong shape and costs that are not numbers."""
         count = len(self.costs)
         if not len(self.usages) == len(self.intervals) == count:
             raise ConfigError(
@@ -82,7 +85,7 @@ class CostNetwork:
         return sum(parts) if all(isinstance(part, int) for part in parts) else math.fsum(parts)
 
     def peak(self, choice: Sequence[int]) -> int | float:
-        """The most memory at any time."""
+        """The most memory at any program point."""
         change: dict[int, int | float] = {}
         for (first, end), usages, k in zip(self.intervals, self.usages, choice, strict=True):
             if first < end:
@@ -96,7 +99,7 @@ class CostNetwork:
         return most
 
     def least_peak(self) -> int | float:
-        """The most memory at any time if each node takes the strategy with the least: no choice has a lower peak."""
+        """The most memory at any program point if each node takes the strategy with the least: no choice has a lower peak."""
         return self.peak([int(usages.argmin()) for usages in self.usages])
 
     def restricted(self, node: int, strategies: Sequence[int]) -> CostNetwork:
@@ -111,8 +114,8 @@ class CostNetwork:
 
         return replace(self, costs=changed(self.costs), usages=changed(self.usages), edge_costs=tuple(matrices))
 
-    def is_allowed(self, choice: Sequence[int]) -> bool:
-        """Whether a choice has no forbidden cost and fits into memory."""
+    def is_feasible(self, choice: Sequence[int]) -> bool:
+        """Whether a choice has no forbidden cost and keeps the memory limit."""
         own = all(costs[k] < FORBIDDEN for costs, k in zip(self.costs, choice, strict=True))
         pairs = zip(self.edges, self.edge_costs, strict=True)
         if not own or any(costs[choice[i], choice[j]] >= FORBIDDEN for (i, j), costs in pairs):

@@ -1,4 +1,7 @@
-"""What reductions of a cost network compute, as functions of arrays alone, so that each is computed once; and their queue."""
+"""The arithmetic of the exact reductions, as functions of arrays alone, and the queue of what is to be looked at.
+
+Being functions of arrays alone, they are computed once for equal arrays (``hash_consing.py``).
+"""
 
 from __future__ import annotations
 
@@ -15,8 +18,10 @@ _T = TypeVar("_T")
 
 
 class Queue(Generic[_T]):
-    """What is to be looked at, each thing once, in the order in which it came. (A dict that is emptied from its front looks
-    at all that was there before.)"""
+    """A queue in which each thing waits once, in the order in which it came.
+
+    A dict that is emptied from its front would take time for all that was in it before.
+    """
 
     def __init__(self, things: Iterable[_T]) -> None:
         self._waiting = deque(things)
@@ -103,15 +108,15 @@ def undominated(num_usages: int, costs: Array, *rest: Array) -> Array | None:
         better &= usage[None, :] <= usage[:, None]
         if not better.any():
             return None
-    excess = costs[None, :] - costs[:, None]
+    extra = costs[None, :] - costs[:, None]
     for matrix in rest[num_usages:]:
         with np.errstate(invalid="ignore"):
             worst = matrix[None, :, :] - matrix[:, None, :]  # [p, q, k]: what q costs more than p beside k
-        excess = excess + np.where(np.isnan(worst), -np.inf, worst).max(axis=2)
-        better &= ~(excess == np.inf)
+        extra = extra + np.where(np.isnan(worst), -np.inf, worst).max(axis=2)
+        better &= ~(extra == np.inf)
         if not better.any():
             return None
-    better &= excess <= 0
+    better &= extra <= 0
     alive = np.ones(count, bool)
     for p in range(count):
         if (better[p] & alive).any():

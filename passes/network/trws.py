@@ -1,72 +1,43 @@
-"""Bounds and choices for networks too large for one program: messages between nodes, prices on memory, large neighbourhoods.
+"""Message passing: lower bounds and choices for networks of any size, with a Lagrangian for memory.
 
-Messages are those of TRW-S (Kolmogorov, *Convergent tree-reweighted message passing for energy minimization*, 2006): nodes
-in one order, then in the other, each hands its neighbours what it costs them, and the sum of what is certain is a bound.
-Memory is a Lagrangian: places where choices hold too much get a price. The best choice that was decoded is then improved by
-exact searches (Shaw's large neighbourhood search, 1998): a part of the nodes is free, all others keep what they have.
+The algorithm is TRW-S (Kolmogorov, "Convergent tree-reweighted message passing for energy minimization", PAMI 2006): nodes in
+one order, then in the other, send their neighbours the least cost for each strategy of these. Messages are a
+reparametrization: the least costs of all nodes and edges that are left add up to a lower bound on any choice, whichever
+messages were sent, and the bound does not fall from sweep to sweep. On a tree it is the optimum.
+
+The memory limit is relaxed (Held and Karp 1971): each unit of memory costs a multiplier at program points where decoded
+choices are over the limit. Any multipliers that are not negative give a lower bound on choices within the limit.
 """
 
 from __future__ import annotations
 
-import threading
 import time
-from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 import numpy as np
 
-from bactrian.passes.frame.errors import InfeasiblePlanError
-from bactrian.passes.machine.host_cores import num_cores
-from bactrian.passes.network.local_search import LocalSearch
-from bactrian.passes.network.milp import IntegerProgram
-from bactrian.passes.network.min_marginals import Prices
-from bactrian.passes.network.reductions import Array, ReducedNetwork
+from bactrian.passes.network.hash_consing import Array
+from bactrian.passes.network.min_marginals import DualMultipliers
+from bactrian.passes.network.reduced_network import ReducedNetwork
 
-_SWEEPS_PER_CHOICE = 3
-_FIRST_SWEEPS = 60  # where programs follow
-_LAST_SWEEPS = 15  # of these, with the same prices
+SWEEPS_PER_CHOICE = 3
+"""Messages change little in one sweep: after so many a choice is decoded."""
+_MOST_SWEEPS = 60  # of `trws_multipliers`: linear programs follow
+_LAST_SWEEPS = 15  # of these, with the same multipliers
 _SMALL_STEP = 1e-6  # of the bound: where a sweep gains less, the next ones will too
-_MOST_PRICES = 30  # places with a price
-_SWEEPS_PER_REPAIR = 9
+_MOST_POINTS = 30  # with a multiplier
 _FIRST_STEP = 0.05  # of the cost, for all of the memory
-_ABOVE = 1.05  # a choice that costs so much more than the best is worth a look
-_MESSAGES_SHARE = 0.4  # of the time; the rest is for neighbourhoods
-_POLISH_SECONDS = 5.0
-_ROUNDING = 1e-9  # of a bound, which is a sum of many rounded numbers
-_FREE_PAIRS = 60_000  # pairs of a neighbourhood's first program; grows and shrinks with what it takes
-_NEIGHBOURHOOD_SECONDS = 8.0
-_MOST_WORKERS = 4  # what is between their programs is Python, which only one of them runs at a time
-_SHARES = (0.3, 0.1, 1.0)  # of the gap: what a strategy may cost above the best of its node, in turn
 
 
-@dataclass
-class Found:
-    """What was found in the time.
-
-    Attributes:
-        choice: the best allowed one for the network's nodes; None if there was none.
-        cost: of it, infinite without one.
-        bound: no choice within the memory limit costs less.
-        sweeps, neighbourhoods: how much was tried.
-    """
-
-    choice: dict[int, int] | None
-    cost: float
-    bound: float
-    sweeps: int = 0
-    neighbourhoods: int = 0
-
-
-class Messages:
-    """The messages of a network under prices of memory."""
+class MessagePassing:
+    """The messages of a network, with a multiplier on memory at some program points."""
 
     def __init__(self, network: ReducedNetwork) -> None:
         self._network = network
         self._nodes = sorted(network.costs)
-        number = {node: place for place, node in enumerate(self._nodes)}
+        number = {node: at for at, node in enumerate(self._nodes)}
         self._own = [network.costs[node] for node in self._nodes]
-        self._priced = self._own
+        self._penalized = self._own
         self._later: list[list[int]] = [[] for _ in self._nodes]  # edges to later nodes
         self._earlier: list[list[int]] = [[] for _ in self._nodes]
         self._ends: list[tuple[int, int]] = []
@@ -75,7 +46,7 @@ class Messages:
         for (i, j), matrix in sorted(network.pairs.items()):
             first, second = number[i], number[j]
             if first > second:
-                first, second, matrix = second, first, network.arrays.turned(matrix)
+                first, second, matrix = second, first, network.arrays.transposed(matrix)
             self._later[first].append(len(self._ends))
             self._earlier[second].append(len(self._ends))
             self._ends.append((first, second))
@@ -86,26 +57,26 @@ class Messages:
         self._share = [
             1.0 / max(len(later), len(earlier), 1) for later, earlier in zip(self._later, self._earlier, strict=True)
         ]
-        self._prices: dict[int, float] = {}
+        self._multipliers: dict[int, float] = {}
         self._constant = network.constant
 
-    def price(self, prices: Mapping[int, float]) -> None:
-        """Set what a unit of memory costs at some places (numbers of ``network.memory.times``)."""
-        self._prices = {place: price for place, price in prices.items() if price > 0}
+    def set_multipliers(self, multipliers: Mapping[int, float]) -> None:
+        """Set what a unit of memory costs at some program points (indices of ``network.memory.times``)."""
+        self._multipliers = {point: multiplier for point, multiplier in multipliers.items() if multiplier > 0}
         network = self._network
-        if not self._prices:
-            self._priced, self._constant = self._own, network.constant
+        if not self._multipliers:
+            self._penalized, self._constant = self._own, network.constant
             return
         fixed, limit = network.memory.fixed, float(network.limit or 0)
-        self._constant = network.constant + sum(p * (float(fixed[at]) - limit) for at, p in self._prices.items())
-        places = np.array(sorted(self._prices))
-        total = np.concatenate([[0.0], np.cumsum([self._prices[at] for at in places.tolist()])])
-        self._priced = list(self._own)
-        for place, node in enumerate(self._nodes):
+        self._constant = network.constant + sum(m * (float(fixed[at]) - limit) for at, m in self._multipliers.items())
+        points = np.array(sorted(self._multipliers))
+        total = np.concatenate([[0.0], np.cumsum([self._multipliers[at] for at in points.tolist()])])
+        self._penalized = list(self._own)
+        for number, node in enumerate(self._nodes):
             for start, end, usage in network.memory.spans(node):
-                price = total[np.searchsorted(places, end)] - total[np.searchsorted(places, start)]
-                if price:
-                    self._priced[place] = self._priced[place] + price * usage
+                multiplier = total[np.searchsorted(points, end)] - total[np.searchsorted(points, start)]
+                if multiplier:
+                    self._penalized[number] = self._penalized[number] + multiplier * usage
 
     def sweep(self) -> float:
         """Pass messages to all later nodes, then to all earlier ones; returns a lower bound on the cost."""
@@ -130,13 +101,16 @@ class Messages:
         return bound
 
     def decode(self) -> dict[int, int]:
-        """Node by node the best beside what earlier ones have taken and what later ones say; memory has its prices only."""
+        """A choice, node by node: the best beside what earlier nodes have taken, given the messages of later ones.
+
+        It may exceed the memory limit, which counts by its multipliers only.
+        """
         return self._decoded(None)
 
-    def decode_within(self) -> dict[int, int] | None:
-        """The same, and what would not leave room for the leanest choice of all later nodes is not taken.
+    def decode_within_limit(self) -> dict[int, int] | None:
+        """The same, but a strategy that leaves too little memory for the leanest ones of all later nodes is not taken.
 
-        None where even the leanest choices don't fit; pairs that are forbidden may make the cost infinite.
+        None where even the leanest strategies don't fit. Forbidden pairs may make the cost infinite.
         """
         room = float(self._network.limit or 0) - self._network.memory.least
         return None if (room < 0).any() else self._decoded(room)
@@ -144,7 +118,7 @@ class Messages:
     def _decoded(self, room: Array | None) -> dict[int, int]:
         chosen = list[int]()
         for at, node in enumerate(self._nodes):
-            total = self._priced[at]
+            total = self._penalized[at]
             for edge in self._later[at]:
                 total = total + self._to_earlier[edge]
             for edge in self._earlier[at]:
@@ -166,8 +140,8 @@ class Messages:
             chosen.append(k)
         return dict(zip(self._nodes, chosen, strict=True))
 
-    def prices(self) -> Prices:
-        """What the last sweep back has moved: its bound is theirs.
+    def multipliers(self) -> DualMultipliers:
+        """The reparametrization after the last sweep: its lower bound is that of the sweep.
 
         A node that has sent messages to earlier ones has lent each of them its share, which is part of their edges.
         """
@@ -180,10 +154,10 @@ class Messages:
             ends = self._nodes[first], self._nodes[second]
             to_first, to_second = self._to_earlier[edge], self._to_later[edge] - lent[second]
             moved[min(ends), max(ends)] = (to_first, to_second) if ends[0] < ends[1] else (to_second, to_first)
-        return Prices(moved, dict(self._prices))
+        return DualMultipliers(moved, dict(self._multipliers))
 
-    def excess(self) -> dict[int, Array]:
-        """About what each strategy costs above the best of its node: how likely it is in a good choice."""
+    def reduced_costs(self) -> dict[int, Array]:
+        """About what each strategy costs above the best of its node: a low one is likely in a good choice."""
         found = dict[int, Array]()
         for at, node in enumerate(self._nodes):
             total = self._sum(at)
@@ -191,7 +165,7 @@ class Messages:
         return found
 
     def _sum(self, at: int) -> Array:
-        total = self._priced[at]
+        total = self._penalized[at]
         for edge in self._later[at]:
             total = total + self._to_earlier[edge]
         for edge in self._earlier[at]:
@@ -199,216 +173,67 @@ class Messages:
         return total
 
 
-def search(network: ReducedNetwork, deadline: float) -> Found:
-    """The best choice and the best bound that the time until the deadline (`time.monotonic`) gives.
-
-    Args:
-        network: reduced.
-        deadline: may be passed by a neighbourhood's building.
-    """
-    begin = time.monotonic()
-    network.forbid()  # then every strategy has an allowed partner, and messages are finite
-    found = Found(None, np.inf, -np.inf)
-    local = LocalSearch(network)
-    excess = _pass_messages(network, found, local, begin + _MESSAGES_SHARE * (deadline - begin))
-    found.bound -= _ROUNDING * abs(found.bound)
-    if found.choice is None:
-        found.choice = local.search(deadline)
-        if found.choice is None:
-            return found
-        found.cost = network.cost(found.choice)
-    Neighbourhoods(network, found, excess, deadline).run(min(_MOST_WORKERS, num_cores()))
-    return found
-
-
-def first_prices(network: ReducedNetwork, deadline: float) -> Prices:
-    """What a few sweeps give, with prices of memory that follow their choices.
+def trws_multipliers(network: ReducedNetwork, deadline: float) -> DualMultipliers:
+    """What a few sweeps give, with multipliers on memory that follow the decoded choices.
 
     Args:
         network: reduced.
         deadline: of `time.monotonic`.
     """
-    messages, prices, bound = Messages(network), _Prices(network), -np.inf
-    for number in range(_FIRST_SWEEPS):
+    messages, memory, bound = MessagePassing(network), MemoryMultipliers(network), -np.inf
+    for number in range(_MOST_SWEEPS):
         before, bound = bound, messages.sweep()
         if time.monotonic() > deadline:
             break
-        if number >= _FIRST_SWEEPS - _LAST_SWEEPS or network.limit is None:
+        if number >= _MOST_SWEEPS - _LAST_SWEEPS or network.limit is None:
             if bound - before < _SMALL_STEP * abs(bound):
                 break
-        elif number % _SWEEPS_PER_CHOICE == 0:
+        elif number % SWEEPS_PER_CHOICE == 0:
             choice = messages.decode()
-            prices.adjust(network.memory.profile(choice), network.cost(choice))
-            messages.price(prices.now)
-    return messages.prices()
+            memory.update(network.memory.profile(choice), network.cost(choice))
+            messages.set_multipliers(memory.values)
+    return messages.multipliers()
 
 
-def _pass_messages(network: ReducedNetwork, found: Found, local: LocalSearch, deadline: float) -> dict[int, Array]:
-    """Sweep, price and decode until the deadline; returns each strategy's excess under the last prices."""
-    messages, prices = Messages(network), _Prices(network)
-    while time.monotonic() < deadline:
-        found.sweeps += 1
-        found.bound = max(found.bound, messages.sweep())
-        if found.sweeps % _SWEEPS_PER_CHOICE:
-            continue
-        choice = messages.decode()
-        cost, profile = network.cost(choice), network.memory.profile(choice)
-        if network.limit is not None:
-            prices.adjust(profile, cost)
-            messages.price(prices.now)
-        if not _fits(network, profile):
-            if found.sweeps % _SWEEPS_PER_REPAIR:
-                continue
-            choice = messages.decode_within() or choice
-            cost = network.cost(choice)
-        if cost < found.cost * _ABOVE and cost != found.cost and _fits(network, network.memory.profile(choice)):
-            local.polish(choice, min(deadline, time.monotonic() + _POLISH_SECONDS))
-            cost = network.cost(choice)
-            if cost < found.cost:
-                found.choice, found.cost = choice, cost
-    return messages.excess()
+class MemoryMultipliers:
+    """Multipliers of the program points at which choices exceed the memory limit.
 
+    They change by resilient steps (Rprop: Riedmiller and Braun 1993): longer while memory stays on one side of the limit,
+    half as long when it has crossed it.
 
-class _Prices:
-    """Prices of the places that are over the limit, by resilient steps (Riedmiller and Braun, 1993): longer while a place
-    stays on one side of the limit, half as long when it has crossed it."""
+    Attributes:
+        values: by program point, in cost per unit of memory.
+    """
 
     def __init__(self, network: ReducedNetwork) -> None:
         self._network = network
-        self.now: dict[int, float] = {}
+        self.values: dict[int, float] = {}
         self._steps: dict[int, float] = {}
         self._sides: dict[int, bool] = {}
 
-    def adjust(self, profile: Array, cost: float) -> None:
-        """After a choice with this profile and cost."""
+    def update(self, profile: Array, cost: float) -> None:
+        """A step after a choice with this memory at each program point, and this cost."""
         limit = float(self._network.limit or 0)
         unit = max(limit, 1.0)
-        self._add_places(profile, limit, _FIRST_STEP * abs(cost) / unit)
-        for place in self.now:
-            over = float(profile[place]) - limit
-            if over <= 0 and not self.now[place]:
+        self._add_points(profile, limit, _FIRST_STEP * abs(cost) / unit)
+        for point in self.values:
+            over = float(profile[point]) - limit
+            if over <= 0 and not self.values[point]:
                 continue
             side = over > 0
-            if place in self._sides:
-                self._steps[place] *= 1.25 if side == self._sides[place] else 0.5
-            self._sides[place] = side
-            length = self._steps[place] * min(1.0, max(abs(over) / unit * 10, 0.1))
-            self.now[place] = max(0.0, self.now[place] + (length if side else -length))
+            if point in self._sides:
+                self._steps[point] *= 1.25 if side == self._sides[point] else 0.5
+            self._sides[point] = side
+            length = self._steps[point] * min(1.0, max(abs(over) / unit * 10, 0.1))
+            self.values[point] = max(0.0, self.values[point] + (length if side else -length))
 
-    def _add_places(self, profile: Array, limit: float, step: float) -> None:
+    def _add_points(self, profile: Array, limit: float, step: float) -> None:
         apart, taken = len(profile) // 100, 0
-        if len(self.now) >= _MOST_PRICES or not np.isfinite(step):
+        if len(self.values) >= _MOST_POINTS or not np.isfinite(step):
             return
-        for place in np.argsort(-profile, kind="stable")[:2000].tolist():
-            if taken == 4 or profile[place] <= limit:
+        for point in np.argsort(-profile, kind="stable")[:2000].tolist():
+            if taken == 4 or profile[point] <= limit:
                 return
-            if all(abs(place - other) > apart for other in self.now):
-                self.now[place], self._steps[place] = 0.0, step
+            if all(abs(point - other) > apart for other in self.values):
+                self.values[point], self._steps[point] = 0.0, step
                 taken += 1
-
-
-def _fits(network: ReducedNetwork, profile: Array) -> bool:
-    return network.limit is None or not (profile > network.limit).any()
-
-
-# Large neighbourhoods
-
-
-class Neighbourhoods:
-    """Free parts of a network, and solve each as well as a few seconds allow: several at once, each in a thread of its own.
-
-    A part grows around a node that pays much more than it would in the best case. What a thread finds is taken together with
-    what others have found since it began, if that fits and costs less.
-    """
-
-    def __init__(self, network: ReducedNetwork, found: Found, excess: Mapping[int, Array], deadline: float) -> None:
-        self._network, self._found, self._excess, self._deadline = network, found, excess, deadline
-        self._random = np.random.default_rng(0)
-        self._nodes = sorted(network.costs)
-        self._pairs = float(_FREE_PAIRS)
-        self._lock = threading.Lock()
-
-    def run(self, workers: int) -> None:
-        """Until the deadline, or the best choice is proved."""
-        if workers == 1:
-            self._work()
-            return
-        with ThreadPoolExecutor(workers) as pool:
-            for each in [pool.submit(self._work) for _ in range(workers)]:
-                each.result()
-
-    def _work(self) -> None:
-        while self._deadline - time.monotonic() > 1.0 and self._found.cost > self._found.bound:
-            now = time.monotonic()
-            with self._lock:
-                free, keep = self._next()
-            better = _best_within(self._network, keep, min(self._deadline, now + _NEIGHBOURHOOD_SECONDS))
-            with self._lock:
-                self._adapt(time.monotonic() - now)
-                if better is not None:
-                    self.take({node: better[node] for node in free})
-
-    def _next(self) -> tuple[set[int], dict[int, Array]]:
-        """A part, and the strategies that each node keeps."""
-        found, choice = self._found, self._found.choice
-        assert choice is not None
-        gap = found.cost - found.bound
-        paid = np.array([min(float(self._excess[node][choice[node]]), gap) for node in self._nodes])
-        chances = paid + (paid.mean() if paid.any() else 1.0)
-        seed = self._nodes[int(self._random.choice(len(self._nodes), p=chances / chances.sum()))]
-        most = _SHARES[found.neighbourhoods % len(_SHARES)] * gap
-        found.neighbourhoods += 1
-        likely = {node: np.union1d(np.flatnonzero(self._excess[node] <= most), [k]) for node, k in choice.items()}
-        free = _part(self._network, seed, likely, self._pairs)
-        return free, {node: likely[node] if node in free else np.array([k]) for node, k in choice.items()}
-
-    def _adapt(self, took: float) -> None:
-        """Larger parts where they are solved at once, smaller ones where time is up."""
-        fast, slow = took < _NEIGHBOURHOOD_SECONDS / 4, took > 0.9 * _NEIGHBOURHOOD_SECONDS
-        self._pairs *= 1.2 if fast else 0.6 if slow else 1.0
-
-    def take(self, part: Mapping[int, int]) -> None:
-        """Choose so for a part, if all of it together fits and costs less than the best."""
-        assert self._found.choice is not None
-        choice = {**self._found.choice, **part}
-        cost = self._network.cost(choice)
-        if cost < self._found.cost and _fits(self._network, self._network.memory.profile(choice)):
-            self._found.choice, self._found.cost = choice, cost
-
-
-def _part(network: ReducedNetwork, seed: int, likely: Mapping[int, Array], most: float) -> set[int]:
-    """The nodes nearest to one, so many that the pairs of their likely strategies come to a number."""
-    chosen, total = set[int](), 0.0
-    for node in _around(network, seed):
-        count = len(likely[node])
-        total += sum(count * len(likely[other]) for other in network.neighbours[node] if other in chosen)
-        chosen.add(node)
-        if total > most:
-            break
-    return chosen
-
-
-def _around(network: ReducedNetwork, seed: int) -> Iterator[int]:
-    """Nodes by their distance."""
-    seen, front = {seed}, [seed]
-    while front:
-        yield from front
-        following = list[int]()
-        for node in front:
-            for other in network.neighbours[node]:
-                if other not in seen:
-                    seen.add(other)
-                    following.append(other)
-        front = following
-
-
-def _best_within(network: ReducedNetwork, keep: Mapping[int, Array], deadline: float) -> dict[int, int] | None:
-    try:
-        small = network.restricted(keep)
-        small.reduce(deadline)
-        if not small.costs:
-            return small.expand({})
-        outcome = IntegerProgram(small).solve(deadline)
-    except InfeasiblePlanError:
-        return None
-    return None if outcome.choice is None else small.expand(outcome.choice)

@@ -230,7 +230,7 @@ class StageExplainer:
             reason=_reason(layout, given_by, alternatives, unlimited),
             given_by=given_by,
             seconds=float(solution.cost),
-            bound_seconds=float(solution.bound),
+            bound_seconds=float(solution.lower_bound),
             limit_bytes=self.limit,
             unlimited=unlimited,
             alternatives=tuple(sorted(alternatives, key=_order)),
@@ -285,7 +285,7 @@ class StageExplainer:
             share = max(left / (len(others) - number), min(left, _PATIENCE * solution.seconds))
             answer = _answer(network, share)
             if answer is None:
-                bound = float(solution.bound) if model is self.model else None
+                bound = float(solution.lower_bound) if model is self.model else None
                 rows.append(Alternative(self._text(layout, value), bound_seconds=bound))
                 continue
             choice = list(answer.choice)
@@ -310,7 +310,7 @@ class StageExplainer:
             layout=self._text(layout, value),
             is_chosen=is_chosen,
             seconds=float(solution.cost),
-            bound_seconds=float(solution.bound),
+            bound_seconds=float(solution.lower_bound),
             communication_seconds=taken.communication_seconds,
             memory_bytes=round(solution.memory),
             memory=taken.memory,
@@ -333,7 +333,7 @@ class StageExplainer:
         if layout != chosen:
             kept = [k for k, each in enumerate(layouts) if each == chosen]
             forced = _answer(free.restricted(node, kept), max(0.0, deadline - time.monotonic()) / 2)
-            binds = forced is not None and forced.bound > float(best.cost) * (1 + _EQUAL)
+            binds = forced is not None and forced.lower_bound > float(best.cost) * (1 + _EQUAL)
         return Unlimited(self._text(layout, value), float(best.cost), round(best.memory), binds)
 
     def _notes(self, value: int) -> list[str]:

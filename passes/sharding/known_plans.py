@@ -58,7 +58,7 @@ def at_most_known(model: ShardingModel, solution: Solution | None, known: Iterab
     for plan in known:
         choice = choice_of(model, plan.shardings)
         cost = model.network.cost(choice)
-        if model.network.is_allowed(choice) and (best is None or cost < best.cost):
+        if model.network.is_feasible(choice) and (best is None or cost < best.cost):
             old = best or Solution(choice, cost, 0.0, False, 0, 0.0, {})
             best = replace(old, choice=choice, cost=cost, memory=model.network.peak(choice))
     return best

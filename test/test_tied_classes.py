@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from bactrian.passes.frame.errors import InfeasiblePlanError
-from bactrian.passes.network.colour_refinement import Classes
+from bactrian.passes.network.colour_refinement import ColourClasses
 from bactrian.passes.network.problem import CostNetwork
-from bactrian.passes.network.reductions import ReducedNetwork
+from bactrian.passes.network.reduced_network import ReducedNetwork
+from bactrian.passes.network.reductions import reduce_network
 from bactrian.passes.network.tied_classes import solve_tied
 
 
@@ -33,7 +34,7 @@ def best_tied(problem: CostNetwork) -> int | float | None:
     """All choices in which nodes of a kind do the same."""
     count = len(problem.costs) // 2
     choices = [[*pair] * count for pair in itertools.product(range(3), repeat=2)]
-    return min((problem.cost(choice) for choice in choices if problem.is_allowed(choice)), default=None)
+    return min((problem.cost(choice) for choice in choices if problem.is_feasible(choice)), default=None)
 
 
 @pytest.mark.parametrize("tight", [False, True])
@@ -41,7 +42,7 @@ def best_tied(problem: CostNetwork) -> int | float | None:
 def test_the_best_choice_in_which_all_of_a_kind_do_the_same(seed: int, tight: bool) -> None:
     problem = ring(seed, tight=tight)
     network = ReducedNetwork(problem)
-    assert len(Classes.of(network, 4, ()).first) == 2
+    assert len(ColourClasses.of(network, 4, ()).first) == 2
     before = network.num_strategies
     found = solve_tied(network, time.monotonic() + 60)
     best = best_tied(problem)
@@ -50,7 +51,7 @@ def test_the_best_choice_in_which_all_of_a_kind_do_the_same(seed: int, tight: bo
     else:
         assert found is not None
         choice = [found[node] for node in range(len(problem.costs))]
-        assert problem.is_allowed(choice) and problem.cost(choice) == best
+        assert problem.is_feasible(choice) and problem.cost(choice) == best
     assert network.num_strategies == before  # a copy was tied
 
 
@@ -80,5 +81,5 @@ def test_what_no_class_can_do_is_no_error() -> None:
     problem = CostNetwork(costs, costs, ((0, 1),) * 4, edges, (other,) * 4, 100)
     network = ReducedNetwork(problem)
     with pytest.raises(InfeasiblePlanError):
-        network.tied(dict.fromkeys(range(4), 0)).reduce()
+        reduce_network(network.tied(dict.fromkeys(range(4), 0)))
     assert solve_tied(network, time.monotonic() + 60) is None

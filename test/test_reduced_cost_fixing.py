@@ -1,4 +1,4 @@
-"""Programs that get narrower: what is said of each strategy and pair holds, and the answers are the best ones."""
+"""Reduced-cost fixing: min-marginals are lower bounds, and the answers are the best ones."""
 
 from __future__ import annotations
 
@@ -14,79 +14,80 @@ from bactrian.passes.frame.errors import InfeasiblePlanError
 from bactrian.passes.network import reduced_cost_fixing
 from bactrian.passes.network import solver as solving
 from bactrian.passes.network.milp import IntegerProgram
-from bactrian.passes.network.min_marginals import Marginals, Prices
+from bactrian.passes.network.min_marginals import DualMultipliers, MinMarginals
 from bactrian.passes.network.problem import CostNetwork
-from bactrian.passes.network.reductions import ReducedNetwork
+from bactrian.passes.network.reduced_network import ReducedNetwork
+from bactrian.passes.network.reductions import forbid
 from bactrian.passes.network.solver import solve
-from bactrian.passes.network.trws import Messages, first_prices
+from bactrian.passes.network.trws import MessagePassing, trws_multipliers
 
 
 @pytest.fixture(autouse=True)
-def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+def small_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small networks take the way of large ones."""
     monkeypatch.setattr(solving, "elimination_order", lambda network: None)
     monkeypatch.setattr(reduced_cost_fixing, "_FIRST_PAIRS", 3)
     monkeypatch.setattr(reduced_cost_fixing, "_FEW_PAIRS", 3)
 
 
-def drawn(network: ReducedNetwork, seed: int) -> Prices:
-    """Any prices."""
+def any_multipliers(network: ReducedNetwork, seed: int) -> DualMultipliers:
+    """Any multipliers."""
     random = np.random.default_rng(seed)
     moved = {
         pair: (random.integers(-9, 9, matrix.shape[0]) / 1.0, random.integers(-9, 9, matrix.shape[1]) / 1.0)
         for pair, matrix in network.pairs.items()
     }
     times = len(network.memory.times)
-    places = random.choice(times, min(2, times), replace=False).tolist()
-    return Prices(moved, {place: float(random.random()) for place in places})
+    points = random.choice(times, min(2, times), replace=False).tolist()
+    return DualMultipliers(moved, {point: float(random.random()) for point in points})
 
 
 def feasible(count: int) -> Iterator[tuple[int, CostNetwork, ReducedNetwork]]:
-    """Random networks of so many seeds, those that have an allowed choice."""
+    """Random networks of so many seeds, those that have a feasible choice."""
     for seed in range(count):
         problem = random_network(seed)
         if brute_force(problem) is not None:
             network = ReducedNetwork(problem)
-            network.forbid()
+            forbid(network)
             yield seed, problem, network
 
 
-def prices_of(network: ReducedNetwork, source: str, seed: int) -> Prices | None:
+def multipliers_of(network: ReducedNetwork, source: str, seed: int) -> DualMultipliers | None:
     if source == "any":
-        return drawn(network, seed)
+        return any_multipliers(network, seed)
     if source == "messages":
-        return first_prices(network, time.monotonic() + 60)
+        return trws_multipliers(network, time.monotonic() + 60)
     try:
-        return IntegerProgram(network).relax(time.monotonic() + 60).prices
+        return IntegerProgram(network).relax(time.monotonic() + 60).duals
     except InfeasiblePlanError:
         return None
 
 
 @pytest.mark.parametrize("source", ["any", "messages", "program"])
-def test_no_choice_costs_less_than_is_said(source: str) -> None:
+def test_no_choice_costs_less_than_its_min_marginals(source: str) -> None:
     checked = 0
     for seed, problem, network in feasible(120):
-        prices = prices_of(network, source, seed)
-        assert prices is not None
-        marginals = Marginals(network, prices)
+        multipliers = multipliers_of(network, source, seed)
+        assert multipliers is not None
+        bounds = MinMarginals(network, multipliers)
         nodes = list(network.costs)
         for values in itertools.product(*(range(len(network.costs[node])) for node in nodes)):
             choice = dict(zip(nodes, values, strict=True))
-            if not problem.is_allowed(in_order(network.expand(choice))):
+            if not problem.is_feasible(in_order(network.expand(choice))):
                 continue
-            above = network.cost(choice) - marginals.bound
-            said = [float(marginals.nodes[node][choice[node]]) for node in nodes]
-            said += [float(excess[choice[i], choice[j]]) for (i, j), excess in marginals.pairs.items()]
+            above = network.cost(choice) - bounds.lower_bound
+            said = [float(bounds.nodes[node][choice[node]]) for node in nodes]
+            said += [float(above_bound[choice[i], choice[j]]) for (i, j), above_bound in bounds.pairs.items()]
             assert max(said, default=0.0) <= above * (1 + 1e-9) + 1e-9
             checked += 1
     assert checked > 1000
 
 
-def test_the_bound_of_messages_is_that_of_their_prices() -> None:
+def test_the_bound_of_messages_is_that_of_their_multipliers() -> None:
     for _, _, network in feasible(60):
-        messages = Messages(network)
+        messages = MessagePassing(network)
         bound = max(messages.sweep() for _ in range(3))
-        assert Marginals(network, messages.prices()).bound == pytest.approx(bound, rel=1e-9, abs=1e-6)
+        assert MinMarginals(network, messages.multipliers()).lower_bound == pytest.approx(bound, rel=1e-9, abs=1e-6)
 
 
 def test_equals_brute_force() -> None:
@@ -108,4 +109,4 @@ def test_dense_networks(kind: type) -> None:
         problem = CostNetwork(costs[0], usages, problem.intervals, problem.edges, costs[1], limit)
         solution = solve(problem)
         assert solution.optimal and solution.cost == pytest.approx(brute_force(problem), rel=1e-9)
-        assert problem.is_allowed(solution.choice)
+        assert problem.is_feasible(solution.choice)

@@ -12,15 +12,16 @@ import pytest
 from bactrian.passes.frame.errors import ConfigError, InfeasiblePlanError
 from bactrian.passes.network import lifted_lp
 from bactrian.passes.network import solver as solving
-from bactrian.passes.network.hash_consing import Interner
+from bactrian.passes.network.hash_consing import HashConsing
 from bactrian.passes.network.problem import CostNetwork
-from bactrian.passes.network.reductions import ReducedNetwork
+from bactrian.passes.network.reduced_network import ReducedNetwork
+from bactrian.passes.network.reductions import contract, forbid, forbid_by_memory, normalise
 from bactrian.passes.network.solver import Solution, solve
 
 
 @pytest.fixture(autouse=True)
 def by_programs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small networks are not solved by tables here (test_tables.py)."""
+    """Small networks are not solved by tables here (test_bucket_elimination.py)."""
     monkeypatch.setattr(solving, "elimination_order", lambda network: None)
 
 
@@ -94,16 +95,16 @@ def test_bounds_and_proofs(seeds: range, monkeypatch: pytest.MonkeyPatch) -> Non
         assert best.optimal
         tolerance = 0 if isinstance(best.cost, int) else 1e-8 * abs(best.cost)
         network = ReducedNetwork(problem)
-        network.forbid()
-        network.forbid_by_memory()
-        network.normalise()
+        forbid(network)
+        forbid_by_memory(network)
+        normalise(network)
         found = lifted_lp.solve_lifted(network, time.monotonic() + 30)
         if found is not None:
             tried += 1
-            assert found.bound <= best.cost + tolerance
+            assert found.lower_bound <= best.cost + tolerance
             if found.choice is not None:
                 choice = [found.choice[node] for node in range(len(problem.costs))]
-                assert problem.is_allowed(choice)
+                assert problem.is_feasible(choice)
                 assert problem.cost(choice) >= best.cost - tolerance
                 if found.optimal:
                     proved += 1
@@ -116,15 +117,15 @@ def test_bounds_and_proofs(seeds: range, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_equal_arrays_are_one() -> None:
-    arrays = Interner()
-    first, second = arrays.array(np.arange(6.0).reshape(2, 3)), arrays.array(np.arange(6.0).reshape(2, 3))
+    arrays = HashConsing()
+    first, second = arrays.unique(np.arange(6.0).reshape(2, 3)), arrays.unique(np.arange(6.0).reshape(2, 3))
     assert first is second
-    assert arrays.turned(arrays.turned(first)) is first
-    assert arrays.array(np.arange(6).reshape(2, 3)) is not first  # integers are others
+    assert arrays.transposed(arrays.transposed(first)) is first
+    assert arrays.unique(np.arange(6).reshape(2, 3)) is not first  # integers are others
     calls = list[int]()
     for _ in range(2):
-        made = arrays.made("double", lambda values: calls.append(1) or 2 * values, first)
-        assert made is arrays.array(2 * np.arange(6.0).reshape(2, 3))
+        made = arrays.apply("double", lambda values: calls.append(1) or 2 * values, first)
+        assert made is arrays.unique(2 * np.arange(6.0).reshape(2, 3))
     assert len(calls) == 1
 
 
@@ -136,7 +137,7 @@ def test_a_restricted_copy_leaves_the_network_alone() -> None:
     network = ReducedNetwork(problem)
     before = network.memory.profile({0: 1, 1: 1})
     small = network.restricted({1: np.array([0, 1])})
-    small.contract()
+    contract(small)
     assert len(small.costs) == 1
     np.testing.assert_array_equal(network.memory.profile({0: 1, 1: 1}), before)
     assert before.max() == problem.peak([1, 1])
@@ -156,5 +157,5 @@ def test_no_time_after_a_choice_without_proof() -> None:
             solution = solve(problem, 0.02 + 0.002 * (seed % 40))
         except (ConfigError, InfeasiblePlanError):
             continue
-        assert problem.is_allowed(solution.choice)
-        assert solution.bound <= solution.cost * (1 + 1e-9)
+        assert problem.is_feasible(solution.choice)
+        assert solution.lower_bound <= solution.cost * (1 + 1e-9)
