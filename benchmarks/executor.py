@@ -11,18 +11,19 @@ sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent.par
 
 import jax
 import numpy as np
+from jax.sharding import SingleDeviceSharding
 from staged_programs import chain
 
 from bactrian.runtime.executor import Executor, run_together
 from bactrian.runtime.instruction_builder import build_lists
 from bactrian.runtime.instructions import Run
-from bactrian.runtime.transports.interface import LocalNetwork
+from bactrian.runtime.transports.in_process import LocalNetwork
 
 
 def main(stages: int = 4, microbatches: int = 32, steps: int = 20) -> None:
     """Print microseconds per instruction, with calls that give ready-made arrays, moves on one device included."""
     lists = build_lists(chain(stages, microbatches), tuple(range(stages)))
-    network, device = LocalNetwork(), jax.devices()[0]
+    network, device = LocalNetwork(), SingleDeviceSharding(jax.devices()[0])
     ready = jax.device_put(np.float32(0), device)
     counts = {x.function: len(x.outputs) for one in lists for x in one.instructions if isinstance(x, Run)}
     functions = {name: (lambda arrays, made=[ready] * n: made) for name, n in counts.items()}

@@ -20,6 +20,7 @@ prepare()
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import SingleDeviceSharding
 
 from bactrian.passes.schedules.gpipe import GPipe
 from bactrian.runtime.executor import Executor
@@ -83,7 +84,7 @@ def main() -> None:
 
     def step(helper: bool, nap: float) -> Callable[[], None]:
         transport = MpiTransport(comm, helper=helper, nap_seconds=(min(nap, 0.5e-3), nap))
-        run = Executor(one, functions, lambda slot: jax.devices()[0], transport)
+        run = Executor(one, functions, lambda slot: SingleDeviceSharding(jax.devices()[0]), transport)
 
         def function() -> None:
             run.step([], batch)

@@ -227,8 +227,7 @@ def measure_pipeline(args: argparse.Namespace) -> dict[str, Any]:
                 if number:
                     timed += times
                     own.append(list(seconds))
-    comm = compiled.session.world.comm
-    by_rank = comm.allgather(own) if comm is not None else [own]  # rank, step, call
+    by_rank = compiled.session.world.control.allgather(own)  # rank, step, call
     lists = [[x for x in each.instructions if hasattr(x, "function")] for each in compiled.session.lists]
     ideals = [ideal_seconds(lists, calls) for calls in zip(*by_rank, strict=True)]
     medians = [median_of_functions(runs, steps) for runs, steps in zip(lists, by_rank, strict=True)]

@@ -333,7 +333,7 @@ class Traced:
             BactrianError: as `plan` does, on every rank; or ranks have other programs or options.
         """
         world, mesh = World.current(), self._mesh()
-        if world.comm is None or num_devices(mesh) == 1:
+        if world.num_ranks == 1 or num_devices(mesh) == 1:
             return self.plan()
         staged = staged_together(lambda: self.plan().staged, self.fingerprint, self.options, mesh, world)
         return Planned(self.captured, staged, is_shared=True)

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from dataclasses import dataclass, field
+from typing import TypeVar
 
 from bactrian.passes.frame.errors import BactrianError, ConfigError
+from bactrian.runtime.control import Control, MpiControl, SingleProcess
 
 T = TypeVar("T")
-_LOOK_SECONDS = 0.01
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among its peers: ``comm`` is the MPI communicator, or None in a single process."""
+    """This process among its peers."""
 
-    rank: int = 0
-    num_ranks: int = 1
-    comm: Any = None
+    control: Control = field(default_factory=SingleProcess)
+
+    @property
+    def rank(self) -> int:
+        """This process's number."""
+        return self.control.rank
+
+    @property
+    def num_ranks(self) -> int:
+        """How many processes there are."""
+        return self.control.size
 
     @classmethod
     def current(cls) -> World:
@@ -43,7 +50,7 @@ class World:
                 why="mpi4py was loaded with another MPI than the mpirun that started it",
                 fix="install the mpi4py extra that belongs to your mpirun, one of openmpi and mpich",
             )
-        return cls(comm.Get_rank(), comm.Get_size(), comm)
+        return cls(MpiControl(comm))
 
     def check_equal(self, what: Mapping[str, str]) -> None:
         """Refuse to go on if ranks differ in anything of ``what`` (collective).
@@ -51,9 +58,9 @@ class World:
         Raises:
             ConfigError: names the first difference and the ranks.
         """
-        if self.comm is None:
+        if self.num_ranks == 1:
             return
-        everyone: list[dict[str, str]] = self.comm.allgather(dict(what))
+        everyone: list[dict[str, str]] = self.control.allgather(dict(what))
         for name in dict.fromkeys(name for entry in everyone for name in entry):  # one may be elsewhere in its script
             values = [entry.get(name, "none") for entry in everyone]
             odd = [rank for rank, value in enumerate(values) if value != values[0]]
@@ -71,7 +78,7 @@ class World:
         Raises:
             BactrianError: what ``make`` raised.
         """
-        if self.comm is None:
+        if self.num_ranks == 1:
             return make()
         made: T | BactrianError | None = None
         if self.rank == 0:
@@ -79,10 +86,8 @@ class World:
                 made = make()
             except BactrianError as error:
                 made = error
-        arrived = self.comm.Ibarrier()
-        while not arrived.Test():
-            time.sleep(_LOOK_SECONDS)
-        given: T | BactrianError = self.comm.bcast(made)
+        self.control.barrier()
+        given: T | BactrianError = self.control.broadcast(made)
         if isinstance(given, BactrianError):
             raise given
         return given

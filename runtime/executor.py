@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import ml_dtypes
 import numpy as np
-from jax.sharding import Sharding, SingleDeviceSharding
+from jax.sharding import Sharding
 
 from bactrian.passes.frame.errors import RuntimeFault
 from bactrian.runtime import faults, rank_lifecycle
@@ -35,7 +35,6 @@ from bactrian.runtime.transports.interface import (
     DeviceArray,
     Handle,
     PartsTransport,
-    Place,
     Transport,
     WouldBlock,
     device_array,
@@ -55,7 +54,7 @@ class Executor:
         rank_list: what to do.
         functions: the compiled stage functions by symbol; each takes and gives a list of arrays, and donates what its
             `Run` says.
-        place: device or sharding of a slot.
+        place: where the array of a slot lives.
         transport: how values travel.
         tracer: records times; makes every call wait for its results.
         meter: counts what is held after every instruction.
@@ -70,7 +69,7 @@ class Executor:
         self,
         rank_list: RankList,
         functions: Mapping[str, Function],
-        place: Callable[[Slot], Place],
+        place: Callable[[Slot], Sharding],
         transport: Transport,
         *,
         tracer: Tracer | None = None,
@@ -81,15 +80,7 @@ class Executor:
         self._device_array, self._inline = device_array, inline
         self.list, self.functions, self.transport = rank_list, functions, transport
         self.tracer, self.meter = tracer, meter
-        cache: dict[Place, Sharding] = {}
-
-        def placed(spec: Slot) -> Sharding:
-            where = place(spec)
-            if where not in cache:
-                cache[where] = where if isinstance(where, Sharding) else SingleDeviceSharding(where)
-            return cache[where]
-
-        self.places = tuple(placed(spec) for spec in rank_list.slots)
+        self.places = tuple(place(spec) for spec in rank_list.slots)
         self.at = 0
         self.num_steps = 0
         self._env: Environment = []

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 
+from bactrian.runtime.control import Control
 from bactrian.runtime.instructions import Arrive, Forward, Instruction, RankList, Recv, Run, Send
 
 Event = dict[str, Any]
@@ -75,28 +76,26 @@ class Tracer:
             self.events.append({**event, "id": f"{flow[1]}#{count}", **extra})
 
 
-def gather_traces(tracer: Tracer, comm: Any = None) -> list[Event]:
+def gather_traces(tracer: Tracer, control: Control) -> list[Event]:
     """All ranks' events on rank 0's clock (collective); on other ranks, nothing."""
-    if comm is None or comm.Get_size() == 1:
-        return tracer.events
-    offset = _clock_offset(comm)
+    offset = _clock_offset(control)
     shifted = [{**event, "ts": event["ts"] + offset} for event in tracer.events]
-    gathered = comm.gather(shifted, root=0)
-    return [event for events in gathered or [] for event in events]
+    gathered = control.allgather(shifted)
+    return [event for events in gathered for event in events] if control.rank == 0 else []
 
 
-def _clock_offset(comm: Any, rounds: int = 20) -> float:
+def _clock_offset(control: Control, rounds: int = 20) -> float:
     """Rank 0's clock minus this rank's, in microseconds: the middle of the quickest of a few round trips."""
-    rank, offset, quickest = comm.Get_rank(), 0.0, float("inf")
-    for peer in range(1, comm.Get_size()):
+    offset, quickest = 0.0, float("inf")
+    for peer in range(1, control.size):
         for _ in range(rounds):
-            if rank == 0:
-                comm.recv(source=peer, tag=1)
-                comm.send(time.perf_counter_ns() / 1e3, dest=peer, tag=1)
-            elif rank == peer:
+            if control.rank == 0:
+                control.receive(peer)
+                control.send(time.perf_counter_ns() / 1e3, peer)
+            elif control.rank == peer:
                 begin = time.perf_counter_ns() / 1e3
-                comm.send(None, dest=0, tag=1)
-                there = comm.recv(source=0, tag=1)
+                control.send(None, 0)
+                there = control.receive(0)
                 end = time.perf_counter_ns() / 1e3
                 if end - begin < quickest:
                     quickest, offset = end - begin, there - (begin + end) / 2

@@ -14,9 +14,11 @@ prepare()
 
 import jax
 import numpy as np
+from jax.sharding import SingleDeviceSharding
 from staged_programs import chain, chain_arguments, chain_functions, run_serially
 
 from bactrian.runtime import faults
+from bactrian.runtime.control import MpiControl
 from bactrian.runtime.executor import Executor
 from bactrian.runtime.instruction_builder import build_lists
 from bactrian.runtime.instruction_checks import check_lists
@@ -36,7 +38,11 @@ def main() -> None:
     sys.argv = [a for a in sys.argv if a != "--poll"]
     tracer = Tracer() if len(sys.argv) > 4 else None
     run = Executor(
-        lists[comm.Get_rank()], chain_functions(stages), lambda slot: jax.devices()[0], transport, tracer=tracer
+        lists[comm.Get_rank()],
+        chain_functions(stages),
+        lambda slot: SingleDeviceSharding(jax.devices()[0]),
+        transport,
+        tracer=tracer,
     )
     arguments = list(chain_arguments(stages, microbatches))
     pieces = [jax.device_put(arguments[a.argument], may_alias=False) for a in run.list.arguments]
@@ -53,7 +59,7 @@ def main() -> None:
     if tracer is not None or steps != 2:  # else the interpreter's end has to do it
         transport.close()
     if tracer is not None:
-        events = gather_traces(tracer, comm)
+        events = gather_traces(tracer, MpiControl(comm))
         if comm.Get_rank() == 0:
             write_trace(sys.argv[4], events)
     print(f"rank {comm.Get_rank()} done", flush=True)

@@ -10,9 +10,10 @@ import pytest
 from jax.sharding import SingleDeviceSharding
 
 import bactrian
-from bactrian.driver.arrays.distributed_array import DistributedArray, SingleProcess
+from bactrian.driver.arrays.distributed_array import DistributedArray
 from bactrian.driver.arrays.placement import Placement
 from bactrian.passes.frame.errors import BactrianError, ProgramError
+from bactrian.runtime.control import SingleProcess
 
 
 def placement(number=0, path="state['w']", value=None, stages=(0, 1), **options):
@@ -98,7 +99,7 @@ def step_of(*values):
         placement(i, f"state[{i}]", v, key_impl=jax.random.key_impl(v) if isinstance(v, jax.Array) else None)
         for i, v in enumerate(values)
     ]
-    return SimpleNamespace(placements=placements, communicator=SingleProcess())
+    return SimpleNamespace(placements=placements, control=SingleProcess())
 
 
 def test_put_is_the_inverse_of_gather():
@@ -131,7 +132,7 @@ class FakeRank:
     def __init__(self, rank, size, sent):
         self.rank, self.size, self._sent = rank, size, sent
 
-    def broadcast(self, array, root):
+    def broadcast_array(self, array, root):
         if self.rank == root:
             self._sent.append(array.copy())
         else:

@@ -9,15 +9,17 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from jax.sharding import SingleDeviceSharding
 from staged_programs import chain, chain_arguments, chain_functions, run_serially
 
 from bactrian.passes.frame.errors import RuntimeFault
+from bactrian.runtime.control import SingleProcess
 from bactrian.runtime.executor import Executor, Meter, run_together
 from bactrian.runtime.instruction_builder import build_lists
 from bactrian.runtime.instruction_checks import check_lists
 from bactrian.runtime.staged_program import StagedProgram
 from bactrian.runtime.timeline import Tracer, gather_traces, write_trace
-from bactrian.runtime.transports.interface import LocalNetwork
+from bactrian.runtime.transports.in_process import LocalNetwork
 
 
 def executors(
@@ -28,7 +30,13 @@ def executors(
     network, functions = LocalNetwork(), chain_functions(program.num_stages)
     where = devices or list(range(program.num_stages))
     return [
-        Executor(one, functions, lambda slot: jax.devices()[where[slot.stage]], network.transport(one.rank), **more)
+        Executor(
+            one,
+            functions,
+            lambda slot: SingleDeviceSharding(jax.devices()[where[slot.stage]]),
+            network.transport(one.rank),
+            **more,
+        )
         for one in lists
     ]
 
@@ -127,7 +135,7 @@ def test_one_list_of_several_can_not_run_alone() -> None:
 def test_a_missing_function_is_named() -> None:
     (one,) = build_lists(chain(1, 1), (0,))
     with pytest.raises(RuntimeFault, match=r"stage0\.initialize was not compiled"):
-        Executor(one, {}, lambda slot: jax.devices()[0], LocalNetwork().transport(0))
+        Executor(one, {}, lambda slot: SingleDeviceSharding(jax.devices()[0]), LocalNetwork().transport(0))
 
 
 def test_the_wrong_number_of_pieces_is_refused() -> None:
@@ -141,7 +149,7 @@ def test_trace(tmp_path: Path) -> None:
     runs = executors(chain(2, 3), (0, 1), tracer=tracer)
     arguments = chain_arguments(2, 3)
     run_together(runs, pieces_of(runs, list(arguments)), {3: arguments[-1]})
-    write_trace(tmp_path / "trace.json", gather_traces(tracer))
+    write_trace(tmp_path / "trace.json", gather_traces(tracer, SingleProcess()))
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     assert {"stage0.forward m2", "stage1.forward_backward m0"} <= {e["name"] for e in events}
     starts = {e["id"]: e["ts"] for e in events if e["ph"] == "s"}

@@ -125,9 +125,9 @@ def test_ranks_that_found_other_layouts_take_those_of_rank_0(tmp_path: Path) -> 
 found = make(strategy="zero3" if world.rank else "data").trace(w, x).plan()
 stages = [replace(s, sharding=replace(s.sharding, strategy="auto")) for s in found.plan.stages]
 found.staged.plan = replace(found.plan, stages=tuple(stages))
-assert len(set(world.comm.allgather(found.staged_text))) == 2
+assert len(set(world.control.allgather(found.staged_text))) == 2
 compiled = found.compile()
-assert len(set(world.comm.allgather(compiled.plan.to_json()))) == 1
+assert len(set(world.control.allgather(compiled.plan.to_json()))) == 1
 assert world.rank or compiled.plan == found.plan
 check(compiled)
 print("equal")

@@ -13,6 +13,7 @@ from bactrian.driver.ranks import World
 from bactrian.driver.run.distributed_meshes import devices_of_ranks, ranks_per_mesh
 from bactrian.driver.run.session import stage_ranks
 from bactrian.passes.frame.errors import ConfigError
+from bactrian.runtime.control import SingleProcess
 
 MESH = (("data", 2), ("model", 2))
 
@@ -40,9 +41,16 @@ def joined(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return shares
 
 
+class Ranks(SingleProcess):
+    """One of several ranks, of which only this one is there."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        self.rank, self.size = rank, size
+
+
 def ask(meshes: Sequence[tuple[tuple[str, int], ...]], num_ranks: int, each: int, rank: int = 0) -> int:
     """`ranks_per_mesh` on one of so many ranks."""
-    return ranks_per_mesh(meshes, World(rank, num_ranks, object()), [None] * each)
+    return ranks_per_mesh(meshes, World(Ranks(rank, num_ranks)), [None] * each)
 
 
 def test_ranks_that_a_mesh_takes(joined: list[int]) -> None:

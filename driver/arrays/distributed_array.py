@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -11,56 +11,7 @@ import numpy as np
 from bactrian.driver.arrays.placement import Placement
 from bactrian.driver.source import line_here
 from bactrian.passes.frame.errors import BactrianError, ProgramError
-
-_CHUNK_BYTES = 1 << 30  # MPI counts are 32 bits
-
-
-class Communicator(Protocol):
-    """What ``gather`` needs of the ranks of a job."""
-
-    rank: int
-    size: int
-
-    def broadcast(self, array: np.ndarray[Any, Any], root: int) -> None:
-        """Fills ``array`` on every rank with the root's. Collective."""
-        ...
-
-    def allgather(self, value: Any) -> list[Any]:
-        """Every rank's ``value``, by rank. Collective."""
-        ...
-
-
-class SingleProcess:
-    """The communicator of a job of one process."""
-
-    rank = 0
-    size = 1
-
-    def broadcast(self, array: np.ndarray[Any, Any], root: int) -> None:
-        """Does nothing: the root is the only rank."""
-
-    def allgather(self, value: Any) -> list[Any]:
-        """The one value."""
-        return [value]
-
-
-class MPI:
-    """A communicator over an mpi4py one."""
-
-    def __init__(self, comm: Any) -> None:
-        self._comm = comm
-        self.rank: int = comm.Get_rank()
-        self.size: int = comm.Get_size()
-
-    def broadcast(self, array: np.ndarray[Any, Any], root: int) -> None:
-        """Broadcasts the bytes, whatever the dtype."""
-        data = array.reshape(-1).view(np.uint8)
-        for start in range(0, data.size, _CHUNK_BYTES):
-            self._comm.Bcast(data[start : start + _CHUNK_BYTES], root=root)
-
-    def allgather(self, value: Any) -> list[Any]:
-        """Gathers pickled values."""
-        return self._comm.allgather(value)
+from bactrian.runtime.control import Control, SingleProcess
 
 
 class DistributedArray:
@@ -70,15 +21,13 @@ class DistributedArray:
     ``donate`` on what they consume.
     """
 
-    __slots__ = ("communicator", "donated_by", "pieces", "placement")
+    __slots__ = ("control", "donated_by", "pieces", "placement")
     __array_priority__ = 1000  # numpy asks us first, and is refused
 
-    def __init__(
-        self, placement: Placement, pieces: Mapping[int, jax.Array], communicator: Communicator | None = None
-    ) -> None:
+    def __init__(self, placement: Placement, pieces: Mapping[int, jax.Array], control: Control | None = None) -> None:
         self.placement = placement
         self.pieces: dict[int, jax.Array] = dict(pieces)
-        self.communicator: Communicator = communicator or SingleProcess()
+        self.control: Control = control or SingleProcess()
         self.donated_by: str | None = None
 
     @property
@@ -161,10 +110,10 @@ class DistributedArray:
         return f"DistributedArray({', '.join(part for part in parts if part)})"
 
 
-def of_pieces(placement: Placement, pieces: dict[int, jax.Array], communicator: Communicator) -> DistributedArray:
+def of_pieces(placement: Placement, pieces: dict[int, jax.Array], control: Control) -> DistributedArray:
     """A distributed array without a copy of ``pieces``: a step makes one for every leaf of its state."""
     array = DistributedArray.__new__(DistributedArray)
-    array.placement, array.pieces, array.communicator, array.donated_by = placement, pieces, communicator, None
+    array.placement, array.pieces, array.control, array.donated_by = placement, pieces, control, None
     return array
 
 

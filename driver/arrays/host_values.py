@@ -9,12 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bactrian.driver.arrays.distributed_array import Communicator, DistributedArray
+from bactrian.driver.arrays.distributed_array import DistributedArray
 from bactrian.driver.arrays.leaf_types import is_array, is_key, physical
 from bactrian.driver.arrays.placement import Placement
 from bactrian.driver.source import line_here
 from bactrian.driver.xla.compile_stage import device_array
 from bactrian.passes.frame.errors import ProgramError
+from bactrian.runtime.control import Control
 
 
 class PlacedStep(Protocol):
@@ -26,7 +27,7 @@ class PlacedStep(Protocol):
         ...
 
     @property
-    def communicator(self) -> Communicator:
+    def control(self) -> Control:
         """The ranks that the step runs on."""
         ...
 
@@ -55,7 +56,7 @@ def put(tree: Any, step: PlacedStep, *, argnum: int | None = None) -> Any:
     placements = _placements_of([leaves[i] for i in positions], step, argnum)
     for i, placement in zip(positions, placements, strict=True):
         if not isinstance(leaves[i], DistributedArray):
-            leaves[i] = _to_devices(leaves[i], placement, step.communicator)
+            leaves[i] = _to_devices(leaves[i], placement, step.control)
     return jax.tree.unflatten(treedef, leaves)
 
 
@@ -73,33 +74,33 @@ def _to_host(leaf: Any) -> Any:
 
 def physical_values(array: DistributedArray) -> np.ndarray[Any, Any]:
     """The values of the first stage's copy, on every rank."""
-    comm, stage = array.communicator, array.stages[0]
+    control, stage = array.control, array.stages[0]
     ranks = array.placement.ranks.get(stage, (0,))
     piece = array.pieces.get(stage)
-    if comm.size == 1 or (len(ranks) == comm.size and piece is not None and piece.is_fully_replicated):
+    if control.size == 1 or (len(ranks) == control.size and piece is not None and piece.is_fully_replicated):
         assert piece is not None
         return np.asarray(piece)
     carried = physical(array.placement.shape, array.placement.dtype)
     values = np.empty(carried.shape, carried.dtype)
     if len(ranks) == 1:
-        if comm.rank == ranks[0]:
+        if control.rank == ranks[0]:
             assert piece is not None
             values = np.array(piece, order="C")
-        comm.broadcast(values, ranks[0])
+        control.broadcast_array(values, ranks[0])
         return values
-    return _gathered(values, piece, comm)
+    return _gathered(values, piece, control)
 
 
-def whole_value(array: jax.Array, communicator: Communicator) -> np.ndarray[Any, Any]:
+def whole_value(array: jax.Array, control: Control) -> np.ndarray[Any, Any]:
     """The values of an array on a mesh of several ranks, on each of them. Collective."""
-    return _gathered(np.empty(array.shape, array.dtype), array, communicator)
+    return _gathered(np.empty(array.shape, array.dtype), array, control)
 
 
-def _gathered(values: np.ndarray[Any, Any], piece: jax.Array | None, comm: Communicator) -> np.ndarray[Any, Any]:
+def _gathered(values: np.ndarray[Any, Any], piece: jax.Array | None, control: Control) -> np.ndarray[Any, Any]:
     """Fill ``values`` with what the mesh's ranks hold: each sends the shards that it is the first to hold."""
     held = piece.addressable_shards if piece is not None else []
     shards = [(shard.index, np.asarray(shard.data)) for shard in held if shard.replica_id == 0]
-    for part in comm.allgather(shards):
+    for part in control.allgather(shards):
         for index, data in part:
             values[index] = data
     return values
@@ -127,8 +128,8 @@ def _shape_dtype(leaf: Any) -> tuple[tuple[int, ...], Any]:
     return tuple(value.shape), dtype
 
 
-def _to_devices(leaf: Any, placement: Placement, communicator: Communicator) -> DistributedArray:
+def _to_devices(leaf: Any, placement: Placement, control: Control) -> DistributedArray:
     value = np.asarray(jax.random.key_data(leaf)) if is_key(getattr(leaf, "dtype", None)) else np.asarray(leaf)
     value = value.astype(physical(placement.shape, placement.dtype).dtype, copy=False)
     pieces = {stage: device_array(value, sharding, True) for stage, sharding in placement.shardings.items()}
-    return DistributedArray(placement, pieces, communicator)
+    return DistributedArray(placement, pieces, control)

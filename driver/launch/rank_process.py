@@ -85,8 +85,9 @@ def main() -> None:
         _fail_elsewhere(reporter, script)
         if os.environ.get(DISTRIBUTED_VARIABLE) == "1":
             from bactrian.driver.run.distributed_meshes import join_ranks  # starts jax's import
+            from bactrian.runtime.control import MpiControl
 
-            join_ranks(rank_lifecycle.start_mpi())
+            join_ranks(MpiControl(rank_lifecycle.start_mpi()))
         run_script(script, arguments)
     except SystemExit as error:
         codes[0], text = exit_status(error)

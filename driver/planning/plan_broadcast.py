@@ -59,9 +59,9 @@ def staged_together(make: Callable[[], Staged], fingerprint: str, options: Optio
 
 def with_layouts_of_main(staged: Staged, world: World) -> Staged:
     """The staged program of rank 0, where ranks that decided the same found other layouts (collective)."""
-    if world.comm is None or all(num_devices(stage.mesh) == 1 for stage in staged.plan.stages):
+    if world.num_ranks == 1 or all(num_devices(stage.mesh) == 1 for stage in staged.plan.stages):
         return staged
-    digests: list[str] = world.comm.allgather(fingerprint_text(f"{staged.plan.to_json()}\n{staged.text}"))
+    digests: list[str] = world.control.allgather(fingerprint_text(f"{staged.plan.to_json()}\n{staged.text}"))
     if len(set(digests)) == 1:
         return staged
     received = world.of_main(lambda: _pack(staged))

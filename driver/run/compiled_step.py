@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bactrian.driver.arrays.distributed_array import MPI, Communicator, DistributedArray, SingleProcess, of_pieces
+from bactrian.driver.arrays.distributed_array import DistributedArray, of_pieces
 from bactrian.driver.arrays.host_values import physical_values, whole_value
 from bactrian.driver.arrays.leaf_types import is_array
 from bactrian.driver.arrays.placement import Placement
@@ -34,8 +34,7 @@ class Compiled:
 
     def __init__(self, captured: Captured, session: Session) -> None:
         self.captured, self.session = captured, session
-        self.communicator: Communicator = SingleProcess() if session.world.comm is None else MPI(session.world.comm)
-        self._mesh_communicator = None if session.mesh_comm is None else MPI(session.mesh_comm)
+        self.control = session.world.control
         program = session.staged.program
         arguments: dict[int, dict[int, int]] = {}  # argument -> stage -> value there
         for piece in program.arguments:
@@ -154,7 +153,7 @@ class Compiled:
 
     def _run(self, pieces: Sequence[jax.Array], leaves: Sequence[Any], donated: Sequence[DistributedArray]) -> Any:
         batch = {number: _physical(leaves[number]) for number in self._batch}
-        if self._mesh_communicator is not None:
+        if self.session.mesh_control is not None:
             batch = {number: _addressable(leaf, "a batch argument") for number, leaf in batch.items()}
         if donated and self.session.staged.donate:
             where = line_here() or "an earlier call"
@@ -176,7 +175,7 @@ class Compiled:
         devices, places, program = self.session.devices, self.session.places, self.session.staged.program
         stages = tuple(sorted(values))
         ranks = {rank_list.rank: rank_list.stages for rank_list in self.session.lists}
-        alone = self.session.world.comm is None
+        alone = self.session.world.num_ranks == 1
         return Placement(
             argument=info.number,
             argnum=info.argnum,
@@ -257,7 +256,7 @@ class Compiled:
     def _wrap(self, outputs: Sequence[jax.Array]) -> Any:
         """The step's result: state as distributed arrays, everything else as local arrays."""
         leaves: list[Any] = []
-        communicator = self.communicator
+        control = self.control
         for info, placement, pieces in self._made:
             if placement is None:
                 leaves.append(self._local(outputs[pieces[0][1]], info))
@@ -267,7 +266,7 @@ class Compiled:
                 values = {stage: outputs[position]}
             else:
                 values = {stage: outputs[position] for stage, position in pieces} if pieces else {}
-            leaves.append(of_pieces(placement, values, communicator))
+            leaves.append(of_pieces(placement, values, control))
         return self.captured.unflatten(leaves)
 
     def _local(self, value: jax.Array, info: ResultInfo) -> jax.Array:
@@ -277,8 +276,8 @@ class Compiled:
             elif value.is_fully_addressable:
                 value = jax.device_put(value, self._home)
             else:  # every rank of the mesh does the same here
-                assert self._mesh_communicator is not None
-                value = jax.device_put(whole_value(value, self._mesh_communicator), self._home)
+                assert self.session.mesh_control is not None
+                value = jax.device_put(whole_value(value, self.session.mesh_control), self._home)
         if self._home not in value.devices():
             value = jax.device_put(value, self._home)
         return value if info.key_impl is None else jax.random.wrap_key_data(value, impl=info.key_impl)

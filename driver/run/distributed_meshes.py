@@ -11,29 +11,29 @@ import jax
 
 from bactrian.driver.xla.compile_stage import JaxDevice
 from bactrian.passes.frame.errors import ConfigError
+from bactrian.runtime.control import Control
 from bactrian.runtime.staged_program import StagedProgram
 
 _SHUTDOWN_SECONDS = 24 * 60 * 60  # ranks that are done wait for the others, as at the end of MPI
 
 
-def join_ranks(comm: Any) -> None:
+def join_ranks(control: Control) -> None:
     """Make the devices of all ranks known to each (collective), before jax starts.
 
     A rank that dies is noticed by mpirun and the launcher, which end the job; JAX's own heartbeat is what is left where
     they can't.
     """
-    rank, size = comm.Get_rank(), comm.Get_size()
     host = socket.gethostname()
-    local = "127.0.0.1" if len(set(comm.allgather(host))) == 1 else None
+    local = "127.0.0.1" if len(set(control.allgather(host))) == 1 else None
     port = 0
-    if rank == 0:
+    if control.rank == 0:
         with socket.create_server((local or "", 0)) as server:
             port = server.getsockname()[1]
-    port = comm.bcast(port)
+    port = control.broadcast(port)
     jax.distributed.initialize(
-        f"{local or comm.bcast(host)}:{port}",
-        size,
-        rank,
+        f"{local or control.broadcast(host)}:{port}",
+        control.size,
+        control.rank,
         shutdown_timeout_seconds=_SHUTDOWN_SECONDS,
         coordinator_bind_address=local and f"{local}:{port}",
     )
@@ -56,7 +56,7 @@ def ranks_per_mesh(meshes: Sequence[Sequence[tuple[str, int]]], world: Any, loca
         return 1
     stage = sizes.index(needed)
     words = ",".join(f"{name}={size}" for name, size in meshes[stage])
-    several = world.comm is not None
+    several = world.num_ranks > 1
     mesh = f"stage {stage} has a mesh of {needed} devices ({words})"
     whose = "each rank" if several else "this process"
     makes = f"bactrian run --devices {needed}, or XLA_FLAGS=--xla_force_host_platform_device_count={needed}"

@@ -27,15 +27,16 @@ from bactrian.driver.xla.compile_stage import (
 from bactrian.passes.frame.errors import ConfigError
 from bactrian.passes.ir.meshes import Axes
 from bactrian.runtime import faults
+from bactrian.runtime.control import Control
 from bactrian.runtime.executor import Executor, Meter, run_together
 from bactrian.runtime.instruction_builder import build_lists
 from bactrian.runtime.instruction_checks import Report, check_lists
 from bactrian.runtime.instructions import RankList, Slot
 from bactrian.runtime.mesh_groups import share_lists
-from bactrian.runtime.rank_lifecycle import has_own_cores, pin_cores
+from bactrian.runtime.rank_lifecycle import pin_cores
 from bactrian.runtime.staged_program import StagedProgram
 from bactrian.runtime.timeline import Tracer, gather_traces, write_trace
-from bactrian.runtime.transports.interface import InProcessTransport, LocalNetwork, Transport
+from bactrian.runtime.transports.choose import choose
 
 
 class Places:
@@ -79,7 +80,7 @@ class Session:
     functions: dict[str, CompiledFunction]
     compile_seconds: float
     places: Places
-    mesh_comm: Any = None  # of the ranks that this one shares its meshes with, if there are others
+    mesh_control: Control | None = None  # of the ranks that this one shares its meshes with, if there are others
     tracer: Tracer | None = None
     meter: Meter | None = None
     _make: Callable[..., tuple[Executor, ...]] = field(default=lambda: (), repr=False)
@@ -112,7 +113,7 @@ class Session:
         """Write what was recorded as one Chrome trace (collective; rank 0 writes)."""
         if self.tracer is None:
             raise ConfigError("nothing was traced", fix="call observe(trace=True) before the steps to be traced")
-        events = gather_traces(self.tracer, self.world.comm)
+        events = gather_traces(self.tracer, self.world.control)
         if self.world.rank == 0:
             write_trace(path, events)
 
@@ -120,7 +121,7 @@ class Session:
 def num_groups(mesh: Axes) -> int:
     """How many stages can have ranks of their own, each as many as such a mesh takes."""
     world = World.current()
-    return 1 if world.comm is None else world.num_ranks // ranks_per_mesh([mesh], world, jax.local_devices())
+    return 1 if world.num_ranks == 1 else world.num_ranks // ranks_per_mesh([mesh], world, jax.local_devices())
 
 
 def check_ranks(meshes: Sequence[Axes], world: World) -> int:
@@ -160,35 +161,25 @@ def open_session(staged: Staged, world: World) -> Session:
     program = staged.program
     local = jax.local_devices()
     shared = ranks_per_mesh(meshes_of(program), world, local)
-    num_ranks = world.num_ranks if world.comm is not None else _own_ranks(program, len(local))
+    several = world.num_ranks > 1
+    num_ranks = world.num_ranks if several else _own_ranks(program, len(local))
     groups = stage_ranks(program.num_stages, num_ranks, shared)
-    lists = share_lists(build_lists(program, groups, broadcast_results=world.comm is not None), program, shared)
+    lists = share_lists(build_lists(program, groups, broadcast_results=several), program, shared)
     report = check_lists(lists)
-    mesh_comm = None
-    if world.comm is not None:
+    mesh_control = None
+    if several:
         own = (lists[world.rank],)
         if shared > 1:
-            mesh_comm = world.comm.Split(world.rank // shared, world.rank)
+            mesh_control = world.control.split(world.rank // shared)
             local = devices_of_ranks(own[0].mesh_ranks)
         devices = {stage: _devices_of(program, stage, i, local) for i, stage in enumerate(own[0].stages)}
-        from bactrian.runtime.transports.mpi import MpiTransport
-
-        transport = MpiTransport(world.comm, own_cores=has_own_cores(), device_array=device_array)
-        if shared > 1 and not transport.has_helper:
-            raise ConfigError(
-                f"a mesh takes {shared} ranks, but this MPI lets one thread at a time use it",
-                why="messages have to go on while a rank waits in a call for the others of its mesh",
-                fix="use an MPI with MPI_THREAD_MULTIPLE, as Open MPI and MPICH from `pip` have it",
-            )
-        transports: list[Transport] = [transport]
     else:
         own = lists
         devices = {stage: _devices_of(program, stage, rank, local) for stage, rank in enumerate(groups)}
-        network = LocalNetwork()
-        transports = [InProcessTransport(network, rank_list.rank) for rank_list in own]
+    transports = choose(world.control, [rank_list.rank for rank_list in own], device_array, ranks_per_mesh=shared)
     functions, seconds = _compile(staged, devices)
     on_cores = all(device.platform == "cpu" for mesh in devices.values() for device in mesh)
-    inline = world.comm is not None and (len(pin_cores()) == 1 or shared > 1) and on_cores
+    inline = several and (len(pin_cores()) == 1 or shared > 1) and on_cores
     places = Places(program, devices)
 
     def make(tracer: Tracer | None = None, meter: Meter | None = None) -> tuple[Executor, ...]:
@@ -206,7 +197,7 @@ def open_session(staged: Staged, world: World) -> Session:
             for rank_list, transport in zip(own, transports, strict=True)
         )
 
-    return Session(staged, world, lists, report, make(), devices, functions, seconds, places, mesh_comm, _make=make)
+    return Session(staged, world, lists, report, make(), devices, functions, seconds, places, mesh_control, _make=make)
 
 
 def _own_ranks(program: StagedProgram, num_devices: int) -> int:

@@ -1,8 +1,7 @@
-"""How values travel between ranks: the interface, and the transport of lists that share one process."""
+"""How the values of a step travel between ranks: what a transport is, and how arrays come to a device."""
 
 from __future__ import annotations
 
-from collections import defaultdict, deque
 from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
@@ -13,7 +12,6 @@ from jax.sharding import Sharding
 from bactrian.runtime.box_routing import Box
 from bactrian.runtime.shard_packing import put_parts
 
-Place = jax.Device | Sharding
 # A host array at a place: `device_array`, or a faster equal.
 DeviceArray = Callable[[Any, Sharding, bool], jax.Array]
 
@@ -107,67 +105,3 @@ def device_array(view: Any, place: Sharding, copy: bool) -> jax.Array:
         return put_parts(part, host.shape, place)
     # `may_alias=False` would not do: jax copies, but perhaps only after it has returned.
     return jax.device_put(np.array(view) if copy else view, place)
-
-
-class LocalNetwork:
-    """The mailboxes of lists that run in one process. ``network.transport(rank)`` is one rank's end."""
-
-    def __init__(self) -> None:
-        self.posted: dict[tuple[int, int, int], deque[tuple[Handle, Sharding]]] = defaultdict(deque)
-        self.sent: dict[tuple[int, int, int], deque[tuple[Handle, jax.Array, bool]]] = defaultdict(deque)
-
-    def transport(self, rank: int) -> InProcessTransport:
-        """The end of one rank."""
-        return InProcessTransport(self, rank)
-
-
-class InProcessTransport:
-    """Messages between virtual devices of one process: asynchronous `jax.device_put` as soon as both ends are there.
-
-    One Python thread runs all lists in turn; a list that would wait raises `WouldBlock` and is taken up again later.
-    """
-
-    def __init__(self, network: LocalNetwork, rank: int) -> None:
-        self.network, self.rank = network, rank
-
-    def send(self, array: jax.Array, destination: int, tag: int, *, move: bool = False) -> Handle:
-        """Copy to the receiver's device if its receive is posted, else leave the array for it to find."""
-        where = self.rank, destination, tag
-        handle = Handle()
-        if self.network.posted[where]:
-            receive, place = self.network.posted[where].popleft()
-            receive.array, receive.done, handle.done = put(array, place, alias=move), True, True
-        else:
-            self.network.sent[where].append((handle, array, move))
-        return handle
-
-    def post_receive(
-        self, source: int, tag: int, shape: tuple[int, ...], dtype: str, place: Sharding, *, passing: bool = False
-    ) -> Handle:
-        """Take the value if it was sent already."""
-        del shape, dtype, passing  # the first two were proved equal to the sender's before launch
-        where = source, self.rank, tag
-        handle = Handle()
-        if self.network.sent[where]:
-            send, array, move = self.network.sent[where].popleft()
-            handle.array, handle.done, send.done = put(array, place, alias=move), True, True
-        else:
-            self.network.posted[where].append((handle, place))
-        return handle
-
-    def test(self, handle: Handle) -> bool:
-        """Whether both ends have met; XLA orders the copy itself."""
-        return handle.done
-
-    def wait(self, handle: Handle, running: jax.Array | None = None) -> Any:
-        """The received array, or `WouldBlock`."""
-        del running
-        if not handle.done:
-            raise WouldBlock
-        return handle.array
-
-    def end_step(self) -> None:
-        """Both ends of every message have met."""
-
-    def close(self) -> None:
-        """Nothing to release."""
