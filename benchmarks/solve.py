@@ -48,7 +48,7 @@ def run_case(layers: int, mesh_text: str, width: int, microbatches: int, cbc_sec
     from bactrian.driver.gc_pause import paused_collection
     from bactrian.passes import pipelines
     from bactrian.passes.frame.pipeline import run_pipeline
-    from bactrian.passes.ir.main_dataflow import main_function
+    from bactrian.passes.ir.regions import main_function
     from bactrian.passes.machine.cluster import CPU_HOST
     from bactrian.passes.machine.mesh import parse_axes
     from bactrian.passes.network.solver import solve

@@ -8,28 +8,25 @@ from typing import ClassVar
 from jaxlib.mlir import ir
 
 from bactrian.passes.frame.base import Pass, PassContext, Statistic, option
-from bactrian.passes.ir.builders import binary, scalar_i32, splat
-from bactrian.passes.ir.cloning import StageRule, clone_into_readers, copy_stage, stage_key, stage_keys
-from bactrian.passes.ir.main_dataflow import (
+from bactrian.passes.ir.attributes import (
+    ACCUMULATE,
     BACKWARD,
     INITIALIZE,
     MICROBATCH_INDEX,
     UPDATE,
-    Dataflow,
     argument_roles,
-    body,
-    boundary_words,
-    erase_dead,
-    find_boundary,
-    integer,
-    main_function,
-    make_boundary,
+    phase_and_stage,
     phase_of,
-    required_integer,
-    set_boundary_words,
+    read_num_microbatches,
+    set_phase,
+    set_stage,
     stage_of,
-    top_level,
 )
+from bactrian.passes.ir.builders import binary, scalar_i32, splat
+from bactrian.passes.ir.cloning import StageRule, clone_into_readers, copy_stage, stage_key, stage_keys
+from bactrian.passes.ir.gradient_boundary_op import boundary_words, find_boundary, make_boundary, set_boundary_words
+from bactrian.passes.ir.main_dataflow import MainDataflow
+from bactrian.passes.ir.regions import body, erase_dead, main_function, top_level
 from bactrian.passes.stages.regroup_reductions import regroup_scalar_reductions, value_stage
 
 _SHAPE_OPS = ("stablehlo.transpose", "stablehlo.reshape")
@@ -93,7 +90,7 @@ class AccumulateGradients(Pass):
     def apply(self, module: ir.Module, ctx: PassContext) -> None:
         """Rewrite the boundary, then the update's scalar reductions."""
         main = main_function(module)
-        count = required_integer(module.operation, "bactrian.num_microbatches", "capture")
+        count = read_num_microbatches(module)
         ctx.count("split-sums", _split_sums(main))
         boundary = find_boundary(main)
         if count > 1:
@@ -102,7 +99,7 @@ class AccumulateGradients(Pass):
             kinds = boundary_words(boundary, "kinds")
             set_boundary_words(boundary, kinds, ["accumulated"] * len(kinds))
         ctx.count("regrouped", regroup_scalar_reductions(main, self.small_bytes))
-        flow = Dataflow.of(main)
+        flow = MainDataflow.of(main)
         rule = StageRule(flow, argument_roles(main), self.small_bytes)
         clone_into_readers(flow, stage_keys(flow), stage_key, copy_stage, rule)
 
@@ -197,7 +194,7 @@ def _origin_stage(leaf: ir.Value) -> int:
     if stage is None:
         return value_stage(leaf) or 0
     for op in shape_ops:
-        op.attributes["bactrian.stage"] = integer(stage)
+        set_stage(op, stage)
     return stage
 
 
@@ -221,18 +218,14 @@ def _join(operand: _Operand, parts: list[ir.Value], location: ir.Location) -> ir
     for op in reversed(operand.shape_ops):
         clone = op.clone().operation
         clone.operands[0] = total
-        clone.attributes["bactrian.phase"] = ir.StringAttr.get(UPDATE)
-        clone.attributes["bactrian.stage"] = integer(operand.stage)
+        set_phase(clone, UPDATE)
+        set_stage(clone, operand.stage)
         total = clone.results[0]
     return total
 
 
 def _add(left: ir.Value, right: ir.Value, phase: str, stage: int) -> ir.Value:
-    return binary("stablehlo.add", left, right, _where(phase, stage))
-
-
-def _where(phase: str, stage: int) -> dict[str, ir.Attribute]:
-    return {"bactrian.phase": ir.StringAttr.get(phase), "bactrian.stage": integer(stage)}
+    return binary("stablehlo.add", left, right, phase_and_stage(phase, stage))
 
 
 def _accumulate(main: ir.Operation, boundary: ir.Operation, count: int) -> int:
@@ -246,7 +239,7 @@ def _accumulate(main: ir.Operation, boundary: ir.Operation, count: int) -> int:
         value, result = boundary.operands[number], boundary.results[number]
         phase, stage = _home(value, main)
         with ir.InsertionPoint(boundary), boundary.location:
-            zeros = splat(result.type, 0, _where(INITIALIZE, stage))
+            zeros = splat(result.type, 0, phase_and_stage(INITIALIZE, stage))
             accumulate = _concat if reduction == "concat" else _sum
             boundary.operands[number] = accumulate(zeros, value, phase, stage)
         if reduction == "mean":
@@ -284,12 +277,12 @@ def _reader_stage(result: ir.Value, main: ir.Operation, fallback: int) -> int:
 
 
 def _sum(zeros: ir.Value, value: ir.Value, phase: str, stage: int) -> ir.Value:
-    return binary("stablehlo.add", zeros, value, {**_where(phase, stage), "bactrian.accumulate": ir.UnitAttr.get()})
+    return binary("stablehlo.add", zeros, value, {**phase_and_stage(phase, stage), ACCUMULATE: ir.UnitAttr.get()})
 
 
 def _concat(zeros: ir.Value, value: ir.Value, phase: str, stage: int) -> ir.Value:
     """Write a microbatch's rows at their place in the full batch's buffer."""
-    where = _where(phase, stage)
+    where = phase_and_stage(phase, stage)
     scalar = scalar_i32()
     tensor = ir.RankedTensorType(value.type)
     rows = tensor.shape[0]
@@ -305,14 +298,14 @@ def _concat(zeros: ir.Value, value: ir.Value, phase: str, stage: int) -> ir.Valu
         "stablehlo.dynamic_update_slice",
         results=[zeros.type],
         operands=[zeros, value, *starts],
-        attributes={**where, "bactrian.accumulate": ir.UnitAttr.get()},
+        attributes={**where, ACCUMULATE: ir.UnitAttr.get()},
     )
     return op.results[0]
 
 
 def _divide(result: ir.Value, count: int, stage: int) -> None:
     """Divide an accumulated sum by the number of microbatches, for all its readers."""
-    where = _where(UPDATE, stage)
+    where = phase_and_stage(UPDATE, stage)
     right = splat(result.type, count, where)
     op = ir.Operation.create("stablehlo.divide", results=[result.type], operands=[result, right], attributes=where)
     result.replace_all_uses_except(op.results[0], op)

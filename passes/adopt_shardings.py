@@ -11,18 +11,16 @@ from jaxlib.mlir.dialects import sdy
 
 from bactrian.passes.frame.base import Locatable, Pass, PassContext, Statistic, option
 from bactrian.passes.frame.errors import ConfigError
-from bactrian.passes.ir.main_dataflow import (
-    argument_attributes,
+from bactrian.passes.ir.attributes import argument_attributes, result_attributes, result_updates
+from bactrian.passes.ir.meshes import SHARDING, Axes, axes_text, mesh_attribute, mesh_axes, num_devices
+from bactrian.passes.ir.regions import (
     body,
     custom_call_target,
     main_function,
     nested_operations,
-    result_attributes,
-    result_updates,
     set_operand,
     terminator,
 )
-from bactrian.passes.ir.meshes import SHARDING, Axes, axes_text, mesh_attribute, mesh_axes, num_devices
 from bactrian.passes.machine.mesh import parse_axes
 from bactrian.passes.sharding.user_shardings import CONSTRAINT
 

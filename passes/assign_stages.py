@@ -12,18 +12,21 @@ from jaxlib.mlir.dialects import sdy
 
 from bactrian.passes.frame.base import Pass, PassContext, Statistic, option
 from bactrian.passes.frame.errors import ConfigError
-from bactrian.passes.ir.main_dataflow import (
+from bactrian.passes.ir.attributes import (
     BACKWARD,
     FORWARD,
-    Dataflow,
+    NUM_LAYERS,
+    NUM_STAGES,
+    STAGE,
     argument_roles,
     integer,
-    integer_attribute,
-    main_function,
+    layer_of,
     required_integer,
 )
+from bactrian.passes.ir.main_dataflow import MainDataflow
 from bactrian.passes.ir.meshes import Axes, mesh_attribute
 from bactrian.passes.ir.op_costs import CostModel
+from bactrian.passes.ir.regions import main_function
 from bactrian.passes.machine.mesh import parse_axes
 from bactrian.passes.stages import layer_partitioning
 
@@ -105,9 +108,9 @@ class AssignStages(Pass):
 
     def apply(self, module: ir.Module, ctx: PassContext) -> None:
         """Choose the first layer of each stage, write stages and meshes."""
-        num_layers = required_integer(module.operation, "bactrian.num_layers", "group-layers")
-        flow = Dataflow.kept_or_read(module, ctx)
-        layers = [integer_attribute(op, "bactrian.layer") for op in flow.ops]
+        num_layers = required_integer(module.operation, NUM_LAYERS, "group-layers")
+        flow = MainDataflow.kept_or_read(module, ctx)
+        layers = [layer_of(op) for op in flow.ops]
         flops, crossing = _layer_costs(flow, argument_roles(main_function(module)), layers, num_layers)
         given = self._given()
         starts = given if given is not None else self._balanced(flops, crossing, module, ctx)
@@ -123,8 +126,8 @@ class AssignStages(Pass):
         stages = [integer(bisect.bisect_right(starts, layer) - 1) for layer in range(num_layers)]
         for op, layer in zip(flow.ops, layers, strict=True):
             if layer is not None:
-                op.attributes["bactrian.stage"] = stages[layer]
-        module.operation.attributes["bactrian.num_stages"] = integer(len(starts))
+                op.attributes[STAGE] = stages[layer]
+        module.operation.attributes[NUM_STAGES] = integer(len(starts))
         _make_meshes(module, len(starts), self._axes())
         ctx.keep(flow)
         ctx.count("cut-bytes", sum(crossing[start] for start in starts[1:]))
@@ -144,7 +147,7 @@ class AssignStages(Pass):
 
 
 def _layer_costs(
-    flow: Dataflow, roles: list[str], layers: list[int | None], num_layers: int
+    flow: MainDataflow, roles: list[str], layers: list[int | None], num_layers: int
 ) -> tuple[list[float], list[int]]:
     """Forward and backward flops of each layer, and the bytes across each layer's start.
 

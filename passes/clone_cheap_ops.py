@@ -8,8 +8,10 @@ from typing import ClassVar
 from jaxlib.mlir import ir
 
 from bactrian.passes.frame.base import Pass, PassContext, Statistic, option
+from bactrian.passes.ir.attributes import argument_roles
 from bactrian.passes.ir.cloning import StageRule, clone_into_readers, copy_stage, stage_key, stage_keys
-from bactrian.passes.ir.main_dataflow import Dataflow, argument_roles, main_function
+from bactrian.passes.ir.main_dataflow import MainDataflow
+from bactrian.passes.ir.regions import main_function
 from bactrian.passes.stages.counters import clone_counters
 
 
@@ -67,7 +69,7 @@ class CloneCheapOps(Pass):
     def apply(self, module: ir.Module, ctx: PassContext) -> None:
         """Clone for the stages that read."""
         main = main_function(module)
-        flow = Dataflow.kept_or_read(module, ctx)
+        flow = MainDataflow.kept_or_read(module, ctx)
         rule = StageRule(flow, argument_roles(main), self.small_bytes)
         ctx.count("clones", clone_into_readers(flow, stage_keys(flow), stage_key, copy_stage, rule))
         ctx.count("clones", clone_counters(main, self.small_bytes))

@@ -8,7 +8,8 @@ from typing import ClassVar
 from jaxlib.mlir import ir
 
 from bactrian.passes.frame.base import Pass, PassContext, Statistic
-from bactrian.passes.ir.main_dataflow import integer, main_function
+from bactrian.passes.ir.attributes import SENT_BYTES, integer
+from bactrian.passes.ir.regions import main_function
 from bactrian.passes.sharding.collective_bytes import count_collectives
 
 
@@ -64,4 +65,4 @@ class CountCollectives(Pass):
                 ctx.count("collectives")
         ctx.count("bytes", round(sum(sent.values())))
         entries = {kind: integer(round(nbytes)) for kind, nbytes in sorted(sent.items())}
-        module.operation.attributes["bactrian.sent_bytes"] = ir.DictAttr.get(entries)
+        module.operation.attributes[SENT_BYTES] = ir.DictAttr.get(entries)

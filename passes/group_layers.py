@@ -9,7 +9,17 @@ from jaxlib.mlir import ir
 
 from bactrian.passes.frame.base import Pass, PassContext, Statistic, option
 from bactrian.passes.frame.errors import ConfigError
-from bactrian.passes.ir.main_dataflow import BACKWARD, FORWARD, UPDATE, Dataflow, integer, integer_attribute
+from bactrian.passes.ir.attributes import (
+    BACKWARD,
+    FORWARD,
+    LAYER,
+    NUM_LAYERS,
+    NUM_MICROBATCHES,
+    UPDATE,
+    integer,
+    integer_attribute,
+)
+from bactrian.passes.ir.main_dataflow import MainDataflow
 from bactrian.passes.stages import layer_partitioning
 from bactrian.passes.stages.forward_cut import cut_forward
 from bactrian.passes.stages.layer_graph import LayeredProgram
@@ -92,13 +102,13 @@ class GroupLayers(Pass):
 
     def apply(self, module: ir.Module, ctx: PassContext) -> None:
         """Cut the forward ops, place all others, write the layers."""
-        program = LayeredProgram.of(module, Dataflow.kept_or_read(module, ctx), self.small_bytes)
+        program = LayeredProgram.of(module, MainDataflow.kept_or_read(module, ctx), self.small_bytes)
         layers = cut_forward(program, self.num_layers, self.epsilon, module, ctx)
         if layers is None:
             return
         num_layers = 1 + max((layer for layer in layers if layer is not None), default=0)
         _place_free(program, layers, FORWARD)
-        microbatches = integer_attribute(module.operation, "bactrian.num_microbatches") or 1
+        microbatches = integer_attribute(module.operation, NUM_MICROBATCHES) or 1
         homes = program.homes if program.homes is not None and program.homes.num_stages == num_layers else None
         placed = _place(program, homes, layers, num_layers, microbatches)
         for phase in (UPDATE, BACKWARD):
@@ -107,8 +117,8 @@ class GroupLayers(Pass):
         for index, op in enumerate(program.flow.ops):
             layer = layers[index]
             if layer is not None and not program.marker[index]:
-                op.attributes["bactrian.layer"] = attributes[layer]
-        module.operation.attributes["bactrian.num_layers"] = integer(num_layers)
+                op.attributes[LAYER] = attributes[layer]
+        module.operation.attributes[NUM_LAYERS] = integer(num_layers)
         _remove_markers(program)
         if not any(program.marker):
             ctx.keep(program.flow)

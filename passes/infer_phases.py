@@ -8,22 +8,10 @@ from typing import ClassVar
 from jaxlib.mlir import ir
 
 from bactrian.passes.frame.base import Pass, PassContext, Statistic
-from bactrian.passes.ir.main_dataflow import (
-    BACKWARD,
-    FORWARD,
-    MICROBATCH_INDEX,
-    UPDATE,
-    Dataflow,
-    argument_roles,
-    body,
-    boundary_words,
-    custom_call_target,
-    find_boundary,
-    main_function,
-    make_boundary,
-    replace_reads,
-    top_level,
-)
+from bactrian.passes.ir.attributes import BACKWARD, FORWARD, MICROBATCH_INDEX, PHASE, UPDATE, argument_roles
+from bactrian.passes.ir.gradient_boundary_op import boundary_words, find_boundary, make_boundary
+from bactrian.passes.ir.main_dataflow import MainDataflow
+from bactrian.passes.ir.regions import body, custom_call_target, main_function, replace_reads, top_level
 
 _FORWARD_KINDS = ("loss", "aux", "output")
 
@@ -86,14 +74,14 @@ class InferPhases(Pass):
         """Write ``bactrian.phase`` and order the ops around the boundary."""
         main = main_function(module)
         _hoist_microbatch_index(main)
-        flow = Dataflow.of(main)
+        flow = MainDataflow.of(main)
         if flow.boundary < 0:
             find_boundary(main)  # says so
         _mark_forward(flow)  # before the loss goes: nothing may need it but the gradients
         flow = _drop_unused_results(main, flow, ctx)
         split = flow.boundary
         above = flow.ancestors(list(flow.operands[split]))
-        forward = ["bactrian.phase" in op.attributes for op in flow.ops]
+        forward = [PHASE in op.attributes for op in flow.ops]
         below = _below(flow, split)
         if not self._check_bypass(flow, main, above, below, ctx):
             return
@@ -102,7 +90,7 @@ class InferPhases(Pass):
         for index, op in enumerate(flow.ops[:-1]):
             if index != split and above[index]:
                 name = FORWARD if forward[index] else BACKWARD
-                op.attributes["bactrian.phase"] = phases[name]
+                op.attributes[PHASE] = phases[name]
                 ctx.count(name)
         for index in range(len(flow.ops) - 2, -1, -1):
             if index != split and not above[index] and not below[index]:
@@ -110,7 +98,7 @@ class InferPhases(Pass):
                 ctx.count("dropped")
 
     def _check_bypass(
-        self, flow: Dataflow, main: ir.Operation, above: list[bool], below: list[bool], ctx: PassContext
+        self, flow: MainDataflow, main: ir.Operation, above: list[bool], below: list[bool], ctx: PassContext
     ) -> bool:
         """Report ops of the update that read the batch or the microbatch's number around the boundary."""
         tainted = [role == "batch" for role in argument_roles(main)] + [False] * (len(flow.values) - flow.num_arguments)
@@ -149,7 +137,7 @@ def _hoist_microbatch_index(main: ir.Operation) -> None:
         op.move_before(top_level(op, body(main)))
 
 
-def _mark_forward(flow: Dataflow) -> None:
+def _mark_forward(flow: MainDataflow) -> None:
     """Write the forward phase on what the loss, the aux values and the outputs depend on."""
     boundary = flow.ops[flow.boundary]
     reads = zip(flow.operands[flow.boundary], boundary_words(boundary, "kinds"), strict=True)
@@ -157,10 +145,10 @@ def _mark_forward(flow: Dataflow) -> None:
     forward = flow.ancestors([value for value, kind in reads if kind in _FORWARD_KINDS])
     for op, marked in zip(flow.ops, forward, strict=True):
         if marked:
-            op.attributes["bactrian.phase"] = phase
+            op.attributes[PHASE] = phase
 
 
-def _drop_unused_results(main: ir.Operation, flow: Dataflow, ctx: PassContext) -> Dataflow:
+def _drop_unused_results(main: ir.Operation, flow: MainDataflow, ctx: PassContext) -> MainDataflow:
     """Drop dead ops of the update, then the boundary's operands whose results nothing reads.
 
     Returns:
@@ -176,7 +164,7 @@ def _drop_unused_results(main: ir.Operation, flow: Dataflow, ctx: PassContext) -
             ctx.count("dropped")
     used = [n for n, result in enumerate(boundary.results) if next(iter(result.uses), None) is not None]
     if len(used) == len(boundary.results):
-        return Dataflow.of(main) if changed else flow
+        return MainDataflow.of(main) if changed else flow
     kinds, reductions = boundary_words(boundary, "kinds"), boundary_words(boundary, "reductions")
     old = list(boundary.results)
     with ir.InsertionPoint(boundary), boundary.location:
@@ -189,10 +177,10 @@ def _drop_unused_results(main: ir.Operation, flow: Dataflow, ctx: PassContext) -
     for n, result in zip(used, new.results, strict=True):
         old[n].replace_all_uses_with(result)
     boundary.erase()
-    return Dataflow.of(main)
+    return MainDataflow.of(main)
 
 
-def _below(flow: Dataflow, split: int) -> list[bool]:
+def _below(flow: MainDataflow, split: int) -> list[bool]:
     """Ops that the results need, not looking through the boundary."""
     seen = [False] * len(flow.ops)
     stack = [flow.producer[value] for value in flow.operands[-1]]
@@ -207,7 +195,7 @@ def _below(flow: Dataflow, split: int) -> list[bool]:
 
 
 def _order_update(
-    flow: Dataflow,
+    flow: MainDataflow,
     block: ir.Block,
     split: int,
     above: list[bool],
@@ -234,5 +222,5 @@ def _order_update(
             if value in clones:
                 replace_reads(target, flow.values[value], clones[value])
         if not is_return:
-            target.attributes["bactrian.phase"] = update
+            target.attributes[PHASE] = update
             ctx.count(UPDATE)

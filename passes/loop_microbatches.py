@@ -10,18 +10,21 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import func
 
 from bactrian.passes.frame.base import Pass, PassContext, Statistic
-from bactrian.passes.ir.builders import binary, less, rows_from, scalar_i32, splat
-from bactrian.passes.ir.main_dataflow import (
+from bactrian.passes.ir.attributes import (
+    ACCUMULATOR,
     INITIALIZE,
+    LOOPED_MICROBATCHES,
+    NUM_MICROBATCHES,
+    ROLE,
     UPDATE,
-    body,
     integer,
-    main_function,
-    required_integer,
-    string_attribute,
-    terminator,
+    phase_of,
+    read_num_microbatches,
+    read_num_stages,
 )
+from bactrian.passes.ir.builders import binary, less, rows_from, scalar_i32, splat
 from bactrian.passes.ir.meshes import mesh_tensor_parts, num_devices, stage_axes
+from bactrian.passes.ir.regions import body, main_function, terminator
 from bactrian.passes.stages.stage_functions import FUSED
 
 _ALIAS = "tf.aliasing_output"
@@ -100,17 +103,17 @@ class LoopMicrobatches(Pass):
     def apply(self, module: ir.Module, ctx: PassContext) -> None:
         """Merge the stage functions, if there is one stage and its forward and backward are one function."""
         main = main_function(module)
-        count = required_integer(module.operation, "bactrian.num_microbatches", "capture")
-        stages = required_integer(module.operation, "bactrian.num_stages", "assign-stages")
+        count = read_num_microbatches(module)
+        stages = read_num_stages(module)
         calls = [view.operation for view in body(main).operations if view.operation.name == "mpmd.fragment_call"]
-        phases = [string_attribute(call, "bactrian.phase") for call in calls]
+        phases = [phase_of(call) for call in calls]
         if num_devices(stage_axes(module, 1)[0]) > 1:
             return
         if count == 1 or stages != 1 or phases.count(FUSED) != 1 or {*phases} - {INITIALIZE, FUSED, UPDATE}:
             return
         _Merger(module, main, calls, count).merge()
-        module.operation.attributes["bactrian.num_microbatches"] = integer(1)
-        module.operation.attributes["bactrian.looped_microbatches"] = integer(count)
+        module.operation.attributes[NUM_MICROBATCHES] = integer(1)
+        module.operation.attributes[LOOPED_MICROBATCHES] = integer(count)
         ctx.count("turns", count)
 
 
@@ -151,7 +154,7 @@ class _Merger:
         for call in self._calls:
             function = self._functions[ir.FlatSymbolRefAttr(call.attributes["callee"]).value]
             self._note_aliases(call, function)
-            if string_attribute(call, "bactrian.phase") == FUSED:
+            if phase_of(call) == FUSED:
                 self._loop(call, function, inner)
             else:
                 self._inline(call, function, inner)
@@ -268,7 +271,7 @@ class _Merger:
         )
         entry = new.add_entry_block([argument.location for argument, _ in pieces])
         here: dict[ir.Value, ir.Value] = {a: v for (a, _), v in zip(pieces, entry.arguments, strict=True)}
-        fused = next(call for call in self._calls if string_attribute(call, "bactrian.phase") == FUSED)
+        fused = next(call for call in self._calls if phase_of(call) == FUSED)
         attributes = {name: fused.attributes[name] for name in fused.attributes}
         with ir.InsertionPoint(entry), old.location:
             call = ir.Operation.create(
@@ -283,7 +286,7 @@ class _Merger:
 
 
 def _role(entry: ir.Attribute) -> str:
-    return ir.StringAttr(ir.DictAttr(entry)["bactrian.role"]).value
+    return ir.StringAttr(ir.DictAttr(entry)[ROLE]).value
 
 
 def _tensor(type_: ir.Type) -> ir.Type:
@@ -297,7 +300,7 @@ def _carries(function: ir.Operation) -> dict[int, int]:
         return carries
     for position, entry in enumerate(ir.ArrayAttr(function.attributes["arg_attrs"])):
         attributes = ir.DictAttr(entry)
-        if "bactrian.accumulator" in attributes:
+        if ACCUMULATOR in attributes:
             carries[position] = ir.IntegerAttr(attributes[_ALIAS]).value
     return carries
 

@@ -9,15 +9,17 @@ from jaxlib.mlir import ir
 
 from bactrian.passes.frame.base import Pass, PassContext, Statistic, option
 from bactrian.passes.frame.errors import ConfigError
-from bactrian.passes.ir.main_dataflow import (
+from bactrian.passes.ir.attributes import (
     BACKWARD,
     FORWARD,
-    body,
-    integer_attribute,
-    main_function,
-    required_integer,
-    string_attribute,
+    ORDER,
+    phase_of,
+    read_num_microbatches,
+    read_num_stages,
+    read_schedule,
+    stage_of,
 )
+from bactrian.passes.ir.regions import body, main_function
 from bactrian.passes.schedules.by_name import schedule_named
 from bactrian.passes.schedules.schedule import fused, parse_token
 from bactrian.passes.stages.stage_functions import FUSED
@@ -76,19 +78,19 @@ class ScheduleMicrobatches(Pass):
     def apply(self, module: ir.Module, ctx: PassContext) -> None:
         """Write ``bactrian.order``."""
         root = module.operation
-        name = self.schedule or string_attribute(root, "bactrian.schedule") or ""
+        name = self.schedule or read_schedule(module) or ""
         try:
             schedule = schedule_named(name)
         except ConfigError as error:
             ctx.error(main_function(module), error.message, fix=error.fix)
             return
-        num_stages = required_integer(root, "bactrian.num_stages", "assign-stages")
-        count = required_integer(root, "bactrian.num_microbatches", "capture")
+        num_stages = read_num_stages(module)
+        count = read_num_microbatches(module)
         phases: list[set[str]] = [set() for _ in range(num_stages)]
         for view in body(main_function(module)).operations:
-            stage = integer_attribute(view.operation, "bactrian.stage")
+            stage = stage_of(view.operation)
             if stage is not None:
-                phases[stage].add(string_attribute(view.operation, "bactrian.phase") or "")
+                phases[stage].add(phase_of(view.operation) or "")
         order = [
             [
                 token
@@ -98,6 +100,6 @@ class ScheduleMicrobatches(Pass):
             for tokens, present in zip(schedule.order(num_stages, count), phases, strict=True)
         ]
         ctx.count("tasks", sum(len(tokens) for tokens in order))
-        root.attributes["bactrian.order"] = ir.ArrayAttr.get(
+        root.attributes[ORDER] = ir.ArrayAttr.get(
             [ir.ArrayAttr.get([ir.StringAttr.get(token) for token in tokens]) for tokens in order]
         )

@@ -9,20 +9,21 @@ from typing import ClassVar
 from jaxlib.mlir import ir
 
 from bactrian.passes.frame.base import Pass, PassContext, Statistic, option
-from bactrian.passes.ir.cloning import clone_into_readers, is_elementwise, required_stages
-from bactrian.passes.ir.main_dataflow import (
+from bactrian.passes.ir.attributes import (
     BACKWARD,
     FORWARD,
     MICROBATCH_INDEX,
-    Dataflow,
+    PHASE,
     argument_roles,
-    custom_call_target,
-    main_function,
     phase_of,
-    required_integer,
+    read_num_stages,
+    required_stage,
 )
+from bactrian.passes.ir.cloning import clone_into_readers, is_elementwise, required_stages
+from bactrian.passes.ir.main_dataflow import MainDataflow
 from bactrian.passes.ir.module_schedule import schedule_of
 from bactrian.passes.ir.op_traits import SLOW_TO_RECOMPUTE
+from bactrian.passes.ir.regions import custom_call_target, main_function
 from bactrian.passes.stages.layer_partitioning import Placement
 
 # Prices are eighths of a byte: XLA fuses a simple op into its reader, which costs an eighth of keeping its result.
@@ -89,8 +90,8 @@ class SelectResiduals(Pass):
     def apply(self, module: ir.Module, ctx: PassContext) -> None:
         """One minimum cut per stage, then clones."""
         main = main_function(module)
-        flow = Dataflow.of(main)
-        num_stages = required_integer(module.operation, "bactrian.num_stages", "assign-stages")
+        flow = MainDataflow.of(main)
+        num_stages = read_num_stages(module)
         stages = required_stages(flow)
         rule = _Rule(flow, argument_roles(main))
         schedule = schedule_of(module)
@@ -102,11 +103,11 @@ class SelectResiduals(Pass):
 
 
 def _phase_key(op: ir.Operation) -> Hashable:
-    return required_integer(op, "bactrian.stage", "assign-stages"), phase_of(op)
+    return required_stage(op), phase_of(op)
 
 
 def _copy_phase(clone: ir.Operation, reader: ir.Operation) -> None:
-    clone.attributes["bactrian.phase"] = reader.attributes["bactrian.phase"]
+    clone.attributes[PHASE] = reader.attributes[PHASE]
 
 
 class _Rule:
@@ -116,7 +117,7 @@ class _Rule:
         wanted: by stage, the values of the forward phase and of the batch that its backward ops read.
     """
 
-    def __init__(self, flow: Dataflow, roles: list[str]) -> None:
+    def __init__(self, flow: MainDataflow, roles: list[str]) -> None:
         self._flow, phases = flow, flow.phases
         self._again: set[int] = set()  # forward ops that the backward phase computes again
         self._simple = [is_elementwise(op) or custom_call_target(op) == MICROBATCH_INDEX for op in flow.ops]

@@ -10,7 +10,8 @@ from jaxlib.mlir import ir
 
 from bactrian.passes.frame.base import Pass, PassContext, Statistic, option
 from bactrian.passes.frame.errors import ConfigError, InfeasiblePlanError
-from bactrian.passes.ir.main_dataflow import argument_roles, integer, main_function
+from bactrian.passes.ir.attributes import SHARDING_ESTIMATES, argument_roles, integer
+from bactrian.passes.ir.regions import main_function
 from bactrian.passes.machine.cluster import CPU_HOST, read_cluster
 from bactrian.passes.network.solver import Solution, solve
 from bactrian.passes.sharding.baselines import AUTO, NAMED, check_strategy, named
@@ -144,7 +145,7 @@ class SolveShardings(Pass):
         for entries, rows in zip(predicted, compared, strict=True):
             if rows:
                 entries["compared"] = ir.ArrayAttr.get(rows)
-        module.operation.attributes["bactrian.sharding"] = ir.ArrayAttr.get(
+        module.operation.attributes[SHARDING_ESTIMATES] = ir.ArrayAttr.get(
             [ir.DictAttr.get(entries) for entries in predicted]
         )
 

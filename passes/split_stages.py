@@ -10,18 +10,25 @@ from jaxlib.mlir.dialects import func
 
 from bactrian.passes.frame.base import Pass, PassContext, Statistic, option
 from bactrian.passes.frame.errors import PassError
-from bactrian.passes.ir.builders import scalar_i32
-from bactrian.passes.ir.main_dataflow import (
+from bactrian.passes.ir.attributes import (
+    ACCUMULATE,
+    ACCUMULATOR,
+    ARGUMENT,
     INITIALIZE,
+    MICROBATCH_INDEX,
+    PHASE,
+    RESULT,
+    ROLE,
+    ROUND,
+    STAGE,
     UPDATE,
-    boundary_words,
-    find_boundary,
+    UPDATES,
     integer,
-    main_function,
-    replace_reads,
-    required_integer,
+    read_num_stages,
     result_updates,
 )
+from bactrian.passes.ir.builders import scalar_i32
+from bactrian.passes.ir.gradient_boundary_op import boundary_words, find_boundary
 from bactrian.passes.ir.meshes import (
     SHARDING,
     axes_text,
@@ -34,6 +41,7 @@ from bactrian.passes.ir.meshes import (
     whole_sharding,
 )
 from bactrian.passes.ir.module_schedule import fused_phases
+from bactrian.passes.ir.regions import main_function, replace_reads
 from bactrian.passes.stages.stage_functions import FUSED, Crossing, StageFunction, Staging, analyze
 
 
@@ -105,7 +113,7 @@ class SplitStages(Pass):
         main = main_function(module)
         if not self._check(module, main, ctx):
             return
-        num_stages = required_integer(module.operation, "bactrian.num_stages", "assign-stages")
+        num_stages = read_num_stages(module)
         staging = analyze(main, [fused_phases(module, main, stage) for stage in range(num_stages)])
         _Emitter(module, main, staging, num_stages, self.donate).emit()
         ctx.count("functions", len(staging.functions))
@@ -182,7 +190,7 @@ class _Emitter:
         for number, function in enumerate(staging.functions):
             for index in function.ops:
                 op = flow.ops[index]
-                if "bactrian.accumulate" in op.attributes:
+                if ACCUMULATE in op.attributes:
                     before = flow.operands[index][0]
                     if flow.phases[flow.producer[before]] != INITIALIZE:
                         raise PassError(
@@ -225,7 +233,7 @@ class _Emitter:
         attributes = [self._input_attributes(function, number, value) for value in function.inputs]
         stage = function.key.stage
         if function.index_ops:
-            index: dict[str, ir.Attribute] = {"bactrian.microbatch_index": ir.UnitAttr.get()}
+            index: dict[str, ir.Attribute] = {MICROBATCH_INDEX: ir.UnitAttr.get()}
             layout = self._index_sharding(stage)
             attributes.append(ir.DictAttr.get(index if layout is None else index | {SHARDING: layout}))
         operation.attributes["arg_attrs"] = ir.ArrayAttr.get(attributes)
@@ -296,7 +304,7 @@ class _Emitter:
         place = ir.IntegerAttr.get(ir.IntegerType.get_signless(32), function.outputs.index(alias))
         attributes["tf.aliasing_output"] = place
         if value >= self._flow.num_arguments:
-            attributes["bactrian.accumulator"] = ir.UnitAttr.get()
+            attributes[ACCUMULATOR] = ir.UnitAttr.get()
         return ir.DictAttr.get(attributes)
 
     def _mesh_type(self, value: int, stage: int) -> ir.Type:
@@ -321,7 +329,7 @@ class _Emitter:
         locations = [self._locations[argument] for argument, _ in staging.argument_pieces]
         locations += [ir.Location.name("microbatch_index")] * len(counters)
         block = main.add_entry_block(locations)
-        counter = ir.DictAttr.get({"bactrian.role": ir.StringAttr.get("microbatch_index")})
+        counter = ir.DictAttr.get({ROLE: ir.StringAttr.get("microbatch_index")})
         pieces = [self._piece(argument) for argument, _ in staging.argument_pieces]
         main.attributes["arg_attrs"] = ir.ArrayAttr.get(pieces + [counter] * len(counters))
         main.attributes["res_attrs"] = ir.ArrayAttr.get([self._kept(result) for result, _, _ in staging.result_pieces])
@@ -348,13 +356,13 @@ class _Emitter:
 
     def _piece(self, argument: int) -> ir.DictAttr:
         old = self._arg_attributes[argument]
-        return ir.DictAttr.get({"bactrian.argument": integer(argument), "bactrian.role": old["bactrian.role"]})
+        return ir.DictAttr.get({ARGUMENT: integer(argument), ROLE: old[ROLE]})
 
     def _kept(self, result: int) -> ir.DictAttr:
-        attributes: dict[str, ir.Attribute] = {"bactrian.result": integer(result)}
+        attributes: dict[str, ir.Attribute] = {RESULT: integer(result)}
         updated = self._updates[result]
         if updated is not None:
-            attributes["bactrian.updates"] = integer(updated)
+            attributes[UPDATES] = integer(updated)
         return ir.DictAttr.get(attributes)
 
     def _emit_call(self, function: StageFunction, here: dict[tuple[int, int, bool], ir.Value]) -> None:
@@ -373,9 +381,9 @@ class _Emitter:
                 "callee": ir.FlatSymbolRefAttr.get(key.symbol),
                 "mesh_name": ir.StringAttr.get(f"stage{key.stage}"),
                 "origin": ir.ArrayAttr.get([ir.Attribute.parse(f'#mpmd.user_origin<"{key.phase}">')]),
-                "bactrian.phase": ir.StringAttr.get(key.phase),
-                "bactrian.stage": integer(key.stage),
-                **({"bactrian.round": integer(key.round)} if key.round else {}),
+                PHASE: ir.StringAttr.get(key.phase),
+                STAGE: integer(key.stage),
+                **({ROUND: integer(key.round)} if key.round else {}),
             },
         )
         for value, result in zip(function.outputs, call.results, strict=True):
@@ -384,7 +392,7 @@ class _Emitter:
                 here[value, crossing.target, crossing.once] = self._transfer(result, crossing)
 
     def _transfer(self, value: ir.Value, crossing: Crossing) -> ir.Value:
-        attributes: dict[str, ir.Attribute] = {"bactrian.phase": ir.StringAttr.get(UPDATE)} if crossing.once else {}
+        attributes: dict[str, ir.Attribute] = {PHASE: ir.StringAttr.get(UPDATE)} if crossing.once else {}
         return ir.Operation.create(
             "mpmd.transfer",
             results=[self._mesh_type(crossing.value, crossing.target)],

@@ -12,14 +12,17 @@ from jaxlib.mlir.dialects import func
 from bactrian.passes.frame.base import Pass, PassContext, Statistic
 from bactrian.passes.frame.errors import ProgramError
 from bactrian.passes.frame.location import describe, name_stack
-from bactrian.passes.ir.main_dataflow import (
-    BOUNDARY,
+from bactrian.passes.ir.attributes import (
+    GRADIENT_BOUNDARY,
     MICROBATCH_INDEX,
-    Dataflow,
+    NUM_MICROBATCHES,
+    ROLE,
+    UPDATES,
     argument_attributes,
-    custom_call_target,
     result_attributes,
 )
+from bactrian.passes.ir.main_dataflow import MainDataflow
+from bactrian.passes.ir.regions import custom_call_target
 
 KINDS = ("loss", "aux", "gradient", "output")
 REDUCTIONS = ("mean", "sum", "last", "concat")
@@ -85,7 +88,7 @@ class VerifyProgram(Pass):
         ctx.count("num-ops", len(ops))
         for op in ops:
             _check_op(op, static, ctx)
-            if custom_call_target(op) == BOUNDARY:
+            if custom_call_target(op) == GRADIENT_BOUNDARY:
                 boundaries.append(op)
         boundary = _check_boundaries(main, boundaries, ctx)
         if boundary is not None:
@@ -119,7 +122,7 @@ def _walk(main: ir.Operation) -> list[ir.Operation]:
 
 def _roles(main: ir.Operation) -> list[str]:
     entries = argument_attributes(main)
-    return [ir.StringAttr(each["bactrian.role"]).value if "bactrian.role" in each else "" for each in entries]
+    return [ir.StringAttr(each[ROLE]).value if ROLE in each else "" for each in entries]
 
 
 def _check_signature(main: ir.Operation, ctx: PassContext) -> None:
@@ -128,14 +131,14 @@ def _check_signature(main: ir.Operation, ctx: PassContext) -> None:
     roles = _roles(main)
     for index, (argument, role) in enumerate(zip(arguments, roles, strict=True)):
         if role not in ROLES:
-            got = f"bactrian.role {role!r}" if role else "no bactrian.role"
+            got = f"{ROLE} {role!r}" if role else f"no {ROLE}"
             ctx.error(argument, f"argument {index} has {got}, needs one of {', '.join(ROLES)}")
     results = ir.FunctionType(ir.TypeAttr(main.attributes["function_type"]).value).results
     owner: dict[int, int] = {}
     for index, (kind, attrs) in enumerate(zip(results, result_attributes(main), strict=True)):
-        if "bactrian.updates" not in attrs:
+        if UPDATES not in attrs:
             continue
-        number = ir.IntegerAttr(attrs["bactrian.updates"]).value
+        number = ir.IntegerAttr(attrs[UPDATES]).value
         if not (0 <= number < len(arguments) and roles[number] == "state"):
             ctx.error(main, f"result {index} updates argument {number}, which is no state")
         elif number in owner:
@@ -235,8 +238,7 @@ def _check_segments(module: ir.Module, boundary: ir.Operation, ctx: PassContext)
         )
         return
     attrs = module.operation.attributes
-    key = "bactrian.num_microbatches"
-    num_microbatches = ir.IntegerAttr(attrs[key]).value if key in attrs else 1
+    num_microbatches = ir.IntegerAttr(attrs[NUM_MICROBATCHES]).value if NUM_MICROBATCHES in attrs else 1
     for index, (kind, reduction) in enumerate(zip(kinds, reductions, strict=True)):
         operand = ir.RankedTensorType(boundary.operands[index].type)
         prefix = f"operand {index} of the gradient boundary ({kind})"
@@ -278,7 +280,7 @@ def _check_leaks(main: ir.Operation, ctx: PassContext) -> None:
     Taint flows from the batch arguments and the microbatch's number through every op but the boundary. An op that the
     result needs and the boundary doesn't is below it: where such an op reads a tainted value of above, that is a leak.
     """
-    flow = Dataflow.of(main)
+    flow = MainDataflow.of(main)
     above = flow.ancestors(list(flow.operands[flow.boundary]))
     live = flow.ancestors(list(flow.operands[-1]))
     sources: dict[int, frozenset[str]] = {
@@ -288,7 +290,7 @@ def _check_leaks(main: ir.Operation, ctx: PassContext) -> None:
     }
     for index, op in enumerate(flow.ops):
         if custom_call_target(op) == MICROBATCH_INDEX:
-            sources[flow.results[index][0]] = frozenset({"bactrian.microbatch_index()"})
+            sources[flow.results[index][0]] = frozenset({f"{MICROBATCH_INDEX}()"})
             continue
         if index == flow.boundary or not (above[index] or live[index]):
             continue

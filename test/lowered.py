@@ -14,7 +14,7 @@ from bactrian.passes.flatten_calls import FlattenCalls
 from bactrian.passes.frame.base import PassContext
 from bactrian.passes.frame.context import make_context
 from bactrian.passes.infer_phases import InferPhases
-from bactrian.passes.ir.main_dataflow import main_function
+from bactrian.passes.ir.regions import main_function
 
 
 def boundary(loss: Any, grads: Any, aux: Any = ()) -> tuple[Any, Any, Any]:

@@ -13,7 +13,8 @@ from bactrian.driver.xla.compile_stage import constrain, sharded_function
 from bactrian.passes import pipelines
 from bactrian.passes.frame.context import make_context
 from bactrian.passes.frame.pipeline import run_pipeline
-from bactrian.passes.ir.main_dataflow import BOUNDARY, body, custom_call_target, main_function
+from bactrian.passes.ir.attributes import GRADIENT_BOUNDARY
+from bactrian.passes.ir.regions import body, custom_call_target, main_function
 from bactrian.passes.machine.cluster import CPU_HOST, Cluster
 from bactrian.passes.sharding.collective_bytes import count_collectives
 from bactrian.passes.sharding.loop_dataflow import capture_unchanged
@@ -67,7 +68,7 @@ def text_for_xla(module: ir.Module, axes: Axes) -> str:
         main = main_function(clone)
         for view in list(body(main).operations):
             op = view.operation
-            if custom_call_target(op) == BOUNDARY:
+            if custom_call_target(op) == GRADIENT_BOUNDARY:
                 for result, operand in zip(list(op.results), list(op.operands), strict=True):
                     result.replace_all_uses_with(operand)
                 op.erase()

@@ -11,14 +11,9 @@ from typing import Any
 import numpy as np
 from jaxlib.mlir import ir
 
-from bactrian.passes.ir.main_dataflow import (
-    body,
-    boundary_words,
-    custom_call_target,
-    find_boundary,
-    main_function,
-    phase_of,
-)
+from bactrian.passes.ir.attributes import phase_of
+from bactrian.passes.ir.gradient_boundary_op import boundary_words, find_boundary
+from bactrian.passes.ir.regions import body, custom_call_target, main_function
 
 Array = np.ndarray[Any, Any]
 Env = dict[ir.Value, Array]

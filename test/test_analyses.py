@@ -13,7 +13,8 @@ import bactrian
 from bactrian.passes.frame.base import Pass, PassContext
 from bactrian.passes.frame.context import make_context
 from bactrian.passes.frame.pipeline import run_pipeline
-from bactrian.passes.ir.main_dataflow import Dataflow, main_function
+from bactrian.passes.ir.main_dataflow import MainDataflow
+from bactrian.passes.ir.regions import main_function
 
 MODULE = """
 func.func public @main(%arg0: tensor<f32>) -> tensor<f32> {
@@ -31,7 +32,7 @@ class Keeper(Pass):
     summary: ClassVar[str] = "keep the data flow"
 
     def apply(self, module: ir.Module, ctx: PassContext) -> None:
-        ctx.keep(Dataflow.of(main_function(module)))
+        ctx.keep(MainDataflow.of(main_function(module)))
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Looker(Pass):
     summary: ClassVar[str] = "look for a data flow"
 
     def apply(self, module: ir.Module, ctx: PassContext) -> None:
-        module.operation.attributes["test.seen"] = ir.BoolAttr.get(ctx.kept(Dataflow) is not None)
+        module.operation.attributes["test.seen"] = ir.BoolAttr.get(ctx.kept(MainDataflow) is not None)
 
 
 @pytest.mark.parametrize(
@@ -69,23 +70,23 @@ def test_a_run_that_goes_on_gets_what_the_last_pass_kept() -> None:
         assert ir.BoolAttr(module.operation.attributes["test.seen"]).value
 
 
-def _numbers(flow: Dataflow) -> tuple[Any, ...]:
+def _numbers(flow: MainDataflow) -> tuple[Any, ...]:
     return flow.operands, flow.results, flow.producer, flow.ops, flow.values, flow.phases, flow.stages, flow.sizes
 
 
 @pytest.mark.parametrize("model", SMALL_COVER)
 def test_what_passes_keep_is_what_is_there(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     checked: list[str] = []
-    original = Dataflow.kept_or_read
+    original = MainDataflow.kept_or_read
 
-    def checking(_: type[Dataflow], module: ir.Module, ctx: PassContext) -> Dataflow:
+    def checking(_: type[MainDataflow], module: ir.Module, ctx: PassContext) -> MainDataflow:
         flow = original(module, ctx)
-        if ctx.kept(Dataflow) is not None:
-            assert _numbers(flow.again()) == _numbers(Dataflow.of(main_function(module)))
+        if ctx.kept(MainDataflow) is not None:
+            assert _numbers(flow.again()) == _numbers(MainDataflow.of(main_function(module)))
             checked.append(model)
         return flow
 
-    monkeypatch.setattr(Dataflow, "kept_or_read", classmethod(checking))
+    monkeypatch.setattr(MainDataflow, "kept_or_read", classmethod(checking))
     built = train_case(model).make()
     step = bactrian.parallelize(built.step, **{"num_stages": 2, "num_microbatches": 2, **built.options})
     step.trace(built.state, *built.batches[0]).plan()

@@ -15,7 +15,7 @@ from jaxlib.mlir import ir
 import bactrian
 from bactrian.passes import pipelines
 from bactrian.passes.frame.pipeline import run_pipeline
-from bactrian.passes.ir.main_dataflow import main_function
+from bactrian.passes.ir.regions import main_function
 from bactrian.passes.machine.cluster import cluster_of
 from bactrian.passes.network.problem import CostNetwork
 from bactrian.passes.network.solver import solve

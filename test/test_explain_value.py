@@ -12,7 +12,8 @@ import sharded
 from jaxlib.mlir import ir
 
 from bactrian.passes.frame.errors import ConfigError
-from bactrian.passes.ir.main_dataflow import argument_roles, main_function, result_updates
+from bactrian.passes.ir.attributes import argument_roles, result_updates
+from bactrian.passes.ir.regions import main_function
 from bactrian.passes.machine.cluster import Cluster
 from bactrian.passes.machine.device import Device
 from bactrian.passes.plan.plan_table import to_text

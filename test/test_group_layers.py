@@ -19,15 +19,9 @@ from bactrian.passes.frame.context import make_context
 from bactrian.passes.frame.documentation import example
 from bactrian.passes.frame.errors import ConfigError, ProgramError
 from bactrian.passes.group_layers import GroupLayers
-from bactrian.passes.ir.main_dataflow import (
-    BACKWARD,
-    FORWARD,
-    UPDATE,
-    Dataflow,
-    argument_roles,
-    main_function,
-    result_updates,
-)
+from bactrian.passes.ir.attributes import BACKWARD, FORWARD, UPDATE, argument_roles, result_updates
+from bactrian.passes.ir.main_dataflow import MainDataflow
+from bactrian.passes.ir.regions import main_function
 
 
 def _run(one_pass, module):
@@ -47,7 +41,7 @@ class Grouped:
         self.ctx = _run(GroupLayers(**options), self.module)
         self.num_layers = self.module.operation.attributes["bactrian.num_layers"].value
         main = main_function(self.module)
-        self.flow = Dataflow.of(main)
+        self.flow = MainDataflow.of(main)
         self.roles, self.updates = argument_roles(main), result_updates(main)
         self.phases = [self._attribute(op, "bactrian.phase") for op in self.flow.ops]
         self.layers = [self._attribute(op, "bactrian.layer") for op in self.flow.ops]

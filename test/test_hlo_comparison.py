@@ -31,7 +31,7 @@ from bactrian.driver.xla.compile_stage import compile_function, constrain, funct
 from bactrian.driver.xla.hlo_collectives import read_collectives
 from bactrian.passes.frame.context import make_context
 from bactrian.passes.frame.errors import ConfigError
-from bactrian.passes.ir.main_dataflow import main_function, nested_operations
+from bactrian.passes.ir.regions import main_function, nested_operations
 from bactrian.passes.plan.plan_table import show
 from bactrian.passes.plan.schema import Plan
 

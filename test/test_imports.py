@@ -79,6 +79,21 @@ def test_folders_import_only_what_they_may(path: Path) -> None:
             assert not _touches_ir(name), f"{where}: runtime uses only the compiler's plain data"
 
 
+def test_only_one_module_spells_the_names_of_our_attributes() -> None:
+    defining = ROOT / "passes" / "ir" / "attributes.py"
+    names = {
+        node.value
+        for node in ast.walk(ast.parse(defining.read_text()))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.startswith("bactrian.")
+    }
+    assert len(names) > 20
+    for path in set(FILES) - {defining}:
+        for node in ast.walk(ast.parse(path.read_text())):
+            literal = node.value if isinstance(node, ast.Constant) else None
+            where = f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', 0)}"
+            assert literal not in names, f"{where} spells {literal!r}: import it from passes/ir/attributes.py"
+
+
 @pytest.mark.parametrize("package", ["", ".passes", ".driver", ".runtime", ".passes.frame"])
 def test_packages_are_lazy(package: str) -> None:
     program = f"import sys, bactrian{package}; print(*sorted({{m.partition('.')[0] for m in sys.modules}}))"

@@ -14,7 +14,8 @@ from jax import ShapeDtypeStruct as Shape
 from jaxlib.mlir import ir
 
 from bactrian.passes.frame.errors import InfeasiblePlanError
-from bactrian.passes.ir.main_dataflow import integer, main_function
+from bactrian.passes.ir.attributes import integer
+from bactrian.passes.ir.regions import main_function
 from bactrian.passes.machine.cluster import cluster_of
 from bactrian.passes.network.solver import Solution, solve
 from bactrian.passes.sharding.collective_bytes import Collective, count_collectives

@@ -18,8 +18,9 @@ from meshes import check, cut
 
 import bactrian
 from bactrian.driver.xla.compare_bytes import compare
-from bactrian.passes.ir.main_dataflow import main_function, nested_operations, result_updates
+from bactrian.passes.ir.attributes import result_updates
 from bactrian.passes.ir.meshes import axis_names, value_shardings
+from bactrian.passes.ir.regions import main_function, nested_operations
 from bactrian.passes.machine.cluster import CPU_HOST
 from bactrian.passes.network.solver import solve
 from bactrian.passes.sharding.cost_breakdown import sent

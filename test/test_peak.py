@@ -20,7 +20,7 @@ from bactrian.driver.planning.staged import Staged
 from bactrian.driver.xla.compile_stage import compile_function, function_texts
 from bactrian.passes.frame.context import make_context
 from bactrian.passes.frame.errors import InfeasiblePlanError
-from bactrian.passes.ir.main_dataflow import main_function
+from bactrian.passes.ir.regions import main_function
 from bactrian.passes.peak.estimate import FunctionMemory, function_memory, module_memory
 from bactrian.passes.peak.fusion import fuse
 from bactrian.passes.peak.live_ranges import schedule, temporary_bytes

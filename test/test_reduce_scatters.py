@@ -16,7 +16,7 @@ from jaxlib.mlir import ir
 from bactrian.driver.xla.compile_stage import compile_function, function_texts
 from bactrian.driver.xla.written_reduce_scatters import device_groups
 from bactrian.passes.frame.context import make_context
-from bactrian.passes.ir.main_dataflow import main_function
+from bactrian.passes.ir.regions import main_function
 from bactrian.passes.sharding.scattered_sums import bundles, scattered_sums
 
 AXES = (("x", 2), ("y", 4))

@@ -10,7 +10,9 @@ from jaxlib.mlir import ir
 
 from bactrian.passes.frame.context import make_context
 from bactrian.passes.frame.pipeline import run_pipeline
-from bactrian.passes.ir.main_dataflow import BACKWARD, FORWARD, Dataflow, main_function, phase_of
+from bactrian.passes.ir.attributes import BACKWARD, FORWARD, phase_of
+from bactrian.passes.ir.main_dataflow import MainDataflow
+from bactrian.passes.ir.regions import main_function
 
 OVERHEAD = 48
 _BYTES = {"f64": 8, "f32": 4, "f16": 2}
@@ -58,14 +60,14 @@ def _program(seed: int) -> str:
     )
 
 
-def _again(flow: Dataflow, value: int, heavy: set[int]) -> int | None:
+def _again(flow: MainDataflow, value: int, heavy: set[int]) -> int | None:
     """The price of computing a value again."""
     op = flow.ops[flow.producer[value]]
     price = _PRICES.get(op.name, 1)
     return None if price is None else flow.sizes[value] * (price + 8 * (value in heavy))
 
 
-def _best(flow: Dataflow) -> int:
+def _best(flow: MainDataflow) -> int:
     """The least price over all sets of kept values."""
     phases = [phase_of(op) for op in flow.ops]
     readers = [i for i, phase in enumerate(phases) if phase == BACKWARD]
@@ -89,7 +91,7 @@ def _best(flow: Dataflow) -> int:
     return best
 
 
-def _paid(flow: Dataflow) -> int:
+def _paid(flow: MainDataflow) -> int:
     """The price of what the pass made; ops that it moved or cloned are of the backward phase, but made forward."""
     phases = [phase_of(op) for op in flow.ops]
     readers = [i for i, phase in enumerate(phases) if phase == BACKWARD]
@@ -111,6 +113,6 @@ def _paid(flow: Dataflow) -> int:
 def test_no_choice_is_cheaper(seed: int) -> None:
     with make_context(), ir.Location.unknown():
         module = ir.Module.parse(_program(seed))
-        best = _best(Dataflow.of(main_function(module)))
+        best = _best(MainDataflow.of(main_function(module)))
         run_pipeline(module, f"builtin.module(select-residuals{{overhead-bytes={OVERHEAD}}})")
-        assert _paid(Dataflow.of(main_function(module))) == best
+        assert _paid(MainDataflow.of(main_function(module))) == best

@@ -7,7 +7,7 @@ import sharded
 from jaxlib.mlir import ir
 from test_sharding_numerics import MESHES, program
 
-from bactrian.passes.ir.main_dataflow import main_function
+from bactrian.passes.ir.regions import main_function
 from bactrian.passes.network.solver import solve
 from bactrian.passes.sharding.shardings_to_ir import Writer
 

@@ -10,7 +10,8 @@ import sharded
 from jaxlib.mlir import ir
 
 from bactrian.passes.frame.errors import PassError, ProgramError
-from bactrian.passes.ir.main_dataflow import main_function, nested_operations, result_updates
+from bactrian.passes.ir.attributes import result_updates
+from bactrian.passes.ir.regions import main_function, nested_operations
 from bactrian.passes.network.solver import solve
 from bactrian.passes.sharding.sharding_model import ShardingModel, seconds_of
 from bactrian.passes.sharding.shardings_to_ir import Writer
@@ -81,7 +82,7 @@ func.func public @main(%a: tensor<8x16xf32> {{{ROWS}}}, %b: tensor<8x16xf32> {{{
   %r = stablehlo.add %a, %w : tensor<8x16xf32>
   return %r, %w : tensor<8x16xf32>, tensor<8x16xf32>
 }}"""
-BOUNDARY = f"""
+GRADIENT_BOUNDARY = f"""
 func.func public @main(%x: tensor<4096x64xf32> {{{ROWS}}}, %w: tensor<64x64xf32>)
     -> (tensor<64x64xf32> {{bactrian.updates = 1 : i64}}) {{
   %y = stablehlo.dot_general %x, %w, contracting_dims = [1] x [0] : (tensor<4096x64xf32>, tensor<64x64xf32>) -> tensor<4096x64xf32>
@@ -125,7 +126,7 @@ NOTHING = "func.func public @main(%x: tensor<8xf32>) -> tensor<8xf32> {\n  retur
         ARGUMENTS_CHANGE_PLACES,
         CONSTRAINED_CONSTANT,
         FREE_UPDATE,
-        BOUNDARY,
+        GRADIENT_BOUNDARY,
         CAPTURED,
         BARRIER,
         NOTHING,

@@ -13,15 +13,9 @@ from jaxlib.mlir import ir
 import bactrian
 from bactrian.passes import pipelines
 from bactrian.passes.frame.pipeline import run_pipeline
-from bactrian.passes.ir.main_dataflow import (
-    BOUNDARY,
-    Dataflow,
-    body,
-    custom_call_target,
-    main_function,
-    phase_of,
-    stage_of,
-)
+from bactrian.passes.ir.attributes import GRADIENT_BOUNDARY, phase_of, stage_of
+from bactrian.passes.ir.main_dataflow import MainDataflow
+from bactrian.passes.ir.regions import body, custom_call_target, main_function
 
 MESH = "data=2,model=4"
 AXES = (("data", 2), ("model", 4))
@@ -57,10 +51,10 @@ def test_what_comes_out_has_a_place() -> None:
         main = main_function(module)
         for view in body(main).operations:
             op = view.operation
-            if op.name != "func.return" and custom_call_target(op) != BOUNDARY:
+            if op.name != "func.return" and custom_call_target(op) != GRADIENT_BOUNDARY:
                 assert phase_of(op) is not None, op
                 assert stage_of(op) == 0, op
-        flow = Dataflow.of(main)
+        flow = MainDataflow.of(main)
         below = range(flow.boundary + 1, len(flow.ops) - 1)
         assert all(flow.phases[i] == "update" for i in below)
         added_up = [op for i, op in enumerate(flow.ops) if i in below and op.name == "stablehlo.reduce"]

@@ -14,15 +14,9 @@ from bactrian.passes import pipelines
 from bactrian.passes.frame.context import make_context
 from bactrian.passes.frame.pipeline import run_pipeline
 from bactrian.passes.infer_phases import InferPhases
-from bactrian.passes.ir.main_dataflow import (
-    Dataflow,
-    argument_roles,
-    body,
-    integer,
-    main_function,
-    phase_of,
-    result_updates,
-)
+from bactrian.passes.ir.attributes import argument_roles, integer, phase_of, result_updates
+from bactrian.passes.ir.main_dataflow import MainDataflow
+from bactrian.passes.ir.regions import body, main_function
 
 LOOPED = "bactrian.looped_microbatches"
 
@@ -30,7 +24,7 @@ LOOPED = "bactrian.looped_microbatches"
 def assign_randomly(module: ir.Module, num_stages: int, rng: random.Random) -> None:
     """Stages that respect the data flow: forward edges never go down, backward edges never up."""
     main = main_function(module)
-    flow = Dataflow.of(main)
+    flow = MainDataflow.of(main)
     stages = [0] * len(flow.ops)
     for index, op in enumerate(flow.ops):
         phase = phase_of(op)
@@ -260,31 +254,31 @@ HEAD = (
     'func.func public @main(%p: V {bactrian.role = "state"}, %q: V {bactrian.role = "state"}, '
     '%x: V {bactrian.role = "batch"}) -> (V {bactrian.updates = 0 : i64}, V {bactrian.updates = 1 : i64}) {\n'
 )
-BOUNDARY = "%b = stablehlo.custom_call @bactrian.gradient_boundary"
+GRADIENT_BOUNDARY = "%b = stablehlo.custom_call @bactrian.gradient_boundary"
 ONE = '{mhlo.backend_config = {kinds = "gradient", reductions = "mean"}} : (V) -> V\n'
 TWO = '{mhlo.backend_config = {kinds = "gradient,aux", reductions = "mean,last"}} : (V, V) -> (V, V)\n'
 GRADIENTS = "%g = stablehlo.multiply %p, %x S0 : V\n%h = stablehlo.multiply %q, %x S1 : V\n"
-BOTH = f"{GRADIENTS}{BOUNDARY.replace('%b', '%b:2')}(%g, %h) {TWO}"
+BOTH = f"{GRADIENTS}{GRADIENT_BOUNDARY.replace('%b', '%b:2')}(%g, %h) {TWO}"
 PROGRAMS = {
     "frozen_parameter": f"{BOTH}%n = stablehlo.subtract %p, %b#0 S0 : V\nreturn %n, %q : V, V",
     "running_mean": f"""%m = stablehlo.add %q, %x S0 : V
         %l = stablehlo.add %q, %p S1 : V
-        {BOUNDARY.replace("%b", "%b:2")}(%l, %m) {TWO} return %b#0, %b#1 : V, V""",
+        {GRADIENT_BOUNDARY.replace("%b", "%b:2")}(%l, %m) {TWO} return %b#0, %b#1 : V, V""",
     "copied_state": f"{BOTH}%n = stablehlo.subtract %q, %b#1 S1 : V\nreturn %q, %n : V, V",
     "swapped_states": f"{BOTH}return %q, %p : V, V",
     "rotated_states": f"{BOTH}%n = stablehlo.add %p, %b#0 S1 : V\nreturn %q, %n : V, V",
     "one_value_for_two_states": f"{BOTH}%n = stablehlo.add %p, %b#0 S1 : V\nreturn %n, %n : V, V",
     "gradient_as_state": f"{BOTH}return %b#0, %b#1 : V, V",
-    "repeated_operand": f"""{GRADIENTS}{BOUNDARY.replace("%b", "%b:2")}(%g, %g) {TWO}
+    "repeated_operand": f"""{GRADIENTS}{GRADIENT_BOUNDARY.replace("%b", "%b:2")}(%g, %g) {TWO}
         %n = stablehlo.add %b#0, %b#1 S1 : V
         %m = stablehlo.multiply %b#0, %q S1 : V
         return %n, %m : V, V""",
     "argument_in_a_sum": f"""%y = stablehlo.cosine %q S1 : V
         %s = stablehlo.add %x, %y S1 : V
-        {BOUNDARY}(%s) {ONE} return %b, %q : V, V""",
+        {GRADIENT_BOUNDARY}(%s) {ONE} return %b, %q : V, V""",
     "tied_parameter": f"""{GRADIENTS}%s = stablehlo.add %g, %h S0 : V
         %t = stablehlo.transpose %s, dims = [0] S0 : (V) -> V
-        {BOUNDARY}(%t) {ONE} %n = stablehlo.subtract %p, %b S0 : V
+        {GRADIENT_BOUNDARY}(%t) {ONE} %n = stablehlo.subtract %p, %b S0 : V
         %m = stablehlo.subtract %q, %b S1 : V
         return %n, %m : V, V""",
     "index_in_a_branch": f"""%i = stablehlo.constant S0 dense<0> : tensor<i32>
@@ -293,7 +287,7 @@ PROGRAMS = {
           %c = "stablehlo.case"(%k) ({{ stablehlo.return %p : V }}, {{ stablehlo.return %q : V }}) : (tensor<i32>) -> V
           stablehlo.return %c : V
         }}) S1 : (tensor<i32>) -> V
-        {BOUNDARY}(%y) {ONE} return %b, %q : V, V""",
+        {GRADIENT_BOUNDARY}(%y) {ONE} return %b, %q : V, V""",
     "clip_by_largest": f"""{BOTH}%z = stablehlo.constant S0 dense<9.0> : tensor<f64>
         %o = stablehlo.constant S0 dense<0.0> : tensor<f64>
         %n0 = stablehlo.reduce(%b#0 init: %o) applies stablehlo.add across dimensions = [0] S0

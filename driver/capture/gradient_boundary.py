@@ -19,10 +19,7 @@ import numpy as np
 from bactrian.driver.arrays.leaf_types import is_array
 from bactrian.driver.source import line_here
 from bactrian.passes.frame.errors import ConfigError, ProgramError
-
-GRADIENT_BOUNDARY = "bactrian.gradient_boundary"
-STAGE_BOUNDARY = "bactrian.stage_boundary"
-MICROBATCH_INDEX = "bactrian.microbatch_index"
+from bactrian.passes.ir.attributes import GRADIENT_BOUNDARY, MICROBATCH_INDEX, STAGE_BOUNDARY
 
 GRADIENT_REDUCTIONS = ("mean", "sum")
 REDUCTIONS = ("mean", "sum", "last", "concat")

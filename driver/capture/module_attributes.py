@@ -16,14 +16,16 @@ from bactrian.driver.capture.argument_info import ArgumentInfo, ResultInfo
 from bactrian.driver.capture.argument_shardings import Asked, write_asked
 from bactrian.passes.frame.context import make_context
 from bactrian.passes.frame.errors import ConfigError
-from bactrian.passes.ir.main_dataflow import (
+from bactrian.passes.ir.attributes import (
+    HOME,
+    NUM_STAGES,
+    ROLE,
+    UPDATES,
     argument_attributes,
-    body,
-    custom_call_target,
     integer,
-    main_function,
     result_attributes,
 )
+from bactrian.passes.ir.regions import body, custom_call_target, main_function
 
 _NO_MESH = "#sdy.mesh<[]>"
 
@@ -53,14 +55,14 @@ def annotated(
             )
         argument_attrs = argument_attributes(main)
         for info, attrs, argument in zip(arguments, argument_attrs, block.arguments, strict=True):
-            attrs["bactrian.role"] = ir.StringAttr.get(info.role)
+            attrs[ROLE] = ir.StringAttr.get(info.role)
             argument.set_location(ir.Location.name(info.path))
         write_asked(ours, asked, [len(info.physical.shape) for info in arguments], argument_attrs)
         result_attrs = result_attributes(main)
         for info, attrs in zip(results, result_attrs, strict=True):
             attrs["jax.result_info"] = ir.StringAttr.get(info.path)
             if info.updates is not None:
-                attrs["bactrian.updates"] = integer(info.updates)
+                attrs[UPDATES] = integer(info.updates)
         for name, dicts in (("arg_attrs", argument_attrs), ("res_attrs", result_attrs)):
             if dicts:
                 main.attributes[name] = ir.ArrayAttr.get([ir.DictAttr.get(d) for d in dicts])
@@ -76,9 +78,9 @@ def write_placed(module: ir.Module, placed: PlacedArguments) -> None:
     main = main_function(module)
     arguments = argument_attributes(main)
     for number, stages in placed.stages:
-        arguments[number]["bactrian.home"] = ir.ArrayAttr.get([integer(stage) for stage in stages])
+        arguments[number][HOME] = ir.ArrayAttr.get([integer(stage) for stage in stages])
     main.attributes["arg_attrs"] = ir.ArrayAttr.get([ir.DictAttr.get(attrs) for attrs in arguments])
-    module.operation.attributes["bactrian.num_stages"] = integer(placed.num_stages)
+    module.operation.attributes[NUM_STAGES] = integer(placed.num_stages)
 
 
 def _drop_noise(module: ir.Module, main: ir.Block) -> None:

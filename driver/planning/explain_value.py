@@ -9,7 +9,8 @@ from pathlib import Path
 
 from bactrian.passes.frame.context import make_context
 from bactrian.passes.frame.errors import ConfigError
-from bactrian.passes.ir.main_dataflow import argument_roles, main_function, result_updates
+from bactrian.passes.ir.attributes import argument_roles, result_updates
+from bactrian.passes.ir.regions import main_function
 from bactrian.passes.plan.schema import UNSOLVED_FILE, Plan, axes_words
 from bactrian.passes.plan.stage_sharding import ShardingPlan
 from bactrian.passes.sharding.explain import Explanation, StageExplainer

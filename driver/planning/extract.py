@@ -6,16 +6,23 @@ from dataclasses import dataclass, field
 
 from jaxlib.mlir import ir
 
-from bactrian.passes.ir.main_dataflow import (
+from bactrian.passes.ir.attributes import (
+    ACCUMULATOR,
+    ARGUMENT,
+    ORDER,
+    RESULT,
+    ROLE,
     UPDATE,
-    body,
-    integer_attribute,
-    main_function,
-    required_integer,
-    string_attribute,
-    terminator,
+    UPDATES,
+    phase_of,
+    read_num_microbatches,
+    read_num_stages,
+    read_schedule,
+    round_of,
+    stage_of,
 )
 from bactrian.passes.ir.meshes import axis_names, mesh_tensor_parts, stage_axes
+from bactrian.passes.ir.regions import body, main_function, terminator
 from bactrian.runtime.staged_program import ArgumentPiece, Call, ResultPiece, StagedProgram, Transfer, Value
 
 _DTYPES = {
@@ -76,11 +83,11 @@ def _extract(module: ir.Module) -> StagedProgram:
     counters: set[ir.Value] = set()
     for value, entry in zip(body(main).arguments, ir.ArrayAttr(main.attributes["arg_attrs"]), strict=True):
         attributes = ir.DictAttr(entry)
-        role = ir.StringAttr(attributes["bactrian.role"]).value
+        role = ir.StringAttr(attributes[ROLE]).value
         if role == "microbatch_index":
             counters.add(value)
             continue
-        argument = ir.IntegerAttr(attributes["bactrian.argument"]).value
+        argument = ir.IntegerAttr(attributes[ARGUMENT]).value
         arguments.append(ArgumentPiece(argument, role, reader.add(value, role == "batch")))
     calls: list[Call] = []
     transfers: list[Transfer] = []
@@ -90,14 +97,14 @@ def _extract(module: ir.Module) -> StagedProgram:
             calls.append(_call(op, functions, reader, counters))
         elif op.name == "mpmd.transfer":
             source = reader.number[op.operands[0]]
-            once = string_attribute(op, "bactrian.phase") == UPDATE
+            once = phase_of(op) == UPDATE
             target = reader.add(op.results[0], reader.values[source].per_microbatch and not once)
             transfers.append(Transfer(source, target))
-    num_stages = required_integer(root, "bactrian.num_stages", "assign-stages")
+    num_stages = read_num_stages(module)
     return StagedProgram(
         num_stages=num_stages,
-        num_microbatches=required_integer(root, "bactrian.num_microbatches", "capture"),
-        schedule=string_attribute(root, "bactrian.schedule") or "",
+        num_microbatches=read_num_microbatches(module),
+        schedule=read_schedule(module) or "",
         values=tuple(reader.values),
         calls=tuple(calls),
         transfers=tuple(transfers),
@@ -105,7 +112,7 @@ def _extract(module: ir.Module) -> StagedProgram:
         results=tuple(_results(main, reader)),
         order=tuple(
             tuple(ir.StringAttr(token).value for token in ir.ArrayAttr(tokens))
-            for tokens in ir.ArrayAttr(root.attributes["bactrian.order"])
+            for tokens in ir.ArrayAttr(root.attributes[ORDER])
         ),
         meshes=stage_axes(module, num_stages),
     )
@@ -113,8 +120,8 @@ def _extract(module: ir.Module) -> StagedProgram:
 
 def _call(op: ir.Operation, functions: dict[str, ir.Operation], reader: _Reader, counters: set[ir.Value]) -> Call:
     symbol = ir.FlatSymbolRefAttr(op.attributes["callee"]).value
-    phase = string_attribute(op, "bactrian.phase") or ""
-    stage = integer_attribute(op, "bactrian.stage") or 0
+    phase = phase_of(op) or ""
+    stage = stage_of(op) or 0
     inputs = tuple(-1 if value in counters else reader.number[value] for value in op.operands)
     per_microbatch = phase in ("forward", "backward", "forward_backward")
     outputs = tuple(reader.add(value, per_microbatch) for value in op.results)
@@ -124,13 +131,13 @@ def _call(op: ir.Operation, functions: dict[str, ir.Operation], reader: _Reader,
         attributes = ir.DictAttr(entry)
         if "tf.aliasing_output" in attributes:
             donated.append(position)
-            if "bactrian.accumulator" in attributes:
+            if ACCUMULATOR in attributes:
                 carries.append((position, ir.IntegerAttr(attributes["tf.aliasing_output"]).value))
     return Call(
         function=symbol,
         stage=stage,
         phase=phase,
-        round=integer_attribute(op, "bactrian.round") or 0,
+        round=round_of(op),
         inputs=inputs,
         outputs=outputs,
         donated=tuple(donated),
@@ -144,6 +151,6 @@ def _results(main: ir.Operation, reader: _Reader) -> list[ResultPiece]:
     pieces: list[ResultPiece] = []
     for value, entry in zip(terminator(main).operands, entries, strict=True):
         attributes = ir.DictAttr(entry)
-        updates = ir.IntegerAttr(attributes["bactrian.updates"]).value if "bactrian.updates" in attributes else None
-        pieces.append(ResultPiece(ir.IntegerAttr(attributes["bactrian.result"]).value, reader.number[value], updates))
+        updates = ir.IntegerAttr(attributes[UPDATES]).value if UPDATES in attributes else None
+        pieces.append(ResultPiece(ir.IntegerAttr(attributes[RESULT]).value, reader.number[value], updates))
     return pieces

@@ -11,8 +11,9 @@ from jaxlib.mlir import ir
 from bactrian.driver.planning.memory_refinement import Again, solved_again
 from bactrian.passes.frame.errors import ConfigError, InfeasiblePlanError
 from bactrian.passes.frame.location import name_stack, user_place
-from bactrian.passes.ir.main_dataflow import argument_attributes, body, main_function, nested_operations
+from bactrian.passes.ir.attributes import argument_attributes
 from bactrian.passes.ir.meshes import SHARDING
+from bactrian.passes.ir.regions import body, main_function, nested_operations
 from bactrian.passes.sharding.user_shardings import CONSTRAINT
 from bactrian.passes.sharding.value_names import place_text
 

@@ -12,10 +12,10 @@ from bactrian.driver.planning.plan_shardings import read_shardings
 from bactrian.driver.planning.stage_memory import StagePeak, stage_peak
 from bactrian.passes.frame.errors import InfeasiblePlanError
 from bactrian.passes.frame.pipeline import PipelineReport
+from bactrian.passes.ir.attributes import SOLVE
 from bactrian.passes.peak.estimate import module_memory
 from bactrian.passes.plan.plan_table import human_bytes
 from bactrian.passes.plan.stage_sharding import ShardingPlan
-from bactrian.passes.sharding.solve_snapshot import ATTRIBUTE
 from bactrian.runtime.staged_program import StagedProgram
 
 _TRIES = 6
@@ -154,7 +154,7 @@ def solved_again(unsolved: ir.Operation) -> ir.Module:
     with unsolved.location:
         module = ir.Module.create()
     for name in unsolved.attributes:
-        if name != ATTRIBUTE:
+        if name != SOLVE:
             module.operation.attributes[name] = unsolved.attributes[name]
     for view in unsolved.regions[0].blocks[0].operations:
         module.body.append(view.operation.clone(ip=False))

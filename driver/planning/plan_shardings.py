@@ -9,8 +9,9 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import sdy
 
 from bactrian.passes.frame.errors import ConfigError
-from bactrian.passes.ir.main_dataflow import argument_attributes, main_function
+from bactrian.passes.ir.attributes import SHARDING_ESTIMATES, argument_attributes
 from bactrian.passes.ir.meshes import SHARDING, axis_names
+from bactrian.passes.ir.regions import main_function
 from bactrian.passes.plan.schema import Axes, Plan
 from bactrian.passes.plan.stage_sharding import WHOLE, ShardingFigures, ShardingPlan, layout_text
 from bactrian.runtime.staged_program import StagedProgram
@@ -122,9 +123,9 @@ def write_layouts(module: ir.Module, layouts: Mapping[int, Layout]) -> None:
 def read_shardings(module: ir.Module, program: StagedProgram, paths: Sequence[str]) -> tuple[ShardingPlan, ...]:
     """What ``solve-shardings`` has written of each stage; nothing where it had nothing to choose."""
     with module.context:
-        if "bactrian.sharding" not in module.operation.attributes:
+        if SHARDING_ESTIMATES not in module.operation.attributes:
             return ()
-        found = ir.ArrayAttr(module.operation.attributes["bactrian.sharding"])
+        found = ir.ArrayAttr(module.operation.attributes[SHARDING_ESTIMATES])
         return tuple(_read(ir.DictAttr(entry), stage, program, paths) for stage, entry in enumerate(found))
 
 

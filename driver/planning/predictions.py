@@ -9,8 +9,10 @@ from dataclasses import dataclass, field
 from jaxlib.mlir import ir
 
 from bactrian.driver.planning.stage_traffic import StageTraffic
-from bactrian.passes.ir.main_dataflow import Dataflow, integer_attribute, main_function, phase_of, stage_of
+from bactrian.passes.ir.attributes import layer_of, phase_of, stage_of
+from bactrian.passes.ir.main_dataflow import MainDataflow
 from bactrian.passes.ir.op_costs import CostModel
+from bactrian.passes.ir.regions import main_function
 from bactrian.passes.machine.device import CPU_CORE, Device, OpCost
 from bactrian.passes.plan.schema import StagePlan
 from bactrian.passes.plan.stage_sharding import ShardingPlan
@@ -32,7 +34,7 @@ class PlacedOp:
     cost: OpCost
 
 
-def placed_ops(module: ir.Module, flow: Dataflow | None) -> list[PlacedOp]:
+def placed_ops(module: ir.Module, flow: MainDataflow | None) -> list[PlacedOp]:
     """The ops that have a stage, in program order, as ``assign-stages`` leaves them: later passes drop the layers.
 
     Args:
@@ -41,10 +43,10 @@ def placed_ops(module: ir.Module, flow: Dataflow | None) -> list[PlacedOp]:
     """
     model = CostModel()
     found: list[PlacedOp] = []
-    for op in (flow or Dataflow.of(main_function(module))).ops:
+    for op in (flow or MainDataflow.of(main_function(module))).ops:
         phase, stage = phase_of(op), stage_of(op)
         if phase is not None and stage is not None:
-            found.append(PlacedOp(op, phase, stage, integer_attribute(op, "bactrian.layer"), model.cost(op)))
+            found.append(PlacedOp(op, phase, stage, layer_of(op), model.cost(op)))
     return found
 
 

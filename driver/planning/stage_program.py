@@ -33,7 +33,8 @@ from bactrian.driver.planning.predictions import (
 from bactrian.driver.planning.staged import Staged
 from bactrian.passes.frame.errors import InfeasiblePlanError
 from bactrian.passes.frame.pipeline import PipelineReport, run_pipeline
-from bactrian.passes.ir.main_dataflow import Dataflow, body, main_function
+from bactrian.passes.ir.main_dataflow import MainDataflow
+from bactrian.passes.ir.regions import body, main_function
 from bactrian.passes.plan.schema import LayerPlan, Plan, StagePlan
 from bactrian.passes.sharding.solve_snapshot import before_solving
 
@@ -61,7 +62,7 @@ def stage_program(
     """
     formed = run_pipeline(module, decisions.forming(), reproducer_dir=reproducer_dir)
     # What is known by layers is read now: split-stages keeps only stages.
-    layered = _layered(module, decisions, formed.kept.get(Dataflow))
+    layered = _layered(module, decisions, formed.kept.get(MainDataflow))
     sources = _give_layouts(module, plan, layouts or {}, paths) if decisions.is_wide else {}
     localized = run_pipeline(module, decisions.localizing(), reproducer_dir=reproducer_dir, kept=formed.kept)
     unsolved = None
@@ -98,7 +99,7 @@ class _Layered:
     work: tuple[StageWork, ...]
 
 
-def _layered(module: ir.Module, decisions: Decisions, flow: Dataflow | None) -> _Layered:
+def _layered(module: ir.Module, decisions: Decisions, flow: MainDataflow | None) -> _Layered:
     with module.context:
         ops = placed_ops(module, flow)
         starts = first_layers(ops, decisions.num_stages)

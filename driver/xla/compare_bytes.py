@@ -20,7 +20,7 @@ from bactrian.driver.xla.hlo_collectives import HloCollective, op_names, read_co
 from bactrian.passes.frame.context import make_context
 from bactrian.passes.frame.errors import ConfigError
 from bactrian.passes.frame.location import name_stack, user_location
-from bactrian.passes.ir.main_dataflow import main_function, nested_operations
+from bactrian.passes.ir.regions import main_function, nested_operations
 from bactrian.passes.sharding.collective_bytes import Collective, count_collectives
 from bactrian.passes.sharding.halo import HALO
 

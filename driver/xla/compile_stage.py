@@ -24,7 +24,6 @@ from bactrian.driver.planning.extract import numpy_dtype
 from bactrian.driver.xla.loop_captures import carry_captured
 from bactrian.driver.xla.written_reduce_scatters import write_reduce_scatters
 from bactrian.passes.frame.location import name_stack
-from bactrian.passes.ir.main_dataflow import main_function, nested_operations
 from bactrian.passes.ir.meshes import (
     SHARDING,
     Axes,
@@ -34,6 +33,7 @@ from bactrian.passes.ir.meshes import (
     num_devices,
     value_shardings,
 )
+from bactrian.passes.ir.regions import main_function, nested_operations
 from bactrian.runtime.transports.interface import device_array as plain_device_array
 
 JaxDevice = Any  # jax.Device, which its own stubs declare as a variable

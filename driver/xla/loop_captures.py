@@ -5,8 +5,8 @@ from __future__ import annotations
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import sdy
 
-from bactrian.passes.ir.main_dataflow import nested_operands, nested_operations
 from bactrian.passes.ir.meshes import SHARDING, mesh_name, value_shardings, whole_sharding
+from bactrian.passes.ir.regions import nested_operands, nested_operations
 from bactrian.passes.sharding.loop_dataflow import WHILE, is_unchanged
 
 

@@ -13,8 +13,8 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import sdy, stablehlo
 
 from bactrian.passes.frame.location import name_stack
-from bactrian.passes.ir.main_dataflow import body, nested_operations, terminator
 from bactrian.passes.ir.meshes import SHARDING, Axes, axis_names, mesh_name, value_shardings
+from bactrian.passes.ir.regions import body, nested_operations, terminator
 from bactrian.passes.sharding.scattered_sums import ScatteredSum, bundles, scattered_sums
 
 _DEVICE_TO_DEVICE = 1  # stablehlo's type of a channel

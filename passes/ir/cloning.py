@@ -6,19 +6,17 @@ from collections.abc import Callable, Hashable, Sequence
 
 from jaxlib.mlir import ir
 
-from bactrian.passes.ir.main_dataflow import (
-    BOUNDARY,
+from bactrian.passes.ir.attributes import (
+    LAYER,
+    PARTIAL,
+    STAGE,
     UPDATE,
-    Dataflow,
-    custom_call_target,
-    replace_reads,
-    required_integer,
-    string_attribute,
-    top_level,
+    phase_of,
+    required_stage,
 )
+from bactrian.passes.ir.main_dataflow import MainDataflow
 from bactrian.passes.ir.op_traits import DATA_MOVEMENT, ELEMENTWISE, NEVER_CLONED
-
-PARTIAL = "bactrian.partial"  # an op that ends one stage's part of a regrouped fold
+from bactrian.passes.ir.regions import replace_reads, top_level
 
 
 def is_elementwise(op: ir.Operation) -> bool:
@@ -27,7 +25,7 @@ def is_elementwise(op: ir.Operation) -> bool:
 
 
 def clone_into_readers(
-    flow: Dataflow,
+    flow: MainDataflow,
     keys: Sequence[Hashable],
     key_of: Callable[[ir.Operation], Hashable],
     set_key: Callable[[ir.Operation, ir.Operation], None],
@@ -83,7 +81,7 @@ def clone_into_readers(
     return made
 
 
-def _read_elsewhere(flow: Dataflow, keys: Sequence[Hashable]) -> list[bool]:
+def _read_elsewhere(flow: MainDataflow, keys: Sequence[Hashable]) -> list[bool]:
     """Which ops a group other than their own reads."""
     foreign = [False] * len(flow.ops)
     for index, key in enumerate(keys):
@@ -96,18 +94,13 @@ def _read_elsewhere(flow: Dataflow, keys: Sequence[Hashable]) -> list[bool]:
     return foreign
 
 
-def is_boundary_or_return(op: ir.Operation) -> bool:
-    """Whether an op belongs to no group: the gradient boundary and the function's return."""
-    return op.name in ("func.return", "return") or custom_call_target(op) == BOUNDARY
-
-
-def stage_keys(flow: Dataflow) -> list[Hashable]:
+def stage_keys(flow: MainDataflow) -> list[Hashable]:
     """The stage of each op, update apart from the rest; None for the boundary and the return."""
     stages = required_stages(flow)
     return [None if s is None else (s, p == UPDATE) for s, p in zip(stages, flow.phases, strict=True)]
 
 
-def required_stages(flow: Dataflow) -> list[int | None]:
+def required_stages(flow: MainDataflow) -> list[int | None]:
     """The stage of each op; None for the boundary and the return only.
 
     Raises:
@@ -116,19 +109,19 @@ def required_stages(flow: Dataflow) -> list[int | None]:
     none = (flow.boundary, len(flow.ops) - 1)
     for index, stage in enumerate(flow.stages):
         if stage is None and index not in none:
-            required_integer(flow.ops[index], "bactrian.stage", "assign-stages")
+            required_stage(flow.ops[index])
     return [None if index in none else stage for index, stage in enumerate(flow.stages)]
 
 
 def stage_key(op: ir.Operation) -> Hashable:
     """`stage_keys` for one op that has a stage."""
-    update = string_attribute(op, "bactrian.phase") == UPDATE
-    return required_integer(op, "bactrian.stage", "assign-stages"), update
+    update = phase_of(op) == UPDATE
+    return required_stage(op), update
 
 
 def copy_stage(clone: ir.Operation, reader: ir.Operation) -> None:
     """Put a clone on its reader's stage and layer."""
-    for name in ("bactrian.stage", "bactrian.layer"):
+    for name in (STAGE, LAYER):
         if name in reader.attributes:
             clone.attributes[name] = reader.attributes[name]
 
@@ -141,7 +134,7 @@ class StageRule:
     once and end there; large ones only by elementwise ops.
     """
 
-    def __init__(self, flow: Dataflow, roles: list[str], small_bytes: int) -> None:
+    def __init__(self, flow: MainDataflow, roles: list[str], small_bytes: int) -> None:
         sizes = flow.sizes
         known = [roles[i] != "batch" and sizes[i] <= small_bytes for i in range(flow.num_arguments)]
         known += [False] * (len(flow.values) - flow.num_arguments)

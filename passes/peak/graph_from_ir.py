@@ -13,9 +13,11 @@ from collections.abc import Mapping, Sequence
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import stablehlo
 
-from bactrian.passes.ir.main_dataflow import argument_attributes, body, nested_operations, type_bytes
+from bactrian.passes.ir.attributes import argument_attributes
 from bactrian.passes.ir.meshes import SHARDING, axis_names, value_shardings
 from bactrian.passes.ir.op_traits import CONTRACTING, HAS_OWN_BUFFER, without_dialect
+from bactrian.passes.ir.regions import body, nested_operations
+from bactrian.passes.ir.tensor_sizes import type_bytes
 from bactrian.passes.peak.value_graph import Graph, Kind
 from bactrian.passes.sharding.halo_rules import borders_of
 from bactrian.passes.sharding.scattered_sums import ScatteredSum, bundles, scattered_sums

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from bactrian.passes.frame.errors import ConfigError
-from bactrian.passes.ir.main_dataflow import BACKWARD, FORWARD, UPDATE
+from bactrian.passes.ir.attributes import BACKWARD, FORWARD, UPDATE
 from bactrian.passes.machine.mesh import Mesh
 from bactrian.passes.sharding.reshard_paths import Layout, replicated
 from bactrian.passes.sharding.sharding_rules import Dims

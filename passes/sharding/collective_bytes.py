@@ -12,8 +12,10 @@ from jaxlib.mlir.passmanager import PassManager
 
 from bactrian.passes.frame.context import make_context
 from bactrian.passes.frame.errors import PassError
-from bactrian.passes.ir.main_dataflow import body, main_function, value_shape
+from bactrian.passes.ir.attributes import PLACEMENT
 from bactrian.passes.ir.op_costs import tensor_size
+from bactrian.passes.ir.regions import body, main_function
+from bactrian.passes.ir.tensor_sizes import value_shape
 from bactrian.passes.sharding.halo import HALO, Border, borders_sent
 from bactrian.passes.sharding.halo_rules import RULE, apart, borders_of, windowed_dims
 from bactrian.passes.sharding.loop_dataflow import WHILE, turns_of
@@ -23,9 +25,6 @@ _EXPLICIT = (
     "canonicalize)"
 )
 _KINDS = frozenset({"all_gather", "all_to_all", "all_reduce", "reduce_scatter", "collective_permute", "all_slice"})
-
-
-_PLACE = frozenset({"bactrian.phase", "bactrian.stage", "bactrian.layer"})
 
 
 @dataclass(frozen=True)
@@ -108,7 +107,7 @@ def _value_numbers(main: ir.Operation) -> dict[ir.Value, int]:
     for op, _ in _with_turns(body(main), 1):
         unlike = len(numbers) if len(op.regions) else None  # regions may read anything: no two are taken for equal
         attributes = str(
-            {name: str(op.attributes[name]) for name in sorted(op.attributes.keys()) if name not in _PLACE}
+            {name: str(op.attributes[name]) for name in sorted(op.attributes.keys()) if name not in PLACEMENT}
         )
         key = op.name, attributes, tuple(numbers[value] for value in op.operands), unlike
         for position, result in enumerate(op.results):

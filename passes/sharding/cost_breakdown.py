@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bactrian.passes.ir.main_dataflow import BACKWARD, FORWARD, UPDATE
+from bactrian.passes.ir.attributes import BACKWARD, FORWARD, UPDATE
 from bactrian.passes.sharding.baselines import Roles
 from bactrian.passes.sharding.halo import HALO
 from bactrian.passes.sharding.reshard_paths import Layout

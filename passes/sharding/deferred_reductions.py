@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from jaxlib.mlir import ir
 
-from bactrian.passes.ir.main_dataflow import UPDATE, Dataflow
+from bactrian.passes.ir.attributes import ACCUMULATE, UPDATE
+from bactrian.passes.ir.main_dataflow import MainDataflow
 from bactrian.passes.sharding.strategies import Defers
 
 _SUMS = ("stablehlo.dot_general", "stablehlo.reduce", "stablehlo.scatter")
@@ -14,7 +15,7 @@ _LINEAR = ("stablehlo.transpose", "stablehlo.reshape", "stablehlo.convert", "sta
 _SCALING = ("stablehlo.multiply", "stablehlo.divide")  # by a constant
 
 
-def deferred_sums(flow: Dataflow, value_of: Sequence[int], hands_on: Sequence[bool]) -> dict[int, Defers]:
+def deferred_sums(flow: MainDataflow, value_of: Sequence[int], hands_on: Sequence[bool]) -> dict[int, Defers]:
     """The ops that lie between a sum over a batch and the accumulator that only the update reads.
 
     All that is between is linear, and nothing else reads it, so devices can accumulate parts of the sum, each its own, and
@@ -28,13 +29,13 @@ def deferred_sums(flow: Dataflow, value_of: Sequence[int], hands_on: Sequence[bo
     finder = _Finder(flow, value_of, hands_on)
     found = dict[int, Defers]()
     for index, op in enumerate(flow.ops[:-1]):
-        if "bactrian.accumulate" in op.attributes and op.name == "stablehlo.add":
+        if ACCUMULATE in op.attributes and op.name == "stablehlo.add":
             found |= finder.below(index) or {}
     return found
 
 
 class _Finder:
-    def __init__(self, flow: Dataflow, value_of: Sequence[int], hands_on: Sequence[bool]) -> None:
+    def __init__(self, flow: MainDataflow, value_of: Sequence[int], hands_on: Sequence[bool]) -> None:
         self._flow, self._value_of = flow, value_of
         self._readers: list[set[int]] = [set() for _ in flow.values]
         for index, reads in enumerate(flow.operands):

@@ -9,8 +9,8 @@ from dataclasses import replace
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import stablehlo
 
-from bactrian.passes.ir.main_dataflow import value_shape
 from bactrian.passes.ir.op_costs import element_bytes
+from bactrian.passes.ir.tensor_sizes import value_shape
 from bactrian.passes.sharding.deferred_reductions import splat_of
 from bactrian.passes.sharding.halo import Border
 from bactrian.passes.sharding.sharding_rules import Rule

@@ -8,8 +8,10 @@ from functools import cached_property
 
 from jaxlib.mlir import ir
 
-from bactrian.passes.ir.main_dataflow import Dataflow, body, nested_operations, phase_of, stage_of
+from bactrian.passes.ir.attributes import phase_of, stage_of
+from bactrian.passes.ir.main_dataflow import MainDataflow
 from bactrian.passes.ir.op_costs import trip_count
+from bactrian.passes.ir.regions import body, nested_operations
 
 WHILE = "stablehlo.while"
 
@@ -77,7 +79,7 @@ class Loop:
 
 
 @dataclass(frozen=True)
-class LoopFlow(Dataflow):
+class LoopFlow(MainDataflow):
     """The data flow of ``@main``, where the place of a ``while`` is taken by what it does.
 
     Its entries are, in this order: for each carried value one that takes what enters, and whose result is the result

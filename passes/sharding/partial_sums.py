@@ -14,7 +14,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import sdy, stablehlo
 
 from bactrian.passes.ir.builders import splat
-from bactrian.passes.ir.main_dataflow import set_operand
+from bactrian.passes.ir.regions import set_operand
 from bactrian.passes.machine.mesh import Mesh
 from bactrian.passes.sharding.deferred_reductions import splat_of
 from bactrian.passes.sharding.reshard_paths import Layout, parts_of_sum

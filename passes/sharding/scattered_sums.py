@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import stablehlo
 
-from bactrian.passes.ir.main_dataflow import body, nested_operations, type_bytes
 from bactrian.passes.ir.meshes import axis_names, value_shardings
+from bactrian.passes.ir.regions import body, nested_operations
+from bactrian.passes.ir.tensor_sizes import type_bytes
 from bactrian.passes.sharding.deferred_reductions import splat_of
 
 Layout = tuple[tuple[str, ...], ...]

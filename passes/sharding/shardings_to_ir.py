@@ -7,19 +7,17 @@ from collections.abc import Mapping, Sequence
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import sdy
 
-from bactrian.passes.ir.main_dataflow import (
+from bactrian.passes.ir.attributes import (
+    PHASE,
+    PLACEMENT,
     UPDATE,
     argument_attributes,
-    body,
-    nested_operations,
     phase_of,
     result_attributes,
     result_updates,
-    set_operand,
-    terminator,
-    top_level,
 )
 from bactrian.passes.ir.meshes import SHARDING
+from bactrian.passes.ir.regions import body, nested_operations, set_operand, terminator, top_level
 from bactrian.passes.machine.mesh import Mesh
 from bactrian.passes.sharding.halo import HALO
 from bactrian.passes.sharding.loop_dataflow import CARRY, CONDITION, INSIDE, Loop, condition_ops
@@ -29,8 +27,6 @@ from bactrian.passes.sharding.sharding_model import ShardingModel, Shardings
 from bactrian.passes.sharding.strategies import Strategy, strategies
 from bactrian.passes.sharding.user_shardings import CONSTRAINT
 from bactrian.passes.sharding.work_from_ir import Part, Reading, drop_rules
-
-_PLACE = ("bactrian.phase", "bactrian.stage", "bactrian.layer")
 
 
 def sharding_attribute(layout: Layout, mesh: Mesh, mesh_name: str) -> ir.Attribute:
@@ -330,8 +326,8 @@ class Writer:
         if reader.name == "func.return" and not isinstance(value.owner, ir.Block):
             source = value.owner.operation
         found = _place_of(source)
-        if source is not reader and _PLACE[0] in found:
-            found[_PLACE[0]] = ir.StringAttr.get(UPDATE)
+        if source is not reader and PHASE in found:
+            found[PHASE] = ir.StringAttr.get(UPDATE)
         return found
 
     def _results(self, first: set[int]) -> None:
@@ -380,7 +376,7 @@ def _is_sum(strategy: Strategy, op: ir.Operation) -> bool:
 
 def _place_of(op: ir.Operation) -> dict[str, ir.Attribute]:
     """Phase, stage and layer."""
-    return {name: op.attributes[name] for name in _PLACE if name in op.attributes}
+    return {name: op.attributes[name] for name in PLACEMENT if name in op.attributes}
 
 
 def _block_of(value: ir.Value) -> ir.Block:

@@ -10,11 +10,10 @@ from pathlib import Path
 from jaxlib.mlir import ir
 
 from bactrian.passes.frame.errors import ConfigError
-from bactrian.passes.ir.main_dataflow import argument_attributes, main_function
+from bactrian.passes.ir.attributes import SOLVE, argument_attributes
 from bactrian.passes.ir.meshes import SHARDING
+from bactrian.passes.ir.regions import main_function
 from bactrian.passes.machine.cluster import CPU_HOST, Cluster, cluster_of
-
-ATTRIBUTE = "bactrian.solve"
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ def before_solving(
     entries: dict[str, ir.Attribute] = {name: ir.StringAttr.get(text) for name, text in fields.items()}
     entries["given"] = ir.DictAttr.get({str(number): ir.StringAttr.get(who) for number, who in sorted(given.items())})
     copy = module.operation.clone().operation
-    copy.attributes[ATTRIBUTE] = ir.DictAttr.get(entries)
+    copy.attributes[SOLVE] = ir.DictAttr.get(entries)
     return copy
 
 
@@ -83,9 +82,9 @@ def read_unsolved(text: str, source: str) -> Unsolved:
         module = ir.Module.parse(text)
     except ir.MLIRError as error:
         raise ConfigError(f"cannot read {source}", why=str(error).partition("\n")[0], fix=fix) from None
-    if ATTRIBUTE not in module.operation.attributes:
-        raise ConfigError(f"{source} does not say what layouts were chosen for", why=f"no {ATTRIBUTE} in it", fix=fix)
-    entries = ir.DictAttr(module.operation.attributes[ATTRIBUTE])
+    if SOLVE not in module.operation.attributes:
+        raise ConfigError(f"{source} does not say what layouts were chosen for", why=f"no {SOLVE} in it", fix=fix)
+    entries = ir.DictAttr(module.operation.attributes[SOLVE])
     words = {name: ir.StringAttr(entries[name]).value for name in ("fingerprint", "strategy")}
     cluster = CPU_HOST
     if "cluster" in entries:

@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 from jaxlib.mlir import ir
 
 from bactrian.passes.frame.errors import ConfigError, PassError
-from bactrian.passes.ir.main_dataflow import integer_attribute, main_function
+from bactrian.passes.ir.attributes import NUM_MICROBATCHES, NUM_STAGES, integer_attribute
 from bactrian.passes.ir.meshes import Axes, mesh_axes, num_devices
 from bactrian.passes.ir.module_schedule import fused_phases, schedule_of
+from bactrian.passes.ir.regions import main_function
 from bactrian.passes.machine.cluster import Cluster
 from bactrian.passes.machine.mesh import Mesh
 from bactrian.passes.sharding.loop_dataflow import capture_unchanged
@@ -50,7 +51,7 @@ def stage_meshes(module: ir.Module) -> dict[str, Axes]:
         PassError: a mesh of several devices belongs to no stage.
         ConfigError: only some stages have several devices.
     """
-    stages = integer_attribute(module.operation, "bactrian.num_stages") or 1
+    stages = integer_attribute(module.operation, NUM_STAGES) or 1
     meshes = mesh_axes(module)
     wide = [name for name, axes in meshes.items() if num_devices(axes) > 1]
     if not wide:
@@ -87,7 +88,7 @@ def read_stages(
     """
     main = main_function(module)
     capture_unchanged(main)
-    count = integer_attribute(module.operation, "bactrian.num_microbatches") or 1
+    count = integer_attribute(module.operation, NUM_MICROBATCHES) or 1
     schedule = schedule_of(module)
     stages = len(meshes)
     found = list[StageProgram]()

@@ -7,8 +7,10 @@ from jaxlib.mlir.dialects import sdy
 
 from bactrian.passes.frame.errors import PassError, ProgramError
 from bactrian.passes.frame.location import describe
-from bactrian.passes.ir.main_dataflow import Dataflow, argument_attributes, result_attributes, value_shape
+from bactrian.passes.ir.attributes import argument_attributes, result_attributes
+from bactrian.passes.ir.main_dataflow import MainDataflow
 from bactrian.passes.ir.meshes import SHARDING
+from bactrian.passes.ir.tensor_sizes import value_shape
 from bactrian.passes.machine.mesh import Mesh
 from bactrian.passes.sharding.reshard_paths import Layout, all_layouts
 
@@ -30,7 +32,7 @@ def refuse_result_shardings(main: ir.Operation) -> None:
             )
 
 
-def fixed_arguments(main: ir.Operation, flow: Dataflow, mesh: Mesh) -> list[tuple[int, Layout]]:
+def fixed_arguments(main: ir.Operation, flow: MainDataflow, mesh: Mesh) -> list[tuple[int, Layout]]:
     """Arguments that have a layout.
 
     Raises:
@@ -50,7 +52,7 @@ def fixed_arguments(main: ir.Operation, flow: Dataflow, mesh: Mesh) -> list[tupl
     return found
 
 
-def constrained_values(main: ir.Operation, flow: Dataflow, mesh: Mesh) -> list[tuple[int, Layout]]:
+def constrained_values(main: ir.Operation, flow: MainDataflow, mesh: Mesh) -> list[tuple[int, Layout]]:
     """Values that a constraint makes, with the layout that they have in every stage."""
     found = list[tuple[int, Layout]]()
     for results, op in zip(flow.results, flow.ops, strict=True):

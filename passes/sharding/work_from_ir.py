@@ -10,21 +10,22 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import sdy
 
 from bactrian.passes.frame.errors import PassError
-from bactrian.passes.ir.main_dataflow import (
+from bactrian.passes.ir.attributes import (
+    ACCUMULATE,
     BACKWARD,
-    BOUNDARY,
     FORWARD,
+    GRADIENT_BOUNDARY,
     MICROBATCH_INDEX,
+    ROLE,
     UPDATE,
     argument_attributes,
     argument_homes,
-    custom_call_target,
-    nested_operations,
     result_updates,
-    value_shape,
 )
 from bactrian.passes.ir.op_costs import CostModel, trip_count
 from bactrian.passes.ir.op_traits import MATRIX_PRODUCTS
+from bactrian.passes.ir.regions import custom_call_target, nested_operations
+from bactrian.passes.ir.tensor_sizes import value_shape
 from bactrian.passes.machine.cluster import Cluster
 from bactrian.passes.machine.mesh import Mesh
 from bactrian.passes.sharding.deferred_reductions import deferred_sums
@@ -333,7 +334,7 @@ class _Reader:
             weight=self.weight(index) * self._flow.turns[index],
             keeps=keeps,
             given=given,
-            lasts="bactrian.accumulate" in op.attributes,
+            lasts=ACCUMULATE in op.attributes,
             copies=self._copies(index),
             defers=self.defers.get(index, Defers.NOT),
             moves=self._moves(index, read[: len(rule.operands)]),
@@ -345,7 +346,9 @@ def _hands_on(flow: LoopFlow, index: int) -> bool:
     """Whether the results of an entry are its operands, one by one."""
     op = flow.ops[index]
     return (
-        flow.kinds[index] == INSIDE or op.name == "stablehlo.optimization_barrier" or custom_call_target(op) == BOUNDARY
+        flow.kinds[index] == INSIDE
+        or op.name == "stablehlo.optimization_barrier"
+        or custom_call_target(op) == GRADIENT_BOUNDARY
     )
 
 
@@ -406,6 +409,4 @@ def drop_rules(main: ir.Operation) -> None:
 def _batch_arguments(main: ir.Operation) -> list[int]:
     batch = ir.StringAttr.get("batch")
     entries = argument_attributes(main)
-    return [
-        number for number, entry in enumerate(entries) if "bactrian.role" in entry and entry["bactrian.role"] == batch
-    ]
+    return [number for number, entry in enumerate(entries) if ROLE in entry and entry[ROLE] == batch]

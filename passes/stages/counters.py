@@ -4,19 +4,10 @@ from __future__ import annotations
 
 from jaxlib.mlir import ir
 
-from bactrian.passes.ir.main_dataflow import (
-    UPDATE,
-    Dataflow,
-    argument_roles,
-    custom_call_target,
-    integer,
-    nested_operations,
-    replace_reads,
-    result_updates,
-)
+from bactrian.passes.ir.attributes import COUNTER, UPDATE, argument_roles, integer, result_updates, set_stage
+from bactrian.passes.ir.main_dataflow import MainDataflow
 from bactrian.passes.ir.op_traits import NEVER_CLONED
-
-COUNTER = "bactrian.counter"  # on an op: the results of `@main` that its stage computes so
+from bactrian.passes.ir.regions import custom_call_target, nested_operations, replace_reads
 
 
 def clone_counters(main: ir.Operation, small_bytes: int) -> int:
@@ -29,7 +20,7 @@ def clone_counters(main: ir.Operation, small_bytes: int) -> int:
     Returns:
         How many clones were made.
     """
-    flow = Dataflow.of(main)
+    flow = MainDataflow.of(main)
     exact = [_is_exact(value) and size <= small_bytes for value, size in zip(flow.values, flow.sizes, strict=True)]
     roles = argument_roles(main)
     known = [exact[i] and roles[i] != "batch" for i in range(flow.num_arguments)]
@@ -58,7 +49,7 @@ def clone_counters(main: ir.Operation, small_bytes: int) -> int:
     return made
 
 
-def counters(flow: Dataflow) -> dict[tuple[int, int], int]:
+def counters(flow: MainDataflow) -> dict[tuple[int, int], int]:
     """(result, stage) -> the value that a stage computes for itself (``COUNTER``)."""
     found: dict[tuple[int, int], int] = {}
     for index, op in enumerate(flow.ops):
@@ -69,7 +60,7 @@ def counters(flow: Dataflow) -> dict[tuple[int, int], int]:
     return found
 
 
-def _computation(flow: Dataflow, producer: int) -> list[int]:
+def _computation(flow: MainDataflow, producer: int) -> list[int]:
     """An update op and all that it needs, in program order."""
     needed: set[int] = set()
     stack = [producer]
@@ -81,7 +72,7 @@ def _computation(flow: Dataflow, producer: int) -> list[int]:
     return sorted(needed)
 
 
-def _copy(flow: Dataflow, needed: list[int], stage: int, result: int) -> None:
+def _copy(flow: MainDataflow, needed: list[int], stage: int, result: int) -> None:
     """Copy a computation to a stage."""
     copies: dict[ir.Value, ir.Value] = {}
     for index in needed:
@@ -89,7 +80,7 @@ def _copy(flow: Dataflow, needed: list[int], stage: int, result: int) -> None:
         clone = op.clone(ip=ir.InsertionPoint(flow.ops[needed[-1]])).operation
         for old, new in copies.items():
             replace_reads(clone, old, new)
-        clone.attributes["bactrian.stage"] = integer(stage)
+        set_stage(clone, stage)
         if index == needed[-1]:
             clone.attributes[COUNTER] = ir.ArrayAttr.get([integer(result)])
         copies.update(zip(op.results, clone.results, strict=True))

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from jaxlib.mlir import ir
 
 from bactrian.passes.frame.base import PassContext
-from bactrian.passes.ir.main_dataflow import BACKWARD, FORWARD
+from bactrian.passes.ir.attributes import BACKWARD, FORWARD
 from bactrian.passes.ir.op_costs import CostModel
 from bactrian.passes.ir.op_traits import MATRIX_PRODUCTS
 from bactrian.passes.stages import layer_partitioning

@@ -7,19 +7,17 @@ from dataclasses import dataclass
 
 from jaxlib.mlir import ir
 
-from bactrian.passes.frame.errors import PassError
-from bactrian.passes.ir.main_dataflow import (
-    BOUNDARY,
+from bactrian.passes.ir.attributes import (
+    GRADIENT_BOUNDARY,
     STAGE_BOUNDARY,
-    Dataflow,
     argument_roles,
-    custom_call_target,
-    main_function,
-    phase_of,
+    required_phase,
     result_updates,
 )
+from bactrian.passes.ir.main_dataflow import MainDataflow
 from bactrian.passes.ir.op_costs import CostModel
 from bactrian.passes.ir.op_traits import MATRIX_PRODUCTS
+from bactrian.passes.ir.regions import custom_call_target, main_function
 from bactrian.passes.stages.pinned_arguments import Homes
 
 _NO_PHASE = ""  # boundary and return
@@ -29,7 +27,7 @@ _NO_PHASE = ""  # boundary and return
 class LayeredProgram:
     """Who reads what, how large it is and what it depends on. A stage boundary's result is the same value as its operand."""
 
-    flow: Dataflow
+    flow: MainDataflow
     phases: list[str]
     marker: list[bool]
     same: list[int]
@@ -45,7 +43,7 @@ class LayeredProgram:
     large: list[bool]
 
     @classmethod
-    def of(cls, module: ir.Module, flow: Dataflow, small_bytes: int) -> LayeredProgram:
+    def of(cls, module: ir.Module, flow: MainDataflow, small_bytes: int) -> LayeredProgram:
         """Read ``@main``.
 
         Raises:
@@ -68,7 +66,7 @@ class LayeredProgram:
         for index, values in enumerate(reads):
             for value in values:
                 readers[value].append(index)
-        boundary = next((index for index, target in enumerate(targets) if target == BOUNDARY), None)
+        boundary = next((index for index, target in enumerate(targets) if target == GRADIENT_BOUNDARY), None)
         phases = [_phase(flow, index, boundary) for index in range(len(flow.ops))]
         batch, free = _dependence(flow, reads, roles, sizes, phases, marker, small_bytes)
         next_of: dict[int, list[int]] = {}
@@ -82,18 +80,14 @@ class LayeredProgram:
         )
 
 
-def _phase(flow: Dataflow, index: int, boundary: int | None) -> str:
+def _phase(flow: MainDataflow, index: int, boundary: int | None) -> str:
     if index == boundary or index == len(flow.ops) - 1:
         return _NO_PHASE
-    op = flow.ops[index]
-    phase = phase_of(op)
-    if phase is None:
-        raise PassError(f"bactrian.phase is missing on {op.name}", where=str(op.location), fix="run infer-phases first")
-    return phase
+    return required_phase(flow.ops[index])
 
 
 def _dependence(
-    flow: Dataflow,
+    flow: MainDataflow,
     reads: Sequence[tuple[int, ...]],
     roles: Sequence[str],
     sizes: Sequence[int],

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from jaxlib.mlir import ir
 
 from bactrian.passes.frame.location import name_stack
-from bactrian.passes.ir.main_dataflow import Dataflow, argument_homes, integer_attribute, main_function
+from bactrian.passes.ir.attributes import NUM_STAGES, argument_homes, integer_attribute
+from bactrian.passes.ir.main_dataflow import MainDataflow
+from bactrian.passes.ir.regions import main_function
 
 
 @dataclass(frozen=True)
@@ -20,12 +22,12 @@ class Homes:
     names: Mapping[int, str]
 
     @classmethod
-    def read(cls, module: ir.Module, flow: Dataflow) -> Homes | None:
+    def read(cls, module: ir.Module, flow: MainDataflow) -> Homes | None:
         """What the module says; None if no argument has a home."""
         of = argument_homes(main_function(module))
         if not of:
             return None
-        num_stages = integer_attribute(module.operation, "bactrian.num_stages") or 0
+        num_stages = integer_attribute(module.operation, NUM_STAGES) or 0
         names = {a: name_stack(flow.values[a].location) or f"argument {a}" for a in of}
         return cls(max(num_stages, *(1 + stages[-1] for stages in of.values())), of, names)
 

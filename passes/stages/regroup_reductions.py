@@ -10,20 +10,19 @@ from dataclasses import dataclass
 
 from jaxlib.mlir import ir
 
-from bactrian.passes.ir.cloning import PARTIAL
-from bactrian.passes.ir.main_dataflow import (
-    BOUNDARY,
+from bactrian.passes.ir.attributes import (
+    GRADIENT_BOUNDARY,
     UPDATE,
-    Dataflow,
-    custom_call_target,
-    erase_dead,
-    integer,
-    nested_operands,
+    phase_and_stage,
     phase_of,
+    set_stage,
     stage_of,
-    value_bytes,
 )
+from bactrian.passes.ir.cloning import PARTIAL
+from bactrian.passes.ir.main_dataflow import MainDataflow
 from bactrian.passes.ir.op_traits import NEVER_CLONED
+from bactrian.passes.ir.regions import custom_call_target, erase_dead, nested_operands
+from bactrian.passes.ir.tensor_sizes import value_bytes
 
 _ASSOCIATIVE = frozenset(f"stablehlo.{name}" for name in ("add", "multiply", "and", "or", "xor", "maximum", "minimum"))
 
@@ -38,7 +37,7 @@ class _Fold:
 
 def regroup_scalar_reductions(main: ir.Operation, small_bytes: int) -> int:
     """Rewrite every fold over small values of several stages; returns how many were rewritten."""
-    flow = Dataflow.of(main)
+    flow = MainDataflow.of(main)
     _pull_to_sources(flow, small_bytes)
     rewritten = 0
     for index, op in enumerate(flow.ops):
@@ -66,12 +65,12 @@ def value_stage(value: ir.Value) -> int | None:
     if isinstance(owner, ir.Block):
         return None
     op = owner.operation
-    if custom_call_target(op) == BOUNDARY:
+    if custom_call_target(op) == GRADIENT_BOUNDARY:
         return value_stage(op.operands[ir.OpResult(value).result_number])
     return stage_of(op)
 
 
-def _pull_to_sources(flow: Dataflow, small_bytes: int) -> None:
+def _pull_to_sources(flow: MainDataflow, small_bytes: int) -> None:
     """Move small update ops whose inputs all come from one stage to that stage."""
     stages = list(flow.stages)
     through = {}
@@ -88,7 +87,7 @@ def _pull_to_sources(flow: Dataflow, small_bytes: int) -> None:
             source = sources.pop()
             if source is not None and source != stages[index]:
                 stages[index] = source
-                op.attributes["bactrian.stage"] = integer(source)
+                set_stage(op, source)
 
 
 def _is_shared(value: ir.Value, small_bytes: int, known: dict[ir.Value, bool]) -> bool:
@@ -222,7 +221,10 @@ def _scalar(value: ir.Value, stage: int) -> ir.Value:
         return value
     element = ir.RankedTensorType(value.type).element_type
     op = ir.Operation.create(
-        "stablehlo.reshape", results=[ir.RankedTensorType.get([], element)], operands=[value], attributes=_where(stage)
+        "stablehlo.reshape",
+        results=[ir.RankedTensorType.get([], element)],
+        operands=[value],
+        attributes=phase_and_stage(UPDATE, stage),
     )
     return op.results[0]
 
@@ -232,10 +234,6 @@ def _chain(kind: str, values: list[ir.Value], stage: int) -> ir.Value:
     total = values[0]
     for value in values[1:]:
         total = ir.Operation.create(
-            kind, results=[total.type], operands=[total, value], attributes=_where(stage)
+            kind, results=[total.type], operands=[total, value], attributes=phase_and_stage(UPDATE, stage)
         ).results[0]
     return total
-
-
-def _where(stage: int) -> dict[str, ir.Attribute]:
-    return {"bactrian.phase": ir.StringAttr.get(UPDATE), "bactrian.stage": integer(stage)}

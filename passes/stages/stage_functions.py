@@ -11,26 +11,27 @@ from dataclasses import dataclass, field
 from jaxlib.mlir import ir
 
 from bactrian.passes.frame.errors import PassError
-from bactrian.passes.ir.cloning import clone_into_readers, is_elementwise, required_stages
-from bactrian.passes.ir.main_dataflow import (
+from bactrian.passes.ir.attributes import (
     BACKWARD,
     FORWARD,
     INITIALIZE,
     MICROBATCH_INDEX,
+    ROUND,
     UPDATE,
-    Dataflow,
     argument_homes,
-    custom_call_target,
     integer,
-    integer_attribute,
+    phase_of,
     result_updates,
-    string_attribute,
+    round_of,
+    stage_of,
 )
+from bactrian.passes.ir.cloning import clone_into_readers, is_elementwise, required_stages
+from bactrian.passes.ir.main_dataflow import MainDataflow
 from bactrian.passes.ir.meshes import mesh_name, value_shardings
+from bactrian.passes.ir.regions import custom_call_target
 from bactrian.passes.stages.counters import counters
 
 FUSED = "forward_backward"
-_ROUND = "bactrian.round"
 
 
 @dataclass(frozen=True, order=True)
@@ -82,7 +83,7 @@ class Staging:
     """The whole split: functions in order, crossings, argument pieces and result pieces (number, stage, value);
     ``received``: the sharding in which a stage has a value of another one, by value and stage."""
 
-    flow: Dataflow
+    flow: MainDataflow
     functions: list[StageFunction]
     crossings: list[Crossing]
     argument_pieces: list[tuple[int, int]]
@@ -139,7 +140,7 @@ def analyze(main: ir.Operation, fused: Sequence[frozenset[str]]) -> Staging:
     )
 
 
-def _received(flow: Dataflow, main: ir.Operation, through: dict[int, int]) -> dict[tuple[int, int], ir.Attribute]:
+def _received(flow: MainDataflow, main: ir.Operation, through: dict[int, int]) -> dict[tuple[int, int], ir.Attribute]:
     """Reshards from one mesh to another are transfers: the values are one, as the boundary's are."""
     found: dict[tuple[int, int], ir.Attribute] = {}
     resharded = [index for index, op in enumerate(flow.ops) if op.name == "sdy.reshard"]
@@ -159,7 +160,7 @@ def _received(flow: Dataflow, main: ir.Operation, through: dict[int, int]) -> di
 
 
 def _function_keys(
-    flow: Dataflow, fused: Sequence[frozenset[str]], through: dict[int, int]
+    flow: MainDataflow, fused: Sequence[frozenset[str]], through: dict[int, int]
 ) -> list[FunctionKey | None]:
     """The function of each op, one key object per function; None for the boundary and the return."""
     known: dict[tuple[int, str, int], FunctionKey] = {}
@@ -173,7 +174,7 @@ def _function_keys(
             raise PassError(f"{op.name} has no phase", where=str(op.location), fix="run infer-phases first")
         if phase in fused[stage] or UPDATE in fused[stage]:
             phase = FUSED
-        round_ = (integer_attribute(op, _ROUND) or 0) if phase == UPDATE else 0
+        round_ = round_of(op) if phase == UPDATE else 0
         place = stage, phase, round_
         if place not in known:
             known[place] = function_key(stage, phase, round_)
@@ -181,7 +182,7 @@ def _function_keys(
     return keys
 
 
-def _collect(flow: Dataflow, keys: list[FunctionKey | None]) -> dict[FunctionKey, StageFunction]:
+def _collect(flow: MainDataflow, keys: list[FunctionKey | None]) -> dict[FunctionKey, StageFunction]:
     functions: dict[FunctionKey, StageFunction] = {}
     for index, key in enumerate(keys):
         if key is None:
@@ -195,14 +196,14 @@ def _collect(flow: Dataflow, keys: list[FunctionKey | None]) -> dict[FunctionKey
     return functions
 
 
-def _through_boundary(flow: Dataflow) -> dict[int, int]:
+def _through_boundary(flow: MainDataflow) -> dict[int, int]:
     """Each result of the boundary is the operand it stands for."""
     if flow.boundary < 0:
         raise PassError("@main has no gradient boundary", fix="run verify-program first")
     return dict(zip(flow.results[flow.boundary], flow.operands[flow.boundary], strict=True))
 
 
-def _check_order(flow: Dataflow, value: int, source: FunctionKey, reader: FunctionKey) -> None:
+def _check_order(flow: MainDataflow, value: int, source: FunctionKey, reader: FunctionKey) -> None:
     if not source < reader:
         raise PassError(
             f"{reader.symbol} reads a value that {source.symbol} computes later",
@@ -212,7 +213,7 @@ def _check_order(flow: Dataflow, value: int, source: FunctionKey, reader: Functi
 
 
 def _result_pieces(
-    flow: Dataflow,
+    flow: MainDataflow,
     main: ir.Operation,
     num_stages: int,
     through: dict[int, int],
@@ -266,7 +267,7 @@ def _places(
     return stages.get(value, [0])[:1]
 
 
-def _assign_rounds(main: ir.Operation) -> Dataflow:
+def _assign_rounds(main: ir.Operation) -> MainDataflow:
     """Number the update's rounds: an op that needs another stage's update result runs a round later.
 
     As early as possible first, then ops that only feed later rounds sink there, and elementwise ops on values that all
@@ -275,7 +276,7 @@ def _assign_rounds(main: ir.Operation) -> Dataflow:
     Returns:
         The data flow afterwards.
     """
-    flow = Dataflow.of(main)
+    flow = MainDataflow.of(main)
     updates = [phase == UPDATE for phase in flow.phases]
     stages = flow.stages
     rounds = [0] * len(flow.ops)
@@ -296,21 +297,21 @@ def _assign_rounds(main: ir.Operation) -> Dataflow:
             rounds[index] = max(rounds[index], bound)
     for index, op in enumerate(flow.ops):
         if updates[index] and rounds[index]:
-            op.attributes[_ROUND] = integer(rounds[index])
+            op.attributes[ROUND] = integer(rounds[index])
     keys = [(stages[index], rounds[index]) if update else None for index, update in enumerate(updates)]
     clone_into_readers(flow, keys, _round_key, _copy_round, _Recomputable(flow, updates))
-    return Dataflow.of(main)
+    return MainDataflow.of(main)
 
 
 def _round_key(op: ir.Operation) -> Hashable:
-    if string_attribute(op, "bactrian.phase") != UPDATE:
+    if phase_of(op) != UPDATE:
         return None
-    return integer_attribute(op, "bactrian.stage"), integer_attribute(op, _ROUND) or 0
+    return stage_of(op), round_of(op)
 
 
 def _copy_round(clone: ir.Operation, reader: ir.Operation) -> None:
-    if _ROUND in reader.attributes:
-        clone.attributes[_ROUND] = reader.attributes[_ROUND]
+    if ROUND in reader.attributes:
+        clone.attributes[ROUND] = reader.attributes[ROUND]
 
 
 class _Recomputable:
@@ -318,7 +319,7 @@ class _Recomputable:
 
     _MAX_DEPTH = 3
 
-    def __init__(self, flow: Dataflow, updates: list[bool]) -> None:
+    def __init__(self, flow: MainDataflow, updates: list[bool]) -> None:
         depth = [0] * len(flow.values)
         self._stages = flow.stages
         self._allowed = [False] * len(flow.ops)

@@ -1,0 +1,184 @@
+"""The ``bactrian.*`` attributes and custom calls of the IR: their names, and how they are read and written.
+
+``docs/ir.md`` says what each of them means and which pass writes it. No other file spells one of these names.
+"""
+
+from __future__ import annotations
+
+from jaxlib.mlir import ir
+
+from bactrian.passes.frame.errors import PassError
+
+# Custom calls.
+GRADIENT_BOUNDARY = "bactrian.gradient_boundary"
+STAGE_BOUNDARY = "bactrian.stage_boundary"
+MICROBATCH_INDEX = "bactrian.microbatch_index"  # also on the argument of a stage function that gets the index
+
+# Of the module.
+NUM_MICROBATCHES = "bactrian.num_microbatches"
+NUM_LAYERS = "bactrian.num_layers"
+NUM_STAGES = "bactrian.num_stages"
+SCHEDULE = "bactrian.schedule"
+LOOPED_MICROBATCHES = "bactrian.looped_microbatches"
+ORDER = "bactrian.order"
+SHARDING_ESTIMATES = "bactrian.sharding"
+SENT_BYTES = "bactrian.sent_bytes"
+SOLVE = "bactrian.solve"
+
+# Of arguments and results of `@main` and of stage functions.
+ROLE = "bactrian.role"
+UPDATES = "bactrian.updates"
+HOME = "bactrian.home"
+ARGUMENT = "bactrian.argument"
+RESULT = "bactrian.result"
+ACCUMULATOR = "bactrian.accumulator"
+
+# Of ops.
+PHASE = "bactrian.phase"
+LAYER = "bactrian.layer"
+STAGE = "bactrian.stage"
+ROUND = "bactrian.round"
+ACCUMULATE = "bactrian.accumulate"
+COUNTER = "bactrian.counter"  # the results of `@main` that the op computes for its own stage
+PARTIAL = "bactrian.partial"  # the op ends one stage's part of a regrouped reduction
+PLACEMENT = (PHASE, STAGE, LAYER)
+
+# Phases.
+FORWARD, BACKWARD, UPDATE, INITIALIZE = "forward", "backward", "update", "initialize"
+
+AttributeDict = dict[str, ir.Attribute]
+
+
+def string_attribute(op: ir.Operation, name: str) -> str | None:
+    """A string attribute's value, or None where it is absent."""
+    attributes = op.attributes
+    return ir.StringAttr(attributes[name]).value if name in attributes else None
+
+
+def integer_attribute(op: ir.Operation, name: str) -> int | None:
+    """An integer attribute's value, or None where it is absent."""
+    attributes = op.attributes
+    return ir.IntegerAttr(attributes[name]).value if name in attributes else None
+
+
+def required_integer(op: ir.Operation, name: str, made_by: str) -> int:
+    """An integer attribute that an earlier pass must have written.
+
+    Raises:
+        PassError: if it is absent.
+    """
+    value = integer_attribute(op, name)
+    if value is None:
+        raise PassError(f"{name} is missing on {op.name}", where=str(op.location), fix=f"run {made_by} first")
+    return value
+
+
+def integer(value: int) -> ir.Attribute:
+    """``value`` as an ``i64`` attribute (in the current context)."""
+    return ir.IntegerAttr.get(ir.IntegerType.get_signless(64), value)
+
+
+def read_num_stages(module: ir.Module) -> int:
+    """``bactrian.num_stages`` of a module (``assign-stages``)."""
+    return required_integer(module.operation, NUM_STAGES, "assign-stages")
+
+
+def read_num_microbatches(module: ir.Module) -> int:
+    """``bactrian.num_microbatches`` of a module (capture)."""
+    return required_integer(module.operation, NUM_MICROBATCHES, "capture")
+
+
+def read_schedule(module: ir.Module) -> str | None:
+    """``bactrian.schedule`` of a module, or None where it is absent."""
+    return string_attribute(module.operation, SCHEDULE)
+
+
+def phase_of(op: ir.Operation) -> str | None:
+    """``bactrian.phase`` of an op."""
+    return string_attribute(op, PHASE)
+
+
+def layer_of(op: ir.Operation) -> int | None:
+    """``bactrian.layer`` of an op."""
+    return integer_attribute(op, LAYER)
+
+
+def stage_of(op: ir.Operation) -> int | None:
+    """``bactrian.stage`` of an op."""
+    return integer_attribute(op, STAGE)
+
+
+def required_stage(op: ir.Operation) -> int:
+    """``bactrian.stage`` of an op that must have one."""
+    return required_integer(op, STAGE, "assign-stages")
+
+
+def round_of(op: ir.Operation) -> int:
+    """``bactrian.round`` of an op or a call: 0 where it is absent."""
+    return integer_attribute(op, ROUND) or 0
+
+
+def required_phase(op: ir.Operation) -> str:
+    """``bactrian.phase`` of an op that must have one.
+
+    Raises:
+        PassError: if it is absent.
+    """
+    phase = phase_of(op)
+    if phase is None:
+        raise PassError(f"{PHASE} is missing on {op.name}", where=str(op.location), fix="run infer-phases first")
+    return phase
+
+
+def set_phase(op: ir.Operation, phase: str) -> None:
+    """Write ``bactrian.phase``."""
+    op.attributes[PHASE] = ir.StringAttr.get(phase)
+
+
+def set_stage(op: ir.Operation, stage: int) -> None:
+    """Write ``bactrian.stage``."""
+    op.attributes[STAGE] = integer(stage)
+
+
+def phase_and_stage(phase: str, stage: int) -> AttributeDict:
+    """The attributes of a new op of a phase and a stage."""
+    return {PHASE: ir.StringAttr.get(phase), STAGE: integer(stage)}
+
+
+def argument_attributes(function: ir.Operation) -> list[AttributeDict]:
+    """A copy of the attributes of each argument of a function."""
+    return _entries(function, "arg_attrs", len(_type_of(function).inputs))
+
+
+def result_attributes(function: ir.Operation) -> list[AttributeDict]:
+    """A copy of the attributes of each result of a function."""
+    return _entries(function, "res_attrs", len(_type_of(function).results))
+
+
+def argument_roles(main: ir.Operation) -> list[str]:
+    """``bactrian.role`` of each argument of ``@main``: ``state``, ``batch`` or ``constant``."""
+    return [ir.StringAttr(entry[ROLE]).value for entry in argument_attributes(main)]
+
+
+def argument_homes(main: ir.Operation) -> dict[int, tuple[int, ...]]:
+    """``bactrian.home``: the stages that hold an argument already, in order, by argument number."""
+    homes: dict[int, tuple[int, ...]] = {}
+    for argument, entry in enumerate(argument_attributes(main)):
+        if HOME in entry:
+            homes[argument] = tuple(sorted(ir.IntegerAttr(stage).value for stage in ir.ArrayAttr(entry[HOME])))
+    return {argument: stages for argument, stages in homes.items() if stages}
+
+
+def result_updates(main: ir.Operation) -> list[int | None]:
+    """For each result of ``@main``, the argument whose next value it is (``bactrian.updates``)."""
+    return [ir.IntegerAttr(entry[UPDATES]).value if UPDATES in entry else None for entry in result_attributes(main)]
+
+
+def _type_of(function: ir.Operation) -> ir.FunctionType:
+    return ir.FunctionType(ir.TypeAttr(function.attributes["function_type"]).value)
+
+
+def _entries(function: ir.Operation, name: str, count: int) -> list[AttributeDict]:
+    if name not in function.attributes:
+        return [{} for _ in range(count)]
+    return [{item.name: item.attr for item in ir.DictAttr(entry)} for entry in ir.ArrayAttr(function.attributes[name])]
