@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import doctest
 import importlib
 import re
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
 import bactrian
 from bactrian.passes import pipelines
+from bactrian.passes.schedules.schedule import Schedule, StageOrder
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), ROOT / "benchmarks" / "README.md"]
@@ -82,3 +86,12 @@ def test_decisions_are_numbered_and_have_a_status() -> None:
         title, _, status = page.read_text().splitlines()[:3]
         assert title.startswith(f"# {number}. "), page.name
         assert re.match(r"Status: (kept|superseded by \[)", status), page.name
+
+
+def test_the_example_of_a_schedule_is_one() -> None:
+    (program,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "writing-schedules.md").read_text(), re.DOTALL)
+    names = {"Schedule": Schedule, "StageOrder": StageOrder, "ClassVar": ClassVar}
+    exec(textwrap.dedent(program), names)
+    found = doctest.DocTestFinder().find(names["Sequential"], "Sequential", globs=names)
+    (done,) = [doctest.DocTestRunner().run(each) for each in found if each.examples]
+    assert (done.attempted, done.failed) == (1, 0)
