@@ -24,7 +24,7 @@ from bactrian.runtime.instructions import (
     Wait,
 )
 from bactrian.runtime.staged_program import StagedProgram
-from bactrian.runtime.unrolled_step import INDEX, ONCE, DataFlow, Key, Task, global_order
+from bactrian.runtime.unrolled_step import INDEX, ONCE, Key, Task, UnrolledStep, relative_cost, simulate
 
 _LOAD_AHEAD_BYTES = 16 << 20  # of device memory, for pieces of the batch that are loaded while a rank waits
 _START = -1  # place in the global order of what is there before the first task
@@ -82,27 +82,27 @@ def build_lists(
             f"cannot deal {program.num_stages} stages to ranks {list(stage_ranks)}",
             why="every stage needs a rank, and every rank a stage",
         )
-    flow = DataFlow(program)
-    order = global_order(flow, stage_ranks)
-    results = [_results_of(flow, stage_ranks, rank, broadcast_results) for rank in range(num_ranks)]
-    moves = _find_moves(flow, order, stage_ranks, results)
+    step = UnrolledStep(program)
+    order = list(simulate(step, stage_ranks, relative_cost))
+    results = [_results_of(step, stage_ranks, rank, broadcast_results) for rank in range(num_ranks)]
+    moves = _find_moves(step, order, stage_ranks, results)
     return tuple(
-        _RankBuilder(flow, order, stage_ranks, rank, moves, results[rank], lookahead).build()
+        _RankBuilder(step, order, stage_ranks, rank, moves, results[rank], lookahead).build()
         for rank in range(num_ranks)
     )
 
 
-def _results_of(flow: DataFlow, stage_ranks: tuple[int, ...], rank: int, broadcast: bool) -> list[_Result]:
+def _results_of(step: UnrolledStep, stage_ranks: tuple[int, ...], rank: int, broadcast: bool) -> list[_Result]:
     """The result pieces of a rank: its own updates, and every other result if this rank has it or gets it."""
-    program = flow.program
+    program = step.program
     argument_of = {piece.value: piece.argument for piece in program.arguments}
     home = stage_ranks.index(rank)
     kept: list[_Result] = []
     used: set[Key] = set()
     seen: set[int] = set()
     for piece in sorted(program.results, key=lambda p: p.updates is None):
-        key = flow.key(piece.value, ONCE)
-        flow.check_origin(key, f"result {piece.result}")
+        key = step.key(piece.value, ONCE)
+        step.check_origin(key, f"result {piece.result}")
         local = stage_ranks[key.stage] == rank
         if piece.updates is None:
             pieces = [p for p in program.results if p.result == piece.result]
@@ -122,24 +122,24 @@ def _results_of(flow: DataFlow, stage_ranks: tuple[int, ...], rank: int, broadca
 
 
 def _find_moves(
-    flow: DataFlow, order: Sequence[Task], stage_ranks: tuple[int, ...], results: Sequence[list[_Result]]
+    step: UnrolledStep, order: Sequence[Task], stage_ranks: tuple[int, ...], results: Sequence[list[_Result]]
 ) -> _Moves:
     """All transfers of the step that somebody reads, with tags counted per pair of ranks in the global order."""
     place = {task: i for i, task in enumerate(order)}
     first_read: dict[tuple[Key, Key], int] = {}  # (origin, target) -> place of the first reader
     for i, task in enumerate(order):
-        for key in flow.reads[task]:
-            if key.value != INDEX and flow.origin(key) != key:
-                first_read.setdefault((flow.origin(key), key), i)
+        for key in step.reads[task]:
+            if key.value != INDEX and step.origin(key) != key:
+                first_read.setdefault((step.origin(key), key), i)
     for pieces in results:
         for piece in pieces:
             key = piece.copy_of or piece.key
-            origin = flow.origin(key._replace(stage=flow.program.values[key.value].stage, copy=0))
+            origin = step.origin(key._replace(stage=step.program.values[key.value].stage, copy=0))
             if origin != key:
                 first_read.setdefault((origin, key), len(order))
 
     def made(origin: Key) -> int:
-        return place[flow.producer[origin]] if origin in flow.producer else _START
+        return place[step.producer[origin]] if origin in step.producer else _START
 
     moves = _Moves()
     at_rank: dict[tuple[Key, int], Key] = {}  # the buffer that a value has first on a rank
@@ -164,7 +164,7 @@ class _RankBuilder:
 
     def __init__(
         self,
-        flow: DataFlow,
+        step: UnrolledStep,
         order: Sequence[Task],
         stage_ranks: tuple[int, ...],
         rank: int,
@@ -172,10 +172,10 @@ class _RankBuilder:
         results: list[_Result],
         lookahead: int,
     ) -> None:
-        self.flow, self.rank, self.moves, self.results, self.lookahead = flow, rank, moves, results, lookahead
+        self.step, self.rank, self.moves, self.results, self.lookahead = step, rank, moves, results, lookahead
         self.stages = tuple(s for s, r in enumerate(stage_ranks) if r == rank)
         self.num_ranks = max(stage_ranks) + 1
-        placed = [(i, task) for i, task in enumerate(order) if flow.call(task).stage in self.stages]
+        placed = [(i, task) for i, task in enumerate(order) if step.call(task).stage in self.stages]
         self.places = [i for i, _ in placed]
         self.tasks = [task for _, task in placed]
         self.end = len(self.tasks)
@@ -195,14 +195,14 @@ class _RankBuilder:
         self.last_use: dict[Key, int] = {}
         self.activations: set[Key] = set()
         for i, task in enumerate(self.tasks):
-            call = self.flow.call(task)
-            reads, writes = self.flow.reads[task], self.flow.writes[task]
+            call = self.step.call(task)
+            reads, writes = self.step.reads[task], self.step.writes[task]
             for key in (*reads, *writes):
                 self.first_use.setdefault(key, i)
                 self.last_use[key] = i
             self.donor.update({reads[p]: i for p in call.donated})
             if "forward" in call.phase:
-                self.activations.update(k for k in (*reads, *writes) if k.value not in self.flow.carried)
+                self.activations.update(k for k in (*reads, *writes) if k.value not in self.step.carried)
         for result in self.results:
             read = result.copy_of or result.key
             self.first_use.setdefault(read, self.end)
@@ -216,8 +216,8 @@ class _RankBuilder:
             at = self.first_use.get(key, 0)
             self.last_use[key] = max(self.last_use.get(key, at), at)
         self.arguments = {
-            Key(p.value, ONCE, self.flow.program.values[p.value].stage)
-            for p in self.flow.program.arguments
+            Key(p.value, ONCE, self.step.program.values[p.value].stage)
+            for p in self.step.program.arguments
             if p.role != "batch"
         }
 
@@ -237,7 +237,7 @@ class _RankBuilder:
             rank=self.rank,
             num_ranks=self.num_ranks,
             stages=self.stages,
-            num_microbatches=self.flow.program.num_microbatches,
+            num_microbatches=self.step.program.num_microbatches,
             instructions=tuple(self.out),
             slots=tuple(self.slots),
             arguments=arguments,
@@ -247,8 +247,8 @@ class _RankBuilder:
 
     def _argument_slots(self) -> tuple[ArgumentSlot, ...]:
         arguments: list[ArgumentSlot] = []
-        for piece in self.flow.program.arguments:
-            stage = self.flow.program.values[piece.value].stage
+        for piece in self.step.program.arguments:
+            stage = self.step.program.values[piece.value].stage
             if piece.role != "batch" and stage in self.stages:
                 key = Key(piece.value, ONCE, stage)
                 self.present.add(key)
@@ -276,8 +276,8 @@ class _RankBuilder:
 
     def _task(self, i: int) -> None:
         task = self.tasks[i]
-        call = self.flow.call(task)
-        reads, writes = self.flow.reads[task], self.flow.writes[task]
+        call = self.step.call(task)
+        reads, writes = self.step.reads[task], self.step.writes[task]
         if not self.waited and any(key in self.moves.receives and key not in self.present for key in reads):
             self.waited = True
             self._load_ahead(i)
@@ -299,8 +299,8 @@ class _RankBuilder:
             return
         if key.value == INDEX:
             self.indices.append((key.microbatch, self._slot(key)))
-        elif key.value in self.flow.batches:
-            self.out.append(Load(self.flow.batches[key.value], key.microbatch, self._slot(key)))
+        elif key.value in self.step.batches:
+            self.out.append(Load(self.step.batches[key.value], key.microbatch, self._slot(key)))
         elif key in self.moves.receives:
             self.out.append(Arrive(self._slot(key)))
         else:
@@ -318,18 +318,18 @@ class _RankBuilder:
         """
         budget = _LOAD_AHEAD_BYTES
         for task in self.tasks[i:]:
-            for key in self.flow.reads[task]:
-                if key.value in self.flow.batches and key not in self.present:
-                    budget -= self.flow.program.values[key.value].nbytes
+            for key in self.step.reads[task]:
+                if key.value in self.step.batches and key not in self.present:
+                    budget -= self.step.program.values[key.value].nbytes
                     if budget < 0:
                         return
-                    self.out.append(Load(self.flow.batches[key.value], key.microbatch, self._slot(key)))
+                    self.out.append(Load(self.step.batches[key.value], key.microbatch, self._slot(key)))
                     self.present.add(key)
                     self._distribute(key, i, still_read=True)
 
     def _reads_at(self, i: int) -> Sequence[Key]:
         if i < self.end:
-            return self.flow.reads[self.tasks[i]]
+            return self.step.reads[self.tasks[i]]
         return [result.copy_of or result.key for result in self.results]
 
     def _distribute(self, key: Key, i: int, *, still_read: bool = False) -> None:
@@ -339,7 +339,7 @@ class _RankBuilder:
         dies = i != _START and not still_read and self.last_use.get(key, i) <= i
         dies = dies and key not in self.arguments and key not in self.kept
         alone = dies and len(messages) + len(targets) == 1
-        nbytes = self.flow.program.values[key.value].nbytes if key.value >= 0 else 0
+        nbytes = self.step.program.values[key.value].nbytes if key.value >= 0 else 0
         for message in messages:
             self.out.append(Send(self._slot(key), message.destination, message.tag, nbytes, alone))
         lasting = not any(k in self.donor or k in self.kept for k in (key, *targets))
@@ -379,7 +379,7 @@ class _RankBuilder:
             if key.value == INDEX:
                 self.slots.append(Slot(INDEX, key.stage, key.microbatch, (), "int32", 4))
             else:
-                value = self.flow.program.values[key.value]
+                value = self.step.program.values[key.value]
                 activation = key.microbatch != ONCE and key in self.activations
                 self.slots.append(
                     Slot(value.id, key.stage, key.microbatch, value.shape, value.dtype, value.nbytes, activation)

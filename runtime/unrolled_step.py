@@ -1,8 +1,12 @@
-"""The step unrolled: which task reads and writes which value for which microbatch; one global order of all tasks."""
+"""The step unrolled: which task reads and writes which buffer for which microbatch, and one global order of all tasks.
+
+The instructions of ranks, the estimate of memory and simulations all read it.
+"""
 
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable, Container
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -13,7 +17,6 @@ from bactrian.runtime.staged_program import Call, StagedProgram
 ONCE = -1
 INDEX = -1  # value id of a microbatch's number
 
-_COST = {"forward": 1.0, "backward": 2.0, "forward_backward": 3.0}
 _PHASES = {"F": ("forward",), "B": ("backward",), "FB": ("forward", "backward", "forward_backward")}
 
 
@@ -34,18 +37,29 @@ class Task(NamedTuple):
 
 
 @dataclass
-class DataFlow:
-    """Reads and writes of every task of a step."""
+class UnrolledStep:
+    """Reads and writes of every task of a step.
+
+    Attributes:
+        root: of every value, the value it was transferred from; itself if it was not.
+        arguments: values that are there before the step.
+        batches: values that are loaded, and the argument each is of.
+        reads: the buffers that a task reads, in the order of its call's inputs.
+        writes: the buffers that it makes, in the order of its call's outputs.
+        producer: the task that makes a buffer.
+        stage_tasks: every stage's tasks in its order.
+        carried: values that are carried to the next microbatch.
+    """
 
     program: StagedProgram
-    root: dict[int, int] = field(default_factory=lambda: {})  # value -> the value it was transferred from
-    arguments: set[int] = field(default_factory=lambda: set())  # values that are there before the step
-    batches: dict[int, int] = field(default_factory=lambda: {})  # value that is loaded -> argument
+    root: dict[int, int] = field(default_factory=lambda: {})
+    arguments: set[int] = field(default_factory=lambda: set())
+    batches: dict[int, int] = field(default_factory=lambda: {})
     reads: dict[Task, tuple[Key, ...]] = field(default_factory=lambda: {})
     writes: dict[Task, tuple[Key, ...]] = field(default_factory=lambda: {})
     producer: dict[Key, Task] = field(default_factory=lambda: {})
     stage_tasks: list[list[Task]] = field(default_factory=lambda: [])
-    carried: set[int] = field(default_factory=lambda: set())  # values that are carried to the next microbatch
+    carried: set[int] = field(default_factory=lambda: set())
 
     def __post_init__(self) -> None:
         program = self.program
@@ -155,53 +169,63 @@ class DataFlow:
             raise PassError(f"{reader} reads value {key.value} of microbatch {key.microbatch}, which nothing makes")
 
 
-def global_order(flow: DataFlow, stage_ranks: tuple[int, ...]) -> list[Task]:
-    """All tasks of all ranks in one valid order, by simulating the ranks with forward = 1 and backward = 2.
+def relative_cost(call: Call) -> float:
+    """How long a call takes, in forwards: the backward has twice the flops; what is done once per step counts as one."""
+    return {"forward": 1.0, "backward": 2.0, "forward_backward": 3.0}.get(call.phase, 1.0)
+
+
+def simulate(step: UnrolledStep, stage_ranks: tuple[int, ...], cost: Callable[[Call], float]) -> dict[Task, float]:
+    """When each task ends, all tasks of all ranks in one valid order. Transfers take no time.
 
     Of the tasks that could start, the earliest goes first; then backward before forward (it frees memory), the lower
     microbatch, the lower stage. That this ends with nothing left proves that the order of work is possible.
+
+    Args:
+        stage_ranks: the rank of each stage; a rank does one task at a time.
+        cost: how long a call takes, in any unit.
+
+    Raises:
+        PassError: the stages' orders of work wait for each other.
     """
     dependencies = {
-        task: {flow.producer[o] for o in map(flow.origin, keys) if o in flow.producer}
-        for task, keys in flow.reads.items()
+        task: {step.producer[o] for o in map(step.origin, keys) if o in step.producer}
+        for task, keys in step.reads.items()
     }
     rank_free: dict[int, float] = defaultdict(float)
-    finish: dict[Task, float] = {}
-    next_index = [0] * len(flow.stage_tasks)
+    end: dict[Task, float] = {}
+    next_index = [0] * len(step.stage_tasks)
     heads: dict[int, tuple[Task, float]] = {}  # stage -> its next task, once all inputs are under way
-    order: list[Task] = []
-    total = sum(map(len, flow.stage_tasks))
-    while len(order) < total:
-        for stage, tasks in enumerate(flow.stage_tasks):
+    total = sum(map(len, step.stage_tasks))
+    while len(end) < total:
+        for stage, tasks in enumerate(step.stage_tasks):
             if stage in heads or next_index[stage] == len(tasks):
                 continue
             task = tasks[next_index[stage]]
-            if all(d in finish for d in dependencies[task]):
-                heads[stage] = task, max((finish[d] for d in dependencies[task]), default=0.0)
+            if all(d in end for d in dependencies[task]):
+                heads[stage] = task, max((end[d] for d in dependencies[task]), default=0.0)
         if not heads:
-            raise _stuck(flow, next_index, dependencies, finish)
+            raise _stuck(step, next_index, dependencies, end)
         _, _, _, stage = min(
-            (max(ready, rank_free[stage_ranks[s]]), "backward" not in flow.call(task).phase, task.microbatch, s)
+            (max(ready, rank_free[stage_ranks[s]]), "backward" not in step.call(task).phase, task.microbatch, s)
             for s, (task, ready) in heads.items()
         )
         task, ready = heads.pop(stage)
         rank = stage_ranks[stage]
-        rank_free[rank] = finish[task] = max(ready, rank_free[rank]) + _COST.get(flow.call(task).phase, 1.0)
+        rank_free[rank] = end[task] = max(ready, rank_free[rank]) + cost(step.call(task))
         next_index[stage] += 1
-        order.append(task)
-    return order
+    return end
 
 
 def _stuck(
-    flow: DataFlow, next_index: list[int], dependencies: dict[Task, set[Task]], finish: dict[Task, float]
+    step: UnrolledStep, next_index: list[int], dependencies: dict[Task, set[Task]], done: Container[Task]
 ) -> PassError:
     waiting: list[str] = []
-    for stage, tasks in enumerate(flow.stage_tasks):
+    for stage, tasks in enumerate(step.stage_tasks):
         if next_index[stage] < len(tasks):
             task = tasks[next_index[stage]]
-            missing = min(d for d in dependencies[task] if d not in finish)
+            missing = min(d for d in dependencies[task] if d not in done)
             waiting.append(
-                f"stage {stage}: {flow.call(task).function} of microbatch {task.microbatch} waits for "
-                f"{flow.call(missing).function} of microbatch {missing.microbatch}"
+                f"stage {stage}: {step.call(task).function} of microbatch {task.microbatch} waits for "
+                f"{step.call(missing).function} of microbatch {missing.microbatch}"
             )
     return PassError("the order of work of the stages can't be carried out", why="; ".join(waiting))

@@ -26,6 +26,7 @@ from bactrian.passes.peak.fusion import fuse
 from bactrian.passes.peak.live_ranges import schedule, temporary_bytes
 from bactrian.passes.peak.value_graph import Graph, Kind
 from bactrian.runtime.staged_program import StagedProgram
+from bactrian.runtime.unrolled_step import UnrolledStep
 
 Loss = Callable[[Any, jax.Array], jax.Array]
 
@@ -152,7 +153,7 @@ def test_what_lies_there_while_a_function_runs_counts(tmp_path: Path) -> None:
     waiting = set(calls["backward"].inputs) & {*calls["forward"].outputs, *calls["forward"].inputs} - state
     made = {value for value in calls["backward"].inputs if value in calls["initialize"].outputs}
     idle = fits(program, 0) | {"stage0.forward": FunctionMemory(0, 0, 0, 1 << 40)}
-    peak = stage_peak(program, 0, idle)
+    peak = stage_peak(UnrolledStep(program), 0, idle)
     others = state - set(calls["forward"].inputs) | made | waiting
     assert peak.function == "stage0.forward"
     assert peak.nbytes == (1 << 40) + sum(map(held, others))

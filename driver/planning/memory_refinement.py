@@ -17,6 +17,7 @@ from bactrian.passes.peak.estimate import module_memory
 from bactrian.passes.plan.plan_table import human_bytes
 from bactrian.passes.plan.stage_sharding import ShardingPlan
 from bactrian.runtime.staged_program import StagedProgram
+from bactrian.runtime.unrolled_step import UnrolledStep
 
 _TRIES = 6
 
@@ -52,7 +53,8 @@ class Fitting:
             InfeasiblePlanError: it was the last one, and does not fit.
         """
         functions = module_memory(module)
-        self._peaks = [stage_peak(program, stage, functions) for stage in range(program.num_stages)]
+        step = UnrolledStep(program)
+        self._peaks = [stage_peak(step, stage, functions) for stage in range(program.num_stages)]
         self.shardings = tuple(
             replace(each, peak_bytes=peak.nbytes, temporary_bytes=peak.temporaries, bound_seconds=bound)
             for each, peak, bound in zip(shardings, self._peaks, self._bounds, strict=True)
