@@ -55,7 +55,7 @@ _PUBLIC: dict[str, str] = {
     "DistributedArray": "bactrian.driver.arrays.distributed_array",
     "is_main_rank": "bactrian.driver.progress",
     "progress": "bactrian.driver.progress",
-    "Plan": "bactrian.passes.plan.schema",
+    "Plan": "bactrian.driver.report.plan_table",  # where its table is, so that users can print plans
     "BactrianError": "bactrian.passes.frame.errors",
     "ConfigError": "bactrian.passes.frame.errors",
     "InfeasiblePlanError": "bactrian.passes.frame.errors",

@@ -93,11 +93,10 @@ def parallelize(
     Args:
         fun: the train step.
         num_stages: pipeline stages; by default one per rank, or one in a single process.
-        num_microbatches: the batch is cut into this many parts along dim 0.
+        num_microbatches: the batch is split into so many along dim 0.
         schedule: ``1f1b`` or ``gpipe``.
         batch_argnums: positional arguments whose leaves have the batch as dim 0.
-        state: for some arguments, the index of the result that is the next value; the rest is matched by tree, shapes
-            and dtypes.
+        state: the result that is an argument's next value, by index; others are matched by tree, shapes and dtypes.
         cluster: the TOML file that describes the machines (`bactrian.passes.machine.cluster.read_cluster` says how); by
             default the cores of this host.
         plan: a `Plan`, or the folder or file of a saved one; its decisions are applied instead of found.
@@ -106,9 +105,8 @@ def parallelize(
         out_reduction: for ``forward_only``, how results are put together over the microbatches: one word or a prefix
             tree of ``concat``, ``mean``, ``sum``, ``last``.
         mesh: the axes of the devices of a stage, as in ``{"data": 2, "model": 4}`` or ``"data=2,model=4"``; each value
-            of the step is laid out over them so that a step takes the least time. One device by default.
-        strategy: ``auto``, or a well-known plan for arguments on a mesh, for comparison: ``data``, ``zero1``, ``zero2``,
-            ``zero3``, ``megatron``; what it leaves open is chosen.
+            of the step is sharded over them so that a step takes the least time. One device by default.
+        strategy: ``auto``, or a baseline: ``data``, ``zero1``, ``zero2``, ``zero3``, ``megatron``; it leaves some open.
 
     Returns:
         A `Parallelized`, to be called like ``fun``.
@@ -130,9 +128,7 @@ def parallelize(
         "" if cluster is None else cluster_file(cluster),
         strategy,
     )
-    if fun is None:
-        return lambda function: Parallelized(function, options)
-    return Parallelized(fun, options)
+    return Parallelized(fun, options) if fun is not None else lambda function: Parallelized(function, options)
 
 
 class Parallelized:
@@ -278,7 +274,7 @@ class Traced:
                 or one per rank.
             num_layers: groups of forward ops that stages are made of; as many as stages by default.
             plan: decisions to apply.
-            compare: on a mesh, predict what the well-known plans would take too.
+            compare: on a mesh, predict what the baselines would take too.
 
         Raises:
             ProgramError: the program can't be cut so; the plan was made for another program.
@@ -288,28 +284,14 @@ class Traced:
         cluster = self.options.cluster if cluster is None else cluster_file(cluster)
         plan = plan or self.options.plan
         if plan is not None:
-            plan.check_program(self.captured.fingerprint)
-            self._check_plan(plan)
-            self._check_placed(plan.num_stages)
-            decisions = replace(Decisions.of_plan(plan, self.options.donate, cluster), compare=compare)
+            decisions = self._decisions_of(plan, cluster)
         else:
-            stages = num_stages or self.options.num_stages
-            if stages is not None:
-                self._check_placed(stages)
-            stages = stages or (self.placed.num_stages if self.placed is not None else num_groups(self._mesh()))
-            decisions = Decisions(
-                stages,
-                num_layers or stages,
-                donate=self.options.donate,
-                mesh=self._mesh(),
-                cluster=cluster,
-                strategy=self._strategy(),
-                compare=compare,
-            )
+            decisions = self._decisions(num_stages or self.options.num_stages, num_layers, cluster)
+        decisions = replace(decisions, compare=compare)
         if decisions.is_wide and not cluster and self.captured.platform != "cpu":
             raise ConfigError(
                 f"a mesh of {self.captured.platform} devices needs a cluster file",
-                why="layouts depend on what the devices and their links can do, and only the cores of this host are known",
+                why="shardings depend on what the devices and their links can do, and only the cores of this host are known",
                 fix="parallelize(cluster='cluster.toml')",
             )
         with paused_collection():
@@ -326,8 +308,32 @@ class Traced:
             )
         return Planned(self.captured, staged)
 
+    def _decisions_of(self, plan: Plan, cluster: str) -> Decisions:
+        """The decisions of a plan, once it is seen that it fits this program and its options."""
+        plan.check_program(self.captured.fingerprint)
+        self._check_plan(plan)
+        self._check_placed(plan.num_stages)
+        return Decisions.of_plan(plan, self.options.donate, cluster)
+
+    def _decisions(self, num_stages: int | None, num_layers: int | None, cluster: str) -> Decisions:
+        """What the options decide; as many stages as the step that placed the state has, or one per rank, by default."""
+        if num_stages is not None:
+            self._check_placed(num_stages)
+        elif self.placed is not None:
+            num_stages = self.placed.num_stages
+        else:
+            num_stages = num_groups(self._mesh())
+        return Decisions(
+            num_stages,
+            num_layers or num_stages,
+            donate=self.options.donate,
+            mesh=self._mesh(),
+            cluster=cluster,
+            strategy=self._strategy(),
+        )
+
     def plan_with_all(self) -> Planned:
-        """Cut the program into stages; on a mesh, rank 0 chooses layouts for all ranks (collective).
+        """Cut the program into stages; on a mesh, rank 0 chooses shardings for all ranks (collective).
 
         Raises:
             BactrianError: as `plan` does, on every rank; or ranks have other programs or options.
@@ -351,7 +357,7 @@ class Traced:
         return asked or placed or (("data", 1),)
 
     def _strategy(self) -> str:
-        """How layouts are chosen; arguments that are placed already leave a known plan nothing to say."""
+        """How shardings are chosen; arguments that are placed already leave a baseline nothing to say."""
         if self.options.strategy != "auto" and self.placed is not None and self.placed.layouts:
             raise ConfigError(
                 f"strategy is {self.options.strategy}, but another step has placed the arguments",

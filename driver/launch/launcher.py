@@ -165,28 +165,12 @@ class Job:
         self._selector = selectors.DefaultSelector()
         self._listener = _listen()
         self._selector.register(self._listener, selectors.EVENT_READ)
-        host = socket.gethostname() if _several_hosts() else "127.0.0.1"
-        environment = os.environ | {
-            JOB_VARIABLE: self._token,
-            REPORT_VARIABLE: f"{host}:{self._listener.getsockname()[1]}:{self._token}",
-            "PYTHONUNBUFFERED": os.environ.get("PYTHONUNBUFFERED", "1"),
-        }
-        if full:
-            environment[TRACEBACK_VARIABLE] = "1"
-        if distributed:
-            environment[DISTRIBUTED_VARIABLE] = "1"
+        environment = self._environment(full=full, distributed=distributed)
         exported = sorted(n for n in environment if n.startswith(("BACTRIAN_", "JAX_", "XLA_", "PYTHON")))
-        command = [
-            *mpirun.command(num_ranks, exported),
-            sys.executable,
-            "-m",
-            "bactrian.driver.launch.rank_process",
-            script,
-            *arguments,
-        ]
+        rank_process = ["-m", "bactrian.driver.launch.rank_process", script, *arguments]
         # A session of its own: Ctrl-C reaches this process alone, which then ends the ranks.
         self._process = subprocess.Popen(
-            command,
+            [*mpirun.command(num_ranks, exported), sys.executable, *rank_process],
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE if distributed else None,
@@ -204,8 +188,25 @@ class Job:
             os.set_blocking(self._output.fileno(), False)
             self._selector.register(self._output, selectors.EVENT_READ)
 
+    def _environment(self, *, full: bool, distributed: bool) -> dict[str, str]:
+        """The environment of the ranks: how they reach this process, and what they are asked to do."""
+        host = socket.gethostname() if _several_hosts() else "127.0.0.1"
+        environment = os.environ | {
+            JOB_VARIABLE: self._token,
+            REPORT_VARIABLE: f"{host}:{self._listener.getsockname()[1]}:{self._token}",
+            "PYTHONUNBUFFERED": os.environ.get("PYTHONUNBUFFERED", "1"),
+        }
+        if full:
+            environment[TRACEBACK_VARIABLE] = "1"
+        if distributed:
+            environment[DISTRIBUTED_VARIABLE] = "1"
+        return environment
+
     def wait(self) -> int:
-        """Relay the ranks' stderr, and their stdout where Gloo writes to it, until the last of them is gone; then say what happened. Returns the exit code."""
+        """Relay what the ranks print until the last of them is gone, then say what happened; returns the exit code.
+
+        Their stderr is relayed, and their stdout where Gloo writes to it.
+        """
         usual = {number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
         try:
             while self._process.poll() is None:

@@ -1,4 +1,4 @@
-"""Why a value of a saved plan has its layout: from the folder to the figures."""
+"""Why a value of a plan has its sharding: from the plan or its folder to the figures."""
 
 from __future__ import annotations
 
@@ -7,44 +7,39 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
+from jaxlib.mlir import ir
+
+from bactrian.driver.planning.memory_refinement import solved_again
+from bactrian.driver.planning.staged import Staged
 from bactrian.passes.frame.context import make_context
 from bactrian.passes.frame.errors import ConfigError
-from bactrian.passes.ir.attributes import argument_roles, result_updates
+from bactrian.passes.ir.attributes import SOLVE, argument_roles, result_updates
 from bactrian.passes.ir.regions import main_function
 from bactrian.passes.plan.schema import UNSOLVED_FILE, Plan, axes_words
 from bactrian.passes.plan.stage_sharding import ShardingPlan
 from bactrian.passes.sharding.explain import Explanation, StageExplainer
-from bactrian.passes.sharding.solve_snapshot import Unsolved, read_unsolved
+from bactrian.passes.sharding.solve_snapshot import Unsolved, read_unsolved, unsolved_of
 from bactrian.passes.sharding.stage_programs import StageProgram, read_stages, stage_meshes
 from bactrian.passes.sharding.value_names import NamedValue, find_value, named_values
 
 _EQUAL = 1e-9
 
 
-def explain_value(directory: str | Path, text: str, stage: int | None = None, time_limit: float = 60.0) -> Explanation:
-    """Which layouts a value could have, what each would cost, and what bound the choice.
+def explain_saved(directory: str | Path, text: str, stage: int | None = None, time_limit: float = 60.0) -> Explanation:
+    """`explain` for a plan that was saved.
 
     Args:
         directory: written by ``bactrian plan --save``.
-        text: the pytree path of an argument or the name stack of an op, or a part that only one has.
-        stage: whose value it is, where several stages hold it.
-        time_limit: seconds for all of it.
+        text, stage, time_limit: as in `explain`.
 
     Raises:
-        ConfigError: the folder has no plan on a mesh, or lacks what is needed; no value, or several, are called so.
+        ConfigError: as in `explain`; or the folder lacks what is needed.
     """
     begin = time.monotonic()
     folder = Path(directory)
     folder = folder if folder.is_dir() else folder.parent
     plan = Plan.load(directory)
-    if any(each.sharding is None for each in plan.stages):
-        raise ConfigError(
-            f"the plan in {folder} has no layouts to explain",
-            why="its stages have one device each, so every value is whole",
-            fix="plan it on a mesh, as in `bactrian plan script.py:step --mesh data=2,model=4 --save DIR`",
-        )
-    if stage is not None and stage >= plan.num_stages:
-        raise ConfigError(f"there is no stage {stage}", why=f"stages go from 0 to {plan.num_stages - 1}")
+    _check_question(plan, stage, f"the plan in {folder}")
     path = folder / UNSOLVED_FILE
     try:
         saved = path.read_text(encoding="utf-8")
@@ -52,7 +47,7 @@ def explain_value(directory: str | Path, text: str, stage: int | None = None, ti
         mesh = axes_words(plan.stages[0].mesh)
         raise ConfigError(
             f"cannot explain a value: {folder} has no {UNSOLVED_FILE}",
-            why="the choice is made again from the program as it was before, with one layout held fast at a time",
+            why="it is the program before shardings were chosen, from which each choice is made again",
             fix=f"save the plan once more: `bactrian plan script.py:step --mesh {mesh} --save {folder}`",
         ) from None
     with make_context():
@@ -61,12 +56,43 @@ def explain_value(directory: str | Path, text: str, stage: int | None = None, ti
             raise ConfigError(
                 f"{UNSOLVED_FILE} and plan.json in {folder} belong to different programs", fix="save the plan once more"
             )
-        return _explain(unsolved, plan, folder, text, stage, begin + time_limit)
+        return _explain(unsolved, plan, f"the plan in {folder}", text, stage, begin + time_limit)
 
 
-def _explain(
-    unsolved: Unsolved, plan: Plan, folder: Path, text: str, stage: int | None, deadline: float
-) -> Explanation:
+def explain(staged: Staged, text: str, stage: int | None = None, time_limit: float = 60.0) -> Explanation:
+    """Which shardings a value could have, what each would cost, and what bound the choice.
+
+    Args:
+        staged: planned on a mesh.
+        text: the pytree path of an argument or the name stack of an op, or a part that only one has.
+        stage: whose value it is, where several stages hold it.
+        time_limit: seconds for all of it.
+
+    Raises:
+        ConfigError: stages have one device each; no value, or several, are called so.
+    """
+    deadline = time.monotonic() + time_limit
+    _check_question(staged.plan, stage, "the plan")
+    snapshot = staged.unsolved
+    assert snapshot is not None  # there is a mesh
+    with snapshot.context:
+        entries = ir.DictAttr(snapshot.attributes[SOLVE])
+        unsolved = unsolved_of(solved_again(snapshot), entries, "the plan's cluster")
+        return _explain(unsolved, staged.plan, "the plan", text, stage, deadline)
+
+
+def _check_question(plan: Plan, stage: int | None, source: str) -> None:
+    if any(each.sharding is None for each in plan.stages):
+        raise ConfigError(
+            f"{source} has no shardings to explain",
+            why="its stages have one device each, so every value is replicated",
+            fix="plan it on a mesh, as in `bactrian plan script.py:step --mesh data=2,model=4 --save DIR`",
+        )
+    if stage is not None and stage >= plan.num_stages:
+        raise ConfigError(f"there is no stage {stage}", why=f"stages go from 0 to {plan.num_stages - 1}")
+
+
+def _explain(unsolved: Unsolved, plan: Plan, source: str, text: str, stage: int | None, deadline: float) -> Explanation:
     main = main_function(unsolved.module)
     meshes = stage_meshes(unsolved.module)
     programs = read_stages(unsolved.module, meshes, unsolved.cluster, lambda op, remark: None)
@@ -83,7 +109,7 @@ def _explain(
         made = StageExplainer(
             programs[number], values, unsolved.strategy, roles, updates, limit, unsolved.given, first, left
         )
-        _check_equal(made, values, sharding, folder)
+        _check_equal(made, values, sharding, source)
         return made
 
     value = find_value(values, text, stage, lambda v: explainer(v.stage).layout(v.number))
@@ -103,7 +129,7 @@ def _first_read(programs: list[StageProgram], stage: int) -> frozenset[int]:
     return frozenset(n for n in own.work.inputs if n < own.flow.num_arguments and n not in claimed)
 
 
-def _check_equal(made: StageExplainer, values: list[NamedValue], sharding: ShardingPlan, folder: Path) -> None:
+def _check_equal(made: StageExplainer, values: list[NamedValue], sharding: ShardingPlan, source: str) -> None:
     """Refuse to explain another choice than the plan's.
 
     Raises:
@@ -121,11 +147,13 @@ def _check_equal(made: StageExplainer, values: list[NamedValue], sharding: Shard
     seconds = float(made.solution.cost)
     if not moved and abs(seconds - sharding.seconds) <= _EQUAL * sharding.seconds:
         return
-    what = f"{moved[0]} has another layout" if moved else f"a step takes {seconds:.6g} s, not {sharding.seconds:.6g} s"
+    what = (
+        f"{moved[0]} has another sharding" if moved else f"a step takes {seconds:.6g} s, not {sharding.seconds:.6g} s"
+    )
     if sharding.is_optimal:
         why = f"solved again, {what}: the plan was changed, or made by another version"
         fix = "save the plan once more, with `bactrian plan --save`"
     else:
         why = f"solved again, {what}: the plan was not proved optimal, so the time limit decides what is found"
         fix = "give --time-limit more seconds"
-    raise ConfigError(f"cannot find the choice of the plan in {folder} again", why=why, fix=fix)
+    raise ConfigError(f"re-solving did not reproduce {source}", why=why, fix=fix)

@@ -12,9 +12,9 @@ from bactrian.driver.planning.plan_shardings import read_shardings
 from bactrian.driver.planning.stage_memory import StagePeak, stage_peak
 from bactrian.passes.frame.errors import InfeasiblePlanError
 from bactrian.passes.frame.pipeline import PipelineReport
+from bactrian.passes.frame.units import human_bytes
 from bactrian.passes.ir.attributes import SOLVE
 from bactrian.passes.peak.estimate import module_memory
-from bactrian.passes.plan.plan_table import human_bytes
 from bactrian.passes.plan.stage_sharding import ShardingPlan
 from bactrian.runtime.staged_program import StagedProgram
 from bactrian.runtime.unrolled_step import UnrolledStep

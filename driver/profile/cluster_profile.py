@@ -15,10 +15,10 @@ import numpy as np
 
 from bactrian import __version__
 from bactrian.passes.frame.errors import ConfigError
+from bactrian.passes.frame.units import human_bytes, human_count, human_seconds
 from bactrian.passes.machine.cluster import cluster_of
 from bactrian.passes.machine.collective_times import KINDS
 from bactrian.passes.machine.mesh import Axis
-from bactrian.passes.plan.plan_table import human_bytes, human_count, human_seconds
 
 if TYPE_CHECKING:
     from rich.console import Group

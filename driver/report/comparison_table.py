@@ -7,7 +7,7 @@ from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 from bactrian.driver.xla.compare_bytes import CLASSES, Comparison, Difference, FunctionComparison, Sent
-from bactrian.passes.plan.plan_table import human_bytes
+from bactrian.passes.frame.units import human_bytes
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

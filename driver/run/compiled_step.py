@@ -23,7 +23,7 @@ from bactrian.driver.run.session import Session
 from bactrian.driver.source import line_here
 from bactrian.driver.xla.compile_stage import device_array
 from bactrian.passes.frame.errors import ProgramError
-from bactrian.passes.plan.plan_table import human_bytes
+from bactrian.passes.frame.units import human_bytes
 from bactrian.passes.plan.schema import Plan
 
 _log = logging.getLogger("bactrian")

@@ -222,16 +222,6 @@ def mesh_sharding(devices: Sequence[JaxDevice], axes: Axes, layout: Sequence[Seq
     return NamedSharding(mesh, PartitionSpec(*(tuple(names) or None for names in layout)))
 
 
-def sharded_function(text: str, devices: Sequence[JaxDevice]) -> tuple[CompiledFunction, list[Sharding]]:
-    """Compile a function for a mesh of several devices: what calls it, and where its arguments have to be.
-
-    Args:
-        text: a module with one ``sdy.mesh`` and ``sdy.sharding`` on all arguments and results of ``@main``.
-        devices: in the order of the mesh.
-    """
-    return _callable(compile_function(text, devices), text, devices), signature_shardings(text, devices)[0]
-
-
 def signature_shardings(text: str, devices: Sequence[JaxDevice]) -> tuple[list[Sharding], list[Sharding]]:
     """The shardings of the arguments and of the results of ``@main``; on one device that device."""
     with jax_mlir.make_ir_context():

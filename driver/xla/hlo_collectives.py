@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from bactrian.passes.frame.errors import PassError
@@ -312,12 +312,3 @@ def _table(text: str, name: str) -> str:
 
 def _unknown(what: str, line: str) -> PassError:
     return PassError(f"cannot read compiled HLO: unknown form of {what}", where=line.strip()[:400])
-
-
-def total_by_kind(collectives: Sequence[HloCollective]) -> dict[str, float]:
-    """Bytes that each device sends when the module runs once, by kind; kinds that send nothing are left out."""
-    sent = dict[str, float]()
-    for collective in collectives:
-        if collective.total_bytes:
-            sent[collective.kind] = sent.get(collective.kind, 0.0) + collective.total_bytes
-    return dict(sorted(sent.items()))

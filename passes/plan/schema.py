@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from bactrian.passes.frame.errors import ConfigError, ProgramError
+from bactrian.passes.frame.views import Viewable, view
 from bactrian.passes.plan.json_fields import Option, add_record, as_mapping, check_types, decode, encode
 from bactrian.passes.plan.stage_sharding import ShardingPlan
 
@@ -94,7 +95,7 @@ add_record(StagePlan, "a list of stages")
 
 
 @dataclass(frozen=True, eq=False)
-class Plan:
+class Plan(Viewable):
     """The decisions about one program plus predictions. Equal plans have byte-identical JSON, and only they.
 
     A plan can be written by hand: predictions, layer names and the fingerprint may be left out.
@@ -128,20 +129,7 @@ class Plan:
         return hash(self.to_json())
 
     def __str__(self) -> str:
-        from bactrian.passes.plan.plan_table import plan_text
-
-        return plan_text(cast(Any, self))  # the type checker meets this file under two paths
-
-    def _repr_html_(self) -> str:
-        from bactrian.passes.plan.plan_table import plan_html
-
-        return plan_html(cast(Any, self))
-
-    def show(self) -> None:
-        """Print the plan as a table."""
-        from bactrian.passes.plan.plan_table import show_plan
-
-        show_plan(cast(Any, self))
+        return view(self).text()
 
     @property
     def num_devices(self) -> int:
@@ -231,11 +219,6 @@ class Plan:
         return cls.from_json(_read(path), source=str(path))
 
 
-def load_staged(directory: str | Path) -> str:
-    """The text of the staged module that was saved with a plan."""
-    return _read(Path(directory) / STAGED_FILE)
-
-
 def fingerprint_text(text: str) -> str:
     """The fingerprint of a program's text: SHA-256 as 64 hexadecimal digits."""
     return hashlib.sha256(text.encode()).hexdigest()
@@ -254,56 +237,6 @@ def add_known(*values: int | None) -> int | None:
             return None
         total += value
     return total
-
-
-def diff(a: Plan, b: Plan) -> list[str]:
-    """What differs from plan ``a`` to plan ``b``, one line each, decisions first; empty for equal plans.
-
-    Predictions come with their relative change: ``stage 1: activation_bytes 100 → 150 (+50.0 %)``.
-    """
-    lines = _differences(a, b, "", skip={"stages", "layers", "options"})
-    before, after = dict(a.options), dict(b.options)
-    for name in sorted(before.keys() | after.keys()):
-        lines += _difference(f"option {name}", before.get(name), after.get(name))
-    for stage in range(max(a.num_stages, b.num_stages)):
-        if stage >= b.num_stages:
-            lines.append(f"stage {stage}: only in the first plan")
-        elif stage >= a.num_stages:
-            lines.append(f"stage {stage}: only in the second plan")
-        else:
-            lines += _differences(a.stages[stage], b.stages[stage], f"stage {stage}: ", skip=set())
-    if a.num_layers == b.num_layers and a.layers and b.layers:
-        for old, new in zip(a.layers, b.layers, strict=True):
-            lines += _differences(old, new, f"layer {old.layer}: ", skip=set())
-    elif bool(a.layers) != bool(b.layers):
-        lines.append(f"layer names: only in the {'first' if a.layers else 'second'} plan")
-    return lines
-
-
-def _differences(a: object, b: object, prefix: str, skip: set[str]) -> list[str]:
-    lines: list[str] = []
-    for item in fields(cast(Any, a)):
-        if item.name not in skip:
-            lines += _difference(prefix + item.name, getattr(a, item.name), getattr(b, item.name))
-    return lines
-
-
-def _difference(name: str, a: Any, b: Any) -> list[str]:
-    if a == b and type(a) is type(b):
-        return []
-    change = ""
-    if type(a) in (int, float) and type(b) in (int, float) and a:
-        change = f" ({100 * (b - a) / abs(a):+.1f} %)"
-    return [f"{name} {_show(a)} → {_show(b)}{change}"]
-
-
-def _show(value: Any) -> str:
-    if value is None:
-        return "unknown"
-    if isinstance(value, tuple):
-        items = cast(tuple[Any, ...], value)
-        return "[" + ", ".join("=".join(map(str, i)) if isinstance(i, tuple) else str(i) for i in items) + "]"
-    return f"{value:,}" if type(value) is int else str(value) or '""'
 
 
 def _check_decisions(plan: Plan) -> None:
@@ -327,7 +260,7 @@ def _check_decisions(plan: Plan) -> None:
                 f"stage {position} has layers {layers}, should begin at layer {following} and have at least one"
             )
         if not stage.mesh or any(size < 1 for _, size in stage.mesh):
-            problems.append(f"stage {position} has a mesh without devices: {_show(stage.mesh)}")
+            problems.append(f"stage {position} has a mesh without devices: {axes_words(stage.mesh) or 'no axes'}")
         following = stage.last_layer + 1
     if plan.stages and following != plan.num_layers:
         problems.append(f"the stages end at layer {following - 1}, should end at layer {plan.num_layers - 1}")

@@ -6,9 +6,10 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from typing import Any, cast
+from typing import Any
 
 from bactrian.passes.frame.errors import ConfigError
+from bactrian.passes.frame.views import Viewable
 from bactrian.passes.network.problem import CostNetwork
 from bactrian.passes.network.solver import Solution, solve
 from bactrian.passes.plan.stage_sharding import layout_text
@@ -78,7 +79,7 @@ class Unlimited:
 
 
 @dataclass(frozen=True)
-class Explanation:
+class Explanation(Viewable):
     """All that is said of one value.
 
     Attributes:
@@ -127,19 +128,6 @@ class Explanation:
         for each, entry in zip(self.alternatives, fields["alternatives"], strict=True):
             entry |= {"memory": dict(each.memory), "sent_bytes": dict(each.sent_bytes), "is_proved": each.is_proved}
         return fields
-
-    def show(self) -> None:
-        """Print the table."""
-        from bactrian.passes.plan.plan_table import show
-        from bactrian.passes.sharding.explanation_table import render_value
-
-        show(render_value(cast(Any, self)))
-
-    def _repr_html_(self) -> str:
-        from bactrian.passes.plan.plan_table import html
-        from bactrian.passes.sharding.explanation_table import render_value
-
-        return html(render_value(cast(Any, self)))
 
 
 class StageExplainer:

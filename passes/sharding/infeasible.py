@@ -8,8 +8,8 @@ import numpy as np
 
 from bactrian.passes.frame.errors import InfeasiblePlanError
 from bactrian.passes.frame.location import describe
+from bactrian.passes.frame.units import human_bytes
 from bactrian.passes.ir.attributes import UPDATE
-from bactrian.passes.plan.plan_table import human_bytes
 from bactrian.passes.sharding.cost_breakdown import classes
 from bactrian.passes.sharding.sharding_model import ShardingModel
 from bactrian.passes.sharding.work_from_ir import Reading

@@ -84,7 +84,17 @@ def read_unsolved(text: str, source: str) -> Unsolved:
         raise ConfigError(f"cannot read {source}", why=str(error).partition("\n")[0], fix=fix) from None
     if SOLVE not in module.operation.attributes:
         raise ConfigError(f"{source} does not say what layouts were chosen for", why=f"no {SOLVE} in it", fix=fix)
-    entries = ir.DictAttr(module.operation.attributes[SOLVE])
+    return unsolved_of(module, ir.DictAttr(module.operation.attributes[SOLVE]), source)
+
+
+def unsolved_of(module: ir.Module, entries: ir.DictAttr, source: str) -> Unsolved:
+    """What `before_solving` made, as data.
+
+    Args:
+        module: without layouts; whoever reads its stages may rewrite it.
+        entries: its attribute ``bactrian.solve``.
+        source: its file, for errors.
+    """
     words = {name: ir.StringAttr(entries[name]).value for name in ("fingerprint", "strategy")}
     cluster = CPU_HOST
     if "cluster" in entries:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from bactrian.passes.plan.plan_table import human_bytes, human_seconds
+from bactrian.passes.frame.units import human_bytes, human_seconds
 from bactrian.passes.sharding.explain import Alternative, Explanation
 from bactrian.passes.sharding.unshardable_dims import Uncut
 

@@ -1,4 +1,4 @@
-"""Tables of a plan, for a terminal, for a file and for a notebook. rich is imported when a table is asked for."""
+"""The tables of a plan, and each stage in words. rich is imported when a table is printed."""
 
 from __future__ import annotations
 
@@ -6,55 +6,21 @@ from collections.abc import Callable, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING
 
+from bactrian.driver.report.sharding_table import compared_table, layout_grid
+from bactrian.driver.report.terminal import RichView
+from bactrian.passes.frame.units import UNKNOWN, human_bytes, human_count, human_seconds
+from bactrian.passes.frame.views import view
 from bactrian.passes.plan.schema import Option, Plan, StagePlan, add_known
-from bactrian.passes.plan.sharding_table import compared_table, layout_grid
 
 if TYPE_CHECKING:
-    from rich.console import Console, Group, RenderableType
+    from rich.console import Group
     from rich.table import Table
     from rich.text import Text
 
-WIDTH = 100
 _BAR_CELLS = 8
-_UNKNOWN = "–"
 _ACCENT = "#b5651d"
 _QUIET = "grey50"
 _STAGE_COLORS = ("#b5651d", "#3a7d7c")  # neighbours differ
-
-
-def human_bytes(value: float | None) -> str:
-    """``18.4 GiB``, ``1.50 KiB``: three significant digits, ``–`` for unknown. 1,000 bytes are ``0.98 KiB``."""
-    return _human(value, 1024.0, ("B", "KiB", "MiB", "GiB", "TiB", "PiB"))
-
-
-def human_count(value: float | None, unit: str = "") -> str:
-    """``1.23 M``, ``45.6 Tflop``: powers of a thousand with three significant digits, ``–`` for unknown."""
-    return _human(value, 1000.0, tuple(prefix + unit for prefix in ("", "k", "M", "G", "T", "P", "E")))
-
-
-def human_seconds(value: float | None) -> str:
-    """``1.25 s``, ``12.3 ms``, ``850 µs``; ``–`` for unknown."""
-    if value is None:
-        return _UNKNOWN
-    for scale, unit in ((1.0, "s"), (1e-3, "ms")):
-        if value >= scale or value == 0:
-            return f"{_three(value / scale)} {unit}"
-    return f"{_three(value / 1e-6)} µs"
-
-
-def _human(value: float | None, base: float, units: Sequence[str]) -> str:
-    if value is None:
-        return _UNKNOWN
-    if value < 1000:
-        return f"{value:,.0f} {units[0]}".rstrip()
-    power = 0
-    while value >= 999.5 and power < len(units) - 1:
-        value, power = value / base, power + 1
-    return f"{_three(value)} {units[power]}"
-
-
-def _three(value: float) -> str:
-    return f"{value:,.{2 if value < 9.995 else 1 if value < 99.95 else 0}f}"
 
 
 def layer_range(stage: StagePlan) -> str:
@@ -125,9 +91,9 @@ def render_plan(plan: Plan) -> Group:
     for stage in plan.stages:
         if stage.sharding is not None:
             number = stage.stage if plan.num_stages > 1 else None
-            parts += [Text(""), layout_grid(stage.sharding, number, human_seconds, human_bytes)]
+            parts += [Text(""), layout_grid(stage.sharding, number)]
             if stage.sharding.compared:
-                parts.append(compared_table(stage.sharding, human_seconds, human_bytes))
+                parts.append(compared_table(stage.sharding))
     if plan.options:
         parts.append(
             Text("options: " + "  ".join(f"{name}={_option_text(value)}" for name, value in plan.options), style=_QUIET)
@@ -211,7 +177,7 @@ def _bar(share: float | None, shares: Sequence[float | None], cells: int, color:
     from rich.text import Text
 
     if share is None:
-        return Text(_UNKNOWN, style=_QUIET)
+        return Text(UNKNOWN, style=_QUIET)
     halves = round(share / max(s or 0.0 for s in shares) * cells * 2)
     bar = "━" * (halves // 2) + "╸" * (halves % 2)
     text = Text(bar.ljust(cells + 1) if cells else "", style=color)
@@ -301,58 +267,4 @@ def stage_reasons(plan: Plan, stage: StagePlan) -> list[str]:
     return lines or ["nothing was predicted for it"]
 
 
-def plan_text(plan: Plan) -> str:
-    """The plan's table as plain text."""
-    return to_text(render_plan(plan))
-
-
-def to_text(renderable: RenderableType) -> str:
-    """What rich prints, as plain text of at most 100 columns, without spaces at the ends of lines."""
-    console = _console(record=False)
-    with console.capture() as capture:
-        console.print(renderable)
-    return "\n".join(line.rstrip() for line in capture.get().splitlines())
-
-
-def plan_html(plan: Plan) -> str:
-    """The plan's table as a piece of HTML with inline styles."""
-    return html(render_plan(plan))
-
-
-def html(renderable: RenderableType) -> str:
-    """What rich renders as a piece of HTML with inline styles."""
-    console = _console(record=True)
-    console.print(renderable)
-    frame = "<pre style=\"font-family:Menlo,'DejaVu Sans Mono',Consolas,monospace;line-height:1.25\">{code}</pre>"
-    return console.export_html(inline_styles=True, code_format=frame)
-
-
-def show_plan(plan: Plan) -> None:
-    """Print the plan, in colour on a terminal."""
-    show(render_plan(plan))
-
-
-def show(renderable: RenderableType) -> None:
-    """Print to the terminal in colour, to anything else as plain text."""
-    from rich.console import Console
-
-    console = Console(highlight=False)
-    if console.is_terminal:
-        console.print(renderable)
-    else:
-        print(to_text(renderable))
-
-
-def _console(record: bool) -> Console:
-    import io
-
-    from rich.console import Console
-
-    return Console(
-        file=io.StringIO(),
-        width=WIDTH,
-        record=record,
-        highlight=False,
-        force_terminal=record,
-        color_system="truecolor" if record else None,
-    )
+view.register(Plan, lambda plan: RichView(render_plan(plan)))

@@ -4,26 +4,22 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from bactrian.passes.frame.units import human_bytes, human_seconds
 from bactrian.passes.plan.stage_sharding import ShardingFigures, ShardingPlan
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from rich.table import Table
 
 _QUIET = "grey50"
 _BEST = "#3a7d7c"
 
 
-def layout_grid(
-    plan: ShardingPlan, stage: int | None, seconds: Callable[[float | None], str], size: Callable[[float | None], str]
-) -> Table:
+def layout_grid(plan: ShardingPlan, stage: int | None) -> Table:
     """What is predicted of the chosen layouts: time, communication by kind, memory by class.
 
     Args:
         plan: of one stage.
         stage: its number, where there are several.
-        seconds, size: how times and bytes are written.
     """
     from rich.table import Table
 
@@ -33,25 +29,25 @@ def layout_grid(
         proof = f"{plan.strategy}; the rest {proof}"
     if plan.given:
         proof += f", with {plan.given} of {len(plan.layouts)} arguments' layouts given"
-    sent = " · ".join(f"{kind.replace('_', '-')} {size(nbytes)}" for kind, nbytes in plan.sent_bytes)
-    held = " · ".join(f"{name} {size(nbytes)}" for name, nbytes in plan.memory_bytes)
+    sent = " · ".join(f"{kind.replace('_', '-')} {human_bytes(nbytes)}" for kind, nbytes in plan.sent_bytes)
+    held = " · ".join(f"{name} {human_bytes(nbytes)}" for name, nbytes in plan.memory_bytes)
     total = sum(nbytes for _, nbytes in plan.memory_bytes)
-    limit = "" if plan.limit_bytes is None else f" of {size(plan.limit_bytes)}"
+    limit = "" if plan.limit_bytes is None else f" of {human_bytes(plan.limit_bytes)}"
     grid = Table.grid(padding=(0, 2, 0, 0))
     grid.add_column(style="bold", no_wrap=True)
     grid.add_column()
     grid.add_row("layouts" if stage is None else f"stage {stage}", proof)
-    grid.add_row("sends", f"{sent}, in {seconds(plan.communication_seconds)}: a device, a step" if sent else "nothing")
-    grid.add_row("holds", f"{size(total)}{limit}: {held}")
+    grid.add_row(
+        "sends", f"{sent}, in {human_seconds(plan.communication_seconds)}: a device, a step" if sent else "nothing"
+    )
+    grid.add_row("holds", f"{human_bytes(total)}{limit}: {held}")
     if plan.peak_bytes is not None:
-        within = f", {size(plan.temporary_bytes)} of it copies and temporaries" if plan.temporary_bytes else ""
-        grid.add_row("peak", f"{size(plan.peak_bytes)} as XLA for CPUs runs it{within}")
+        within = f", {human_bytes(plan.temporary_bytes)} of it copies and temporaries" if plan.temporary_bytes else ""
+        grid.add_row("peak", f"{human_bytes(plan.peak_bytes)} as XLA for CPUs runs it{within}")
     return grid
 
 
-def compared_table(
-    plan: ShardingPlan, seconds: Callable[[float | None], str], size: Callable[[float | None], str]
-) -> Table:
+def compared_table(plan: ShardingPlan) -> Table:
     """The chosen layouts beside the known plans, the fastest first."""
     from rich import box
     from rich.table import Table
@@ -74,9 +70,9 @@ def compared_table(
         ratio = f"{row.seconds / plan.seconds:.2f} ×" if plan.seconds else ""
         table.add_row(
             row.name,
-            seconds(row.seconds),
-            seconds(row.communication_seconds),
-            size(row.memory_bytes),
+            human_seconds(row.seconds),
+            human_seconds(row.communication_seconds),
+            human_bytes(row.memory_bytes),
             "" if row is chosen else ratio,
             style=style,
         )

@@ -1,0 +1,50 @@
+"""``bactrian explain``: a saved plan with the figures behind it, or why a value is sharded as it is."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+
+from bactrian.driver.commands.argument_types import seconds, whole_number
+from bactrian.driver.report.plan_table import render_explanation
+from bactrian.driver.report.terminal import RichView
+from bactrian.passes.frame.errors import ConfigError
+from bactrian.passes.plan.schema import Plan
+
+SUMMARY = "print a saved plan and the figures behind each stage, or why a value is sharded as it is"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Say what the command takes."""
+    parser.add_argument("plan", metavar="DIR", help="a folder written by `bactrian plan --save`, or a plan.json")
+    parser.add_argument(
+        "--value",
+        metavar="PATH",
+        help="of a step on a mesh: what each sharding of this value would cost; the pytree path of an argument or the name "
+        "stack of an op, or a part that only one has",
+    )
+    parser.add_argument("--stage", type=whole_number, metavar="S", help="the stage, where several hold the value")
+    parser.add_argument(
+        "--time-limit", type=seconds, default=60.0, metavar="S", help="seconds for --value (default: 60)"
+    )
+    parser.add_argument("--json", action="store_true", help="print what --value finds as JSON instead of a table")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Carry the command out; returns its exit code."""
+    if options.value is None:
+        if options.json or options.stage is not None:
+            name = "--json" if options.json else "--stage"
+            raise ConfigError(f"explain {name} needs a value", fix="name it with --value, as in --value \"state['w']\"")
+        RichView(render_explanation(Plan.load(options.plan))).show()
+        return 0
+    from bactrian.driver.planning.explain_value import explain_saved
+    from bactrian.driver.report.explanation_table import render_value
+
+    found = explain_saved(options.plan, options.value, options.stage, options.time_limit)
+    if options.json:
+        sys.stdout.write(json.dumps(found.to_dict(), indent=2, ensure_ascii=False) + "\n")
+        return 0
+    RichView(render_value(found)).show()
+    return 0

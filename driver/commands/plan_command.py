@@ -1,0 +1,97 @@
+"""``bactrian plan``: the plan of a train step, made without a device."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from typing import TYPE_CHECKING, Any
+
+from bactrian.driver.commands.argument_types import count
+from bactrian.driver.commands.python_target import kind, load
+from bactrian.driver.launch.user_script import use_virtual_devices
+from bactrian.driver.report.plan_table import render_plan
+from bactrian.driver.report.terminal import RichView
+from bactrian.passes.frame.errors import ConfigError
+from bactrian.passes.machine.mesh import parse_axes
+
+if TYPE_CHECKING:
+    from bactrian.driver.xla.compare_bytes import Comparison
+    from bactrian.passes.plan.schema import Plan
+
+SUMMARY = "plan a train step and print the plan; needs no device"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Say what the command takes."""
+    parser.add_argument("step", metavar="script.py:step", help="the parallelized function")
+    parser.add_argument(
+        "--args",
+        metavar="script.py:example_args",
+        help="its example arguments, a tuple or a function that makes one (default: example_args of the same script)",
+    )
+    parser.add_argument("--num-stages", type=count, metavar="S", help="pipeline stages")
+    parser.add_argument("--num-microbatches", type=count, metavar="M", help="microbatches per step")
+    parser.add_argument("--schedule", help="order of the microbatches, e.g. 1f1b or gpipe")
+    parser.add_argument("--mesh", metavar="A=N,B=M", help="devices of each stage by axes, as in data=2,model=4")
+    parser.add_argument("--cluster", metavar="FILE", help="TOML file of the machines (default: the cores of this host)")
+    parser.add_argument("--strategy", metavar="NAME", help="auto, data, zero1, zero2, zero3 or megatron, on a mesh")
+    parser.add_argument(
+        "--compare-xla",
+        action="store_true",
+        help="compile for virtual devices, and compare what XLA sends with the plan",
+    )
+    parser.add_argument(
+        "--save", metavar="DIR", help="write plan.json, staged.mlir and, on a mesh, solve.mlir into this folder"
+    )
+    parser.add_argument("--json", action="store_true", help="print the plan as JSON instead of a table")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Carry the command out; returns its exit code."""
+    axes = None if options.mesh is None else parse_axes(options.mesh)
+    if options.compare_xla:
+        use_virtual_devices(8 if axes is None else math.prod(size for _, size in axes))
+    step = load(options.step, "bactrian plan train.py:step")
+    if not callable(getattr(step, "with_options", None)):
+        raise ConfigError(
+            f"cannot plan {options.step}: it is {kind(step)}, not a parallelized function",
+            fix="decorate the train step with `@bactrian.parallelize(...)` and name that",
+        )
+    names = ("num_stages", "num_microbatches", "schedule", "strategy")
+    changes = {name: value for name in names if (value := getattr(options, name)) is not None}
+    if axes is not None:
+        changes["mesh"] = axes
+    traced = step.with_options(**changes).trace(*_example_arguments(options))
+    planned = traced.plan(options.cluster, compare=True)
+    if options.save:
+        planned.save(options.save)
+    comparison = planned.compare_xla() if options.compare_xla else None
+    if options.json:
+        sys.stdout.write(planned.plan.to_json() if comparison is None else _with_comparison(planned.plan, comparison))
+        return 0
+    RichView(render_plan(planned.plan)).show()
+    if comparison is not None:
+        from bactrian.driver.report.comparison_table import render_comparison
+
+        RichView(render_comparison(comparison)).show()
+    return 0
+
+
+def _with_comparison(plan: Plan, comparison: Comparison) -> str:
+    from bactrian.driver.report.comparison_table import comparison_json
+
+    return json.dumps(json.loads(plan.to_json()) | {"xla": comparison_json(comparison)}, indent=2) + "\n"
+
+
+def _example_arguments(options: argparse.Namespace) -> tuple[Any, ...]:
+    target = options.args or options.step.rpartition(":")[0] + ":example_args"
+    value = load(target, "--args train.py:example_args")
+    value = value() if callable(value) else value
+    if not isinstance(value, (tuple, list)):
+        raise ConfigError(
+            f"cannot use {target} as arguments: it is {kind(value)}, not a tuple",
+            fix="give one entry per argument of the step, or a function that returns them; ShapeDtypeStruct will do",
+        )
+    return tuple(value)

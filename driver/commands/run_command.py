@@ -1,0 +1,68 @@
+"""``bactrian run``: a training script on several ranks, or in this process."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+
+from bactrian.driver.commands.argument_types import count
+from bactrian.driver.launch import user_script
+from bactrian.passes.frame.errors import ConfigError
+
+SUMMARY = "run a training script, on several ranks or in this process"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Say what the command takes."""
+    parser.usage = "%(prog)s [-n N] [options] script.py [args ...]"
+    parser.add_argument(
+        "-n", type=count, metavar="N", help="start N ranks with mpirun; without it, all stages run in this process"
+    )
+    parser.add_argument(
+        "--devices",
+        type=count,
+        metavar="D",
+        help="virtual CPU devices of each process (default: 8, and 1 for each of several ranks)",
+    )
+    parser.add_argument(
+        "--distributed",
+        action="store_true",
+        help="join the devices of all ranks (jax.distributed), so that a stage's mesh can have those of several",
+    )
+    parser.add_argument("script", help="the Python script, run as __main__")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="args", help="the script's own arguments")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Carry the command out; returns its exit code."""
+    user_script.check_script(
+        options.script, "name a Python file; options of `bactrian run` stand before it, its own after it"
+    )
+    if options.distributed and options.n is None:
+        raise ConfigError(
+            "--distributed joins the devices of several ranks, but there is one process",
+            fix="also pass -n N, or give this process as many devices as a mesh needs (--devices)",
+        )
+    user_script.use_virtual_devices(options.devices or (8 if options.n is None else 1))
+    if options.n is not None:
+        from bactrian.driver.launch.launcher import launch
+        from bactrian.driver.progress import TERMINAL_VARIABLE
+
+        if sys.stderr.isatty():
+            os.environ[TERMINAL_VARIABLE] = str(shutil.get_terminal_size().columns)
+        return launch(
+            options.n, options.script, options.arguments, full=options.traceback, distributed=options.distributed
+        )
+    from bactrian.runtime.rank_lifecycle import exit_code_of
+
+    try:
+        user_script.run_script(options.script, options.arguments)
+    except (SystemExit, KeyboardInterrupt):
+        raise
+    except BaseException as error:
+        sys.stdout.flush()
+        sys.stderr.write(user_script.describe_failure(error, options.script, full=options.traceback))
+        return exit_code_of(error)
+    return 0

@@ -1,0 +1,56 @@
+"""How tables are printed: on a terminal, into a file and in a notebook. rich is imported when something is printed."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+
+WIDTH = 100
+
+
+@dataclass(frozen=True)
+class RichView:
+    """A table as rich has it; see `bactrian.passes.frame.views.View`."""
+
+    renderable: RenderableType
+
+    def text(self) -> str:
+        """As plain text of at most 100 columns, without spaces at the ends of lines."""
+        console = _console(record=False)
+        with console.capture() as capture:
+            console.print(self.renderable)
+        return "\n".join(line.rstrip() for line in capture.get().splitlines())
+
+    def html(self) -> str:
+        """As a piece of HTML with inline styles."""
+        console = _console(record=True)
+        console.print(self.renderable)
+        frame = "<pre style=\"font-family:Menlo,'DejaVu Sans Mono',Consolas,monospace;line-height:1.25\">{code}</pre>"
+        return console.export_html(inline_styles=True, code_format=frame)
+
+    def show(self) -> None:
+        """Print to a terminal in colour, to anything else as plain text."""
+        from rich.console import Console
+
+        console = Console(highlight=False)
+        if console.is_terminal:
+            console.print(self.renderable)
+        else:
+            print(self.text())
+
+
+def _console(record: bool) -> Console:
+    from rich.console import Console
+
+    return Console(
+        file=io.StringIO(),
+        width=WIDTH,
+        record=record,
+        highlight=False,
+        force_terminal=record,
+        color_system="truecolor" if record else None,
+    )
