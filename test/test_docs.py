@@ -20,6 +20,9 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), ROOT / "benchmarks" / "README.md"]
 FOLDERS = "passes|driver|runtime|test|lit_tests|cmake|examples|benchmarks|docs"
 
+# What other projects call things.
+FOREIGN = {"CUDA_VISIBLE_DEVICES", "model_builder", "no_sync", "xla_cpu_scheduler_type"}
+
 
 def code_spans(page: Path) -> Iterator[str]:
     """What stands in backticks, outside of blocks."""
@@ -43,6 +46,23 @@ def test_dotted_names_exist(page: Path) -> None:
     sources = "".join(path.read_text() for folder in ("passes", "driver") for path in (ROOT / folder).rglob("*.py"))
     missing = [name for name in sorted(named) if not _is_python(name) and f'"{name}"' not in sources]
     assert missing == [], "neither Python names nor attributes of the IR"
+
+
+@pytest.fixture(scope="module")
+def identifiers() -> set[str]:
+    """All names in the sources, and the names of the files."""
+    folders = ["passes", "driver", "runtime", "bactrian", "test", "benchmarks", "examples", "cmake"]
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
+    return {path.stem for path in files} | {
+        name for path in files for name in re.findall(r"[A-Za-z_]\w*", path.read_text())
+    }
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_identifiers_exist(page: Path, identifiers: set[str]) -> None:
+    words = {word for span in code_spans(page) for word in re.findall(r"[A-Za-z_]\w*", span)}
+    named = {word for word in words if "_" in word or re.search(r"[a-z][A-Z]", word)}
+    assert sorted(named - identifiers - FOREIGN) == []
 
 
 def _is_python(name: str) -> bool:
