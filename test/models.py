@@ -65,8 +65,9 @@ MODELS: dict[str, Callable[[], Model]] = {
 # Covers each pair of tied, dropout and remat; the others run with --long.
 GPT_COVER = ("gpt/linen", "gpt-dropout-remat/linen", "gpt-tied-remat/linen", "gpt-tied-dropout/linen")
 # The frameworks differ in their pytrees: the MLP is made with each, the GPT with two.
-MODELS_COVER = (*(name for name in MODELS if not name.startswith("gpt")), "gpt/plain", *GPT_COVER)
-SMALL_COVER = ("mlp/plain", "gpt-tied-dropout/linen", "encoder-decoder/linen", "conv/linen")  # under mpirun
+SMALL_MODELS = (*(name for name in MODELS if name.startswith("mlp")), "conv/linen")
+LARGE_MODELS_COVER = ("encoder-decoder/linen", "gpt/plain", *GPT_COVER)
+ONE_OF_EACH = ("mlp/plain", "gpt-tied-dropout/linen", "encoder-decoder/linen", "conv/linen")  # of each architecture
 
 # Optimizers
 

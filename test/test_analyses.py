@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import pytest
 from jaxlib.mlir import ir
-from models import SMALL_COVER, train_case
+from models import ONE_OF_EACH, train_case
 
 import bactrian
 from bactrian.passes.frame.base import Pass, PassContext
@@ -74,7 +74,7 @@ def _numbers(flow: MainDataflow) -> tuple[Any, ...]:
     return flow.operands, flow.results, flow.producer, flow.ops, flow.values, flow.phases, flow.stages, flow.sizes
 
 
-@pytest.mark.parametrize("model", SMALL_COVER)
+@pytest.mark.parametrize("model", ONE_OF_EACH)
 def test_what_passes_keep_is_what_is_there(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     checked: list[str] = []
     original = MainDataflow.kept_or_read

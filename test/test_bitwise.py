@@ -68,22 +68,30 @@ def test_in_one_process(monkeypatch: pytest.MonkeyPatch, schedule: str, num_devi
     assert {device for mesh in step.compiled.session.devices.values() for device in mesh} == set(devices)
 
 
+OVER_MPI = f"""
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from numerics import digest
+
+def run(num_stages, schedule, state):
+    step = make(num_stages=num_stages, num_microbatches=4, schedule=schedule)
+    for _ in range({NUM_STEPS}):
+        result = step(state, batch)
+        state = result[0]
+    print("digest", num_stages, schedule, digest(bactrian.gather(result)), flush=True)
+
+"""
+
+
 @pytest.mark.mpi
-@pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])
-def test_over_mpi(tmp_path: Path, schedule: str) -> None:
-    """Four stages on two ranks, in the script's own process; each rank prints the digest of what it gathered."""
-    options = f"num_stages=4, num_microbatches=4, schedule={schedule!r}"
-    script = SCRIPT + (
-        f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-        "from numerics import digest\n"
-        f"step = make({options})\n"
-        f"for _ in range({NUM_STEPS}):\n"
-        "    result = step(state, batch)\n"
-        "    state = result[0]\n"
-        "print('digest', digest(bactrian.gather(result)), flush=True)\n"
-    )
-    job = Command(tmp_path, script=script).ended(start_seconds=90)
+def test_over_mpi(tmp_path: Path) -> None:
+    """Two and four stages on two ranks, all in one job; each rank prints the digest of what it gathered."""
+    plans = [(num_stages, schedule) for num_stages in (2, 4) for schedule in ("gpipe", "1f1b")]
+    calls = "".join(f"run({num_stages}, {schedule!r}, state)\n" for num_stages, schedule in plans)
+    job = Command(tmp_path, script=SCRIPT + OVER_MPI + calls).ended(start_seconds=90)
     assert job.code == 0, job.err
-    names = program()
-    expected = check(names["make"](num_stages=4, num_microbatches=4, schedule=schedule), names["state"], names["batch"])
-    assert sorted(line for line in job.out.splitlines() if "digest" in line) == [f"digest {expected}"] * 2
+    expected = list[str]()
+    for num_stages, schedule in plans:
+        names = program()
+        step = names["make"](num_stages=num_stages, num_microbatches=4, schedule=schedule)
+        expected += [f"digest {num_stages} {schedule} {check(step, names['state'], names['batch'])}"] * 2
+    assert sorted(line for line in job.out.splitlines() if "digest" in line) == sorted(expected)

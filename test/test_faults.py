@@ -72,9 +72,7 @@ def check_kill(tmp_path: Path, rank: int, point: str) -> None:
     assert job.survivors == []
 
 
-@pytest.mark.parametrize(
-    ("rank", "point"), [*((number % 2, point) for number, point in enumerate(POINTS)), (1, "in_step"), (0, "exit")]
-)
+@pytest.mark.parametrize(("rank", "point"), [(number % 2, point) for number, point in enumerate(POINTS)])
 def test_an_exception_ends_the_job(tmp_path: Path, rank: int, point: str) -> None:
     check_raise(tmp_path, rank, point)
 
@@ -84,9 +82,8 @@ def test_a_killed_rank_ends_the_job(tmp_path: Path, rank: int, point: str) -> No
     check_kill(tmp_path, rank, point)
 
 
-@pytest.mark.parametrize(("rank", "point"), [(0, "after_recv"), (1, "in_step")])
-def test_the_example_ends_so(tmp_path: Path, rank: int, point: str) -> None:
-    check_example(tmp_path, rank, point)
+def test_the_example_ends_so(tmp_path: Path) -> None:
+    check_example(tmp_path, 0, "after_recv")
 
 
 @pytest.mark.long

@@ -22,6 +22,7 @@ from bactrian.passes.sharding.baselines import NAMED
 # Those that are not about stages; all run over stages too.
 ONE_STAGE_TRAPS = ("aux-outputs", "random-numbers-typed-key", "skip-not-finite", "several-arguments", "empty-update")
 MESHES = ("data=2,model=4", "data=8", "data=4,model=2")
+SHORT_PIPELINES = (("mlp/plain", "gpipe"), ("gpt-tied-dropout/linen", "1f1b"))
 
 
 @pytest.mark.parametrize(
@@ -47,12 +48,12 @@ def test_traps_equal_one_device(case: Case, slow: Path) -> None:
     check(case.make(), mesh="data=2,model=2", cluster=slow)
 
 
-@pytest.mark.parametrize("schedule", ["1f1b", "gpipe"])
 @pytest.mark.parametrize(
-    "name",
+    ("name", "schedule"),
     [
-        name if name in ("mlp/plain", "gpt-tied-dropout/linen") else pytest.param(name, marks=pytest.mark.long)
+        pytest.param(name, schedule, marks=() if (name, schedule) in SHORT_PIPELINES else pytest.mark.long)
         for name in models.MODELS
+        for schedule in ("1f1b", "gpipe")
     ],
 )
 def test_pipelines_of_meshes_equal_one_device(name: str, schedule: str, slow: Path) -> None:
@@ -80,7 +81,11 @@ def test_three_axes_and_sizes_that_are_no_powers_of_two(slow: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "strategy"),
-    [("mlp/plain", name) for name in NAMED] + [("gpt-tied-dropout/linen", name) for name in ("zero2", "megatron")],
+    [
+        *(("mlp/plain", name) for name in NAMED),
+        ("gpt-tied-dropout/linen", "megatron"),
+        pytest.param("gpt-tied-dropout/linen", "zero2", marks=pytest.mark.long),
+    ],
 )
 def test_known_plans_equal_one_device(name: str, strategy: str, slow: Path) -> None:
     case = models.train_case(name, "adamw", microbatches=2, schedule=("gpipe", "1f1b")[len(strategy) % 2])

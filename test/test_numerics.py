@@ -1,13 +1,14 @@
 """A parallelized step equals one device, for a pairwise cover of models, frameworks, optimizers and plans.
 
-With ``--long``, for every combination.
+Small models are covered with every number of stages and microbatches, large ones with two of each. With ``--long``, every
+combination of all is run.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,9 +21,10 @@ from cases import BATCH, WIDTH, Built, Case, batches, chain_loss, matrices, vect
 from traps import TRAPS
 
 import bactrian
+from bactrian.driver.api import Parallelized, Traced
 
 FACTORS: dict[str, tuple[Any, ...]] = {
-    "model": models.MODELS_COVER,
+    "model": tuple(models.MODELS),
     "microbatches": (1, 2, 4, 8),
     "stages": (2, 3, 4, 1),
     "optimizer": tuple(models.OPTIMIZERS),
@@ -30,34 +32,40 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "schedule": ("1f1b", "gpipe"),
     "result": ("gradients", "state"),
 }
+SMALL_FACTORS = FACTORS | {"model": models.SMALL_MODELS}
+LARGE_FACTORS = FACTORS | {"model": models.LARGE_MODELS_COVER, "microbatches": (2, 4), "stages": (2, 3)}
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """The cover, or with ``--long`` the whole product."""
     if "row" in metafunc.fixturenames:
         long = metafunc.config.getoption("--long", default=False)
-        rows = whole_product() if long else numerics.pairwise_cover(FACTORS)
+        rows = whole_product() if long else cover()
         metafunc.parametrize("row", rows, ids=[models.train_case(**row).name for row in rows])
 
 
+def cover() -> tuple[numerics.Row, ...]:
+    """Each pair of values, of small models and of large ones."""
+    return numerics.pairwise_cover(SMALL_FACTORS) + numerics.pairwise_cover(LARGE_FACTORS)
+
+
 def whole_product() -> tuple[numerics.Row, ...]:
-    """Every combination, those with the same reference one after another."""
-    factors = FACTORS | {"model": tuple(models.MODELS)}
-    return numerics.product({name: factors[name] for name in sorted(factors, key=lambda name: name in numerics.PLAN)})
+    """Every combination, those that differ in the number of stages only one after another."""
+    return numerics.product({name: FACTORS[name] for name in sorted(FACTORS, key=lambda name: name == "stages")})
 
 
-def reference_results(built: Built) -> list[Any]:
+def reference_results(built: Built, step: Parallelized) -> list[Any]:
     """What each step gives on one device."""
-    step, state, results = bactrian.parallelize(built.step, **built.options), built.state, list[Any]()
+    state, results = built.state, list[Any]()
     for batch in built.batches:
         results.append(step.reference(state, *batch))
         state = built.next_state(results[-1])
     return results
 
 
-def check(built: Built, references: list[Any]) -> None:
+def check(built: Built, step: Callable[..., Any], references: list[Any]) -> None:
     """Run all steps, and compare each result with one device, which went on with its own state."""
-    step, state = bactrian.parallelize(built.step, **built.options), built.state
+    state = built.state
     for batch, theirs in zip(built.batches, references, strict=True):
         result = step(state, *batch)
         numerics.assert_equal_step(bactrian.gather(result), theirs, built.zero_gradient_leaves)
@@ -65,25 +73,26 @@ def check(built: Built, references: list[Any]) -> None:
 
 
 @functools.lru_cache(maxsize=1)
-def built_with_references(**row: Any) -> tuple[Built, list[Any]]:
-    """The case of a row without its plan; kept for the next row."""
+def traced_with_references(**row: Any) -> tuple[Built, Traced, list[Any]]:
+    """The case of a row without its number of stages, traced once; kept for the next row."""
     jax.clear_caches()
     built = models.train_case(**row).make()
-    return built, reference_results(built)
+    step = bactrian.parallelize(built.step, **built.options)
+    return built, step.trace(built.state, *built.batches[0]), reference_results(built, step)
 
 
 def test_equals_one_device(row: numerics.Row) -> None:
-    built, references = built_with_references(
-        **{name: value for name, value in row.items() if name not in numerics.PLAN}
+    built, traced, references = traced_with_references(
+        **{name: value for name, value in row.items() if name != "stages"}
     )
-    plan = {"num_stages": row["stages"], "schedule": row["schedule"]}
-    check(dataclasses.replace(built, options=built.options | plan), references)
+    check(built, traced.plan(num_stages=row["stages"]).compile(), references)
 
 
 @pytest.mark.parametrize("case", TRAPS, ids=lambda case: case.name)
 def test_trap(case: Case) -> None:
     built = case.make()
-    check(built, reference_results(built))
+    step = bactrian.parallelize(built.step, **built.options)
+    check(built, step, reference_results(built, step))
 
 
 @pytest.mark.parametrize("stages", [1, 3])

@@ -34,7 +34,7 @@ def close(a, b):
 
 def check(step, *args, num_microbatches, **kwargs):
     captured = capture(step, args, kwargs, num_microbatches=num_microbatches)
-    expected = step(*args, **kwargs)  # outside of a capture: plain JAX on the full batch
+    expected = eqx.filter_jit(step)(*args, **kwargs)  # outside of a capture: plain JAX on the full batch
     close(reference(captured, args, kwargs), expected)
     return captured
 

@@ -227,7 +227,7 @@ class Generator:
             self._define(f"%b#{number}" if count else "%b", kind, free=True)
 
 
-@pytest.mark.parametrize("block", range(4))
+@pytest.mark.parametrize("block", [0, 1, *(pytest.param(block, marks=pytest.mark.long) for block in range(2, 20))])
 def test_random_programs(block: int) -> None:
     for seed in range(50 * block, 50 * block + 50):
         rng = random.Random(seed)
