@@ -92,7 +92,10 @@ class SolveShardings(Pass):
 
     cluster: str = option("", help="TOML file of the cluster; the host's cores by default")
     memory_bytes: int = option(0, help="of each device; 0 for what the cluster says")
-    time_limit: float = option(60.0, help="seconds for the solver")
+    time_limit: float = option(
+        60.0,
+        help="seconds for the solver, by the clock: where it ends the search, another machine may choose otherwise",
+    )
     strategy: str = option(AUTO, help=f"auto, or a known plan: {', '.join(NAMED)}")
     compare: bool = option(False, help="say what the known plans would take")
 

@@ -10,8 +10,9 @@ The order of attempts, each on the network that the ones before have left:
    passing and large neighbourhood search (``large_neighbourhood.py``);
 6. local search, where no program gave a feasible choice in time (``local_search.py``).
 
-The time limit is wall-clock time. Below it every step but 5's neighbourhoods is deterministic: the same problem gives the
-same choice. Where the limit ends an attempt, a slower machine may return another choice, with its own lower bound.
+The time limit is wall-clock time, and each attempt has a share of it. Where none reaches its share, everything but 5's
+neighbourhoods is deterministic: the same problem gives the same choice. Where time ends an attempt, a slower machine may
+return another choice, with a lower bound of its own.
 
 ``docs/solver.md`` has the formulation and the proofs.
 """
