@@ -1,4 +1,4 @@
-"""A cluster of equal hosts: what its devices and links can do, read from TOML."""
+"""A cluster of equal hosts: the speed of its devices and links, read from TOML."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ class Cluster:
     Attributes:
         name: how reports call it.
         hosts: how many.
-        devices_per_host: on each.
+        devices_per_host: how many on each.
         memory_bytes: of one device.
-        device: its speed.
-        intra_host_bytes_per_second: what one device sends to others of its host.
-        inter_host_bytes_per_second: what a whole host sends to others; its devices share it.
-        intra_host_latency, inter_host_latency: seconds that a collective takes at least.
-        measured: curves of collectives inside a host, which count in the place of its link; at most one for a kind and
-            a size of the group.
+        device: the speed of one device.
+        intra_host_bytes_per_second: from one device to others of its host.
+        inter_host_bytes_per_second: from one host to others; its devices share it.
+        intra_host_latency, inter_host_latency: seconds of the smallest collective.
+        measured: curves of collectives inside a host, which take the place of the formulas; at most one for each kind and
+            size of the group.
     """
 
     name: str
@@ -160,7 +160,7 @@ def cluster_of(data: Mapping[str, Any], *, name: str, where: str = "") -> Cluste
     number = {key: positive(data[key], f"{key} of cluster {name}", where) for key in data if key not in _NOT_NUMBERS}
     rates = data["peak_tflops"]
     if not isinstance(rates, dict) or not rates:
-        raise ConfigError(f"peak_tflops of cluster {name} is no table of rates by element type", where=where)
+        raise ConfigError(f"peak_tflops of cluster {name} must be a table of rates by element type", where=where)
     flops = {
         dtype: 1e12 * positive(rate, f"peak_tflops.{dtype} of cluster {name}", where) for dtype, rate in rates.items()
     }
@@ -190,7 +190,7 @@ def cluster_of(data: Mapping[str, Any], *, name: str, where: str = "") -> Cluste
 def _name(data: Mapping[str, Any], name: str, where: str) -> str:
     given = data.get("name", name)
     if not isinstance(given, str) or not given:
-        raise ConfigError(f"name of cluster {name} is {given!r}, must be a text", where=where)
+        raise ConfigError(f"name of cluster {name} is {given!r}, must be a string", where=where)
     return given
 
 
@@ -202,6 +202,6 @@ def _measured(data: Mapping[str, Any], devices_per_host: float, name: str, where
                 f"measured.{curve.kind}.{curve.group} of cluster {name} is of {curve.group} devices, "
                 f"a host has {devices_per_host:g}",
                 where=where,
-                why="what is measured is what devices of one host take",
+                why="measured collectives are those inside a host",
             )
     return curves

@@ -1,4 +1,4 @@
-"""Measured times of collectives, in the place of a formula."""
+"""Measured times of collectives, which take the place of the formulas in ``mesh.py``."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class Curve:
     Attributes:
         kind: one of `KINDS`.
         group: devices that take part together.
-        nbytes: what each of them holds before: its piece for an all-gather, its summand for a reduce-scatter or an
-            all-reduce. Increasing, two or more.
-        seconds: for each of these; never less for more bytes, and more for the last than for the first.
+        nbytes: what each device holds before: its shard for an all-gather, its summand for a reduce-scatter or an
+            all-reduce. Increasing; two or more.
+        seconds: for each of these; not decreasing, and more for the last than for the first.
     """
 
     kind: str
@@ -31,7 +31,7 @@ class Curve:
     seconds: tuple[float, ...]
 
     def seconds_for(self, nbytes: float) -> float:
-        """On the line between two points; below the first as there.
+        """Interpolated linearly between two points; below the first point, its seconds.
 
         Above the last point the line goes on as steeply as between the last two, or between the first and the last,
         whichever is steeper: a last point that was measured too low would make large messages free.
@@ -58,7 +58,7 @@ def curves_of(data: Any, *, name: str, where: str = "") -> tuple[Curve, ...]:
         ConfigError: another form, an unknown kind, numbers that can't be times; the key is named.
     """
     if not isinstance(data, dict):
-        raise ConfigError(f"measured of cluster {name} is no table of collectives", where=where)
+        raise ConfigError(f"measured of cluster {name} must be a table of collectives", where=where)
     found = list[Curve]()
     for kind, groups in data.items():
         if kind not in KINDS:
@@ -66,7 +66,7 @@ def curves_of(data: Any, *, name: str, where: str = "") -> tuple[Curve, ...]:
                 f"measured.{kind} of cluster {name}: no such collective", where=where, fix=f"one of {', '.join(KINDS)}"
             )
         if not isinstance(groups, dict):
-            raise ConfigError(f"measured.{kind} of cluster {name} is no table by size of the group", where=where)
+            raise ConfigError(f"measured.{kind} of cluster {name} must be a table by size of the group", where=where)
         for group, lists in groups.items():
             found.append(_curve(kind, group, lists, f"measured.{kind}.{group}", name, where))
     return tuple(sorted(found, key=lambda curve: (curve.kind, curve.group)))
@@ -74,7 +74,7 @@ def curves_of(data: Any, *, name: str, where: str = "") -> tuple[Curve, ...]:
 
 def _curve(kind: str, group: str, lists: Any, key: str, name: str, where: str) -> Curve:
     if not (group.isascii() and group.isdecimal()) or group != str(int(group)) or int(group) < 2:
-        raise ConfigError(f"{key} of cluster {name}: {group!r} is no number of devices of 2 or more", where=where)
+        raise ConfigError(f"{key} of cluster {name}: {group!r} is not a number of devices, 2 or more", where=where)
     if not isinstance(lists, dict) or set(lists) != {"bytes", "seconds"}:
         raise ConfigError(f"{key} of cluster {name} must have the keys bytes and seconds, and no others", where=where)
     nbytes = _numbers(lists["bytes"], f"{key}.bytes of cluster {name}", where)
@@ -97,7 +97,7 @@ def _curve(kind: str, group: str, lists: Any, key: str, name: str, where: str) -
         raise ConfigError(
             f"{key}.seconds of cluster {name} do not grow",
             where=where,
-            why=f"{nbytes[-1]:g} bytes take no longer than {nbytes[0]:g}, so nothing is known of more bytes",
+            why=f"{nbytes[-1]:g} bytes take no longer than {nbytes[0]:g}, so larger messages can't be predicted",
             fix="measure larger messages",
         )
     return Curve(kind, int(group), nbytes, rising)
@@ -105,7 +105,7 @@ def _curve(kind: str, group: str, lists: Any, key: str, name: str, where: str) -
 
 def _numbers(values: Any, key: str, where: str) -> tuple[float, ...]:
     if not isinstance(values, list):
-        raise ConfigError(f"{key} is no list", where=where)
+        raise ConfigError(f"{key} must be a list", where=where)
     return tuple(positive(value, f"entry {at} of {key}", where) for at, value in enumerate(values))
 
 
@@ -113,7 +113,7 @@ def positive(value: Any, what: str, where: str) -> float:
     """The value as a number.
 
     Raises:
-        ConfigError: it is none, or not above 0 and finite.
+        ConfigError: it is no number, or not above 0 and finite.
     """
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
         raise ConfigError(f"{what} is {value!r}, must be a positive number", where=where)

@@ -1,4 +1,10 @@
-"""A mesh of devices: named axes, and what messages along each of them cost."""
+"""A mesh of devices: named axes, and the seconds of collectives along them.
+
+The formulas are those of ring algorithms: a collective over n devices takes a latency, and the bytes that each device sends
+over the rate of the link. Per byte that a device holds before: all-gather n - 1, reduce-scatter and all-to-all (n - 1) / n,
+all-reduce 2 (n - 1) / n, permute 1 (Thakur, Rabenseifner and Gropp, "Optimization of collective communication operations in
+MPICH", 2005). Measured curves take their place where a cluster file has them.
+"""
 
 from __future__ import annotations
 
@@ -17,14 +23,14 @@ _AXIS = re.compile(r"\s*([A-Za-z_]\w*)\s*=\s*(\d+)\s*")
 class Axis:
     """One axis of a mesh.
 
-    What a collective along it takes is read off its measured curve, or is ``latency`` and the bytes that a device
-    sends, times ``seconds_per_byte``.
+    A collective along it takes what its measured curve says, or else ``latency`` plus the bytes that a device sends times
+    ``seconds_per_byte``.
 
     Attributes:
         name: as in ``sdy.mesh``.
         size: devices along it.
-        latency: seconds that a collective along it takes at least.
-        seconds_per_byte: of what one device sends along it while all others do.
+        latency: seconds of the smallest collective along it.
+        seconds_per_byte: of what one device sends along it while all others send as much.
         measured: curves of collectives over groups of ``size`` devices, at most one of a kind.
     """
 
@@ -45,7 +51,7 @@ class Axis:
     def reduce_scatter(self, nbytes: float) -> float:
         """Seconds, for ``nbytes`` on each device before.
 
-        Never more than an all-reduce takes, of which each device can keep its piece: compilers write both alike.
+        Never more than an all-reduce, of which each device keeps its shard: compilers may write either for the other.
         """
         return min(self.seconds("reduce_scatter", nbytes), self.seconds("all_reduce", nbytes))
 
@@ -66,7 +72,7 @@ class Axis:
 
 
 def _sent_share(kind: str, size: int) -> float:
-    """Of what a device of ``size`` holds before, how much it sends."""
+    """Bytes that each of ``size`` devices sends, for each byte that it holds before."""
     match kind:
         case "all_gather":
             return size - 1
@@ -82,12 +88,12 @@ def _sent_share(kind: str, size: int) -> float:
 
 @dataclass(frozen=True)
 class Mesh:
-    """Axes, the first of which goes over devices in the largest strides.
+    """Axes of devices in row-major order: neighbours along the last axis are neighbours in the cluster.
 
     Attributes:
         axes: of the mesh.
         measured: curves of all-reduces over several axes at once, by the devices of their group.
-        copy_seconds_per_byte: of what a device copies within its memory, read and written.
+        copy_seconds_per_byte: of a copy within a device's memory, which is read and written.
     """
 
     axes: tuple[Axis, ...]
@@ -121,9 +127,9 @@ class Mesh:
     def all_reduce(self, axes: Sequence[int], nbytes: float) -> float:
         """Seconds of one all-reduce over several axes, for ``nbytes`` on each device.
 
-        Reduce-scatters along one axis after the other, the fastest first, so that the slowest carries the least, and
-        all-gathers in the opposite order; the latency is that of the slowest. What was measured for a group of as many
-        devices counts instead.
+        Hierarchical: reduce-scatters along one axis after the other, the fastest first, so that the slowest carries the
+        least, then all-gathers in the opposite order; the latency is the largest one. A curve that was measured for a
+        group of as many devices takes the place of this.
         """
         if len(axes) == 1:
             return self.axes[axes[0]].all_reduce(nbytes)
@@ -138,7 +144,7 @@ class Mesh:
         return seconds + max((self.axes[number].latency for number in axes), default=0.0)
 
     def parts(self, axes: Sequence[int]) -> int:
-        """How many pieces these axes cut something into."""
+        """How many shards a dim has that is sharded over these axes."""
         return math.prod(self.axes[axis].size for axis in axes)
 
 
