@@ -1,4 +1,9 @@
-"""Bytes that one device needs for the functions of a staged module: predicted of XLA for CPUs, without compiling."""
+"""Peak memory of a staged module's functions on one device, as XLA for CPUs would need it, without compiling.
+
+The IR becomes a graph of values with their bytes on a device (``graph_from_ir.py``, ``value_graph.py``). XLA's fusion is
+predicted (``fusion.py``), which says what has a buffer; then the order of work, the live ranges and the packing of buffers
+(``live_ranges.py``).
+"""
 
 from __future__ import annotations
 
@@ -13,7 +18,7 @@ from bactrian.passes.peak.live_ranges import temporary_bytes
 
 _POINTER = 8
 _MARGIN = 0.02
-"""Of the temporaries: what is not modelled was at most 3 % of them where a stage is fullest (``benchmarks/README.md``)."""
+"""Of the temporaries: the error was at most 3 % of them at the peak of a stage (``benchmarks/README.md``)."""
 
 
 @dataclass(frozen=True)
@@ -22,8 +27,8 @@ class FunctionMemory:
 
     Attributes:
         arguments, results: all of them.
-        aliased: results that take over an argument's place.
-        temporaries: at the fullest time, beside these.
+        aliased: results that are written into an argument's buffer (donation).
+        temporaries: buffers beside these, at the peak.
     """
 
     arguments: int
@@ -33,7 +38,7 @@ class FunctionMemory:
 
     @property
     def peak(self) -> int:
-        """All together, at the fullest time."""
+        """All together, at the peak."""
         return self.arguments + self.results - self.aliased + self.temporaries
 
 

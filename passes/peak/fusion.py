@@ -1,4 +1,9 @@
-"""Which values of a graph are in memory, and which are computed inside their readers: as XLA's fusion for CPUs decides."""
+"""Which values of a graph have buffers, and which are fused into their readers: what XLA's fusion for CPUs decides.
+
+The rules are those of XLA's ``CpuInstructionFusion`` and of its base class ``InstructionFusion``: from the last op to the first,
+a loose op is fused into its readers if it is cheap to duplicate or has one reader, unless duplicating it would read more than
+it writes.
+"""
 
 from __future__ import annotations
 
@@ -9,19 +14,19 @@ from bactrian.passes.peak.value_graph import ELSEWHERE, Graph, Kind, Node
 
 _EXPENSIVE = without_dialect(NEVER_DUPLICATED)
 _REDUCED = frozenset({"multiply", "add", "maximum"})
-"""Ops that reductions compute themselves."""
+"""Ops that a reduction which alone reads them takes in."""
 
 
 @dataclass
 class Fused:
-    """What is in memory.
+    """What has a buffer.
 
     Attributes:
-        made: the nodes whose results are, operands first.
-        reads: of each of them, those that it reads, and whether each element of its result is at the place of the one that
-            it reads.
-        results: what the graph's results are in.
-        root: of each node, the one whose bytes it views.
+        made: the nodes whose results have one, operands first.
+        reads: of each of these, the ones that it reads, and whether each element of its result is computed from the element at
+            the same position.
+        results: the nodes whose buffers hold the graph's results.
+        root: of each node, the one whose buffer it views.
     """
 
     made: list[int]
@@ -31,14 +36,16 @@ class Fused:
 
 
 def fuse(graph: Graph) -> Fused:
-    """Decide for every node, the last first."""
+    """Decide for every node of a graph, the last first."""
     nodes = graph.nodes
     root = _roots(nodes)
     results = [root[number] for number in graph.results]
     users = _users(nodes, root, set(results))
     ends = set(results)
     fixed = _not_twice(nodes, root, users, set(graph.results))
-    inside: list[dict[int, bool]] = [{} for _ in nodes]  # the heads that compute a node, and whether in place
+    inside: list[dict[int, bool]] = [
+        {} for _ in nodes
+    ]  # the nodes with buffers that a node is fused into, and whether in place
     made, reads = list[int](), dict[int, dict[int, bool]]()
     for number in range(len(nodes) - 1, -1, -1):
         node = nodes[number]
@@ -86,7 +93,7 @@ def _users(nodes: list[Node], root: list[int], results: set[int]) -> list[list[i
 
 
 def _takers(node: Node, readers: dict[int, bool], users: list[int], nodes: list[Node]) -> list[int]:
-    """The heads that compute a loose node themselves: loose ones, and a reduction that alone reads it."""
+    """The readers with buffers that a loose node is fused into: loose ones, and a reduction that alone reads it."""
     if node.kind is not Kind.LOOSE:
         return []
     if len(readers) == 1 and len(users) == 1:
@@ -98,9 +105,10 @@ def _takers(node: Node, readers: dict[int, bool], users: list[int], nodes: list[
 
 
 def _not_twice(nodes: list[Node], root: list[int], users: list[list[int]], ends: set[int]) -> set[int]:
-    """Nodes that read more than they give and that not all of their readers can take in: no reader does.
+    """Nodes that would read more if they were computed twice, and that can't be fused into all of their readers: they are
+    fused into none.
 
-    Views are loose in this: a product that reads a view keeps nobody from taking in what is viewed.
+    A product that reads a view of a node does not count as a reader of the node.
     """
     reach = [0] * len(nodes)  # bits of the nodes that a node depends on
     fixed = set[int]()
@@ -123,7 +131,7 @@ def _not_twice(nodes: list[Node], root: list[int], users: list[list[int]], ends:
 
 
 def _few_reads(node: Node, nodes: list[Node]) -> bool:
-    """Whether computing a node twice reads hardly more than its result."""
+    """Whether a node reads hardly more than it writes, so that it may be computed twice."""
     operands = [nodes[o] for o in dict.fromkeys(node.operands)]
     wide = [
         o
@@ -137,7 +145,7 @@ def _on_all_paths(
     number: int, user: int, nodes: list[Node], root: list[int], users: list[list[int]], reach: list[int],
     fixed: set[int], known: dict[int, bool],
 ) -> bool:  # fmt: skip
-    """Whether a reader can take in a node, and all that lies between them."""
+    """Whether a node, and all that lies between the two, can be fused into a reader."""
     if user == number:
         return True
     if user not in known:

@@ -1,4 +1,9 @@
-"""When values in memory are made, how long they stay, and the bytes that hold them all."""
+"""Live ranges of buffers in the order of work, and the bytes of a block that holds them all.
+
+This follows XLA for CPUs: its concurrency-optimized scheduler (a queue of what is ready), its buffer assignment (a value may
+be written over an operand that nobody reads afterwards, or into a donated argument), and its heap simulator (best fit, the
+largest buffers first).
+"""
 
 from __future__ import annotations
 
@@ -14,7 +19,7 @@ _ALIGNMENT = 64
 
 @dataclass
 class Buffer:
-    """Bytes that are held from one step to another (both included), and the node that was written there last."""
+    """Bytes with their live range, from one step to another (both included), and the node that was written there last."""
 
     first: int
     last: int
@@ -23,17 +28,17 @@ class Buffer:
 
 
 @dataclass
-class _Place:
-    """An argument's bytes, which its result takes over; other values may be there in between."""
+class _DonatedBuffer:
+    """The buffer of a donated argument, which its result takes over; other values may be there in between."""
 
     nbytes: int
     taken: list[tuple[int, int]]
 
 
 def temporary_bytes(graph: Graph) -> int:
-    """What a function needs beside its arguments and results.
+    """Bytes that a function needs beside its arguments and results.
 
-    Readers of one value are queued in their order or in the opposite one, as chance has it in XLA: the larger counts.
+    XLA queues the readers of a value in no fixed order. Two orders are tried, and the larger number counts.
     """
     fused = fuse(graph)
     _copy_donated(graph, fused)
@@ -41,7 +46,7 @@ def temporary_bytes(graph: Graph) -> int:
 
 
 def buffers(graph: Graph, fused: Fused, flip: bool = False) -> list[Buffer]:
-    """What is in memory beside arguments and results."""
+    """The buffers beside arguments and results."""
     steps = schedule(graph, fused, flip)
     time = {number: at for at, step in enumerate(steps) for number in step}
     last = {number: time[number] for number in fused.made}
@@ -49,19 +54,25 @@ def buffers(graph: Graph, fused: Fused, flip: bool = False) -> list[Buffer]:
         for number in reads:
             last[number] = max(last[number], time[reader])
     held = _held(graph, fused, steps, time, last)
-    places = list[_Place]()
+    places = list[_DonatedBuffer]()
     for position, argument in graph.aliases.items():
         result = fused.results[position]
         if argument in time and result != argument:
             taken = [(-1, last[argument]), (time[result], len(steps))]
-            places.append(_Place(graph.nodes[argument].nbytes, taken))
+            places.append(_DonatedBuffer(graph.nodes[argument].nbytes, taken))
     places.reverse()  # among equal ones the last is looked at first
     places.sort(key=lambda place: place.nbytes)
     return _outside(held, places)
 
 
 def schedule(graph: Graph, fused: Fused, flip: bool = False) -> list[list[int]]:
-    """Steps in the order of work: what is ready is queued. Collectives that are combined are one step."""
+    """Steps in the order of work, each the nodes of one op: what is ready is queued. Combined collectives are one step.
+
+    Args:
+        graph: of one device.
+        fused: what has a buffer.
+        flip: queue the readers of a value in the opposite order.
+    """
     step_of, steps = dict[int, int](), list[list[int]]()
     for group in _groups(graph, fused):
         step_of |= dict.fromkeys(group, len(steps))
@@ -124,9 +135,9 @@ def _groups(graph: Graph, fused: Fused) -> list[list[int]]:
 
 
 def _copy_donated(graph: Graph, fused: Fused) -> None:
-    """Copy arguments with a reader that the result in their place does not depend on.
+    """Copy donated arguments with a reader that the result in their buffer does not depend on.
 
-    XLA decides it before it knows the order: such a reader might come when the result is written already.
+    XLA inserts the copy before it knows the order: the reader might come when the result is written already.
     """
     before = dict[int, int]()
     readers = dict[int, list[int]]()
@@ -154,7 +165,7 @@ def _copy_donated(graph: Graph, fused: Fused) -> None:
 def _held(
     graph: Graph, fused: Fused, steps: list[list[int]], time: dict[int, int], last: dict[int, int]
 ) -> list[Buffer]:
-    """A buffer for each value that is neither argument nor result; some take over that of an operand."""
+    """A buffer for each value that is neither argument nor result; some are written over an operand."""
     nodes = graph.nodes
     outside = {n for n in fused.made if nodes[n].kind in (Kind.ARGUMENT, Kind.CONSTANT)} | set(fused.results)
     found, place = list[Buffer](), dict[int, Buffer]()
@@ -180,7 +191,7 @@ def _held(
 def _taken_over(
     graph: Graph, fused: Fused, number: int, time: dict[int, int], place: dict[int, Buffer], last: dict[int, int]
 ) -> int | None:
-    """The value in whose place another one is written: one that nobody reads afterwards."""
+    """The operand over which a value is written: one that nobody reads afterwards; None if there is none."""
     node = graph.nodes[number]
     if node.kind is Kind.PART and node.place is not None:  # state of a loop
         whole = node.operands[0]
@@ -195,8 +206,8 @@ def _taken_over(
     return None
 
 
-def _outside(held: list[Buffer], places: list[_Place]) -> list[Buffer]:
-    """The buffers that find no room in an argument's place; the largest choose first."""
+def _outside(held: list[Buffer], places: list[_DonatedBuffer]) -> list[Buffer]:
+    """The buffers that fit into no donated one; the largest choose first."""
     left, sizes = list[Buffer](), [place.nbytes for place in places]
     for buffer in sorted(held, key=lambda each: -each.nbytes):
         first, last = buffer.first, buffer.last
@@ -213,7 +224,7 @@ def _outside(held: list[Buffer], places: list[_Place]) -> list[Buffer]:
 
 
 def _packed_bytes(held: list[Buffer]) -> int:
-    """Bytes of a block that holds all buffers: the largest are placed first, each in the smallest gap that it fits in."""
+    """Bytes of a block that holds all buffers, packed by best fit: the largest first, each in the smallest gap it fits in."""
     placed = list[tuple[Buffer, int, int]]()  # begins and ends at
     total = 0
     for buffer in sorted(held, key=lambda each: (-each.nbytes, each.first - each.last, each.first)):

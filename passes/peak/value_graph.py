@@ -1,7 +1,7 @@
 """A stage function as one device sees it: a graph of values with their local bytes.
 
-Ops whose results XLA may compute inside their readers are *loose*; all others are *firm*: their operands and their
-results are in memory. Collectives, and the transposed copies that products and collectives want, are nodes of their own.
+Ops that XLA may fuse into their readers are *loose*; all others are *firm*: their operands and their results have buffers.
+Collectives, and the transposed copies that products and collectives need, are nodes of their own.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ ELSEWHERE = frozenset(
         "dynamic_reshape",
     ]
 )
-"""Ops whose results are at other places than what they read: they are not computed in place."""
+"""Ops that move elements to other positions: their results can't be written over their operands."""
 
 
 class Kind(Enum):
@@ -55,7 +55,7 @@ class Node:
         group: firm nodes of one group that do not depend on each other are one op.
         key: equal nodes have equal keys; None for one that is like no other.
         dims: of a reduction those over which it goes, of a broadcast those along which values repeat.
-        place: of a part, the operand of its op whose place it takes over.
+        place: of a part, the operand of its op whose buffer it takes over.
     """
 
     name: str
@@ -77,7 +77,7 @@ class Graph:
     Attributes:
         nodes: operands come first.
         results: numbers of nodes.
-        aliases: results (their positions) that take an argument's place, by position the argument's node.
+        aliases: by the position of a result, the argument's node whose buffer it takes over (donation).
     """
 
     nodes: list[Node] = field(default_factory=list[Node])
