@@ -74,20 +74,24 @@ class Transfer:
 
 @dataclass(frozen=True)
 class ArgumentPiece:
-    """Captured argument ``argument`` as it is read by one stage."""
+    """Captured argument ``argument`` as it is read by one stage: all of it, or only the ``rows`` from the first to
+    before the second."""
 
     argument: int
     role: str  # "state", "batch", "constant"
     value: int
+    rows: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
 class ResultPiece:
-    """Captured result ``result`` as one stage keeps it; ``updates`` is the argument it is the next value of."""
+    """Captured result ``result`` as one stage keeps it, or only some ``rows`` of it; ``updates`` is the argument that it
+    is the next value of."""
 
     result: int
     value: int
     updates: int | None = None
+    rows: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)

@@ -73,15 +73,29 @@ def _to_host(leaf: Any) -> Any:
 
 
 def physical_values(array: DistributedArray) -> np.ndarray[Any, Any]:
-    """The values of the first stage's copy, on every rank."""
-    control, stage = array.control, array.stages[0]
+    """The values of the whole array, on every rank: the first stage's copy, or the rows of several stages."""
+    placement = array.placement
+    if not all(stage in placement.rows for stage in placement.sources):
+        return _stage_values(array, placement.sources[0])
+    whole = physical(placement.shape, placement.dtype)
+    values = np.empty(whole.shape, whole.dtype)
+    for stage in placement.sources:
+        placement.part(stage, values)[...] = _stage_values(array, stage)
+    return values
+
+
+def _stage_values(array: DistributedArray, stage: int) -> np.ndarray[Any, Any]:
+    """The values of one stage's piece, on every rank. Collective."""
+    control = array.control
     ranks = array.placement.ranks.get(stage, (0,))
     piece = array.pieces.get(stage)
     if control.size == 1 or (len(ranks) == control.size and piece is not None and piece.is_fully_replicated):
         assert piece is not None
         return np.asarray(piece)
-    carried = physical(array.placement.shape, array.placement.dtype)
-    values = np.empty(carried.shape, carried.dtype)
+    whole = physical(array.placement.shape, array.placement.dtype)
+    start, stop = array.placement.rows.get(stage, (0, 0))
+    shape = (stop - start, *whole.shape[1:]) if stage in array.placement.rows else whole.shape
+    values = np.empty(shape, whole.dtype)
     if len(ranks) == 1:
         if control.rank == ranks[0]:
             assert piece is not None
@@ -131,5 +145,8 @@ def _shape_dtype(leaf: Any) -> tuple[tuple[int, ...], Any]:
 def _to_devices(leaf: Any, placement: Placement, control: Control) -> DistributedArray:
     value = np.asarray(jax.random.key_data(leaf)) if is_key(getattr(leaf, "dtype", None)) else np.asarray(leaf)
     value = value.astype(physical(placement.shape, placement.dtype).dtype, copy=False)
-    pieces = {stage: device_array(value, sharding, True) for stage, sharding in placement.shardings.items()}
+    pieces = {
+        stage: device_array(placement.part(stage, value), sharding, True)
+        for stage, sharding in placement.shardings.items()
+    }
     return DistributedArray(placement, pieces, control)

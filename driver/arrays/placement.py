@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 
+from bactrian.passes.frame.errors import PassError
 from bactrian.passes.plan.schema import Axes, axes_words
 
 Layout = tuple[tuple[str, ...], ...]  # the axes that cut each dim
@@ -28,6 +29,7 @@ class Placement:
         ranks: for every stage in ``stages``, the ranks that run it.
         layouts: for every stage in ``stages``, the axes of its mesh that cut each dim; empty on one device.
         meshes: for every stage in ``stages``, names and sizes of its mesh's axes.
+        rows: for the stages that hold only some rows of it, the first and the one behind the last.
         key_impl: of a typed key, which is carried as its uint32 words.
         num_stages: of the step that placed it; 0 if no step did.
         weak_type: JAX's weak type, so that a state that began as a Python number is not traced a second time.
@@ -46,6 +48,33 @@ class Placement:
     key_impl: Any = None
     num_stages: int = 0
     weak_type: bool = False
+    rows: Mapping[int, tuple[int, int]] = field(default_factory=dict[int, tuple[int, int]])
+
+    def part(self, stage: int, values: Any) -> Any:
+        """What a stage holds of the whole array's values."""
+        return values[slice(*self.rows[stage])] if stage in self.rows else values
+
+    @cached_property
+    def sources(self) -> tuple[int, ...]:
+        """The stages that the whole array is read from: the first, or the first ones that have all rows together.
+
+        Raises:
+            PassError: some rows are on no stage.
+        """
+        whole = [stage for stage in self.stages if stage not in self.rows]
+        if whole:
+            return (whole[0],)
+        found, covered = list[int](), 0
+        for stage in sorted(self.stages, key=lambda stage: self.rows[stage]):
+            start, stop = self.rows[stage]
+            if start > covered:
+                break
+            if stop > covered:
+                found.append(stage)
+                covered = stop
+        if self.stages and covered < self.shape[0]:
+            raise PassError(f"row {covered} of {self.path} is on no stage")
+        return tuple(found)
 
     @property
     def layout(self) -> str:
@@ -53,17 +82,18 @@ class Placement:
         texts = list[str]()
         for stage in self.stages:
             axes = self.meshes.get(stage, ())
+            rows = "rows {} to {} ".format(*self.rows[stage]) if stage in self.rows else ""
             if all(size == 1 for _, size in axes):
-                texts.append("whole on one device")
+                texts.append(f"{rows or 'whole '}on one device")
                 continue
             mesh = axes_words(axes)
             cuts = [f"dim {dim} over {' and '.join(names)}" for dim, names in enumerate(self.layouts[stage]) if names]
-            texts.append(f"{', '.join(cuts) or 'whole on every device'} of {mesh}")
+            texts.append(f"{rows}{', '.join(cuts) or 'whole on every device'} of {mesh}")
         return "; ".join(dict.fromkeys(texts))
 
     def same_place(self, other: Placement) -> bool:
         """Whether what lives at the other one lives here too, piece by piece."""
-        return self.stages == other.stages and self.shardings == other.shardings
+        return (self.stages, self.shardings, self.rows) == (other.stages, other.shardings, other.rows)
 
     def same_layouts(self, other: Placement) -> bool:
         """Whether the other one's stages have equal meshes here, and equal layouts."""

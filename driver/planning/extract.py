@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from jaxlib.mlir import ir
 
+from bactrian.passes.frame.errors import PassError, ProgramError
 from bactrian.passes.ir.attributes import (
     ACCUMULATOR,
     ARGUMENT,
     ORDER,
     RESULT,
     ROLE,
+    ROWS,
     UPDATE,
     UPDATES,
+    argument_attributes,
     phase_of,
     read_num_microbatches,
     read_num_stages,
@@ -44,8 +48,6 @@ def numpy_dtype(element: ir.Type) -> str:
     """The numpy name of a tensor's element type."""
     text = str(element)
     if text not in _DTYPES:
-        from bactrian.passes.frame.errors import ProgramError
-
         raise ProgramError(f"element type {text} can't cross between stages", fix="cast the value to a standard dtype")
     return _DTYPES[text]
 
@@ -88,7 +90,12 @@ def _extract(module: ir.Module) -> StagedProgram:
             counters.add(value)
             continue
         argument = ir.IntegerAttr(attributes[ARGUMENT]).value
-        arguments.append(ArgumentPiece(argument, role, reader.add(value, role == "batch")))
+        number = reader.add(value, role == "batch")
+        piece = f"argument {argument} on stage {reader.values[number].stage}"
+        rows = _rows(attributes, reader.values[number], piece)
+        if rows is not None and role == "batch":
+            raise PassError(f"{piece} is some rows of a batch", why="microbatches are cut from all of its rows")
+        arguments.append(ArgumentPiece(argument, role, number, rows))
     calls: list[Call] = []
     transfers: list[Transfer] = []
     for view in body(main).operations:
@@ -100,6 +107,9 @@ def _extract(module: ir.Module) -> StagedProgram:
             once = phase_of(op) == UPDATE
             target = reader.add(op.results[0], reader.values[source].per_microbatch and not once)
             transfers.append(Transfer(source, target))
+    results = _results(main, reader)
+    _check_one_piece([(piece.argument, piece.value) for piece in arguments], reader.values, "argument")
+    _check_one_piece([(p.result, p.value) for p in results if p.updates is not None], reader.values, "result")
     num_stages = read_num_stages(module)
     return StagedProgram(
         num_stages=num_stages,
@@ -109,7 +119,7 @@ def _extract(module: ir.Module) -> StagedProgram:
         calls=tuple(calls),
         transfers=tuple(transfers),
         arguments=tuple(arguments),
-        results=tuple(_results(main, reader)),
+        results=tuple(results),
         order=tuple(
             tuple(ir.StringAttr(token).value for token in ir.ArrayAttr(tokens))
             for tokens in ir.ArrayAttr(root.attributes[ORDER])
@@ -127,8 +137,7 @@ def _call(op: ir.Operation, functions: dict[str, ir.Operation], reader: _Reader,
     outputs = tuple(reader.add(value, per_microbatch) for value in op.results)
     donated: list[int] = []
     carries: list[tuple[int, int]] = []
-    for position, entry in enumerate(ir.ArrayAttr(functions[symbol].attributes["arg_attrs"])):
-        attributes = ir.DictAttr(entry)
+    for position, attributes in enumerate(argument_attributes(functions[symbol])):
         if "tf.aliasing_output" in attributes:
             donated.append(position)
             if ACCUMULATOR in attributes:
@@ -152,5 +161,29 @@ def _results(main: ir.Operation, reader: _Reader) -> list[ResultPiece]:
     for value, entry in zip(terminator(main).operands, entries, strict=True):
         attributes = ir.DictAttr(entry)
         updates = ir.IntegerAttr(attributes[UPDATES]).value if UPDATES in attributes else None
-        pieces.append(ResultPiece(ir.IntegerAttr(attributes[RESULT]).value, reader.number[value], updates))
+        result, number = ir.IntegerAttr(attributes[RESULT]).value, reader.number[value]
+        piece = f"result {result} on stage {reader.values[number].stage}"
+        rows = _rows(attributes, reader.values[number], piece)
+        if rows is not None and updates is None:
+            raise PassError(f"{piece} is some rows of a result", why="only what stays on its stages can be in pieces")
+        pieces.append(ResultPiece(result, number, updates, rows))
     return pieces
+
+
+def _rows(attributes: ir.DictAttr, value: Value, piece: str) -> tuple[int, int] | None:
+    """The rows of an argument or result that a piece holds; None where it holds all of them."""
+    if ROWS not in attributes:
+        return None
+    start, stop = (ir.IntegerAttr(bound).value for bound in ir.ArrayAttr(attributes[ROWS]))
+    if not 0 <= start < stop or value.shape[:1] != (stop - start,):
+        raise PassError(f"{piece} is rows [{start}, {stop}), but has the shape {list(value.shape)}")
+    return start, stop
+
+
+def _check_one_piece(pieces: Sequence[tuple[int, int]], values: Sequence[Value], what: str) -> None:
+    """Refuse two pieces of one argument or result on one stage; ``pieces`` are (number, value)."""
+    seen = set[tuple[int, int]]()
+    for number, value in pieces:
+        if (number, values[value].stage) in seen:
+            raise PassError(f"stage {values[value].stage} has two pieces of {what} {number}")
+        seen.add((number, values[value].stage))

@@ -25,6 +25,7 @@ from bactrian.driver.xla.compile_stage import device_array
 from bactrian.passes.frame.errors import ProgramError
 from bactrian.passes.frame.units import human_bytes
 from bactrian.passes.plan.schema import Plan
+from bactrian.runtime.staged_program import ArgumentPiece, ResultPiece
 
 _log = logging.getLogger("bactrian")
 
@@ -36,12 +37,12 @@ class Compiled:
         self.captured, self.session = captured, session
         self.control = session.world.control
         program = session.staged.program
-        arguments: dict[int, dict[int, int]] = {}  # argument -> stage -> value there
+        arguments: dict[int, dict[int, ArgumentPiece | ResultPiece]] = {}  # argument -> stage -> its piece
         for piece in program.arguments:
-            arguments.setdefault(piece.argument, {})[program.values[piece.value].stage] = piece.value
-        results: dict[int, dict[int, int]] = {}
+            arguments.setdefault(piece.argument, {})[program.values[piece.value].stage] = piece
+        results: dict[int, dict[int, ArgumentPiece | ResultPiece]] = {}
         for piece in program.results:
-            results.setdefault(piece.result, {})[program.values[piece.value].stage] = piece.value
+            results.setdefault(piece.result, {})[program.values[piece.value].stage] = piece
         self._batch = [info.number for info in captured.arguments if info.role == "batch"]
         self._state = {info.number for info in captured.arguments if info.role == "state"}
         self._held = {
@@ -170,10 +171,10 @@ class Compiled:
         """Write the recorded steps as one Chrome trace: one row per rank, arrows from send to receive (collective)."""
         self.session.write_trace(path)
 
-    def _placement(self, info: ArgumentInfo, values: Mapping[int, int]) -> Placement:
-        """Where the values of an argument are, given by stage."""
+    def _placement(self, info: ArgumentInfo, pieces: Mapping[int, ArgumentPiece | ResultPiece]) -> Placement:
+        """Where the pieces of an argument are, given by stage."""
         devices, places, program = self.session.devices, self.session.places, self.session.staged.program
-        stages = tuple(sorted(values))
+        stages = tuple(sorted(pieces))
         ranks = {rank_list.rank: rank_list.stages for rank_list in self.session.lists}
         alone = self.session.world.num_ranks == 1
         return Placement(
@@ -183,15 +184,16 @@ class Compiled:
             shape=info.shape,
             dtype=info.dtype,
             stages=stages,
-            shardings={stage: places.of_value(values[stage]) for stage in stages if stage in devices},
+            shardings={stage: places.of_value(pieces[stage].value) for stage in stages if stage in devices},
             ranks={
                 stage: tuple(rank if not alone else 0 for rank, own in ranks.items() if stage in own)
                 for stage in stages
             },
-            layouts={stage: program.values[values[stage]].layout for stage in stages},
+            layouts={stage: program.values[pieces[stage].value].layout for stage in stages},
             meshes={stage: program.mesh(stage) for stage in stages},
             key_impl=info.key_impl,
             num_stages=self.plan.num_stages,
+            rows={stage: piece.rows for stage, piece in pieces.items() if piece.rows is not None},
         )
 
     def _take(self, leaf: DistributedArray, placement: Placement, pieces: dict[tuple[int, int], jax.Array]) -> int:
@@ -205,12 +207,16 @@ class Compiled:
             for stage, piece in leaf.pieces.items():
                 pieces[placement.argument, stage] = piece
             return 0
-        missing = [stage for stage in placement.stages if stage not in leaf.placement.stages]
+        missing = [
+            stage
+            for stage in placement.stages
+            if stage not in leaf.placement.stages or leaf.placement.rows.get(stage) != placement.rows.get(stage)
+        ]
         values = physical_values(leaf) if missing else np.empty(0)
         other = 0  # bytes that come in another layout
         for stage, sharding in placement.shardings.items():
             if stage in missing:
-                piece = device_array(values, sharding, True)
+                piece = device_array(placement.part(stage, values), sharding, True)
             else:
                 piece = leaf.pieces[stage]
                 if piece.sharding != sharding:
@@ -219,7 +225,7 @@ class Compiled:
                     if not sharding.is_fully_addressable:
                         piece.block_until_ready()  # calls that ranks make together are made one at a time
             pieces[placement.argument, stage] = piece
-        return len(missing) * values.nbytes + other
+        return sum(placement.part(stage, values).nbytes for stage in missing) + other
 
     def _refuse_given_twice(self, leaves: Sequence[Any], donated: Sequence[DistributedArray], where: str) -> None:
         """Refuse a value that one call both consumes and reads elsewhere, while nothing is consumed yet."""
@@ -245,12 +251,13 @@ class Compiled:
         wanted = self.captured.arguments[placement.argument].physical.dtype
         alias = None if placement.argument not in self._state else False
         for stage, sharding in placement.shardings.items():
-            if isinstance(value, jax.Array) and sharding.is_fully_addressable:
+            part = placement.part(stage, value)
+            if isinstance(part, jax.Array) and sharding.is_fully_addressable:
                 # Over several devices, `may_alias=False` is not heard: one of them would get the caller's own buffer.
-                own = jnp.copy(value) if alias is False and sharding.num_devices > 1 else value
+                own = jnp.copy(part) if alias is False and sharding.num_devices > 1 else part
                 piece = jax.device_put(own, sharding, may_alias=alias)
             else:
-                piece = device_array(np.asarray(_addressable(value, placement.path), dtype=wanted), sharding, True)
+                piece = device_array(np.asarray(_addressable(part, placement.path), dtype=wanted), sharding, True)
             pieces[placement.argument, stage] = piece
 
     def _wrap(self, outputs: Sequence[jax.Array]) -> Any:

@@ -24,6 +24,7 @@ from bactrian.driver.planning.extract import numpy_dtype
 from bactrian.driver.xla.loop_captures import carry_captured
 from bactrian.driver.xla.written_reduce_scatters import write_reduce_scatters
 from bactrian.passes.frame.location import name_stack
+from bactrian.passes.ir.attributes import argument_attributes
 from bactrian.passes.ir.meshes import (
     SHARDING,
     Axes,
@@ -72,7 +73,7 @@ def _standalone(op: ir.Operation, symbol: str, mesh: str, axes: Axes, platform: 
     del clone.attributes["mesh_shape"]
     kept = [
         ir.DictAttr.get({name: entry[name] for name in ("tf.aliasing_output", SHARDING) if name in entry})
-        for entry in (ir.DictAttr(attribute) for attribute in ir.ArrayAttr(op.attributes["arg_attrs"]))
+        for entry in argument_attributes(op)
     ]
     clone.attributes["arg_attrs"] = ir.ArrayAttr.get(kept)
     partitions = num_devices(axes)

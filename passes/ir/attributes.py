@@ -31,6 +31,7 @@ UPDATES = "bactrian.updates"
 HOME = "bactrian.home"
 ARGUMENT = "bactrian.argument"
 RESULT = "bactrian.result"
+ROWS = "bactrian.rows"  # of the argument or result, beside `ARGUMENT` or `RESULT`: first and behind the last
 ACCUMULATOR = "bactrian.accumulator"
 
 # Of ops.
