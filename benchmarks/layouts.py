@@ -35,9 +35,7 @@ def compiled_memory(planned: Any, devices: Any) -> int:
     sizes = dict(program.mesh(0))
 
     def held(value: int) -> int:
-        return program.values[value].nbytes // math.prod(
-            sizes[a] for axes in program.values[value].layout for a in axes
-        )
+        return program.values[value].nbytes // program.values[value].spec.num_shards(sizes)
 
     texts, most = function_texts(planned.staged.module, "cpu"), 0
     for call in program.calls:

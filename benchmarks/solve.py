@@ -50,7 +50,7 @@ def run_case(layers: int, mesh_text: str, width: int, microbatches: int, cbc_sec
     from bactrian.passes.frame.pipeline import run_pipeline
     from bactrian.passes.ir.regions import main_function
     from bactrian.passes.machine.cluster import CPU_HOST
-    from bactrian.passes.machine.mesh import parse_axes
+    from bactrian.passes.machine.spec import parse_axes
     from bactrian.passes.network.solver import solve
     from bactrian.passes.sharding.sharding_model import ShardingModel
     from bactrian.passes.sharding.work_from_ir import read_program

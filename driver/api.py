@@ -11,7 +11,7 @@ from typing import Any, overload
 
 from bactrian.driver.arrays.host_values import gather
 from bactrian.driver.arrays.placed_arguments import PlacedArguments
-from bactrian.driver.capture.argument_shardings import asked_layouts, refuse_explicit_axes
+from bactrian.driver.capture.argument_shardings import refuse_explicit_axes, requested_shardings
 from bactrian.driver.capture.call_signature import flatten_call, parameters_of
 from bactrian.driver.capture.captured_step import Captured
 from bactrian.driver.capture.lower_step import capture
@@ -27,8 +27,8 @@ from bactrian.driver.run.compiled_step import Compiled
 from bactrian.driver.run.session import num_groups
 from bactrian.driver.source import line_here
 from bactrian.passes.frame.errors import ConfigError
-from bactrian.passes.ir.meshes import num_devices
-from bactrian.passes.plan.schema import Axes, Plan, axes_words
+from bactrian.passes.machine.spec import MeshAxes, axes_text, num_devices
+from bactrian.passes.plan.schema import Plan
 from bactrian.passes.schedules.by_name import DEFAULT_SCHEDULE
 from bactrian.runtime import faults
 
@@ -218,7 +218,7 @@ class Parallelized:
         if num_devices(o.mesh or ()) > 1:
             refuse_explicit_axes()
         call = flatten_call(self._parameters, args, kwargs)
-        signature = call.signature, asked_layouts(call.leaves)
+        signature = call.signature, requested_shardings(call.leaves)
         if signature not in self._captured:
             with paused_collection():
                 captured = capture(
@@ -304,7 +304,7 @@ class Traced:
                 num_microbatches=self.captured.num_microbatches,
                 plan=plan,
                 paths=[argument.path for argument in self.captured.arguments],
-                layouts=dict(self.placed.layouts) if self.placed is not None else None,
+                specs=dict(self.placed.specs) if self.placed is not None else None,
             )
         return Planned(self.captured, staged)
 
@@ -344,12 +344,12 @@ class Traced:
         staged = staged_together(lambda: self.plan().staged, self.fingerprint, self.options, mesh, world)
         return Planned(self.captured, staged, is_shared=True)
 
-    def _mesh(self) -> Axes:
+    def _mesh(self) -> MeshAxes:
         """The mesh of every stage: the one that was asked for, or that on which the arguments are."""
         asked, placed = self.options.mesh, None if self.placed is None else self.placed.mesh
         if asked is not None and placed is not None and asked != placed:
             raise ConfigError(
-                f"mesh is {axes_words(asked)}, but the arguments were placed on {axes_words(placed)}",
+                f"mesh is {axes_text(asked)}, but the arguments were placed on {axes_text(placed)}",
                 where=line_here(),
                 why="steps that share state share its mesh",
                 fix="leave mesh out, or pass bactrian.gather(...) of the state",
@@ -358,7 +358,7 @@ class Traced:
 
     def _strategy(self) -> str:
         """How shardings are chosen; arguments that are placed already leave a baseline nothing to say."""
-        if self.options.strategy != "auto" and self.placed is not None and self.placed.layouts:
+        if self.options.strategy != "auto" and self.placed is not None and self.placed.specs:
             raise ConfigError(
                 f"strategy is {self.options.strategy}, but another step has placed the arguments",
                 where=line_here(),

@@ -3,7 +3,7 @@
 sdy.mesh @users = <["data"=4]>
 sdy.mesh @stage0 = <["data"=2, "model"=4]>
 func.func public @main(%arg0: tensor<8xf32>) -> tensor<8xf32> {
-  // expected-error@+1 {{a sharding constraint is over a mesh ["data"=4], but each stage has the mesh ["data"=2, "model"=4]}}
+  // expected-error@+1 {{a sharding constraint is over a mesh data=4, but each stage has the mesh data=2,model=4}}
   %0 = sdy.sharding_constraint %arg0 <@users, [{"data"}]> : tensor<8xf32>
   %1 = sdy.sharding_constraint %0 <@users, [{"data"}]> : tensor<8xf32>
   return %1 : tensor<8xf32>
@@ -13,7 +13,7 @@ func.func public @main(%arg0: tensor<8xf32>) -> tensor<8xf32> {
 
 sdy.mesh @users = <["data"=2, "expert"=2]>
 sdy.mesh @stage0 = <["data"=2, "model"=4]>
-// expected-error@+1 {{the sharding of an argument is over a mesh ["data"=2, "expert"=2]}}
+// expected-error@+1 {{the sharding of an argument is over a mesh data=2,expert=2}}
 func.func public @main(%arg0: tensor<8xf32> {sdy.sharding = #sdy.sharding<@users, [{"data"}]>}) -> tensor<8xf32> {
   return %arg0 : tensor<8xf32>
 }

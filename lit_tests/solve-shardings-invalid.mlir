@@ -37,7 +37,7 @@ module @other_axis attributes {bactrian.num_stages = 1 : i64} {
 
 // -----
 
-// expected-error@unknown {{dim 0 of size 6 can't be cut into 4 equal pieces}}
+// expected-error@unknown {{dim 0 of size 6 can't be split into 4 equal shards}}
 module @uneven attributes {bactrian.num_stages = 1 : i64} {
   sdy.mesh @stage0 = <["data"=4]>
   func.func public @main(%x: tensor<6xf32> {bactrian.role = "batch", sdy.sharding = #sdy.sharding<@stage0, [{"data"}]>}) -> tensor<6xf32> {

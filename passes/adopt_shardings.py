@@ -12,7 +12,7 @@ from jaxlib.mlir.dialects import sdy
 from bactrian.passes.frame.base import Locatable, Pass, PassContext, Statistic, option
 from bactrian.passes.frame.errors import ConfigError
 from bactrian.passes.ir.attributes import argument_attributes, result_attributes, result_updates
-from bactrian.passes.ir.meshes import SHARDING, Axes, axes_text, mesh_attribute, mesh_axes, num_devices
+from bactrian.passes.ir.meshes import SHARDING, mesh_attribute, mesh_axes
 from bactrian.passes.ir.regions import (
     body,
     custom_call_target,
@@ -21,7 +21,7 @@ from bactrian.passes.ir.regions import (
     set_operand,
     terminator,
 )
-from bactrian.passes.machine.mesh import parse_axes
+from bactrian.passes.machine.spec import MeshAxes, axes_text, num_devices, parse_axes
 from bactrian.passes.sharding.user_shardings import CONSTRAINT
 
 _STAGE = "stage"
@@ -110,9 +110,9 @@ class AdoptShardings(Pass):
 class _Axes:
     """Translates shardings to the axes of the stages."""
 
-    def __init__(self, axes: Axes, meshes: dict[str, Axes], ctx: PassContext) -> None:
+    def __init__(self, axes: MeshAxes, meshes: dict[str, MeshAxes], ctx: PassContext) -> None:
         self._axes, self._meshes, self._ctx = dict(axes), meshes, ctx
-        self._text, self._refused = axes_text(axes), set[Axes]()
+        self._text, self._refused = axes_text(axes), set[MeshAxes]()
 
     def adopted(self, sharding: ir.Attribute, where: Locatable, what: str) -> ir.Attribute | None:
         """The same layout over ``@stage0``; None where it means nothing, and where there was an error.
@@ -152,7 +152,7 @@ class _Axes:
             return None
         return sdy.TensorShardingAttr.get(_FIRST, [self._dim(dim) for dim in dims])
 
-    def _difference(self, mesh: Axes) -> str:
+    def _difference(self, mesh: MeshAxes) -> str:
         for name, size in mesh:
             own = self._axes.get(name)
             if own is None and size > 1:

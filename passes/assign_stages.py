@@ -24,10 +24,10 @@ from bactrian.passes.ir.attributes import (
     required_integer,
 )
 from bactrian.passes.ir.main_dataflow import MainDataflow
-from bactrian.passes.ir.meshes import Axes, mesh_attribute
+from bactrian.passes.ir.meshes import mesh_attribute
 from bactrian.passes.ir.op_costs import CostModel
 from bactrian.passes.ir.regions import main_function
-from bactrian.passes.machine.mesh import parse_axes
+from bactrian.passes.machine.spec import MeshAxes, parse_axes
 from bactrian.passes.stages import layer_partitioning
 
 
@@ -95,7 +95,7 @@ class AssignStages(Pass):
                 f"boundaries {self.boundaries!r} begin {len(starts)} stages, num-stages is {self.num_stages}"
             )
 
-    def _axes(self) -> Axes:
+    def _axes(self) -> MeshAxes:
         return parse_axes(self.mesh) if self.mesh.strip() else (("data", 1),)
 
     def _given(self) -> list[int] | None:
@@ -175,7 +175,7 @@ def _layer_costs(
     return flops, list(itertools.accumulate(change[:num_layers]))
 
 
-def _make_meshes(module: ir.Module, num_stages: int, axes: Axes) -> None:
+def _make_meshes(module: ir.Module, num_stages: int, axes: MeshAxes) -> None:
     """One mesh per stage, at the top of the module; meshes that are there already stay."""
     present = {
         ir.StringAttr(op.operation.attributes["sym_name"]).value

@@ -23,8 +23,9 @@ from bactrian.passes.ir.attributes import (
     read_num_stages,
 )
 from bactrian.passes.ir.builders import binary, less, rows_from, scalar_i32, splat
-from bactrian.passes.ir.meshes import mesh_tensor_parts, num_devices, stage_axes
+from bactrian.passes.ir.meshes import mesh_tensor_parts, stage_axes
 from bactrian.passes.ir.regions import body, main_function, terminator
+from bactrian.passes.machine.spec import num_devices
 from bactrian.passes.stages.stage_functions import FUSED
 
 _ALIAS = "tf.aliasing_output"

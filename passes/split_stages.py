@@ -31,17 +31,16 @@ from bactrian.passes.ir.builders import scalar_i32
 from bactrian.passes.ir.gradient_boundary_op import boundary_words, find_boundary
 from bactrian.passes.ir.meshes import (
     SHARDING,
-    axes_text,
     mesh_attribute,
     mesh_name,
     mesh_tensor,
-    num_devices,
+    sharding_attribute,
     stage_axes,
     value_shardings,
-    whole_sharding,
 )
 from bactrian.passes.ir.module_schedule import fused_phases
 from bactrian.passes.ir.regions import main_function, replace_reads
+from bactrian.passes.machine.spec import Spec, num_devices
 from bactrian.passes.stages.stage_functions import FUSED, Crossing, StageFunction, Staging, analyze
 
 
@@ -254,7 +253,7 @@ class _Emitter:
         if received is None and (argument := self._kept_for.get((value, stage))) is not None:
             return self._layout(argument, stage)
         rank = len(ir.RankedTensorType(self._types[value]).shape)
-        return whole_sharding(f"stage{stage}", rank) if received is None else received
+        return sharding_attribute(Spec.replicated(rank), f"stage{stage}") if received is None else received
 
     def _sharding_entry(self, value: int, stage: int) -> dict[str, ir.Attribute]:
         """A value's layout as an attribute of an argument or a result of a function."""
@@ -262,7 +261,7 @@ class _Emitter:
         return {} if sharding is None else {SHARDING: sharding}
 
     def _index_sharding(self, stage: int) -> ir.Attribute | None:
-        return whole_sharding(f"stage{stage}", 0) if num_devices(self._axes[stage]) > 1 else None
+        return sharding_attribute(Spec.replicated(0), f"stage{stage}") if num_devices(self._axes[stage]) > 1 else None
 
     def _input_locations(self, function: StageFunction) -> list[ir.Location]:
         values = [self._locations[value] for value in function.inputs]
@@ -333,7 +332,10 @@ class _Emitter:
         pieces = [self._piece(argument) for argument, _ in staging.argument_pieces]
         main.attributes["arg_attrs"] = ir.ArrayAttr.get(pieces + [counter] * len(counters))
         main.attributes["res_attrs"] = ir.ArrayAttr.get([self._kept(result) for result, _, _ in staging.result_pieces])
-        meshes = ", ".join(f'<"stage{stage}" : <{axes_text(axes)}>>' for stage, axes in enumerate(self._axes))
+        meshes = ", ".join(
+            f'<"stage{stage}" : {str(mesh_attribute(axes)).removeprefix("#sdy.mesh")}>'
+            for stage, axes in enumerate(self._axes)
+        )
         main.attributes["topology"] = ir.Attribute.parse(f"#mpmd.topology<{meshes}>")
         here: dict[tuple[int, int, bool], ir.Value] = {}
         for (argument, stage), value in zip(staging.argument_pieces, block.arguments, strict=False):

@@ -1,6 +1,6 @@
 """Which slices of a value go from which rank to which, where a mesh has the devices of several ranks. No jax.
 
-The devices of a mesh, in its order, belong to consecutive ranks, equally many to each. A layout cuts a value into tiles;
+The devices of a mesh, in its order, belong to consecutive ranks, equally many to each. A spec shards a value into tiles;
 every rank holds the tiles of its devices. Between two such meshes each element crosses once: the overlap of a tile on one
 side with a tile on the other is sent by one of the ranks that hold it and received by one of those that need it, or in
 parts by several of each; ranks that need the same tile then pass on to each other what each has received.
@@ -13,9 +13,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from bactrian.passes.machine.spec import MeshAxes, Spec
+
 Box = tuple[tuple[int, int], ...]  # start and stop in each dim
-Axes = tuple[tuple[str, int], ...]  # names and sizes of a mesh's axes, the major one first
-Layout = tuple[tuple[str, ...], ...]  # the axes that cut each dim, the major one first
 
 _WHOLE_ELEMENTS = 1024  # overlaps of fewer elements are not split among the ranks that need them
 
@@ -41,10 +41,10 @@ def num_elements(boxes: Sequence[Box]) -> int:
     return sum(math.prod(stop - start for start, stop in box) for box in boxes)
 
 
-def tiles(shape: Sequence[int], axes: Axes, layout: Layout) -> tuple[Box, ...]:
+def tiles(shape: Sequence[int], axes: MeshAxes, spec: Spec) -> tuple[Box, ...]:
     """The part of a value that each device of a mesh holds.
 
-    >>> tiles((4, 2), (("a", 2), ("b", 2)), (("b",), ()))
+    >>> tiles((4, 2), (("a", 2), ("b", 2)), Spec((("b",), ())))
     (((0, 2), (0, 2)), ((2, 4), (0, 2)), ((0, 2), (0, 2)), ((2, 4), (0, 2)))
     """
     sizes = dict(axes)
@@ -53,7 +53,7 @@ def tiles(shape: Sequence[int], axes: Axes, layout: Layout) -> tuple[Box, ...]:
         at = dict(zip(sizes, place, strict=True))
         box: list[tuple[int, int]] = []
         for dim, size in enumerate(shape):
-            names = layout[dim] if dim < len(layout) else ()
+            names = spec.dims[dim] if dim < len(spec.dims) else ()
             number = 0
             for name in names:
                 number = number * sizes[name] + at[name]

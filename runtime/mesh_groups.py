@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
 
+from bactrian.passes.machine.spec import UNSHARDED
 from bactrian.runtime.box_routing import Box, Slices, num_elements, plan_slices, rank_tiles, tiles
 from bactrian.runtime.instructions import Arrive, Forward, Instruction, RankList, Recv, Send, Slot, Wait
 from bactrian.runtime.staged_program import StagedProgram
@@ -45,8 +46,8 @@ class _Ways:
         self._slices: Callable[..., Slices] = cache(plan_slices)
 
     def _find_tiles(self, shape: tuple[int, ...], stage: int, value: int) -> tuple[tuple[Box, ...], ...]:
-        layout = self._program.values[value].layout if value >= 0 else ()
-        return rank_tiles(tiles(shape, self._program.mesh(stage), layout), self.num_ranks)
+        spec = self._program.values[value].spec if value >= 0 else UNSHARDED
+        return rank_tiles(tiles(shape, self._program.mesh(stage), spec), self.num_ranks)
 
     def tiles_of(self, slot: Slot) -> tuple[tuple[Box, ...], ...]:
         """The tiles of a slot's value by place in the group."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
+
+from bactrian.passes.machine.spec import UNSHARDED, MeshAxes, Spec, num_devices
 
 
 @dataclass(frozen=True)
@@ -12,7 +13,7 @@ class Value:
 
     ``per_microbatch`` is true where each microbatch has its own (batch pieces, forward and backward results);
     false for state, read-only pieces and results of ``initialize`` and ``update``.
-    ``layout`` names the axes of the stage's mesh that cut each dim; on a mesh of one device it is empty.
+    ``spec`` says how the stage's mesh shards it.
     """
 
     id: int
@@ -20,7 +21,7 @@ class Value:
     shape: tuple[int, ...]
     dtype: str  # numpy name: "float32", "bfloat16", "int32", "bool", ...
     per_microbatch: bool
-    layout: tuple[tuple[str, ...], ...] = ()
+    spec: Spec = UNSHARDED
 
     @property
     def nbytes(self) -> int:
@@ -113,12 +114,12 @@ class StagedProgram:
     arguments: tuple[ArgumentPiece, ...]
     results: tuple[ResultPiece, ...]
     order: tuple[tuple[str, ...], ...]
-    meshes: tuple[tuple[tuple[str, int], ...], ...] = ()
+    meshes: tuple[MeshAxes, ...] = ()
 
-    def mesh(self, stage: int) -> tuple[tuple[str, int], ...]:
+    def mesh(self, stage: int) -> MeshAxes:
         """Names and sizes of the axes of a stage's mesh, the major one first."""
         return self.meshes[stage] if self.meshes else (("data", 1),)
 
     def num_devices(self, stage: int) -> int:
         """Devices of a stage's mesh."""
-        return math.prod(size for _, size in self.mesh(stage))
+        return num_devices(self.mesh(stage))

@@ -38,7 +38,7 @@ if session.mesh_control is not None:
     expected = value_bytes(program, num_groups) * len(built.batches)
     assert sum(session.world.control.allgather(sent[0])) == expected, (sent[0], expected)
     assert expected > 0 or num_groups == 1
-    layouts = [(program.values[t.source].layout, program.values[t.target].layout) for t in program.transfers]
-    assert num_groups == 1 or any(source != target for source, target in layouts)
+    specs = [(program.values[t.source].spec, program.values[t.target].spec) for t in program.transfers]
+    assert num_groups == 1 or any(source != target for source, target in specs)
 if bactrian.is_main_rank():
     print("equal", compiled.plan.num_devices)

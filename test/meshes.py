@@ -25,4 +25,4 @@ def check(built: Built, **options: Any) -> Compiled:
 
 def cut(compiled: Compiled) -> list[str]:
     """Where the state is that is not whole everywhere."""
-    return [p.layout for p in compiled.placements if any(any(layout) for layout in p.layouts.values())]
+    return [p.sharding_text for p in compiled.placements if any(spec.axes for spec in p.specs.values())]

@@ -16,22 +16,21 @@ from bactrian.passes.frame.pipeline import run_pipeline
 from bactrian.passes.ir.attributes import GRADIENT_BOUNDARY
 from bactrian.passes.ir.regions import body, custom_call_target, main_function
 from bactrian.passes.machine.cluster import CPU_HOST, Cluster
+from bactrian.passes.machine.spec import MeshAxes
 from bactrian.passes.sharding.collective_bytes import count_collectives
 from bactrian.passes.sharding.loop_dataflow import capture_unchanged
 from bactrian.passes.sharding.sharding_model import ShardingModel
 from bactrian.passes.sharding.shardings_to_ir import Writer
 from bactrian.passes.sharding.work_from_ir import Reading, read_program
 
-Axes = tuple[tuple[str, int], ...]
 
-
-def lowered(function: Callable[..., Any], arguments: Sequence[Any], axes: Axes) -> ir.Module:
+def lowered(function: Callable[..., Any], arguments: Sequence[Any], axes: MeshAxes) -> ir.Module:
     """A jax function as a flat module with a mesh and rules."""
     text = jax.jit(function, keep_unused=True).lower(*arguments).as_text()
     return prepared(text, axes)
 
 
-def prepared(text: str, axes: Axes) -> ir.Module:
+def prepared(text: str, axes: MeshAxes) -> ir.Module:
     """A module's text with a mesh and rules; the mesh that is there is replaced."""
     with make_context():
         module = ir.Module.parse(text)
@@ -46,7 +45,7 @@ def prepared(text: str, axes: Axes) -> ir.Module:
     return module
 
 
-def read(module: ir.Module, axes: Axes, cluster: Cluster = CPU_HOST) -> tuple[Reading, ShardingModel]:
+def read(module: ir.Module, axes: MeshAxes, cluster: Cluster = CPU_HOST) -> tuple[Reading, ShardingModel]:
     """What the model sees of a module."""
     mesh = cluster.mesh(axes)
     with module.context:
@@ -61,7 +60,7 @@ def write(module: ir.Module, reading: Reading, model: ShardingModel, choice: Seq
         Writer(main_function(module), reading, model, model.shardings(choice), "stage0").write()
 
 
-def text_for_xla(module: ir.Module, axes: Axes) -> str:
+def text_for_xla(module: ir.Module, axes: MeshAxes) -> str:
     """The module as XLA takes it: no attribute of ours, no boundary."""
     with module.context, ir.Location.unknown():
         clone = ir.Module.parse(str(module.operation.get_asm()))
@@ -97,7 +96,7 @@ def counted_bytes(module: ir.Module) -> dict[str, float]:
     return counted
 
 
-def run(module: ir.Module, axes: Axes, arguments: Sequence[Any]) -> list[np.ndarray[Any, Any]]:
+def run(module: ir.Module, axes: MeshAxes, arguments: Sequence[Any]) -> list[np.ndarray[Any, Any]]:
     """Run a sharded module on virtual devices; whole results."""
     devices = jax.devices()[: int(np.prod([size for _, size in axes]))]
     text = text_for_xla(module, axes)

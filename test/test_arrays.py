@@ -31,7 +31,7 @@ def distributed(**options):
 
 def test_it_says_what_it_is():
     array = distributed()
-    assert repr(array) == "DistributedArray(state['w'], float32[2,3], stages 0, 1, whole on one device)"
+    assert repr(array) == "DistributedArray(state['w'], float32[2,3], stages 0, 1, on one device)"
     assert (array.shape, array.dtype, array.ndim, array.size, array.stages) == ((2, 3), np.float32, 2, 6, (0, 1))
     assert jax.tree.leaves({"a": array})[0] is array
 

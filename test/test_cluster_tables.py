@@ -101,14 +101,14 @@ def test_all_reduces_take_the_table_of_as_many_devices() -> None:
     tables = {"all_reduce": {"4": TABLE, "2": {"bytes": [1, 2], "seconds": [70, 80]}}}
     mesh = cluster_of(wide | {"measured": tables}, name="x").mesh((("data", 2), ("model", 4)))
     plain = cluster_of(wide, name="x").mesh((("data", 2), ("model", 4)))
-    assert mesh.all_reduce([1], 300) == 3.5
-    assert mesh.all_reduce([0], 1) == 70
-    assert mesh.all_reduce([0, 1], 300) == plain.all_reduce([0, 1], 300)
+    assert mesh.all_reduce(["model"], 300) == 3.5
+    assert mesh.all_reduce(["data"], 1) == 70
+    assert mesh.all_reduce(["data", "model"], 300) == plain.all_reduce(["data", "model"], 300)
     joint = tables["all_reduce"] | {"8": {"bytes": [1, 2], "seconds": [500, 600]}}
     whole = wide | {"measured": {"all_reduce": joint}}
-    assert cluster_of(whole, name="x").mesh((("data", 2), ("model", 4))).all_reduce([0, 1], 1) == 500
+    assert cluster_of(whole, name="x").mesh((("data", 2), ("model", 4))).all_reduce(["data", "model"], 1) == 500
     apart = cluster_of(whole | {"hosts": 2, "inter_host_gb_per_s": 1}, name="x").mesh((("data", 4), ("model", 4)))
-    assert apart.all_reduce([0, 1], 1) < 500  # between hosts nothing is measured
+    assert apart.all_reduce(["data", "model"], 1) < 500  # between hosts nothing is measured
     assert hash(mesh) != hash(plain) and mesh == cluster_of(wide | {"measured": tables}, name="y").mesh(
         (("data", 2), ("model", 4))
     )

@@ -17,6 +17,7 @@ from bactrian.passes import pipelines
 from bactrian.passes.frame.pipeline import run_pipeline
 from bactrian.passes.ir.regions import main_function
 from bactrian.passes.machine.cluster import cluster_of
+from bactrian.passes.machine.spec import MeshAxes
 from bactrian.passes.network.problem import CostNetwork
 from bactrian.passes.network.solver import solve
 from bactrian.passes.sharding.sharding_model import ShardingModel, seconds_of
@@ -96,7 +97,7 @@ def step_of(seed: int) -> tuple[ir.Module, list[np.ndarray[Any, Any]], list[np.n
     return module, jax.tree.leaves((state, one)), [np.asarray(leaf) for leaf in jax.tree.leaves(expected)]
 
 
-def read(module: ir.Module, axes: sharded.Axes, memory: int | None = None) -> tuple[ir.Module, Any, ShardingModel]:
+def read(module: ir.Module, axes: MeshAxes, memory: int | None = None) -> tuple[ir.Module, Any, ShardingModel]:
     """A step on another mesh."""
     module = sharded.prepared(str(module.operation.get_asm()), axes)
     mesh = FAST.mesh(axes)
@@ -110,8 +111,8 @@ def drawn(model: ShardingModel, seed: int) -> list[int]:
     random, network = np.random.default_rng(seed), model.network
     inputs = len(model.work.inputs)
     waits = [
-        np.array([len(s.results[0]) > len(model.work.values[op.results[0]].shape) for s in choices])
-        for op, choices in zip(model.work.operations, model.strategies, strict=True)
+        np.array([bool(strategy.results[0].unreduced) for strategy in choices])
+        for choices in model.strategies
         if choices is not None
     ]
     into: dict[int, list[tuple[int, Any]]] = {}
@@ -130,10 +131,9 @@ def drawn(model: ShardingModel, seed: int) -> list[int]:
 
 
 def waits(model: ShardingModel, number: int, strategy: Any) -> bool:
-    """Whether an op begins a sum with this strategy that is left in parts."""
+    """Whether an op begins a sum with this strategy that is left unreduced."""
     op = model.work.operations[number]
-    rank = len(model.work.values[op.results[0]].shape)
-    return op.defers is Defers.STARTS and strategy is not None and len(strategy.results[0]) > rank
+    return op.defers is Defers.STARTS and strategy is not None and bool(strategy.results[0].unreduced)
 
 
 def waiting(model: ShardingModel, choice: Sequence[int]) -> list[int]:

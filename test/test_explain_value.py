@@ -18,7 +18,7 @@ from bactrian.passes.ir.attributes import argument_roles, result_updates
 from bactrian.passes.ir.regions import main_function
 from bactrian.passes.machine.cluster import Cluster
 from bactrian.passes.machine.device import Device
-from bactrian.passes.plan.stage_sharding import layout_text
+from bactrian.passes.machine.spec import MeshAxes
 from bactrian.passes.sharding.baselines import named
 from bactrian.passes.sharding.cost_breakdown import sent
 from bactrian.passes.sharding.explain import Alternative, Explanation, StageExplainer
@@ -28,7 +28,7 @@ from bactrian.passes.sharding.stage_programs import StageProgram
 from bactrian.passes.sharding.value_names import NamedValue, find_value, named_values
 from bactrian.passes.sharding.work_from_ir import read_program
 
-LINE: sharded.Axes = (("x", 4),)
+LINE: MeshAxes = (("x", 4),)
 PLENTY = 1 << 40
 # Links that make communication and work comparable, so that layouts differ.
 FAST = Cluster("fast", 1, 8, PLENTY, Device("fast", {"default": 1e9}, 1e9), 1e9, 1e9, 1e-6, 1e-6)
@@ -46,7 +46,7 @@ func.func public @main(%x: tensor<64x16xf32> {bactrian.role = "batch"} loc("batc
 
 def explainer(
     body: str,
-    axes: sharded.Axes = LINE,
+    axes: MeshAxes = LINE,
     *,
     limit: int = PLENTY,
     cluster: Cluster = FAST,
@@ -82,15 +82,14 @@ TIED = PRODUCTS.replace(
 def brute_force(stage: StageExplainer, value: int, limit: int) -> dict[str, tuple[float | None, int]]:
     """For each layout of a value, over all choices: the least seconds of those that fit, and the least peak of any."""
     model = ShardingModel(stage.reading.work, stage.program.mesh)
-    names = [axis.name for axis in stage.program.mesh.axes]
     best = dict[str, tuple[float | None, int]]()
     for choice in itertools.product(*(range(len(costs)) for costs in model.network.costs)):
         shardings = model.shardings(choice)
-        layouts = dict(shardings.arguments)
+        specs = dict(shardings.arguments)
         for op, strategy in zip(model.work.operations, shardings.chosen, strict=True):
             if strategy is not None:
-                layouts |= dict(zip(op.results, strategy.results, strict=True))
-        text = layout_text([[names[axis] for axis in axes] for axes in layouts[value]])
+                specs |= dict(zip(op.results, strategy.results, strict=True))
+        text = str(specs[value])
         peak = int(model.network.peak(choice))
         least, lowest = best.get(text, (None, peak))
         if peak <= limit:
@@ -237,7 +236,7 @@ def test_a_named_strategy_gives_layouts() -> None:
     assert (found.layout, found.reason, found.given_by) == ("-,-", "given", "strategy data")
     stage = made[0]
     free = named(stage.program.reading, stage.program.mesh, stage.roles, "data")
-    assert dict(free.work.fixed)[1] == ((), ())  # the other rows are those without it
+    assert dict(free.work.fixed)[1].is_replicated  # the other rows are those without it
     assert len(found.alternatives) == 3
 
 

@@ -17,9 +17,9 @@ from bactrian.passes.frame.errors import InfeasiblePlanError
 from bactrian.passes.ir.attributes import integer
 from bactrian.passes.ir.regions import main_function
 from bactrian.passes.machine.cluster import cluster_of
+from bactrian.passes.machine.spec import MeshAxes, Spec
 from bactrian.passes.network.solver import Solution, solve
 from bactrian.passes.sharding.collective_bytes import Collective, count_collectives
-from bactrian.passes.sharding.reshard_paths import Layout
 from bactrian.passes.sharding.sharding_model import ShardingModel
 
 HOST = cluster_of(
@@ -43,11 +43,11 @@ def plan(
     loss: Callable[[Any, Any], jax.Array],
     state: Any,
     batch: Any,
-    axes: sharded.Axes,
+    axes: MeshAxes,
     memory: int | None = None,
-    batch_layout: str | None = None,
-) -> tuple[Solution, Sequence[Layout], list[Collective]]:
-    """A step of gradient descent, solved: the solution, the layouts of the state, and what is sent."""
+    batch_sharding: str | None = None,
+) -> tuple[Solution, Sequence[Spec], list[Collective]]:
+    """A step of gradient descent, solved: the solution, the specs of the state, and what is sent."""
 
     def step(state: Any, batch: Any) -> Any:
         value, gradients = jax.value_and_grad(loss)(state, batch)
@@ -61,8 +61,8 @@ def plan(
         main.attributes["res_attrs"] = ir.ArrayAttr.get([*results, ir.DictAttr.get({})])
         role = ir.StringAttr.get
         arguments = [{"bactrian.role": role("state")}] * count + [{"bactrian.role": role("batch")}]
-        if batch_layout is not None:
-            arguments[-1]["sdy.sharding"] = ir.Attribute.parse(f"#sdy.sharding<@stage0, {batch_layout}>")
+        if batch_sharding is not None:
+            arguments[-1]["sdy.sharding"] = ir.Attribute.parse(f"#sdy.sharding<@stage0, {batch_sharding}>")
         main.attributes["arg_attrs"] = ir.ArrayAttr.get([ir.DictAttr.get(entry) for entry in arguments])
     reading, model = sharded.read(module, axes, HOST)
     model = ShardingModel(reading.work, model.mesh, memory)
@@ -98,7 +98,7 @@ def block(p: Any, x: jax.Array) -> jax.Array:
 def test_data_parallel() -> None:
     """Many rows and small weights: the rows are cut, each gradient is reduced once, and so is the loss."""
     _, state, sent = plan(mlp, [f32(256, 256)] * 3, f32(65536, 256), (("data", 8),))
-    assert state == (((), ()),) * 3
+    assert state == (Spec.replicated(2),) * 3
     assert Counter(c.kind for c in sent) == {"all_reduce": 4}
     assert sorted(c.nbytes for c in sent)[1:] == [2 * 7 / 8 * 256 * 256 * 4] * 3
 
@@ -109,15 +109,15 @@ def test_megatron() -> None:
     width, length = 2048, 512
     state = {name: f32(width, 8, width // 8) for name in "qkv"}
     state |= {"o": f32(8, width // 8, width), "f": f32(width, 4 * width), "g": f32(4 * width, width)}
-    _, layouts, sent = plan(block, state, f32(1, length, width), (("model", 4),))
-    by_name = dict(zip(sorted(state), layouts, strict=True))
+    _, specs, sent = plan(block, state, f32(1, length, width), (("model", 4),))
+    by_name = {name: str(spec) for name, spec in zip(sorted(state), specs, strict=True)}
     assert by_name == {
-        "f": ((), (0,)),
-        "g": ((0,), ()),
-        "k": ((), (0,), ()),
-        "o": ((0,), (), ()),
-        "q": ((), (0,), ()),
-        "v": ((), (0,), ()),
+        "f": "-,model",
+        "g": "model,-",
+        "k": "-,model,-",
+        "o": "model,-,-",
+        "q": "-,model,-",
+        "v": "-,model,-",
     }
     assert [(c.kind, c.nbytes) for c in sent] == [("all_reduce", 2 * 3 / 4 * length * width * 4)] * 3
 
@@ -125,14 +125,14 @@ def test_megatron() -> None:
 def test_zero_when_memory_is_short() -> None:
     """The less memory, the more of the state is cut over the data axis: gathered to be used, gradients scattered."""
     problem = mlp, [f32(1024, 1024)] * 8, f32(16384, 1024), (("data", 8),)
-    plenty, layouts, _ = plan(*problem)
-    assert layouts == (((), ()),) * 8
+    plenty, specs, _ = plan(*problem)
+    assert specs == (Spec.replicated(2),) * 8
     costs, cut = [plenty.cost], [0]
     for memory in (100 << 20, 85 << 20):
-        solution, layouts, sent = plan(*problem, memory=memory)
+        solution, specs, sent = plan(*problem, memory=memory)
         assert solution.memory <= memory
         costs.append(solution.cost)
-        cut.append(sum(layout != ((), ()) for layout in layouts))
+        cut.append(sum(not spec.is_replicated for spec in specs))
         kinds = Counter(c.kind for c in sent)
         assert kinds["reduce_scatter"] >= cut[-1] - 1
         assert kinds["all_gather"] >= cut[-1] - 1
@@ -154,8 +154,8 @@ def test_experts() -> None:
         return jnp.square(back).mean()
 
     state = {"router": f32(256, 8), "up": f32(8, 256, 4096), "down": f32(8, 4096, 256)}
-    _, layouts, sent = plan(loss, state, f32(8, 1024, 256), (("x", 8),), batch_layout='[{"x"}, {}, {}]')
-    assert layouts[0] == layouts[2] == ((0,), (), ())
+    _, specs, sent = plan(loss, state, f32(8, 1024, 256), (("x", 8),), batch_sharding='[{"x"}, {}, {}]')
+    assert specs[0] == specs[2] == Spec.parse("x,-,-")
     assert "all_to_all" in {c.kind for c in sent}
 
 
@@ -168,8 +168,8 @@ def test_convolutions() -> None:
             x = jax.nn.relu(x)
         return jnp.square(x).mean()
 
-    _, layouts, sent = plan(loss, [f32(3, 3, 64, 64)] * 3, f32(64, 32, 32, 64), (("data", 8),))
-    assert layouts == (((), (), (), ()),) * 3
+    _, specs, sent = plan(loss, [f32(3, 3, 64, 64)] * 3, f32(64, 32, 32, 64), (("data", 8),))
+    assert specs == (Spec.replicated(4),) * 3
     assert Counter(c.kind for c in sent) == {"all_reduce": 4}
 
 
@@ -179,8 +179,8 @@ def test_sequences() -> None:
     width, length = 64, 8192
     state = {name: f32(width, 1, width) for name in "qkv"} | {"o": f32(1, width, width)}
     state |= {"f": f32(width, 4 * width), "g": f32(4 * width, width)}
-    _, layouts, sent = plan(block, state, f32(1, length, width), (("x", 8),), batch_layout='[{}, {"x"}, {}]')
-    assert not any(any(layout) for layout in layouts)
+    _, specs, sent = plan(block, state, f32(1, length, width), (("x", 8),), batch_sharding='[{}, {"x"}, {}]')
+    assert all(spec.is_replicated for spec in specs)
     whole = 7 / 8 * length * width * 4
     assert Counter(c.kind for c in sent if c.nbytes == whole) == {"all_gather": 1, "reduce_scatter": 2}
     assert all(c.nbytes < whole / 10 for c in sent if c.nbytes != whole)

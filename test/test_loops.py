@@ -19,9 +19,10 @@ from meshes import check, cut
 import bactrian
 from bactrian.driver.xla.compare_bytes import compare
 from bactrian.passes.ir.attributes import result_updates
-from bactrian.passes.ir.meshes import axis_names, value_shardings
+from bactrian.passes.ir.meshes import spec_of, value_shardings
 from bactrian.passes.ir.regions import main_function, nested_operations
 from bactrian.passes.machine.cluster import CPU_HOST
+from bactrian.passes.machine.spec import MeshAxes
 from bactrian.passes.network.solver import solve
 from bactrian.passes.sharding.cost_breakdown import sent
 from bactrian.passes.sharding.loop_dataflow import capture_unchanged
@@ -68,10 +69,10 @@ def cuts(module: ir.Module, name: str) -> list[set[str]]:
     main = main_function(module)
     ops = [op for loop in loops(module) for op in nested_operations(loop) if op.name == name]
     found = [value_shardings(main, [*op.operands, op.results[0]]) for op in ops]
-    return [{axis for sharding in each for axes in axis_names(sharding) for axis in axes} for each in found]
+    return [{axis for sharding in each if sharding is not None for axis in spec_of(sharding).axes} for each in found]
 
 
-def solved(function: Any, arguments: Any, axes: sharded.Axes) -> tuple[ir.Module, Writer, float]:
+def solved(function: Any, arguments: Any, axes: MeshAxes) -> tuple[ir.Module, Writer, float]:
     """A module with the best layouts; what is predicted agrees with all other accounts of it."""
     module = sharded.lowered(function, arguments, axes)
     reading, model = sharded.read(module, axes)
@@ -90,7 +91,7 @@ def solved(function: Any, arguments: Any, axes: sharded.Axes) -> tuple[ir.Module
 
 @pytest.mark.parametrize("axes", MESHES, ids=lambda axes: "-".join(f"{name}{size}" for name, size in axes))
 @pytest.mark.parametrize("batch", [64, 4096])
-def test_layers_in_a_loop_are_cut_as_they_are_without(axes: sharded.Axes, batch: int) -> None:
+def test_layers_in_a_loop_are_cut_as_they_are_without(axes: MeshAxes, batch: int) -> None:
     arguments = inputs(batch)
     module, writer, seconds = solved(step, arguments, axes)
     with module.context:
@@ -141,7 +142,7 @@ def test_a_loop_of_unknown_length_counts_once_and_is_remarked() -> None:
 
     found, remarks = weights_of(function, [np.ones((8, 8), np.float32)] * 2)
     assert found == [("reduce", 2.0, (2.0,)), ("dot", 2.0, (2.0, 2.0))]  # first what the condition reads
-    assert remarks == ["how often this loop runs is not known: its body counts as if it ran once"]
+    assert remarks == ["unknown trip count: the loop body is costed as one iteration"]
 
 
 def test_memory_of_a_loop_lasts_until_its_end() -> None:

@@ -94,7 +94,7 @@ def test_known_plans_equal_one_device(name: str, strategy: str, slow: Path) -> N
     # All dims of this MLP belong together with the batch's, so there are no pairs of columns and rows.
     assert bool(layouts) == (strategy != "data" and (name, strategy) != ("mlp/plain", "megatron"))
     if strategy == "megatron":
-        assert all("data" not in layout.partition(" of ")[0] for layout in layouts)
+        assert all("data" not in layout.partition(" on ")[0] for layout in layouts)
     sharding = compiled.plan.stages[0].sharding
     assert sharding is not None and sharding.strategy == strategy and sharding.is_optimal
 
@@ -114,7 +114,9 @@ def test_a_plan_is_applied_as_it_is(slow: Path, tmp_path: Path) -> None:
     changed = dataclasses.replace(stage.sharding, layouts=((path, "-,model"),))
     plan = dataclasses.replace(planned.plan, stages=(dataclasses.replace(stage, sharding=changed),))
     compiled = check(built, plan=plan, mesh=None, cluster=slow)
-    assert [p.layout for p in compiled.placements if p.path == path] == ["dim 1 over model of data=2,model=4"]
+    assert [p.sharding_text for p in compiled.placements if p.path == path] == [
+        "dim 1 over model on mesh data=2,model=4"
+    ]
     wrong = dataclasses.replace(stage.sharding, layouts=(("nothing", "-"),))
     plan = dataclasses.replace(planned.plan, stages=(dataclasses.replace(stage, sharding=wrong),))
     with pytest.raises(ConfigError, match="nothing, which is no argument"):
@@ -126,7 +128,7 @@ def test_a_plan_is_applied_as_it_is(slow: Path, tmp_path: Path) -> None:
     [
         ("nope", "it has 1 dims, the argument has 2"),
         ("tensor,-", "no axis 'tensor'"),
-        ("data,data", "cuts one dim, once"),
+        ("data,data", "names an axis twice"),
         ("data+,-", "no axis ''"),
         ('"x"}],[-', "no axis"),
     ],

@@ -1,4 +1,4 @@
-"""Layouts, strategies and the cost network, by numbers; the solver against every choice there is."""
+"""Specs, strategies and the cost network, by numbers; the solver against every choice there is."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from jaxlib.mlir.passmanager import PassManager
 
 from bactrian.passes.frame.context import make_context
 from bactrian.passes.frame.errors import ConfigError
-from bactrian.passes.machine.mesh import Axis, Mesh, parse_axes
+from bactrian.passes.ir.meshes import sharding_attribute
+from bactrian.passes.machine.mesh import Axis, Mesh
+from bactrian.passes.machine.spec import Spec, parse_axes
 from bactrian.passes.network.solver import solve
 from bactrian.passes.sharding.halo import Border
-from bactrian.passes.sharding.reshard_paths import Layout, LayoutTable, Move, all_layouts
+from bactrian.passes.sharding.reshard_paths import ReshardStep, ReshardTable, all_specs
 from bactrian.passes.sharding.sharding_model import Operation, ShardingModel, Shardings, Tensor, Work, seconds_of
 from bactrian.passes.sharding.sharding_rules import Rule, elementwise, whole
-from bactrian.passes.sharding.shardings_to_ir import sharding_attribute
 from bactrian.passes.sharding.strategies import strategies
 
 TWO = Mesh((Axis("x", 2, 1e-6, 1e-9), Axis("y", 4, 2e-6, 1e-10)))
@@ -49,52 +50,52 @@ def test_a_mesh_without_meaning_is_refused(axes: tuple[Axis, ...]) -> None:
         Mesh(axes)
 
 
-def test_layouts_cut_evenly() -> None:
-    assert len(all_layouts((8, 8), TWO)) == 1 + 2 + 2 + 2 + 2 + 2  # none; x; y; one each; both, in two orders
-    assert all_layouts((2, 3), TWO) == [((), ()), ((0,), ())]  # y is wider than 2, nothing divides 3
-    assert all_layouts((8,), Mesh((Axis("x", 1),))) == [((),)]
+def test_specs_split_evenly() -> None:
+    assert len(all_specs((8, 8), TWO)) == 1 + 2 + 2 + 2 + 2 + 2  # none; x; y; one each; both, in two orders
+    assert all_specs((2, 3), TWO) == [Spec(((), ())), Spec((("x",), ()))]  # y is wider than 2, nothing divides 3
+    assert all_specs((8,), Mesh((Axis("x", 1),))) == [Spec(((),))]
 
 
-def test_seconds_of_single_moves() -> None:
-    table = LayoutTable((8, 8), 1024.0, TWO)
+def test_seconds_of_single_steps() -> None:
+    table = ReshardTable((8, 8), 1024.0, TWO)
     number = table.number
     seconds = table.seconds
-    none, x, y = number[((), ())], number[((0,), ())], number[((1,), ())]
+    none, x, y = (number[Spec.parse(text)] for text in ("-,-", "x,-", "y,-"))
     assert seconds[none, x] == 0.0
     assert seconds[x, none] == pytest.approx(1e-6 + 512 * 1e-9)
     assert seconds[y, none] == pytest.approx(2e-6 + 3 * 256 * 1e-10)
-    assert seconds[y, number[((), (1,))]] == pytest.approx(2e-6 + 3 / 4 * 256 * 1e-10)
+    assert seconds[y, number[Spec.parse("-,y")]] == pytest.approx(2e-6 + 3 / 4 * 256 * 1e-10)
 
 
 @pytest.mark.parametrize("mesh", [TWO, EQUAL], ids=["2x4", "2x2"])
-def test_ways_are_shortest_and_add_up(mesh: Mesh) -> None:
-    table = LayoutTable((16, 16, 16), 16384.0, mesh)
+def test_paths_are_shortest_and_add_up(mesh: Mesh) -> None:
+    table = ReshardTable((16, 16, 16), 16384.0, mesh)
     seconds = table.seconds
     assert np.isfinite(seconds).all()
     assert (seconds[:, :, None] <= seconds[:, None, :] + seconds.T[None, :, :] + 1e-15).all()
-    for source, target in itertools.product(table.layouts, repeat=2):
-        moves = table.way(source, target)
-        assert (moves[-1].target if moves else source) == target
-        cost = sum(move.seconds for move in moves)
+    for source, target in itertools.product(table.specs, repeat=2):
+        steps = table.path(source, target)
+        assert (steps[-1].target if steps else source) == target
+        cost = sum(step.seconds for step in steps)
         assert cost == pytest.approx(seconds[table.number[source], table.number[target]], abs=1e-15)
 
 
 @pytest.mark.parametrize("mesh", [TWO, EQUAL], ids=["2x4", "2x2"])
-def test_each_move_is_one_collective_of_shardy(mesh: Mesh) -> None:
-    """``sdy-reshard-to-collectives`` turns a reshard from before to after a move into that collective."""
-    table = LayoutTable((16, 16, 16), 16384.0, mesh)
-    moves = dict[tuple[int, int], Move]()
-    for source, target in itertools.product(range(len(table.layouts)), repeat=2):
-        at = table.layouts[source]
-        for move in table.way(at, table.layouts[target]):
-            moves[table.number[at], table.number[move.target]] = move
-            at = move.target
+def test_each_step_is_one_collective_of_shardy(mesh: Mesh) -> None:
+    """``sdy-reshard-to-collectives`` turns a reshard from before to after a step into that collective."""
+    table = ReshardTable((16, 16, 16), 16384.0, mesh)
+    steps = dict[tuple[int, int], ReshardStep]()
+    for source, target in itertools.product(range(len(table.specs)), repeat=2):
+        at = table.specs[source]
+        for step in table.path(at, table.specs[target]):
+            steps[table.number[at], table.number[step.target]] = step
+            at = step.target
     kinds = {"slice": "all_slice"}
     sizes = ", ".join(f'"{axis.name}"={axis.size}' for axis in mesh.axes)
     with make_context():
         lines = [f"sdy.mesh @m = <[{sizes}]>"]
-        for source, target in moves:
-            before, after = (sharding_attribute(table.layouts[n], mesh, "m") for n in (source, target))
+        for source, target in steps:
+            before, after = (sharding_attribute(table.specs[n], "m") for n in (source, target))
             short = str(after).removeprefix("#sdy.sharding")
             lines.append(
                 f"func.func @f{source}_{target}(%a: tensor<16x16x16xf32> {{sdy.sharding = {before}}}) -> tensor<16x16x16xf32> {{"
@@ -104,14 +105,14 @@ def test_each_move_is_one_collective_of_shardy(mesh: Mesh) -> None:
         PassManager.parse("builtin.module(func.func(sdy-reshard-to-collectives))").run(module.operation)
         functions = [view.operation for view in module.body.operations if view.operation.name == "func.func"]
         found = [[op.operation.name for op in f.regions[0].blocks[0].operations][:-1] for f in functions]
-    assert found == [[f"sdy.{kinds.get(move.kind, move.kind)}"] for move in moves.values()]
+    assert found == [[f"sdy.{kinds.get(step.kind, step.kind)}"] for step in steps.values()]
 
 
 def test_strategies_of_a_product() -> None:
     found = strategies(DOT, (64 * 16 * 4.0,), TWO)
     assert found[0].factors == (None, None)
     assert found[0].parts == 1
-    by_factors = dict[tuple[int | None, ...], list[tuple[tuple[int, ...], ...]]]()
+    by_factors = dict[tuple[int | None, ...], list[tuple[tuple[str, ...], ...]]]()
     for strategy in found:
         by_factors.setdefault(strategy.factors, []).append(tuple(r.axes for r in strategy.reductions))
     assert len(by_factors) == 16
@@ -119,8 +120,8 @@ def test_strategies_of_a_product() -> None:
     assert len(by_factors[1, None]) == 3  # everywhere, or scattered into either dim
     assert len(by_factors[1, 1]) == 5  # everywhere, or along each axis into either dim
     both = next(s for s in found if s.factors == (1, 2))
-    assert both.operands == (((), (0,)), ((0,), (1,)))
-    assert both.partial == (((), (1,)),)
+    assert [str(spec) for spec in both.operands] == ["-,x", "x,y"]
+    assert both.partial == (Spec(((), ("y",))),)
     (reduction,) = both.reductions
     assert reduction.kind == "all_reduce"
     assert reduction.seconds == pytest.approx(1e-6 + 2 * 0.5 * 64 * 16 * 4 / 4 * 1e-9)
@@ -128,28 +129,28 @@ def test_strategies_of_a_product() -> None:
 
 def test_a_scatter_leaves_less_for_the_next() -> None:
     found = strategies(DOT, (4096.0,), TWO)
-    strategy = next(s for s in found if s.factors == (1, 1) and s.results == (((1,), (0,)),))
+    strategy = next(s for s in found if s.factors == (1, 1) and s.results == (Spec.parse("y,x"),))
     first, second = strategy.reductions
-    assert (first.kind, first.axes, first.nbytes) == ("reduce_scatter", (0,), 1 / 2 * 4096)
-    assert (second.kind, second.axes, second.nbytes) == ("reduce_scatter", (1,), 3 / 4 * 2048)
+    assert (first.kind, first.axes, first.nbytes) == ("reduce_scatter", ("x",), 1 / 2 * 4096)
+    assert (second.kind, second.axes, second.nbytes) == ("reduce_scatter", ("y",), 3 / 4 * 2048)
 
 
 def test_one_all_reduce_over_two_axes() -> None:
     found = strategies(DOT, (4096.0,), TWO)
-    (reduction,) = next(s for s in found if s.factors == (1, 1) and s.results == (((), ()),)).reductions
-    assert (reduction.kind, reduction.axes, reduction.nbytes) == ("all_reduce", (0, 1), 2 * 7 / 8 * 4096)
+    (reduction,) = next(s for s in found if s.factors == (1, 1) and s.results == (Spec.replicated(2),)).reductions
+    assert (reduction.kind, reduction.axes, reduction.nbytes) == ("all_reduce", ("x", "y"), 2 * 7 / 8 * 4096)
     fast_then_slow = 2 * 3 / 4 * 4096 * 1e-10 + 2 * 1 / 2 * 1024 * 1e-9
     assert reduction.seconds == pytest.approx(2e-6 + fast_then_slow)
 
 
-def test_no_layout_has_strides() -> None:
+def test_no_spec_has_strides() -> None:
     """``[8, 4] -> [32]``: the minor factor is cut only where the major one is cut to pieces of one."""
     rule = Rule((2, 16), (((0,), (1,)),), (((0, 1),),))
     found = {strategy.factors: strategy.results for strategy in strategies(rule, (128.0,), TWO)}
     assert found == {
-        (None, None): (((),),),
-        (0, None): (((0,),),),
-        (0, 1): (((0, 1),),),
+        (None, None): (Spec(((),)),),
+        (0, None): (Spec((("x",),)),),
+        (0, 1): (Spec((("x", "y"),)),),
     }
 
 
@@ -259,7 +260,7 @@ def test_repacking_is_paid_for_each_device_s_pieces() -> None:
 
 def test_what_is_given_stays() -> None:
     """An argument, and a value between two ops, in an order of axes that no strategy gives."""
-    last_first: Layout = ((), (1, 0))
+    last_first = Spec(((), ("y", "x")))
     work = Work(
         (Tensor((8, 8), 256),) * 4,
         (0, 1),
@@ -267,10 +268,10 @@ def test_what_is_given_stays() -> None:
             Operation((0, 1), (2,), elementwise((8, 8), 2), 1e-3),
             Operation((2,), (3,), elementwise((8, 8), 1), given=(last_first,)),
         ),
-        fixed=((0, ((0,), ())),),
+        fixed=((0, Spec((("x",), ()))),),
     )
     model = ShardingModel(work, TWO)
     shardings = model.shardings(solve(model.network).choice)
-    assert shardings.arguments[0] == ((0,), ())
+    assert shardings.arguments[0] == Spec((("x",), ()))
     assert shardings.chosen[1] is not None
     assert shardings.chosen[1].operands == shardings.chosen[1].results == (last_first,)

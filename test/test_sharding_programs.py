@@ -12,6 +12,7 @@ from jaxlib.mlir import ir
 from bactrian.passes.frame.errors import PassError, ProgramError
 from bactrian.passes.ir.attributes import result_updates
 from bactrian.passes.ir.regions import main_function, nested_operations
+from bactrian.passes.machine.spec import MeshAxes
 from bactrian.passes.network.solver import solve
 from bactrian.passes.sharding.sharding_model import ShardingModel, seconds_of
 from bactrian.passes.sharding.shardings_to_ir import Writer
@@ -20,7 +21,7 @@ from bactrian.passes.sharding.work_from_ir import Reading
 AXES = (("x", 2), ("y", 4))
 
 
-def solved(body: str, axes: sharded.Axes = AXES) -> tuple[ir.Module, Reading, ShardingModel, Writer]:
+def solved(body: str, axes: MeshAxes = AXES) -> tuple[ir.Module, Reading, ShardingModel, Writer]:
     """A module with the best layouts written into it; the bytes that were predicted are those that Shardy sends."""
     module = sharded.prepared(f"sdy.mesh @stage0 = <[{sizes(axes)}]>\n{body}", axes)
     reading, model = sharded.read(module, axes)
@@ -36,7 +37,7 @@ def solved(body: str, axes: sharded.Axes = AXES) -> tuple[ir.Module, Reading, Sh
     return module, reading, model, writer
 
 
-def sizes(axes: sharded.Axes) -> str:
+def sizes(axes: MeshAxes) -> str:
     return ", ".join(f'"{name}"={size}' for name, size in axes)
 
 
@@ -192,7 +193,7 @@ func.func public @main(%a: tensor<8x6xf32> {{{attribute}}}) -> tensor<8x6xf32> {
   return %r : tensor<8x6xf32>
 }}"""
     _, _, model, _ = solved(text, (("x", 2), ("o", 1)))
-    assert model.argument_layouts[0] == (((), (0,)),)
+    assert [str(spec) for spec in model.input_specs[0]] == ["-,x"]
 
 
 @pytest.mark.parametrize(

@@ -12,25 +12,26 @@ import pytest
 from staged_programs import chain
 
 from bactrian.passes.frame.errors import PassError
-from bactrian.runtime.box_routing import Axes, Box, Layout, num_elements, plan_slices, rank_tiles, tiles
+from bactrian.passes.machine.spec import UNSHARDED, MeshAxes, Spec
+from bactrian.runtime.box_routing import Box, num_elements, plan_slices, rank_tiles, tiles
 from bactrian.runtime.instruction_builder import build_lists
 from bactrian.runtime.instruction_checks import check_lists
 from bactrian.runtime.instructions import Forward, Instruction, RankList, Recv, Run, Send, describe
 from bactrian.runtime.mesh_groups import share_lists
 
 SHAPE = (8, 8)
-SMALL: Axes = (("a", 2), ("b", 2))
-LARGE: Axes = (("a", 2), ("b", 4))
+SMALL: MeshAxes = (("a", 2), ("b", 2))
+LARGE: MeshAxes = (("a", 2), ("b", 4))
 # Shardings of a matrix as the papers name them: S0 cuts along axis a, S1 along b, S01 along both, R not at all.
-LAYOUTS: dict[str, Layout] = {
-    "RR": ((), ()),
-    "S0R": (("a",), ()),
-    "RS0": ((), ("a",)),
-    "S1R": (("b",), ()),
-    "S01R": (("a", "b"), ()),
-    "RS10": ((), ("b", "a")),
-    "S0S1": (("a",), ("b",)),
-    "S1S0": (("b",), ("a",)),
+SPECS: dict[str, Spec] = {
+    "RR": Spec(((), ())),
+    "S0R": Spec((("a",), ())),
+    "RS0": Spec(((), ("a",))),
+    "S1R": Spec((("b",), ())),
+    "S01R": Spec((("a", "b"), ())),
+    "RS10": Spec(((), ("b", "a"))),
+    "S0S1": Spec((("a",), ("b",))),
+    "S1S0": Spec((("b",), ("a",))),
 }
 
 
@@ -69,8 +70,8 @@ def check_plan(source: Sequence[Sequence[Box]], target: Sequence[Sequence[Box]],
     ("source_ranks", "target_ranks", "target_axes"),
     [(1, 2, SMALL), (1, 4, SMALL), (2, 1, SMALL), (2, 2, SMALL), (4, 4, SMALL), (4, 2, SMALL), (2, 4, LARGE)],
 )
-def test_each_element_crosses_once(source_ranks: int, target_ranks: int, target_axes: Axes) -> None:
-    for source, target in itertools.product(LAYOUTS.values(), LAYOUTS.values()):
+def test_each_element_crosses_once(source_ranks: int, target_ranks: int, target_axes: MeshAxes) -> None:
+    for source, target in itertools.product(SPECS.values(), SPECS.values()):
         held = rank_tiles(tiles(SHAPE, SMALL, source), source_ranks)
         needed = rank_tiles(tiles(SHAPE, target_axes, target), target_ranks)
         split, _ = check_plan(held, needed, SHAPE)
@@ -81,7 +82,11 @@ def test_each_element_crosses_once(source_ranks: int, target_ranks: int, target_
 @pytest.mark.parametrize("shape", [(), (0, 4), (3,), (1, 5)])
 def test_shapes_that_cannot_be_cut(shape: tuple[int, ...]) -> None:
     for source, target in ((2, 2), (1, 4), (4, 1)):
-        check_plan(rank_tiles(tiles(shape, SMALL, ()), source), rank_tiles(tiles(shape, SMALL, ()), target), shape)
+        check_plan(
+            rank_tiles(tiles(shape, SMALL, UNSHARDED), source),
+            rank_tiles(tiles(shape, SMALL, UNSHARDED), target),
+            shape,
+        )
 
 
 def test_what_several_need_is_shared_among_them() -> None:
@@ -92,20 +97,20 @@ def test_what_several_need_is_shared_among_them() -> None:
 
 
 def shared(stages: int, groups: int, *, ranks: int = 2, seed: int = 0) -> tuple[tuple[RankList, ...], int]:
-    """The lists of a pipeline whose values have some layouts on meshes of several ranks, and the bytes of what crosses."""
+    """The lists of a pipeline whose values are sharded over meshes of several ranks, and the bytes of what crosses."""
     chosen = random.Random(seed)
     program = chain(stages, 3)
-    layouts = [(), (("a",),), (("b",),), (("a", "b"),), ((), ("a",)), (("b",), ("a",))]
+    specs = [Spec(dims) for dims in [(), (("a",),), (("b",),), (("a", "b"),), ((), ("a",)), (("b",), ("a",))]]
 
-    def layout(shape: tuple[int, ...]) -> Layout:
+    def spec(shape: tuple[int, ...]) -> Spec:
         fitting = [
-            cuts
-            for cuts in layouts
-            if len(cuts) <= len(shape) and all(shape[d] % 2 ** len(c) == 0 for d, c in enumerate(cuts))
+            each
+            for each in specs
+            if len(each.dims) <= len(shape) and all(shape[d] % 2 ** len(c) == 0 for d, c in enumerate(each.dims))
         ]
         return chosen.choice(fitting)
 
-    values = tuple(replace(value, layout=layout(value.shape)) for value in program.values)
+    values = tuple(replace(value, spec=spec(value.shape)) for value in program.values)
     program = replace(program, values=values, meshes=(SMALL,) * stages)
     lists = build_lists(program, tuple(stage % groups for stage in range(stages)))
     return share_lists(lists, program, ranks), check_lists(lists).message_bytes

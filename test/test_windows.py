@@ -17,6 +17,7 @@ from jax import lax
 from test_known_plans import f32, plan
 
 import bactrian
+from bactrian.passes.machine.spec import Spec
 from bactrian.passes.sharding.halo import Border, borders_sent
 from bactrian.passes.sharding.sharding_model import ShardingModel
 from bactrian.passes.sharding.strategies import Strategy
@@ -114,15 +115,15 @@ def kernel_gradient(stride: int) -> Callable[..., Any]:
 def test_an_image_is_cut_only_where_the_kernel_is_whole() -> None:
     """Seen: results of a batch, rows and output features cut over three axes are wrong."""
     found = of_op(read(convolution(), f32(4, 16, 32, 8), f32(3, 3, 8, 16)), "convolution")
-    spatial = [s for s in found if any(s.partial[0][1:3])]
+    spatial = [s for s in found if any(s.partial[0].dims[1:3])]
     assert spatial
-    assert all(s.exchanges and not any(s.operands[1]) for s in spatial)
-    assert any(any(s.operands[1]) for s in found)
+    assert all(s.exchanges and not s.operands[1].axes for s in spatial)
+    assert any(s.operands[1].axes for s in found)
     plain = of_op(read(convolution(), f32(4, 16, 32, 8), f32(1, 1, 8, 16)), "convolution")
-    assert any(any(s.partial[0][1:3]) and any(s.operands[1]) for s in plain)
+    assert any(any(s.partial[0].dims[1:3]) and s.operands[1].axes for s in plain)
     assert not any(s.exchanges for s in plain)
     grouped = of_op(read(convolution(groups=8), f32(4, 16, 32, 8), f32(3, 3, 1, 16)), "convolution")
-    assert not any(any(s.partial[0][1:3]) for s in grouped)
+    assert not any(any(s.partial[0].dims[1:3]) for s in grouped)
 
 
 @pytest.mark.parametrize("stride", [1, 2])
@@ -132,12 +133,12 @@ def test_a_kernels_gradient_over_rows_needs_all_axes(stride: int) -> None:
     found = of_op(
         read(kernel_gradient(stride), f32(4, 32, 32, 8), f32(3, 3, 8, 16), f32(4, size, size, 16)), "convolution"
     )
-    cut = [s for s in found if any(s.operands[1][1:3])]  # the gradient of the result is the kernel
+    cut = [s for s in found if any(s.operands[1].dims[1:3])]  # the gradient of the result is the kernel
     assert cut
     for strategy in cut:
-        used = {axis for layout in strategy.operands[0] for axis in layout}
-        assert used == {0, 1}
-        assert not any(strategy.partial[0])
+        used = set(strategy.operands[0].axes)
+        assert used == {"x", "y"}
+        assert not strategy.partial[0].axes
 
 
 def test_overlapping_windows_of_a_pooling_gradient_stay_whole() -> None:
@@ -148,8 +149,8 @@ def test_overlapping_windows_of_a_pooling_gradient_stay_whole() -> None:
         made = read(lambda x, ct: jax.vjp(pooled(size, stride), x)[1](ct)[0], f32(4, 16, 16, 8), f32(4, out, out, 8))
         return of_op(made, "select_and_scatter")
 
-    assert not any(any(s.partial[0][1:3]) for s in gradient(3, 1))
-    apart = [s for s in gradient(2, 2) if any(s.partial[0][1:3])]
+    assert not any(any(s.partial[0].dims[1:3]) for s in gradient(3, 1))
+    apart = [s for s in gradient(2, 2) if any(s.partial[0].dims[1:3])]
     assert apart
     assert not any(s.exchanges for s in apart)
     assert all(s.operands[0] == s.operands[1] for s in apart)
@@ -174,7 +175,7 @@ def test_windows_that_are_filled_up_otherwise_are_not_cut_both() -> None:
         reading, model = sharded.read(module, GRID)
         choice, rows = [0] * len(model.network.costs), 0
         for node, choices in enumerate((c for c in model.strategies if c is not None), len(model.work.inputs)):
-            found = [number for number, s in enumerate(choices) if s.partial[0] == ((), (1,), ())]
+            found = [number for number, s in enumerate(choices) if str(s.partial[0]) == "-,y,-"]
             choice[node] = found[0] if found else 0
             rows += bool(found)
         assert rows == cut  # of two that are filled up, one
@@ -188,8 +189,8 @@ def test_convolutions_are_cut_rather_than_maxima_over_the_same_windows() -> None
         return pooled(3, 1)(x) + convolution()(x, k)
 
     made = read(branches, f32(4, 16, 32, 8), f32(3, 3, 8, 8))
-    assert any(any(s.partial[0][1:3]) for s in of_op(made, "convolution"))
-    assert not any(any(s.partial[0][1:3]) for s in of_op(made, "reduce_window"))
+    assert any(any(s.partial[0].dims[1:3]) for s in of_op(made, "convolution"))
+    assert not any(any(s.partial[0].dims[1:3]) for s in of_op(made, "reduce_window"))
 
 
 def test_images() -> None:
@@ -200,9 +201,9 @@ def test_images() -> None:
             x = jax.nn.relu(convolution()(x, kernel))
         return jnp.square(x).mean()
 
-    solution, layouts, sent = plan(loss, [f32(3, 3, 64, 64)] * 3, f32(1, 512, 512, 64), (("data", 8),))
+    solution, specs, sent = plan(loss, [f32(3, 3, 64, 64)] * 3, f32(1, 512, 512, 64), (("data", 8),))
     row = 512 * 64 * 4
-    assert layouts == (((), (), (), ()),) * 3
+    assert specs == (Spec.replicated(4),) * 3
     halos = [c.nbytes for c in sent if c.kind == "halo"]
     assert halos == [row] * 16  # both sides of 3 images forward; of those, and of 2 gradients, backward
     assert {c.kind for c in sent} == {"halo", "all_reduce"}

@@ -68,7 +68,7 @@ class DistributedArray:
     @property
     def sharding(self) -> str:
         """Mesh and sharding in words."""
-        return self.placement.layout
+        return self.placement.sharding_text
 
     def piece(self, stage: int) -> jax.Array:
         """This rank's copy on ``stage``.

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from bactrian.driver.arrays.distributed_array import DistributedArray
-from bactrian.driver.arrays.placement import Layout
 from bactrian.driver.source import line_here
 from bactrian.passes.frame.errors import ConfigError
-from bactrian.passes.plan.schema import Axes, axes_words
+from bactrian.passes.machine.spec import MeshAxes, Spec, axes_text, num_devices
 
 
 @dataclass(frozen=True)
@@ -21,13 +20,13 @@ class PlacedArguments:
         num_stages: of the step that placed them.
         stages: the stages that hold each, by argument number.
         mesh: of every stage, if it has several devices.
-        layouts: the axes that cut the dims of each, by argument number, on such a mesh.
+        specs: how each is sharded over it, by argument number.
     """
 
     num_stages: int
     stages: tuple[tuple[int, tuple[int, ...]], ...]
-    mesh: Axes | None = None
-    layouts: tuple[tuple[int, Layout], ...] = ()
+    mesh: MeshAxes | None = None
+    specs: tuple[tuple[int, Spec], ...] = ()
 
     @classmethod
     def of(cls, leaves: Sequence[Any]) -> PlacedArguments | None:
@@ -58,13 +57,13 @@ class PlacedArguments:
         if len(meshes) > 1:
             (one, leaf), (other, another) = list(meshes.items())[:2]
             raise ConfigError(
-                f"{leaf.path} was placed on a mesh {axes_words(one)}, {another.path} on {axes_words(other)}",
+                f"{leaf.path} was placed on a mesh {axes_text(one)}, {another.path} on {axes_text(other)}",
                 where=line_here(),
                 why="arguments that are placed already share their mesh",
                 fix="give both steps the same mesh, or pass bactrian.gather(...) of one of them",
             )
         mesh = next(iter(meshes), None)
-        if mesh is None or all(size == 1 for _, size in mesh):
+        if mesh is None or num_devices(mesh) == 1:
             return cls(first.placement.num_stages, stages)
-        layouts = tuple((number, leaf.placement.layouts[leaf.stages[0]]) for number, leaf in placed)
-        return cls(first.placement.num_stages, stages, mesh, layouts)
+        specs = tuple((number, leaf.placement.specs[leaf.stages[0]]) for number, leaf in placed)
+        return cls(first.placement.num_stages, stages, mesh, specs)

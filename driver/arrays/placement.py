@@ -10,9 +10,7 @@ from typing import Any
 import jax
 
 from bactrian.passes.frame.errors import PassError
-from bactrian.passes.plan.schema import Axes, axes_words
-
-Layout = tuple[tuple[str, ...], ...]  # the axes that cut each dim
+from bactrian.passes.machine.spec import MeshAxes, Spec, axes_text, num_devices
 
 
 @dataclass(frozen=True)
@@ -27,7 +25,7 @@ class Placement:
         stages: the stages that hold it, in order.
         shardings: for the stages that this rank runs, where their copies go.
         ranks: for every stage in ``stages``, the ranks that run it.
-        layouts: for every stage in ``stages``, the axes of its mesh that cut each dim; empty on one device.
+        specs: for every stage in ``stages``, how its mesh shards the array.
         meshes: for every stage in ``stages``, names and sizes of its mesh's axes.
         rows: for the stages that hold only some rows of it, the first and the one behind the last.
         key_impl: of a typed key, which is carried as its uint32 words.
@@ -43,8 +41,8 @@ class Placement:
     stages: tuple[int, ...]
     shardings: Mapping[int, jax.sharding.Sharding] = field(default_factory=dict[int, jax.sharding.Sharding])
     ranks: Mapping[int, tuple[int, ...]] = field(default_factory=dict[int, tuple[int, ...]])
-    layouts: Mapping[int, Layout] = field(default_factory=dict[int, Layout])
-    meshes: Mapping[int, Axes] = field(default_factory=dict[int, Axes])
+    specs: Mapping[int, Spec] = field(default_factory=dict[int, Spec])
+    meshes: Mapping[int, MeshAxes] = field(default_factory=dict[int, MeshAxes])
     key_impl: Any = None
     num_stages: int = 0
     weak_type: bool = False
@@ -77,28 +75,28 @@ class Placement:
         return tuple(found)
 
     @property
-    def layout(self) -> str:
-        """Meshes and layouts in words."""
+    def sharding_text(self) -> str:
+        """Meshes and shardings in words."""
         texts = list[str]()
         for stage in self.stages:
             axes = self.meshes.get(stage, ())
             rows = "rows {} to {} ".format(*self.rows[stage]) if stage in self.rows else ""
-            if all(size == 1 for _, size in axes):
-                texts.append(f"{rows or 'whole '}on one device")
+            if num_devices(axes) == 1:
+                texts.append(f"{rows}on one device")
                 continue
-            mesh = axes_words(axes)
-            cuts = [f"dim {dim} over {' and '.join(names)}" for dim, names in enumerate(self.layouts[stage]) if names]
-            texts.append(f"{rows}{', '.join(cuts) or 'whole on every device'} of {mesh}")
+            dims = enumerate(self.specs[stage].dims)
+            sharded = [f"dim {dim} over {' and '.join(names)}" for dim, names in dims if names]
+            texts.append(f"{rows}{', '.join(sharded) or 'replicated'} on mesh {axes_text(axes)}")
         return "; ".join(dict.fromkeys(texts))
 
     def same_place(self, other: Placement) -> bool:
         """Whether what lives at the other one lives here too, piece by piece."""
         return (self.stages, self.shardings, self.rows) == (other.stages, other.shardings, other.rows)
 
-    def same_layouts(self, other: Placement) -> bool:
-        """Whether the other one's stages have equal meshes here, and equal layouts."""
+    def same_specs(self, other: Placement) -> bool:
+        """Whether the other one's stages have equal meshes here, and equal shardings."""
         return all(
-            self.meshes.get(stage) == mesh and self.layouts.get(stage) == other.layouts.get(stage)
+            self.meshes.get(stage) == mesh and self.specs.get(stage) == other.specs.get(stage)
             for stage, mesh in other.meshes.items()
         )
 

@@ -1,4 +1,4 @@
-"""The layouts that arguments come with: of arrays that are cut, and of abstract arguments that say how they will be."""
+"""The shardings that arguments come with: of sharded arrays, and of abstract arguments that have one."""
 
 from __future__ import annotations
 
@@ -13,44 +13,43 @@ from jaxlib.mlir.dialects import sdy
 from bactrian.driver.arrays.distributed_array import DistributedArray
 from bactrian.driver.source import line_here
 from bactrian.passes.frame.errors import ProgramError
-from bactrian.passes.ir.meshes import SHARDING, Axes, mesh_attribute
+from bactrian.passes.ir.meshes import SHARDING, mesh_attribute, sharding_attribute
+from bactrian.passes.machine.spec import MeshAxes, Spec
 
-Asked = tuple[Axes, tuple[tuple[str, ...], ...]]
-"""A mesh, and for each dim its axes that cut it; dims that are left out are whole."""
+Requested = tuple[MeshAxes, Spec]
+"""A mesh, and how it shards an argument; dims at the end may be left out."""
 
 
-def asked_layouts(leaves: Sequence[Any]) -> tuple[tuple[int, Asked], ...]:
-    """The layouts of those arguments that come with one, by number; hashable.
+def requested_shardings(leaves: Sequence[Any]) -> tuple[tuple[int, Requested], ...]:
+    """The shardings of those arguments that come with one, by number; hashable.
 
-    An array that lies whole on every device of a mesh asks for nothing: that is what arrays are if nobody says otherwise.
+    A replicated array asks for nothing: that is what arrays are if nobody says otherwise.
 
     Raises:
-        ProgramError: a layout leaves dims open, or values unreduced.
+        ProgramError: a sharding leaves dims open, or values unreduced.
     """
-    found = ((number, _asked(leaf)) for number, leaf in enumerate(leaves))
-    return tuple((number, asked) for number, asked in found if asked is not None)
+    found = ((number, _requested(leaf)) for number, leaf in enumerate(leaves))
+    return tuple((number, each) for number, each in found if each is not None)
 
 
-def _asked(leaf: Any) -> Asked | None:
+def _requested(leaf: Any) -> Requested | None:
     sharding = None if isinstance(leaf, DistributedArray) else getattr(leaf, "sharding", None)
     if not isinstance(sharding, NamedSharding):
         return None
-    axes: Axes = tuple((str(name), int(size)) for name, size in sharding.mesh.shape.items())
+    axes: MeshAxes = tuple((str(name), int(size)) for name, size in sharding.mesh.shape.items())
     if sharding.spec.unreduced or PartitionSpec.UNCONSTRAINED in sharding.spec:
         raise ProgramError(
             f"an argument of shape {tuple(leaf.shape)} comes with the sharding {sharding.spec}",
             where=line_here(),
-            why="the layout of an argument is given wholly, or not at all",
+            why="the sharding of an argument is given wholly, or not at all",
             fix="leave its sharding out, and use with_sharding_constraint in the step for a part of it",
         )
-    dims = tuple((dim,) if isinstance(dim, str) else tuple(dim or ()) for dim in sharding.spec)
-    sizes = dict(axes)
-    is_cut = any(sizes[axis] > 1 for dim in dims for axis in dim)
-    return (axes, dims) if is_cut or isinstance(leaf, jax.ShapeDtypeStruct) else None
+    spec = Spec(tuple((dim,) if isinstance(dim, str) else tuple(dim or ()) for dim in sharding.spec))
+    return (axes, spec) if spec.num_shards(dict(axes)) > 1 or isinstance(leaf, jax.ShapeDtypeStruct) else None
 
 
 def refuse_explicit_axes() -> None:
-    """Refuse to trace under a mesh whose layouts are part of types: each op would be a constraint then.
+    """Refuse to trace under a mesh whose shardings are part of types: each op would be a constraint then.
 
     Raises:
         ProgramError: ``jax.set_mesh`` has one with axes of type ``Explicit``.
@@ -61,33 +60,30 @@ def refuse_explicit_axes() -> None:
         raise ProgramError(
             f"the step is traced under a mesh with axes of type Explicit: {', '.join(map(str, names))}",
             where=line_here(),
-            why="every value then has its layout in its type, and nothing is left to choose",
+            why="every value then has its sharding in its type, and nothing is left to choose",
             fix="make it with jax.make_mesh(..., axis_types=(jax.sharding.AxisType.Auto,) * number of axes)",
         )
 
 
-def write_asked(
-    module: ir.Module, asked: Sequence[tuple[int, Asked]], ranks: Sequence[int], entries: list[dict[str, ir.Attribute]]
+def write_requested(
+    module: ir.Module,
+    requested: Sequence[tuple[int, Requested]],
+    ranks: Sequence[int],
+    entries: list[dict[str, ir.Attribute]],
 ) -> None:
-    """Write layouts into arguments' attributes, and their meshes into a module.
+    """Write shardings into arguments' attributes, and their meshes into a module.
 
     Args:
         module: the captured one.
-        asked: as `asked_layouts` gives them.
+        requested: as `requested_shardings` gives them.
         ranks: of all arguments, as they are in the module.
         entries: attributes of all arguments; they get ``sdy.sharding``.
     """
-    names = dict[Axes, str]()
-    for number, (axes, dims) in asked:
+    names = dict[MeshAxes, str]()
+    for number, (axes, spec) in requested:
         if axes not in names:
             names[axes] = f"arguments_{len(names)}"
             with ir.InsertionPoint.at_block_begin(module.body):
                 sdy.MeshOp(names[axes], mesh_attribute(axes))
-        padded = (*dims, *((),) * (ranks[number] - len(dims)))
-        entries[number][SHARDING] = sdy.TensorShardingAttr.get(
-            names[axes],
-            [
-                sdy.DimensionShardingAttr.get([sdy.AxisRefAttr.get(axis) for axis in cut], is_closed=True)
-                for cut in padded
-            ],
-        )
+        padded = Spec((*spec.dims, *((),) * (ranks[number] - len(spec.dims))))
+        entries[number][SHARDING] = sharding_attribute(padded, names[axes])

@@ -20,7 +20,7 @@ from jax.extend import core
 from bactrian.driver.arrays.leaf_types import is_array, is_key
 from bactrian.driver.capture import gradient_boundary, jaxpr_dataflow
 from bactrian.driver.capture.argument_info import ArgumentInfo, ResultInfo
-from bactrian.driver.capture.argument_shardings import asked_layouts
+from bactrian.driver.capture.argument_shardings import requested_shardings
 from bactrian.driver.capture.call_signature import FlatCall, abstract, flatten_call, merged, parameters_of
 from bactrian.driver.capture.captured_step import Captured
 from bactrian.driver.capture.module_attributes import annotated
@@ -165,7 +165,7 @@ def _lower(
     call = step.call
     module = traced.lower(lowering_platforms=(platform,)).compiler_ir("stablehlo")
     options = {"num_microbatches": step.num_microbatches, "schedule": schedule}
-    bytecode, digest = annotated(module, arguments, results, options, asked_layouts(call.leaves))
+    bytecode, digest = annotated(module, arguments, results, options, requested_shardings(call.leaves))
     statics = _static_text((call.tree, call.statics, step.out_tree, step.out_statics, step.forward_only, platform))
     return bytecode, hashlib.sha256(f"{digest}\n{statics}".encode()).hexdigest()
 

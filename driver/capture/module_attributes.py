@@ -13,7 +13,7 @@ from jaxlib.mlir.dialects import sdy
 from bactrian.driver.arrays.placed_arguments import PlacedArguments
 from bactrian.driver.capture import gradient_boundary
 from bactrian.driver.capture.argument_info import ArgumentInfo, ResultInfo
-from bactrian.driver.capture.argument_shardings import Asked, write_asked
+from bactrian.driver.capture.argument_shardings import Requested, write_requested
 from bactrian.passes.frame.context import make_context
 from bactrian.passes.frame.errors import ConfigError
 from bactrian.passes.ir.attributes import (
@@ -35,7 +35,7 @@ def annotated(
     arguments: Sequence[ArgumentInfo],
     results: Sequence[ResultInfo],
     options: Mapping[str, int | str],
-    asked: Sequence[tuple[int, Asked]],
+    requested: Sequence[tuple[int, Requested]],
 ) -> tuple[bytes, str]:
     """Bytecode of the module with our attributes, and the digest of its text without locations."""
     jax_bytecode = io.BytesIO()
@@ -57,7 +57,7 @@ def annotated(
         for info, attrs, argument in zip(arguments, argument_attrs, block.arguments, strict=True):
             attrs[ROLE] = ir.StringAttr.get(info.role)
             argument.set_location(ir.Location.name(info.path))
-        write_asked(ours, asked, [len(info.physical.shape) for info in arguments], argument_attrs)
+        write_requested(ours, requested, [len(info.physical.shape) for info in arguments], argument_attrs)
         result_attrs = result_attributes(main)
         for info, attrs in zip(results, result_attrs, strict=True):
             attrs["jax.result_info"] = ir.StringAttr.get(info.path)

@@ -14,7 +14,7 @@ from bactrian.driver.launch.user_script import use_virtual_devices
 from bactrian.driver.report.plan_table import render_plan
 from bactrian.driver.report.terminal import RichView
 from bactrian.passes.frame.errors import ConfigError
-from bactrian.passes.machine.mesh import parse_axes
+from bactrian.passes.machine.spec import parse_axes
 
 if TYPE_CHECKING:
     from bactrian.driver.xla.compare_bytes import Comparison

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from bactrian.passes import pipelines
-from bactrian.passes.ir.meshes import num_devices
+from bactrian.passes.machine.spec import MeshAxes, axes_text, num_devices
 from bactrian.passes.pipelines import Steps
-from bactrian.passes.plan.schema import Axes, Plan, axes_words
+from bactrian.passes.plan.schema import Plan
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Decisions:
     num_layers: int
     first_layers: tuple[int, ...] = ()
     donate: bool = True
-    mesh: Axes = (("data", 1),)
+    mesh: MeshAxes = (("data", 1),)
     cluster: str = ""
     strategy: str = "auto"
     compare: bool = False
@@ -51,7 +51,7 @@ class Decisions:
     @property
     def mesh_text(self) -> str:
         """The mesh as passes take it; nothing where stages have one device."""
-        return axes_words(self.mesh) if self.is_wide else ""
+        return axes_text(self.mesh) if self.is_wide else ""
 
     def forming(self) -> Steps:
         """The passes up to ``assign-stages``."""

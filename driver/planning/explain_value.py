@@ -15,7 +15,8 @@ from bactrian.passes.frame.context import make_context
 from bactrian.passes.frame.errors import ConfigError
 from bactrian.passes.ir.attributes import SOLVE, argument_roles, result_updates
 from bactrian.passes.ir.regions import main_function
-from bactrian.passes.plan.schema import UNSOLVED_FILE, Plan, axes_words
+from bactrian.passes.machine.spec import axes_text
+from bactrian.passes.plan.schema import UNSOLVED_FILE, Plan
 from bactrian.passes.plan.stage_sharding import ShardingPlan
 from bactrian.passes.sharding.explain import Explanation, StageExplainer
 from bactrian.passes.sharding.solve_snapshot import Unsolved, read_unsolved, unsolved_of
@@ -44,7 +45,7 @@ def explain_saved(directory: str | Path, text: str, stage: int | None = None, ti
     try:
         saved = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
-        mesh = axes_words(plan.stages[0].mesh)
+        mesh = axes_text(plan.stages[0].mesh)
         raise ConfigError(
             f"cannot explain a value: {folder} has no {UNSOLVED_FILE}",
             why="it is the program before shardings were chosen, from which each choice is made again",

@@ -25,7 +25,7 @@ from bactrian.passes.ir.attributes import (
     round_of,
     stage_of,
 )
-from bactrian.passes.ir.meshes import axis_names, mesh_tensor_parts, stage_axes
+from bactrian.passes.ir.meshes import mesh_tensor_parts, spec_or_replicated, stage_axes
 from bactrian.passes.ir.regions import body, main_function, terminator
 from bactrian.runtime.staged_program import ArgumentPiece, Call, ResultPiece, StagedProgram, Transfer, Value
 
@@ -62,7 +62,7 @@ class _Reader:
         stage, tensor, sharding = mesh_tensor_parts(value.type)
         number = len(self.values)
         shape, dtype = tuple(tensor.shape), numpy_dtype(tensor.element_type)
-        self.values.append(Value(number, stage, shape, dtype, per_microbatch, axis_names(sharding)))
+        self.values.append(Value(number, stage, shape, dtype, per_microbatch, spec_or_replicated(sharding, tensor)))
         self.number[value] = number
         return number
 

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from bactrian.passes.frame.errors import ConfigError
-from bactrian.passes.ir.meshes import num_devices
 from bactrian.passes.machine.cluster import read_cluster
-from bactrian.passes.machine.mesh import parse_axes
-from bactrian.passes.plan.schema import Axes, Plan, axes_words
+from bactrian.passes.machine.spec import MeshAxes, axes_text, num_devices, parse_axes
+from bactrian.passes.plan.schema import Plan
 from bactrian.passes.schedules.by_name import DEFAULT_SCHEDULE, schedule_named
 from bactrian.passes.sharding.baselines import check_strategy
 
@@ -29,7 +28,7 @@ class Options:
     donate: bool
     forward_only: bool
     out_reduction: Any
-    mesh: Axes | None = None
+    mesh: MeshAxes | None = None
     cluster: str = ""
     strategy: str = "auto"
 
@@ -56,7 +55,7 @@ class Options:
                 )
             if self.mesh not in (None, plan.stages[0].mesh):
                 raise ConfigError(
-                    f"mesh is {axes_words(self.mesh)}, but the plan has {axes_words(plan.stages[0].mesh)}",
+                    f"mesh is {axes_text(self.mesh)}, but the plan has {axes_text(plan.stages[0].mesh)}",
                     fix="leave it out, or make the plan again",
                 )
             object.__setattr__(self, "mesh", plan.stages[0].mesh)
@@ -65,7 +64,7 @@ class Options:
             object.__setattr__(self, "schedule", schedule)
 
 
-def mesh_axes(mesh: Any) -> Axes | None:
+def mesh_axes(mesh: Any) -> MeshAxes | None:
     """Names and sizes of axes, from what a user gave as a mesh: a text, a mapping or None.
 
     Raises:

@@ -17,12 +17,14 @@ from bactrian.driver.planning.staged import Staged
 from bactrian.driver.ranks import World
 from bactrian.passes.frame.context import make_context
 from bactrian.passes.frame.diagnostics import Diagnostic
-from bactrian.passes.ir.meshes import num_devices
-from bactrian.passes.plan.schema import Axes, Plan, axes_words, fingerprint_text
+from bactrian.passes.machine.spec import MeshAxes, axes_text, num_devices
+from bactrian.passes.plan.schema import Plan, fingerprint_text
 from bactrian.passes.plan.stage_sharding import ShardingPlan
 
 
-def staged_together(make: Callable[[], Staged], fingerprint: str, options: Options, mesh: Axes, world: World) -> Staged:
+def staged_together(
+    make: Callable[[], Staged], fingerprint: str, options: Options, mesh: MeshAxes, world: World
+) -> Staged:
     """What ``make`` gives on rank 0, on every rank (collective).
 
     Args:
@@ -40,7 +42,7 @@ def staged_together(make: Callable[[], Staged], fingerprint: str, options: Optio
         {
             "the program": fingerprint,
             "num_stages": str(options.num_stages),
-            "the mesh": axes_words(mesh),
+            "the mesh": axes_text(mesh),
             "the strategy": options.strategy,
             "donate": str(options.donate),
             "the cluster file": fingerprint_text(Path(options.cluster).read_text()) if options.cluster else "none",

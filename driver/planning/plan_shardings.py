@@ -1,4 +1,4 @@
-"""Layouts between the plan, the user's arguments and the IR."""
+"""Shardings between the plan, the user's arguments and the IR."""
 
 from __future__ import annotations
 
@@ -6,28 +6,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import sdy
 
 from bactrian.passes.frame.errors import ConfigError
 from bactrian.passes.ir.attributes import SHARDING_ESTIMATES, argument_attributes
-from bactrian.passes.ir.meshes import SHARDING, axis_names
+from bactrian.passes.ir.meshes import SHARDING, sharding_attribute, spec_of
 from bactrian.passes.ir.regions import main_function
-from bactrian.passes.plan.schema import Axes, Plan
-from bactrian.passes.plan.stage_sharding import WHOLE, ShardingFigures, ShardingPlan, layout_text
+from bactrian.passes.machine.spec import REPLICATED, MeshAxes, Spec
+from bactrian.passes.plan.schema import Plan
+from bactrian.passes.plan.stage_sharding import ShardingFigures, ShardingPlan
 from bactrian.runtime.staged_program import StagedProgram
 
-Layout = tuple[tuple[str, ...], ...]
 
-
-def _layout_of(text: str) -> Layout:
-    return tuple(() if dim == WHOLE else tuple(dim.split("+")) for dim in text.split(",")) if text else ()
-
-
-def plan_layouts(plan: Plan, paths: Sequence[str], ranks: Sequence[int]) -> dict[int, Layout]:
-    """The layouts that a plan gives to arguments, by number; ``paths`` and ``ranks`` are the arguments'.
+def plan_specs(plan: Plan, paths: Sequence[str], ranks: Sequence[int]) -> dict[int, Spec]:
+    """The shardings that a plan gives to arguments, by number; ``paths`` and ``ranks`` are the arguments'.
 
     Raises:
-        ConfigError: it names an argument that is not there, or gives one no layout.
+        ConfigError: it names an argument that is not there, or gives one an invalid sharding.
     """
     layouts = dict[str, str]()
     for stage in plan.stages:  # of an argument that several stages read, the first one's
@@ -40,35 +34,36 @@ def plan_layouts(plan: Plan, paths: Sequence[str], ranks: Sequence[int]) -> dict
             f"the plan has a layout for {unknown[0]}, which is no argument of the step", fix="take it out of the plan"
         )
     axes = plan.stages[0].mesh
-    return {numbers[path]: check_layout(text, ranks[numbers[path]], axes, path) for path, text in layouts.items()}
+    return {numbers[path]: check_spec(text, ranks[numbers[path]], axes, path) for path, text in layouts.items()}
 
 
-def check_layout(text: str, rank: int, axes: Axes, path: str) -> Layout:
-    """A layout as its text says.
+def check_spec(text: str, rank: int, axes: MeshAxes, path: str) -> Spec:
+    """A sharding as its text says.
 
     Raises:
         ConfigError: it has not one entry for each dim, names an axis that the mesh has not, or one twice.
     """
-    layout = _layout_of(text)
-    names = [axis for dim in layout for axis in dim]
+    spec = Spec.parse(text)
     known = [name for name, _ in axes]
     problem = ""
-    if len(layout) != rank:
-        problem = f"it has {len(layout)} dims, the argument has {rank}"
-    elif unknown := [name for name in names if name not in known]:
+    if spec.unreduced:
+        problem = "an argument can't be unreduced"
+    elif len(spec.dims) != rank:
+        problem = f"it has {len(spec.dims)} dims, the argument has {rank}"
+    elif unknown := [name for name in spec.axes if name not in known]:
         problem = f"the mesh has no axis {unknown[0]!r}"
-    elif len(set(names)) != len(names):
-        problem = "an axis cuts one dim, once"
+    elif len(set(spec.axes)) != len(spec.axes):
+        problem = "it names an axis twice"
     if problem:
         raise ConfigError(
-            f"the plan's layout {text!r} of {path} is none",
+            f"invalid sharding {text!r} for {path} in the plan",
             why=problem,
-            fix=f"one entry for each dim, {WHOLE} or axes of {', '.join(known)} joined by +",
+            fix=f"give one entry for each dim, {REPLICATED} or axes of {', '.join(known)} joined by +",
         )
-    return layout
+    return spec
 
 
-def refuse_moved(given: Mapping[int, Layout], placed: Mapping[int, Layout], paths: Sequence[str]) -> None:
+def refuse_moved(given: Mapping[int, Spec], placed: Mapping[int, Spec], paths: Sequence[str]) -> None:
     """Refuse a plan for arguments that another step has placed otherwise.
 
     Raises:
@@ -77,46 +72,42 @@ def refuse_moved(given: Mapping[int, Layout], placed: Mapping[int, Layout], path
     for number in sorted(given.keys() & placed.keys()):
         if given[number] != placed[number]:
             raise ConfigError(
-                f"the plan has the layout {layout_text(given[number])} for {paths[number]}, "
-                f"which another step has placed as {layout_text(placed[number])}",
+                f"the plan has the sharding {given[number]} for {paths[number]}, "
+                f"which another step has placed as {placed[number]}",
                 why="arguments that are placed stay where they are",
                 fix="pass bactrian.gather(...) of the state, or leave the plan out",
             )
 
 
-def refuse_overruled(module: ir.Module, layouts: Mapping[int, Layout], paths: Sequence[str]) -> None:
+def refuse_overruled(module: ir.Module, specs: Mapping[int, Spec], paths: Sequence[str]) -> None:
     """Refuse layouts of a plan, or of another step, for arguments that the program asks to be laid out otherwise.
 
     Args:
         module: whose arguments have the layouts that users asked for, after ``adopt-shardings``.
-        layouts: of arguments, by number.
+        specs: of arguments, by number.
         paths: of the arguments.
 
     Raises:
         ConfigError: names the first one.
     """
     for number, entry in enumerate(argument_attributes(main_function(module))):
-        if number in layouts and SHARDING in entry and axis_names(entry[SHARDING]) != layouts[number]:
+        if number in specs and SHARDING in entry and spec_of(entry[SHARDING]) != specs[number]:
             raise ConfigError(
-                f"{paths[number]} is {layout_text(layouts[number])} in the plan or from another step, "
-                f"and the program asks for {layout_text(axis_names(entry[SHARDING]))}",
+                f"{paths[number]} is {specs[number]} in the plan or from another step, "
+                f"and the program asks for {spec_of(entry[SHARDING])}",
                 why="with_sharding_constraint, in_shardings and arguments that are sharded give an argument its layout",
                 fix="ask for the same layout; or make the plan again, and pass bactrian.gather(...) of the state",
             )
 
 
-def write_layouts(module: ir.Module, layouts: Mapping[int, Layout]) -> None:
-    """Give arguments of ``@main`` their layouts (the mesh is named by its axes: those of all stages are equal)."""
-    if not layouts:
+def write_specs(module: ir.Module, specs: Mapping[int, Spec]) -> None:
+    """Give arguments of ``@main`` their shardings (the mesh is named by its axes: those of all stages are equal)."""
+    if not specs:
         return
     main = main_function(module)
     entries = argument_attributes(main)
-    for number, layout in layouts.items():
-        dims = [
-            sdy.DimensionShardingAttr.get([sdy.AxisRefAttr.get(axis) for axis in axes], is_closed=True)
-            for axes in layout
-        ]
-        entries[number][SHARDING] = sdy.TensorShardingAttr.get("stage0", dims)
+    for number, spec in specs.items():
+        entries[number][SHARDING] = sharding_attribute(spec, "stage0")
     main.attributes["arg_attrs"] = ir.ArrayAttr.get([ir.DictAttr.get(entry) for entry in entries])
 
 
@@ -140,7 +131,7 @@ def _read(found: ir.DictAttr, stage: int, program: StagedProgram, paths: Sequenc
     memory = [ir.DictAttr(entry) for entry in ir.ArrayAttr(found["memory_bytes"])]
     compared = [ir.DictAttr(entry) for entry in ir.ArrayAttr(found["compared"])] if "compared" in found else []
     layouts = {
-        piece.argument: layout_text(program.values[piece.value].layout)
+        piece.argument: str(program.values[piece.value].spec)
         for piece in program.arguments
         if program.values[piece.value].stage == stage
     }

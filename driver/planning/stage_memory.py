@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -39,7 +38,7 @@ def stage_peak(step: UnrolledStep, stage: int, functions: Mapping[str, FunctionM
 
     def held(value: int) -> int:
         own = program.values[value]
-        return own.nbytes // math.prod(sizes[axis] for axes in own.layout for axis in axes)
+        return own.nbytes // own.spec.num_shards(sizes)
 
     spans = _spans(step, stage)
     found = StagePeak("", 0, 0)

@@ -14,12 +14,11 @@ from bactrian.driver.planning.infeasible_core import with_conflict
 from bactrian.driver.planning.layer_names import name_layers
 from bactrian.driver.planning.memory_refinement import Fitted, fit, is_fitting, solved_again
 from bactrian.driver.planning.plan_shardings import (
-    Layout,
     as_before,
-    plan_layouts,
+    plan_specs,
     refuse_moved,
     refuse_overruled,
-    write_layouts,
+    write_specs,
 )
 from bactrian.driver.planning.predictions import (
     DEVICES,
@@ -35,6 +34,7 @@ from bactrian.passes.frame.errors import InfeasiblePlanError
 from bactrian.passes.frame.pipeline import PipelineReport, run_pipeline
 from bactrian.passes.ir.main_dataflow import MainDataflow
 from bactrian.passes.ir.regions import body, main_function
+from bactrian.passes.machine.spec import Spec
 from bactrian.passes.plan.schema import LayerPlan, Plan, StagePlan
 from bactrian.passes.sharding.solve_snapshot import before_solving
 
@@ -49,7 +49,7 @@ def stage_program(
     num_microbatches: int,
     plan: Plan | None = None,
     paths: Sequence[str] = (),
-    layouts: Mapping[int, Layout] | None = None,
+    specs: Mapping[int, Spec] | None = None,
     reproducer_dir: str | None = None,
 ) -> Staged:
     """Run the passes on a captured module (which is consumed) and say what is predicted of the outcome.
@@ -57,13 +57,13 @@ def stage_program(
     Args:
         plan: an existing plan to apply; its predictions are replaced by those of this run.
         paths: of the arguments, for people.
-        layouts: of arguments on the mesh of the one stage, where they are given: the axes of each dim.
+        specs: of arguments on the stages' mesh, where they are given.
         reproducer_dir: where a failing pass writes its reproducer.
     """
     formed = run_pipeline(module, decisions.forming(), reproducer_dir=reproducer_dir)
     # What is known by layers is read now: split-stages keeps only stages.
     layered = _layered(module, decisions, formed.kept.get(MainDataflow))
-    sources = _give_layouts(module, plan, layouts or {}, paths) if decisions.is_wide else {}
+    sources = _give_shardings(module, plan, specs or {}, paths) if decisions.is_wide else {}
     localized = run_pipeline(module, decisions.localizing(), reproducer_dir=reproducer_dir, kept=formed.kept)
     unsolved = None
     if decisions.is_wide:
@@ -107,16 +107,16 @@ def _layered(module: ir.Module, decisions: Decisions, flow: MainDataflow | None)
         return _Layered(name_layers(ops, decisions.num_layers), layers, stage_work(ops, decisions.num_stages))
 
 
-def _give_layouts(
-    module: ir.Module, plan: Plan | None, placed: Mapping[int, Layout], paths: Sequence[str]
+def _give_shardings(
+    module: ir.Module, plan: Plan | None, placed: Mapping[int, Spec], paths: Sequence[str]
 ) -> dict[int, str]:
-    """Write the layouts that a plan or another step has given to arguments; returns who gave each, by the argument's number."""
+    """Write the shardings that a plan or another step has given to arguments; returns who gave each, by the argument's number."""
     with module.context:
         ranks = [len(ir.RankedTensorType(value.type).shape) for value in body(main_function(module)).arguments]
-        given = {} if plan is None else plan_layouts(plan, paths, ranks)
+        given = {} if plan is None else plan_specs(plan, paths, ranks)
         refuse_moved(given, placed, paths)
         refuse_overruled(module, {**given, **placed}, paths)
-        write_layouts(module, {**given, **placed})
+        write_specs(module, {**given, **placed})
     return dict.fromkeys(given, "the plan that was applied") | dict.fromkeys(placed, "another step")
 
 

@@ -121,7 +121,7 @@ class Compiled:
                     return False
                 if here.stages != wanted.stages and not set(wanted.stages).issubset(here.stages):
                     return False
-                if here.num_stages and not here.same_layouts(wanted):
+                if here.num_stages and not here.same_specs(wanted):
                     return False
         return True
 
@@ -189,7 +189,7 @@ class Compiled:
                 stage: tuple(rank if not alone else 0 for rank, own in ranks.items() if stage in own)
                 for stage in stages
             },
-            layouts={stage: program.values[pieces[stage].value].layout for stage in stages},
+            specs={stage: program.values[pieces[stage].value].spec for stage in stages},
             meshes={stage: program.mesh(stage) for stage in stages},
             key_impl=info.key_impl,
             num_stages=self.plan.num_stages,
@@ -213,7 +213,7 @@ class Compiled:
             if stage not in leaf.placement.stages or leaf.placement.rows.get(stage) != placement.rows.get(stage)
         ]
         values = physical_values(leaf) if missing else np.empty(0)
-        other = 0  # bytes that come in another layout
+        other = 0  # bytes that come with another sharding
         for stage, sharding in placement.shardings.items():
             if stage in missing:
                 piece = device_array(placement.part(stage, values), sharding, True)

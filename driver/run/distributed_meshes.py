@@ -11,6 +11,7 @@ import jax
 
 from bactrian.driver.xla.compile_stage import JaxDevice
 from bactrian.passes.frame.errors import ConfigError
+from bactrian.passes.machine.spec import MeshAxes
 from bactrian.runtime.control import Control
 from bactrian.runtime.staged_program import StagedProgram
 
@@ -126,6 +127,6 @@ def devices_of_ranks(ranks: Sequence[int]) -> list[JaxDevice]:
     return sorted(mine, key=lambda device: (place[device.process_index], device.id))
 
 
-def meshes_of(program: StagedProgram) -> list[tuple[tuple[str, int], ...]]:
+def meshes_of(program: StagedProgram) -> list[MeshAxes]:
     """The mesh of every stage."""
     return [program.mesh(stage) for stage in range(program.num_stages)]

@@ -25,7 +25,7 @@ from bactrian.driver.xla.compile_stage import (
     mesh_sharding,
 )
 from bactrian.passes.frame.errors import ConfigError
-from bactrian.passes.ir.meshes import Axes
+from bactrian.passes.machine.spec import UNSHARDED, MeshAxes, Spec
 from bactrian.runtime import faults
 from bactrian.runtime.control import Control
 from bactrian.runtime.executor import Executor, Meter, run_together
@@ -44,22 +44,22 @@ class Places:
 
     def __init__(self, program: StagedProgram, devices: Mapping[int, Sequence[JaxDevice]]) -> None:
         self._program, self._devices = program, devices
-        self._known: dict[tuple[int, tuple[tuple[str, ...], ...]], Sharding] = {}
+        self._known: dict[tuple[int, Spec], Sharding] = {}
 
     def of_slot(self, slot: Slot) -> Sharding:
         """The sharding of a slot."""
-        layout = self._program.values[slot.value].layout if slot.value >= 0 else ()
-        return self.of_layout(slot.stage, layout)
+        spec = self._program.values[slot.value].spec if slot.value >= 0 else UNSHARDED
+        return self.of_spec(slot.stage, spec)
 
     def of_value(self, value: int) -> Sharding:
         """The sharding of a value of the staged program."""
-        return self.of_layout(self._program.values[value].stage, self._program.values[value].layout)
+        return self.of_spec(self._program.values[value].stage, self._program.values[value].spec)
 
-    def of_layout(self, stage: int, layout: tuple[tuple[str, ...], ...]) -> Sharding:
-        """The sharding of a layout on a stage's mesh."""
-        key = stage, layout
+    def of_spec(self, stage: int, spec: Spec) -> Sharding:
+        """JAX's sharding for a spec on a stage's mesh."""
+        key = stage, spec
         if key not in self._known:
-            self._known[key] = mesh_sharding(self._devices[stage], self._program.mesh(stage), layout)
+            self._known[key] = mesh_sharding(self._devices[stage], self._program.mesh(stage), spec)
         return self._known[key]
 
 
@@ -118,13 +118,13 @@ class Session:
             write_trace(path, events)
 
 
-def num_groups(mesh: Axes) -> int:
+def num_groups(mesh: MeshAxes) -> int:
     """How many stages can have ranks of their own, each as many as such a mesh takes."""
     world = World.current()
     return 1 if world.num_ranks == 1 else world.num_ranks // ranks_per_mesh([mesh], world, jax.local_devices())
 
 
-def check_ranks(meshes: Sequence[Axes], world: World) -> int:
+def check_ranks(meshes: Sequence[MeshAxes], world: World) -> int:
     """The ranks that each mesh takes.
 
     Raises:

@@ -25,16 +25,9 @@ from bactrian.driver.xla.loop_captures import carry_captured
 from bactrian.driver.xla.written_reduce_scatters import write_reduce_scatters
 from bactrian.passes.frame.location import name_stack
 from bactrian.passes.ir.attributes import argument_attributes
-from bactrian.passes.ir.meshes import (
-    SHARDING,
-    Axes,
-    axis_names,
-    mesh_attribute,
-    mesh_axes,
-    num_devices,
-    value_shardings,
-)
+from bactrian.passes.ir.meshes import SHARDING, mesh_attribute, mesh_axes, spec_of, value_shardings
 from bactrian.passes.ir.regions import main_function, nested_operations
+from bactrian.passes.machine.spec import MeshAxes, Spec, num_devices
 from bactrian.runtime.transports.interface import device_array as plain_device_array
 
 JaxDevice = Any  # jax.Device, which its own stubs declare as a variable
@@ -63,7 +56,7 @@ def function_texts(staged: ir.Module, platform: str | None, *, numbered: bool = 
         return texts
 
 
-def _standalone(op: ir.Operation, symbol: str, mesh: str, axes: Axes, platform: str | None, numbered: bool) -> str:
+def _standalone(op: ir.Operation, symbol: str, mesh: str, axes: MeshAxes, platform: str | None, numbered: bool) -> str:
     """A function as a module that XLA accepts: public ``@main``, and no attribute but aliasing and layouts."""
     clone = op.clone(ip=False).operation
     if numbered:
@@ -101,7 +94,7 @@ def _number(main: ir.Operation) -> None:
         op.location = ir.Location.name(f"op.{number}/{name_stack(op.location)}", op.location)
 
 
-def constrain(main: ir.Operation, axes: Axes, platform: str) -> None:
+def constrain(main: ir.Operation, axes: MeshAxes, platform: str) -> None:
     """Write shardings as XLA's import reads them.
 
     ``sdy.reshard`` becomes ``sdy.sharding_constraint``. Shardy reads a constraint as the wish of all: it gives its layout
@@ -209,18 +202,18 @@ def device_array(view: Any, place: Sharding, copy: bool) -> jax.Array:
 _placements: dict[tuple[tuple[int, ...], Any, Sharding, bool], tuple[ShapedArray, list[JaxDevice]]] = {}
 
 
-def mesh_sharding(devices: Sequence[JaxDevice], axes: Axes, layout: Sequence[Sequence[str]]) -> Sharding:
+def mesh_sharding(devices: Sequence[JaxDevice], axes: MeshAxes, spec: Spec) -> Sharding:
     """Where a value of a stage is.
 
     Args:
         devices: of the stage's mesh, in its order.
         axes: names and sizes of the mesh's axes.
-        layout: the names of the axes that cut each dim; dims at the end may be left out.
+        spec: of the value; dims at the end may be left out.
     """
     if len(devices) == 1:
         return SingleDeviceSharding(devices[0])
     mesh = Mesh(np.array(devices).reshape([size for _, size in axes]), [name for name, _ in axes])
-    return NamedSharding(mesh, PartitionSpec(*(tuple(names) or None for names in layout)))
+    return NamedSharding(mesh, PartitionSpec(*(tuple(names) or None for names in spec.dims)))
 
 
 def signature_shardings(text: str, devices: Sequence[JaxDevice]) -> tuple[list[Sharding], list[Sharding]]:
@@ -237,7 +230,7 @@ def signature_shardings(text: str, devices: Sequence[JaxDevice]) -> tuple[list[S
 
         def of(name: str) -> list[Sharding]:
             entries = [ir.DictAttr(entry) for entry in ir.ArrayAttr(main.attributes[name])]
-            return [mesh_sharding(devices, axes, axis_names(entry[SHARDING])) for entry in entries]
+            return [mesh_sharding(devices, axes, spec_of(entry[SHARDING])) for entry in entries]
 
         return (of("arg_attrs") if counts["arg_attrs"] else []), (of("res_attrs") if counts["res_attrs"] else [])
 

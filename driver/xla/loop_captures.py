@@ -5,8 +5,9 @@ from __future__ import annotations
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import sdy
 
-from bactrian.passes.ir.meshes import SHARDING, mesh_name, value_shardings, whole_sharding
+from bactrian.passes.ir.meshes import SHARDING, mesh_name, sharding_attribute, value_shardings
 from bactrian.passes.ir.regions import nested_operands, nested_operations
+from bactrian.passes.machine.spec import Spec
 from bactrian.passes.sharding.loop_dataflow import WHILE, is_unchanged
 
 
@@ -53,7 +54,7 @@ def _carry(main: ir.Operation, loop: ir.Operation, captured: list[ir.Value]) -> 
     mesh = mesh_name(shardings[0])
     for value, sharding in zip(captured, value_shardings(main, captured), strict=True):
         rank = value.type.rank if isinstance(value.type, ir.RankedTensorType) else 0
-        shardings.append(whole_sharding(mesh, rank) if sharding is None else sharding)
+        shardings.append(sharding_attribute(Spec.replicated(rank), mesh) if sharding is None else sharding)
     attributes = {name: loop.attributes[name] for name in loop.attributes.keys()}  # noqa: SIM118 -- iterating gives no names in every jaxlib
     attributes[SHARDING] = sdy.TensorShardingPerValueAttr.get(shardings)
     with ir.InsertionPoint(loop):

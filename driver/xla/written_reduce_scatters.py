@@ -13,15 +13,16 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import sdy, stablehlo
 
 from bactrian.passes.frame.location import name_stack
-from bactrian.passes.ir.meshes import SHARDING, Axes, axis_names, mesh_name, value_shardings
+from bactrian.passes.ir.meshes import SHARDING, mesh_name, sharding_attribute, spec_of, value_shardings
 from bactrian.passes.ir.regions import body, nested_operations, terminator
+from bactrian.passes.machine.spec import MeshAxes, Spec
 from bactrian.passes.sharding.scattered_sums import ScatteredSum, bundles, scattered_sums
 
 _DEVICE_TO_DEVICE = 1  # stablehlo's type of a channel
 _NUMBER = re.compile(r"op\.\d+/")
 
 
-def write_reduce_scatters(main: ir.Operation, axes: Axes) -> None:
+def write_reduce_scatters(main: ir.Operation, axes: MeshAxes) -> None:
     """Write sums that are cut along the axes that they are summed over as what each device does.
 
     A partitioner makes an all-reduce of a partial result, and a slice of that: twice the bytes of the reduce-scatter that was
@@ -53,14 +54,15 @@ class _Manual:
         kept: the shape of the piece of it that a device keeps.
     """
 
-    def __init__(self, main: ir.Operation, found: ScatteredSum, axes: Axes) -> None:
+    def __init__(self, main: ir.Operation, found: ScatteredSum, axes: MeshAxes) -> None:
         self.found, self._axes, self._sizes = found, axes, dict(axes)
         op = found.op
         self.target = found.move.attributes["sharding"]
+        self._mesh = mesh_name(self.target)
         self.whole = op.results[0].type
         values = [*op.operands, op.results[0]]
         shardings = [
-            _sharding(self.target, _rank(value) * [()]) if known is None else known
+            sharding_attribute(Spec.replicated(_rank(value)), self._mesh) if known is None else known
             for value, known in zip(values, value_shardings(main, values), strict=True)
         ]
         self._reads, self._partial = shardings[:-1], shardings[-1]
@@ -99,7 +101,7 @@ class _Manual:
 
     def rows_sharding(self) -> ir.Attribute:
         """That of what `pack` gives: every device has rows of its own."""
-        return _sharding(self.target, [[name for name, _ in self._axes], []])
+        return sharding_attribute(Spec((tuple(name for name, _ in self._axes), ())), self._mesh)
 
     def _op(self, block: ir.Block) -> ir.Value:
         """The op on a device's pieces."""
@@ -135,15 +137,11 @@ class _Manual:
         return [self._piece(value.type, sharding) for value, sharding in operands]
 
     def _piece(self, type_: ir.Type, sharding: ir.Attribute) -> ir.RankedTensorType:
-        tensor, names = ir.RankedTensorType(type_), axis_names(sharding)
-        shape = [
-            size // math.prod(self._sizes[axis] for axis in axes)
-            for size, axes in zip(tensor.shape, names, strict=True)
-        ]
-        return ir.RankedTensorType.get(shape, tensor.element_type)
+        tensor = ir.RankedTensorType(type_)
+        return ir.RankedTensorType.get(spec_of(sharding).local_shape(tensor.shape, self._sizes), tensor.element_type)
 
 
-def _write_bundle(sums: Sequence[_Manual], axes: Axes, channel: int) -> None:
+def _write_bundle(sums: Sequence[_Manual], axes: MeshAxes, channel: int) -> None:
     """Put several ops in their places, and one collective for all after the last one: others may have to be sorted."""
     last = sums[-1].found.op
     packed = [one.pack() for one in sums]
@@ -177,7 +175,7 @@ def _write_bundle(sums: Sequence[_Manual], axes: Axes, channel: int) -> None:
 
 
 def _manual(
-    axes: Axes,
+    axes: MeshAxes,
     operands: list[ir.Value],
     reads: Sequence[ir.Attribute],
     results: Sequence[ir.Type],
@@ -224,7 +222,7 @@ def _scatter(value: ir.Value, dim: int, groups: np.ndarray, channel: int) -> ir.
     return op.results[0]
 
 
-def device_groups(axes: Axes, along: Sequence[str]) -> np.ndarray:
+def device_groups(axes: MeshAxes, along: Sequence[str]) -> np.ndarray:
     """The devices that differ along some axes only, a row for each group; in a row the first of these axes is the major one.
 
     ``device_groups((("a", 2), ("b", 2)), ["a"])`` is ``[[0, 2], [1, 3]]``.
@@ -268,11 +266,6 @@ def _shared_location(ops: Sequence[ir.Operation]) -> ir.Location:
     stacks = [name_stack(op.location) for op in ops]
     numbers = [match[0] for match in map(_NUMBER.match, stacks[1:]) if match]
     return ir.Location.name("".join(numbers) + stacks[0], ops[0].location) if numbers else ops[0].location
-
-
-def _sharding(like: ir.Attribute, layout: Sequence[Sequence[str]]) -> ir.Attribute:
-    dims = [sdy.DimensionShardingAttr.get([sdy.AxisRefAttr.get(a) for a in axes], is_closed=True) for axes in layout]
-    return sdy.TensorShardingAttr.get(mesh_name(like), dims)
 
 
 def _reshaped(value: ir.Value, shape: Sequence[int]) -> ir.Value:

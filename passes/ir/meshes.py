@@ -3,22 +3,21 @@ accessors in Python."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import sdy
 
+from bactrian.passes.machine.spec import MeshAxes, Spec
+
 SHARDING = "sdy.sharding"
-Axes = tuple[tuple[str, int], ...]
-"""Names and sizes of a mesh's axes, the major one first."""
 
 _PREFIX = '!mpmd.mesh_tensor<"stage'
 
 
-def mesh_axes(module: ir.Module) -> dict[str, Axes]:
+def mesh_axes(module: ir.Module) -> dict[str, MeshAxes]:
     """The axes of every mesh of a module, by its symbol."""
-    found = dict[str, Axes]()
+    found = dict[str, MeshAxes]()
     for view in module.body.operations:
         op = view.operation
         if op.name == "sdy.mesh":
@@ -27,23 +26,13 @@ def mesh_axes(module: ir.Module) -> dict[str, Axes]:
     return found
 
 
-def stage_axes(module: ir.Module, num_stages: int) -> tuple[Axes, ...]:
+def stage_axes(module: ir.Module, num_stages: int) -> tuple[MeshAxes, ...]:
     """The axes of every stage's mesh; one device where there is none."""
     known = mesh_axes(module)
     return tuple(known.get(f"stage{stage}", (("data", 1),)) for stage in range(num_stages))
 
 
-def num_devices(axes: Axes) -> int:
-    """Devices of a mesh."""
-    return math.prod(size for _, size in axes)
-
-
-def axes_text(axes: Axes) -> str:
-    """``["data"=2, "model"=4]``, as it stands in ``sdy.mesh`` and ``mpmd.topology``."""
-    return "[" + ", ".join(f'"{name}"={size}' for name, size in axes) + "]"
-
-
-def mesh_attribute(axes: Axes) -> ir.Attribute:
+def mesh_attribute(axes: MeshAxes) -> ir.Attribute:
     """``#sdy.mesh`` of axes."""
     return sdy.MeshAttr.get([sdy.MeshAxisAttr.get(name, size) for name, size in axes])
 
@@ -64,22 +53,36 @@ def mesh_tensor_parts(type_: ir.Type) -> tuple[int, ir.RankedTensorType, ir.Attr
     return int(stage), ir.RankedTensorType(ir.Type.parse(tensor)), sharding
 
 
-def axis_names(sharding: ir.Attribute | None) -> tuple[tuple[str, ...], ...]:
-    """The axes over which each dim is cut; nothing at all without a sharding."""
-    if sharding is None:
-        return ()
-    dims = [sdy.DimensionShardingAttr(dim) for dim in sdy.TensorShardingAttr(sharding).dimension_shardings]
-    return tuple(tuple(sdy.AxisRefAttr(axis).name for axis in dim.axes) for dim in dims)
+def spec_of(sharding: ir.Attribute) -> Spec:
+    """An ``sdy.sharding`` over whole axes as plain data."""
+    attribute = sdy.TensorShardingAttr(sharding)
+    dims = [sdy.DimensionShardingAttr(dim) for dim in attribute.dimension_shardings]
+    return Spec(
+        tuple(tuple(sdy.AxisRefAttr(axis).name for axis in dim.axes) for dim in dims),
+        tuple(sdy.AxisRefAttr(axis).name for axis in attribute.unreduced_axes),
+    )
+
+
+def spec_or_replicated(sharding: ir.Attribute | None, type_: ir.Type) -> Spec:
+    """The spec of a value of some type: replicated where it has no sharding."""
+    if sharding is not None:
+        return spec_of(sharding)
+    return Spec.replicated(type_.rank if isinstance(type_, ir.RankedTensorType) else 0)
+
+
+def sharding_attribute(spec: Spec, mesh_name: str) -> ir.Attribute:
+    """``#sdy.sharding`` of a spec, closed: nothing may shard the value further."""
+
+    def references(axes: Iterable[str]) -> list[ir.Attribute]:
+        return [sdy.AxisRefAttr.get(axis) for axis in axes]
+
+    dims = [sdy.DimensionShardingAttr.get(references(axes), is_closed=True) for axes in spec.dims]
+    return sdy.TensorShardingAttr.get(mesh_name, dims, unreduced_axes=references(spec.unreduced))
 
 
 def mesh_name(sharding: ir.Attribute) -> str:
     """The symbol of the mesh that a sharding is over."""
     return str(sharding).removeprefix("#sdy.sharding<@").partition(",")[0]
-
-
-def whole_sharding(mesh_name: str, rank: int) -> ir.Attribute:
-    """The sharding of a tensor that every device has whole."""
-    return sdy.TensorShardingAttr.get(mesh_name, [sdy.DimensionShardingAttr.get([], is_closed=True)] * rank)
 
 
 def value_shardings(main: ir.Operation, values: Iterable[ir.Value]) -> list[ir.Attribute | None]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from bactrian.passes.frame.errors import ConfigError
 from bactrian.passes.machine.collective_times import Curve, curves_of, positive
 from bactrian.passes.machine.device import CPU_CORE, Device
 from bactrian.passes.machine.mesh import Axis, Mesh
+from bactrian.passes.machine.spec import MeshAxes, axes_text, num_devices
 
 _GIGA = 1e9
 _KEYS = {
@@ -66,7 +67,7 @@ class Cluster:
         """All of them."""
         return self.hosts * self.devices_per_host
 
-    def mesh(self, axes: Sequence[tuple[str, int]]) -> Mesh:
+    def mesh(self, axes: MeshAxes) -> Mesh:
         """A mesh over the first devices, the last axis over neighbours.
 
         An axis inside a host takes what was measured of groups of its size, if anything was, else the link of the host.
@@ -75,8 +76,8 @@ class Cluster:
         Raises:
             ConfigError: there are fewer devices, or hosts would be cut unevenly.
         """
-        text = ",".join(f"{name}={size}" for name, size in axes)
-        count = math.prod(size for _, size in axes)
+        text = axes_text(axes)
+        count = num_devices(axes)
         if count > self.num_devices:
             raise ConfigError(
                 f"mesh {text} needs {count} devices, {self.name} has {self.num_devices}",

@@ -9,14 +9,12 @@ MPICH", 2005). Measured curves take their place where a cluster file has them.
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from bactrian.passes.frame.errors import ConfigError
 from bactrian.passes.machine.collective_times import Curve
-
-_AXIS = re.compile(r"\s*([A-Za-z_]\w*)\s*=\s*(\d+)\s*")
 
 
 @dataclass(frozen=True)
@@ -114,17 +112,32 @@ class Mesh:
                 if curve.group != axis.size:
                     raise ConfigError(f"axis {axis.name} of {axis.size} devices has a curve for {curve.group}")
 
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        """Of all axes."""
-        return tuple(axis.size for axis in self.axes)
+    @cached_property
+    def by_name(self) -> dict[str, Axis]:
+        """The axes by their names, in the mesh's order."""
+        return {axis.name: axis for axis in self.axes}
+
+    @cached_property
+    def sizes(self) -> dict[str, int]:
+        """The size of each axis."""
+        return {axis.name: axis.size for axis in self.axes}
+
+    @cached_property
+    def wide(self) -> tuple[str, ...]:
+        """The axes of more than one device: an axis of size 1 shards nothing."""
+        return tuple(axis.name for axis in self.axes if axis.size > 1)
+
+    @cached_property
+    def position(self) -> dict[str, int]:
+        """The number of each axis in the mesh's order."""
+        return {axis.name: number for number, axis in enumerate(self.axes)}
 
     @property
     def num_devices(self) -> int:
         """All of them."""
-        return math.prod(self.sizes)
+        return math.prod(axis.size for axis in self.axes)
 
-    def all_reduce(self, axes: Sequence[int], nbytes: float) -> float:
+    def all_reduce(self, axes: Sequence[str], nbytes: float) -> float:
         """Seconds of one all-reduce over several axes, for ``nbytes`` on each device.
 
         Hierarchical: reduce-scatters along one axis after the other, the fastest first, so that the slowest carries the
@@ -132,37 +145,17 @@ class Mesh:
         group of as many devices takes the place of this.
         """
         if len(axes) == 1:
-            return self.axes[axes[0]].all_reduce(nbytes)
-        group = self.parts(axes)
+            return self.by_name[axes[0]].all_reduce(nbytes)
+        group = self.group_size(axes)
         for curve in self.measured:
             if (curve.kind, curve.group) == ("all_reduce", group):
                 return curve.seconds_for(nbytes)
         seconds = 0.0
-        for axis in sorted((self.axes[number] for number in axes), key=lambda axis: axis.seconds_per_byte):
+        for axis in sorted((self.by_name[name] for name in axes), key=lambda axis: axis.seconds_per_byte):
             seconds += 2 * (axis.size - 1) / axis.size * nbytes * axis.seconds_per_byte
             nbytes /= axis.size
-        return seconds + max((self.axes[number].latency for number in axes), default=0.0)
+        return seconds + max((self.by_name[name].latency for name in axes), default=0.0)
 
-    def parts(self, axes: Sequence[int]) -> int:
-        """How many shards a dim has that is sharded over these axes."""
-        return math.prod(self.axes[axis].size for axis in axes)
-
-
-def parse_axes(text: str) -> tuple[tuple[str, int], ...]:
-    """``"data=2,model=4"`` as names and sizes.
-
-    Raises:
-        ConfigError: another form, a name twice, or a size of 0.
-    """
-    found = list[tuple[str, int]]()
-    for part in text.split(","):
-        match = _AXIS.fullmatch(part)
-        if match is None:
-            raise ConfigError(f"mesh {text!r} is not a list of axes", fix='write it as in "data=2,model=4"')
-        found.append((match[1], int(match[2])))
-    names = [name for name, _ in found]
-    if len(set(names)) != len(names):
-        raise ConfigError(f"mesh {text!r} has two axes of one name")
-    if any(size == 0 for _, size in found):
-        raise ConfigError(f"mesh {text!r} has an axis of size 0", fix="give sizes of 1 or more")
-    return tuple(found)
+    def group_size(self, axes: Iterable[str]) -> int:
+        """Devices along some axes: the shards that they split something into."""
+        return math.prod(self.sizes[name] for name in axes)

@@ -57,7 +57,7 @@ def function_memory(main: ir.Operation, sizes: Mapping[str, int]) -> FunctionMem
     """The memory of one function.
 
     Args:
-        main: a stage function, with its layouts.
+        main: a stage function, with its shardings.
         sizes: of the axes of its mesh; none for one device.
     """
     graph = read_function(main, sizes)

@@ -1,7 +1,7 @@
 """From a stage function's IR to the graph of what one device computes.
 
-Layouts are in the IR by now: moves are ``sdy.reshard``, and an op whose operands are cut where its result is not
-gives partial results, which devices add up.
+Shardings are in the IR by now: reshards are ``sdy.reshard``, and an op whose operands are sharded where its result is
+not gives partial results, which devices add up.
 """
 
 from __future__ import annotations
@@ -14,15 +14,14 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import stablehlo
 
 from bactrian.passes.ir.attributes import argument_attributes
-from bactrian.passes.ir.meshes import SHARDING, axis_names, value_shardings
+from bactrian.passes.ir.meshes import SHARDING, spec_of, spec_or_replicated, value_shardings
 from bactrian.passes.ir.op_traits import CONTRACTING, HAS_OWN_BUFFER, without_dialect
 from bactrian.passes.ir.regions import body, nested_operations
 from bactrian.passes.ir.tensor_sizes import type_bytes
+from bactrian.passes.machine.spec import Spec
 from bactrian.passes.peak.value_graph import Graph, Kind
 from bactrian.passes.sharding.halo_rules import borders_of
 from bactrian.passes.sharding.scattered_sums import ScatteredSum, bundles, scattered_sums
-
-Layout = tuple[tuple[str, ...], ...]
 
 _VIEWS = frozenset({"reshape", "bitcast_convert"})
 _FIRM = without_dialect(HAS_OWN_BUFFER)
@@ -41,12 +40,11 @@ def read_function(main: ir.Operation, sizes: Mapping[str, int]) -> Graph:
     """
     block = body(main)
     values = [*block.arguments, *(result for view in block.operations for result in view.operation.results)]
-    layouts: dict[ir.Value, Layout] = {
-        v: _layout(s, v) for v, s in zip(values, value_shardings(main, values), strict=True)
-    }
+    shardings = value_shardings(main, values)
+    specs: dict[ir.Value, Spec] = {v: spec_or_replicated(s, v.type) for v, s in zip(values, shardings, strict=True)}
     together = bundles(main, list(scattered_sums(main)), sizes)
     scattered = {found.op.results[0]: (found, number) for number, bundle in enumerate(together) for found in bundle}
-    graph = _Reader(block, layouts, sizes, scattered).graph
+    graph = _Reader(block, specs, sizes, scattered).graph
     for number, entry in enumerate(argument_attributes(main)):
         if "tf.aliasing_output" in entry:
             graph.aliases[ir.IntegerAttr(entry["tf.aliasing_output"]).value] = number
@@ -59,12 +57,12 @@ class _Reader:
     def __init__(
         self,
         block: ir.Block,
-        layouts: Mapping[ir.Value, Layout],
+        specs: Mapping[ir.Value, Spec],
         sizes: Mapping[str, int],
         scattered: Mapping[ir.Value, tuple[ScatteredSum, int]],
     ) -> None:
         self.graph = Graph()
-        self._layouts, self._sizes, self._scattered = layouts, sizes, scattered
+        self._specs, self._sizes, self._scattered = specs, sizes, scattered
         self._node = dict[ir.Value, int]()
         for value in block.arguments:
             self._argument(value)
@@ -81,20 +79,16 @@ class _Reader:
         found = self._node.get(value)
         return self._argument(value) if found is None else found
 
-    def _layout(self, value: ir.Value) -> Layout:
-        known = self._layouts.get(value)
-        return _layout(None, value) if known is None else known
+    def _spec(self, value: ir.Value) -> Spec:
+        known = self._specs.get(value)
+        return spec_or_replicated(None, value.type) if known is None else known
 
-    def _local(self, value: ir.Value, layout: Layout | None = None) -> tuple[tuple[int, ...], int]:
-        """Shape and bytes of a device's piece, in the value's own layout or another one."""
+    def _local(self, value: ir.Value, spec: Spec | None = None) -> tuple[tuple[int, ...], int]:
+        """Shape and bytes of a device's shard, with the value's own sharding or another one."""
         type_ = value.type
         if not isinstance(type_, ir.RankedTensorType):
             return (), 0
-        layout = self._layout(value) if layout is None else layout
-        shape = tuple(
-            -(-size // math.prod(self._sizes[axis] for axis in axes))
-            for size, axes in zip(type_.shape, layout, strict=True)
-        )
+        shape = (self._spec(value) if spec is None else spec).local_shape(type_.shape, self._sizes)
         return shape, type_bytes(type_) // max(1, math.prod(type_.shape)) * math.prod(shape)
 
     def _read(self, op: ir.Operation) -> None:
@@ -117,13 +111,13 @@ class _Reader:
 
     def _bordered(self, op: ir.Operation, reads: list[int]) -> list[int]:
         """What an op reads, with the borders that neighbours send: they are cut off, sent, and put beside the piece."""
-        graph, made = self.graph, self._layout(op.results[0])
+        graph, made = self.graph, self._spec(op.results[0])
         for border in borders_of(op):
             at, dim = border.operand, border.dim
-            axes = self._layout(op.operands[at])[dim]
-            partner = made if border.partner is None else self._layout(op.operands[border.partner])
+            axes = self._spec(op.operands[at]).dims[dim]
+            partner = made if border.partner is None else self._spec(op.operands[border.partner])
             parts = math.prod(self._sizes[axis] for axis in axes)
-            if parts == 1 or axes != partner[border.partner_dim] or not any(border.rows(parts)):
+            if parts == 1 or axes != partner.dims[border.partner_dim] or not any(border.rows(parts)):
                 continue
             node = graph.nodes[reads[at]]
             row = node.nbytes // max(1, node.shape[dim])
@@ -157,8 +151,8 @@ class _Reader:
         reads = self._bordered(op, reads)
         if name == "select_and_scatter":
             reads = self._expanded(op, reads)
-        layout, lost = self._partial(op, name)
-        shape, nbytes = self._local(result, layout)
+        spec, lost = self._partial(op, name)
+        shape, nbytes = self._local(result, spec)
         key = _key(op)
         if name == "constant":
             loose = math.prod(shape) <= 1 or _is_splat(op.attributes["value"])
@@ -179,7 +173,7 @@ class _Reader:
             key=key,
             dims=_dims(op, name, graph.nodes[reads[0]].shape if reads else ()),
         )
-        return self._all_reduce(made, result, layout, lost) if lost else made
+        return self._all_reduce(made, result, spec, lost) if lost else made
 
     def _several(self, op: ir.Operation, name: str, reads: list[int]) -> None:
         """An op with several results; a loop needs what one round of it needs."""
@@ -188,7 +182,7 @@ class _Reader:
             inside = {operand for nested in nested_operations(op) for operand in nested.operands}
             reads = [*reads, *(self._node[value] for value in self._node if value in inside)]
             for region in op.regions:
-                inner = _Reader(region.blocks[0], self._layouts, self._sizes, self._scattered).graph
+                inner = _Reader(region.blocks[0], self._specs, self._sizes, self._scattered).graph
                 if name == "while" and len(inner.results) == len(op.results):
                     inner.aliases = {number: number for number in range(len(inner.results))}
                 rounds.append(inner)
@@ -198,54 +192,52 @@ class _Reader:
                 "part", Kind.PART, (whole,), *self._local(result), key=position, place=position if name == "while" else None
             )  # fmt: skip
 
-    def _partial(self, op: ir.Operation, name: str) -> tuple[Layout, tuple[str, ...]]:
-        """The layout in which an op gives partial results, and the axes over which they are partial."""
-        layout = self._layout(op.results[0])
+    def _partial(self, op: ir.Operation, name: str) -> tuple[Spec, tuple[str, ...]]:
+        """How an op's partial results are sharded, and the axes over which they are partial."""
+        spec = self._spec(op.results[0])
         if name not in _CONTRACTS:
-            return layout, ()
-        first = self._layout(op.operands[0])
+            return spec, ()
+        first = self._spec(op.operands[0]).dims
         if name == "dot_general":
             numbers = stablehlo.DotDimensionNumbers(op.attributes["dot_dimension_numbers"])
             lost = [axis for dim in numbers.lhs_contracting_dimensions for axis in first[dim]]
         elif name == "reduce":
             lost = [axis for dim in ir.DenseI64ArrayAttr(op.attributes["dimensions"]) for axis in first[dim]]
         else:
-            read = [first] if name == "gather" else [self._layout(value) for value in op.operands]
-            kept = {axis for axes in layout for axis in axes}
+            read = [first] if name == "gather" else [self._spec(value).dims for value in op.operands]
+            kept = set(spec.axes)
             lost = list(dict.fromkeys(a for each in read for axes in each for a in axes if a not in kept))
-        return tuple(tuple(axis for axis in axes if axis not in lost) for axes in layout), tuple(lost)
+        return Spec(tuple(tuple(axis for axis in axes if axis not in lost) for axes in spec.dims)), tuple(lost)
 
-    def _all_reduce(self, made: int, result: ir.Value, layout: Layout, lost: tuple[str, ...]) -> int:
-        """The sum over devices of a partial result, cut afterwards where its own layout says so; or each device's piece of
+    def _all_reduce(self, made: int, result: ir.Value, spec: Spec, lost: tuple[str, ...]) -> int:
+        """The sum over devices of a partial result, sliced afterwards where its own sharding says so; or each device's shard of
         it at once."""
         if result in self._scattered:
             return self._reduce_scatters(made, result)
-        shape, nbytes = self._local(result, layout)
+        shape, nbytes = self._local(result, spec)
         group = ("all_reduce", tuple(sorted(lost)), str(ir.RankedTensorType(result.type).element_type))
         total = self.graph.add("all_reduce", Kind.FIRM, (made,), shape, nbytes, group=group, key=group)
-        return total if layout == self._layout(result) else self._cut(total, result, self._layout(result))
+        return total if spec == self._spec(result) else self._cut(total, result, self._spec(result))
 
     def _reduce_scatters(self, made: int, result: ir.Value) -> int:
         """Each device's piece of a sum, sent with those of its bundle: pieces are brought together first."""
         found, number = self._scattered[result]
-        layout = axis_names(found.move.attributes["sharding"])
+        spec = spec_of(found.move.attributes["sharding"])
         group = "reduce_scatter", number
         node = self.graph.nodes[made]
         made = self.graph.add(
             "pieces", Kind.LOOSE, (made,), (math.prod(node.shape),), node.nbytes, group=("pieces", number), key=group
         )
-        return self.graph.add(
-            "reduce_scatter", Kind.FIRM, (made,), *self._local(result, layout), group=group, key=group
-        )
+        return self.graph.add("reduce_scatter", Kind.FIRM, (made,), *self._local(result, spec), group=group, key=group)
 
-    def _cut(self, read: int, result: ir.Value, layout: Layout) -> int:
+    def _cut(self, read: int, result: ir.Value, spec: Spec) -> int:
         """A device's own piece; of what is broadcast no more than that is made."""
         node = self.graph.nodes[read]
         whole = node.name in ("broadcast_in_dim", "constant") and node.kind is Kind.LOOSE
         name, operands = (node.name, node.operands) if whole else ("slice", (read,))
-        key = layout, node.key if whole else None
+        key = spec, node.key if whole else None
         dims = node.dims if whole else ()
-        return self.graph.add(name, Kind.LOOSE, operands, *self._local(result, layout), key=key, dims=dims)
+        return self.graph.add(name, Kind.LOOSE, operands, *self._local(result, spec), key=key, dims=dims)
 
     def _dot(self, op: ir.Operation, reads: list[int]) -> int:
         """A product. Operands with several free or contracted dims, or with dims of size one, are read in the order
@@ -263,9 +255,9 @@ class _Reader:
             plain = batch == list(range(len(batch))) and len(contracted) <= 1 and len(free) <= 1 and 1 not in shape
             order = [*batch, *free, *contracted] if side == 0 else [*batch, *contracted, *free]
             operands.append(read if plain else self._merged(graph.transpose(read, order)))
-        layout, lost = self._partial(op, "dot_general")
-        made = graph.add("dot_general", Kind.FIRM, operands, *self._local(result, layout), key=_key(op))
-        return self._all_reduce(made, result, layout, lost) if lost else made
+        spec, lost = self._partial(op, "dot_general")
+        made = graph.add("dot_general", Kind.FIRM, operands, *self._local(result, spec), key=_key(op))
+        return self._all_reduce(made, result, spec, lost) if lost else made
 
     def _merged(self, read: int) -> int:
         """What a product reads: dims of one kind are one."""
@@ -284,33 +276,35 @@ class _Reader:
             graph.transpose(reads[0], [left.index(dim) for dim in ("b", *space, "f")]),
             graph.transpose(reads[1], [right.index(dim) for dim in (*space, "i", "o")]),
         ]
-        layout, lost = self._partial(op, "convolution")
-        shape, nbytes = self._local(result, layout)
+        spec, lost = self._partial(op, "convolution")
+        shape, nbytes = self._local(result, spec)
         order = [made.index(dim) for dim in ("b", *space, "f")]
         found = graph.add("convolution", Kind.FIRM, operands, [shape[d] for d in order], nbytes, key=_key(op))
         found = graph.transpose(found, [order.index(d) for d in range(len(order))])
-        return self._all_reduce(found, result, layout, lost) if lost else found
+        return self._all_reduce(found, result, spec, lost) if lost else found
 
     def _move(self, op: ir.Operation, read: int) -> int:
-        """A change of layout: cuts first, then axes that go to another dim, then what is gathered."""
+        """A reshard: slices first, then axes that go to another dim, then what is gathered."""
         graph, result = self.graph, op.results[0]
-        now, after = self._layout(op.operands[0]), self._layout(result)
-        held = {axis for axes in now for axis in axes}
-        cut = tuple(
-            (*old, *(axis for axis in new if axis not in held)) if new[: len(old)] == old else old
-            for old, new in zip(now, after, strict=True)
+        now, after = self._spec(op.operands[0]), self._spec(result)
+        held = set(now.axes)
+        cut = Spec(
+            tuple(
+                (*old, *(axis for axis in new if axis not in held)) if new[: len(old)] == old else old
+                for old, new in zip(now.dims, after.dims, strict=True)
+            )
         )
         if cut != now:
             read, now = self._cut(read, result, cut), cut
         if now == after:
             return read
-        wanted = {axis for axes in after for axis in axes}
-        gone = [dim for dim, (old, new) in enumerate(zip(now, after, strict=True)) if set(old) - set(new)]
-        if any(axis in wanted for dim in gone for axis in now[dim] if axis not in after[dim]):
+        wanted = set(after.axes)
+        gone = [dim for dim, (old, new) in enumerate(zip(now.dims, after.dims, strict=True)) if set(old) - set(new)]
+        if any(axis in wanted for dim in gone for axis in now.dims[dim] if axis not in after.dims[dim]):
             return self._exchange(read, result, now, after)
         major = graph.order(read)
         for dim in gone:
-            now = (*now[:dim], tuple(a for a in now[dim] if a in after[dim]), *now[dim + 1 :])
+            now = now.with_dim(dim, (axis for axis in now.dims[dim] if axis in after.dims[dim]))
             shape, nbytes = self._local(result, now)
             order = [dim, *(d for d in major if d != dim)]
             read = graph.transpose(read, order)
@@ -320,7 +314,7 @@ class _Reader:
             read = graph.add("permute", Kind.FIRM, (read,), *self._local(result), key=after)
         return read
 
-    def _exchange(self, read: int, result: ir.Value, before: Layout, after: Layout) -> int:
+    def _exchange(self, read: int, result: ir.Value, before: Spec, after: Spec) -> int:
         """An axis goes from one dim to another: pieces are cut, sent, and put together."""
         graph = self.graph
         shape, between = self._local(result, before)
@@ -330,13 +324,6 @@ class _Reader:
         if nbytes > between:
             read = graph.add("all_gather", Kind.FIRM, (read,), target, nbytes, key=after)
         return graph.add("regroup", Kind.LOOSE, (read,), target, nbytes, key=after)
-
-
-def _layout(sharding: ir.Attribute | None, value: ir.Value) -> Layout:
-    type_ = value.type
-    rank = len(type_.shape) if isinstance(type_, ir.RankedTensorType) else 0
-    names = axis_names(sharding)
-    return names if len(names) == rank else ((),) * rank
 
 
 def _is_one(op: ir.Operation, shape: tuple[int, ...]) -> bool:

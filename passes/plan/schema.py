@@ -11,6 +11,7 @@ from typing import Any
 
 from bactrian.passes.frame.errors import ConfigError, ProgramError
 from bactrian.passes.frame.views import Viewable, view
+from bactrian.passes.machine.spec import axes_text
 from bactrian.passes.plan.json_fields import Option, add_record, as_mapping, check_types, decode, encode
 from bactrian.passes.plan.stage_sharding import ShardingPlan
 
@@ -18,9 +19,6 @@ VERSION = 1
 PLAN_FILE = "plan.json"
 STAGED_FILE = "staged.mlir"
 UNSOLVED_FILE = "solve.mlir"
-
-Axes = tuple[tuple[str, int], ...]
-"""Names and sizes of a mesh's axes, the major one first."""
 
 
 @dataclass(frozen=True)
@@ -224,11 +222,6 @@ def fingerprint_text(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def axes_words(axes: Axes) -> str:
-    """``data=2,model=4``, as a mesh is given."""
-    return ",".join(f"{name}={size}" for name, size in axes)
-
-
 def add_known(*values: int | None) -> int | None:
     """The sum, or ``None`` if any of the values is unknown."""
     total = 0
@@ -260,7 +253,7 @@ def _check_decisions(plan: Plan) -> None:
                 f"stage {position} has layers {layers}, should begin at layer {following} and have at least one"
             )
         if not stage.mesh or any(size < 1 for _, size in stage.mesh):
-            problems.append(f"stage {position} has a mesh without devices: {axes_words(stage.mesh) or 'no axes'}")
+            problems.append(f"stage {position} has a mesh without devices: {axes_text(stage.mesh) or 'no axes'}")
         following = stage.last_layer + 1
     if plan.stages and following != plan.num_layers:
         problems.append(f"the stages end at layer {following - 1}, should end at layer {plan.num_layers - 1}")

@@ -2,17 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from bactrian.passes.plan.json_fields import add_record
-
-WHOLE = "-"
-
-
-def layout_text(layout: Sequence[Sequence[str]]) -> str:
-    """``data+model,-``: the axes of each dim, ``-`` for a whole one."""
-    return ",".join("+".join(axes) or WHOLE for axes in layout)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from bactrian.passes.frame.errors import ConfigError
 from bactrian.passes.ir.attributes import BACKWARD, FORWARD, UPDATE
 from bactrian.passes.machine.mesh import Mesh
-from bactrian.passes.sharding.reshard_paths import Layout, replicated
+from bactrian.passes.machine.spec import Spec
 from bactrian.passes.sharding.sharding_rules import Dims
 from bactrian.passes.sharding.work_from_ir import Reading
 
@@ -78,37 +78,38 @@ def named(reading: Reading, mesh: Mesh, roles: Sequence[str], name: str) -> Read
     """
     who = Roles.of(reading, roles)
     work, fixed = reading.work, dict(reading.work.fixed)
-    everything = tuple(number for number, axis in enumerate(mesh.axes) if axis.size > 1)
+    everything = mesh.wide
     data = everything[:-1] if name == "megatron" else everything
-    layouts = {number: replicated(len(work.values[number].shape)) for number in (*who.parameters, *who.rest)}
+    specs = {number: Spec.replicated(len(work.values[number].shape)) for number in (*who.parameters, *who.rest)}
     for number in who.batch:
         shape = work.values[number].shape
-        cut = bool(shape) and shape[0] % mesh.parts(data) == 0
-        layouts[number] = (data if cut else (), *replicated(len(shape) - 1)) if shape else ()
-    wanted = dict[int, Layout]()
+        divides = bool(shape) and shape[0] % mesh.group_size(data) == 0
+        whole = Spec.replicated(len(shape))
+        specs[number] = whole.with_dim(0, data) if divides else whole
+    wanted = dict[int, Spec]()
     if name in ("zero1", "zero2", "zero3"):
         for number in who.rest + (who.parameters if name == "zero3" else ()):
-            layouts[number] = _spread(work.values[number].shape, everything, mesh)
+            specs[number] = _spread(work.values[number].shape, everything, mesh)
     if name in ("zero2", "zero3"):
         wanted = {value: _spread(work.values[value].shape, everything, mesh) for value in who.gradients}
     if name == "megatron" and everything:
-        layouts |= _by_columns_and_rows(reading, who, everything[-1], mesh)
-    layouts |= fixed
-    changed = replace(work, fixed=tuple(sorted(layouts.items())), wanted=tuple(sorted(wanted.items())))
+        specs |= _by_columns_and_rows(reading, who, everything[-1], mesh)
+    specs |= fixed
+    changed = replace(work, fixed=tuple(sorted(specs.items())), wanted=tuple(sorted(wanted.items())))
     return replace(reading, work=changed)
 
 
-def _spread(shape: tuple[int, ...], axes: tuple[int, ...], mesh: Mesh) -> Layout:
+def _spread(shape: tuple[int, ...], axes: tuple[str, ...], mesh: Mesh) -> Spec:
     """All axes over the largest dim that they divide; as many as divide one, where all divide none."""
     for count in range(len(axes), 0, -1):
-        dims = [dim for dim, size in enumerate(shape) if size % mesh.parts(axes[-count:]) == 0]
+        dims = [dim for dim, size in enumerate(shape) if size % mesh.group_size(axes[-count:]) == 0]
         if dims:
             best = max(dims, key=lambda dim: (shape[dim], -dim))
-            return tuple(axes[-count:] if dim == best else () for dim in range(len(shape)))
-    return replicated(len(shape))
+            return Spec.replicated(len(shape)).with_dim(best, axes[-count:])
+    return Spec.replicated(len(shape))
 
 
-def _by_columns_and_rows(reading: Reading, who: Roles, axis: int, mesh: Mesh) -> dict[int, Layout]:
+def _by_columns_and_rows(reading: Reading, who: Roles, axis: str, mesh: Mesh) -> dict[int, Spec]:
     values = reading.work.values
     groups = _Groups(reading)
     state = [number for number in (*who.parameters, *who.rest) if values[number].shape]
@@ -119,17 +120,17 @@ def _by_columns_and_rows(reading: Reading, who: Roles, axis: int, mesh: Mesh) ->
     chosen = set[_Dim]()
     for group in sorted(uses, key=lambda group: (uses[group], group)):
         members = [(number, dim) for number in state for dim in _dims(values[number].shape, groups, number, {group})]
-        divides = all(values[number].shape[dim] % mesh.axes[axis].size == 0 for number, dim in members)
+        divides = all(values[number].shape[dim] % mesh.sizes[axis] == 0 for number, dim in members)
         matrices = any(len(values[number].shape) > 1 for number, _ in members)
         twice = any(len(_dims(values[number].shape, groups, number, chosen | {group})) > 1 for number, _ in members)
         if divides and matrices and not twice and group not in taken_by_batch:
             chosen.add(group)
-    layouts = dict[int, Layout]()
+    specs = dict[int, Spec]()
     for number in state:
         shape = values[number].shape
         cut = _dims(shape, groups, number, chosen)
-        layouts[number] = tuple((axis,) if dim in cut else () for dim in range(len(shape)))
-    return layouts
+        specs[number] = Spec(tuple((axis,) if dim in cut else () for dim in range(len(shape))))
+    return specs
 
 
 def _dims(shape: tuple[int, ...], groups: _Groups, number: int, chosen: set[_Dim]) -> list[int]:

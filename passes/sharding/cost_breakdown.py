@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from bactrian.passes.ir.attributes import BACKWARD, FORWARD, UPDATE
+from bactrian.passes.machine.spec import Spec
 from bactrian.passes.sharding.baselines import Roles
 from bactrian.passes.sharding.halo import HALO
-from bactrian.passes.sharding.reshard_paths import Layout
 from bactrian.passes.sharding.sharding_model import ShardingModel, Shardings
 from bactrian.passes.sharding.work_from_ir import Reading
 
@@ -40,7 +40,7 @@ def account(
         for op, strategy in zip(work.operations, shardings.chosen, strict=True)
         if strategy is not None
     )
-    loading = sum(s / model.mesh.parts(sum(shardings.arguments[number], ())) for number, s in work.loads)
+    loading = sum(s / shardings.arguments[number].num_shards(model.mesh.sizes) for number, s in work.loads)
     names = classes(model, reading, roles)
     network = model.network
     held = [usage[k].item() for usage, k in zip(network.usages, choice, strict=True)]
@@ -79,29 +79,29 @@ def sent(
         first: the arguments that no stage before reads.
     """
     flow = reading.flow
-    home, copied, total = dict(shardings.arguments), set[tuple[int, str, Layout]](), dict[str, float]()
+    home, copied, total = dict(shardings.arguments), set[tuple[int, str, Spec]](), dict[str, float]()
 
     def count(kind: str, nbytes: float, weight: float) -> None:
         if nbytes:
             total[kind] = total.get(kind, 0.0) + weight * nbytes
 
-    def read(number: int, layout: Layout, phase: str | None) -> None:
+    def read(number: int, spec: Spec, phase: str | None) -> None:
         value = reading.value_of[number]
         source = home.get(value)
         if source is None:
             return
         weight = flow.value_turns[number] * (1.0 if phase in (UPDATE, None) else num_microbatches)
-        for move in model.tables[value].way(source, layout):
-            key = number, reading.function_of(phase), move.target
+        for step in model.tables[value].path(source, spec):
+            key = number, reading.function_of(phase), step.target
             if key not in copied:
                 copied.add(key)
-                count(move.kind, move.nbytes, weight)
+                count(step.kind, step.nbytes, weight)
 
     for part, strategy in zip(reading.parts, shardings.chosen, strict=True):
         if strategy is None:
             continue
-        for number, layout in zip(part.reads, strategy.operands, strict=True):
-            read(number, layout, flow.phases[part.index])
+        for number, spec in zip(part.reads, strategy.operands, strict=True):
+            read(number, spec, flow.phases[part.index])
         for exchange in strategy.exchanges:
             count(HALO, exchange.nbytes, part.operation.weight)
         for reduction in strategy.reductions:

@@ -10,13 +10,12 @@ from typing import Any
 
 from bactrian.passes.frame.errors import ConfigError
 from bactrian.passes.frame.views import Viewable
+from bactrian.passes.machine.spec import Spec
 from bactrian.passes.network.problem import CostNetwork
 from bactrian.passes.network.solver import Solution, solve
-from bactrian.passes.plan.stage_sharding import layout_text
 from bactrian.passes.sharding.baselines import AUTO, named
 from bactrian.passes.sharding.cost_breakdown import account, sent
 from bactrian.passes.sharding.reduce_scatter_choice import scattered
-from bactrian.passes.sharding.reshard_paths import Layout
 from bactrian.passes.sharding.sharding_model import ShardingModel, Work
 from bactrian.passes.sharding.stage_programs import StageProgram
 from bactrian.passes.sharding.unshardable_dims import Uncut, uncut
@@ -172,8 +171,8 @@ class StageExplainer:
 
     def layout(self, value: int) -> str:
         """The plan's layout of a value; ``any`` where it costs nothing."""
-        found = _layouts_of(self.model, value)
-        return "any" if found is None else self._text(found[1][self.solution.choice[found[0]]], value)
+        found = _specs_of(self.model, value)
+        return "any" if found is None else str(found[1][self.solution.choice[found[0]]])
 
     def explain(self, value: NamedValue, deadline: float) -> Explanation:
         """All about one value.
@@ -184,26 +183,23 @@ class StageExplainer:
         """
         work, mesh = self.model.work, self.program.mesh
         tensor = work.values[value.number]
-        found = _layouts_of(self.model, value.number)
+        found = _specs_of(self.model, value.number)
         solution, model = self.solution, self.model
-        layout: Layout | None = None
+        spec: Spec | None = None
         given_by, unlimited, alternatives = "", None, list[Alternative]()
         if found is not None:
-            node, layouts = found
-            layout = layouts[solution.choice[node]]
-            given_by = self._given_by(value, layout)
+            node, specs = found
+            spec = specs[solution.choice[node]]
+            given_by = self._given_by(value, spec)
             if not given_by:
-                unlimited = self._unlimited(value.number, layout, deadline)
+                unlimited = self._unlimited(value.number, spec, deadline)
             if given_by and given_by != _COUNTED:
                 open_ = replace(self.reading, work=_without_given(work, value.number))
                 model = ShardingModel(open_.work, mesh, self.limit)
-                alternatives = self._alternatives(value.number, layout, model, open_, deadline)
+                alternatives = self._alternatives(value.number, spec, model, open_, deadline)
             else:
-                alternatives = self._alternatives(value.number, layout, model, self.reading, deadline)
-        rank = len(tensor.shape)
-        cut = ((),) * rank if layout is None else layout[len(layout) - rank :]
-        parts = [mesh.parts(axes) for axes in cut]
-        local = tuple(size // part for size, part in zip(tensor.shape, parts, strict=True))
+                alternatives = self._alternatives(value.number, spec, model, self.reading, deadline)
+        held = Spec.replicated(len(tensor.shape)) if spec is None else spec
         return Explanation(
             name=value.label,
             origin=value.origin,
@@ -212,27 +208,21 @@ class StageExplainer:
             nbytes=tensor.nbytes,
             stage=self.program.only,
             mesh=tuple((axis.name, axis.size) for axis in mesh.axes),
-            layout="any" if layout is None else self._text(layout, value.number),
-            local_shape=local,
-            local_bytes=round(tensor.nbytes / mesh.parts(sum(cut, ()))),
-            reason=_reason(layout, given_by, alternatives, unlimited),
+            layout="any" if spec is None else str(spec),
+            local_shape=held.local_shape(tensor.shape, mesh.sizes),
+            local_bytes=round(tensor.nbytes / held.num_shards(mesh.sizes)),
+            reason=_reason(spec, given_by, alternatives, unlimited),
             given_by=given_by,
             seconds=float(solution.cost),
             bound_seconds=float(solution.lower_bound),
             limit_bytes=self.limit,
             unlimited=unlimited,
             alternatives=tuple(sorted(alternatives, key=_order)),
-            impossible=() if layout is None else tuple(uncut(model, value.number, value.op)),
+            impossible=() if spec is None else tuple(uncut(model, value.number, value.op)),
             notes=tuple(self._notes(value.number)),
         )
 
-    def _text(self, layout: Layout, value: int) -> str:
-        names = [[self.program.mesh.axes[axis].name for axis in axes] for axes in layout]
-        summed = len(names) - len(self.model.work.values[value].shape)
-        text = layout_text(names[summed:])
-        return f"sum over {'+'.join(name for (name,) in names[:summed])}: {text}" if summed else text
-
-    def _given_by(self, value: NamedValue, layout: Layout) -> str:
+    def _given_by(self, value: NamedValue, spec: Spec) -> str:
         """Who decided the layout, or ""."""
         number = value.number
         if number in self.given:
@@ -240,7 +230,7 @@ class StageExplainer:
         if number in dict(self.program.reading.work.fixed):
             return _COUNTED if number < self.reading.flow.num_arguments else self._constraint(number)
         work = self.reading.work
-        if dict(work.fixed).get(number) == layout or dict(work.wanted).get(number) == layout:
+        if dict(work.fixed).get(number) == spec or dict(work.wanted).get(number) == spec:
             return f"strategy {self.strategy}" if self.strategy != AUTO else _COUNTED
         if any(op.given and number in op.results for op in work.operations):
             return self._constraint(number)
@@ -251,39 +241,39 @@ class StageExplainer:
         return "a sharding constraint" + ("" if place is None else f" at {place_text(place)}")
 
     def _alternatives(
-        self, value: int, chosen: Layout, model: ShardingModel, reading: Reading, deadline: float
+        self, value: int, chosen: Spec, model: ShardingModel, reading: Reading, deadline: float
     ) -> list[Alternative]:
         """The chosen layout as it is planned, and all others of a model: of one that leaves the value open, if its layout
         was given."""
         solution = self.solution
         rows = [self._solved(chosen, value, self.model, self.reading, solution, is_chosen=True)]
-        found = _layouts_of(model, value)
+        found = _specs_of(model, value)
         assert found is not None  # it has layouts already
-        node, layouts = found
-        others = [layout for layout in dict.fromkeys(layouts) if layout != chosen]
-        for number, layout in enumerate(others):
-            kept = [k for k, each in enumerate(layouts) if each == layout]
+        node, specs = found
+        others = [spec for spec in dict.fromkeys(specs) if spec != chosen]
+        for number, spec in enumerate(others):
+            kept = [k for k, each in enumerate(specs) if each == spec]
             network = model.network.restricted(node, kept)
             least = network.least_peak()
             if least > self.limit:  # whatever the edges forbid
                 lacking = round(least) - self.limit
-                rows.append(Alternative(self._text(layout, value), memory_bytes=round(least), lacking_bytes=lacking))
+                rows.append(Alternative(str(spec), memory_bytes=round(least), lacking_bytes=lacking))
                 continue
             left = max(0.0, deadline - time.monotonic())
             share = max(left / (len(others) - number), min(left, _PATIENCE * solution.seconds))
             answer = _answer(network, share)
             if answer is None:
                 bound = float(solution.lower_bound) if model is self.model else None
-                rows.append(Alternative(self._text(layout, value), bound_seconds=bound))
+                rows.append(Alternative(str(spec), bound_seconds=bound))
                 continue
             choice = list(answer.choice)
             choice[node] = kept[choice[node]]
-            rows.append(self._solved(layout, value, model, reading, replace(answer, choice=tuple(choice))))
+            rows.append(self._solved(spec, value, model, reading, replace(answer, choice=tuple(choice))))
         return rows
 
     def _solved(
         self,
-        layout: Layout,
+        spec: Spec,
         value: int,
         model: ShardingModel,
         reading: Reading,
@@ -295,7 +285,7 @@ class StageExplainer:
         taken = account(model, reading, self.roles, solution.choice, shardings)
         moved = sent(model, reading, shardings, self.program.num_microbatches, self.updates, self.first)
         return Alternative(
-            layout=self._text(layout, value),
+            layout=str(spec),
             is_chosen=is_chosen,
             seconds=float(solution.cost),
             bound_seconds=float(solution.lower_bound),
@@ -305,7 +295,7 @@ class StageExplainer:
             sent_bytes=tuple(moved.items()),
         )
 
-    def _unlimited(self, value: int, chosen: Layout, deadline: float) -> Unlimited | None:
+    def _unlimited(self, value: int, chosen: Spec, deadline: float) -> Unlimited | None:
         """The choice without a memory limit, if it is faster."""
         network = self.model.network
         if network.peak([int(usages.argmax()) for usages in network.usages]) <= self.limit:
@@ -314,22 +304,22 @@ class StageExplainer:
         best = _answer(free, max(0.0, deadline - time.monotonic()) / 2)
         if best is None or _at_least(float(best.cost), float(self.solution.cost)):
             return None
-        found = _layouts_of(self.model, value)
+        found = _specs_of(self.model, value)
         assert found is not None
-        node, layouts = found
-        layout, binds = layouts[best.choice[node]], False
-        if layout != chosen:
-            kept = [k for k, each in enumerate(layouts) if each == chosen]
+        node, specs = found
+        spec, binds = specs[best.choice[node]], False
+        if spec != chosen:
+            kept = [k for k, each in enumerate(specs) if each == chosen]
             forced = _answer(free.restricted(node, kept), max(0.0, deadline - time.monotonic()) / 2)
             binds = forced is not None and forced.lower_bound > float(best.cost) * (1 + _EQUAL)
-        return Unlimited(self._text(layout, value), float(best.cost), round(best.memory), binds)
+        return Unlimited(str(spec), float(best.cost), round(best.memory), binds)
 
     def _notes(self, value: int) -> list[str]:
         """What else ties the layout: constraints that read the value, borders of its pieces, the state that it becomes."""
         names = self._borders(value)
         for op in self.reading.work.operations:
             if op.given and value in op.operands:
-                asked = " or ".join(self._text(layout, value) for layout in op.given)
+                asked = " or ".join(map(str, op.given))
                 names.append(f"{self._constraint(op.results[0])} reads it as {asked}")
         for made, argument in self.reading.work.updates:
             if made == value:
@@ -345,7 +335,7 @@ class StageExplainer:
             exchanges = strategy.exchanges if strategy is not None else ()
             own = [each for each in exchanges if op.operands[each.border.operand] == value]
             if own:
-                rows = " and ".join(f"{e.rows} of dim {e.border.dim} ({'+'.join(self._axes(e.axes))})" for e in own)
+                rows = " and ".join(f"{e.rows} of dim {e.border.dim} ({'+'.join(e.axes)})" for e in own)
                 nbytes, seconds = sum(each.nbytes for each in own), sum(each.seconds for each in own)
                 names.append(
                     f"{self._named[op.results[0]].label} exchanges borders of its pieces, rows: {rows}; "
@@ -353,14 +343,9 @@ class StageExplainer:
                 )
         return names
 
-    def _axes(self, axes: Sequence[int]) -> list[str]:
-        return [self.program.mesh.axes[axis].name for axis in axes]
 
-
-def _reason(
-    layout: Layout | None, given_by: str, alternatives: Sequence[Alternative], unlimited: Unlimited | None
-) -> str:
-    if layout is None:
+def _reason(spec: Spec | None, given_by: str, alternatives: Sequence[Alternative], unlimited: Unlimited | None) -> str:
+    if spec is None:
         return "free"
     if given_by:
         return "given"
@@ -395,12 +380,12 @@ def _answer(network: CostNetwork, time_limit: float) -> Solution | None:
         return None
 
 
-def _layouts_of(model: ShardingModel, value: int) -> tuple[int, list[Layout]] | None:
+def _specs_of(model: ShardingModel, value: int) -> tuple[int, list[Spec]] | None:
     """The node of the network that decides a value's layout, and the layout that each of its strategies gives; None for
     what is free."""
-    for node, (number, layouts) in enumerate(zip(model.work.inputs, model.argument_layouts, strict=True)):
+    for node, (number, specs) in enumerate(zip(model.work.inputs, model.input_specs, strict=True)):
         if number == value:
-            return node, list(layouts)
+            return node, list(specs)
     node = len(model.work.inputs)
     for op, choices in zip(model.work.operations, model.strategies, strict=True):
         if choices is None:

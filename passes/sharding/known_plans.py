@@ -67,8 +67,8 @@ def at_most_known(model: ShardingModel, solution: Solution | None, known: Iterab
 def choice_of(model: ShardingModel, shardings: Shardings) -> tuple[int, ...]:
     """The choice of the model's network that means these layouts; each must be among its strategies."""
     choice = [
-        layouts.index(shardings.arguments[number])
-        for number, layouts in zip(model.work.inputs, model.argument_layouts, strict=True)
+        specs.index(shardings.arguments[number])
+        for number, specs in zip(model.work.inputs, model.input_specs, strict=True)
     ]
     for choices, strategy in zip(model.strategies, shardings.chosen, strict=True):
         if choices is not None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from bactrian.passes.machine.spec import Spec
 from bactrian.passes.network.solver import Solution
-from bactrian.passes.sharding.reshard_paths import Layout, LayoutTable
+from bactrian.passes.sharding.reshard_paths import ReshardTable
 from bactrian.passes.sharding.sharding_model import ShardingModel
 from bactrian.passes.sharding.strategies import Strategy
 
 _EPSILON = 1e-12  # of a time: two that differ by less are equal
-_Result = tuple[LayoutTable, list[Layout]]  # of a value, and the layouts in which it is read
+_Result = tuple[ReshardTable, list[Spec]]  # of a value, and the specs with which it is read
 
 
 def scattered(model: ShardingModel, solution: Solution) -> Solution:
@@ -30,23 +31,24 @@ def scattered(model: ShardingModel, solution: Solution) -> Solution:
     work, made = model.work, list(solution.choice)
     node = len(work.inputs)
     shardings = model.shardings(solution.choice)
-    reads: dict[int, set[Layout]] = {}
+    reads: dict[int, set[Spec]] = {}
     for op, strategy in zip(work.operations, shardings.chosen, strict=True):
         if strategy is not None:
-            for value, layout in zip(op.operands, strategy.operands, strict=True):
-                reads.setdefault(value, set()).add(layout)
+            for value, spec in zip(op.operands, strategy.operands, strict=True):
+                reads.setdefault(value, set()).add(spec)
     for value, argument in work.updates:
         reads.setdefault(value, set()).add(shardings.arguments[argument])
-    layouts = dict(shardings.arguments)
+    specs = dict(shardings.arguments)
     for op, strategy in zip(work.operations, shardings.chosen, strict=True):
-        layouts.update(zip(op.results, strategy.results, strict=True) if strategy is not None else ())
+        specs.update(zip(op.results, strategy.results, strict=True) if strategy is not None else ())
     for value, other, _ in work.carried:
-        reads.setdefault(value, set()).add(layouts[other])
+        reads.setdefault(value, set()).add(specs[other])
     for op, choices, strategy in zip(work.operations, model.strategies, shardings.chosen, strict=True):
         if choices is None or strategy is None:
             continue
         if any(each.kind == "all_reduce" for each in strategy.reductions):
-            results = [(model.tables[value], sorted(reads.get(value, ()))) for value in op.results]
+            tables = [(model.tables[value], reads.get(value, ())) for value in op.results]
+            results = [(table, sorted(read, key=table.number.__getitem__)) for table, read in tables]
             made[node] = _better(results, choices, made[node])
         node += 1
     choice, network = tuple(made), model.network
@@ -63,8 +65,8 @@ def _better(results: Sequence[_Result], choices: Sequence[Strategy], chosen: int
         if new.factors != old.factors or new.reduction_seconds > old.reduction_seconds + slack:
             continue
         if all(
-            layout == before or (reads and all(_seconds(table, layout, x) <= _seconds(table, before, x) for x in reads))
-            for (table, reads), layout, before in zip(results, new.results, old.results, strict=True)
+            spec == before or (reads and all(_seconds(table, spec, x) <= _seconds(table, before, x) for x in reads))
+            for (table, reads), spec, before in zip(results, new.results, old.results, strict=True)
         ):
             sent = _sent(results, new)
             if sent < fewest:
@@ -72,15 +74,15 @@ def _better(results: Sequence[_Result], choices: Sequence[Strategy], chosen: int
     return best
 
 
-def _seconds(table: LayoutTable, source: Layout, target: Layout) -> float:
+def _seconds(table: ReshardTable, source: Spec, target: Spec) -> float:
     return float(table.seconds[table.number[source], table.number[target]])
 
 
 def _sent(results: Sequence[_Result], strategy: Strategy) -> float:
     moved = sum(
-        move.nbytes
-        for (table, reads), layout in zip(results, strategy.results, strict=True)
+        step.nbytes
+        for (table, reads), spec in zip(results, strategy.results, strict=True)
         for target in reads
-        for move in table.way(layout, target)
+        for step in table.path(spec, target)
     )
     return sum(each.nbytes for each in strategy.reductions) + moved

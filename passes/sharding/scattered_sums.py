@@ -10,13 +10,11 @@ from dataclasses import dataclass
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import stablehlo
 
-from bactrian.passes.ir.meshes import axis_names, value_shardings
+from bactrian.passes.ir.meshes import spec_of, spec_or_replicated, value_shardings
 from bactrian.passes.ir.regions import body, nested_operations
 from bactrian.passes.ir.tensor_sizes import type_bytes
+from bactrian.passes.machine.spec import Spec
 from bactrian.passes.sharding.deferred_reductions import splat_of
-
-Layout = tuple[tuple[str, ...], ...]
-"""For each dim of a tensor the names of the axes that cut it, the major one first."""
 
 _SMALL_BYTES = 1 << 18  # on a device: for larger ones the latency of a collective is less than the copies into a bundle
 _BUNDLE_BYTES = 1 << 22
@@ -55,12 +53,13 @@ def scattered_sums(main: ir.Operation) -> Iterator[ScatteredSum]:
             moves.append((value.owner.operation, move))
     for op, move in moves:
         values = [*op.operands, op.results[0], move.results[0]]
-        layouts = [_padded(axis_names(s), v) for s, v in zip(value_shardings(main, values), values, strict=True)]
-        partial = _PARTIAL[op.name](op, layouts[:-2])
-        if partial is None or partial[0] != layouts[-2] or not partial[1]:
+        shardings = value_shardings(main, values)
+        *operands, made, target = (spec_or_replicated(s, v.type) for s, v in zip(shardings, values, strict=True))
+        partial = _PARTIAL[op.name](op, operands)
+        if partial is None or partial.dims != made.dims or not partial.unreduced:
             continue
-        scatters = _added(layouts[-2], layouts[-1])
-        if scatters is not None and sorted(axis for _, axes in scatters for axis in axes) == sorted(partial[1]):
+        scatters = _added(made, target)
+        if scatters is not None and sorted(axis for _, axes in scatters for axis in axes) == sorted(partial.unreduced):
             yield ScatteredSum(op, move, scatters)
 
 
@@ -122,69 +121,63 @@ def bundles(main: ir.Operation, sums: Sequence[ScatteredSum], sizes: Mapping[str
 
 def _held(found: ScatteredSum, sizes: Mapping[str, int]) -> int:
     """Bytes of the partial result on a device."""
-    layout = axis_names(found.move.attributes["sharding"])
-    cuts = math.prod(sizes[axis] for axes in layout for axis in axes if axis not in found.axes)
+    target = spec_of(found.move.attributes["sharding"])
+    cuts = math.prod(sizes[axis] for axis in target.axes if axis not in found.axes)
     return type_bytes(found.op.results[0].type) // cuts
 
 
-def _padded(names: Layout, value: ir.Value) -> Layout:
-    return names or ((),) * len(ir.RankedTensorType(value.type).shape)
-
-
-def _added(before: Layout, after: Layout) -> tuple[tuple[int, tuple[str, ...]], ...] | None:
-    """The axes that a layout has behind those of another one; None where it differs otherwise."""
-    if any(new[: len(old)] != old for old, new in zip(before, after, strict=True)):
+def _added(before: Spec, after: Spec) -> tuple[tuple[int, tuple[str, ...]], ...] | None:
+    """The axes that a spec has behind those of another one; None where it differs otherwise."""
+    if any(new[: len(old)] != old for old, new in zip(before.dims, after.dims, strict=True)):
         return None
-    pairs = enumerate(zip(before, after, strict=True))
+    pairs = enumerate(zip(before.dims, after.dims, strict=True))
     return tuple((dim, new[len(old) :]) for dim, (old, new) in pairs if new != old)
 
 
-_Partial = tuple[Layout, tuple[str, ...]]  # the layout of the partial results, and the axes along which they differ
-
-
-def _of_product(op: ir.Operation, layouts: Sequence[Layout]) -> _Partial | None:
+def _of_product(op: ir.Operation, specs: Sequence[Spec]) -> Spec | None:
     numbers = stablehlo.DotDimensionNumbers(op.attributes["dot_dimension_numbers"])
-    left, right = layouts
+    left, right = (spec.dims for spec in specs)
     batch = list(zip(numbers.lhs_batching_dimensions, numbers.rhs_batching_dimensions, strict=True))
     summed = list(zip(numbers.lhs_contracting_dimensions, numbers.rhs_contracting_dimensions, strict=True))
     if any(left[one] != right[other] for one, other in batch + summed):
         return None
     used = [{pair[side] for pair in batch + summed} for side in (0, 1)]
     made = [left[one] for one, _ in batch]
-    for layout, gone in zip(layouts, used, strict=True):
-        made += [axes for dim, axes in enumerate(layout) if dim not in gone]
-    return tuple(made), tuple(axis for one, _ in summed for axis in left[one])
+    for spec, gone in zip(specs, used, strict=True):
+        made += [axes for dim, axes in enumerate(spec.dims) if dim not in gone]
+    return Spec(tuple(made), tuple(axis for one, _ in summed for axis in left[one]))
 
 
-def _of_sum(op: ir.Operation, layouts: Sequence[Layout]) -> _Partial | None:
+def _of_sum(op: ir.Operation, specs: Sequence[Spec]) -> Spec | None:
     """Of a reduction that adds up, from 0."""
     if len(op.results) != 1 or not _is_zero(op.operands[1]) or not _adds(op):
         return None
     dims = list(ir.DenseI64ArrayAttr(op.attributes["dimensions"]))
-    made = tuple(axes for dim, axes in enumerate(layouts[0]) if dim not in dims)
-    return made, tuple(axis for dim in dims for axis in layouts[0][dim])
+    read = specs[0].dims
+    made = tuple(axes for dim, axes in enumerate(read) if dim not in dims)
+    return Spec(made, tuple(axis for dim in dims for axis in read[dim]))
 
 
-def _of_convolution(op: ir.Operation, layouts: Sequence[Layout]) -> _Partial | None:
+def _of_convolution(op: ir.Operation, specs: Sequence[Spec]) -> Spec | None:
     """Of one group, with whole images."""
     if any(ir.IntegerAttr(op.attributes[f"{name}_group_count"]).value != 1 for name in ("feature", "batch")):
         return None
     names = [
         [dim.strip() for dim in each.split(",")] for each in _DIMS.findall(str(op.attributes["dimension_numbers"]))
     ]
-    left, right = (dict(zip(n, layout, strict=True)) for n, layout in zip(names[:2], layouts, strict=True))
+    left, right = (dict(zip(n, spec.dims, strict=True)) for n, spec in zip(names[:2], specs, strict=True))
     if left["f"] != right["i"] or any(axes for each in (left, right) for dim, axes in each.items() if dim.isdigit()):
         return None
     cuts = {"b": left["b"], "f": right["o"]}
-    return tuple(cuts.get(dim, ()) for dim in names[2]), left["f"]
+    return Spec(tuple(cuts.get(dim, ()) for dim in names[2]), left["f"])
 
 
-def _of_scatter(op: ir.Operation, layouts: Sequence[Layout]) -> _Partial | None:
+def _of_scatter(op: ir.Operation, specs: Sequence[Spec]) -> Spec | None:
     """Of one that adds whole windows to zeros."""
     numbers = stablehlo.ScatterDimensionNumbers(op.attributes["scatter_dimension_numbers"])
     if len(op.operands) != 3 or numbers.input_batching_dims or not _is_zero(op.operands[0]) or not _adds(op):
         return None
-    target, indices, updates = layouts
+    target, indices, updates = (spec.dims for spec in specs)
     inserted, windows = set(numbers.inserted_window_dims), set(numbers.update_window_dims)
     target_windows = [dim for dim in range(len(target)) if dim not in inserted]
     shapes = [ir.RankedTensorType(op.operands[number].type).shape for number in (0, 2)]
@@ -196,7 +189,7 @@ def _of_scatter(op: ir.Operation, layouts: Sequence[Layout]) -> _Partial | None:
     whole = not any(target[dim] for dim in {*inserted, *numbers.scattered_dims_to_operand_dims})
     if of_target != of_updates or indexed != added or not one_at_a_time or not whole:
         return None
-    return target, tuple(axis for axes in added for axis in axes)
+    return Spec(target, tuple(axis for axes in added for axis in axes))
 
 
 def _adds(op: ir.Operation) -> bool:

@@ -1,4 +1,4 @@
-"""From chosen layouts to ``sdy.sharding`` on every value, and every move as an op."""
+"""From chosen specs to ``sdy.sharding`` on every value, and every reshard step as an op."""
 
 from __future__ import annotations
 
@@ -16,32 +16,23 @@ from bactrian.passes.ir.attributes import (
     result_attributes,
     result_updates,
 )
-from bactrian.passes.ir.meshes import SHARDING
+from bactrian.passes.ir.meshes import SHARDING, sharding_attribute
 from bactrian.passes.ir.regions import body, nested_operations, set_operand, terminator, top_level
-from bactrian.passes.machine.mesh import Mesh
+from bactrian.passes.machine.spec import Spec
 from bactrian.passes.sharding.halo import HALO
 from bactrian.passes.sharding.loop_dataflow import CARRY, CONDITION, INSIDE, Loop, condition_ops
-from bactrian.passes.sharding.partial_sums import PartsOfSums
-from bactrian.passes.sharding.reshard_paths import Layout, Move, replicated
+from bactrian.passes.sharding.partial_sums import PartialSums, stacked
+from bactrian.passes.sharding.reshard_paths import ReshardStep
 from bactrian.passes.sharding.sharding_model import ShardingModel, Shardings
 from bactrian.passes.sharding.strategies import Strategy, strategies
 from bactrian.passes.sharding.user_shardings import CONSTRAINT
 from bactrian.passes.sharding.work_from_ir import Part, Reading, drop_rules
 
 
-def sharding_attribute(layout: Layout, mesh: Mesh, mesh_name: str) -> ir.Attribute:
-    """A layout as ``#sdy.sharding<@mesh, [...]>``, closed: nothing may cut further."""
-    dims = [
-        sdy.DimensionShardingAttr.get([sdy.AxisRefAttr.get(mesh.axes[axis].name) for axis in axes], is_closed=True)
-        for axes in layout
-    ]
-    return sdy.TensorShardingAttr.get(mesh_name, dims)
-
-
 class Writer:
     """Writes shardings into ``@main``.
 
-    A result has the layout in which its op leaves it once partial results are added up; every other layout is reached
+    A result has the spec with which its op leaves it once partial results are added up; every other spec is reached
     by a chain of ``sdy.reshard``, each of which is one collective. Readers in one function share a chain.
 
     Args:
@@ -77,18 +68,18 @@ class Writer:
         self.cut: dict[int, ir.Value] = {}  # values that are cut after their reduction, cut
         self._chosen = self._free_ones_chosen(shardings)
         self._arguments = shardings.arguments
-        self._parts = PartsOfSums(self.mesh, lambda layout: sharding_attribute(layout, self.mesh, mesh_name), _place_of)
-        self._home: dict[int, Layout] = {}  # of values: the layout that they have for all readers
+        self._partial = PartialSums(self.mesh, self._attribute, _place_of)
+        self._home: dict[int, Spec] = {}  # of values: the spec that they have for all readers
         self._received: dict[int, ir.Value] = {}  # what other stages have made, as this one has it
         self._copies: dict[
-            tuple[int, str, Layout], ir.Value
-        ] = {}  # (value of the flow, function, layout) -> in that layout
+            tuple[int, str, Spec], ir.Value
+        ] = {}  # (value of the flow, function, spec) -> with that spec
 
     def write(self) -> None:
         """Write everything."""
         flow = self.reading.flow
-        for number, layout in self._arguments.items():
-            self._home[number] = layout
+        for number, spec in self._arguments.items():
+            self._home[number] = spec
         first = self._receive()
         chosen = {part.index: (part, strategy) for part, strategy in zip(self.reading.parts, self._chosen, strict=True)}
         for index, op in enumerate(flow.ops[:-1]):
@@ -103,10 +94,9 @@ class Writer:
             if flow.kinds[index] == CONDITION:
                 self._condition(part, strategy)
                 continue
-            leaves = _is_sum(strategy, op)
-            for position, (number, layout) in enumerate(zip(part.reads, strategy.operands, strict=True)):
+            for position, (number, spec) in enumerate(zip(part.reads, strategy.operands, strict=True)):
                 present = flow.values[number]
-                value = self._constant_in_parts(number, layout) or self._read(number, layout, op)
+                value = self._unreduced_constant(number, spec) or self._read(number, spec, op)
                 if position < len(op.operands):
                     set_operand(op, position, value)
                 if value != present and len(op.regions):
@@ -119,11 +109,11 @@ class Writer:
                         self.mesh_name, asked.dimension_shardings
                     )
             if op.name == CONSTRAINT:
-                op.attributes["sharding"] = sharding_attribute(strategy.results[0], self.mesh, self.mesh_name)
+                op.attributes["sharding"] = self._attribute(strategy.results[0])
                 self._home[flow.results[index][0]] = strategy.results[0]
                 continue
-            if leaves:
-                self._parts.rewrite(op, strategy)
+            if any(spec.unreduced for spec in strategy.results):
+                self._partial.rewrite(op, strategy)
             self._annotate(op, strategy.partial)
             for exchange in strategy.exchanges:
                 self._count(HALO, exchange.nbytes, flow.turns[index], part.operation.weight)
@@ -153,10 +143,10 @@ class Writer:
             if flow.stages[index] == self.stage:
                 for number in reads:
                     readers.setdefault(value_of[number], flow.tops[index])
-        for number, layout in self._arguments.items():
+        for number, spec in self._arguments.items():
             if number not in first and number in readers:
                 with ir.InsertionPoint(readers[number]):
-                    self._received[number] = self._reshard(flow.values[number], layout, readers[number])
+                    self._received[number] = self._reshard(flow.values[number], spec, readers[number])
         return first
 
     def receive_cut(self, cut: Mapping[int, ir.Value]) -> None:
@@ -177,17 +167,17 @@ class Writer:
         if index in flow.ends:
             self._end(flow.ends[index], op)
             return
-        layouts = list[Layout]()
+        specs = list[Spec]()
         for position, number in enumerate(flow.operands[index]):
             value = value_of[number]
             foreign = value not in self._home or value in self._received
             if foreign and flow.stages[index] is None and self.stage is not None:
                 continue
             set_operand(op, position, self._at_home(number))
-            layouts.append(self._home.get(value, replicated(len(work.values[value].shape))))
-            self._parts.follow(op.results[position], layouts[-1])
-        if len(layouts) == len(op.results) and (self.stage is None or flow.stages[index] is not None):
-            self._annotate(op, layouts)
+            specs.append(self._home.get(value, Spec.replicated(len(work.values[value].shape))))
+            self._partial.follow(op.results[position], specs[-1])
+        if len(specs) == len(op.results) and (self.stage is None or flow.stages[index] is not None):
+            self._annotate(op, specs)
 
     def _unchanged(self, index: int, loop: ir.Operation) -> None:
         """Let a loop carry a value on that it does not change, as it is."""
@@ -197,48 +187,48 @@ class Writer:
             set_operand(loop, ir.OpResult(first).result_number, self._at_home(flow.operands[index][0]))
 
     def _carry(self, part: Part, strategy: Strategy) -> None:
-        """Bring a value to the layout that a loop carries it in."""
+        """Reshard a value to the spec that a loop carries it with."""
         (result,) = part.operation.results
-        loop, layout = self.reading.flow.ops[part.index], strategy.results[0]
+        loop, spec = self.reading.flow.ops[part.index], strategy.results[0]
         position = ir.OpResult(self.reading.flow.values[result]).result_number
-        set_operand(loop, position, self._read(part.reads[0], layout, loop))
-        self._home[result] = layout
+        set_operand(loop, position, self._read(part.reads[0], spec, loop))
+        self._home[result] = spec
 
     def _condition(self, part: Part, strategy: Strategy) -> None:
-        """Let the condition of a loop read everything whole."""
+        """Let the condition of a loop read everything replicated."""
         flow = self.reading.flow
         first = flow.ops[part.index]
         loop = first.block.owner.operation
         inside = condition_ops(loop)
-        for number, layout in zip(part.reads, strategy.operands, strict=True):
-            present, value = flow.values[number], self._read(number, layout, first)
+        for number, spec in zip(part.reads, strategy.operands, strict=True):
+            present, value = flow.values[number], self._read(number, spec, first)
             if value != present:
                 for op in inside:
                     op.replace_uses_of_with(present, value)
         for op in inside:
             if op.name != "stablehlo.return" and len(op.results):
-                self._annotate(op, [replicated(_rank(result)) for result in op.results])
+                self._annotate(op, [Spec.replicated(_rank(result)) for result in op.results])
 
     def _end(self, loop: Loop, end: ir.Operation) -> None:
-        """Bring what the body of a loop makes to the layouts of the next turn."""
+        """Reshard what the body of a loop makes for the next iteration."""
         value_of, values = self.reading.value_of, self.reading.work.values
-        layouts = [self._home.get(value_of[r], replicated(len(values[r].shape))) for r in loop.results]
-        for position, (number, layout) in enumerate(zip(loop.returned, layouts, strict=True)):
-            set_operand(end, position, self._read(number, layout, end))
-        self._annotate(loop.op, layouts)
+        specs = [self._home.get(value_of[r], Spec.replicated(len(values[r].shape))) for r in loop.results]
+        for position, (number, spec) in enumerate(zip(loop.returned, specs, strict=True)):
+            set_operand(end, position, self._read(number, spec, end))
+        self._annotate(loop.op, specs)
 
     def _free_ones_chosen(self, shardings: Shardings) -> list[Strategy]:
         """All strategies, those of free ops included: they make what their readers want, or, where these want different
-        layouts, the whole of it, which is cut for nothing."""
+        specs, the whole value, of which a slice costs nothing."""
         work = self.reading.work
-        wanted: dict[int, set[Layout]] = {}
+        wanted: dict[int, set[Spec]] = {}
         for value, argument in work.updates:
             wanted.setdefault(value, set()).add(shardings.arguments[argument])
         results = {
-            value: layout
+            value: spec
             for op, strategy in zip(work.operations, shardings.chosen, strict=True)
             if strategy is not None
-            for value, layout in zip(op.results, strategy.results, strict=True)
+            for value, spec in zip(op.results, strategy.results, strict=True)
         }
         for value, result, _ in work.carried:
             wanted.setdefault(value, set()).add(results[result])
@@ -252,76 +242,77 @@ class Writer:
                 silent = (s for s in choices if not s.reductions and not s.exchanges)
                 strategy = next((s for s in silent if s.results == targets), choices[0])
             chosen.append(strategy)
-            for value, layout in zip(op.operands, strategy.operands, strict=True):
-                wanted.setdefault(value, set()).add(layout)
+            for value, spec in zip(op.operands, strategy.operands, strict=True):
+                wanted.setdefault(value, set()).add(spec)
         return chosen[::-1]
 
-    def _annotate(self, op: ir.Operation, layouts: Sequence[Layout]) -> None:
-        attributes = [sharding_attribute(layout, self.mesh, self.mesh_name) for layout in layouts]
+    def _attribute(self, spec: Spec) -> ir.Attribute:
+        return sharding_attribute(stacked(spec), self.mesh_name)
+
+    def _annotate(self, op: ir.Operation, specs: Sequence[Spec]) -> None:
+        attributes = [self._attribute(spec) for spec in specs]
         op.attributes[SHARDING] = sdy.TensorShardingPerValueAttr.get(attributes)
 
     def _at_home(self, number: int) -> ir.Value:
-        """A value of the flow as all readers find it; what a barrier or the boundary hands on is a value of its own."""
+        """A value of the flow as all readers find it; what a barrier or the gradient boundary forwards is a value of its own."""
         flow, value = self.reading.flow, self.reading.value_of[number]
         received = self._received.get(value)
         if received is not None and (number == value or flow.stages[flow.producer[number]] != self.stage):
             return received
         return self.cut.get(number, flow.values[number])
 
-    def _read(self, number: int, layout: Layout, reader: ir.Operation) -> ir.Value:
-        """A value of the flow in the layout that an op needs."""
+    def _read(self, number: int, spec: Spec, reader: ir.Operation) -> ir.Value:
+        """A value of the flow with the spec that an op needs."""
         value = self.reading.value_of[number]
         current = self._at_home(number)
         home = self._home.get(value)
-        if home is None or home == layout:
+        if home is None or home == spec:
             return current
-        moves = self.model.tables[value].way(home, layout)
-        if not moves:
+        path = self.model.tables[value].path(home, spec)
+        if not path:
             return current
-        # What a loop reads from outside is moved before the loop.
+        # What a loop reads from outside is resharded before the loop.
         place, top = top_level(reader, _block_of(current)), top_level(reader, body(self.main))
         turns = self.reading.flow.value_turns[number]
         function = self.reading.function_of(phase_of(top))
         weight = turns * (1.0 if phase_of(top) in (UPDATE, None) else self.num_microbatches)
         with ir.InsertionPoint(place):
-            for move in moves:
-                key = number, function, move.target
+            for step in path:
+                key = number, function, step.target
                 if key not in self._copies:
-                    self._count(move.kind, move.nbytes, turns, weight)
-                    self._copies[key] = self._moved(current, home, move, place)
-                current, home = self._copies[key], move.target
+                    self._count(step.kind, step.nbytes, turns, weight)
+                    self._copies[key] = self._resharded(current, home, step, place)
+                current, home = self._copies[key], step.target
         return current
 
-    def _moved(self, value: ir.Value, layout: Layout, move: Move, place: ir.Operation) -> ir.Value:
-        """A value after a move. Parts of a sum are added up, and with a scatter each device keeps its piece."""
-        if move.kind not in ("all_reduce", "reduce_scatter"):
-            return self._reshard(value, move.target, place)
-        count = len(move.axes)
-        total = self._parts.add_up(value, layout, count, place)
-        return total if move.target == layout[count:] else self._reshard(total, move.target, place)
+    def _resharded(self, value: ir.Value, spec: Spec, step: ReshardStep, place: ir.Operation) -> ir.Value:
+        """A value after a step. Partial sums are added up, and with a scatter each device keeps its shard."""
+        if not spec.unreduced:
+            return self._reshard(value, step.target, place)
+        total = self._partial.add_up(value, spec, place)
+        return total if step.target.dims == spec.dims else self._reshard(total, step.target, place)
 
-    def _constant_in_parts(self, number: int, layout: Layout) -> ir.Value | None:
-        """What an op on parts of a sum reads of a constant; None of all other values."""
+    def _unreduced_constant(self, number: int, spec: Spec) -> ir.Value | None:
+        """What an op on partial sums reads of a constant; None of all other values."""
         value = self.reading.value_of[number]
-        tensor = self.reading.work.values[value]
-        if tensor.partial or len(layout) == len(tensor.shape):
+        if self.reading.work.values[value].partial or not spec.unreduced:
             return None
-        return self._parts.constant(self.reading.flow.values[value], layout)
+        return self._partial.constant(self.reading.flow.values[value], spec)
 
     def _count(self, kind: str, nbytes: float, turns: int, weight: float) -> None:
         if nbytes:
             self.sent[kind] = self.sent.get(kind, 0.0) + turns * nbytes
             self.sent_in_step[kind] = self.sent_in_step.get(kind, 0.0) + weight * nbytes
 
-    def _reshard(self, value: ir.Value, layout: Layout, place: ir.Operation) -> ir.Value:
+    def _reshard(self, value: ir.Value, spec: Spec, place: ir.Operation) -> ir.Value:
         self.num_reshards += 1
-        attributes = {"sharding": sharding_attribute(layout, self.mesh, self.mesh_name)}
+        attributes = {"sharding": self._attribute(spec)}
         attributes |= self._place(place, value)
         op = ir.Operation.create("sdy.reshard", [value.type], [value], attributes, loc=place.location)
         return op.results[0]
 
     def _place(self, reader: ir.Operation, value: ir.Value) -> dict[str, ir.Attribute]:
-        """Phase, stage and layer of a move: those of its reader; before the return it is the maker's last work."""
+        """Phase, stage and layer of a reshard: those of its reader; before the return it is the maker's last work."""
         source = reader
         if reader.name == "func.return" and not isinstance(value.owner, ir.Block):
             source = value.owner.operation
@@ -331,30 +322,30 @@ class Writer:
         return found
 
     def _results(self, first: set[int]) -> None:
-        """Next values of state in their arguments' layouts; other results as they are.
+        """Next values of state with their arguments' specs; other results as they are.
 
         Args:
             first: the arguments that get their sharding here.
         """
         flow, value_of, main = self.reading.flow, self.reading.value_of, self.main
         end = terminator(main)
-        layouts = dict[int, Layout]()
+        results = dict[int, Spec]()
         for position, (value, updated) in enumerate(zip(flow.operands[-1], result_updates(main), strict=True)):
             source = value_of[value]
             if self.stage is not None and (source not in self._home or self._is_foreign(source, first)):
                 continue  # another stage's
             rank = len(self.reading.work.values[source].shape)
-            home = self._home.get(source, replicated(rank))
+            home = self._home.get(source, Spec.replicated(rank))
             target = home if updated is None else self._arguments.get(updated, home)
             set_operand(end, position, self._read(value, target, end))
-            layouts[position] = target
-        arguments = {number: layout for number, layout in self._arguments.items() if number in first}
+            results[position] = target
+        arguments = {number: spec for number, spec in self._arguments.items() if number in first}
         for name, entries, chosen in (
             ("arg_attrs", argument_attributes(main), arguments),
-            ("res_attrs", result_attributes(main), layouts),
+            ("res_attrs", result_attributes(main), results),
         ):
-            for number, layout in chosen.items():
-                entries[number][SHARDING] = sharding_attribute(layout, self.mesh, self.mesh_name)
+            for number, spec in chosen.items():
+                entries[number][SHARDING] = self._attribute(spec)
             main.attributes[name] = ir.ArrayAttr.get([ir.DictAttr.get(entry) for entry in entries])
 
     def _is_foreign(self, value: int, first: set[int]) -> bool:
@@ -365,13 +356,8 @@ class Writer:
         return flow.stages[flow.producer[value]] != self.stage
 
 
-def _only(layouts: set[Layout] | None, rank: int) -> Layout:
-    return next(iter(layouts)) if layouts and len(layouts) == 1 else replicated(rank)
-
-
-def _is_sum(strategy: Strategy, op: ir.Operation) -> bool:
-    """Whether an op leaves parts of a sum."""
-    return len(op.results) == 1 and len(strategy.results[0]) > len(ir.RankedTensorType(op.results[0].type).shape)
+def _only(specs: set[Spec] | None, rank: int) -> Spec:
+    return next(iter(specs)) if specs and len(specs) == 1 else Spec.replicated(rank)
 
 
 def _place_of(op: ir.Operation) -> dict[str, ir.Attribute]:

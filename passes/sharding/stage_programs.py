@@ -9,11 +9,12 @@ from jaxlib.mlir import ir
 
 from bactrian.passes.frame.errors import ConfigError, PassError
 from bactrian.passes.ir.attributes import NUM_MICROBATCHES, NUM_STAGES, integer_attribute
-from bactrian.passes.ir.meshes import Axes, mesh_axes, num_devices
+from bactrian.passes.ir.meshes import mesh_axes
 from bactrian.passes.ir.module_schedule import fused_phases, schedule_of
 from bactrian.passes.ir.regions import main_function
 from bactrian.passes.machine.cluster import Cluster
 from bactrian.passes.machine.mesh import Mesh
+from bactrian.passes.machine.spec import MeshAxes, num_devices
 from bactrian.passes.sharding.loop_dataflow import capture_unchanged
 from bactrian.passes.sharding.work_from_ir import Reading, read_program
 
@@ -44,7 +45,7 @@ class StageProgram:
         return self.stage if self.num_stages > 1 else None
 
 
-def stage_meshes(module: ir.Module) -> dict[str, Axes]:
+def stage_meshes(module: ir.Module) -> dict[str, MeshAxes]:
     """The axes of every stage's mesh by its symbol, in the order of the stages; nothing where all have one device.
 
     Raises:
@@ -72,7 +73,7 @@ def stage_meshes(module: ir.Module) -> dict[str, Axes]:
 
 
 def read_stages(
-    module: ir.Module, meshes: dict[str, Axes], cluster: Cluster, remark: Callable[[ir.Operation, str], None]
+    module: ir.Module, meshes: dict[str, MeshAxes], cluster: Cluster, remark: Callable[[ir.Operation, str], None]
 ) -> list[StageProgram]:
     """The programs of all stages. Loops are made to read from outside what they never change.
 

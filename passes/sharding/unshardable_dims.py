@@ -37,29 +37,26 @@ def uncut(model: ShardingModel, value: int, op: str) -> Iterator[Uncut]:
         op: the name of the op that makes it; "" of an argument.
     """
     mesh, shape = model.mesh, model.work.values[value].shape
-    wide = [axis for axis in range(len(mesh.axes)) if mesh.axes[axis].size > 1]
     made = _made_over(model, value)
     for dim, size in enumerate(shape):
-        failing = list[tuple[int, ...]]()
-        for count in range(1, len(wide) + 1):
-            for axes in combinations(wide, count):
+        failing = list[tuple[str, ...]]()
+        for count in range(1, len(mesh.wide) + 1):
+            for axes in combinations(mesh.wide, count):
                 if any(set(few) <= set(axes) for few in failing):
                     continue
-                names, parts = tuple(mesh.axes[axis].name for axis in axes), mesh.parts(axes)
+                parts = mesh.group_size(axes)
                 if size % parts:
                     failing.append(axes)
-                    yield Uncut(dim, size, names, parts)
+                    yield Uncut(dim, size, axes, parts)
                 elif made is not None and count == 1 and (dim, axes[0]) not in made:
                     failing.append(axes)
-                    yield Uncut(dim, size, names, parts, op)
+                    yield Uncut(dim, size, axes, parts, op)
 
 
-def _made_over(model: ShardingModel, value: int) -> set[tuple[int, int]] | None:
+def _made_over(model: ShardingModel, value: int) -> set[tuple[int, str]] | None:
     """The dims and axes that some strategy of the value's op cuts; None of an input, or where its layout was given."""
     for operation, choices in zip(model.work.operations, model.strategies, strict=True):
         if value in operation.results and choices is not None and not operation.given:
-            rank = len(model.work.values[value].shape)
-            made = (strategy.results[operation.results.index(value)] for strategy in choices)
-            layouts = [layout[len(layout) - rank :] for layout in made]
-            return {(dim, axis) for layout in layouts for dim, axes in enumerate(layout) for axis in axes}
+            made = [strategy.results[operation.results.index(value)] for strategy in choices]
+            return {(dim, axis) for spec in made for dim, axes in enumerate(spec.dims) for axis in axes}
     return None

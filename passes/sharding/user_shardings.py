@@ -12,7 +12,8 @@ from bactrian.passes.ir.main_dataflow import MainDataflow
 from bactrian.passes.ir.meshes import SHARDING
 from bactrian.passes.ir.tensor_sizes import value_shape
 from bactrian.passes.machine.mesh import Mesh
-from bactrian.passes.sharding.reshard_paths import Layout, all_layouts
+from bactrian.passes.machine.spec import Spec
+from bactrian.passes.sharding.reshard_paths import all_specs
 
 CONSTRAINT = "sdy.sharding_constraint"
 
@@ -32,94 +33,93 @@ def refuse_result_shardings(main: ir.Operation) -> None:
             )
 
 
-def fixed_arguments(main: ir.Operation, flow: MainDataflow, mesh: Mesh) -> list[tuple[int, Layout]]:
+def fixed_arguments(main: ir.Operation, flow: MainDataflow, mesh: Mesh) -> list[tuple[int, Spec]]:
     """Arguments that have a layout.
 
     Raises:
         PassError: one leaves a dim open.
         ProgramError: one does not cut its argument into equal pieces.
     """
-    found = list[tuple[int, Layout]]()
+    found = list[tuple[int, Spec]]()
     for number, entry in enumerate(argument_attributes(main)):
         if SHARDING in entry:
-            layout, open_ = _checked(entry[SHARDING], flow.values[number], mesh)
+            spec, open_ = _checked(entry[SHARDING], flow.values[number], mesh)
             if open_:
                 raise PassError(
                     f"sharding {entry[SHARDING]} of argument {number} leaves a dim open",
                     fix="give the axes of every dim, or constrain the argument with sdy.sharding_constraint",
                 )
-            found.append((number, layout))
+            found.append((number, spec))
     return found
 
 
-def constrained_values(main: ir.Operation, flow: MainDataflow, mesh: Mesh) -> list[tuple[int, Layout]]:
+def constrained_values(main: ir.Operation, flow: MainDataflow, mesh: Mesh) -> list[tuple[int, Spec]]:
     """Values that a constraint makes, with the layout that they have in every stage."""
-    found = list[tuple[int, Layout]]()
+    found = list[tuple[int, Spec]]()
     for results, op in zip(flow.results, flow.ops, strict=True):
         if op.name == CONSTRAINT:
-            layout, open_ = _checked(op.attributes["sharding"], op.results[0], mesh)
-            found += [(results[0], layout)] if not open_ else []
+            spec, open_ = _checked(op.attributes["sharding"], op.results[0], mesh)
+            found += [(results[0], spec)] if not open_ else []
     return found
 
 
-def given_layouts(op: ir.Operation, mesh: Mesh) -> tuple[Layout, ...]:
+def given_specs(op: ir.Operation, mesh: Mesh) -> tuple[Spec, ...]:
     """The layouts that a constraint leaves; nothing for other ops."""
     if op.name != CONSTRAINT:
         return ()
     value = op.results[0]
-    layout, open_ = _checked(op.attributes["sharding"], value, mesh)
+    spec, open_ = _checked(op.attributes["sharding"], value, mesh)
     if not open_:
-        return (layout,)
+        return (spec,)
     return tuple(
         each
-        for each in all_layouts(value_shape(value), mesh)
+        for each in all_specs(value_shape(value), mesh)
         if all(
             axes[: len(asked)] == asked if dim in open_ else axes == asked
-            for dim, (axes, asked) in enumerate(zip(each, layout, strict=True))
+            for dim, (axes, asked) in enumerate(zip(each.dims, spec.dims, strict=True))
         )
     )
 
 
-def _checked(sharding: ir.Attribute, value: ir.Value, mesh: Mesh) -> tuple[Layout, tuple[int, ...]]:
+def _checked(sharding: ir.Attribute, value: ir.Value, mesh: Mesh) -> tuple[Spec, tuple[int, ...]]:
     """A layout that was asked for, and the dims that are open.
 
     Raises:
         ProgramError: it does not cut the value into equal pieces.
     """
-    (layout, open_), shape = _layout_of(sharding, mesh), value_shape(value)
-    for dim, (size, axes) in enumerate(zip(shape, layout, strict=True)):
-        if size % mesh.parts(axes):
-            names = ", ".join(mesh.axes[axis].name for axis in axes)
+    (spec, open_), shape = _spec_of(sharding, mesh), value_shape(value)
+    for dim, (size, axes) in enumerate(zip(shape, spec.dims, strict=True)):
+        count = mesh.group_size(axes)
+        if size % count:
             raise ProgramError(
-                f"dim {dim} of size {size} can't be cut into {mesh.parts(axes)} equal pieces",
+                f"dim {dim} of size {size} can't be split into {count} equal shards",
                 where=describe(value.location),
-                why=f"it is asked to be cut over {names}",
-                fix="make the dim a multiple of that, or cut another one",
+                why=f"its sharding is over {', '.join(axes)}",
+                fix="make the dim a multiple of that, or shard another one",
             )
-    return layout, open_
+    return spec, open_
 
 
-def _layout_of(sharding: ir.Attribute, mesh: Mesh) -> tuple[Layout, tuple[int, ...]]:
-    """An ``sdy.sharding`` as a layout, and the dims that it leaves open: other axes may cut these further.
+def _spec_of(sharding: ir.Attribute, mesh: Mesh) -> tuple[Spec, tuple[int, ...]]:
+    """An ``sdy.sharding`` as a spec, and the dims that it leaves open: other axes may shard these further.
 
-    Axes of size 1 cut nothing and are left out.
+    Axes of size 1 are left out.
 
     Raises:
         PassError: it names axes that the mesh doesn't have, or parts of axes.
     """
-    numbers = {axis.name: number for number, axis in enumerate(mesh.axes)}
-    layout, open_ = list[tuple[int, ...]](), list[int]()
+    dims, open_ = list[tuple[str, ...]](), list[int]()
     for number, attribute in enumerate(sdy.TensorShardingAttr(sharding).dimension_shardings):
         dim = sdy.DimensionShardingAttr(attribute)
         if not dim.is_closed:
             open_.append(number)
-        axes = list[int]()
+        axes = list[str]()
         for reference in dim.axes:
             axis = sdy.AxisRefAttr(reference)
-            if axis.name not in numbers or axis.sub_axis_info is not None:
+            if axis.name not in mesh.sizes or axis.sub_axis_info is not None:
                 raise PassError(
-                    f"sharding {sharding} is not over whole axes of the mesh", fix=f"axes: {', '.join(numbers)}"
+                    f"sharding {sharding} is not over whole axes of the mesh", fix=f"axes: {', '.join(mesh.sizes)}"
                 )
-            axes.append(numbers[axis.name])
-        layout.append(tuple(axis for axis in axes if mesh.axes[axis].size > 1))
-    return tuple(layout), tuple(open_)
+            axes.append(axis.name)
+        dims.append(tuple(axis for axis in axes if axis in mesh.wide))
+    return Spec(tuple(dims)), tuple(open_)

@@ -13,6 +13,7 @@ from bactrian.passes.frame.errors import PassError
 from bactrian.passes.ir.attributes import (
     ACCUMULATE,
     BACKWARD,
+    COUNTER,
     FORWARD,
     GRADIENT_BOUNDARY,
     MICROBATCH_INDEX,
@@ -28,6 +29,7 @@ from bactrian.passes.ir.regions import custom_call_target, nested_operations
 from bactrian.passes.ir.tensor_sizes import value_shape
 from bactrian.passes.machine.cluster import Cluster
 from bactrian.passes.machine.mesh import Mesh
+from bactrian.passes.machine.spec import Spec
 from bactrian.passes.sharding.deferred_reductions import deferred_sums
 from bactrian.passes.sharding.fusion_costs import (
     PART_WRITTEN,
@@ -38,17 +40,15 @@ from bactrian.passes.sharding.fusion_costs import (
 )
 from bactrian.passes.sharding.halo_rules import RULE, Fillings, with_borders
 from bactrian.passes.sharding.loop_dataflow import CARRY, END, INSIDE, OP, LoopFlow
-from bactrian.passes.sharding.reshard_paths import replicated
 from bactrian.passes.sharding.sharding_model import Operation, Tensor, Work
 from bactrian.passes.sharding.sharding_rules import Dims, Rule, elementwise, whole
 from bactrian.passes.sharding.strategies import Defers
 from bactrian.passes.sharding.user_shardings import (
     constrained_values,
     fixed_arguments,
-    given_layouts,
+    given_specs,
     refuse_result_shardings,
 )
-from bactrian.passes.stages.counters import COUNTER
 
 _WITHOUT_RULE = frozenset(
     f"stablehlo.{name}" for name in ("constant", "iota", "custom_call", "while", "case", "if", "optimization_barrier")
@@ -137,7 +137,7 @@ def read_program(
     ]
     for loop in flow.loops:
         if stage in (None, flow.stages[loop.first]) and trip_count(loop.op) is None:
-            remark(loop.op, "how often this loop runs is not known: its body counts as if it ran once")
+            remark(loop.op, "unknown trip count: the loop body is costed as one iteration")
     parts = [reader.part(index) for index in own]
     value_of = reader.value_of
     inputs = list(range(flow.num_arguments))
@@ -178,7 +178,7 @@ def read_program(
     }
     kept = [value_of[value] for value in flow.operands[-1]] + sorted(elsewhere)
     fixed = dict(fixed_arguments(main, flow, mesh) + constrained_values(main, flow, mesh)) | {
-        argument: replicated(len(value_shape(flow.values[argument]))) for argument in counted.values()
+        argument: Spec.replicated(len(value_shape(flow.values[argument]))) for argument in counted.values()
     }
     position = {part.index: at for at, part in enumerate(parts)}
     work = Work(
@@ -192,7 +192,7 @@ def read_program(
         fixed=tuple((number, layout) for number, layout in sorted(fixed.items()) if number in inputs),
         loads=tuple(loads),
         kept=tuple(value for value in dict.fromkeys(kept) if value in made or value in inputs),
-        wanted=tuple((value, replicated(len(value_shape(flow.values[value])))) for value in counted),
+        wanted=tuple((value, Spec.replicated(len(value_shape(flow.values[value])))) for value in counted),
         batch_copies=in_flight,
         carried=tuple(dict.fromkeys(tie for tie in carried if tie[0] != tie[1])),
         lasting=tuple(_lasting(flow, value_of, position)),
@@ -300,7 +300,7 @@ class _Reader:
         read = _distinct(self._flow.operands[index], len(op.operands))
         operands = tuple(self.value_of[value] for value in read)
         results = tuple(self._flow.results[index])
-        given = given_layouts(op, self._mesh)
+        given = given_specs(op, self._mesh)
         is_free = not given and (
             _is_source(op)
             or (bool(operands) and all(self._free[v] for v in operands) and op.name not in MATRIX_PRODUCTS)
@@ -315,7 +315,7 @@ class _Reader:
         if rule is None:
             shapes = [tuple(value_shape(self._flow.values[value]) for value in each) for each in (read, results)]
             if not is_free and any(shapes[0] + shapes[1]):
-                self._remark(op, f"nothing is known of {op.name}: every device computes it whole")
+                self._remark(op, f"no sharding rule for {op.name}: it is replicated on every device")
             rule = whole(*shapes)
         separate = is_separate(self._flow, index)
         keeps = separate or any(self._from_memory[value] for value in results)
