@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from bactrian.passes.frame.errors import ConfigError
 
@@ -104,7 +104,7 @@ class Spec:
 
     def with_dim(self, dim: int, axes: Iterable[str]) -> Spec:
         """The same spec with other axes on one dim."""
-        return replace(self, dims=(*self.dims[:dim], tuple(axes), *self.dims[dim + 1 :]))
+        return Spec((*self.dims[:dim], tuple(axes), *self.dims[dim + 1 :]), self.unreduced)
 
     def num_shards(self, sizes: Mapping[str, int]) -> int:
         """How many shards the tensor has.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -72,7 +72,7 @@ def _unreduced(spec: Spec, mesh: Mesh) -> Iterator[Spec]:
     free = [axis for axis in mesh.wide if axis not in spec.axes]
     for count in range(1, len(free) + 1):
         for axes in itertools.combinations(free, count):
-            yield replace(spec, unreduced=axes)
+            yield Spec(spec.dims, axes)
 
 
 @dataclass(frozen=True)

@@ -136,6 +136,7 @@ class ShardingModel:
     mesh: Mesh
     memory: int | None = None
     _blocks: dict[tuple[int, bytes, bytes], _Matrix] = field(default_factory=dict[Any, _Matrix], repr=False)
+    _numbers: dict[tuple[int, int, bool, int], _Matrix] = field(default_factory=dict[Any, _Matrix], repr=False)
 
     @cached_property
     def tables(self) -> tuple[ReshardTable, ...]:
@@ -235,7 +236,7 @@ class ShardingModel:
             costs.append(np.array([op.weight * (self.computing(op, s) + s.sending_seconds) for s in choices]))
             held = np.zeros(len(choices))
             for position, value in enumerate(op.results):
-                index = np.array([self.tables[value].number[s.results[position]] for s in choices])
+                index = self._spec_numbers(value, choices, position, is_result=True)
                 specs_of[value] = node, index
                 if op.keeps and value not in own:
                     held = held + self.tables[value].local[index]
@@ -245,8 +246,7 @@ class ShardingModel:
             for position, value in enumerate(op.operands):
                 if value not in specs_of:
                     continue  # constants are available in every sharding
-                table = self.tables[value]
-                needed = np.array([table.number[s.operands[position]] for s in choices])
+                needed = self._spec_numbers(value, choices, position, is_result=False)
                 connect(value, node, needed, op.moved(position))
         for value, number, weight in (*((value, number, 1.0) for value, number in work.updates), *work.carried):
             node, index = specs_of[number]
@@ -274,6 +274,15 @@ class ShardingModel:
             if op.given and not op.keeps:  # its result is its operand
                 last[op.operands[0]] = max(last[op.operands[0]], last[op.results[0]])
         return last
+
+    def _spec_numbers(self, value: int, choices: tuple[Strategy, ...], position: int, *, is_result: bool) -> _Matrix:
+        """The number of a value's spec by strategy of an op that reads or makes it; equal ops share one array."""
+        table = self.tables[value]
+        key = id(table), id(choices), is_result, position
+        if key not in self._numbers:
+            specs = ((s.results if is_result else s.operands)[position] for s in choices)
+            self._numbers[key] = np.array([table.number[spec] for spec in specs])
+        return self._numbers[key]
 
     def _block(self, value: int, source: _Matrix, target: _Matrix) -> _Matrix:
         """Seconds from each of the source's specs to each of the target's."""

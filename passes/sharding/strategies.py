@@ -6,7 +6,7 @@ import enum
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 
 from bactrian.passes.machine.mesh import Mesh
@@ -122,14 +122,14 @@ def strategies(
         for results, reductions in _reductions(reduced, partial, result_bytes, mesh, shapes):
             found.append(Strategy(factors, operands, partial, results, reductions, parts, exchanges))
         if reduced and defers is Defers.STARTS:
-            left = (replace(partial[0], unreduced=tuple(reduced)),)
+            left = (Spec(partial[0].dims, tuple(reduced)),)
             found.append(Strategy(factors, operands, left, left, (), parts, exchanges))
         if defers is Defers.PASSES:
             free = [axis.name for axis, factor in named if factor is None and axis.size > 1]
             for count in range(1, len(free) + 1):
                 for axes in itertools.combinations(free, count):
-                    read = tuple(replace(spec, unreduced=axes) for spec in operands)
-                    left = (replace(partial[0], unreduced=axes),)
+                    read = tuple(Spec(spec.dims, axes) for spec in operands)
+                    left = (Spec(partial[0].dims, axes),)
                     found.append(Strategy(factors, read, left, left, (), parts))
     return tuple(found)
 
