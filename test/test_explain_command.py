@@ -70,7 +70,7 @@ def check_chosen(found: Explanation, plan: Plan, stage: int) -> None:
     assert chosen.communication_seconds == sharding.communication_seconds
     assert chosen.memory == sharding.memory_bytes
     assert chosen.sent_bytes == sharding.sent_bytes
-    written = dict(sharding.layouts).get(found.name, found.layout)
+    written = dict(sharding.shardings).get(found.name, found.layout)
     assert written == found.layout or any(f"the stage gets it as {written}:" in note for note in found.notes)
 
 
@@ -143,7 +143,7 @@ def test_folders_that_lack_something(tmp_path: Path, save: Save) -> None:
     folder = save()
     text = (folder / "plan.json").read_text()
     plan = json.loads(text)
-    layouts = plan["stages"][0]["sharding"]["layouts"]
+    layouts = plan["stages"][0]["sharding"]["shardings"]
     layouts["params['a']"] = "-,-" if layouts["params['a']"] != "-,-" else "data,-"
     (folder / "plan.json").write_text(json.dumps(plan))
     with pytest.raises(ConfigError, match=r"params\['a'\] has another sharding: the plan was changed"):

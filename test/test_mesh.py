@@ -109,15 +109,15 @@ def test_a_plan_is_applied_as_it_is(slow: Path, tmp_path: Path) -> None:
     assert again.trace(built.state, *built.batches[0]).plan().plan.to_json() == planned.plan.to_json()
     stage = planned.plan.stages[0]
     assert stage.sharding is not None
-    layouts = dict(stage.sharding.layouts)
+    layouts = dict(stage.sharding.shardings)
     path = next(path for path, text in layouts.items() if path.endswith("['w']") and "params" in path)
-    changed = dataclasses.replace(stage.sharding, layouts=((path, "-,model"),))
+    changed = dataclasses.replace(stage.sharding, shardings=((path, "-,model"),))
     plan = dataclasses.replace(planned.plan, stages=(dataclasses.replace(stage, sharding=changed),))
     compiled = check(built, plan=plan, mesh=None, cluster=slow)
     assert [p.sharding_text for p in compiled.placements if p.path == path] == [
         "dim 1 over model on mesh data=2,model=4"
     ]
-    wrong = dataclasses.replace(stage.sharding, layouts=(("nothing", "-"),))
+    wrong = dataclasses.replace(stage.sharding, shardings=(("nothing", "-"),))
     plan = dataclasses.replace(planned.plan, stages=(dataclasses.replace(stage, sharding=wrong),))
     with pytest.raises(ConfigError, match="nothing, which is no argument"):
         check(built, plan=plan, cluster=slow)
@@ -140,8 +140,8 @@ def test_layouts_in_plans_that_are_none(text: str, message: str, slow: Path) -> 
     plan = traced.plan().plan
     stage = plan.stages[0]
     assert stage.sharding is not None
-    path = next(path for path, text in stage.sharding.layouts if path.endswith("['w']"))
-    changed = dataclasses.replace(stage.sharding, layouts=((path, text),))
+    path = next(path for path, text in stage.sharding.shardings if path.endswith("['w']"))
+    changed = dataclasses.replace(stage.sharding, shardings=((path, text),))
     with pytest.raises(ConfigError, match=message) as caught:
         traced.plan(plan=dataclasses.replace(plan, stages=(dataclasses.replace(stage, sharding=changed),)))
     assert path in str(caught.value) and caught.value.fix

@@ -103,7 +103,7 @@ def test_plan_prints_what_is_sent_and_held(tmp_path: Path, capsys: pytest.Captur
     assert "holds" in capsys.readouterr()[0]
     sharding = json.loads((tmp_path / "plan" / "plan.json").read_text())["stages"][0]["sharding"]
     assert sharding["seconds"] == sharding["bound_seconds"] > 0
-    assert set(sharding["layouts"]) == {"params['a']", "params['b']", "batch"}
+    assert set(sharding["shardings"]) == {"params['a']", "params['b']", "batch"}
 
 
 def test_plans_of_stages_on_meshes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,6 +20,7 @@ from bactrian.passes.frame.errors import ConfigError, ProgramError
 from bactrian.passes.frame.units import human_bytes, human_count, human_seconds
 from bactrian.passes.frame.views import Viewable
 from bactrian.passes.plan.schema import STAGED_FILE, LayerPlan, Plan, StagePlan, fingerprint_text
+from bactrian.passes.plan.stage_sharding import ShardingPlan
 
 
 def random_plan(seed: int, max_stages: int = 6) -> Plan:
@@ -100,7 +101,7 @@ def test_json_does_not_depend_on_the_hash_seed() -> None:
 
 def test_a_plan_can_be_written_by_hand() -> None:
     plan = Plan.from_json(
-        """{"version": 1, "num_stages": 2, "num_microbatches": 4, "schedule": "1f1b", "num_layers": 3,
+        """{"version": 2, "num_stages": 2, "num_microbatches": 4, "schedule": "1f1b", "num_layers": 3,
         "stages": [{"stage": 0, "first_layer": 0, "last_layer": 1},
                    {"stage": 1, "first_layer": 2, "last_layer": 2, "mesh": {"model": 4, "data": 2}}]}"""
     )
@@ -109,10 +110,18 @@ def test_a_plan_can_be_written_by_hand() -> None:
     assert Plan.from_json(plan.to_json()) == plan  # the order of the axes is kept
 
 
+def test_plans_of_version_1_are_read() -> None:
+    plan = small(stages=(StagePlan(0, 0, 1, sharding=ShardingPlan(shardings=(("w", "data,-"),))), StagePlan(1, 2, 2)))
+    old = plan.to_json().replace('"version": 2', '"version": 1').replace('"shardings": {', '"layouts": {')
+    assert old != plan.to_json() and Plan.from_json(old) == plan
+    with pytest.raises(ConfigError, match="missing keys"):
+        Plan.from_json('{"version": 1, "stages": 3}')
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": 2}, "it has version 2, this Bactrian reads version 1"),
+        ({"version": 3}, "it has version 3, this Bactrian reads version 2"),
         ({"version": None}, "it has no version"),
         ({"version": True}, "it has version true"),
         ({"versoin": 1}, "unknown key in plan: 'versoin'"),
@@ -178,7 +187,7 @@ def test_bad_plans_cannot_be_made_in_python_either() -> None:
         {"options": 3},
         {"stages": (StagePlan(0, 0, 2, ()), StagePlan(1, 3, 2))},
         {"stages": ("x",)},
-        {"version": 2},
+        {"version": 1},
     ):
         with pytest.raises(ConfigError, match="bad plan"):
             small(**changes)

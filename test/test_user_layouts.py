@@ -66,7 +66,7 @@ def constraints(text: str) -> set[tuple[str, str, str]]:
 def layouts(step: Any, state: Any = STATE, batch: Any = BATCH, **options: Any) -> dict[str, str]:
     """Of all arguments."""
     made = bactrian.parallelize(step, **{"mesh": MESH, **options}).trace(state, batch).plan()
-    return {path: text for stage in made.plan.stages if stage.sharding for path, text in stage.sharding.layouts}
+    return {path: text for stage in made.plan.stages if stage.sharding for path, text in stage.sharding.shardings}
 
 
 def check(step: Any, state: Any = STATE, batch: Any = BATCH, steps: int = 1, **options: Any) -> Parallelized:

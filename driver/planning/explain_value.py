@@ -116,7 +116,7 @@ def _explain(unsolved: Unsolved, plan: Plan, source: str, text: str, stage: int 
     value = find_value(values, text, stage, lambda v: explainer(v.stage).layout(v.number))
     found = explainer(value.stage).explain(value, deadline)
     sharding = plan.stages[value.stage].sharding
-    written = dict(sharding.layouts).get(value.name) if sharding is not None and not value.op else None
+    written = dict(sharding.shardings).get(value.name) if sharding is not None and not value.op else None
     if written is None or written == found.layout:
         return found
     note = f"the stage gets it as {written}: a move that follows a transfer is done by the transfer"
@@ -136,7 +136,7 @@ def _check_equal(made: StageExplainer, values: list[NamedValue], sharding: Shard
     Raises:
         ConfigError: the plan was changed, or could not be found again.
     """
-    layouts = dict(sharding.layouts)
+    layouts = dict(sharding.shardings)
     moved = [
         value.name
         for value in values

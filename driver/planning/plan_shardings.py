@@ -25,7 +25,7 @@ def plan_specs(plan: Plan, paths: Sequence[str], ranks: Sequence[int]) -> dict[i
     """
     layouts = dict[str, str]()
     for stage in plan.stages:  # of an argument that several stages read, the first one's
-        for path, text in () if stage.sharding is None else stage.sharding.layouts:
+        for path, text in () if stage.sharding is None else stage.sharding.shardings:
             layouts.setdefault(path, text)
     numbers = {path: number for number, path in enumerate(paths)}
     unknown = [path for path in layouts if path not in numbers]
@@ -122,7 +122,7 @@ def read_shardings(module: ir.Module, program: StagedProgram, paths: Sequence[st
 
 def as_before(new: ShardingPlan, old: ShardingPlan | None) -> ShardingPlan:
     """What is predicted of a plan that is applied: if it takes as long as it says, its proof and comparison stand."""
-    if old is None or abs(new.seconds - old.seconds) > 1e-9 * old.seconds or new.layouts != old.layouts:
+    if old is None or abs(new.seconds - old.seconds) > 1e-9 * old.seconds or new.shardings != old.shardings:
         return new
     return replace(new, given=old.given, bound_seconds=old.bound_seconds, compared=new.compared or old.compared)
 
@@ -144,7 +144,7 @@ def _read(found: ir.DictAttr, stage: int, program: StagedProgram, paths: Sequenc
         sent_bytes=tuple((item.name, _integer(item.attr)) for item in ir.DictAttr(found["sent_bytes"])),
         memory_bytes=tuple((ir.StringAttr(entry["name"]).value, _integer(entry["bytes"])) for entry in memory),
         limit_bytes=_integer(found["limit_bytes"]),
-        layouts=tuple((paths[number], text) for number, text in sorted(layouts.items()) if number < len(paths)),
+        shardings=tuple((paths[number], text) for number, text in sorted(layouts.items()) if number < len(paths)),
         compared=tuple(_figures(entry) for entry in compared),
     )
 

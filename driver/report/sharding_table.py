@@ -28,7 +28,7 @@ def layout_grid(plan: ShardingPlan, stage: int | None) -> Table:
     if plan.strategy != "auto":
         proof = f"{plan.strategy}; the rest {proof}"
     if plan.given:
-        proof += f", with {plan.given} of {len(plan.layouts)} arguments' layouts given"
+        proof += f", with {plan.given} of {len(plan.shardings)} arguments' shardings given"
     sent = " · ".join(f"{kind.replace('_', '-')} {human_bytes(nbytes)}" for kind, nbytes in plan.sent_bytes)
     held = " · ".join(f"{name} {human_bytes(nbytes)}" for name, nbytes in plan.memory_bytes)
     total = sum(nbytes for _, nbytes in plan.memory_bytes)
@@ -36,7 +36,7 @@ def layout_grid(plan: ShardingPlan, stage: int | None) -> Table:
     grid = Table.grid(padding=(0, 2, 0, 0))
     grid.add_column(style="bold", no_wrap=True)
     grid.add_column()
-    grid.add_row("layouts" if stage is None else f"stage {stage}", proof)
+    grid.add_row("shardings" if stage is None else f"stage {stage}", proof)
     grid.add_row(
         "sends", f"{sent}, in {human_seconds(plan.communication_seconds)}: a device, a step" if sent else "nothing"
     )

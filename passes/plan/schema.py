@@ -7,7 +7,7 @@ import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from bactrian.passes.frame.errors import ConfigError, ProgramError
 from bactrian.passes.frame.views import Viewable, view
@@ -15,7 +15,7 @@ from bactrian.passes.machine.spec import axes_text
 from bactrian.passes.plan.json_fields import Option, add_record, as_mapping, check_types, decode, encode
 from bactrian.passes.plan.stage_sharding import ShardingPlan
 
-VERSION = 1
+VERSION = 2
 PLAN_FILE = "plan.json"
 STAGED_FILE = "staged.mlir"
 UNSOLVED_FILE = "solve.mlir"
@@ -184,6 +184,8 @@ class Plan(Viewable):
             ) from None
         data = as_mapping(data, "plan", source)
         version = data.get("version")
+        if version == 1 and type(version) is int:
+            data, version = _from_version_1(data), VERSION
         if type(version) is not int or version != VERSION:
             shown = "no version" if version is None else f"version {json.dumps(version)}"
             raise ConfigError(
@@ -259,6 +261,16 @@ def _check_decisions(plan: Plan) -> None:
         problems.append(f"the stages end at layer {following - 1}, should end at layer {plan.num_layers - 1}")
     if problems:
         raise ConfigError("bad plan: " + "; ".join(problems[:5]))
+
+
+def _from_version_1(data: dict[str, Any]) -> dict[str, Any]:
+    """A plan of version 1 in the words of version 2: the ``layouts`` of a stage's sharding are its ``shardings``."""
+    stages = data.get("stages")
+    for stage in cast(list[Any], stages) if isinstance(stages, list) else ():
+        sharding = cast(dict[str, Any], stage).get("sharding") if isinstance(stage, dict) else None
+        if isinstance(sharding, dict) and "layouts" in sharding:
+            sharding["shardings"] = sharding.pop("layouts")
+    return data | {"version": VERSION}
 
 
 def _refuse_constant(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""What is decided and predicted about the layouts of one stage, as plain data. No MLIR, no jax."""
+"""What is decided and predicted about the shardings of one stage, as plain data. No MLIR, no jax."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from bactrian.passes.plan.json_fields import add_record
 
 @dataclass(frozen=True)
 class ShardingFigures:
-    """What a step is predicted to take with some layouts.
+    """What a step is predicted to take with some shardings.
 
     Attributes:
         name: ``chosen``, or the known plan that it is.
@@ -26,13 +26,13 @@ class ShardingFigures:
 
 @dataclass(frozen=True)
 class ShardingPlan:
-    """The layouts of a stage on its mesh.
+    """The shardings of a stage on its mesh.
 
     Attributes:
         strategy: ``auto``, or the known plan that was asked for.
         seconds: predicted, of a step.
-        bound_seconds: no layouts take less, in the cost model, with what was given.
-        given: how many arguments had their layout already: from a plan, from another step, or from the user.
+        bound_seconds: no shardings take less, in the cost model, with what was given.
+        given: how many arguments had their sharding already: from a plan, from another step, or from the user.
         communication_seconds: the part of ``seconds`` in which devices exchange values.
         sent_bytes: what each device sends in a step, by kind of collective.
         memory_bytes: of a device, at the fullest time, by class: the values that the choice is made of.
@@ -40,7 +40,7 @@ class ShardingPlan:
         peak_bytes: of a device, at the fullest time, as XLA runs the stage's functions: with copies, temporaries and
             results before they are cut.
         temporary_bytes: the part of it that only the function needs that runs then.
-        layouts: of every argument of the step, by its path: the axes of each dim, ``-`` for a whole one.
+        shardings: of every argument of the step, by its path, as `Spec` writes them.
         compared: known plans on the same mesh.
     """
 
@@ -54,12 +54,12 @@ class ShardingPlan:
     limit_bytes: int | None = None
     peak_bytes: int | None = None
     temporary_bytes: int | None = None
-    layouts: tuple[tuple[str, str], ...] = ()
+    shardings: tuple[tuple[str, str], ...] = ()
     compared: tuple[ShardingFigures, ...] = ()
 
     @property
     def is_optimal(self) -> bool:
-        """Whether it is proved that no layouts take less, in the cost model, beside what was given."""
+        """Whether it is proved that no shardings take less, in the cost model, beside what was given."""
         return self.bound_seconds >= self.seconds * (1 - 1e-9)
 
 
