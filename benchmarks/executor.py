@@ -15,14 +15,14 @@ from jax.sharding import SingleDeviceSharding
 from staged_programs import chain
 
 from bactrian.runtime.executor import Executor, run_together
-from bactrian.runtime.instruction_builder import build_lists
+from bactrian.runtime.instruction_builder import build_streams
 from bactrian.runtime.instructions import Run
 from bactrian.runtime.transports.in_process import LocalNetwork
 
 
 def main(stages: int = 4, microbatches: int = 32, steps: int = 20) -> None:
     """Print microseconds per instruction, with calls that give ready-made arrays, moves on one device included."""
-    lists = build_lists(chain(stages, microbatches), tuple(range(stages)))
+    lists = build_streams(chain(stages, microbatches), tuple(range(stages)))
     network, device = LocalNetwork(), SingleDeviceSharding(jax.devices()[0])
     ready = jax.device_put(np.float32(0), device)
     counts = {x.function: len(x.outputs) for one in lists for x in one.instructions if isinstance(x, Run)}

@@ -24,7 +24,7 @@ from jax.sharding import SingleDeviceSharding
 
 from bactrian.passes.schedules.gpipe import GPipe
 from bactrian.runtime.executor import Executor
-from bactrian.runtime.instruction_builder import build_lists
+from bactrian.runtime.instruction_builder import build_streams
 from bactrian.runtime.staged_program import ArgumentPiece, Call, StagedProgram, Transfer, Value
 from bactrian.runtime.transports.mpi import MpiTransport
 
@@ -73,7 +73,7 @@ def main() -> None:
     once = min(timed(lambda: quick([x])[0].block_until_ready()) for _ in range(12)) / 4
     repeats = comm.bcast(max(1, round(4e-3 / once)))
     functions = {"forward": work(repeats), "backward": work(2 * repeats)}
-    one = build_lists(program(), (0, 1))[comm.Get_rank()]
+    one = build_streams(program(), (0, 1))[comm.Get_rank()]
     batch = {0: jax.device_put(np.ones((SHAPE[0] * MICROBATCHES, SHAPE[1]), np.float32))}
 
     def alone() -> None:

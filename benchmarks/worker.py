@@ -132,7 +132,7 @@ def time_functions(compiled: Any) -> Generator[list[float]]:
     """
     seconds = list[float]()
     late = dict[str, set[int]]()
-    for each in compiled.session.lists:
+    for each in compiled.session.streams:
         runs = [x for x in each.instructions if hasattr(x, "function")]
         ready = {slot for x in runs for slot in x.outputs} | {argument.slot for argument in each.arguments}
         for run in runs:
@@ -228,7 +228,7 @@ def measure_pipeline(args: argparse.Namespace) -> dict[str, Any]:
                     timed += times
                     own.append(list(seconds))
     by_rank = compiled.session.world.control.allgather(own)  # rank, step, call
-    lists = [[x for x in each.instructions if hasattr(x, "function")] for each in compiled.session.lists]
+    lists = [[x for x in each.instructions if hasattr(x, "function")] for each in compiled.session.streams]
     ideals = [ideal_seconds(lists, calls) for calls in zip(*by_rank, strict=True)]
     medians = [median_of_functions(runs, steps) for runs, steps in zip(lists, by_rank, strict=True)]
     calls = [[mine[run.function] for run in runs] for runs, mine in zip(lists, medians, strict=True)]
@@ -315,7 +315,7 @@ def measure_instructions(args: argparse.Namespace) -> dict[str, Any]:
     step = step.with_options(num_stages=args.stages, num_microbatches=args.microbatches)
     _, state, _ = time_steps(step, state, batch, 2)
     session = step.compiled.session
-    count = sum(len(each.instructions) for each in session.lists)
+    count = sum(len(each.instructions) for each in session.streams)
 
     def wrap(symbol: str, function: Any) -> Any:
         made: list[Any] = []

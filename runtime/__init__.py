@@ -1,1 +1,1 @@
-"""What ranks run: instruction lists, transports, the executor and its traces."""
+"""What ranks run: instruction streams, transports, the executor and its traces."""

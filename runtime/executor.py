@@ -1,4 +1,4 @@
-"""Walks one rank's instruction list. Instructions are bound to closures once, so that a step is a loop over calls."""
+"""Walks one rank's instruction stream. Instructions are bound to closures once, so that a step is a loop over calls."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from bactrian.runtime.instructions import (
     Forward,
     Free,
     Instruction,
+    InstructionStream,
     Load,
-    RankList,
     Recv,
     Run,
     Send,
@@ -29,12 +29,12 @@ from bactrian.runtime.instructions import (
     Wait,
     describe,
 )
-from bactrian.runtime.shard_packing import assembled, check_parts, joined, put_parts, unpacked
+from bactrian.runtime.shard_packing import assembled, check_boxes, joined, put_shards, unpacked
 from bactrian.runtime.timeline import Tracer
 from bactrian.runtime.transports.interface import (
     DeviceArray,
     Handle,
-    PartsTransport,
+    ShardTransport,
     Transport,
     WouldBlock,
     device_array,
@@ -44,14 +44,14 @@ from bactrian.runtime.transports.interface import (
 Function = Callable[[list[jax.Array]], Sequence[jax.Array]]
 Environment = list[Any]  # slot -> array, or None
 _Operation = Callable[[Environment], None]
-_Parts = tuple[int, tuple[Box, ...], Handle]  # the rank that sends them, which they are, and the message
+_Arriving = tuple[int, tuple[Box, ...], Handle]  # the rank that sends them, which they are, and the message
 
 
 class Executor:
-    """One rank's list, ready to run.
+    """One rank's instruction stream, ready to run.
 
     Args:
-        rank_list: what to do.
+        stream: what to do.
         functions: the compiled stage functions by symbol; each takes and gives a list of arrays, and donates what its
             `Run` says.
         place: where the array of a slot lives.
@@ -67,7 +67,7 @@ class Executor:
 
     def __init__(
         self,
-        rank_list: RankList,
+        stream: InstructionStream,
         functions: Mapping[str, Function],
         place: Callable[[Slot], Sharding],
         transport: Transport,
@@ -78,9 +78,9 @@ class Executor:
         inline: bool = False,
     ) -> None:
         self._device_array, self._inline = device_array, inline
-        self.list, self.functions, self.transport = rank_list, functions, transport
+        self.stream, self.functions, self.transport = stream, functions, transport
         self.tracer, self.meter = tracer, meter
-        self.places = tuple(place(spec) for spec in rank_list.slots)
+        self.places = tuple(place(spec) for spec in stream.slots)
         self.at = 0
         self.num_steps = 0
         self._env: Environment = []
@@ -88,29 +88,33 @@ class Executor:
         self._spent: list[jax.Array] = []  # those of the step before, not let go of yet
         self._batch: dict[int, Any] = {}
         self._receives: dict[int, Handle] = {}
-        self._parts: dict[int, list[_Parts]] = {}  # slot -> what is on its way of it
+        self._parts: dict[int, list[_Arriving]] = {}  # slot -> what is on its way of it
         self._sends: dict[int, list[Handle]] = {}
         self._running: jax.Array | None = None  # made by the last call, where the host's cores are the device
-        self._empty: Environment = [None] * len(rank_list.slots)  # what every step begins with
-        for microbatch, slot in rank_list.indices:
+        self._empty: Environment = [None] * len(stream.slots)  # what every step begins with
+        for microbatch, slot in stream.indices:
             self._empty[slot] = device_array(np.array(microbatch, np.int32), self.places[slot], True)
-        self._donated = {s for x in rank_list.instructions if isinstance(x, Run) for s in x.donated}
-        self._lasting = {r.slot for r in rank_list.results} | self._donated  # may be read when the step is over
-        self._lasting |= {x.source for x in rank_list.instructions if isinstance(x, Copy)}
-        self._in_parts = {x.slot for x in rank_list.instructions if isinstance(x, Recv) and x.boxes}
-        self._waited = {x.slot for x in rank_list.instructions if isinstance(x, Wait)}
-        self._loaded = {x.argument for x in rank_list.instructions if isinstance(x, Load)}
-        self._argument_slots = [argument.slot for argument in rank_list.arguments]
-        waits = any(isinstance(x, Arrive) for x in rank_list.instructions)
+        self._donated = {s for x in stream.instructions if isinstance(x, Run) for s in x.donated}
+        self._lasting = {r.slot for r in stream.results} | self._donated  # may be read when the step is over
+        self._lasting |= {x.source for x in stream.instructions if isinstance(x, Copy)}
+        self._in_parts = {x.slot for x in stream.instructions if isinstance(x, Recv) and x.boxes}
+        self._waited = {x.slot for x in stream.instructions if isinstance(x, Wait)}
+        self._loaded = {x.argument for x in stream.instructions if isinstance(x, Load)}
+        self._argument_slots = [argument.slot for argument in stream.arguments]
+        waits = any(isinstance(x, Arrive) for x in stream.instructions)
         self._consumed = [waits and slot in self._donated for slot in self._argument_slots]
-        self._operations = [self._wrap(x, self._bind(x)) for x in rank_list.instructions]
+        self._operations = [self._wrap(x, self._bind(x)) for x in stream.instructions]
 
     def step(self, pieces: Sequence[jax.Array], batch: Mapping[int, Any]) -> list[jax.Array]:
-        """One step. ``pieces`` go with ``rank_list.arguments``, what it gives with ``rank_list.results``; ``batch``
+        """One step. ``pieces`` go with ``stream.arguments``, what it gives with ``stream.results``; ``batch``
         holds the whole array of every batch argument. State pieces that the step consumes are donated."""
         self.start(pieces, batch)
         if not self.advance():
-            raise RuntimeFault("a list of several in one process can't run alone", where=self.here())
+            raise RuntimeFault(
+                "this rank's instruction stream waits for other ranks of the process",
+                where=self.here(),
+                fix="run the executors of all of them with run_together",
+            )
         return self.finish()
 
     def start(self, pieces: Sequence[jax.Array], batch: Mapping[int, Any]) -> None:
@@ -119,8 +123,10 @@ class Executor:
         What it consumes is kept until the next step waits for a message: letting go of hundreds of array objects takes
         time, at the end of a step others wait for it, and the objects hold no memory any more.
         """
-        if len(pieces) != len(self.list.arguments):
-            raise RuntimeFault(f"got {len(pieces)} argument pieces, the list has {len(self.list.arguments)}")
+        if len(pieces) != len(self.stream.arguments):
+            raise RuntimeFault(
+                f"got {len(pieces)} argument pieces, the instruction stream has {len(self.stream.arguments)}"
+            )
         env = self._env = self._empty.copy()
         for slot, piece in zip(self._argument_slots, pieces, strict=True):
             env[slot] = piece
@@ -129,12 +135,12 @@ class Executor:
         self._sends = {slot: [] for slot in self._waited}
         self.at = 0
         if self.meter is not None:
-            self.meter.begin(self.list)
+            self.meter.begin(self.stream)
         faults.set_step(self.num_steps)
         rank_lifecycle.note_step(self.num_steps)
 
     def advance(self) -> bool:
-        """Go on until the end (true) or until another list of this process has to go first (false)."""
+        """Go on until the end (true) or until another stream of this process has to go first (false)."""
         operations, env, at = self._operations, self._env, self.at
         end = len(operations)
         try:
@@ -150,7 +156,7 @@ class Executor:
     def finish(self) -> list[jax.Array]:
         """The results of the step that has ended."""
         env = self._env
-        results = [env[r.slot] for r in self.list.results]
+        results = [env[r.slot] for r in self.stream.results]
         self._env, self._batch, self._sends, self._running = [], {}, {}, None
         self._parts.clear()
         self._spent, self._consumed_now = self._consumed_now, []
@@ -160,24 +166,24 @@ class Executor:
 
     def here(self) -> str:
         """The instruction under way, for messages."""
-        if self.at >= len(self.list.instructions):
-            return f"rank {self.list.rank}, between steps"
-        what = describe(self.list.instructions[self.at])
-        return f"rank {self.list.rank}, step {self.num_steps}, instruction {self.at}: {what}"
+        if self.at >= len(self.stream.instructions):
+            return f"rank {self.stream.rank}, between steps"
+        what = describe(self.stream.instructions[self.at])
+        return f"rank {self.stream.rank}, step {self.num_steps}, instruction {self.at}: {what}"
 
     def _wrap(self, instruction: Instruction, operation: _Operation) -> _Operation:
         """Add what was asked for: faults, times, counting. Nothing asked for: nothing added."""
         if faults.ACTIVE is not None:
             operation = _faulty(instruction, operation)
         if self.tracer is not None:
-            operation = self.tracer.traced(self.list, instruction, operation)
+            operation = self.tracer.traced(self.stream, instruction, operation)
         meter = self.meter
         if meter is not None:
             plain = operation
 
             def metered(env: Environment) -> None:
                 plain(env)
-                meter.look(self.list, instruction, env)
+                meter.look(self.stream, instruction, env)
 
             return metered
         return operation
@@ -191,11 +197,11 @@ class Executor:
             case Send():
                 return self._bind_send(instruction)
             case Recv(boxes=boxes) if boxes:
-                return self._bind_parts(instruction)
+                return self._bind_receive_boxes(instruction)
             case Forward():
                 return self._bind_forward(instruction)
             case Arrive(slot=slot) if slot in self._in_parts:
-                return self._bind_arrive_in_parts(slot)
+                return self._bind_arrive_in_boxes(slot)
             case Recv(slot=slot, source=source, tag=tag, shape=shape, dtype=dtype):
                 post, receives, place = self.transport.post_receive, self._receives, self.places[slot]
                 passing = self._inline and slot not in self._lasting
@@ -242,9 +248,9 @@ class Executor:
 
     def _bind_run(self, run: Run) -> _Operation:
         if run.function not in self.functions:
-            raise RuntimeFault(f"stage function {run.function} was not compiled", where=f"rank {self.list.rank}")
+            raise RuntimeFault(f"stage function {run.function} was not compiled", where=f"rank {self.stream.rank}")
         function, inputs, outputs, donated = self.functions[run.function], run.inputs, run.outputs, run.donated
-        sizes = [self.list.slots[slot].nbytes for slot in outputs]
+        sizes = [self.stream.slots[slot].nbytes for slot in outputs]
         on_host = all(d.platform == "cpu" for slot in outputs[:1] for d in self.places[slot].device_set)
         smallest = sizes.index(min(sizes)) if sizes and on_host else None  # it is kept alive until the next call
         inline = self._inline
@@ -264,8 +270,8 @@ class Executor:
 
     def _bind_load(self, load: Load) -> _Operation:
         argument, microbatch, slot, place = load.argument, load.microbatch, load.slot, self.places[load.slot]
-        num_microbatches, alias = self.list.num_microbatches, load.slot not in self._donated
-        rows, to_device = self.list.slots[slot].shape[0], self._device_array
+        num_microbatches, alias = self.stream.num_microbatches, load.slot not in self._donated
+        rows, to_device = self.stream.slots[slot].shape[0], self._device_array
 
         def fetch(env: Environment) -> None:
             array, is_ours = self._batch[argument]
@@ -281,11 +287,11 @@ class Executor:
     def _bind_send(self, send: Send) -> _Operation:
         slot, destination, tag, move, boxes = send.slot, send.destination, send.tag, send.move, send.boxes
         if boxes:
-            send_parts = self._parts_transport().send_parts
+            send_boxes = self._shard_transport().send_boxes
 
             def start(array: jax.Array, destination: int, tag: int, *, move: bool) -> Handle:
                 del move
-                return send_parts(array, boxes, destination, tag)
+                return send_boxes(array, boxes, destination, tag)
         else:
             start = self.transport.send
         if slot not in self._waited:
@@ -300,16 +306,17 @@ class Executor:
 
         return post_and_keep
 
-    def _parts_transport(self) -> PartsTransport:
-        if not isinstance(self.transport, PartsTransport):
+    def _shard_transport(self) -> ShardTransport:
+        if not isinstance(self.transport, ShardTransport):
             raise RuntimeFault(
-                "this transport can't send parts of values", where=f"rank {self.list.rank} of {self.list.num_ranks}"
+                "this transport can't send shards of values",
+                where=f"rank {self.stream.rank} of {self.stream.num_ranks}",
             )
         return self.transport
 
-    def _bind_parts(self, recv: Recv) -> _Operation:
+    def _bind_receive_boxes(self, recv: Recv) -> _Operation:
         slot, source, tag, nbytes, boxes = recv.slot, recv.source, recv.tag, recv.nbytes, recv.boxes
-        post, parts = self._parts_transport().post_bytes, self._parts
+        post, parts = self._shard_transport().post_bytes, self._parts
 
         def receive(env: Environment) -> None:
             parts.setdefault(slot, []).append((source, boxes, post(source, tag, nbytes)))
@@ -320,8 +327,8 @@ class Executor:
         slot, sources, destination, tag = forward.slot, forward.sources, forward.destination, forward.tag
         boxes, dtype, send = (
             forward.boxes,
-            _numpy_dtype(self.list.slots[slot].dtype),
-            self._parts_transport().send_bytes,
+            _numpy_dtype(self.stream.slots[slot].dtype),
+            self._shard_transport().send_bytes,
         )
 
         def pass_on(env: Environment) -> None:
@@ -330,22 +337,22 @@ class Executor:
 
         return pass_on
 
-    def _bind_arrive_in_parts(self, slot: int) -> _Operation:
-        spec, place = self.list.slots[slot], self.places[slot]
+    def _bind_arrive_in_boxes(self, slot: int) -> _Operation:
+        spec, place = self.stream.slots[slot], self.places[slot]
         shape, dtype = spec.shape, _numpy_dtype(spec.dtype)
-        mine = [x for x in self.list.instructions if isinstance(x, Recv) and x.slot == slot]
-        where = f"rank {self.list.rank}, {describe(Arrive(slot))}"
-        check_parts((box for recv in mine for box in recv.boxes), place, shape, where)
+        mine = [x for x in self.stream.instructions if isinstance(x, Recv) and x.slot == slot]
+        where = f"rank {self.stream.rank}, {describe(Arrive(slot))}"
+        check_boxes((box for recv in mine for box in recv.boxes), place, shape, where)
 
         def arrive(env: Environment) -> None:
             if self._spent:
                 self._spent = []
             parts = self._arrived(dtype, self._parts.pop(slot))
-            env[slot] = put_parts(lambda box: assembled(parts, box, dtype), shape, place)
+            env[slot] = put_shards(lambda box: assembled(parts, box, dtype), shape, place)
 
         return arrive
 
-    def _arrived(self, dtype: np.dtype[Any], parts: Sequence[_Parts]) -> dict[Box, np.ndarray[Any, Any]]:
+    def _arrived(self, dtype: np.dtype[Any], parts: Sequence[_Arriving]) -> dict[Box, np.ndarray[Any, Any]]:
         """Wait for parts of a value."""
         here: dict[Box, np.ndarray[Any, Any]] = {}
         for _, boxes, handle in parts:
@@ -356,10 +363,10 @@ class Executor:
 def run_together(
     executors: Sequence[Executor], pieces: Sequence[Sequence[jax.Array]], batch: Mapping[int, Any]
 ) -> list[list[jax.Array]]:
-    """One step of several lists in one process, each in turn as far as it gets.
+    """One step of several streams in one process, each in turn as far as it gets.
 
     Raises:
-        RuntimeFault: no list can go on (`check_lists` proves that this does not happen).
+        RuntimeFault: no stream can go on (`check_streams` proves that this does not happen).
     """
     for executor, mine in zip(executors, pieces, strict=True):
         executor.start(mine, batch)
@@ -380,19 +387,19 @@ class Meter:
         self.peak_bytes: dict[int, int] = {}  # rank -> most bytes in slots
         self._begun: set[tuple[int, int]] = set()
 
-    def begin(self, rank_list: RankList) -> None:
-        """A step begins: no microbatch of this list's stages has begun."""
-        self._begun = {(stage, m) for stage, m in self._begun if stage not in rank_list.stages}
+    def begin(self, stream: InstructionStream) -> None:
+        """A step begins: no microbatch of this stream's stages has begun."""
+        self._begun = {(stage, m) for stage, m in self._begun if stage not in stream.stages}
 
-    def look(self, rank_list: RankList, instruction: Instruction, env: Environment) -> None:
+    def look(self, stream: InstructionStream, instruction: Instruction, env: Environment) -> None:
         """Count after one instruction."""
         if isinstance(instruction, Run) and "forward" in instruction.phase:
             self._begun.add((instruction.stage, instruction.microbatch))
-        live = [spec for spec, value in zip(rank_list.slots, env, strict=True) if value is not None]
+        live = [spec for spec, value in zip(stream.slots, env, strict=True) if value is not None]
         held = sum(spec.nbytes for spec in live)
-        self.peak_bytes[rank_list.rank] = max(held, self.peak_bytes.get(rank_list.rank, 0))
+        self.peak_bytes[stream.rank] = max(held, self.peak_bytes.get(stream.rank, 0))
         running = {(s.stage, s.microbatch) for s in live if s.activation} & self._begun
-        for stage in rank_list.stages:
+        for stage in stream.stages:
             count = sum(s == stage for s, _ in running)
             self.in_flight[stage] = max(count, self.in_flight.get(stage, 0))
 

@@ -1,4 +1,4 @@
-"""From a staged program to one instruction list per rank."""
+"""From a staged program to one instruction stream per rank."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from bactrian.runtime.instructions import (
     Copy,
     Free,
     Instruction,
+    InstructionStream,
     Load,
-    RankList,
     Recv,
     ResultSlot,
     Run,
@@ -62,10 +62,10 @@ class _Moves:
     copies: dict[tuple[int, Key], list[Key]] = field(default_factory=lambda: defaultdict(list))
 
 
-def build_lists(
+def build_streams(
     program: StagedProgram, stage_ranks: tuple[int, ...], *, broadcast_results: bool = True, lookahead: int = 2
-) -> tuple[RankList, ...]:
-    """One list per rank; ``stage_ranks[s]`` is the rank of stage ``s``.
+) -> tuple[InstructionStream, ...]:
+    """One instruction stream per rank; ``stage_ranks[s]`` is the rank of stage ``s``.
 
     Receives are posted ``lookahead`` tasks before the task that reads them, and never later than the first task that
     comes, in the global order, after the one that sends. So even if every send blocked until its receive is posted,
@@ -160,7 +160,7 @@ def _find_moves(
 
 
 class _RankBuilder:
-    """Writes one rank's list, task by task."""
+    """Writes one rank's instruction stream, task by task."""
 
     def __init__(
         self,
@@ -221,8 +221,8 @@ class _RankBuilder:
             if p.role != "batch"
         }
 
-    def build(self) -> RankList:
-        """The whole list."""
+    def build(self) -> InstructionStream:
+        """The whole stream."""
         arguments = self._argument_slots()
         posts = self._posts()
         for i in range(self.end + 1):
@@ -233,7 +233,7 @@ class _RankBuilder:
             if i < self.end:
                 self._task(i)
         results = self._finish()
-        return RankList(
+        return InstructionStream(
             rank=self.rank,
             num_ranks=self.num_ranks,
             stages=self.stages,

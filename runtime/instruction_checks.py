@@ -1,6 +1,6 @@
-"""Proofs on instruction lists before anything is launched.
+"""Proofs on instruction streams before anything is launched.
 
-The lists are simulated over the weakest transport there is: a send blocks until its receive is posted. Where a mesh has
+The streams are simulated over the weakest transport there is: a send blocks until its receive is posted. Where a mesh has
 the devices of several ranks, a call begins only when all of them have come to it. If that ends, no schedule of the real,
 asynchronous transport deadlocks. On the way every read, write, donation and free is checked.
 """
@@ -13,13 +13,25 @@ from dataclasses import dataclass, field
 from typing import NoReturn
 
 from bactrian.passes.frame.errors import PassError
-from bactrian.runtime.instructions import Arrive, Copy, Forward, Free, Load, RankList, Recv, Run, Send, Wait, describe
+from bactrian.runtime.instructions import (
+    Arrive,
+    Copy,
+    Forward,
+    Free,
+    InstructionStream,
+    Load,
+    Recv,
+    Run,
+    Send,
+    Wait,
+    describe,
+)
 
 _Where = tuple[int, int, int]  # source, destination, tag
 
 
 @dataclass(frozen=True)
-class Report:
+class StreamStatistics:
     """What the simulation saw: per rank the peak of live bytes (arguments included), per stage that of microbatches
     whose activations were live at once. ``message_bytes`` is what goes between stages, ``passed_bytes`` what ranks
     of one mesh pass on to each other of that."""
@@ -33,7 +45,7 @@ class Report:
 
 @dataclass
 class _Rank:
-    list: RankList
+    stream: InstructionStream
     at: int = 0
     state: dict[int, str] = field(default_factory=lambda: {})  # slot -> posted, arrived, live, freed, donated
     receives: dict[int, list[_Where]] = field(default_factory=lambda: defaultdict(list))  # of a slot
@@ -52,9 +64,9 @@ class _Rank:
 
     def here(self) -> str:
         """Rank and instruction under way."""
-        if self.at == len(self.list.instructions):
-            return f"rank {self.list.rank}, at its end"
-        return f"rank {self.list.rank}, instruction {self.at}: {describe(self.list.instructions[self.at])}"
+        if self.at == len(self.stream.instructions):
+            return f"rank {self.stream.rank}, at its end"
+        return f"rank {self.stream.rank}, instruction {self.at}: {describe(self.stream.instructions[self.at])}"
 
     def read(self, slot: int) -> None:
         """The slot must hold a value."""
@@ -73,7 +85,7 @@ class _Rank:
 
     def account(self, slot: int, sign: int) -> None:
         """Count a slot's bytes, and its microbatch if it holds an activation."""
-        spec = self.list.slots[slot]
+        spec = self.stream.slots[slot]
         self.live_bytes += sign * spec.nbytes
         self.peak_bytes = max(self.peak_bytes, self.live_bytes)
         if spec.activation:
@@ -110,28 +122,28 @@ class _Network:
     )
 
 
-def check_lists(lists: Sequence[RankList]) -> Report:
-    """Prove that the lists end and touch no buffer wrongly.
+def check_streams(streams: Sequence[InstructionStream]) -> StreamStatistics:
+    """Prove that the streams end and touch no buffer wrongly.
 
     Raises:
         PassError: names the defect, the rank and the instruction.
     """
-    ranks = [_Rank(rank_list) for rank_list in lists]
+    ranks = [_Rank(stream) for stream in streams]
     network = _Network()
     for rank in ranks:
-        for slot in (*(a.slot for a in rank.list.arguments), *(s for _, s in rank.list.indices)):
+        for slot in (*(a.slot for a in rank.stream.arguments), *(s for _, s in rank.stream.indices)):
             rank.write(slot)
     active = True
     while active:
         active = False
         for rank in ranks:
-            while rank.at < len(rank.list.instructions) and _advance(rank, network):
+            while rank.at < len(rank.stream.instructions) and _advance(rank, network):
                 rank.at += 1
                 active = True
-    blocked = [rank for rank in ranks if rank.at < len(rank.list.instructions)]
+    blocked = [rank for rank in ranks if rank.at < len(rank.stream.instructions)]
     if blocked:
         raise PassError(
-            f"the lists deadlock: {len(blocked)} of {len(ranks)} ranks wait for ever",
+            f"the streams deadlock: {len(blocked)} of {len(ranks)} ranks wait forever",
             where=blocked[0].here(),
             why="; ".join(rank.here() for rank in blocked[1:4]),
         )
@@ -139,12 +151,14 @@ def check_lists(lists: Sequence[RankList]) -> Report:
         _check_end(rank)
     in_flight = {stage: peak for rank in ranks for stage, peak in rank.peak.items()}
     peaks = tuple(rank.peak_bytes for rank in ranks)
-    return Report(peaks, dict(sorted(in_flight.items())), len(network.matched), network.num_bytes, network.passed_bytes)
+    return StreamStatistics(
+        peaks, dict(sorted(in_flight.items())), len(network.matched), network.num_bytes, network.passed_bytes
+    )
 
 
 def _advance(rank: _Rank, network: _Network) -> bool:
     """Carry out the rank's next instruction; False if it has to wait."""
-    instruction = rank.list.instructions[rank.at]
+    instruction = rank.stream.instructions[rank.at]
     match instruction:
         case Run():
             if not _meet(rank, instruction, network):
@@ -201,13 +215,13 @@ def _run(rank: _Rank, run: Run) -> None:
 
 def _meet(rank: _Rank, call: Run | Copy, network: _Network) -> bool:
     """Whether all ranks of the mesh have come to this call, or to this copy, which may be one."""
-    ranks = rank.list.mesh_ranks
+    ranks = rank.stream.mesh_ranks
     if len(ranks) < 2:
         return True
     if not rank.waits:
         rank.waits, rank.num_meetings = True, rank.num_meetings + 1
     here = network.meetings[ranks, rank.num_meetings]
-    here[rank.list.rank] = call
+    here[rank.stream.rank] = call
     for other, its in here.items():
         if its != call:
             rank.fail(f"rank {other} of the same mesh is at another one: {describe(its)}")
@@ -216,7 +230,7 @@ def _meet(rank: _Rank, call: Run | Copy, network: _Network) -> bool:
 
 
 def _post(rank: _Rank, recv: Recv, network: _Network) -> None:
-    where = (recv.source, rank.list.rank, recv.tag)
+    where = (recv.source, rank.stream.rank, recv.tag)
     if where in network.posted:
         rank.fail(f"tag {recv.tag} from rank {recv.source} is received twice")
     network.posted[where] = recv
@@ -227,13 +241,13 @@ def _post(rank: _Rank, recv: Recv, network: _Network) -> None:
 
 
 def _send(rank: _Rank, send: Send | Forward, network: _Network) -> bool:
-    where = (rank.list.rank, send.destination, send.tag)
+    where = (rank.stream.rank, send.destination, send.tag)
     if where in network.matched:
         rank.fail(f"tag {send.tag} to rank {send.destination} is sent twice")
     recv = network.posted.get(where)
     if recv is None:
         return False
-    spec = rank.list.slots[send.slot]
+    spec = rank.stream.slots[send.slot]
     if (recv.shape, recv.dtype, recv.boxes, recv.nbytes) != (spec.shape, spec.dtype, send.boxes, send.nbytes):
         rank.fail(
             f"sends {spec.dtype}{list(spec.shape)} ({send.nbytes} bytes) where {recv.dtype}{list(recv.shape)} "
@@ -269,13 +283,13 @@ def _arrive(rank: _Rank, slot: int, network: _Network) -> bool:
 
 def _check_end(rank: _Rank) -> None:
     """Results are there, nothing else is left, no message is half done."""
-    results = [r.slot for r in rank.list.results]
+    results = [r.slot for r in rank.stream.results]
     for slot in results:
         rank.read(slot)
     if len(set(results)) != len(results):
         rank.fail("a slot is handed out as two results")
     for slot in sorted(s for s, state in rank.state.items() if state == "posted"):
         rank.fail(f"slot %{slot} was received for nothing")
-    spared = {*results, *(a.slot for a in rank.list.arguments), *(s for _, s in rank.list.indices)}
+    spared = {*results, *(a.slot for a in rank.stream.arguments), *(s for _, s in rank.stream.indices)}
     for slot in sorted(s for s, state in rank.state.items() if state == "live" and s not in spared):
         rank.fail(f"slot %{slot} is never freed")

@@ -151,7 +151,7 @@ class ResultSlot:
 
 
 @dataclass(frozen=True, slots=True)
-class RankList:
+class InstructionStream:
     """Everything one rank does in a step.
 
     ``mesh_ranks``: the ranks whose devices its stages' meshes are made of, where those are several. They make the same

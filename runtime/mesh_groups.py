@@ -1,4 +1,4 @@
-"""Lists of ranks that share meshes: each list of a group of ranks becomes one for every rank of the group."""
+"""Instruction streams of ranks that share meshes: the stream of a group of ranks becomes one for every rank of it."""
 
 from __future__ import annotations
 
@@ -8,35 +8,40 @@ from functools import cache
 
 from bactrian.passes.machine.spec import UNSHARDED
 from bactrian.runtime.box_routing import Box, Slices, num_elements, plan_slices, rank_tiles, tiles
-from bactrian.runtime.instructions import Arrive, Forward, Instruction, RankList, Recv, Send, Slot, Wait
+from bactrian.runtime.instructions import Arrive, Forward, Instruction, InstructionStream, Recv, Send, Slot, Wait
 from bactrian.runtime.staged_program import StagedProgram
 
 
-def share_lists(lists: Sequence[RankList], program: StagedProgram, num_ranks: int) -> tuple[RankList, ...]:
-    """One list per rank, from one per group of so many consecutive ranks.
+def share_streams(
+    streams: Sequence[InstructionStream], program: StagedProgram, num_ranks: int
+) -> tuple[InstructionStream, ...]:
+    """One stream per rank, from one per group of so many consecutive ranks.
 
     A group's ranks make the same calls in the same order. What one group sends to another becomes messages between
     their ranks, which carry each element once; then the receiving ranks pass on what others of them need too. They do
-    that where the group's list waits for the value, after all of them have posted the receives for it, so a list that
+    that where the group's stream waits for the value, after all of them have posted the receives for it, so a stream that
     ends stays one: sends to the other group meet receives at the places where those of the groups met, and the ranks of
     one group carry out the same instructions side by side.
     """
     if num_ranks == 1:
-        return tuple(lists)
-    ways = _Ways(program, num_ranks)
+        return tuple(streams)
+    routes = _Routes(program, num_ranks)
     targets = {
-        (x.source, one.rank, x.tag): one.slots[x.slot] for one in lists for x in one.instructions if isinstance(x, Recv)
+        (x.source, one.rank, x.tag): one.slots[x.slot]
+        for one in streams
+        for x in one.instructions
+        if isinstance(x, Recv)
     }
     slices = {
-        (one.rank, x.destination, x.tag): ways.slices(one.slots[x.slot], targets[one.rank, x.destination, x.tag])
-        for one in lists
+        (one.rank, x.destination, x.tag): routes.slices(one.slots[x.slot], targets[one.rank, x.destination, x.tag])
+        for one in streams
         for x in one.instructions
         if isinstance(x, Send)
     }
-    return tuple(_OneOfGroup(one, slices, ways, place).build() for one in lists for place in range(num_ranks))
+    return tuple(_OneOfGroup(one, slices, routes, place).build() for one in streams for place in range(num_ranks))
 
 
-class _Ways:
+class _Routes:
     """How values travel between meshes of several ranks each; what equal ones share is worked out once."""
 
     def __init__(self, program: StagedProgram, num_ranks: int) -> None:
@@ -59,18 +64,20 @@ class _Ways:
 
 
 class _OneOfGroup:
-    """Writes the list of the rank at one place of a group."""
+    """Writes the stream of the rank at one place of a group."""
 
-    def __init__(self, group: RankList, slices: dict[tuple[int, int, int], Slices], ways: _Ways, place: int) -> None:
-        self.group, self.slices, self.ways, self.place = group, slices, ways, place
-        self.first = group.rank * ways.num_ranks  # the group's first rank
+    def __init__(
+        self, group: InstructionStream, slices: dict[tuple[int, int, int], Slices], routes: _Routes, place: int
+    ) -> None:
+        self.group, self.slices, self.routes, self.place = group, slices, routes, place
+        self.first = group.rank * routes.num_ranks  # the group's first rank
         self.received: dict[int, Slices] = {}  # slot -> how it comes
         self.relays: dict[int, int] = {}  # slot -> the tag of what the group's ranks pass on of it
         self.direct: dict[int, tuple[int, ...]] = {}  # slot -> ranks of the other group that send some of it here
         self.sending: set[int] = set()  # slots that this rank has sent something of
 
-    def build(self) -> RankList:
-        """The whole list."""
+    def build(self) -> InstructionStream:
+        """The whole stream."""
         out: list[Instruction] = []
         for x in self.group.instructions:
             match x:
@@ -87,17 +94,17 @@ class _OneOfGroup:
         return replace(
             self.group,
             rank=self.first + self.place,
-            num_ranks=self.group.num_ranks * self.ways.num_ranks,
+            num_ranks=self.group.num_ranks * self.routes.num_ranks,
             instructions=tuple(out),
             slots=tuple(replace(slot, nbytes=self._held_bytes(slot)) for slot in self.group.slots),
-            mesh_ranks=tuple(range(self.first, self.first + self.ways.num_ranks)),
+            mesh_ranks=tuple(range(self.first, self.first + self.routes.num_ranks)),
         )
 
     def _held_bytes(self, slot: Slot) -> int:
-        return _bytes(slot, self.ways.tiles_of(slot)[self.place])
+        return _bytes(slot, self.routes.tiles_of(slot)[self.place])
 
     def _send(self, send: Send) -> list[Instruction]:
-        source, first = self.group.slots[send.slot], send.destination * self.ways.num_ranks
+        source, first = self.group.slots[send.slot], send.destination * self.routes.num_ranks
         out: list[Instruction] = [
             Send(send.slot, first + there, send.tag, _bytes(source, boxes), False, boxes)
             for (here, there), boxes in self.slices[self.group.rank, send.destination, send.tag].sent.items()
@@ -110,7 +117,7 @@ class _OneOfGroup:
     def _receive(self, recv: Recv) -> list[Instruction]:
         target = self.group.slots[recv.slot]
         slices = self.received[recv.slot] = self.slices[recv.source, self.group.rank, recv.tag]
-        first = recv.source * self.ways.num_ranks
+        first = recv.source * self.routes.num_ranks
         # The n-th value that the group's ranks pass on, the same one for all of them.
         relay = self.relays[recv.slot] = len(self.relays)
         sources = [

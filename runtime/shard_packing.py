@@ -30,7 +30,7 @@ def local_boxes(place: Sharding, shape: tuple[int, ...]) -> list[tuple[Any, Box]
     return [(device, box_of(index or (), shape)) for device, index in indices.items()]
 
 
-def put_parts(part: Callable[[Box], HostArray], shape: tuple[int, ...], place: Sharding) -> jax.Array:
+def put_shards(part: Callable[[Box], HostArray], shape: tuple[int, ...], place: Sharding) -> jax.Array:
     """An array at a place that this process has some devices of, without asking the others.
 
     ``part`` gives the values of a box; they must not change any more.
@@ -78,7 +78,7 @@ def assembled(parts: dict[Box, HostArray], box: Box, dtype: np.dtype[Any]) -> Ho
     return made
 
 
-def check_parts(boxes: Iterable[Box], place: Sharding, shape: tuple[int, ...], where: str) -> None:
+def check_boxes(boxes: Iterable[Box], place: Sharding, shape: tuple[int, ...], where: str) -> None:
     """Refuse parts that do not make up what this process's devices hold of a value.
 
     Raises:

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from bactrian.runtime.control import Control
-from bactrian.runtime.instructions import Arrive, Forward, Instruction, RankList, Recv, Run, Send
+from bactrian.runtime.instructions import Arrive, Forward, Instruction, InstructionStream, Recv, Run, Send
 
 Event = dict[str, Any]
 
@@ -28,11 +28,11 @@ class Tracer:
         self._messages: dict[tuple[int, int], list[Recv]] = {}  # (rank, slot) -> its receives
 
     def traced(
-        self, rank_list: RankList, instruction: Instruction, operation: Callable[[list[Any]], None]
+        self, stream: InstructionStream, instruction: Instruction, operation: Callable[[list[Any]], None]
     ) -> Callable[[list[Any]], None]:
         """The operation with its times recorded."""
         if isinstance(instruction, Recv):
-            self._messages.setdefault((rank_list.rank, instruction.slot), []).append(instruction)
+            self._messages.setdefault((stream.rank, instruction.slot), []).append(instruction)
         if not isinstance(instruction, Run | Send | Forward | Arrive):
             return operation
 
@@ -41,29 +41,29 @@ class Tracer:
             operation(env)
             if isinstance(instruction, Run):
                 jax.block_until_ready([env[s] for s in instruction.outputs])
-            self._record(rank_list, instruction, begin / 1e3, time.perf_counter_ns() / 1e3)
+            self._record(stream, instruction, begin / 1e3, time.perf_counter_ns() / 1e3)
 
         return timed
 
     def _record(
-        self, rank_list: RankList, instruction: Run | Send | Forward | Arrive, begin: float, end: float
+        self, stream: InstructionStream, instruction: Run | Send | Forward | Arrive, begin: float, end: float
     ) -> None:
         flows: list[tuple[str, str]] = []
         if isinstance(instruction, Run):
             stage, microbatch, name = instruction.stage, instruction.microbatch, instruction.function
         else:
-            spec = rank_list.slots[instruction.slot]
+            spec = stream.slots[instruction.slot]
             stage, microbatch = spec.stage, spec.microbatch
             if isinstance(instruction, Arrive):
-                received = self._messages[rank_list.rank, instruction.slot]
+                received = self._messages[stream.rank, instruction.slot]
                 sources = list(dict.fromkeys(recv.source for recv in received))
                 name = f"RECV from rank{'s' * (len(sources) > 1)} {', '.join(map(str, sources))}"
-                flows = [("f", f"{recv.source}>{rank_list.rank}:{recv.tag}") for recv in received]
+                flows = [("f", f"{recv.source}>{stream.rank}:{recv.tag}") for recv in received]
             else:
                 name = f"{'SEND' if isinstance(instruction, Send) else 'FORWARD'} to rank {instruction.destination}"
-                flows = [("s", f"{rank_list.rank}>{instruction.destination}:{instruction.tag}")]
+                flows = [("s", f"{stream.rank}>{instruction.destination}:{instruction.tag}")]
         label = f"{name} m{microbatch}" if microbatch >= 0 else name
-        row: Event = {"pid": rank_list.rank, "tid": stage}
+        row: Event = {"pid": stream.rank, "tid": stage}
         bar = {"name": label, "ph": "X", "ts": begin, "dur": end - begin, "cat": type(instruction).__name__.lower()}
         self.events.append({**row, **bar})
         for flow in flows:

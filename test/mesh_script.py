@@ -6,28 +6,28 @@ import models
 from meshes import check
 
 import bactrian
-from bactrian.runtime.instruction_builder import build_lists
+from bactrian.runtime.instruction_builder import build_streams
 from bactrian.runtime.instructions import Send
 from bactrian.runtime.shard_packing import packed
 from bactrian.runtime.staged_program import StagedProgram
 from bactrian.runtime.transports.mpi import MpiTransport
 
 sent = [0]
-send_parts = MpiTransport.send_parts
+send_boxes = MpiTransport.send_boxes
 
 
 def counting(self, array, boxes, destination, tag):
     sent[0] += packed(array, boxes).nbytes
-    return send_parts(self, array, boxes, destination, tag)
+    return send_boxes(self, array, boxes, destination, tag)
 
 
 def value_bytes(program: StagedProgram, num_groups: int) -> int:
     """Bytes of the values that one step sends between groups of ranks."""
-    lists = build_lists(program, tuple(stage % num_groups for stage in range(program.num_stages)))
+    lists = build_streams(program, tuple(stage % num_groups for stage in range(program.num_stages)))
     return sum(x.nbytes for one in lists for x in one.instructions if isinstance(x, Send))
 
 
-MpiTransport.send_parts = counting
+MpiTransport.send_boxes = counting
 name, mesh, cluster, stages = sys.argv[1:]
 built = models.train_case(name, "adamw", microbatches=4, stages=int(stages)).make()
 compiled = check(built, mesh=mesh, cluster=cluster, num_stages=int(stages))

@@ -20,8 +20,8 @@ from staged_programs import chain, chain_arguments, chain_functions, run_seriall
 from bactrian.runtime import faults
 from bactrian.runtime.control import MpiControl
 from bactrian.runtime.executor import Executor
-from bactrian.runtime.instruction_builder import build_lists
-from bactrian.runtime.instruction_checks import check_lists
+from bactrian.runtime.instruction_builder import build_streams
+from bactrian.runtime.instruction_checks import check_streams
 from bactrian.runtime.timeline import Tracer, gather_traces, write_trace
 from bactrian.runtime.transports.mpi import MpiTransport
 
@@ -31,8 +31,8 @@ def main() -> None:
     stages, microbatches, steps = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     program = chain(stages, microbatches)
     faults.at("plan")
-    lists = build_lists(program, tuple(s % comm.Get_size() for s in range(stages)))
-    check_lists(lists)
+    lists = build_streams(program, tuple(s % comm.Get_size() for s in range(stages)))
+    check_streams(lists)
     faults.at("compile")
     transport = MpiTransport(comm, helper="--poll" not in sys.argv)
     sys.argv = [a for a in sys.argv if a != "--poll"]
@@ -45,15 +45,15 @@ def main() -> None:
         tracer=tracer,
     )
     arguments = list(chain_arguments(stages, microbatches))
-    pieces = [jax.device_put(arguments[a.argument], may_alias=False) for a in run.list.arguments]
+    pieces = [jax.device_put(arguments[a.argument], may_alias=False) for a in run.stream.arguments]
     serial = chain_functions(stages, donate=False)
     for _ in range(steps):
         results = run.step(pieces, {stages + 1: arguments[-1]})
         expected = {result: x for (result, _), x in run_serially(program, serial, arguments).items()}
-        for piece, array in zip(run.list.results, results, strict=True):
+        for piece, array in zip(run.stream.results, results, strict=True):
             np.testing.assert_array_equal(np.asarray(array), expected[piece.result], strict=True)
-        states = {(p.updates, p.stage): a for p, a in zip(run.list.results, results, strict=True)}
-        pieces = [states[a.argument, a.stage] for a in run.list.arguments]
+        states = {(p.updates, p.stage): a for p, a in zip(run.stream.results, results, strict=True)}
+        pieces = [states[a.argument, a.stage] for a in run.stream.arguments]
         arguments = [*(expected[i] for i in range(stages + 1)), arguments[-1]]
     faults.at("save")
     if tracer is not None or steps != 2:  # else the interpreter's end has to do it

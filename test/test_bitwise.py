@@ -64,7 +64,7 @@ def test_in_one_process(monkeypatch: pytest.MonkeyPatch, schedule: str, num_devi
     names = program()
     step = names["make"](num_stages=4, num_microbatches=4, schedule=schedule)
     check(step, names["state"], names["batch"])
-    assert len(step.compiled.session.lists) == num_devices
+    assert len(step.compiled.session.streams) == num_devices
     assert {device for mesh in step.compiled.session.devices.values() for device in mesh} == set(devices)
 
 

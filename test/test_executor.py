@@ -15,8 +15,8 @@ from staged_programs import chain, chain_arguments, chain_functions, run_seriall
 from bactrian.passes.frame.errors import RuntimeFault
 from bactrian.runtime.control import SingleProcess
 from bactrian.runtime.executor import Executor, Meter, run_together
-from bactrian.runtime.instruction_builder import build_lists
-from bactrian.runtime.instruction_checks import check_lists
+from bactrian.runtime.instruction_builder import build_streams
+from bactrian.runtime.instruction_checks import check_streams
 from bactrian.runtime.staged_program import StagedProgram
 from bactrian.runtime.timeline import Tracer, gather_traces, write_trace
 from bactrian.runtime.transports.in_process import LocalNetwork
@@ -25,8 +25,8 @@ from bactrian.runtime.transports.in_process import LocalNetwork
 def executors(
     program: StagedProgram, ranks: tuple[int, ...], devices: list[int] | None = None, **more: Any
 ) -> list[Executor]:
-    lists = build_lists(program, ranks)
-    check_lists(lists)
+    lists = build_streams(program, ranks)
+    check_streams(lists)
     network, functions = LocalNetwork(), chain_functions(program.num_stages)
     where = devices or list(range(program.num_stages))
     return [
@@ -43,7 +43,7 @@ def executors(
 
 def pieces_of(runs: list[Executor], arguments: list[Any]) -> list[list[jax.Array]]:
     return [
-        [jax.device_put(arguments[a.argument], e.places[a.slot], may_alias=False) for a in e.list.arguments]
+        [jax.device_put(arguments[a.argument], e.places[a.slot], may_alias=False) for a in e.stream.arguments]
         for e in runs
     ]
 
@@ -52,7 +52,7 @@ def compare(runs: list[Executor], results: list[list[jax.Array]], expected: dict
     by_result = {result: value for (result, _), value in expected.items()}
     seen: set[int] = set()
     for executor, arrays in zip(runs, results, strict=True):
-        for piece, array in zip(executor.list.results, arrays, strict=True):
+        for piece, array in zip(executor.stream.results, arrays, strict=True):
             np.testing.assert_array_equal(np.asarray(array), by_result[piece.result], strict=True)
             assert array.sharding == executor.places[piece.slot]
             seen.add(piece.result)
@@ -91,9 +91,9 @@ def test_three_steps_equal_the_serial_ones(
         states = {
             (p.updates, p.stage): a
             for e, r in zip(runs, results, strict=True)
-            for p, a in zip(e.list.results, r, strict=True)
+            for p, a in zip(e.stream.results, r, strict=True)
         }
-        pieces = [[states[a.argument, a.stage] for a in e.list.arguments] for e in runs]
+        pieces = [[states[a.argument, a.stage] for a in e.stream.arguments] for e in runs]
         for (result, _), value in expected.items():
             if result <= stages:
                 arguments[result] = value
@@ -116,7 +116,7 @@ def test_activations_really_held(schedule: str, ranks: tuple[int, ...]) -> None:
     stages, microbatches = 4, 8
     program, meter = chain(stages, microbatches, schedule), Meter()
     runs = executors(program, ranks, meter=meter)
-    report = check_lists([e.list for e in runs])
+    report = check_streams([e.stream for e in runs])
     run_together(runs, pieces_of(runs, list(chain_arguments(stages, microbatches))), {5: chain_arguments(4, 8)[-1]})
     for stage in range(stages):
         assert meter.in_flight[stage] == (stages - stage if schedule == "1f1b" else microbatches)
@@ -128,19 +128,21 @@ def test_activations_really_held(schedule: str, ranks: tuple[int, ...]) -> None:
 def test_one_list_of_several_can_not_run_alone() -> None:
     runs = executors(chain(2, 2), (0, 1))
     arguments = chain_arguments(2, 2)
-    with pytest.raises(RuntimeFault, match=r"(?s)can't run alone.*rank 1, step 0, instruction \d+: ARRIVE"):
+    with pytest.raises(
+        RuntimeFault, match=r"(?s)waits for other ranks of the process.*rank 1, step 0, instruction \d+: ARRIVE"
+    ):
         runs[1].step(pieces_of(runs, list(arguments))[1], {3: arguments[-1]})
 
 
 def test_a_missing_function_is_named() -> None:
-    (one,) = build_lists(chain(1, 1), (0,))
+    (one,) = build_streams(chain(1, 1), (0,))
     with pytest.raises(RuntimeFault, match=r"stage0\.initialize was not compiled"):
         Executor(one, {}, lambda slot: SingleDeviceSharding(jax.devices()[0]), LocalNetwork().transport(0))
 
 
 def test_the_wrong_number_of_pieces_is_refused() -> None:
     (run,) = executors(chain(1, 1), (0,))
-    with pytest.raises(RuntimeFault, match="got 0 argument pieces, the list has 2"):
+    with pytest.raises(RuntimeFault, match="got 0 argument pieces, the instruction stream has 2"):
         run.step([], {2: chain_arguments(1, 1)[-1]})
 
 

@@ -44,7 +44,7 @@ def test_microbatches_held(num_stages: int, num_microbatches: int, schedule: str
     compiled, meter = measured(num_stages, num_microbatches, schedule)
     ahead = {stage: num_stages - stage if schedule == "1f1b" else num_microbatches for stage in range(num_stages)}
     bound = {stage: min(count, num_microbatches) for stage, count in ahead.items()}
-    assert meter.in_flight == compiled.session.report.in_flight == bound
+    assert meter.in_flight == compiled.session.statistics.in_flight == bound
     planned = {stage.stage: stage.microbatches_in_flight for stage in compiled.plan.stages}
     assert all(held <= planned[stage] for stage, held in bound.items())
     check_bytes(compiled, meter, message_bytes=ROWS // num_microbatches * WIDTH * 4)
@@ -52,7 +52,7 @@ def test_microbatches_held(num_stages: int, num_microbatches: int, schedule: str
 
 def check_bytes(compiled: Compiled, meter: Meter, message_bytes: int) -> None:
     """The report counts a receive from when it is posted, one ahead in each direction: it may exceed by those only."""
-    report = compiled.session.report.peak_bytes
+    report = compiled.session.statistics.peak_bytes
     assert set(meter.peak_bytes) == set(range(len(report)))
     for rank, peak in enumerate(report):
         assert meter.peak_bytes[rank] <= peak <= meter.peak_bytes[rank] + 2 * message_bytes

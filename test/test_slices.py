@@ -14,10 +14,10 @@ from staged_programs import chain
 from bactrian.passes.frame.errors import PassError
 from bactrian.passes.machine.spec import UNSHARDED, MeshAxes, Spec
 from bactrian.runtime.box_routing import Box, num_elements, plan_slices, rank_tiles, tiles
-from bactrian.runtime.instruction_builder import build_lists
-from bactrian.runtime.instruction_checks import check_lists
-from bactrian.runtime.instructions import Forward, Instruction, RankList, Recv, Run, Send, describe
-from bactrian.runtime.mesh_groups import share_lists
+from bactrian.runtime.instruction_builder import build_streams
+from bactrian.runtime.instruction_checks import check_streams
+from bactrian.runtime.instructions import Forward, Instruction, InstructionStream, Recv, Run, Send, describe
+from bactrian.runtime.mesh_groups import share_streams
 
 SHAPE = (8, 8)
 SMALL: MeshAxes = (("a", 2), ("b", 2))
@@ -96,7 +96,7 @@ def test_what_several_need_is_shared_among_them() -> None:
     assert plan.passed == {(0, 1): (((0, 32), (0, 64)),), (1, 0): (((32, 64), (0, 64)),)}
 
 
-def shared(stages: int, groups: int, *, ranks: int = 2, seed: int = 0) -> tuple[tuple[RankList, ...], int]:
+def shared(stages: int, groups: int, *, ranks: int = 2, seed: int = 0) -> tuple[tuple[InstructionStream, ...], int]:
     """The lists of a pipeline whose values are sharded over meshes of several ranks, and the bytes of what crosses."""
     chosen = random.Random(seed)
     program = chain(stages, 3)
@@ -112,15 +112,15 @@ def shared(stages: int, groups: int, *, ranks: int = 2, seed: int = 0) -> tuple[
 
     values = tuple(replace(value, spec=spec(value.shape)) for value in program.values)
     program = replace(program, values=values, meshes=(SMALL,) * stages)
-    lists = build_lists(program, tuple(stage % groups for stage in range(stages)))
-    return share_lists(lists, program, ranks), check_lists(lists).message_bytes
+    lists = build_streams(program, tuple(stage % groups for stage in range(stages)))
+    return share_streams(lists, program, ranks), check_streams(lists).message_bytes
 
 
 @pytest.mark.parametrize(("stages", "groups", "ranks"), [(4, 4, 2), (4, 2, 2), (3, 3, 4), (2, 1, 2)])
 def test_lists_of_ranks_that_share_meshes_end(stages: int, groups: int, ranks: int) -> None:
     for seed in range(5):
         lists, crossing = shared(stages, groups, ranks=ranks, seed=seed)
-        report = check_lists(lists)
+        report = check_streams(lists)
         assert report.message_bytes == crossing
         assert len(lists) == groups * ranks
         for place in range(0, len(lists), ranks):
@@ -129,14 +129,14 @@ def test_lists_of_ranks_that_share_meshes_end(stages: int, groups: int, ranks: i
             assert {one.mesh_ranks for one in lists[place : place + ranks]} == {tuple(range(place, place + ranks))}
 
 
-def changed(lists: tuple[RankList, ...], rank: int, number: int, *instead: Instruction) -> list[RankList]:
+def changed(lists: tuple[InstructionStream, ...], rank: int, number: int, *instead: Instruction) -> list[InstructionStream]:
     """The lists with one instruction of a rank replaced."""
     instructions = list(lists[rank].instructions)
     instructions[number : number + 1] = instead
     return [replace(one, instructions=tuple(instructions)) if one.rank == rank else one for one in lists]
 
 
-def place_of(lists: tuple[RankList, ...], kind: type) -> tuple[int, int]:
+def place_of(lists: tuple[InstructionStream, ...], kind: type) -> tuple[int, int]:
     """Rank and number of the first instruction of a kind."""
     return next((one.rank, i) for one in lists for i, x in enumerate(one.instructions) if isinstance(x, kind))
 
@@ -147,19 +147,19 @@ def test_defects_of_shared_lists_are_found() -> None:
     forward = lists[rank].instructions[number]
     assert isinstance(forward, Forward)
     with pytest.raises(PassError, match="deadlock"):
-        check_lists(changed(lists, rank, number))
+        check_streams(changed(lists, rank, number))
     with pytest.raises(PassError, match="passes on what it does not get"):
-        check_lists(changed(lists, rank, number, replace(forward, sources=())))
+        check_streams(changed(lists, rank, number, replace(forward, sources=())))
     rank, number = place_of(lists, Send)
     send = lists[rank].instructions[number]
     assert isinstance(send, Send)
     with pytest.raises(PassError, match="or other parts of it"):
-        check_lists(changed(lists, rank, number, replace(send, boxes=(((0, 1), (0, 1)),))))
+        check_streams(changed(lists, rank, number, replace(send, boxes=(((0, 1), (0, 1)),))))
     rank, number = place_of(lists, Run)
     run = lists[rank].instructions[number]
     assert isinstance(run, Run)
     with pytest.raises(PassError, match="of the same mesh is at another one"):
-        check_lists(changed(lists, rank, number, replace(run, function="other")))
+        check_streams(changed(lists, rank, number, replace(run, function="other")))
 
 
 def test_parts_are_read_in_dumps() -> None:

@@ -321,8 +321,8 @@ def test_every_value_travels_once_per_pair(schedule: str, num_stages: int) -> No
     step(layers(num_stages), X)
     session = step.compiled.session
     hidden = ROWS // num_microbatches * WIDTH * 4
-    assert session.report.num_messages == 2 * (num_stages - 1) * num_microbatches
-    assert session.report.message_bytes == session.report.num_messages * hidden
+    assert session.statistics.num_messages == 2 * (num_stages - 1) * num_microbatches
+    assert session.statistics.message_bytes == session.statistics.num_messages * hidden
     check_messages(step)
 
 
@@ -343,14 +343,14 @@ def check_messages(step: Parallelized) -> None:
     values = session.staged.program.values
     seen: Counter[tuple[int, int, int, int]] = Counter()
     total = 0
-    for rank_list in session.lists:
-        for send in (i for i in rank_list.instructions if isinstance(i, Send)):
-            slot = rank_list.slots[send.slot]
-            seen[slot.value, slot.microbatch, rank_list.rank, send.destination] += 1
+    for stream in session.streams:
+        for send in (i for i in stream.instructions if isinstance(i, Send)):
+            slot = stream.slots[send.slot]
+            seen[slot.value, slot.microbatch, stream.rank, send.destination] += 1
             assert send.nbytes == slot.nbytes == values[slot.value].nbytes
             total += send.nbytes
     assert set(seen.values()) == {1}
-    assert session.report.num_messages == len(seen) and session.report.message_bytes == total
+    assert session.statistics.num_messages == len(seen) and session.statistics.message_bytes == total
 
 
 # ---- 9: plans ----

@@ -175,7 +175,7 @@ class Compiled:
         """Where the pieces of an argument are, given by stage."""
         devices, places, program = self.session.devices, self.session.places, self.session.staged.program
         stages = tuple(sorted(pieces))
-        ranks = {rank_list.rank: rank_list.stages for rank_list in self.session.lists}
+        ranks = {stream.rank: stream.stages for stream in self.session.streams}
         alone = self.session.world.num_ranks == 1
         return Placement(
             argument=info.number,

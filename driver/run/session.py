@@ -1,4 +1,4 @@
-"""A staged program on this process's share of the cluster: compiled functions, lists, executors."""
+"""A staged program on this process's share of the cluster: compiled functions, streams, executors."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ from bactrian.passes.machine.spec import UNSHARDED, MeshAxes, Spec
 from bactrian.runtime import faults
 from bactrian.runtime.control import Control
 from bactrian.runtime.executor import Executor, Meter, run_together
-from bactrian.runtime.instruction_builder import build_lists
-from bactrian.runtime.instruction_checks import Report, check_lists
-from bactrian.runtime.instructions import RankList, Slot
-from bactrian.runtime.mesh_groups import share_lists
+from bactrian.runtime.instruction_builder import build_streams
+from bactrian.runtime.instruction_checks import StreamStatistics, check_streams
+from bactrian.runtime.instructions import InstructionStream, Slot
+from bactrian.runtime.mesh_groups import share_streams
 from bactrian.runtime.rank_lifecycle import pin_cores
 from bactrian.runtime.staged_program import StagedProgram
 from bactrian.runtime.timeline import Tracer, gather_traces, write_trace
@@ -68,13 +68,13 @@ class Session:
     """The stages of one step function that live in this process, ready to run.
 
     Pieces of state are held by (argument, stage). In one process every virtual device is a rank of its own, and all
-    lists are walked in turn; under MPI this process walks its own list.
+    streams are walked in turn; under MPI this process walks its own list.
     """
 
     staged: Staged
     world: World
-    lists: tuple[RankList, ...]
-    report: Report
+    streams: tuple[InstructionStream, ...]
+    statistics: StreamStatistics
     executors: tuple[Executor, ...]
     devices: dict[int, tuple[JaxDevice, ...]]  # stage -> its mesh's devices, stages of this process only
     functions: dict[str, CompiledFunction]
@@ -88,19 +88,19 @@ class Session:
     @cached_property
     def arguments(self) -> tuple[tuple[int, int], ...]:
         """What a step reads beside the batch: (argument, stage), in the order of ``run``."""
-        return tuple((slot.argument, slot.stage) for e in self.executors for slot in e.list.arguments)
+        return tuple((slot.argument, slot.stage) for e in self.executors for slot in e.stream.arguments)
 
     @cached_property
     def results(self) -> tuple[tuple[int, int], ...]:
         """What a step gives: (result, stage), in the order of ``run``."""
-        return tuple((slot.result, slot.stage) for e in self.executors for slot in e.list.results)
+        return tuple((slot.result, slot.stage) for e in self.executors for slot in e.stream.results)
 
     def run(self, pieces: Sequence[jax.Array], batch: Mapping[int, Any]) -> list[jax.Array]:
         """One step: a piece for each of ``arguments`` and whole batch arrays by argument; one for each of ``results``."""
         if len(self.executors) == 1:
             return self.executors[0].step(pieces, batch)
         rest = iter(pieces)
-        inputs = [list(islice(rest, len(e.list.arguments))) for e in self.executors]
+        inputs = [list(islice(rest, len(e.stream.arguments))) for e in self.executors]
         return [value for values in run_together(self.executors, inputs, batch) for value in values]
 
     def observe(self, *, trace: bool = False, meter: bool = False) -> None:
@@ -157,26 +157,26 @@ def stage_ranks(num_stages: int, num_ranks: int, ranks_per_mesh: int = 1) -> tup
 
 
 def open_session(staged: Staged, world: World) -> Session:
-    """Compile this process's stages and build its lists (collective under MPI)."""
+    """Compile this process's stages and build its instruction streams (collective under MPI)."""
     program = staged.program
     local = jax.local_devices()
     shared = ranks_per_mesh(meshes_of(program), world, local)
     several = world.num_ranks > 1
     num_ranks = world.num_ranks if several else _own_ranks(program, len(local))
     groups = stage_ranks(program.num_stages, num_ranks, shared)
-    lists = share_lists(build_lists(program, groups, broadcast_results=several), program, shared)
-    report = check_lists(lists)
+    streams = share_streams(build_streams(program, groups, broadcast_results=several), program, shared)
+    statistics = check_streams(streams)
     mesh_control = None
     if several:
-        own = (lists[world.rank],)
+        own = (streams[world.rank],)
         if shared > 1:
             mesh_control = world.control.split(world.rank // shared)
             local = devices_of_ranks(own[0].mesh_ranks)
         devices = {stage: _devices_of(program, stage, i, local) for i, stage in enumerate(own[0].stages)}
     else:
-        own = lists
+        own = streams
         devices = {stage: _devices_of(program, stage, rank, local) for stage, rank in enumerate(groups)}
-    transports = choose(world.control, [rank_list.rank for rank_list in own], device_array, ranks_per_mesh=shared)
+    transports = choose(world.control, [stream.rank for stream in own], device_array, ranks_per_mesh=shared)
     functions, seconds = _compile(staged, devices)
     on_cores = all(device.platform == "cpu" for mesh in devices.values() for device in mesh)
     inline = several and (len(pin_cores()) == 1 or shared > 1) and on_cores
@@ -185,7 +185,7 @@ def open_session(staged: Staged, world: World) -> Session:
     def make(tracer: Tracer | None = None, meter: Meter | None = None) -> tuple[Executor, ...]:
         return tuple(
             Executor(
-                rank_list,
+                stream,
                 functions,
                 places.of_slot,
                 transport,
@@ -194,10 +194,12 @@ def open_session(staged: Staged, world: World) -> Session:
                 device_array=device_array,
                 inline=inline,
             )
-            for rank_list, transport in zip(own, transports, strict=True)
+            for stream, transport in zip(own, transports, strict=True)
         )
 
-    return Session(staged, world, lists, report, make(), devices, functions, seconds, places, mesh_control, _make=make)
+    return Session(
+        staged, world, streams, statistics, make(), devices, functions, seconds, places, mesh_control, _make=make
+    )
 
 
 def _own_ranks(program: StagedProgram, num_devices: int) -> int:

@@ -1,4 +1,4 @@
-"""Messages between lists that run in one process, on devices of its own."""
+"""Messages between streams that run in one process, on devices of its own."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from bactrian.runtime.transports.interface import Handle, WouldBlock, put
 
 
 class LocalNetwork:
-    """The mailboxes of lists that run in one process. ``network.transport(rank)`` is one rank's end."""
+    """The mailboxes of streams that run in one process. ``network.transport(rank)`` is one rank's end."""
 
     def __init__(self) -> None:
         self.posted: dict[tuple[int, int, int], deque[tuple[Handle, Sharding]]] = defaultdict(deque)
@@ -26,7 +26,7 @@ class LocalNetwork:
 class InProcessTransport:
     """Messages between virtual devices of one process: asynchronous `jax.device_put` as soon as both ends are there.
 
-    One Python thread runs all lists in turn; a list that would wait raises `WouldBlock` and is taken up again later.
+    One Python thread runs all streams in turn; a stream that would wait raises `WouldBlock` and is taken up again later.
     """
 
     def __init__(self, network: LocalNetwork, rank: int) -> None:

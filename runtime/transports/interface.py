@@ -10,14 +10,14 @@ import numpy as np
 from jax.sharding import Sharding
 
 from bactrian.runtime.box_routing import Box
-from bactrian.runtime.shard_packing import put_parts
+from bactrian.runtime.shard_packing import put_shards
 
 # A host array at a place: `device_array`, or a faster equal.
 DeviceArray = Callable[[Any, Sharding, bool], jax.Array]
 
 
 class WouldBlock(Exception):
-    """The cooperative executor has to let another list go on first."""
+    """The cooperative executor has to let another stream go on first."""
 
 
 class Handle:
@@ -68,10 +68,10 @@ class Transport(Protocol):
 
 
 @runtime_checkable
-class PartsTransport(Transport, Protocol):
-    """A transport between processes that can also send parts of values that several ranks hold."""
+class ShardTransport(Transport, Protocol):
+    """A transport between processes that can also send shards of values that several ranks hold."""
 
-    def send_parts(self, array: jax.Array, boxes: tuple[Box, ...], destination: int, tag: int) -> Handle:
+    def send_boxes(self, array: jax.Array, boxes: tuple[Box, ...], destination: int, tag: int) -> Handle:
         """Start sending some parts of an array, one after the other."""
         ...
 
@@ -102,6 +102,6 @@ def device_array(view: Any, place: Sharding, copy: bool) -> jax.Array:
             values = host[tuple(slice(start, stop) for start, stop in box)]
             return np.array(values) if copy else np.ascontiguousarray(values)
 
-        return put_parts(part, host.shape, place)
+        return put_shards(part, host.shape, place)
     # `may_alias=False` would not do: jax copies, but perhaps only after it has returned.
     return jax.device_put(np.array(view) if copy else view, place)

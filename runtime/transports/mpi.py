@@ -177,7 +177,7 @@ class MpiTransport:
         del move  # the message is a copy
         return self._queue(_Send(array, tag), destination)
 
-    def send_parts(self, array: jax.Array, boxes: tuple[Box, ...], destination: int, tag: int) -> Handle:
+    def send_boxes(self, array: jax.Array, boxes: tuple[Box, ...], destination: int, tag: int) -> Handle:
         """Send parts of the array, as `send` does the whole."""
         return self._queue(_Send(array, tag, boxes), destination)
 
