@@ -129,7 +129,9 @@ def test_lists_of_ranks_that_share_meshes_end(stages: int, groups: int, ranks: i
             assert {one.mesh_ranks for one in lists[place : place + ranks]} == {tuple(range(place, place + ranks))}
 
 
-def changed(lists: tuple[InstructionStream, ...], rank: int, number: int, *instead: Instruction) -> list[InstructionStream]:
+def changed(
+    lists: tuple[InstructionStream, ...], rank: int, number: int, *instead: Instruction
+) -> list[InstructionStream]:
     """The lists with one instruction of a rank replaced."""
     instructions = list(lists[rank].instructions)
     instructions[number : number + 1] = instead
