@@ -1,6 +1,6 @@
 // RUN: bactrian-opt %s --accumulate-gradients --split-input-file --verify-diagnostics
 
-// expected-error@unknown {{bactrian.num_microbatches is missing}}
+// expected-error@+1 {{bactrian.num_microbatches is missing}}
 module @no_number_of_microbatches {
   func.func public @main(%x: tensor<4xf32> {bactrian.role = "batch"}) -> tensor<4xf32> {
     %g = stablehlo.negate %x {bactrian.phase = "backward", bactrian.stage = 0 : i64} : tensor<4xf32>
@@ -13,8 +13,8 @@ module @no_number_of_microbatches {
 
 // -----
 
-// expected-error@unknown {{@main has no gradient boundary}}
 module @no_boundary attributes {bactrian.num_microbatches = 2 : i64} {
+  // expected-error@+1 {{@main has no gradient boundary}}
   func.func public @main(%x: tensor<4xf32> {bactrian.role = "batch"}) -> tensor<4xf32> {
     return %x : tensor<4xf32>
   }

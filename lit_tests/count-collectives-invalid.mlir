@@ -1,5 +1,5 @@
 // RUN: bactrian-opt %s --count-collectives --split-input-file --verify-diagnostics
 
-// expected-error@unknown {{the module has no @main}}
+// expected-error@+1 {{the module has no @main}}
 module @no_main {
 }

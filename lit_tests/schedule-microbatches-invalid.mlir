@@ -9,7 +9,7 @@ module @unknown_schedule attributes {bactrian.num_microbatches = 2 : i64, bactri
 
 // -----
 
-// expected-error@unknown {{bactrian.num_stages is missing}}
+// expected-error@+1 {{bactrian.num_stages is missing}}
 module @no_stages attributes {bactrian.num_microbatches = 2 : i64, bactrian.schedule = "gpipe"} {
   func.func @main() {
     return

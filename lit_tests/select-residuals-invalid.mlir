@@ -1,14 +1,14 @@
 // RUN: bactrian-opt %s --select-residuals --split-input-file --verify-diagnostics
 
-// expected-error@unknown {{the module has no @main}}
+// expected-error@+1 {{the module has no @main}}
 module @no_main {
 }
 
 // -----
 
-// expected-error@unknown {{run assign-stages first}}
 module @no_stage attributes {bactrian.num_stages = 1 : i64} {
   func.func public @main(%x: tensor<4xf32> {bactrian.role = "batch"}) -> tensor<4xf32> {
+    // expected-error@+1 {{run assign-stages first}}
     %y = stablehlo.sine %x {bactrian.phase = "forward"} : tensor<4xf32>
     return %y : tensor<4xf32>
   }
@@ -16,7 +16,7 @@ module @no_stage attributes {bactrian.num_stages = 1 : i64} {
 
 // -----
 
-// expected-error@unknown {{run assign-stages first}}
+// expected-error@+1 {{run assign-stages first}}
 module @no_number_of_stages {
   func.func public @main(%x: tensor<4xf32> {bactrian.role = "batch"}) -> tensor<4xf32> {
     %y = stablehlo.sine %x {bactrian.phase = "forward", bactrian.stage = 0 : i64} : tensor<4xf32>

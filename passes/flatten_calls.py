@@ -10,7 +10,6 @@ from jaxlib.mlir import ir, passmanager
 from jaxlib.mlir.dialects import func
 
 from bactrian.passes.frame.base import Pass, PassContext, Statistic
-from bactrian.passes.frame.errors import ProgramError
 from bactrian.passes.frame.location import name_stack
 
 ENTRY = "main"
@@ -65,7 +64,12 @@ class FlattenCalls(Pass):
             passmanager.PassManager.parse(_COMPOSITES).run(module.operation)
         functions = _functions(module)
         if ENTRY not in functions:
-            raise ProgramError(f"module has no function @{ENTRY}", where=", ".join(sorted(functions)) or "empty module")
+            raise ctx.fatal(
+                next(iter(functions.values()), module.operation),
+                f"the module has no @{ENTRY}",
+                why=f"its functions are {', '.join(f'@{name}' for name in functions)}" if functions else "it is empty",
+                fix="pass the output of capture, or a module with one public @main",
+            )
         order = _callees_first(functions, ctx)
         ctx.fail_if_errors()
         uses = Counter(_callee(call) for function in functions.values() for call in _calls(function))

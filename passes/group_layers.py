@@ -20,6 +20,7 @@ from bactrian.passes.ir.attributes import (
     integer_attribute,
 )
 from bactrian.passes.ir.main_dataflow import MainDataflow
+from bactrian.passes.ir.regions import main_function
 from bactrian.passes.stages import layer_partitioning
 from bactrian.passes.stages.forward_cut import cut_forward
 from bactrian.passes.stages.layer_graph import LayeredProgram
@@ -103,7 +104,7 @@ class GroupLayers(Pass):
     def apply(self, module: ir.Module, ctx: PassContext) -> None:
         """Cut the forward ops, place all others, write the layers."""
         program = LayeredProgram.of(module, MainDataflow.kept_or_read(module, ctx), self.small_bytes)
-        layers = cut_forward(program, self.num_layers, self.epsilon, module, ctx)
+        layers = cut_forward(program, self.num_layers, self.epsilon, main_function(module), ctx)
         if layers is None:
             return
         num_layers = 1 + max((layer for layer in layers if layer is not None), default=0)

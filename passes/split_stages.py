@@ -9,6 +9,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import func
 
 from bactrian.passes.frame.base import Pass, PassContext, Statistic, option
+from bactrian.passes.frame.diagnostics import error_at
 from bactrian.passes.frame.errors import PassError
 from bactrian.passes.ir.attributes import (
     ACCUMULATE,
@@ -126,7 +127,7 @@ class SplitStages(Pass):
         if pending:
             ctx.error(
                 boundary,
-                f"{len(pending)} of the boundary's values have no accumulator yet",
+                f"{len(pending)} of the gradient boundary's values have no accumulator yet",
                 fix="run accumulate-gradients first",
             )
         return not pending
@@ -192,9 +193,10 @@ class _Emitter:
                 if ACCUMULATE in op.attributes:
                     before = flow.operands[index][0]
                     if flow.phases[flow.producer[before]] != INITIALIZE:
-                        raise PassError(
-                            "an accumulator is no result of the initialize phase",
-                            where=str(op.location),
+                        raise error_at(
+                            PassError,
+                            op,
+                            "an accumulator does not begin with a value of the initialize phase",
                             why="it would lose what the microbatches before have added",
                         )
                     aliases[number, before] = flow.results[index][0]

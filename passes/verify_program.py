@@ -10,6 +10,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import func
 
 from bactrian.passes.frame.base import Pass, PassContext, Statistic
+from bactrian.passes.frame.diagnostics import error_at
 from bactrian.passes.frame.errors import ProgramError
 from bactrian.passes.frame.location import describe, name_stack
 from bactrian.passes.ir.attributes import (
@@ -101,7 +102,10 @@ def _main(module: ir.Module) -> ir.Operation:
     functions = [op.operation for op in module.body.operations if isinstance(op, func.FuncOp)]
     names = [ir.StringAttr(function.attributes["sym_name"]).value for function in functions]
     if names != ["main"] or len(functions[0].regions[0].blocks) != 1:
-        raise ProgramError(
+        others = [function for function, name in zip(functions, names, strict=True) if name != "main"]
+        raise error_at(
+            ProgramError,
+            next(iter([*others, *functions]), module.operation),
             f"module is not flat: functions {', '.join(names) or 'none'}; needs @main only, of one block",
             fix="run flatten-calls first",
         )

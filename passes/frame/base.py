@@ -11,12 +11,11 @@ from typing import Any, ClassVar, TypeVar
 
 from jaxlib.mlir import ir
 
-from .diagnostics import Diagnostic, Severity, merge_errors
-from .errors import ConfigError, ProgramError
-from .location import describe, user_place
+from bactrian.passes.frame.diagnostics import Diagnostic, Severity, merge_errors
+from bactrian.passes.frame.errors import BactrianError, ConfigError, ProgramError
+from bactrian.passes.frame.location import Locatable, location_of, user_place, where_text
 
 T = TypeVar("T")
-Locatable = ir.Location | ir.Value | ir.Operation | ir.OpView
 ERROR_LIMIT = 10
 
 
@@ -86,12 +85,14 @@ class PassContext:
         self.error(where, message, why, fix)
         return merge_errors([d for d in self.diagnostics if d.severity == "error"], self._limit)
 
+    def report(self, error: BactrianError, module: ir.Operation) -> None:
+        """Report an exception that ended the pass: at its own place, else at the module."""
+        place = error.place or user_place(module.location)
+        self.diagnostics.append(Diagnostic("error", error.message, error.where, place, error.why, error.fix))
+
     def _add(self, severity: Severity, where: Locatable, message: str, why: str = "", fix: str = "") -> None:
-        loc = where if isinstance(where, ir.Location) else where.location
-        text = describe(loc)
-        if not text and isinstance(where, (ir.Operation, ir.OpView)):
-            text = where.operation.name
-        self.diagnostics.append(Diagnostic(severity, message, text, user_place(loc), why, fix))
+        place = user_place(location_of(where))
+        self.diagnostics.append(Diagnostic(severity, message, where_text(where), place, why, fix))
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 from jaxlib.mlir import ir
 
-from .errors import ProgramError
-from .location import Place, describe, user_place
+from bactrian.passes.frame.errors import BactrianError, ProgramError, SourcePlace
+from bactrian.passes.frame.location import Locatable, describe, location_of, user_place, where_text
+
+E = TypeVar("E", bound=BactrianError)
 
 Severity = Literal["error", "warning", "remark", "note"]
 
@@ -29,7 +31,7 @@ class Diagnostic:
     severity: Severity
     message: str
     where: str = ""
-    place: Place | None = None
+    place: SourcePlace | None = None
     why: str = ""
     fix: str = ""
 
@@ -38,21 +40,23 @@ class Diagnostic:
         return str(ProgramError(self.message, where=self.where, why=self.why, fix=self.fix))
 
     def __str__(self) -> str:
-        prefix = f"{self.place}:{self.place.col}: " if self.place else ""
+        prefix = (
+            "" if self.place is None else f"{self.place}:{self.place.col}: " if self.place.line else f"{self.place}: "
+        )
         return f"{prefix}{self.severity}: {self.text()}"
 
 
-def sort_key(diagnostic: Diagnostic) -> tuple[bool, Place]:
+def sort_key(diagnostic: Diagnostic) -> tuple[bool, SourcePlace]:
     """Sort by place; what has no place comes last, in the order it was reported."""
     place = diagnostic.place
-    return (place is None, place or Place("", 0, 0))
+    return (place is None, place or SourcePlace("", 0, 0))
 
 
 def merge_errors(errors: list[Diagnostic], limit: int) -> ProgramError:
     """One exception for all errors of a pass: the first in full, the others below it, at most ``limit``."""
     ordered = sorted(errors, key=sort_key)
     first, rest = ordered[0], ordered[1:limit]
-    error = ProgramError(first.message, where=first.where, why=first.why, fix=first.fix)
+    error = ProgramError(first.message, where=first.where, why=first.why, fix=first.fix, place=first.place)
     if not rest:
         return error
     more = "".join(f"\nalso: {diagnostic.text()}" for diagnostic in rest)
@@ -60,6 +64,11 @@ def merge_errors(errors: list[Diagnostic], limit: int) -> ProgramError:
         more += f"\n{len(ordered) - limit} more errors not shown"
     error.args = (f"{error}{more}",)
     return error
+
+
+def error_at(kind: type[E], where: Locatable, message: str, *, why: str = "", fix: str = "") -> E:
+    """An exception about an op, a value or a location: ``raise error_at(PassError, op, "...")``."""
+    return kind(message, where=where_text(where), why=why, fix=fix, place=user_place(location_of(where)))
 
 
 def from_mlir(error: ir.MLIRError) -> list[Diagnostic]:

@@ -6,9 +6,9 @@ import inspect
 import re
 from typing import Any
 
-from . import registry
-from .base import Pass
-from .errors import ConfigError
+from bactrian.passes.frame import registry
+from bactrian.passes.frame.base import Pass
+from bactrian.passes.frame.errors import ConfigError
 
 _MLIR_BLOCK = re.compile(r"```mlir\n(.*?)```", re.DOTALL)
 _CLAUSE = re.compile(r"^(Requires|Ensures|Example):", re.MULTILINE)

@@ -2,6 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, order=True)
+class SourcePlace:
+    """A line of a file. Ordered by file, line and column; line 0 is the file as a whole."""
+
+    file: str
+    line: int
+    col: int
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}" if self.line else self.file
+
 
 class BactrianError(Exception):
     """Base of every error that Bactrian raises on purpose.
@@ -11,12 +25,15 @@ class BactrianError(Exception):
         where: the user's ``file:line``, the name stack, or the op.
         why: who or what constrained it.
         fix: what to do about it.
+        place: the line in a file that ``where`` means, where one is known.
     """
 
     exit_code = 1
 
-    def __init__(self, message: str, *, where: str = "", why: str = "", fix: str = "") -> None:
-        self.message, self.where, self.why, self.fix = message, where, why, fix
+    def __init__(
+        self, message: str, *, where: str = "", why: str = "", fix: str = "", place: SourcePlace | None = None
+    ) -> None:
+        self.message, self.where, self.why, self.fix, self.place = message, where, why, fix, place
         lines = [message]
         for label, text in (("where", where), ("why", why), ("fix", fix)):
             if text:
@@ -46,10 +63,17 @@ class InfeasiblePlanError(BactrianError):
     exit_code = 4
 
     def __init__(
-        self, message: str, *, where: str = "", why: str = "", fix: str = "", least_bytes: int | None = None
+        self,
+        message: str,
+        *,
+        where: str = "",
+        why: str = "",
+        fix: str = "",
+        place: SourcePlace | None = None,
+        least_bytes: int | None = None,
     ) -> None:
         self.least_bytes = least_bytes
-        super().__init__(message, where=where, why=why, fix=fix)
+        super().__init__(message, where=where, why=why, fix=fix, place=place)
 
 
 class PassError(BactrianError):

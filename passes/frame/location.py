@@ -9,9 +9,10 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from jaxlib.mlir import ir
+
+from bactrian.passes.frame.errors import SourcePlace
 
 # Where our own code lies: beside each other, in an installed package as in a checkout.
 _OWN_FOLDERS = tuple(
@@ -21,18 +22,6 @@ _OWN_FOLDERS = tuple(
 _FOREIGN_PARTS = ("site-packages", "dist-packages")
 _LIBRARY_FOLDERS = ("/jax/_src/", "/jax/experimental/", "/jax/numpy/", "/flax/", "/optax/", "/equinox/")
 _STDLIB = os.path.dirname(os.__file__) + os.sep
-
-
-@dataclass(frozen=True, order=True)
-class Place:
-    """A line of a file. Ordered by file, line and column."""
-
-    file: str
-    line: int
-    col: int
-
-    def __str__(self) -> str:
-        return f"{self.file}:{self.line}"
 
 
 @functools.lru_cache(maxsize=4096)
@@ -46,13 +35,13 @@ def is_user_file(path: str) -> bool:
     return not path.startswith((*_OWN_FOLDERS, _STDLIB))
 
 
-def _frames(loc: ir.Location) -> Iterator[Place]:
+def _frames(loc: ir.Location) -> Iterator[SourcePlace]:
     """Every Python frame of a location, innermost first."""
     stack = [loc]
     while stack:
         top = stack.pop()
         if isinstance(top, ir.FileLineColLoc):
-            yield Place(top.filename, top.start_line, top.start_col)
+            yield SourcePlace(top.filename, top.start_line, top.start_col)
         elif isinstance(top, ir.NameLoc):
             stack.append(top.child_loc)
         elif isinstance(top, ir.CallSiteLoc):
@@ -61,9 +50,9 @@ def _frames(loc: ir.Location) -> Iterator[Place]:
             stack += reversed([child for child in top.locations if isinstance(child, ir.Location)])
 
 
-def user_place(loc: ir.Location) -> Place | None:
+def user_place(loc: ir.Location) -> SourcePlace | None:
     """The innermost frame in the user's own code; the innermost frame of all when none is; else None."""
-    first: Place | None = None
+    first: SourcePlace | None = None
     for place in _frames(loc):
         if is_user_file(place.file):
             return place
@@ -107,3 +96,19 @@ def describe(loc: ir.Location) -> str:
     if place and name:
         return f"{place} ({name})"
     return place or name
+
+
+Locatable = ir.Location | ir.Value | ir.Operation | ir.OpView
+
+
+def location_of(where: Locatable) -> ir.Location:
+    """The location of a value or an op."""
+    return where if isinstance(where, ir.Location) else where.location
+
+
+def where_text(where: Locatable) -> str:
+    """`describe` of a value or an op; the op's name where nothing else is known of it."""
+    text = describe(location_of(where))
+    if not text and isinstance(where, (ir.Operation, ir.OpView)):
+        return where.operation.name
+    return text

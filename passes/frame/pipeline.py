@@ -14,12 +14,12 @@ from typing import Any
 
 from jaxlib.mlir import ir, passmanager
 
-from . import registry, reproducer
-from .base import Pass, PassContext, parse_options
-from .context import make_context
-from .diagnostics import Diagnostic, from_mlir
-from .errors import BactrianError, ConfigError, PassError
-from .pipeline_text import ANCHOR, Element, parse_pipeline, print_pipeline
+from bactrian.passes.frame import registry, reproducer
+from bactrian.passes.frame.base import Pass, PassContext, parse_options
+from bactrian.passes.frame.context import make_context
+from bactrian.passes.frame.diagnostics import Diagnostic, from_mlir
+from bactrian.passes.frame.errors import BactrianError, ConfigError, PassError
+from bactrian.passes.frame.pipeline_text import ANCHOR, Element, parse_pipeline, print_pipeline
 
 Step = Pass | str
 Pipeline = str | Sequence[Step]
@@ -228,9 +228,7 @@ class _Runner:
             except BaseException as error:  # an exception must not unwind MLIR's frames
                 self._exception = error
                 if isinstance(error, BactrianError) and not any(d.severity == "error" for d in context.diagnostics):
-                    context.diagnostics.append(
-                        Diagnostic("error", error.message, error.where, why=error.why, fix=error.fix)
-                    )
+                    context.report(error, self._module.operation)
                 handle.signal_pass_failure()
             self.report.kept = context.keeps
             self.report.runs.append(PassRun(step, time.perf_counter() - start, context.counts))

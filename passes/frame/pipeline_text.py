@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .errors import ConfigError
+from bactrian.passes.frame.errors import ConfigError
 
 ANCHOR = "builtin.module"
 

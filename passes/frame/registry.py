@@ -9,8 +9,8 @@ import importlib.metadata
 from collections.abc import Callable
 from typing import Any
 
-from .base import Pass
-from .errors import ConfigError
+from bactrian.passes.frame.base import Pass
+from bactrian.passes.frame.errors import ConfigError
 
 ENTRY_POINT_GROUP = "bactrian.passes"
 

@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from jaxlib.mlir import ir
 
-from .errors import ConfigError
+from bactrian.passes.frame.errors import ConfigError
 
 _HEADER = "// bactrian-opt reproducer"
 _PIPELINE = "// pipeline: "

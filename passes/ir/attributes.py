@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from jaxlib.mlir import ir
 
+from bactrian.passes.frame.diagnostics import error_at
 from bactrian.passes.frame.errors import PassError
 
 # Custom calls.
@@ -70,7 +71,7 @@ def required_integer(op: ir.Operation, name: str, made_by: str) -> int:
     """
     value = integer_attribute(op, name)
     if value is None:
-        raise PassError(f"{name} is missing on {op.name}", where=str(op.location), fix=f"run {made_by} first")
+        raise error_at(PassError, op, f"{name} is missing on {op.name}", fix=f"run {made_by} first")
     return value
 
 
@@ -127,7 +128,7 @@ def required_phase(op: ir.Operation) -> str:
     """
     phase = phase_of(op)
     if phase is None:
-        raise PassError(f"{PHASE} is missing on {op.name}", where=str(op.location), fix="run infer-phases first")
+        raise error_at(PassError, op, f"{PHASE} is missing on {op.name}", fix="run infer-phases first")
     return phase
 
 

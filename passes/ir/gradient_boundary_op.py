@@ -5,6 +5,7 @@ from __future__ import annotations
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import stablehlo
 
+from bactrian.passes.frame.diagnostics import error_at
 from bactrian.passes.frame.errors import PassError
 from bactrian.passes.ir.attributes import GRADIENT_BOUNDARY
 from bactrian.passes.ir.regions import body, custom_call_target
@@ -15,7 +16,7 @@ def find_boundary(main: ir.Operation) -> ir.Operation:
     for op in body(main).operations:
         if isinstance(op, stablehlo.CustomCallOp) and custom_call_target(op.operation) == GRADIENT_BOUNDARY:
             return op.operation
-    raise PassError("@main has no gradient boundary", fix="run verify-program first")
+    raise error_at(PassError, main, "@main has no gradient boundary", fix="run verify-program first")
 
 
 def boundary_words(boundary: ir.Operation, key: str) -> list[str]:

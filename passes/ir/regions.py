@@ -6,17 +6,27 @@ from collections.abc import Iterator, Sequence
 
 from jaxlib.mlir import ir
 
+from bactrian.passes.frame.diagnostics import error_at
 from bactrian.passes.frame.errors import PassError
 from bactrian.passes.ir.attributes import phase_of
 
 
 def main_function(module: ir.Module) -> ir.Operation:
-    """The ``func.func @main`` of a captured or staged module."""
+    """The ``func.func @main`` of a captured or staged module.
+
+    Raises:
+        PassError: there is none.
+    """
     for op in module.body.operations:
         operation = op.operation
         if operation.name == "func.func" and ir.StringAttr(operation.attributes["sym_name"]).value == "main":
             return operation
-    raise PassError("the module has no @main", fix="pass the output of capture, or a module with one public @main")
+    raise error_at(
+        PassError,
+        module.operation,
+        "the module has no @main",
+        fix="pass the output of capture, or a module with one public @main",
+    )
 
 
 def body(main: ir.Operation) -> ir.Block:
@@ -86,7 +96,7 @@ def top_level(op: ir.Operation, block: ir.Block) -> ir.Operation:
     while current.block != block:
         parent = current.parent
         if parent is None:
-            raise PassError(f"{op.name} stands outside of @main", where=str(op.location))
+            raise error_at(PassError, op, f"{op.name} stands outside of @main")
         current = parent.operation
     return current
 

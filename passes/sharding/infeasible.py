@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from bactrian.passes.frame.errors import InfeasiblePlanError
-from bactrian.passes.frame.location import describe
+from bactrian.passes.frame.errors import InfeasiblePlanError, SourcePlace
+from bactrian.passes.frame.location import describe, user_place, where_text
 from bactrian.passes.frame.units import human_bytes
 from bactrian.passes.ir.attributes import UPDATE
 from bactrian.passes.sharding.cost_breakdown import classes
@@ -55,10 +55,12 @@ def shortage(model: ShardingModel, reading: Reading, roles: Sequence[str], stage
     parts = ", ".join(f"{human_bytes(nbytes)} {name}" for name, nbytes in sorted(sums.items(), key=lambda x: -x[1]))
     largest, _, node = max(there, key=lambda each: each[0])
     missing = needed - model.memory
+    where, place = _at(reading, time)
     return InfeasiblePlanError(
         f"cannot fit stage {stage} into a device: it holds at least {human_bytes(needed)}, a device has "
         f"{human_bytes(model.memory)}, {human_bytes(missing)} are missing",
-        where=_at(reading, time),
+        where=where,
+        place=place,
         why=f"with all values cut as far as they can be there are {parts}; the largest piece, {human_bytes(largest)}, is of "
         f"{_name(model, reading, node)}",
         fix=_help(missing, needed, sums),
@@ -66,14 +68,14 @@ def shortage(model: ShardingModel, reading: Reading, roles: Sequence[str], stage
     )
 
 
-def _at(reading: Reading, time: int) -> str:
-    """The op that a device holds most at."""
+def _at(reading: Reading, time: int) -> tuple[str, SourcePlace | None]:
+    """The op that a device holds most at, and its line."""
     if not reading.parts:
-        return ""
+        return "", None
     index = reading.parts[min(time, len(reading.parts) - 1)].index
     op, phase = reading.flow.ops[index], reading.flow.phases[index]
-    place = describe(op.location) or op.name
-    return f"{place}, {'in the update' if phase == UPDATE else phase}" if phase else place
+    where, place = where_text(op), user_place(op.location)
+    return (f"{where}, {'in the update' if phase == UPDATE else phase}" if phase else where), place
 
 
 def _name(model: ShardingModel, reading: Reading, node: int) -> str:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import sdy
 
+from bactrian.passes.frame.diagnostics import error_at
 from bactrian.passes.frame.errors import PassError, ProgramError
-from bactrian.passes.frame.location import describe
 from bactrian.passes.ir.attributes import argument_attributes, result_attributes
 from bactrian.passes.ir.main_dataflow import MainDataflow
 from bactrian.passes.ir.meshes import SHARDING
+from bactrian.passes.ir.regions import terminator
 from bactrian.passes.ir.tensor_sizes import value_shape
 from bactrian.passes.machine.mesh import Mesh
 from bactrian.passes.machine.spec import Spec
@@ -26,7 +27,9 @@ def refuse_result_shardings(main: ir.Operation) -> None:
     """
     for number, entry in enumerate(result_attributes(main)):
         if SHARDING in entry:
-            raise PassError(
+            raise error_at(
+                PassError,
+                terminator(main),
                 f"result {number} of @main has an {SHARDING} already",
                 why="layouts of results follow from those of their values",
                 fix="constrain the value with sdy.sharding_constraint",
@@ -45,7 +48,9 @@ def fixed_arguments(main: ir.Operation, flow: MainDataflow, mesh: Mesh) -> list[
         if SHARDING in entry:
             spec, open_ = _checked(entry[SHARDING], flow.values[number], mesh)
             if open_:
-                raise PassError(
+                raise error_at(
+                    PassError,
+                    flow.values[number],
                     f"sharding {entry[SHARDING]} of argument {number} leaves a dim open",
                     fix="give the axes of every dim, or constrain the argument with sdy.sharding_constraint",
                 )
@@ -87,20 +92,21 @@ def _checked(sharding: ir.Attribute, value: ir.Value, mesh: Mesh) -> tuple[Spec,
     Raises:
         ProgramError: it does not cut the value into equal pieces.
     """
-    (spec, open_), shape = _spec_of(sharding, mesh), value_shape(value)
+    (spec, open_), shape = _spec_of(sharding, value, mesh), value_shape(value)
     for dim, (size, axes) in enumerate(zip(shape, spec.dims, strict=True)):
         count = mesh.group_size(axes)
         if size % count:
-            raise ProgramError(
+            raise error_at(
+                ProgramError,
+                value,
                 f"dim {dim} of size {size} can't be split into {count} equal shards",
-                where=describe(value.location),
                 why=f"its sharding is over {', '.join(axes)}",
                 fix="make the dim a multiple of that, or shard another one",
             )
     return spec, open_
 
 
-def _spec_of(sharding: ir.Attribute, mesh: Mesh) -> tuple[Spec, tuple[int, ...]]:
+def _spec_of(sharding: ir.Attribute, value: ir.Value, mesh: Mesh) -> tuple[Spec, tuple[int, ...]]:
     """An ``sdy.sharding`` as a spec, and the dims that it leaves open: other axes may shard these further.
 
     Axes of size 1 are left out.
@@ -117,8 +123,11 @@ def _spec_of(sharding: ir.Attribute, mesh: Mesh) -> tuple[Spec, tuple[int, ...]]
         for reference in dim.axes:
             axis = sdy.AxisRefAttr(reference)
             if axis.name not in mesh.sizes or axis.sub_axis_info is not None:
-                raise PassError(
-                    f"sharding {sharding} is not over whole axes of the mesh", fix=f"axes: {', '.join(mesh.sizes)}"
+                raise error_at(
+                    PassError,
+                    value,
+                    f"sharding {sharding} is not over whole axes of the mesh",
+                    fix=f"axes: {', '.join(mesh.sizes)}",
                 )
             axes.append(axis.name)
         dims.append(tuple(axis for axis in axes if axis in mesh.wide))

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from jaxlib.mlir import ir
 
-from bactrian.passes.frame.errors import ConfigError
-from bactrian.passes.frame.location import Place, name_stack, user_place
+from bactrian.passes.frame.errors import ConfigError, SourcePlace
+from bactrian.passes.frame.location import name_stack, user_place
 from bactrian.passes.sharding.loop_dataflow import INSIDE
 from bactrian.passes.sharding.stage_programs import StageProgram
 
@@ -45,7 +45,7 @@ class NamedValue:
     type: str
     op: str
     phase: str
-    place: Place | None
+    place: SourcePlace | None
 
     @property
     def origin(self) -> str:
@@ -177,7 +177,7 @@ def _several(text: str, matches: list[NamedValue], layout: Callable[[NamedValue]
     )
 
 
-def place_text(place: Place) -> str:
+def place_text(place: SourcePlace) -> str:
     """``train.py:12``: without the folder, so that what is printed does not depend on it."""
     return f"{place.file.rpartition('/')[2]}:{place.line}"
 

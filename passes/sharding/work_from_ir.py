@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import sdy
 
+from bactrian.passes.frame.diagnostics import error_at
 from bactrian.passes.frame.errors import PassError
 from bactrian.passes.ir.attributes import (
     ACCUMULATE,
@@ -125,8 +126,11 @@ def read_program(
     ops = [op for op, kind in zip(flow.ops, flow.kinds, strict=True) if kind == OP]
     ruled = [op for op in ops if op.name.startswith("stablehlo.") and op.name not in _WITHOUT_RULE]
     if ruled and not any(RULE in op.attributes for op in ruled):
-        raise PassError(
-            "no op of @main has an sdy.sharding_rule", fix="run func.func(sdy-populate-op-sharding-rules) first"
+        raise error_at(
+            PassError,
+            ruled[0],
+            "no op of @main has an sdy.sharding_rule",
+            fix="run func.func(sdy-populate-op-sharding-rules) first",
         )
     refuse_result_shardings(main)
     reader = _Reader(flow, mesh, cluster, num_microbatches, remark, in_flight)

@@ -17,7 +17,7 @@ from bactrian.passes.stages.pinned_arguments import Homes, Reads
 
 
 def cut_forward(
-    program: LayeredProgram, num_layers: int, epsilon: float, module: ir.Module, ctx: PassContext
+    program: LayeredProgram, num_layers: int, epsilon: float, main: ir.Operation, ctx: PassContext
 ) -> list[int | None] | None:
     """The layer of each forward op that is not free (None for all other ops); None if it can't be done."""
     flow = program.flow
@@ -40,9 +40,9 @@ def cut_forward(
     request = _Request(flops, weighty, crossing, num_layers, epsilon, allowed, None, kind, limited)
     layers: list[int | None] = [None] * len(flow.ops)
     if num_layers > 1:
-        if not request.check(module, ctx):
+        if not request.check(main, ctx):
             return None
-        cut = _cut_at_homes(program, ops, request, module, ctx)
+        cut = _cut_at_homes(program, ops, request, main, ctx)
         if cut is None:
             return None
         groups = cut.group_of(len(ops))
@@ -134,12 +134,12 @@ class _Request:
     kind: str
     limited: str
 
-    def check(self, module: ir.Module, ctx: PassContext) -> bool:
+    def check(self, main: ir.Operation, ctx: PassContext) -> bool:
         """Whether there can be so many layers; reports an error if not."""
         allowed, num_layers, weight = self.allowed, self.num_layers, sum(self.weighty)
         if allowed is not None and num_layers > len(allowed) + 1:
             ctx.error(
-                module.operation,
+                main,
                 f"cannot cut at {_count(len(allowed), 'stage boundary', 'stage boundaries')} into {num_layers} layers",
                 why="where a program has stage boundaries, layers are cut only there, and every layer needs "
                 + ("a product or convolution" if self.kind == "with weight" else "an op that depends on the batch"),
@@ -149,7 +149,7 @@ class _Request:
         if weight < num_layers:
             with_weight = self.kind == "with weight"
             ctx.error(
-                module.operation,
+                main,
                 f"cannot cut {_count(weight, 'forward op', 'forward ops')} {self.kind} into {num_layers} layers",
                 why="every layer needs a product or convolution" if with_weight else "every layer needs one",
                 fix=f"ask for at most {max(1, weight)} layers",
@@ -163,24 +163,24 @@ class _Request:
             self.flops, self.weighty, self.crossing, self.num_layers, self.epsilon, self.allowed, self.choices
         )
 
-    def remark(self, cut: layer_partitioning.Cut, module: ir.Module, ctx: PassContext) -> None:
+    def remark(self, cut: layer_partitioning.Cut, main: ir.Operation, ctx: PassContext) -> None:
         """Tells if a cut is less balanced than asked."""
         if cut.largest > (1 + self.epsilon) * cut.share * (1 + 1e-6):
             ctx.remark(
-                module.operation,
+                main,
                 f"the largest of {self.num_layers} layers has {cut.largest / cut.share:.2f} times an even share of the "
                 f"forward flops; no cut {self.limited or 'at all'} comes within {1 + self.epsilon:.2f} times",
             )
 
 
 def _cut_at_homes(
-    program: LayeredProgram, ops: list[int], request: _Request, module: ir.Module, ctx: PassContext
+    program: LayeredProgram, ops: list[int], request: _Request, main: ir.Operation, ctx: PassContext
 ) -> layer_partitioning.Cut | None:
     """The cut that keeps arguments with homes there and, if it can, recomputed parts whole; None after an error."""
     homes = program.homes
     if homes is not None and homes.num_stages != request.num_layers:
         ctx.remark(
-            module.operation,
+            main,
             f"{_count(len(homes.of), 'argument is', 'arguments are')} on {homes.num_stages} stages already, which "
             f"{request.num_layers} layers do not keep to",
         )
@@ -199,7 +199,7 @@ def _cut_at_homes(
     for one in asked:
         cut = one.cut()
         if cut is not None:
-            one.remark(cut, module, ctx)
+            one.remark(cut, main, ctx)
             return cut
     assert reads is not None, "as many weights as layers, or boundaries with weight between them"
     place, why = reads.only(program.large).conflict(request.allowed is not None)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from jaxlib.mlir import ir
 
+from bactrian.passes.frame.diagnostics import error_at
 from bactrian.passes.frame.errors import PassError
 from bactrian.passes.ir.attributes import (
     BACKWARD,
@@ -21,11 +22,13 @@ from bactrian.passes.ir.attributes import (
     argument_homes,
     integer,
     phase_of,
+    required_phase,
     result_updates,
     round_of,
     stage_of,
 )
 from bactrian.passes.ir.cloning import clone_into_readers, is_elementwise, required_stages
+from bactrian.passes.ir.gradient_boundary_op import find_boundary
 from bactrian.passes.ir.main_dataflow import MainDataflow
 from bactrian.passes.ir.meshes import mesh_name, value_shardings
 from bactrian.passes.ir.regions import custom_call_target
@@ -104,7 +107,7 @@ def analyze(main: ir.Operation, fused: Sequence[frozenset[str]]) -> Staging:
             (one stage and one microbatch), and XLA can fuse as it fuses a plain step.
     """
     flow = _assign_rounds(main)
-    through = _through_boundary(flow)
+    through = _through_boundary(flow, main)
     received = _received(flow, main, through)
     keys = _function_keys(flow, fused, through)
     functions = _collect(flow, keys)
@@ -171,7 +174,7 @@ def _function_keys(
             keys.append(None)
             continue
         if phase is None:
-            raise PassError(f"{op.name} has no phase", where=str(op.location), fix="run infer-phases first")
+            phase = required_phase(op)  # says what is missing
         if phase in fused[stage] or UPDATE in fused[stage]:
             phase = FUSED
         round_ = round_of(op) if phase == UPDATE else 0
@@ -196,18 +199,19 @@ def _collect(flow: MainDataflow, keys: list[FunctionKey | None]) -> dict[Functio
     return functions
 
 
-def _through_boundary(flow: MainDataflow) -> dict[int, int]:
+def _through_boundary(flow: MainDataflow, main: ir.Operation) -> dict[int, int]:
     """Each result of the boundary is the operand it stands for."""
     if flow.boundary < 0:
-        raise PassError("@main has no gradient boundary", fix="run verify-program first")
+        find_boundary(main)  # says so
     return dict(zip(flow.results[flow.boundary], flow.operands[flow.boundary], strict=True))
 
 
 def _check_order(flow: MainDataflow, value: int, source: FunctionKey, reader: FunctionKey) -> None:
     if not source < reader:
-        raise PassError(
+        raise error_at(
+            PassError,
+            flow.values[value],
             f"{reader.symbol} reads a value that {source.symbol} computes later",
-            where=str(flow.values[value].location),
             why="layers of the forward phase must not go down, those of the backward phase not up",
         )
 
