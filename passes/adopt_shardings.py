@@ -43,7 +43,7 @@ class AdoptShardings(Pass):
     Requires: one flat function `@main`.
     Ensures: every ``sdy.sharding`` of an argument and every ``sdy.sharding_constraint`` is over ``@stage0``; no other mesh.
 
-    Example: the argument is cut over the axis of its name, in the order of the stages' axes.
+    Input:
 
     ```mlir
     sdy.mesh @stage0 = <["data"=2, "model"=4]>
@@ -55,6 +55,8 @@ class AdoptShardings(Pass):
     }
     ```
 
+    Output:
+
     ```mlir
     sdy.mesh @stage0 = <["data"=2, "model"=4]>
     func.func public @main(%arg0: tensor<8x8xf32> {sdy.sharding = #sdy.sharding<@stage0, [{"model"}, {}]>})
@@ -63,6 +65,8 @@ class AdoptShardings(Pass):
       return %0 : tensor<8x8xf32>
     }
     ```
+
+    The argument is cut over the axis of its name, in the order of the stages' axes.
     """
 
     name: ClassVar[str] = "adopt-shardings"

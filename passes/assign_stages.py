@@ -43,7 +43,7 @@ class AssignStages(Pass):
     Ensures: ``bactrian.num_stages``; ``bactrian.stage`` on every op that has a layer, growing with the layer; meshes
     ``@stage0``, ``@stage1``, ... at the top of the module.
 
-    Example: each layer is a stage.
+    Input:
 
     ```mlir
     module attributes {bactrian.num_layers = 2 : i64} {
@@ -54,6 +54,8 @@ class AssignStages(Pass):
       }
     }
     ```
+
+    Output:
 
     ```mlir
     module attributes {bactrian.num_layers = 2 : i64, bactrian.num_stages = 2 : i64} {
@@ -68,6 +70,8 @@ class AssignStages(Pass):
       }
     }
     ```
+
+    Each layer is a stage.
     """
 
     name: ClassVar[str] = "assign-stages"

@@ -25,7 +25,7 @@ class CountCollectives(Pass):
     Requires: ``sdy.sharding`` on arguments, results and ops (``solve-shardings``).
     Ensures: ``bactrian.sent_bytes`` on the module, with an entry for each kind that occurs.
 
-    Example: the product sums over a dim that is cut in four: 2 · 3/4 · 64 bytes.
+    Input:
 
     ```mlir
     module {
@@ -37,6 +37,8 @@ class CountCollectives(Pass):
     }
     ```
 
+    Output:
+
     ```mlir
     module attributes {bactrian.sent_bytes = {all_reduce = 96 : i64}} {
       sdy.mesh @stage0 = <["data"=4]>
@@ -46,6 +48,8 @@ class CountCollectives(Pass):
       }
     }
     ```
+
+    The product sums over a dim that is cut in four: 2 · 3/4 · 64 bytes.
     """
 
     name: ClassVar[str] = "count-collectives"

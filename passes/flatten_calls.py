@@ -1,4 +1,4 @@
-"""The pass ``flatten-calls``."""
+"""``flatten-calls``: every call becomes straight-line code, in one function."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _CHLO = "builtin.module(func.func(chlo-legalize-to-stablehlo))"
 class FlattenCalls(Pass):
     """Turn every call into straight-line code and leave one function.
 
-    JAX lowers `jit`, `scan` bodies and library functions to private functions. Every later pass reasons about one block
-    of ops, so each call, also inside a `while` or `case`, is replaced by its function's ops; their name stacks are put
-    behind the call's. CHLO ops are then rewritten to StableHLO, and nothing but `@main` is left.
+    JAX lowers ``jit``, ``scan`` bodies and library functions to private functions. Every later pass reasons about one
+    block of ops, so each call, also inside a ``while`` or ``case``, is replaced by its function's ops; their name
+    stacks are put behind the call's. CHLO ops are then rewritten to StableHLO, and nothing but ``@main`` is left.
 
-    Requires: a public `@main`; functions of one block each; no recursion.
-    Ensures: `@main` is the only function, there is no `func.call` and no CHLO op anywhere.
+    Requires: a public ``@main``; functions of one block each; no recursion.
+    Ensures: ``@main`` is the only function, there is no ``func.call`` and no CHLO op anywhere.
 
-    Example: the two calls become two additions.
+    Input:
 
     ```mlir
     func.func public @main(%arg0: tensor<4xf32>) -> tensor<4xf32> {
@@ -42,6 +42,8 @@ class FlattenCalls(Pass):
     }
     ```
 
+    Output:
+
     ```mlir
     func.func public @main(%arg0: tensor<4xf32>) -> tensor<4xf32> {
       %0 = stablehlo.add %arg0, %arg0 : tensor<4xf32>
@@ -49,14 +51,16 @@ class FlattenCalls(Pass):
       return %1 : tensor<4xf32>
     }
     ```
+
+    The two calls become two additions.
     """
 
     name: ClassVar[str] = "flatten-calls"
     summary: ClassVar[str] = "turn every call into straight-line code and leave one function"
     statistics: ClassVar[tuple[Statistic, ...]] = (
-        Statistic("num-inlined", "Number of calls replaced by their function's ops"),
-        Statistic("num-functions-dropped", "Number of functions that are gone"),
-        Statistic("num-chlo-ops", "Number of CHLO ops rewritten to StableHLO"),
+        Statistic("inlined", "calls replaced by their function's ops"),
+        Statistic("functions-dropped", "functions erased"),
+        Statistic("chlo-ops", "CHLO ops rewritten to StableHLO"),
     )
 
     def apply(self, module: ir.Module, ctx: PassContext) -> None:
@@ -78,14 +82,14 @@ class FlattenCalls(Pass):
                 callee = _callee(call)
                 uses[callee] -= 1
                 _inline(call, functions[callee], last=uses[callee] == 0)
-                ctx.count("num-inlined")
+                ctx.count("inlined")
         for name, function in functions.items():
             if name != ENTRY:
                 function.erase()
-                ctx.count("num-functions-dropped")
+                ctx.count("functions-dropped")
         num_chlo = _count(module, "chlo.")
         if num_chlo:
-            ctx.count("num-chlo-ops", num_chlo)
+            ctx.count("chlo-ops", num_chlo)
             passmanager.PassManager.parse(_CHLO).run(module.operation)
 
 
@@ -114,7 +118,7 @@ def _callee(call: ir.Operation) -> str:
 
 
 def _callees_first(functions: dict[str, ir.Operation], ctx: PassContext) -> list[str]:
-    """The functions that `@main` reaches, each after all it calls; reports what can't be inlined."""
+    """The functions that ``@main`` reaches, each after all it calls; reports what can't be inlined."""
     order: list[str] = []
     open_names: list[str] = []
 

@@ -21,9 +21,9 @@ from bactrian.passes.ir.attributes import (
 )
 from bactrian.passes.ir.main_dataflow import MainDataflow
 from bactrian.passes.ir.regions import main_function
-from bactrian.passes.stages import layer_partitioning
 from bactrian.passes.stages.forward_cut import cut_forward
 from bactrian.passes.stages.layer_graph import LayeredProgram
+from bactrian.passes.stages.layer_placement import LayerPlacement
 from bactrian.passes.stages.pinned_arguments import Homes
 
 
@@ -48,7 +48,7 @@ class GroupLayers(Pass):
     Ensures: ``bactrian.num_layers`` on the module and ``bactrian.layer`` on every op with a phase. Forward edges never
     go to a lower layer, backward edges never to a higher one. No stage boundary is left.
 
-    Example: the boundary is where the second layer begins, and it is gone.
+    Input:
 
     ```mlir
     func.func public @main(%v: tensor<16x16xf32> {bactrian.role = "state"},
@@ -63,6 +63,8 @@ class GroupLayers(Pass):
       return %z : tensor<4x16xf32>
     }
     ```
+
+    Output:
 
     ```mlir
     module attributes {bactrian.num_layers = 2 : i64} {
@@ -79,6 +81,8 @@ class GroupLayers(Pass):
       }
     }
     ```
+
+    The boundary is where the second layer begins, and it is gone.
     """
 
     name: ClassVar[str] = "group-layers"
@@ -147,7 +151,7 @@ def _place(
 
     What happens once per microbatch counts ``microbatches`` times what happens once per step.
     """
-    problem = layer_partitioning.Placement(num_layers)
+    problem = LayerPlacement(num_layers)
     nodes: dict[int, int] = {}
     for index, phase in enumerate(program.phases):
         if phase in (BACKWARD, UPDATE) and not program.free[index] and not program.marker[index]:
@@ -162,7 +166,7 @@ def _place(
 
 
 def _homes(
-    program: LayeredProgram, held: Homes | None, layers: list[int | None], problem: layer_partitioning.Placement
+    program: LayeredProgram, held: Homes | None, layers: list[int | None], problem: LayerPlacement
 ) -> dict[int, list[int]]:
     """Where each argument lives: the lowest and highest layer that hold it already or read it forward, else a variable.
 
@@ -184,7 +188,7 @@ def _homes(
 def _pay_for_value(
     program: LayeredProgram,
     layers: list[int | None],
-    problem: layer_partitioning.Placement,
+    problem: LayerPlacement,
     nodes: dict[int, int],
     homes: dict[int, list[int]],
     value: int,

@@ -24,11 +24,11 @@ from bactrian.passes.ir.main_dataflow import MainDataflow
 from bactrian.passes.ir.module_schedule import schedule_of
 from bactrian.passes.ir.op_traits import SLOW_TO_RECOMPUTE
 from bactrian.passes.ir.regions import custom_call_target, main_function
-from bactrian.passes.stages.layer_partitioning import Placement
+from bactrian.passes.stages.layer_placement import LayerPlacement
 
 # Prices are eighths of a byte: XLA fuses a simple op into its reader, which costs an eighth of keeping its result.
 _KEEP, _FUSED_OP, _SLOW_OP = 8, 1, 16
-_BEFORE, _BEHIND = Placement.at(1), Placement.at(0)
+_BEFORE, _BEHIND = LayerPlacement.at(1), LayerPlacement.at(0)
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ class _Rule:
 
     def solve(self, stage: int, overhead: int) -> int:
         """Decide for one stage; gives the bytes that are kept."""
-        flow, placement = self._flow, Placement(2)
+        flow, placement = self._flow, LayerPlacement(2)
         # A value is made, then there for the backward phase; 1 is before the cut, 0 behind it. Made behind the cut: it
         # is computed again. Made before and there behind: it is kept.
         made = dict[int, int]()

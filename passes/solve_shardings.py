@@ -60,7 +60,7 @@ class SolveShardings(Pass):
     stage.
     Ensures: ``sdy.sharding`` on every argument, result and op; no rules; ``bactrian.sharding`` with what is predicted.
 
-    Example: the batch is large, so it is cut.
+    Input:
 
     ```mlir
     module attributes {bactrian.num_microbatches = 1 : i64, bactrian.num_stages = 1 : i64} {
@@ -72,6 +72,8 @@ class SolveShardings(Pass):
     }
     ```
 
+    Output:
+
     ```mlir
     module attributes {bactrian.num_microbatches = 1 : i64, bactrian.num_stages = 1 : i64, bactrian.sharding = [{bound_seconds = 1.9398655999999998E-4 : f64, communication_seconds = 0.000000e+00 : f64, given = 0 : i64, limit_bytes = 4294967296 : i64, memory_bytes = [{bytes = 262144 : i64, name = "batch"}, {bytes = 262144 : i64, name = "activations"}, {bytes = 16384 : i64, name = "parameters"}], seconds = 1.9398655999999998E-4 : f64, sent_bytes = {}, strategy = "auto"}]} {
       sdy.mesh @stage0 = <["data"=4]>
@@ -81,6 +83,8 @@ class SolveShardings(Pass):
       }
     }
     ```
+
+    The batch is large, so it is cut.
     """
 
     name: ClassVar[str] = "solve-shardings"

@@ -51,7 +51,7 @@ class VerifyProgram(Pass):
     Requires: one flat function `@main` whose arguments have a `bactrian.role`.
     Ensures: exactly one well-formed boundary, no effects, no dynamic shapes, no batch value used below the boundary.
 
-    Example: a program that is in order stays as it is.
+    Input:
 
     ```mlir
     func.func public @main(%arg0: tensor<f32> {bactrian.role = "state"}, %arg1: tensor<f32> {bactrian.role = "batch"})
@@ -64,6 +64,8 @@ class VerifyProgram(Pass):
     }
     ```
 
+    Output:
+
     ```mlir
     func.func public @main(%arg0: tensor<f32> {bactrian.role = "state"}, %arg1: tensor<f32> {bactrian.role = "batch"})
         -> (tensor<f32> {bactrian.updates = 0 : i64}) {
@@ -74,6 +76,8 @@ class VerifyProgram(Pass):
       return %2 : tensor<f32>
     }
     ```
+
+    A program that is in order stays as it is.
     """
 
     name: ClassVar[str] = "verify-program"

@@ -9,6 +9,7 @@ import time
 import numpy as np
 
 from bactrian.passes.stages import layer_partitioning
+from bactrian.passes.stages.layer_placement import LayerPlacement
 
 
 def _best_cut(flops, anchors, crossing, num_groups, limit):
@@ -144,9 +145,9 @@ def test_placement_is_optimal_and_least_on_random_problems():
     for seed in range(200):
         rng = random.Random(seed)
         num_layers, num_nodes = rng.randint(1, 4), rng.randint(1, 5)
-        problem = layer_partitioning.Placement(num_layers)
+        problem = LayerPlacement(num_layers)
         nodes = [problem.node() for _ in range(num_nodes)]
-        ends = nodes + [layer_partitioning.Placement.at(layer) for layer in range(num_layers)]
+        ends = nodes + [LayerPlacement.at(layer) for layer in range(num_layers)]
         for _ in range(rng.randint(1, 10)):
             problem.pay(rng.choice(ends), rng.choice(ends), rng.randint(1, 9))
         for _ in range(rng.randint(0, 3)):
@@ -164,7 +165,7 @@ def test_placement_is_optimal_and_least_on_random_problems():
 
 
 def test_a_span_is_paid_once():
-    problem = layer_partitioning.Placement(4)
+    problem = LayerPlacement(4)
     nodes = [problem.node() for _ in range(3)]
     problem.pay_span([*nodes, problem.at(1)], 10)
     for node, layer in zip(nodes, (0, 2, 3), strict=True):

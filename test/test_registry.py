@@ -15,7 +15,6 @@ from bactrian.passes.frame.base import Pass
 from bactrian.passes.frame.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parent.parent
-NOT_PASSES = {"__init__", "errors"}
 
 
 @pytest.mark.parametrize("name", registry.PASSES)
@@ -31,6 +30,7 @@ def test_each_pass_has_its_file_class_and_lit_files(name: str) -> None:
     assert flag.search((ROOT / "lit_tests" / f"{name}.mlir").read_text().splitlines()[0])
     negative = (ROOT / "lit_tests" / f"{name}-invalid.mlir").read_text()
     assert "--verify-diagnostics" in negative and "expected-error" in negative
+    assert "expected-error@unknown" not in negative, "an error stands at an op: raise it with error_at or ctx.error"
 
 
 @pytest.mark.parametrize("name", registry.PASSES)
@@ -45,6 +45,18 @@ def test_each_pass_is_a_documented_frozen_dataclass(name: str) -> None:
         assert field.default is not dataclasses.MISSING, f"option {field.name} of {name} has no default"
     for statistic in cls.statistics:
         assert re.fullmatch(r"[a-z][a-z0-9-]*", statistic.name) and statistic.help
+
+
+def test_the_files_of_the_folder_are_the_passes() -> None:
+    files = {path.stem for path in (ROOT / "passes").glob("*.py")}
+    assert files == {name.replace("-", "_") for name in registry.PASSES} | {"__init__", "pipelines"}
+
+
+@pytest.mark.parametrize("name", registry.PASSES)
+def test_each_example_has_an_input_and_an_output(name: str) -> None:
+    text = inspect.getdoc(registry.load(name)) or ""
+    order = [text.index(word) for word in ("Requires:", "Ensures:", "\nInput:\n", "\nOutput:\n")]
+    assert order == sorted(order)
 
 
 def test_every_class_that_is_a_pass_is_registered() -> None:

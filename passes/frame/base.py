@@ -21,7 +21,7 @@ ERROR_LIMIT = 10
 
 @dataclass(frozen=True)
 class Statistic:
-    """A counter that a pass reports, in dashes: ``Statistic("num-inlined", "Number of calls inlined")``."""
+    """A counter that a pass reports, in dashes: ``Statistic("cut-bytes", "bytes that cross the cuts")``."""
 
     name: str
     help: str

@@ -157,13 +157,13 @@ class _Request:
             return False
         return True
 
-    def cut(self) -> layer_partitioning.Cut | None:
+    def cut(self) -> layer_partitioning.LayerCut | None:
         """The cheapest cut, or None."""
         return layer_partitioning.cut(
             self.flops, self.weighty, self.crossing, self.num_layers, self.epsilon, self.allowed, self.choices
         )
 
-    def remark(self, cut: layer_partitioning.Cut, main: ir.Operation, ctx: PassContext) -> None:
+    def remark(self, cut: layer_partitioning.LayerCut, main: ir.Operation, ctx: PassContext) -> None:
         """Tells if a cut is less balanced than asked."""
         if cut.largest > (1 + self.epsilon) * cut.share * (1 + 1e-6):
             ctx.remark(
@@ -175,7 +175,7 @@ class _Request:
 
 def _cut_at_homes(
     program: LayeredProgram, ops: list[int], request: _Request, main: ir.Operation, ctx: PassContext
-) -> layer_partitioning.Cut | None:
+) -> layer_partitioning.LayerCut | None:
     """The cut that keeps arguments with homes there and, if it can, recomputed parts whole; None after an error."""
     homes = program.homes
     if homes is not None and homes.num_stages != request.num_layers:
