@@ -2,7 +2,7 @@
 // RUN: not bactrian-opt %s --assign-stages=boundaries=1,2 --split-input-file 2>&1 | FileCheck %s
 // RUN: not bactrian-opt %s --assign-stages=boundaries=0,2 --split-input-file 2>&1 | FileCheck %s --check-prefix=FAR
 
-// CHECK: boundaries '1,2' must begin with 0 and grow
+// CHECK: option boundaries of assign-stages is '1,2', must begin with 0 and grow
 // FAR: cannot begin a stage at layer 2: the program has 2 layers
 
 // expected-error@+1 {{cannot make 3 stages of 2 layers}}

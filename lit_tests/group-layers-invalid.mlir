@@ -34,7 +34,7 @@ func.func public @main(%x: tensor<4x4xf32> {bactrian.role = "batch"}) -> tensor<
 
 // The second program reads the arguments in another order than the one that placed them.
 module attributes {bactrian.num_stages = 3 : i64} {
-  func.func public @main(%x: tensor<4x16xf32> {bactrian.role = "batch"}, %v: tensor<16x16xf32> {bactrian.home = [0], bactrian.role = "constant"}, %w: tensor<16x16xf32> {bactrian.home = [1], bactrian.role = "constant"}, %s: tensor<16x16xf32> {bactrian.home = [2], bactrian.role = "constant"}) -> tensor<4x16xf32> {
+  func.func public @main(%x: tensor<4x16xf32> {bactrian.role = "batch"}, %v: tensor<16x16xf32> {bactrian.pinned_stages = [0], bactrian.role = "constant"}, %w: tensor<16x16xf32> {bactrian.pinned_stages = [1], bactrian.role = "constant"}, %s: tensor<16x16xf32> {bactrian.pinned_stages = [2], bactrian.role = "constant"}) -> tensor<4x16xf32> {
     %a = stablehlo.dot_general %x, %w, contracting_dims = [1] x [0] {bactrian.phase = "forward"} : (tensor<4x16xf32>, tensor<16x16xf32>) -> tensor<4x16xf32>
     // expected-error@+1 {{cannot leave the arguments on the 3 stages that hold them}}
     %b = stablehlo.dot_general %a, %v, contracting_dims = [1] x [0] {bactrian.phase = "forward"} : (tensor<4x16xf32>, tensor<16x16xf32>) -> tensor<4x16xf32>
@@ -47,7 +47,7 @@ module attributes {bactrian.num_stages = 3 : i64} {
 
 // One op reads arguments of two stages.
 module attributes {bactrian.num_stages = 3 : i64} {
-  func.func public @main(%x: tensor<4x16xf32> {bactrian.role = "batch"}, %v: tensor<16x16xf32> {bactrian.home = [0], bactrian.role = "constant"}, %w: tensor<16x16xf32> {bactrian.home = [1], bactrian.role = "constant"}) -> tensor<4x16xf32> {
+  func.func public @main(%x: tensor<4x16xf32> {bactrian.role = "batch"}, %v: tensor<16x16xf32> {bactrian.pinned_stages = [0], bactrian.role = "constant"}, %w: tensor<16x16xf32> {bactrian.pinned_stages = [1], bactrian.role = "constant"}) -> tensor<4x16xf32> {
     // expected-error@+1 {{cannot leave the arguments on the 3 stages that hold them}}
     %s = stablehlo.add %v, %w {bactrian.phase = "forward"} : tensor<16x16xf32>
     %a = stablehlo.dot_general %x, %s, contracting_dims = [1] x [0] {bactrian.phase = "forward"} : (tensor<4x16xf32>, tensor<16x16xf32>) -> tensor<4x16xf32>

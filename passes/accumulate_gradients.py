@@ -26,10 +26,9 @@ from bactrian.passes.ir.builders import binary, scalar_i32, splat
 from bactrian.passes.ir.cloning import StageRule, clone_into_readers, copy_stage, stage_key, stage_keys
 from bactrian.passes.ir.gradient_boundary_op import boundary_words, find_boundary, make_boundary, set_boundary_words
 from bactrian.passes.ir.main_dataflow import MainDataflow
+from bactrian.passes.ir.op_traits import LAYOUT_CHANGES
 from bactrian.passes.ir.regions import body, erase_dead, main_function, top_level
 from bactrian.passes.stages.regroup_reductions import regroup_scalar_reductions, value_stage
-
-_SHAPE_OPS = ("stablehlo.transpose", "stablehlo.reshape")
 
 
 @dataclass(frozen=True)
@@ -158,7 +157,7 @@ def _parts(value: ir.Value, kind: str, reduction: str, boundary: ir.Operation) -
         return whole
     shape_ops: list[ir.Operation] = []
     top = value
-    while (op := _private_producer(top)) is not None and op.name in _SHAPE_OPS:
+    while (op := _private_producer(top)) is not None and op.name in LAYOUT_CHANGES:
         shape_ops.append(op)
         top = op.operands[0]
     leaves: dict[int, list[ir.Value]] = {}
@@ -187,7 +186,7 @@ def _origin_stage(leaf: ir.Value) -> int:
     """The stage that computes a part of a sum; shape ops between it and the sum are moved there."""
     shape_ops: list[ir.Operation] = []
     source = leaf
-    while (op := _private_producer(source)) is not None and op.name in _SHAPE_OPS:
+    while (op := _private_producer(source)) is not None and op.name in LAYOUT_CHANGES:
         shape_ops.append(op)
         source = op.operands[0]
     stage = value_stage(source)
@@ -237,7 +236,7 @@ def _accumulate(main: ir.Operation, boundary: ir.Operation, count: int) -> int:
         if reduction in ("last", "accumulated"):
             continue
         value, result = boundary.operands[number], boundary.results[number]
-        phase, stage = _home(value, main)
+        phase, stage = _phase_and_stage_of(value, main)
         with ir.InsertionPoint(boundary), boundary.location:
             zeros = splat(result.type, 0, phase_and_stage(INITIALIZE, stage))
             accumulate = _concat if reduction == "concat" else _sum
@@ -255,7 +254,7 @@ def _next_op(main: ir.Operation, op: ir.Operation) -> ir.Operation:
     return operations[operations.index(op) + 1]
 
 
-def _home(value: ir.Value, main: ir.Operation) -> tuple[str, int]:
+def _phase_and_stage_of(value: ir.Value, main: ir.Operation) -> tuple[str, int]:
     """Where a boundary operand is accumulated: with its producer, or with the first reader of an argument."""
     owner = value.owner
     if not isinstance(owner, ir.Block):

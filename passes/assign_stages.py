@@ -87,16 +87,20 @@ class AssignStages(Pass):
     def check_options(self) -> None:
         """Boundaries begin with 0, grow, and are as many as the stages."""
         if self.num_stages < 0:
-            raise ConfigError(f"num-stages is {self.num_stages}, must not be negative")
+            raise ConfigError(f"option num-stages of {self.name} is {self.num_stages}, must not be negative")
         self._axes()
         starts = self._given()
         if starts is None:
             return
         if starts[:1] != [0] or any(a >= b for a, b in itertools.pairwise(starts)):
-            raise ConfigError(f"boundaries {self.boundaries!r} must begin with 0 and grow", fix='as in "0,3,5"')
+            raise ConfigError(
+                f"option boundaries of {self.name} is {self.boundaries!r}, must begin with 0 and grow",
+                fix='as in "0,3,5"',
+            )
         if self.num_stages not in (0, len(starts)):
             raise ConfigError(
-                f"boundaries {self.boundaries!r} begin {len(starts)} stages, num-stages is {self.num_stages}"
+                f"options of {self.name} disagree: boundaries {self.boundaries!r} begin {len(starts)} stages, "
+                f"num-stages is {self.num_stages}"
             )
 
     def _axes(self) -> MeshAxes:
@@ -108,7 +112,9 @@ class AssignStages(Pass):
         try:
             return [int(word) for word in self.boundaries.split(",")]
         except ValueError:
-            raise ConfigError(f"boundaries {self.boundaries!r} must be integers", fix='as in "0,3,5"') from None
+            raise ConfigError(
+                f"option boundaries of {self.name} is {self.boundaries!r}, must be integers", fix='as in "0,3,5"'
+            ) from None
 
     def apply(self, module: ir.Module, ctx: PassContext) -> None:
         """Choose the first layer of each stage, write stages and meshes."""

@@ -24,7 +24,7 @@ from bactrian.passes.ir.regions import main_function
 from bactrian.passes.stages.forward_cut import cut_forward
 from bactrian.passes.stages.layer_graph import LayeredProgram
 from bactrian.passes.stages.layer_placement import LayerPlacement
-from bactrian.passes.stages.pinned_arguments import Homes
+from bactrian.passes.stages.pinned_arguments import PinnedArguments
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class GroupLayers(Pass):
     argument (constants, masks, random bits) is cheap to clone later and goes to its lowest reader (in the backward
     phase to its highest).
 
-    If another program has placed arguments on stages (``bactrian.home``) and there are as many layers as stages, each
+    If another program has pinned arguments to stages (``bactrian.pinned_stages``) and there are as many layers, each
     layer is a stage: a forward op that reads such arguments is put on a stage that holds them all, and backward and
     update ops are drawn there. Only arguments of at most ``small-bytes`` may be read elsewhere, if there is no other
     way.
@@ -101,9 +101,9 @@ class GroupLayers(Pass):
     def check_options(self) -> None:
         """Neither the number of layers nor the slack is negative."""
         if self.num_layers < 0:
-            raise ConfigError(f"num-layers is {self.num_layers}, must not be negative")
+            raise ConfigError(f"option num-layers of {self.name} is {self.num_layers}, must not be negative")
         if self.epsilon < 0:
-            raise ConfigError(f"epsilon is {self.epsilon}, must not be negative")
+            raise ConfigError(f"option epsilon of {self.name} is {self.epsilon}, must not be negative")
 
     def apply(self, module: ir.Module, ctx: PassContext) -> None:
         """Cut the forward ops, place all others, write the layers."""
@@ -114,8 +114,8 @@ class GroupLayers(Pass):
         num_layers = 1 + max((layer for layer in layers if layer is not None), default=0)
         _place_free(program, layers, FORWARD)
         microbatches = integer_attribute(module.operation, NUM_MICROBATCHES) or 1
-        homes = program.homes if program.homes is not None and program.homes.num_stages == num_layers else None
-        placed = _place(program, homes, layers, num_layers, microbatches)
+        pinned = program.pinned if program.pinned is not None and program.pinned.num_stages == num_layers else None
+        placed = _place(program, pinned, layers, num_layers, microbatches)
         for phase in (UPDATE, BACKWARD):
             _place_free(program, layers, phase)
         attributes = [integer(layer) for layer in range(num_layers)]
@@ -145,7 +145,11 @@ def _place_free(program: LayeredProgram, layers: list[int | None], phase: str) -
 
 
 def _place(
-    program: LayeredProgram, held: Homes | None, layers: list[int | None], num_layers: int, microbatches: int
+    program: LayeredProgram,
+    pinned: PinnedArguments | None,
+    layers: list[int | None],
+    num_layers: int,
+    microbatches: int,
 ) -> int:
     """Place backward and update ops that are not free; returns how many there are.
 
@@ -156,33 +160,33 @@ def _place(
     for index, phase in enumerate(program.phases):
         if phase in (BACKWARD, UPDATE) and not program.free[index] and not program.marker[index]:
             nodes[index] = problem.node()
-    homes = _homes(program, held, layers, problem)
+    ends = _argument_ends(program, pinned, layers, problem)
     for value in range(len(program.flow.values)):
-        _pay_for_value(program, layers, problem, nodes, homes, value, microbatches)
+        _pay_for_value(program, layers, problem, nodes, ends, value, microbatches)
     solution = problem.solve()
     for op, node in nodes.items():
         layers[op] = solution[node]
     return len(nodes)
 
 
-def _homes(
-    program: LayeredProgram, held: Homes | None, layers: list[int | None], problem: LayerPlacement
+def _argument_ends(
+    program: LayeredProgram, pinned: PinnedArguments | None, layers: list[int | None], problem: LayerPlacement
 ) -> dict[int, list[int]]:
-    """Where each argument lives: the lowest and highest layer that hold it already or read it forward, else a variable.
+    """The layers that have each argument: the lowest and highest that hold it or read it forward, else a variable.
 
-    A batch argument lives there as well: other stages could load it, too, but then the gradient of the first layer's
+    A batch argument stands there as well: other stages could load it, too, but then the gradient of the first layer's
     weight would be computed on the second whenever it is smaller than the cotangent.
     """
-    homes: dict[int, list[int]] = {}
+    ends: dict[int, list[int]] = {}
     for argument in range(len(program.roles)):
         forward = [
             layer
             for reader in program.readers[argument]
             if program.phases[reader] == FORWARD and (layer := layers[reader]) is not None
         ]
-        forward.extend(held.of.get(argument, ()) if held is not None else ())
-        homes[argument] = [problem.at(min(forward)), problem.at(max(forward))] if forward else [problem.node()]
-    return homes
+        forward.extend(pinned.of.get(argument, ()) if pinned is not None else ())
+        ends[argument] = [problem.at(min(forward)), problem.at(max(forward))] if forward else [problem.node()]
+    return ends
 
 
 def _pay_for_value(
@@ -190,7 +194,7 @@ def _pay_for_value(
     layers: list[int | None],
     problem: LayerPlacement,
     nodes: dict[int, int],
-    homes: dict[int, list[int]],
+    ends: dict[int, list[int]],
     value: int,
     microbatches: int,
 ) -> None:
@@ -202,10 +206,10 @@ def _pay_for_value(
         return
     size = program.bytes[value]
     backward = [nodes[r] for r in program.readers[value] if program.phases[r] == BACKWARD and r in nodes]
-    update = _update_ends(program, nodes, homes, value)
+    update = _update_ends(program, nodes, ends, value)
     if op < 0:
-        problem.pay_span([*homes[value], *backward], size * microbatches)
-        problem.pay_span([*homes[value], *update], size)
+        problem.pay_span([*ends[value], *backward], size * microbatches)
+        problem.pay_span([*ends[value], *update], size)
     elif program.phases[op] == FORWARD:
         own = layers[op]
         assert own is not None
@@ -222,8 +226,8 @@ def _pay_for_value(
         problem.pay_span([nodes[op], *update], size)
 
 
-def _update_ends(program: LayeredProgram, nodes: dict[int, int], homes: dict[int, list[int]], value: int) -> list[int]:
-    """What a value travels to once per step: update ops, and the home of the argument that it is the next value of.
+def _update_ends(program: LayeredProgram, nodes: dict[int, int], ends: dict[int, list[int]], value: int) -> list[int]:
+    """What a value travels to once per step: update ops, and the layers of the argument that it is the next value of.
 
     A value that passes the boundary is the same value behind it.
     """
@@ -233,7 +237,7 @@ def _update_ends(program: LayeredProgram, nodes: dict[int, int], homes: dict[int
         passed = zip(program.flow.operands[boundary], program.flow.results[boundary], strict=True)
         same.extend(result for operand, result in passed if program.same[operand] == value)
     readers = [nodes[r] for v in same for r in program.readers[v] if program.phases[r] == UPDATE and r in nodes]
-    return readers + [end for v in same for argument in program.next_of.get(v, ()) for end in homes.get(argument, ())]
+    return readers + [end for v in same for argument in program.next_of.get(v, ()) for end in ends.get(argument, ())]
 
 
 def _remove_markers(program: LayeredProgram) -> None:

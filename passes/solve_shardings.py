@@ -106,9 +106,9 @@ class SolveShardings(Pass):
     def check_options(self) -> None:
         """Refuse what has no meaning."""
         if self.memory_bytes < 0:
-            raise ConfigError(f"memory-bytes is {self.memory_bytes}, must not be negative")
+            raise ConfigError(f"option memory-bytes of {self.name} is {self.memory_bytes}, must not be negative")
         if not self.time_limit > 0:
-            raise ConfigError(f"time-limit is {self.time_limit}, must be positive")
+            raise ConfigError(f"option time-limit of {self.name} is {self.time_limit}, must be positive")
         check_strategy(self.strategy)
 
     def apply(self, module: ir.Module, ctx: PassContext) -> None:

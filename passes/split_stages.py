@@ -212,7 +212,7 @@ class _Emitter:
             if old is None or value < flow.num_arguments or value in taken or (old, stage) in kept:
                 continue
             number = last_reader.get((old, stage))
-            key = staging.home[value]
+            key = staging.producer[value]
             if number is None or staging.functions[number].key != key or key.phase not in final:
                 continue  # what runs once per microbatch must not use up the state that the next one reads
             if self._types[old] == self._types[value] and self._layout(old, stage) == self._layout(value, stage):

@@ -139,8 +139,8 @@ def test_the_homes_are_in_the_module():
     evaluate = bactrian.parallelize(predict, forward_only=True)
     text = evaluate.trace(state["params"], batch()).text
     assert "bactrian.num_stages = 2 : i64" in text
-    assert "bactrian.home = [0]" in text and "bactrian.home = [1]" in text
-    assert "bactrian.home" not in evaluate.trace(make_params(), batch()).text
+    assert "bactrian.pinned_stages = [0]" in text and "bactrian.pinned_stages = [1]" in text
+    assert "bactrian.pinned_stages" not in evaluate.trace(make_params(), batch()).text
 
 
 def test_another_number_of_stages_is_refused():

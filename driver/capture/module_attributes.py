@@ -17,8 +17,8 @@ from bactrian.driver.capture.argument_shardings import Requested, write_requeste
 from bactrian.passes.frame.context import make_context
 from bactrian.passes.frame.errors import ConfigError
 from bactrian.passes.ir.attributes import (
-    HOME,
     NUM_STAGES,
+    PINNED_STAGES,
     ROLE,
     UPDATES,
     argument_attributes,
@@ -78,7 +78,7 @@ def write_placed(module: ir.Module, placed: PlacedArguments) -> None:
     main = main_function(module)
     arguments = argument_attributes(main)
     for number, stages in placed.stages:
-        arguments[number][HOME] = ir.ArrayAttr.get([integer(stage) for stage in stages])
+        arguments[number][PINNED_STAGES] = ir.ArrayAttr.get([integer(stage) for stage in stages])
     main.attributes["arg_attrs"] = ir.ArrayAttr.get([ir.DictAttr.get(attrs) for attrs in arguments])
     module.operation.attributes[NUM_STAGES] = integer(placed.num_stages)
 

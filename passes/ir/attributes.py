@@ -29,7 +29,7 @@ SOLVE = "bactrian.solve"
 # Of arguments and results of `@main` and of stage functions.
 ROLE = "bactrian.role"
 UPDATES = "bactrian.updates"
-HOME = "bactrian.home"
+PINNED_STAGES = "bactrian.pinned_stages"
 ARGUMENT = "bactrian.argument"
 RESULT = "bactrian.result"
 ROWS = "bactrian.rows"  # of the argument or result, beside `ARGUMENT` or `RESULT`: first and behind the last
@@ -162,13 +162,15 @@ def argument_roles(main: ir.Operation) -> list[str]:
     return [ir.StringAttr(entry[ROLE]).value for entry in argument_attributes(main)]
 
 
-def argument_homes(main: ir.Operation) -> dict[int, tuple[int, ...]]:
-    """``bactrian.home``: the stages that hold an argument already, in order, by argument number."""
-    homes: dict[int, tuple[int, ...]] = {}
+def argument_pinned_stages(main: ir.Operation) -> dict[int, tuple[int, ...]]:
+    """``bactrian.pinned_stages``: the stages that hold an argument already, in order, by argument number."""
+    pinned: dict[int, tuple[int, ...]] = {}
     for argument, entry in enumerate(argument_attributes(main)):
-        if HOME in entry:
-            homes[argument] = tuple(sorted(ir.IntegerAttr(stage).value for stage in ir.ArrayAttr(entry[HOME])))
-    return {argument: stages for argument, stages in homes.items() if stages}
+        if PINNED_STAGES in entry:
+            pinned[argument] = tuple(
+                sorted(ir.IntegerAttr(stage).value for stage in ir.ArrayAttr(entry[PINNED_STAGES]))
+            )
+    return {argument: stages for argument, stages in pinned.items() if stages}
 
 
 def result_updates(main: ir.Operation) -> list[int | None]:

@@ -70,6 +70,12 @@ HAS_OWN_BUFFER = _OWN_KERNEL | _ops("if reduce_scatter rng")
 """Ops that XLA for CPUs does not fuse into readers. Unlike in `COSTED_ALONE`, a gather and an update of a slice can be
 fused, and barriers are gone before buffers are assigned."""
 
+ASSOCIATIVE = _ops("add and maximum minimum multiply or xor")
+"""Ops of two operands that fold a list of values in any grouping (floating-point sums and products round differently)."""
+
+LAYOUT_CHANGES = _ops("reshape transpose")
+"""Ops that only give their operand another shape: a sum of their results is the result of the sum."""
+
 CONTRACTING = MATRIX_PRODUCTS | _ops("gather reduce scatter select_and_scatter")
 """Ops that give partial results where a dim is sharded in an operand and not in the result."""
 

@@ -72,8 +72,8 @@ def nested_operands(op: ir.Operation) -> Iterator[tuple[ir.Operation, int, ir.Va
             if value in made:
                 continue
             owner = value.owner
-            home = owner if isinstance(owner, ir.Block) else owner.operation.block
-            if home not in inside:
+            block = owner if isinstance(owner, ir.Block) else owner.operation.block
+            if block not in inside:
                 yield operation, number, value
 
 

@@ -21,7 +21,7 @@ from bactrian.passes.ir.attributes import (
     ROLE,
     UPDATE,
     argument_attributes,
-    argument_homes,
+    argument_pinned_stages,
     result_updates,
 )
 from bactrian.passes.ir.op_costs import CostModel, trip_count
@@ -155,8 +155,8 @@ def read_program(
     ]
     if stage is not None:
         read = {value for part in parts for value in part.operation.operands} | {value for value, _, _ in carried}
-        homes = argument_homes(main)
-        inputs = [number for number in inputs if number in read or stage in homes.get(number, ())]
+        pinned = argument_pinned_stages(main)
+        inputs = [number for number in inputs if number in read or stage in pinned.get(number, ())]
         inputs += sorted(value for value in read - made if value >= flow.num_arguments)
     updates = [
         (value_of[value], argument)

@@ -1,4 +1,4 @@
-"""Where forward ops are cut into layers: by weight, bytes that cross, stage boundaries and homes of arguments."""
+"""Where forward ops are cut into layers: by weight, bytes that cross, stage boundaries and pinned arguments."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from bactrian.passes.ir.op_costs import CostModel
 from bactrian.passes.ir.op_traits import MATRIX_PRODUCTS
 from bactrian.passes.stages import layer_partitioning
 from bactrian.passes.stages.layer_graph import LayeredProgram
-from bactrian.passes.stages.pinned_arguments import Homes, Reads
+from bactrian.passes.stages.pinned_arguments import PinnedArguments, PinnedReads
 
 
 def cut_forward(
@@ -42,7 +42,7 @@ def cut_forward(
     if num_layers > 1:
         if not request.check(main, ctx):
             return None
-        cut = _cut_at_homes(program, ops, request, main, ctx)
+        cut = _cut_with_pinned(program, ops, request, main, ctx)
         if cut is None:
             return None
         groups = cut.group_of(len(ops))
@@ -169,24 +169,25 @@ class _Request:
             ctx.remark(
                 main,
                 f"the largest of {self.num_layers} layers has {cut.largest / cut.share:.2f} times an even share of the "
-                f"forward flops; no cut {self.limited or 'at all'} comes within {1 + self.epsilon:.2f} times",
+                f"forward flops; no cut {self.limited or 'at all'} comes within {1 + self.epsilon:.2f} times; "
+                "ask for fewer layers, or split the largest op",
             )
 
 
-def _cut_at_homes(
+def _cut_with_pinned(
     program: LayeredProgram, ops: list[int], request: _Request, main: ir.Operation, ctx: PassContext
 ) -> layer_partitioning.LayerCut | None:
-    """The cut that keeps arguments with homes there and, if it can, recomputed parts whole; None after an error."""
-    homes = program.homes
-    if homes is not None and homes.num_stages != request.num_layers:
+    """The cut that keeps pinned arguments on their stages and, if it can, recomputed parts whole; None after an error."""
+    pinned = program.pinned
+    if pinned is not None and pinned.num_stages != request.num_layers:
         ctx.remark(
             main,
-            f"{_count(len(homes.of), 'argument is', 'arguments are')} on {homes.num_stages} stages already, which "
-            f"{request.num_layers} layers do not keep to",
+            f"{_count(len(pinned.of), 'argument is', 'arguments are')} on {pinned.num_stages} stages already, which "
+            f"{request.num_layers} layers do not keep to; ask for {pinned.num_stages} layers to leave them there",
         )
-        homes = None
+        pinned = None
     asked = [request]
-    reads = _home_reads(program, homes, ops) if homes is not None else None
+    reads = _pinned_reads(program, pinned, ops) if pinned is not None else None
     if reads is not None:
         limited = f"{request.limited} that leaves arguments on their stages".strip()
         few = reads.only(program.large)
@@ -212,9 +213,9 @@ def _cut_at_homes(
     return None
 
 
-def _home_reads(program: LayeredProgram, homes: Homes, ops: list[int]) -> Reads:
-    """The arguments with homes that each of ``ops`` reads, itself or through free ops, which go where they are read."""
-    through: dict[int, frozenset[int]] = {argument: frozenset([argument]) for argument in homes.of}
+def _pinned_reads(program: LayeredProgram, pinned: PinnedArguments, ops: list[int]) -> PinnedReads:
+    """The pinned arguments that each of ``ops`` reads, itself or through free ops, which go where they are read."""
+    through: dict[int, frozenset[int]] = {argument: frozenset([argument]) for argument in pinned.of}
     found: dict[int, frozenset[int]] = {}
     for index, phase in enumerate(program.phases):
         if phase != FORWARD:
@@ -223,7 +224,7 @@ def _home_reads(program: LayeredProgram, homes: Homes, ops: list[int]) -> Reads:
         found[index] = read
         if program.free[index]:
             through.update((result, read) for result in program.flow.results[index])
-    return Reads(homes, [tuple(sorted(found[op])) for op in ops])
+    return PinnedReads(pinned, [tuple(sorted(found[op])) for op in ops])
 
 
 def _count(number: int, one: str, many: str) -> str:

@@ -18,7 +18,7 @@ from bactrian.passes.ir.main_dataflow import MainDataflow
 from bactrian.passes.ir.op_costs import CostModel
 from bactrian.passes.ir.op_traits import MATRIX_PRODUCTS
 from bactrian.passes.ir.regions import custom_call_target, main_function
-from bactrian.passes.stages.pinned_arguments import Homes
+from bactrian.passes.stages.pinned_arguments import PinnedArguments
 
 _NO_PHASE = ""  # boundary and return
 
@@ -39,7 +39,7 @@ class LayeredProgram:
     roles: list[str]
     next_of: dict[int, list[int]]
     boundary: int | None
-    homes: Homes | None
+    pinned: PinnedArguments | None
     large: list[bool]
 
     @classmethod
@@ -73,10 +73,10 @@ class LayeredProgram:
         for value, argument in zip(flow.operands[-1], result_updates(main), strict=True):
             if argument is not None:
                 next_of.setdefault(same[value], []).append(argument)
-        homes = Homes.read(module, flow)
+        pinned = PinnedArguments.read(module, flow)
         large = [size > small_bytes for size in sizes[: flow.num_arguments]]
         return cls(
-            flow, phases, marker, same, reads, readers, sizes, batch, free, roles, next_of, boundary, homes, large
+            flow, phases, marker, same, reads, readers, sizes, batch, free, roles, next_of, boundary, pinned, large
         )
 
 

@@ -1,4 +1,4 @@
-"""What an earlier program's placement asks of this one: arguments that are on stages already, and what reads them."""
+"""Arguments pinned to stages by an earlier step, and the ops that read them."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from jaxlib.mlir import ir
 
 from bactrian.passes.frame.location import name_stack
-from bactrian.passes.ir.attributes import NUM_STAGES, argument_homes, integer_attribute
+from bactrian.passes.ir.attributes import NUM_STAGES, argument_pinned_stages, integer_attribute
 from bactrian.passes.ir.main_dataflow import MainDataflow
 from bactrian.passes.ir.regions import main_function
 
 
 @dataclass(frozen=True)
-class Homes:
+class PinnedArguments:
     """The stages that hold the arguments, by argument number, out of ``num_stages``."""
 
     num_stages: int
@@ -22,9 +22,9 @@ class Homes:
     names: Mapping[int, str]
 
     @classmethod
-    def read(cls, module: ir.Module, flow: MainDataflow) -> Homes | None:
-        """What the module says; None if no argument has a home."""
-        of = argument_homes(main_function(module))
+    def read(cls, module: ir.Module, flow: MainDataflow) -> PinnedArguments | None:
+        """What the module says; None if no argument is pinned."""
+        of = argument_pinned_stages(main_function(module))
         if not of:
             return None
         num_stages = integer_attribute(module.operation, NUM_STAGES) or 0
@@ -39,20 +39,20 @@ class Homes:
 
 
 @dataclass(frozen=True)
-class Reads:
-    """The arguments with homes that each op of an order reads, itself or through ops that are cheap to clone."""
+class PinnedReads:
+    """The pinned arguments that each op of an order reads, itself or through ops that are cheap to clone."""
 
-    homes: Homes
+    pinned: PinnedArguments
     arguments: Sequence[tuple[int, ...]]
 
-    def only(self, keep: Sequence[bool]) -> Reads:
+    def only(self, keep: Sequence[bool]) -> PinnedReads:
         """Without the arguments that are not to be kept."""
-        return Reads(self.homes, [tuple(a for a in arguments if keep[a]) for arguments in self.arguments])
+        return PinnedReads(self.pinned, [tuple(a for a in arguments if keep[a]) for arguments in self.arguments])
 
     def choices(self) -> list[frozenset[int] | None]:
         """The stages that each op may be on: those that hold all that it reads; None for any."""
         return [
-            frozenset.intersection(*(frozenset(self.homes.of[a]) for a in arguments)) if arguments else None
+            frozenset.intersection(*(frozenset(self.pinned.of[a]) for a in arguments)) if arguments else None
             for arguments in self.arguments
         ]
 
@@ -67,16 +67,16 @@ class Reads:
             if choice is None:
                 continue
             if not choice:
-                return place, f"one op reads {' and '.join(map(self.homes.text, self.arguments[place]))}"
+                return place, f"one op reads {' and '.join(map(self.pinned.text, self.arguments[place]))}"
             above = [stage for stage in choice if stage >= low]
             if not above:
-                late = min(self.arguments[place], key=lambda argument: max(self.homes.of[argument]))
-                return place, f"{self.homes.text(late)} is read after {self.homes.text(cause)}"
+                late = min(self.arguments[place], key=lambda argument: max(self.pinned.of[argument]))
+                return place, f"{self.pinned.text(late)} is read after {self.pinned.text(cause)}"
             if min(above) > low:
                 low = min(above)
-                cause = max(self.arguments[place], key=lambda argument: min(self.homes.of[argument]))
+                cause = max(self.arguments[place], key=lambda argument: min(self.pinned.of[argument]))
         place = next(place for place, arguments in enumerate(self.arguments) if arguments)
-        text = f"{self.homes.text(self.arguments[place][0])} and the arguments that are read after it leave "
+        text = f"{self.pinned.text(self.arguments[place][0])} and the arguments that are read after it leave "
         if at_boundaries:
             return place, text + "no cut at the program's stage boundaries"
-        return place, text + f"one of {self.homes.num_stages} stages without a product or convolution"
+        return place, text + f"one of {self.pinned.num_stages} stages without a product or convolution"

@@ -20,11 +20,9 @@ from bactrian.passes.ir.attributes import (
 )
 from bactrian.passes.ir.cloning import PARTIAL
 from bactrian.passes.ir.main_dataflow import MainDataflow
-from bactrian.passes.ir.op_traits import NEVER_CLONED
+from bactrian.passes.ir.op_traits import ASSOCIATIVE, NEVER_CLONED
 from bactrian.passes.ir.regions import custom_call_target, erase_dead, nested_operands
 from bactrian.passes.ir.tensor_sizes import value_bytes
-
-_ASSOCIATIVE = frozenset(f"stablehlo.{name}" for name in ("add", "multiply", "and", "or", "xor", "maximum", "minimum"))
 
 
 @dataclass(frozen=True)
@@ -46,7 +44,7 @@ def regroup_scalar_reductions(main: ir.Operation, small_bytes: int) -> int:
         name = op.name
         if name == "stablehlo.reduce":
             fold = _concatenated_fold(op, small_bytes)
-        elif name in _ASSOCIATIVE and flow.sizes[flow.results[index][0]] <= small_bytes:
+        elif name in ASSOCIATIVE and flow.sizes[flow.results[index][0]] <= small_bytes:
             fold = _tree_fold(op)
         else:
             continue
@@ -137,7 +135,7 @@ def _concatenated_fold(op: ir.Operation, small_bytes: int) -> _Fold | None:
         return None
     inner = [nested.operation for nested in op.regions[0].blocks[0].operations]
     source = op.operands[0].owner
-    if len(inner) != 2 or inner[0].name not in _ASSOCIATIVE or isinstance(source, ir.Block):
+    if len(inner) != 2 or inner[0].name not in ASSOCIATIVE or isinstance(source, ir.Block):
         return None
     concatenate = source.operation
     if concatenate.name != "stablehlo.concatenate" or not _single_use(op.operands[0]):

@@ -19,7 +19,7 @@ from bactrian.passes.ir.attributes import (
     MICROBATCH_INDEX,
     ROUND,
     UPDATE,
-    argument_homes,
+    argument_pinned_stages,
     integer,
     phase_of,
     required_phase,
@@ -91,7 +91,7 @@ class Staging:
     crossings: list[Crossing]
     argument_pieces: list[tuple[int, int]]
     result_pieces: list[tuple[int, int, int]]
-    home: dict[int, FunctionKey]
+    producer: dict[int, FunctionKey]
     through: dict[int, int]
     sizes: list[int]
     received: dict[tuple[int, int], ir.Attribute] = field(default_factory=dict[tuple[int, int], ir.Attribute])
@@ -111,7 +111,7 @@ def analyze(main: ir.Operation, fused: Sequence[frozenset[str]]) -> Staging:
     received = _received(flow, main, through)
     keys = _function_keys(flow, fused, through)
     functions = _collect(flow, keys)
-    home = {value: key for index, key in enumerate(keys) if key is not None for value in flow.results[index]}
+    producer = {value: key for index, key in enumerate(keys) if key is not None for value in flow.results[index]}
     pieces: set[tuple[int, int]] = set()
     crossings: dict[Crossing, None] = {}
     outgoing: dict[FunctionKey, set[int]] = {key: set() for key in functions}
@@ -124,7 +124,7 @@ def analyze(main: ir.Operation, fused: Sequence[frozenset[str]]) -> Staging:
                     pieces.add((value, key.stage))
                     taken.add(value)
                     continue
-                source = home[value]
+                source = producer[value]
                 if source is key:
                     continue
                 _check_order(flow, value, source, key)
@@ -133,13 +133,13 @@ def analyze(main: ir.Operation, fused: Sequence[frozenset[str]]) -> Staging:
                 if source.stage != key.stage:
                     crossings[Crossing(value, source.stage, key.stage, key.phase == UPDATE)] = None
         function.inputs = sorted(taken)
-    result_pieces = _result_pieces(flow, main, len(fused), through, home, pieces, crossings, outgoing)
+    result_pieces = _result_pieces(flow, main, len(fused), through, producer, pieces, crossings, outgoing)
     for key, function in functions.items():
         function.outputs = sorted(outgoing[key])
     ordered = [functions[key] for key in sorted(functions)]
     whole = any(UPDATE in phases for phases in fused)
     return Staging(
-        flow, ordered, list(crossings), sorted(pieces), result_pieces, home, through, flow.sizes, received, whole
+        flow, ordered, list(crossings), sorted(pieces), result_pieces, producer, through, flow.sizes, received, whole
     )
 
 
@@ -221,7 +221,7 @@ def _result_pieces(
     main: ir.Operation,
     num_stages: int,
     through: dict[int, int],
-    home: dict[int, FunctionKey],
+    producer: dict[int, FunctionKey],
     pieces: set[tuple[int, int]],
     crossings: dict[Crossing, None],
     outgoing: dict[FunctionKey, set[int]],
@@ -231,15 +231,15 @@ def _result_pieces(
     A stage that computes the same counter for itself keeps its own; everything else is sent by the stage that makes it.
     """
     updates = result_updates(main)
-    homes = argument_homes(main)
-    held = {(argument, stage) for argument, stages in homes.items() for stage in stages if stage < num_stages}
+    pinned = argument_pinned_stages(main)
+    held = {(argument, stage) for argument, stages in pinned.items() for stage in stages if stage < num_stages}
     values = [through.get(read, read) for read in flow.operands[-1]]
     while True:  # a result that is an argument adds a piece of it, which has to be brought up to date in turn
         known = len(pieces)
         stages: dict[int, list[int]] = {}
         for argument, stage in sorted(pieces | held):
             stages.setdefault(argument, []).append(stage)
-        places = [_places(v, u, flow.num_arguments, home, stages) for v, u in zip(values, updates, strict=True)]
+        places = [_places(v, u, flow.num_arguments, producer, stages) for v, u in zip(values, updates, strict=True)]
         for value, kept in zip(values, places, strict=True):
             if value < flow.num_arguments:
                 pieces.update((value, stage) for stage in kept)
@@ -250,24 +250,24 @@ def _result_pieces(
     for result, (value, kept) in enumerate(zip(values, places, strict=True)):
         for stage in kept:
             made = value
-            if value >= flow.num_arguments and home[value].stage != stage:
+            if value >= flow.num_arguments and producer[value].stage != stage:
                 made = own.get((result, stage), value)
                 if made == value:
-                    crossings[Crossing(value, home[value].stage, stage, True)] = None
+                    crossings[Crossing(value, producer[value].stage, stage, True)] = None
             if made >= flow.num_arguments:
-                outgoing[home[made]].add(made)
+                outgoing[producer[made]].add(made)
             found.append((result, stage, made))
     return found
 
 
 def _places(
-    value: int, updated: int | None, num_arguments: int, home: dict[int, FunctionKey], stages: dict[int, list[int]]
+    value: int, updated: int | None, num_arguments: int, producer: dict[int, FunctionKey], stages: dict[int, list[int]]
 ) -> list[int]:
     """The stages that keep a result with this value, the next one of argument ``updated``."""
     if updated in stages:
         return stages[updated]
     if value >= num_arguments:
-        return [home[value].stage]
+        return [producer[value].stage]
     return stages.get(value, [0])[:1]
 
 
