@@ -11,7 +11,7 @@ from jax.sharding import SingleDeviceSharding
 
 import bactrian
 from bactrian.driver.arrays.distributed_array import DistributedArray
-from bactrian.driver.arrays.placement import Placement
+from bactrian.driver.arrays.placement import ArgumentPlacement
 from bactrian.passes.frame.errors import BactrianError, ProgramError
 from bactrian.runtime.control import SingleProcess
 
@@ -19,7 +19,7 @@ from bactrian.runtime.control import SingleProcess
 def placement(number=0, path="state['w']", value=None, stages=(0, 1), **options):
     value = np.ones((2, 3), np.float32) if value is None else value
     shardings = {stage: SingleDeviceSharding(jax.devices()[0]) for stage in stages}
-    return Placement(
+    return ArgumentPlacement(
         number, 0, path, value.shape, value.dtype, stages, shardings, dict.fromkeys(stages, (0,)), **options
     )
 
@@ -119,7 +119,7 @@ def test_put_of_what_fits_nothing():
         bactrian.put({"a": np.ones(3)}, step_of(w))
     assert "state[0]" in error.value.why
     step = step_of(w)
-    other = Placement(1, 2, "other", w.shape, w.dtype, (0,), step.placements[0].shardings, {0: (0,)})
+    other = ArgumentPlacement(1, 2, "other", w.shape, w.dtype, (0,), step.placements[0].shardings, {0: (0,)})
     step.placements.append(other)
     with pytest.raises(ProgramError, match="fits 2 arguments"):
         bactrian.put(w, step)
@@ -144,7 +144,7 @@ class FakeRank:
 
 def test_the_owner_broadcasts():
     sent = []
-    place = Placement(0, 0, "w", (2, 3), np.dtype("float32"), (1,), {}, {1: (1,)})
+    place = ArgumentPlacement(0, 0, "w", (2, 3), np.dtype("float32"), (1,), {}, {1: (1,)})
     piece = jnp.arange(6.0).reshape(2, 3)
     owner = bactrian.gather(DistributedArray(place, {1: piece}, FakeRank(1, 2, sent)))
     other = bactrian.gather(DistributedArray(place, {}, FakeRank(0, 2, sent)))
@@ -153,7 +153,7 @@ def test_the_owner_broadcasts():
 
 
 def test_a_stage_that_spans_ranks_is_assembled():
-    place = Placement(0, 0, "w", (4, 3), np.dtype("float32"), (0,), {}, {0: (0, 1)})
+    place = ArgumentPlacement(0, 0, "w", (4, 3), np.dtype("float32"), (0,), {}, {0: (0, 1)})
     rest = np.full((2, 3), 7, np.float32)
     shard = SimpleNamespace(index=(slice(0, 2), slice(None)), data=jnp.ones((2, 3)), replica_id=0)
     piece = SimpleNamespace(is_fully_replicated=False, is_deleted=lambda: False, addressable_shards=[shard])

@@ -11,7 +11,7 @@ import pytest
 
 import bactrian
 from bactrian.driver.arrays.distributed_array import DistributedArray
-from bactrian.driver.arrays.placement import Placement
+from bactrian.driver.arrays.placement import ArgumentPlacement
 from bactrian.driver.capture.lower_step import capture
 from bactrian.driver.capture.reference_step import reference
 from bactrian.passes.frame.errors import ConfigError, ProgramError
@@ -80,7 +80,7 @@ def test_a_batch_given_by_keyword_is_batch():
 
 
 def test_abstract_and_distributed_arguments():
-    placement = Placement(0, 0, "w", (4, 3), jnp.dtype("float32"), (0,))
+    placement = ArgumentPlacement(0, 0, "w", (4, 3), jnp.dtype("float32"), (0,))
     concrete = capture(sgd, (W, X), num_microbatches=2)
     for w in (jax.ShapeDtypeStruct((4, 3), jnp.float32), DistributedArray(placement, {}), W.astype(np.float64)):
         captured = capture(sgd, (w, jax.ShapeDtypeStruct((8, 4), jnp.float32)), num_microbatches=2)
@@ -180,7 +180,7 @@ def test_a_python_number_in_the_state_is_traced_once():
     captured = capture(step, ({"w": W, "n": 0}, X), num_microbatches=2)
     info, result = captured.arguments[0], captured.results[0]
     assert (info.role, info.path, info.weak_type, result.weak_type) == ("state", "state['n']", True, True)
-    placement = Placement(0, 0, info.path, (), info.dtype, (0,), weak_type=result.weak_type)
+    placement = ArgumentPlacement(0, 0, info.path, (), info.dtype, (0,), weak_type=result.weak_type)
     captured.flatten(({"w": W, "n": DistributedArray(placement, {})}, X))
 
 

@@ -201,7 +201,9 @@ def test_a_profile_is_read_back() -> None:
 
 
 def test_times_that_make_no_cluster_are_not_written() -> None:
-    with pytest.raises(ConfigError, match=r"what was measured makes no cluster: measured\.all_gather\.2\.seconds"):
+    with pytest.raises(
+        ConfigError, match=r"the measurements are not usable as a cluster file: measured\.all_gather\.2\.seconds"
+    ):
         cluster_text(profile(seconds_per_byte=0.0))
 
 

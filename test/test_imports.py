@@ -23,14 +23,14 @@ FORBIDDEN = {
 }
 
 
-def _module(path: Path) -> str:
+def module_of(path: Path) -> str:
     parts = ("bactrian", *path.relative_to(ROOT).with_suffix("").parts)
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def _imports(path: Path) -> Iterator[tuple[str, int]]:
+def imports_of(path: Path) -> Iterator[tuple[str, int]]:
     """Every module that a file imports, anywhere in it, absolute, with its line."""
-    package = _module(path) if path.name == "__init__.py" else _module(path).rpartition(".")[0]
+    package = module_of(path) if path.name == "__init__.py" else module_of(path).rpartition(".")[0]
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             for alias in node.names:
@@ -54,7 +54,7 @@ def _touches_ir(module: str) -> bool:
         if name in seen or not path.is_file():  # a name in a module, or a package, whose __init__ is lazy
             continue
         seen.add(name)
-        imported = [found for found, _ in _imports(path)]
+        imported = [found for found, _ in imports_of(path)]
         if any(_inside(found, HEAVY) for found in imported):
             return True
         todo += [found for found in imported if _inside(found, {"bactrian"})]
@@ -69,11 +69,11 @@ def _inside(name: str, roots: set[str]) -> bool:
 def test_folders_import_only_what_they_may(path: Path) -> None:
     folder = path.relative_to(ROOT).parts[0]
     passes = {target.partition(":")[0] for target in registry.PASSES.values()}
-    for name, line in _imports(path):
+    for name, line in imports_of(path):
         where = f"{path.relative_to(ROOT)}:{line} imports {name}"
         assert not _inside(name, FORBIDDEN[folder]), where
         if folder == "passes":
-            may = {_module(path)} if path.name != "pipelines.py" else passes
+            may = {module_of(path)} if path.name != "pipelines.py" else passes
             assert not _inside(name, passes - may), f"{where}: no pass imports another pass"
         if folder == "runtime" and _inside(name, {"bactrian.passes"}):
             assert not _touches_ir(name), f"{where}: runtime uses only the compiler's plain data"

@@ -237,7 +237,7 @@ def test_more_devices_than_there_are(slow: Path) -> None:
         ("data=0", "an axis of size 0"),
         ("data=2,data=2", "two axes of one name"),
         ({"data": 2.5}, "is not a list of axes"),
-        ({"data=2,x": 2}, "names that are none"),
+        ({"data=2,x": 2}, "invalid name of an axis"),
         (5, "neither a text nor a mapping"),
     ],
 )

@@ -12,7 +12,7 @@ from jaxlib.mlir import ir
 
 import bactrian
 from bactrian.driver.arrays.distributed_array import DistributedArray
-from bactrian.driver.arrays.placement import Placement
+from bactrian.driver.arrays.placement import ArgumentPlacement
 from bactrian.driver.planned_step import Planned
 from bactrian.driver.planning.extract import extract
 from bactrian.driver.run.compiled_step import Compiled
@@ -139,8 +139,8 @@ def test_an_array_of_other_pieces_is_dealt_out_again(compiled: Compiled) -> None
     np.testing.assert_array_equal(bactrian.gather(state), reference(W)[0])
 
 
-def placement(rows: dict[int, tuple[int, int]], stages: tuple[int, ...] = (0, 1, 2)) -> Placement:
-    return Placement(0, 0, "w", (4, 3), np.dtype("float32"), stages, rows=rows)
+def placement(rows: dict[int, tuple[int, int]], stages: tuple[int, ...] = (0, 1, 2)) -> ArgumentPlacement:
+    return ArgumentPlacement(0, 0, "w", (4, 3), np.dtype("float32"), stages, rows=rows)
 
 
 def test_the_stages_that_a_whole_array_is_read_from() -> None:

@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 import jax
 import numpy as np
 
-from bactrian.driver.arrays.placement import Placement
+from bactrian.driver.arrays.placement import ArgumentPlacement
 from bactrian.driver.source import line_here
 from bactrian.passes.frame.errors import BactrianError, ProgramError
 from bactrian.runtime.control import Control, SingleProcess
@@ -24,7 +24,9 @@ class DistributedArray:
     __slots__ = ("control", "donated_by", "pieces", "placement")
     __array_priority__ = 1000  # numpy asks us first, and is refused
 
-    def __init__(self, placement: Placement, pieces: Mapping[int, jax.Array], control: Control | None = None) -> None:
+    def __init__(
+        self, placement: ArgumentPlacement, pieces: Mapping[int, jax.Array], control: Control | None = None
+    ) -> None:
         self.placement = placement
         self.pieces: dict[int, jax.Array] = dict(pieces)
         self.control: Control = control or SingleProcess()
@@ -110,7 +112,7 @@ class DistributedArray:
         return f"DistributedArray({', '.join(part for part in parts if part)})"
 
 
-def of_pieces(placement: Placement, pieces: dict[int, jax.Array], control: Control) -> DistributedArray:
+def of_pieces(placement: ArgumentPlacement, pieces: dict[int, jax.Array], control: Control) -> DistributedArray:
     """A distributed array without a copy of ``pieces``: a step makes one for every leaf of its state."""
     array = DistributedArray.__new__(DistributedArray)
     array.placement, array.pieces, array.control, array.donated_by = placement, pieces, control, None

@@ -11,7 +11,7 @@ import numpy as np
 
 from bactrian.driver.arrays.distributed_array import DistributedArray
 from bactrian.driver.arrays.leaf_types import is_array, is_key, physical
-from bactrian.driver.arrays.placement import Placement
+from bactrian.driver.arrays.placement import ArgumentPlacement
 from bactrian.driver.source import line_here
 from bactrian.driver.xla.compile_stage import device_array
 from bactrian.passes.frame.errors import ProgramError
@@ -22,7 +22,7 @@ class PlacedStep(Protocol):
     """A compiled step, as ``put`` needs it."""
 
     @property
-    def placements(self) -> Sequence[Placement]:
+    def placements(self) -> Sequence[ArgumentPlacement]:
         """One per captured argument that is not batch, in the order of their numbers."""
         ...
 
@@ -120,8 +120,8 @@ def _gathered(values: np.ndarray[Any, Any], piece: jax.Array | None, control: Co
     return values
 
 
-def _placements_of(leaves: Sequence[Any], step: PlacedStep, argnum: int | None) -> list[Placement]:
-    by_argnum: dict[int | None, list[Placement]] = {}
+def _placements_of(leaves: Sequence[Any], step: PlacedStep, argnum: int | None) -> list[ArgumentPlacement]:
+    by_argnum: dict[int | None, list[ArgumentPlacement]] = {}
     for placement in sorted(step.placements, key=lambda p: p.argument):
         by_argnum.setdefault(placement.argnum, []).append(placement)
     wanted = [_shape_dtype(leaf) for leaf in leaves]
@@ -142,7 +142,7 @@ def _shape_dtype(leaf: Any) -> tuple[tuple[int, ...], Any]:
     return tuple(value.shape), dtype
 
 
-def _to_devices(leaf: Any, placement: Placement, control: Control) -> DistributedArray:
+def _to_devices(leaf: Any, placement: ArgumentPlacement, control: Control) -> DistributedArray:
     value = np.asarray(jax.random.key_data(leaf)) if is_key(getattr(leaf, "dtype", None)) else np.asarray(leaf)
     value = value.astype(physical(placement.shape, placement.dtype).dtype, copy=False)
     pieces = {

@@ -14,7 +14,7 @@ from bactrian.passes.machine.spec import MeshAxes, Spec, axes_text, num_devices
 
 
 @dataclass(frozen=True)
-class Placement:
+class ArgumentPlacement:
     """Where one captured argument lives.
 
     Attributes:
@@ -89,11 +89,11 @@ class Placement:
             texts.append(f"{rows}{', '.join(sharded) or 'replicated'} on mesh {axes_text(axes)}")
         return "; ".join(dict.fromkeys(texts))
 
-    def same_place(self, other: Placement) -> bool:
+    def same_place(self, other: ArgumentPlacement) -> bool:
         """Whether what lives at the other one lives here too, piece by piece."""
         return (self.stages, self.shardings, self.rows) == (other.stages, other.shardings, other.rows)
 
-    def same_specs(self, other: Placement) -> bool:
+    def same_specs(self, other: ArgumentPlacement) -> bool:
         """Whether the other one's stages have equal meshes here, and equal shardings."""
         return all(
             self.meshes.get(stage) == mesh and self.specs.get(stage) == other.specs.get(stage)

@@ -78,7 +78,7 @@ def mesh_axes(mesh: Any) -> MeshAxes | None:
         raise ConfigError(f"mesh is {mesh!r}, neither a text nor a mapping", fix='as in {"data": 2, "model": 4}')
     axes = parse_axes(",".join(f"{name}={size}" for name, size in mesh.items()))
     if [name for name, _ in axes] != list(mesh):
-        raise ConfigError(f"mesh {dict(mesh)!r} has names that are none", fix="use letters, digits and _")
+        raise ConfigError(f"invalid name of an axis in mesh {dict(mesh)!r}", fix="use letters, digits and _")
     return axes
 
 

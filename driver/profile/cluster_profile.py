@@ -101,7 +101,7 @@ def cluster_text(profile: Profile, name: str | None = None) -> str:
     """The cluster file: one host as it was measured.
 
     Raises:
-        ConfigError: what was measured makes no cluster, as when large messages took no longer than small ones.
+        ConfigError: the measurements are not usable as a cluster file, as when large messages took no longer than small ones.
     """
     link = fit_link(profile.samples)
     repack = profile.repack_bytes_per_second
@@ -131,7 +131,7 @@ def cluster_text(profile: Profile, name: str | None = None) -> str:
         cluster_of(tomllib.loads(text), name="measured")
     except ConfigError as error:
         raise ConfigError(
-            f"what was measured makes no cluster: {error.message}",
+            f"the measurements are not usable as a cluster file: {error.message}",
             why=error.why or "something else kept the devices busy",
             fix="measure for longer with --seconds, or when nothing else runs",
         ) from None

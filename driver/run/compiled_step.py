@@ -15,7 +15,7 @@ import numpy as np
 from bactrian.driver.arrays.distributed_array import DistributedArray, of_pieces
 from bactrian.driver.arrays.host_values import physical_values, whole_value
 from bactrian.driver.arrays.leaf_types import is_array
-from bactrian.driver.arrays.placement import Placement
+from bactrian.driver.arrays.placement import ArgumentPlacement
 from bactrian.driver.capture.argument_info import ArgumentInfo, ResultInfo
 from bactrian.driver.capture.call_signature import aval_key
 from bactrian.driver.capture.captured_step import Captured
@@ -50,7 +50,7 @@ class Compiled:
             for info in captured.arguments
             if info.role != "batch"
         }
-        self._kept = dict[int, Placement]()
+        self._kept = dict[int, ArgumentPlacement]()
         for info in captured.results:
             if info.updates is not None:
                 held = self._held[info.updates]
@@ -76,7 +76,7 @@ class Compiled:
         return self.session.staged.plan
 
     @property
-    def placements(self) -> Sequence[Placement]:
+    def placements(self) -> Sequence[ArgumentPlacement]:
         """Where each argument that is not batch lives, by argument number."""
         return [self._held[number] for number in sorted(self._held)]
 
@@ -171,13 +171,13 @@ class Compiled:
         """Write the recorded steps as one Chrome trace: one row per rank, arrows from send to receive (collective)."""
         self.session.write_trace(path)
 
-    def _placement(self, info: ArgumentInfo, pieces: Mapping[int, ArgumentPiece | ResultPiece]) -> Placement:
+    def _placement(self, info: ArgumentInfo, pieces: Mapping[int, ArgumentPiece | ResultPiece]) -> ArgumentPlacement:
         """Where the pieces of an argument are, given by stage."""
         devices, places, program = self.session.devices, self.session.places, self.session.staged.program
         stages = tuple(sorted(pieces))
         ranks = {stream.rank: stream.stages for stream in self.session.streams}
         alone = self.session.world.num_ranks == 1
-        return Placement(
+        return ArgumentPlacement(
             argument=info.number,
             argnum=info.argnum,
             path=info.path,
@@ -196,7 +196,9 @@ class Compiled:
             rows={stage: piece.rows for stage, piece in pieces.items() if piece.rows is not None},
         )
 
-    def _take(self, leaf: DistributedArray, placement: Placement, pieces: dict[tuple[int, int], jax.Array]) -> int:
+    def _take(
+        self, leaf: DistributedArray, placement: ArgumentPlacement, pieces: dict[tuple[int, int], jax.Array]
+    ) -> int:
         """The pieces of a distributed array; stages that do not hold it get it from one that does (collective).
 
         Returns:
@@ -242,7 +244,7 @@ class Compiled:
                     fix="give a copy (bactrian.gather, then bactrian.put), or parallelize(..., donate=False)",
                 )
 
-    def _put(self, leaf: Any, placement: Placement, pieces: dict[tuple[int, int], jax.Array]) -> None:
+    def _put(self, leaf: Any, placement: ArgumentPlacement, pieces: dict[tuple[int, int], jax.Array]) -> None:
         """A host value to the stages that read it. Memory that its owner may write to is copied before this returns, and
         state is copied, since the step will consume the copy."""
         if not placement.shardings:

@@ -103,7 +103,7 @@ def read_collectives(text: str) -> list[HloCollective]:
         if name not in seen and any(_kind(instruction) for instruction in instructions):
             raise PassError(
                 f"cannot read compiled HLO: computation {name} has collectives, but nothing calls it",
-                why="a way to call a computation that is not known here",
+                why="unsupported call form in HLO",
             )
     return found
 
