@@ -21,12 +21,13 @@ from bactrian.passes.ir.regions import body, nested_operations, set_operand, ter
 from bactrian.passes.machine.spec import Spec
 from bactrian.passes.sharding.halo import HALO
 from bactrian.passes.sharding.loop_dataflow import CARRY, CONDITION, INSIDE, Loop, condition_ops
+from bactrian.passes.sharding.operations_from_ir import Part
 from bactrian.passes.sharding.partial_sums import PartialSums, stacked
 from bactrian.passes.sharding.reshard_paths import ReshardStep
 from bactrian.passes.sharding.sharding_model import ShardingModel, Shardings
 from bactrian.passes.sharding.strategies import Strategy, strategies
 from bactrian.passes.sharding.user_shardings import CONSTRAINT
-from bactrian.passes.sharding.work_from_ir import Part, Reading, drop_rules
+from bactrian.passes.sharding.work_from_ir import Reading, drop_rules
 
 
 class Writer:

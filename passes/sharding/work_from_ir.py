@@ -2,75 +2,40 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import sdy
 
 from bactrian.passes.frame.diagnostics import error_at
 from bactrian.passes.frame.errors import PassError
 from bactrian.passes.ir.attributes import (
-    ACCUMULATE,
-    BACKWARD,
     COUNTER,
-    FORWARD,
-    GRADIENT_BOUNDARY,
-    MICROBATCH_INDEX,
     ROLE,
     UPDATE,
     argument_attributes,
     argument_pinned_stages,
     result_updates,
 )
-from bactrian.passes.ir.op_costs import CostModel, trip_count
-from bactrian.passes.ir.op_traits import MATRIX_PRODUCTS
-from bactrian.passes.ir.regions import custom_call_target, nested_operations
+from bactrian.passes.ir.op_costs import trip_count
+from bactrian.passes.ir.regions import nested_operations
 from bactrian.passes.ir.tensor_sizes import value_shape
 from bactrian.passes.machine.cluster import Cluster
 from bactrian.passes.machine.mesh import Mesh
 from bactrian.passes.machine.spec import Spec
-from bactrian.passes.sharding.deferred_reductions import deferred_sums
-from bactrian.passes.sharding.fusion_costs import (
-    PART_WRITTEN,
-    is_separate,
-    op_seconds,
-    read_from_memory,
-    repack_seconds,
-)
-from bactrian.passes.sharding.halo_rules import RULE, Fillings, with_borders
-from bactrian.passes.sharding.loop_dataflow import CARRY, END, INSIDE, OP, LoopFlow
-from bactrian.passes.sharding.sharding_model import Operation, Tensor, Work
-from bactrian.passes.sharding.sharding_rules import Dims, Rule, elementwise, whole
-from bactrian.passes.sharding.strategies import Defers
+from bactrian.passes.sharding.halo_rules import RULE
+from bactrian.passes.sharding.loop_dataflow import END, OP, LoopFlow
+from bactrian.passes.sharding.operations_from_ir import OperationReader, Part, forwards
+from bactrian.passes.sharding.sharding_model import Tensor, Work
 from bactrian.passes.sharding.user_shardings import (
     constrained_values,
     fixed_arguments,
-    given_specs,
     refuse_result_shardings,
 )
 
 _WITHOUT_RULE = frozenset(
     f"stablehlo.{name}" for name in ("constant", "iota", "custom_call", "while", "case", "if", "optimization_barrier")
 )
-
-
-@dataclass(frozen=True)
-class Part:
-    """One op.
-
-    Attributes:
-        index: its number in the data flow.
-        operation: what the model sees.
-        rule: its rule, also where it is free.
-        reads: values of the data flow: its operands, then what only its regions read.
-    """
-
-    index: int
-    operation: Operation
-    rule: Rule
-    reads: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -123,6 +88,67 @@ def read_program(
         ProgramError: a sharding that is given does not cut evenly.
     """
     flow = LoopFlow.of(main)
+    _check_rules(flow)
+    refuse_result_shardings(main)
+    reader = OperationReader(flow, mesh, cluster, num_microbatches, remark, in_flight)
+    portion = _Portion.of(main, flow, stage)
+    _remark_unknown_loops(flow, portion, remark)
+    own = [index for index in portion.entries if flow.kinds[index] != END and not forwards(flow, index)]
+    parts = tuple(reader.part(index) for index in own)
+    value_of = reader.value_of
+    carried = tuple(_carried(flow, value_of, portion, reader))
+    made = {value for index in own for value in flow.results[index]}
+    read = {value for part in parts for value in part.operation.operands} | {value for value, _, _ in carried}
+    inputs = _inputs(flow, portion, read, made)
+    there = made.union(inputs)
+    counted = dict(_counted(flow, own, result_updates(main)))
+    position = {part.index: at for at, part in enumerate(parts)}
+    work = Work(
+        values=_tensors(flow, reader),
+        inputs=inputs,
+        operations=tuple(part.operation for part in parts),
+        updates=tuple(dict.fromkeys(_updates(main, flow, value_of, inputs, there))),
+        fixed=tuple(_fixed(main, flow, mesh, inputs, counted)),
+        loads=tuple(_loads(main, flow, cluster, inputs, num_microbatches)),
+        kept=tuple(value for value in dict.fromkeys(_needed_later(flow, value_of, portion)) if value in there),
+        wanted=tuple((value, _whole(flow, value)) for value in counted),
+        batch_copies=in_flight,
+        carried=tuple(dict.fromkeys(tie for tie in carried if tie[0] != tie[1])),
+        lasting=tuple(_lasting(flow, value_of, position)),
+        in_place=tuple(_in_place(flow, value_of)),
+    )
+    return Reading(work, flow, parts, tuple(value_of))
+
+
+@dataclass(frozen=True)
+class _Portion:
+    """What of ``@main`` a stage has.
+
+    Attributes:
+        entries: those of the flow that the stage does, in their order, without the return.
+        others: those that other stages do.
+        arguments: those that are pinned to the stage, whether it reads them or not.
+    """
+
+    entries: tuple[int, ...]
+    others: tuple[int, ...]
+    arguments: frozenset[int]
+
+    @classmethod
+    def of(cls, main: ir.Operation, flow: LoopFlow, stage: int | None) -> _Portion:
+        """The portion of a stage; everything where there is one stage (None)."""
+        entries = tuple(range(len(flow.ops) - 1))
+        if stage is None:
+            return cls(entries, (), frozenset(range(flow.num_arguments)))
+        return cls(
+            entries=tuple(index for index in entries if flow.stages[index] == stage),
+            others=tuple(index for index in entries if flow.stages[index] not in (None, stage)),
+            arguments=frozenset(number for number, stages in argument_pinned_stages(main).items() if stage in stages),
+        )
+
+
+def _check_rules(flow: LoopFlow) -> None:
+    """Refuse a program whose ops have no rules at all."""
     ops = [op for op, kind in zip(flow.ops, flow.kinds, strict=True) if kind == OP]
     ruled = [op for op in ops if op.name.startswith("stablehlo.") and op.name not in _WITHOUT_RULE]
     if ruled and not any(RULE in op.attributes for op in ruled):
@@ -132,77 +158,76 @@ def read_program(
             "no op of @main has an sdy.sharding_rule",
             fix="run func.func(sdy-populate-op-sharding-rules) first",
         )
-    refuse_result_shardings(main)
-    reader = _Reader(flow, mesh, cluster, num_microbatches, remark, in_flight)
-    own = [
-        index
-        for index in range(len(flow.ops) - 1)
-        if flow.kinds[index] != END and not _hands_on(flow, index) and stage in (None, flow.stages[index])
-    ]
+
+
+def _remark_unknown_loops(flow: LoopFlow, portion: _Portion, remark: Callable[[ir.Operation, str], None]) -> None:
     for loop in flow.loops:
-        if stage in (None, flow.stages[loop.first]) and trip_count(loop.op) is None:
+        if loop.first in portion.entries and trip_count(loop.op) is None:
             remark(loop.op, "unknown trip count: the loop body is costed as one iteration")
-    parts = [reader.part(index) for index in own]
-    value_of = reader.value_of
-    inputs = list(range(flow.num_arguments))
-    made = {value for index in own for value in flow.results[index]}
+
+
+def _carried(
+    flow: LoopFlow, value_of: list[int], portion: _Portion, reader: OperationReader
+) -> Iterator[tuple[int, int, float]]:
+    """What the bodies of loops make for the next iteration, as `Work.carried`, and what they return as it was."""
+    for loop in flow.loops:
+        if loop.end in portion.entries:
+            for value, result in zip(loop.returned, loop.results, strict=True):
+                yield value_of[value], value_of[result], reader.weight(loop.end) * flow.value_turns[value]
+
+
+def _inputs(flow: LoopFlow, portion: _Portion, read: set[int], made: set[int]) -> tuple[int, ...]:
+    """The arguments that a stage reads or that are pinned to it, then what other stages send."""
+    arguments = (number for number in range(flow.num_arguments) if number in read or number in portion.arguments)
+    return *arguments, *sorted(value for value in read - made if value >= flow.num_arguments)
+
+
+def _tensors(flow: LoopFlow, reader: OperationReader) -> tuple[Tensor, ...]:
+    """All values of the flow."""
     partial = {value for index in reader.defers for value in flow.results[index]}
-    carried = [
-        (value_of[value], value_of[result], reader.weight(loop.end) * flow.value_turns[value])
-        for loop in flow.loops
-        if stage in (None, flow.stages[loop.end])
-        for value, result in zip(loop.returned, loop.results, strict=True)
-    ]
-    if stage is not None:
-        read = {value for part in parts for value in part.operation.operands} | {value for value, _, _ in carried}
-        pinned = argument_pinned_stages(main)
-        inputs = [number for number in inputs if number in read or stage in pinned.get(number, ())]
-        inputs += sorted(value for value in read - made if value >= flow.num_arguments)
-    updates = [
-        (value_of[value], argument)
-        for value, argument in zip(flow.operands[-1], result_updates(main), strict=True)
-        if argument is not None and (stage is None or (argument in inputs and value_of[value] in made.union(inputs)))
-    ]
-    counted = dict(_counted(flow, own, result_updates(main)) if stage is not None else ())
-    loads = [
-        (number, num_microbatches * flow.sizes[number] / cluster.device.bytes_per_second)
-        for number in _batch_arguments(main)
-        if number in inputs
-    ]
-    loads += [
-        (number, _times(flow, number, num_microbatches) * flow.sizes[number] / cluster.intra_host_bytes_per_second)
-        for number in inputs
-        if number >= flow.num_arguments
-    ]
-    elsewhere = {
-        value_of[value]
-        for index, reads in enumerate(flow.operands[:-1])
-        if stage is not None and flow.stages[index] not in (None, stage)
-        for value in reads
-    }
-    kept = [value_of[value] for value in flow.operands[-1]] + sorted(elsewhere)
-    fixed = dict(fixed_arguments(main, flow, mesh) + constrained_values(main, flow, mesh)) | {
-        argument: Spec.replicated(len(value_shape(flow.values[argument]))) for argument in counted.values()
-    }
-    position = {part.index: at for at, part in enumerate(parts)}
-    work = Work(
-        values=tuple(
-            Tensor(value_shape(value), size, number in partial)
-            for number, (value, size) in enumerate(zip(flow.values, flow.sizes, strict=True))
-        ),
-        inputs=tuple(inputs),
-        operations=tuple(part.operation for part in parts),
-        updates=tuple(dict.fromkeys(pair for pair in updates if pair[0] != pair[1])),
-        fixed=tuple((number, layout) for number, layout in sorted(fixed.items()) if number in inputs),
-        loads=tuple(loads),
-        kept=tuple(value for value in dict.fromkeys(kept) if value in made or value in inputs),
-        wanted=tuple((value, Spec.replicated(len(value_shape(flow.values[value])))) for value in counted),
-        batch_copies=in_flight,
-        carried=tuple(dict.fromkeys(tie for tie in carried if tie[0] != tie[1])),
-        lasting=tuple(_lasting(flow, value_of, position)),
-        in_place=tuple(_in_place(flow, value_of)),
-    )
-    return Reading(work, flow, tuple(parts), tuple(value_of))
+    values = enumerate(zip(flow.values, flow.sizes, strict=True))
+    return tuple(Tensor(value_shape(value), size, number in partial) for number, (value, size) in values)
+
+
+def _updates(
+    main: ir.Operation, flow: LoopFlow, value_of: list[int], inputs: tuple[int, ...], there: set[int]
+) -> Iterator[tuple[int, int]]:
+    """The next values of a stage's arguments, and these; without those that stay as they are."""
+    for value, argument in zip(flow.operands[-1], result_updates(main), strict=True):
+        if argument in inputs and value_of[value] in there and value_of[value] != argument:
+            yield value_of[value], argument
+
+
+def _loads(
+    main: ir.Operation, flow: LoopFlow, cluster: Cluster, inputs: tuple[int, ...], num_microbatches: int
+) -> Iterator[tuple[int, float]]:
+    """Seconds of a step that inputs take: batches from the host, then what other stages send."""
+    for number in _batch_arguments(main):
+        if number in inputs:
+            yield number, num_microbatches * flow.sizes[number] / cluster.device.bytes_per_second
+    for number in inputs:
+        if number >= flow.num_arguments:
+            times = _times(flow, number, num_microbatches)
+            yield number, times * flow.sizes[number] / cluster.intra_host_bytes_per_second
+
+
+def _needed_later(flow: LoopFlow, value_of: list[int], portion: _Portion) -> list[int]:
+    """The results of ``@main``, then what other stages read."""
+    elsewhere = {value_of[value] for index in portion.others for value in flow.operands[index]}
+    return [value_of[value] for value in flow.operands[-1]] + sorted(elsewhere)
+
+
+def _fixed(
+    main: ir.Operation, flow: LoopFlow, mesh: Mesh, inputs: tuple[int, ...], counted: dict[int, int]
+) -> list[tuple[int, Spec]]:
+    """The shardings of inputs that users gave; a counter is replicated."""
+    fixed = dict(fixed_arguments(main, flow, mesh) + constrained_values(main, flow, mesh))
+    fixed |= {argument: _whole(flow, argument) for argument in counted.values()}
+    return [(number, spec) for number, spec in sorted(fixed.items()) if number in inputs]
+
+
+def _whole(flow: LoopFlow, value: int) -> Spec:
+    return Spec.replicated(len(value_shape(flow.values[value])))
 
 
 def _lasting(flow: LoopFlow, value_of: list[int], position: dict[int, int]) -> Iterator[tuple[int, int]]:
@@ -236,171 +261,6 @@ def _counted(flow: LoopFlow, own: list[int], updates: list[int | None]) -> Itera
                 argument = updates[ir.IntegerAttr(entry).value]
                 if argument is not None:
                     yield flow.results[index][0], argument
-
-
-class _Reader:
-    """Reads op by op, in their order."""
-
-    def __init__(
-        self,
-        flow: LoopFlow,
-        mesh: Mesh,
-        cluster: Cluster,
-        num_microbatches: int,
-        remark: Callable[[ir.Operation, str], None],
-        in_flight: int,
-    ) -> None:
-        self._flow, self._mesh, self._cluster = flow, mesh, cluster
-        self._num_microbatches, self._remark, self._in_flight = num_microbatches, remark, in_flight
-        self._model, self._fillings = CostModel(), Fillings(flow.ops)
-        self._free = [False] * len(flow.values)
-        self._kept = [True] * len(flow.values)  # takes memory: all but what is made here, and fused
-        self.value_of = list(range(len(flow.values)))
-        for index in range(len(flow.ops)):
-            if _hands_on(flow, index):
-                for value, operand in zip(flow.results[index], flow.operands[index], strict=True):
-                    self.value_of[value] = self.value_of[operand]
-        self._from_memory = read_from_memory(flow, self.value_of)
-        self.defers = deferred_sums(flow, self.value_of, [_hands_on(flow, index) for index in range(len(flow.ops))])
-        self._in_backward = {
-            self.value_of[value]
-            for reads, phase in zip(flow.operands, flow.phases, strict=True)
-            if phase == BACKWARD
-            for value in reads
-        }
-
-    def weight(self, index: int) -> float:
-        """How often in a step an entry runs, but for loops."""
-        return 1.0 if self._flow.phases[index] == UPDATE else float(self._num_microbatches)
-
-    def _copies(self, index: int) -> int:
-        """How many of an entry's results are there at once."""
-        activations = self._flow.phases[index] == FORWARD
-        return self._in_flight if activations and self._in_backward.intersection(self._flow.results[index]) else 1
-
-    def _moves(self, index: int, reads: tuple[int, ...]) -> tuple[float, ...]:
-        return tuple(self.weight(index) * self._flow.value_turns[value] for value in reads)
-
-    def _of_loop(self, index: int) -> Part:
-        """What a loop does with one value that it carries, or its condition with all."""
-        flow, reads = self._flow, tuple(dict.fromkeys(self._flow.operands[index]))
-        shapes = tuple(value_shape(flow.values[value]) for value in reads)
-        rule = elementwise(shapes[0], 1) if flow.kinds[index] == CARRY else whole(shapes, ())
-        operation = Operation(
-            operands=tuple(self.value_of[value] for value in reads),
-            results=tuple(flow.results[index]),
-            rule=rule,
-            weight=self.weight(index) * flow.turns[index],
-            copies=self._copies(index),
-            moves=self._moves(index, reads),
-        )
-        return Part(index, operation, rule, reads)
-
-    def part(self, index: int) -> Part:
-        """One op."""
-        if self._flow.kinds[index] != OP:
-            return self._of_loop(index)
-        op = self._flow.ops[index]
-        read = _distinct(self._flow.operands[index], len(op.operands))
-        operands = tuple(self.value_of[value] for value in read)
-        results = tuple(self._flow.results[index])
-        given = given_specs(op, self._mesh)
-        is_free = not given and (
-            _is_source(op)
-            or (bool(operands) and all(self._free[v] for v in operands) and op.name not in MATRIX_PRODUCTS)
-        )
-        for value in results:
-            self._free[value] = is_free
-        rule = elementwise(value_shape(op.results[0]), 1) if given else _rule_of(op, self._flow, index)
-        if rule is not None and rule.borders:
-            rule = self._fillings.agreed(op, rule)
-        if rule is None and _is_source(op):  # every device makes its own piece
-            rule = elementwise(value_shape(op.results[0]), 0)
-        if rule is None:
-            shapes = [tuple(value_shape(self._flow.values[value]) for value in each) for each in (read, results)]
-            if not is_free and any(shapes[0] + shapes[1]):
-                self._remark(op, f"no sharding rule for {op.name}: it is replicated on every device")
-            rule = whole(*shapes)
-        separate = is_separate(self._flow, index)
-        keeps = separate or any(self._from_memory[value] for value in results)
-        is_there = bool(given) and self._kept[operands[0]]  # what a constraint makes is what it reads
-        keeps = keeps and not is_there
-        for value in results:
-            self._kept[value] = keeps or is_there
-        operation = Operation(
-            operands=operands[: len(rule.operands)],
-            results=results,
-            rule=None if is_free else rule,
-            seconds=0.0
-            if is_there
-            else op_seconds(op, self._model, self._cluster, keeps, separate, self._from_memory, operands),
-            repack_seconds=repack_seconds(op, self._cluster),
-            weight=self.weight(index) * self._flow.turns[index],
-            keeps=keeps,
-            given=given,
-            lasts=ACCUMULATE in op.attributes,
-            copies=self._copies(index),
-            defers=self.defers.get(index, Defers.NOT),
-            moves=self._moves(index, read[: len(rule.operands)]),
-        )
-        return Part(index, operation, rule, read[: len(rule.operands)])
-
-
-def _hands_on(flow: LoopFlow, index: int) -> bool:
-    """Whether the results of an entry are its operands, one by one."""
-    op = flow.ops[index]
-    return (
-        flow.kinds[index] == INSIDE
-        or op.name == "stablehlo.optimization_barrier"
-        or custom_call_target(op) == GRADIENT_BOUNDARY
-    )
-
-
-def _distinct(values: tuple[int, ...], num_operands: int) -> tuple[int, ...]:
-    """The operands of an op, and once each what its regions read besides."""
-    direct = values[:num_operands]
-    return direct + tuple(value for value in dict.fromkeys(values[num_operands:]) if value not in direct)
-
-
-def _is_source(op: ir.Operation) -> bool:
-    return op.name in ("stablehlo.constant", "stablehlo.iota") or custom_call_target(op) == MICROBATCH_INDEX
-
-
-def _rule_of(op: ir.Operation, flow: LoopFlow, index: int) -> Rule | None:
-    if RULE not in op.attributes:
-        return None
-    rule = sdy.OpShardingRuleAttr(op.attributes[RULE])
-
-    def dims(mapping: ir.Attribute) -> Dims:
-        tensor = sdy.TensorMappingAttr(mapping)
-        return tuple(tuple(sdy.DimMappingAttr(dim).factor_indices) for dim in tensor.dim_mappings)
-
-    sizes = tuple(rule.factor_sizes)
-    operands = tuple(dims(mapping) for mapping in rule.operand_mappings)
-    results = tuple(dims(mapping) for mapping in rule.result_mappings)
-    shapes = [value_shape(flow.values[v]) for v in flow.operands[index]][: len(operands)]
-    shapes += [value_shape(flow.values[v]) for v in flow.results[index]]
-    # A dim may be smaller than its factors (the result of a slice): equal pieces of one are none of the other.
-    uneven = {
-        factor
-        for tensor, shape in zip((*operands, *results), shapes, strict=True)
-        for dim, size in zip(tensor, shape, strict=True)
-        if math.prod(sizes[factor] for factor in dim) != size
-        for factor in dim
-    }
-    if op.name == PART_WRITTEN and not is_separate(flow, index):
-        # XLA finds the device of a part of one, for wider ones it gathers everything, in every turn.
-        whole_and_part = zip(operands[0], *shapes[:2], strict=True)
-        uneven |= {factor for dim, size, part in whole_and_part if part not in (1, size) for factor in dim}
-    made = Rule(
-        sizes=sizes,
-        operands=operands,
-        results=results,
-        reduction=frozenset(rule.reduction_factors),
-        replicated=frozenset(rule.need_replication_factors) | uneven,
-        permuted=frozenset(rule.permutation_factors),
-    )
-    return with_borders(op, made, shapes)
 
 
 def drop_rules(main: ir.Operation) -> None:

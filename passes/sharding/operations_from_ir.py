@@ -1,0 +1,223 @@
+"""From one op of ``@main`` to what the sharding model sees of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import sdy
+
+from bactrian.passes.ir.attributes import (
+    ACCUMULATE,
+    BACKWARD,
+    FORWARD,
+    GRADIENT_BOUNDARY,
+    MICROBATCH_INDEX,
+    UPDATE,
+)
+from bactrian.passes.ir.op_costs import CostModel
+from bactrian.passes.ir.op_traits import MATRIX_PRODUCTS
+from bactrian.passes.ir.regions import custom_call_target
+from bactrian.passes.ir.tensor_sizes import value_shape
+from bactrian.passes.machine.cluster import Cluster
+from bactrian.passes.machine.mesh import Mesh
+from bactrian.passes.sharding.deferred_reductions import deferred_sums
+from bactrian.passes.sharding.fusion_costs import (
+    PART_WRITTEN,
+    is_separate,
+    op_seconds,
+    read_from_memory,
+    repack_seconds,
+)
+from bactrian.passes.sharding.halo_rules import RULE, Fillings, with_borders
+from bactrian.passes.sharding.loop_dataflow import CARRY, INSIDE, OP, LoopFlow
+from bactrian.passes.sharding.sharding_model import Operation
+from bactrian.passes.sharding.sharding_rules import Dims, Rule, elementwise, whole
+from bactrian.passes.sharding.strategies import Defers
+from bactrian.passes.sharding.user_shardings import (
+    given_specs,
+)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One op.
+
+    Attributes:
+        index: its number in the data flow.
+        operation: what the model sees.
+        rule: its rule, also where it is free.
+        reads: values of the data flow: its operands, then what only its regions read.
+    """
+
+    index: int
+    operation: Operation
+    rule: Rule
+    reads: tuple[int, ...]
+
+
+class OperationReader:
+    """Reads op by op, in their order."""
+
+    def __init__(
+        self,
+        flow: LoopFlow,
+        mesh: Mesh,
+        cluster: Cluster,
+        num_microbatches: int,
+        remark: Callable[[ir.Operation, str], None],
+        in_flight: int,
+    ) -> None:
+        self._flow, self._mesh, self._cluster = flow, mesh, cluster
+        self._num_microbatches, self._remark, self._in_flight = num_microbatches, remark, in_flight
+        self._model, self._fillings = CostModel(), Fillings(flow.ops)
+        self._free = [False] * len(flow.values)
+        self._kept = [True] * len(flow.values)  # takes memory: all but what is made here, and fused
+        self.value_of = list(range(len(flow.values)))
+        for index in range(len(flow.ops)):
+            if forwards(flow, index):
+                for value, operand in zip(flow.results[index], flow.operands[index], strict=True):
+                    self.value_of[value] = self.value_of[operand]
+        self._from_memory = read_from_memory(flow, self.value_of)
+        self.defers = deferred_sums(flow, self.value_of, [forwards(flow, index) for index in range(len(flow.ops))])
+        self._in_backward = {
+            self.value_of[value]
+            for reads, phase in zip(flow.operands, flow.phases, strict=True)
+            if phase == BACKWARD
+            for value in reads
+        }
+
+    def weight(self, index: int) -> float:
+        """How often in a step an entry runs, but for loops."""
+        return 1.0 if self._flow.phases[index] == UPDATE else float(self._num_microbatches)
+
+    def _copies(self, index: int) -> int:
+        """How many of an entry's results are there at once."""
+        activations = self._flow.phases[index] == FORWARD
+        return self._in_flight if activations and self._in_backward.intersection(self._flow.results[index]) else 1
+
+    def _moves(self, index: int, reads: tuple[int, ...]) -> tuple[float, ...]:
+        return tuple(self.weight(index) * self._flow.value_turns[value] for value in reads)
+
+    def _of_loop(self, index: int) -> Part:
+        """What a loop does with one value that it carries, or its condition with all."""
+        flow, reads = self._flow, tuple(dict.fromkeys(self._flow.operands[index]))
+        shapes = tuple(value_shape(flow.values[value]) for value in reads)
+        rule = elementwise(shapes[0], 1) if flow.kinds[index] == CARRY else whole(shapes, ())
+        operation = Operation(
+            operands=tuple(self.value_of[value] for value in reads),
+            results=tuple(flow.results[index]),
+            rule=rule,
+            weight=self.weight(index) * flow.turns[index],
+            copies=self._copies(index),
+            moves=self._moves(index, reads),
+        )
+        return Part(index, operation, rule, reads)
+
+    def part(self, index: int) -> Part:
+        """One op."""
+        if self._flow.kinds[index] != OP:
+            return self._of_loop(index)
+        op = self._flow.ops[index]
+        read = _distinct(self._flow.operands[index], len(op.operands))
+        operands = tuple(self.value_of[value] for value in read)
+        results = tuple(self._flow.results[index])
+        given = given_specs(op, self._mesh)
+        is_free = not given and (
+            _is_source(op)
+            or (bool(operands) and all(self._free[v] for v in operands) and op.name not in MATRIX_PRODUCTS)
+        )
+        for value in results:
+            self._free[value] = is_free
+        rule = elementwise(value_shape(op.results[0]), 1) if given else _rule_of(op, self._flow, index)
+        if rule is not None and rule.borders:
+            rule = self._fillings.agreed(op, rule)
+        if rule is None and _is_source(op):  # every device makes its own piece
+            rule = elementwise(value_shape(op.results[0]), 0)
+        if rule is None:
+            shapes = [tuple(value_shape(self._flow.values[value]) for value in each) for each in (read, results)]
+            if not is_free and any(shapes[0] + shapes[1]):
+                self._remark(op, f"no sharding rule for {op.name}: it is replicated on every device")
+            rule = whole(*shapes)
+        separate = is_separate(self._flow, index)
+        keeps = separate or any(self._from_memory[value] for value in results)
+        is_there = bool(given) and self._kept[operands[0]]  # what a constraint makes is what it reads
+        keeps = keeps and not is_there
+        for value in results:
+            self._kept[value] = keeps or is_there
+        operation = Operation(
+            operands=operands[: len(rule.operands)],
+            results=results,
+            rule=None if is_free else rule,
+            seconds=0.0
+            if is_there
+            else op_seconds(op, self._model, self._cluster, keeps, separate, self._from_memory, operands),
+            repack_seconds=repack_seconds(op, self._cluster),
+            weight=self.weight(index) * self._flow.turns[index],
+            keeps=keeps,
+            given=given,
+            lasts=ACCUMULATE in op.attributes,
+            copies=self._copies(index),
+            defers=self.defers.get(index, Defers.NOT),
+            moves=self._moves(index, read[: len(rule.operands)]),
+        )
+        return Part(index, operation, rule, read[: len(rule.operands)])
+
+
+def forwards(flow: LoopFlow, index: int) -> bool:
+    """Whether the results of an entry are its operands, one by one."""
+    op = flow.ops[index]
+    return (
+        flow.kinds[index] == INSIDE
+        or op.name == "stablehlo.optimization_barrier"
+        or custom_call_target(op) == GRADIENT_BOUNDARY
+    )
+
+
+def _distinct(values: tuple[int, ...], num_operands: int) -> tuple[int, ...]:
+    """The operands of an op, and once each what its regions read besides."""
+    direct = values[:num_operands]
+    return direct + tuple(value for value in dict.fromkeys(values[num_operands:]) if value not in direct)
+
+
+def _is_source(op: ir.Operation) -> bool:
+    return op.name in ("stablehlo.constant", "stablehlo.iota") or custom_call_target(op) == MICROBATCH_INDEX
+
+
+def _rule_of(op: ir.Operation, flow: LoopFlow, index: int) -> Rule | None:
+    if RULE not in op.attributes:
+        return None
+    rule = sdy.OpShardingRuleAttr(op.attributes[RULE])
+
+    def dims(mapping: ir.Attribute) -> Dims:
+        tensor = sdy.TensorMappingAttr(mapping)
+        return tuple(tuple(sdy.DimMappingAttr(dim).factor_indices) for dim in tensor.dim_mappings)
+
+    sizes = tuple(rule.factor_sizes)
+    operands = tuple(dims(mapping) for mapping in rule.operand_mappings)
+    results = tuple(dims(mapping) for mapping in rule.result_mappings)
+    shapes = [value_shape(flow.values[v]) for v in flow.operands[index]][: len(operands)]
+    shapes += [value_shape(flow.values[v]) for v in flow.results[index]]
+    # A dim may be smaller than its factors (the result of a slice): equal pieces of one are none of the other.
+    uneven = {
+        factor
+        for tensor, shape in zip((*operands, *results), shapes, strict=True)
+        for dim, size in zip(tensor, shape, strict=True)
+        if math.prod(sizes[factor] for factor in dim) != size
+        for factor in dim
+    }
+    if op.name == PART_WRITTEN and not is_separate(flow, index):
+        # XLA finds the device of a part of one, for wider ones it gathers everything, in every turn.
+        whole_and_part = zip(operands[0], *shapes[:2], strict=True)
+        uneven |= {factor for dim, size, part in whole_and_part if part not in (1, size) for factor in dim}
+    made = Rule(
+        sizes=sizes,
+        operands=operands,
+        results=results,
+        reduction=frozenset(rule.reduction_factors),
+        replicated=frozenset(rule.need_replication_factors) | uneven,
+        permuted=frozenset(rule.permutation_factors),
+    )
+    return with_borders(op, made, shapes)
