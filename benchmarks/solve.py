@@ -68,7 +68,7 @@ def run_case(layers: int, mesh_text: str, width: int, microbatches: int, cbc_sec
         with module.context:
             reading = read_program(main_function(module), mesh, CPU_HOST, microbatches, lambda op, text: None)
         marks.append(time.perf_counter())
-        network = ShardingModel(reading.work, mesh, None).network
+        network = ShardingModel(reading.problem, mesh, None).network
         marks.append(time.perf_counter())
         solution = solve(network, 120)
         marks.append(time.perf_counter())

@@ -14,17 +14,17 @@ from bactrian.passes.ir.attributes import SHARDING_ESTIMATES, argument_roles, in
 from bactrian.passes.ir.regions import main_function
 from bactrian.passes.machine.cluster import CPU_HOST, read_cluster
 from bactrian.passes.network.solver import Solution, solve
-from bactrian.passes.sharding.baselines import AUTO, NAMED, check_strategy, named
-from bactrian.passes.sharding.cost_breakdown import account
-from bactrian.passes.sharding.infeasible import shortage
-from bactrian.passes.sharding.known_plans import KnownPlan, at_most_known, known_plan
-from bactrian.passes.sharding.reduce_scatter_choice import scattered
+from bactrian.passes.sharding.baseline_costs import BaselinePlan, no_worse_than_baselines, solve_baseline
+from bactrian.passes.sharding.baselines import AUTO, BASELINES, check_strategy, pin_baseline
+from bactrian.passes.sharding.cost_breakdown import cost_breakdown
+from bactrian.passes.sharding.infeasible import out_of_memory
+from bactrian.passes.sharding.reduce_scatter_choice import prefer_reduce_scatters
 from bactrian.passes.sharding.sharding_model import ShardingModel
 from bactrian.passes.sharding.shardings_to_ir import Writer
 from bactrian.passes.sharding.stage_programs import StageProgram, read_stages, stage_meshes
 from bactrian.passes.sharding.work_from_ir import drop_rules
 
-_KNOWN_SHARE = 0.2  # of the time, on top of it: what all known plans together take where nothing is proved
+_BASELINES_SHARE = 0.2  # of the time, on top of it: what all known plans together take where nothing is proved
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class SolveShardings(Pass):
         60.0,
         help="seconds for the solver, by the clock: where it ends the search, another machine may choose otherwise",
     )
-    strategy: str = option(AUTO, help=f"auto, or a known plan: {', '.join(NAMED)}")
+    strategy: str = option(AUTO, help=f"auto, or a known plan: {', '.join(BASELINES)}")
     compare: bool = option(False, help="say what the known plans would take")
 
     def check_options(self) -> None:
@@ -126,16 +126,16 @@ class SolveShardings(Pass):
         claimed, given = set[int](), list[int]()
         for each in read_stages(module, meshes, cluster, ctx.remark):
             mesh, reading = each.mesh, each.reading
-            given.append(sum(number < reading.flow.num_arguments for number, _ in reading.work.fixed))
-            names = NAMED if self.compare else ()
-            known = {name: known_plan(reading, mesh, roles, name, limit, self.time_limit) for name in names}
+            given.append(sum(number < reading.flow.num_arguments for number, _ in reading.problem.pinned))
+            names = BASELINES if self.compare else ()
+            known = {name: solve_baseline(reading, mesh, roles, name, limit, self.time_limit) for name in names}
             compared.append([_figures(name, plan) for name, plan in known.items()])
             if self.strategy != AUTO:
-                reading = named(reading, mesh, roles, self.strategy)
-            model = ShardingModel(reading.work, mesh, limit)
+                reading = pin_baseline(reading, mesh, roles, self.strategy)
+            model = ShardingModel(reading.problem, mesh, limit)
             ctx.count("strategies", model.network.num_strategies)
             solution = self._solved(each, model, roles, known)
-            solution = scattered(model, solution)
+            solution = prefer_reduce_scatters(model, solution)
             shardings = model.shardings(solution.choice)
             writer = Writer(main, reading, model, shardings, each.mesh_name, each.num_microbatches, each.only, claimed)
             solved.append((writer, solution))
@@ -157,21 +157,21 @@ class SolveShardings(Pass):
         )
 
     def _solved(
-        self, stage: StageProgram, model: ShardingModel, roles: Sequence[str], known: dict[str, KnownPlan | None]
+        self, stage: StageProgram, model: ShardingModel, roles: Sequence[str], known: dict[str, BaselinePlan | None]
     ) -> Solution:
         """The solver's answer; where it is not proved, no worse than any known plan."""
         try:
             solution, failure = solve(model.network, self.time_limit), None
         except InfeasiblePlanError as error:
-            raise shortage(model, stage.reading, roles, stage.stage) or error from error
+            raise out_of_memory(model, stage.reading, roles, stage.stage) or error from error
         except ConfigError as error:
             solution, failure = None, error
         if self.strategy == AUTO and (solution is None or not solution.optimal):
-            share = _KNOWN_SHARE * self.time_limit / len(NAMED)
+            share = _BASELINES_SHARE * self.time_limit / len(BASELINES)
             plans = known or {
-                name: known_plan(stage.reading, stage.mesh, roles, name, model.memory, share) for name in NAMED
+                name: solve_baseline(stage.reading, stage.mesh, roles, name, model.memory, share) for name in BASELINES
             }
-            solution = at_most_known(model, solution, [plan for plan in plans.values() if plan is not None])
+            solution = no_worse_than_baselines(model, solution, [plan for plan in plans.values() if plan is not None])
         if solution is None:
             assert failure is not None  # else there is a solution
             raise failure
@@ -194,7 +194,7 @@ class SolveShardings(Pass):
             f"{'a step' if writer.stage is None else f'stage {writer.stage}'} takes {solution.cost:.4g} s ({gap}), a device holds {solution.memory / 2**20:.1f} MiB",
         )
         model = writer.model
-        taken = account(model, writer.reading, roles, solution.choice, model.shardings(solution.choice))
+        taken = cost_breakdown(model, writer.reading, roles, solution.choice, model.shardings(solution.choice))
         sent = {kind: round(nbytes) for kind, nbytes in sorted(writer.sent_in_step.items())}
         return {
             "strategy": ir.StringAttr.get(self.strategy),
@@ -210,12 +210,12 @@ class SolveShardings(Pass):
         }
 
 
-def _figures(name: str, plan: KnownPlan | None) -> ir.Attribute:
+def _figures(name: str, plan: BaselinePlan | None) -> ir.Attribute:
     fields: dict[str, ir.Attribute] = {"name": ir.StringAttr.get(name)}
     if plan is not None:
         fields |= {
             "seconds": _number(plan.seconds),
-            "communication_seconds": _number(plan.account.communication_seconds),
+            "communication_seconds": _number(plan.breakdown.communication_seconds),
             "memory_bytes": integer(plan.memory),
         }
     return ir.DictAttr.get(fields)

@@ -51,7 +51,7 @@ def read(module: ir.Module, axes: MeshAxes, cluster: Cluster = CPU_HOST) -> tupl
     with module.context:
         capture_unchanged(main_function(module))
         reading = read_program(main_function(module), mesh, cluster, 1, lambda op, text: None)
-    return reading, ShardingModel(reading.work, mesh)
+    return reading, ShardingModel(reading.problem, mesh)
 
 
 def write(module: ir.Module, reading: Reading, model: ShardingModel, choice: Sequence[int]) -> None:

@@ -103,13 +103,13 @@ def read(module: ir.Module, axes: MeshAxes, memory: int | None = None) -> tuple[
     mesh = FAST.mesh(axes)
     with module.context:
         reading = read_program(main_function(module), mesh, FAST, MICROBATCHES, lambda op, text: None)
-    return module, reading, ShardingModel(reading.work, mesh, memory)
+    return module, reading, ShardingModel(reading.problem, mesh, memory)
 
 
 def drawn(model: ShardingModel, seed: int) -> list[int]:
     """A random choice that is allowed; sums that may wait mostly do."""
     random, network = np.random.default_rng(seed), model.network
-    inputs = len(model.work.inputs)
+    inputs = len(model.problem.inputs)
     waits = [
         np.array([bool(strategy.results[0].unreduced) for strategy in choices])
         for choices in model.strategies
@@ -132,7 +132,7 @@ def drawn(model: ShardingModel, seed: int) -> list[int]:
 
 def waits(model: ShardingModel, number: int, strategy: Any) -> bool:
     """Whether an op begins a sum with this strategy that is left unreduced."""
-    op = model.work.operations[number]
+    op = model.problem.ops[number]
     return op.defers is Defers.STARTS and strategy is not None and bool(strategy.results[0].unreduced)
 
 
@@ -144,7 +144,7 @@ def waiting(model: ShardingModel, choice: Sequence[int]) -> list[int]:
 
 def kept_waiting(model: ShardingModel, numbers: Sequence[int]) -> CostNetwork:
     """The model's network with these ops' sums left in parts, whatever that costs."""
-    network, node = model.network, len(model.work.inputs)
+    network, node = model.network, len(model.problem.inputs)
     for number, choices in enumerate(model.strategies):
         if choices is not None:
             if number in numbers:
@@ -225,5 +225,5 @@ def test_only_what_the_update_alone_reads_waits() -> None:
     module = parallel.trace(state, jnp.ones((64, 16))).captured.module(None)
     run_pipeline(module, BEFORE)
     _, reading, model = read(module, AXES[1])
-    begun = [part.operation for part in reading.parts if part.operation.defers is Defers.STARTS]
-    assert [model.work.values[op.results[0]].shape for op in begun] == [(16, 16)]  # of w alone
+    begun = [entry.op for entry in reading.ops if entry.op.defers is Defers.STARTS]
+    assert [model.problem.values[op.results[0]].shape for op in begun] == [(16, 16)]  # of w alone

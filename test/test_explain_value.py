@@ -19,8 +19,8 @@ from bactrian.passes.ir.regions import main_function
 from bactrian.passes.machine.cluster import Cluster
 from bactrian.passes.machine.device import Device
 from bactrian.passes.machine.spec import MeshAxes
-from bactrian.passes.sharding.baselines import named
-from bactrian.passes.sharding.cost_breakdown import sent
+from bactrian.passes.sharding.baselines import pin_baseline
+from bactrian.passes.sharding.cost_breakdown import bytes_sent
 from bactrian.passes.sharding.explain import Alternative, Explanation, StageExplainer
 from bactrian.passes.sharding.sharding_model import ShardingModel, seconds_of
 from bactrian.passes.sharding.shardings_to_ir import Writer
@@ -81,12 +81,12 @@ TIED = PRODUCTS.replace(
 
 def brute_force(stage: StageExplainer, value: int, limit: int) -> dict[str, tuple[float | None, int]]:
     """For each layout of a value, over all choices: the least seconds of those that fit, and the least peak of any."""
-    model = ShardingModel(stage.reading.work, stage.program.mesh)
+    model = ShardingModel(stage.reading.problem, stage.program.mesh)
     best = dict[str, tuple[float | None, int]]()
     for choice in itertools.product(*(range(len(costs)) for costs in model.network.costs)):
         shardings = model.shardings(choice)
         specs = dict(shardings.arguments)
-        for op, strategy in zip(model.work.operations, shardings.chosen, strict=True):
+        for op, strategy in zip(model.problem.ops, shardings.chosen, strict=True):
             if strategy is not None:
                 specs |= dict(zip(op.results, strategy.results, strict=True))
         text = str(specs[value])
@@ -147,7 +147,7 @@ def test_bytes_sent_are_those_that_are_written(seed: int) -> None:
     shardings = model.shardings([int(random.integers(len(costs))) for costs in model.network.costs])
     with module.context, ir.Location.unknown():
         main = main_function(module)
-        counted = sent(model, reading, shardings, 3, result_updates(main), range(2))
+        counted = bytes_sent(model, reading, shardings, 3, result_updates(main), range(2))
         writer = Writer(main, reading, model, shardings, "stage0", 3)
         writer.write()
     assert counted == {kind: round(nbytes) for kind, nbytes in writer.sent_in_step.items()}
@@ -235,8 +235,8 @@ def test_a_named_strategy_gives_layouts() -> None:
     found = explained(made, "state['w']")
     assert (found.layout, found.reason, found.given_by) == ("-,-", "given", "strategy data")
     stage = made[0]
-    free = named(stage.program.reading, stage.program.mesh, stage.roles, "data")
-    assert dict(free.work.fixed)[1].is_replicated  # the other rows are those without it
+    free = pin_baseline(stage.program.reading, stage.program.mesh, stage.roles, "data")
+    assert dict(free.problem.pinned)[1].is_replicated  # the other rows are those without it
     assert len(found.alternatives) == 3
 
 
@@ -259,7 +259,7 @@ def test_dims_that_are_not_divided_are_impossible() -> None:
     found = explained(made, "a")
     assert {row.layout for row in found.alternatives} == {"-,-", "x,-", "-,x", "-,y", "-,x+y", "x,y"}
     (cut,) = found.impossible
-    assert (cut.dim, cut.size, cut.axes, cut.parts, cut.op) == (0, 6, ("y",), 4, "")
+    assert (cut.dim, cut.size, cut.axes, cut.num_devices, cut.op) == (0, 6, ("y",), 4, "")
     assert "dim 0 of size 6 over y: 4 devices don't divide it" in RichView(render_value(found)).text()
     made_by_op = explained(made, "net/reverse")
     assert [(cut.dim, cut.axes, cut.op) for cut in made_by_op.impossible] == [

@@ -65,7 +65,7 @@ def plan(
             arguments[-1]["sdy.sharding"] = ir.Attribute.parse(f"#sdy.sharding<@stage0, {batch_sharding}>")
         main.attributes["arg_attrs"] = ir.ArrayAttr.get([ir.DictAttr.get(entry) for entry in arguments])
     reading, model = sharded.read(module, axes, HOST)
-    model = ShardingModel(reading.work, model.mesh, memory)
+    model = ShardingModel(reading.problem, model.mesh, memory)
     solution = solve(model.network, 60.0)
     assert solution.optimal
     sharded.write(module, reading, model, solution.choice)

@@ -24,7 +24,7 @@ from bactrian.passes.ir.regions import main_function, nested_operations
 from bactrian.passes.machine.cluster import CPU_HOST
 from bactrian.passes.machine.spec import MeshAxes
 from bactrian.passes.network.solver import solve
-from bactrian.passes.sharding.cost_breakdown import sent
+from bactrian.passes.sharding.cost_breakdown import bytes_sent
 from bactrian.passes.sharding.loop_dataflow import capture_unchanged
 from bactrian.passes.sharding.sharding_model import seconds_of
 from bactrian.passes.sharding.shardings_to_ir import Writer
@@ -81,7 +81,7 @@ def solved(function: Any, arguments: Any, axes: MeshAxes) -> tuple[ir.Module, Wr
     assert seconds_of(model, shardings) == pytest.approx(solution.cost, rel=1e-9)
     with module.context, ir.Location.unknown():
         writer = Writer(main_function(module), reading, model, shardings, "stage0")
-        expected = sent(model, reading, shardings, 1, result_updates(main_function(module)), shardings.arguments)
+        expected = bytes_sent(model, reading, shardings, 1, result_updates(main_function(module)), shardings.arguments)
         writer.write()
         assert module.operation.verify()
         assert expected == {kind: round(nbytes) for kind, nbytes in sorted(writer.sent_in_step.items())}
@@ -116,9 +116,9 @@ def weights_of(function: Any, arguments: Any) -> tuple[list[tuple[str, float, tu
         reading = read_program(main_function(module), mesh, CPU_HOST, 2, lambda op, text: remarks.append(text))
         names = {"stablehlo.dot_general": "dot", "stablehlo.reduce": "reduce"}
         return [
-            (names[op.name], part.operation.weight, part.operation.moves or ())
-            for part in reading.parts
-            if (op := reading.flow.ops[part.index]).name in names
+            (names[op.name], entry.op.runs_per_step, entry.op.reshards_per_step or ())
+            for entry in reading.ops
+            if (op := reading.flow.ops[entry.index]).name in names
         ], remarks
 
 
@@ -157,18 +157,18 @@ def test_memory_of_a_loop_lasts_until_its_end() -> None:
     reading, model = sharded.read(module, axes)
     flow, network = reading.flow, model.network
     (loop,) = flow.loops
-    inside = [at for at, part in enumerate(reading.parts) if loop.first <= part.index < loop.end]
-    first = len(model.work.inputs)
+    inside = [at for at, entry in enumerate(reading.ops) if loop.first <= entry.index < loop.end]
+    first = len(model.problem.inputs)
     nodes = [at for at, choices in enumerate(model.strategies) if choices is not None]
     until = {
-        flow.ops[reading.parts[at].index].name: network.intervals[first + node][1]
+        flow.ops[reading.ops[at].index].name: network.intervals[first + node][1]
         for node, at in enumerate(nodes)
-        if at < inside[0] or flow.kinds[reading.parts[at].index] == "carry"
+        if at < inside[0] or flow.kinds[reading.ops[at].index] == "carry"
     }
     assert until["stablehlo.dot_general"] == inside[-1] + 1
-    assert until["stablehlo.while"] == len(reading.parts) + 1
+    assert until["stablehlo.while"] == len(reading.ops) + 1
     made = reading.value_of[loop.returned[-1]]
-    assert made in model.work.in_place
+    assert made in model.problem.in_place
 
 
 def scanned(names: str, width: int = 64) -> Built:

@@ -17,7 +17,7 @@ from traps import TRAPS
 
 import bactrian
 from bactrian.passes.frame.errors import ConfigError
-from bactrian.passes.sharding.baselines import NAMED
+from bactrian.passes.sharding.baselines import BASELINES
 
 # Those that are not about stages; all run over stages too.
 ONE_STAGE_TRAPS = ("aux-outputs", "random-numbers-typed-key", "skip-not-finite", "several-arguments", "empty-update")
@@ -82,7 +82,7 @@ def test_three_axes_and_sizes_that_are_no_powers_of_two(slow: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "strategy"),
     [
-        *(("mlp/plain", name) for name in NAMED),
+        *(("mlp/plain", name) for name in BASELINES),
         ("gpt-tied-dropout/linen", "megatron"),
         pytest.param("gpt-tied-dropout/linen", "zero2", marks=pytest.mark.long),
     ],
@@ -203,7 +203,7 @@ def test_the_choice_is_never_worse_than_a_known_plan(slow: Path) -> None:
             step = bactrian.parallelize(built.step, **built.options, mesh="data=2,model=2", cluster=cluster)
             sharding = step.trace(built.state, *built.batches[0]).plan(compare=True).plan.stages[0].sharding
             assert sharding is not None and sharding.is_optimal
-            assert [row.name for row in sharding.compared] == list(NAMED)
+            assert [row.name for row in sharding.compared] == list(BASELINES)
             for row in sharding.compared:
                 assert row.seconds is None or row.seconds >= sharding.seconds * (1 - 1e-9), row
 

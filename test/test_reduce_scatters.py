@@ -80,7 +80,7 @@ def scattering(module: ir.Module, seed: int | None) -> int:
     """Write layouts in which every op that can scatters its result, over as many axes as it can or at random; how many do."""
     random = np.random.default_rng(seed)
     reading, model = sharded.read(module, AXES)
-    choice = [0] * len(model.work.inputs)
+    choice = [0] * len(model.problem.inputs)
     for choices in model.strategies:
         if choices is not None:
             kinds = [{each.kind for each in one.reductions} for one in choices]

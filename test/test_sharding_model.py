@@ -17,10 +17,17 @@ from bactrian.passes.ir.meshes import sharding_attribute
 from bactrian.passes.machine.mesh import Axis, Mesh
 from bactrian.passes.machine.spec import Spec, parse_axes
 from bactrian.passes.network.solver import solve
-from bactrian.passes.sharding.halo import Border
+from bactrian.passes.sharding.halo import Halo
 from bactrian.passes.sharding.reshard_paths import ReshardStep, ReshardTable, all_specs
-from bactrian.passes.sharding.sharding_model import Operation, ShardingModel, Shardings, Tensor, Work, seconds_of
-from bactrian.passes.sharding.sharding_rules import Rule, elementwise, whole
+from bactrian.passes.sharding.sharding_model import (
+    ShardedOp,
+    ShardingModel,
+    ShardingProblem,
+    Shardings,
+    Tensor,
+    seconds_of,
+)
+from bactrian.passes.sharding.sharding_rules import Rule, elementwise, replicated_rule
 from bactrian.passes.sharding.strategies import strategies
 
 TWO = Mesh((Axis("x", 2, 1e-6, 1e-9), Axis("y", 4, 2e-6, 1e-10)))
@@ -111,7 +118,7 @@ def test_each_step_is_one_collective_of_shardy(mesh: Mesh) -> None:
 def test_strategies_of_a_product() -> None:
     found = strategies(DOT, (64 * 16 * 4.0,), TWO)
     assert found[0].factors == (None, None)
-    assert found[0].parts == 1
+    assert found[0].num_shards == 1
     by_factors = dict[tuple[int | None, ...], list[tuple[tuple[str, ...], ...]]]()
     for strategy in found:
         by_factors.setdefault(strategy.factors, []).append(tuple(r.axes for r in strategy.reductions))
@@ -157,7 +164,7 @@ def test_no_spec_has_strides() -> None:
 def test_what_is_needed_whole_is_not_cut() -> None:
     rule = Rule((8, 8), (((0,), (1,)),), (((0,), (1,)),), replicated=frozenset({0}), permuted=frozenset({1}))
     assert len(strategies(rule, (256.0,), TWO)) == 1
-    assert len(strategies(whole(((8, 8),), ((8,),)), (32.0,), TWO)) == 1
+    assert len(strategies(replicated_rule(((8, 8),), ((8,),)), (32.0,), TWO)) == 1
 
 
 def test_what_nobody_reads_is_not_scattered() -> None:
@@ -170,28 +177,30 @@ def test_what_nobody_reads_is_not_scattered() -> None:
     assert len([s for s in both if s.factors == (None, 1)]) == 4
 
 
-def programs(seed: int) -> Work:
+def programs(seed: int) -> ShardingProblem:
     """A chain with branches of products and elementwise ops on 8 x 8, the last one the next value of an argument."""
     random = np.random.default_rng(seed)
     tensor = Tensor((8, 8), 256)
-    values, operations = [tensor] * 2, list[Operation]()
+    values, operations = [tensor] * 2, list[ShardedOp]()
     for _ in range(int(random.integers(1, 5))):
         left, right = (int(random.integers(len(values))) for _ in range(2))
         rule = (DOT8, elementwise((8, 8), 2), WINDOWS8)[int(random.integers(3))]
         seconds, weight = float(random.uniform(0, 4e-6)), float(random.integers(1, 3))
         repack = float(random.choice([0.0, 2e-9])) if rule is DOT8 else 0.0
         operands = (left, right)[: len(rule.operands)]
-        operations.append(Operation(operands, (len(values),), rule, seconds, weight, repack_seconds=repack))
+        operations.append(ShardedOp(operands, (len(values),), rule, seconds, weight, repack_seconds=repack))
         values.append(tensor)
     last = len(values) - 1
-    return Work(tuple(values), (0, 1), tuple(operations), updates=((last, 0),), loads=((1, 1e-6),), kept=(last,))
+    return ShardingProblem(
+        tuple(values), (0, 1), tuple(operations), updates=((last, 0),), loads=((1, 1e-6),), live_out=(last,)
+    )
 
 
 DOT8 = Rule((8, 8, 8), (((0,), (1,)), ((1,), (2,))), (((0,), (2,)),), frozenset({1}))
-ROWS8 = Border(
+ROWS8 = Halo(
     operand=0, dim=0, partner=None, partner_dim=0, shape=(8, 8), element_bytes=4, advance=8, overlap=2, padding=1
 )
-WINDOWS8 = Rule((8, 8), (((0,), (1,)),), (((0,), (1,)),), borders=(ROWS8,))
+WINDOWS8 = Rule((8, 8), (((0,), (1,)),), (((0,), (1,)),), halos=(ROWS8,))
 LINE = Mesh((Axis("x", 4, 1e-7, 1e-8),))
 
 
@@ -215,11 +224,13 @@ def test_the_solver_finds_the_least_of_many(block: int) -> None:
 
 def check_least(seed: int) -> None:
     """The cost added up op by op, of all choices that fit into memory."""
-    work = programs(seed)
-    model = ShardingModel(work, LINE)
+    problem = programs(seed)
+    model = ShardingModel(problem, LINE)
     if model.network.num_strategies > 30:
-        work = Work(work.values, (0, 1), work.operations[:2], ((3, 0),), loads=work.loads, kept=(3,))
-        model = ShardingModel(work, LINE)
+        problem = ShardingProblem(
+            problem.values, (0, 1), problem.ops[:2], ((3, 0),), loads=problem.loads, live_out=(3,)
+        )
+        model = ShardingModel(problem, LINE)
     costs = dict[tuple[int, ...], float]()
     for choice, shardings in everything(model):
         costs[choice] = seconds_of(model, shardings)
@@ -228,7 +239,7 @@ def check_least(seed: int) -> None:
     peaks = {choice: model.network.peak(choice) for choice in costs}
     least = min(costs.values())
     for memory in (None, int(np.median(list(peaks.values())))):
-        limited = ShardingModel(work, LINE, memory)
+        limited = ShardingModel(problem, LINE, memory)
         allowed = [cost for choice, cost in costs.items() if memory is None or peaks[choice] <= memory]
         solution = solve(limited.network, 20.0)
         assert solution.optimal
@@ -245,8 +256,8 @@ def test_repacking_is_paid_for_each_device_s_pieces() -> None:
     tensors = (Tensor((64, 16), 4096), Tensor((64, 16), 4096), Tensor((16, 16), 1024))
 
     def computing(repack: float) -> dict[tuple[int | None, ...], float]:
-        product = Operation((0, 1), (2,), rows, 8e-6, repack_seconds=repack)
-        model = ShardingModel(Work(tensors, (0, 1), (product,), kept=(2,)), LINE)
+        product = ShardedOp((0, 1), (2,), rows, 8e-6, repack_seconds=repack)
+        model = ShardingModel(ShardingProblem(tensors, (0, 1), (product,), live_out=(2,)), LINE)
         (found,) = model.strategies
         assert found is not None
         return {s.factors: model.computing(product, s) for s in found}
@@ -261,16 +272,16 @@ def test_repacking_is_paid_for_each_device_s_pieces() -> None:
 def test_what_is_given_stays() -> None:
     """An argument, and a value between two ops, in an order of axes that no strategy gives."""
     last_first = Spec(((), ("y", "x")))
-    work = Work(
+    problem = ShardingProblem(
         (Tensor((8, 8), 256),) * 4,
         (0, 1),
         (
-            Operation((0, 1), (2,), elementwise((8, 8), 2), 1e-3),
-            Operation((2,), (3,), elementwise((8, 8), 1), given=(last_first,)),
+            ShardedOp((0, 1), (2,), elementwise((8, 8), 2), 1e-3),
+            ShardedOp((2,), (3,), elementwise((8, 8), 1), constraint_specs=(last_first,)),
         ),
-        fixed=((0, Spec((("x",), ()))),),
+        pinned=((0, Spec((("x",), ()))),),
     )
-    model = ShardingModel(work, TWO)
+    model = ShardingModel(problem, TWO)
     shardings = model.shardings(solve(model.network).choice)
     assert shardings.arguments[0] == Spec((("x",), ()))
     assert shardings.chosen[1] is not None

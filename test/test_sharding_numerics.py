@@ -197,7 +197,7 @@ def check_numbers(seed: int, ops: tuple[Callable[..., jax.Array], ...], most: in
     reading, model = sharded.read(module, axes)
     random = np.random.default_rng(seed)
     choice = [int(random.integers(len(costs))) for costs in model.network.costs]
-    node = len(model.work.inputs)
+    node = len(model.problem.inputs)
     for choices in model.strategies:
         cut = [number for number, strategy in enumerate(choices or ()) if strategy.exchanges]
         if cut:

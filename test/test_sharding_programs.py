@@ -171,8 +171,8 @@ def test_a_captured_value_is_moved_once_before_the_loop() -> None:
     other = given('[{}, {"x"}]')
     text = CAPTURED.replace("%x: tensor<8x8xf32>", f"%x: tensor<8x8xf32> {{{ROWS}}}")
     module, reading, _, writer = solved(text.replace("%w: tensor<8x8xf32>", f"%w: tensor<8x8xf32> {{{other}}}"))
-    readers = [op for op in reading.work.operations if 1 in op.operands]
-    assert [(op.weight, op.moved(op.operands.index(1))) for op in readers] == [(3.0, 1.0)] * 2
+    readers = [op for op in reading.problem.ops if 1 in op.operands]
+    assert [(op.runs_per_step, op.reshards_of(op.operands.index(1))) for op in readers] == [(3.0, 1.0)] * 2
     assert writer.sent
     (loop,) = [op for op in nested_operations(main_function(module)) if op.name == "stablehlo.while"]
     assert "sdy.reshard" not in [op.name for op in nested_operations(loop)]

@@ -14,7 +14,7 @@ from bactrian.passes import solve_shardings
 from bactrian.passes.frame.errors import ConfigError
 from bactrian.passes.network.problem import CostNetwork
 from bactrian.passes.network.solver import Solution, solve
-from bactrian.passes.sharding.baselines import NAMED
+from bactrian.passes.sharding.baselines import BASELINES
 
 CLUSTER = """
 hosts = 1
@@ -82,7 +82,7 @@ def test_a_better_answer_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_nothing_found_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(solve_shardings, "solve", nothing)
-    monkeypatch.setattr(solve_shardings, "known_plan", lambda *arguments: None)
+    monkeypatch.setattr(solve_shardings, "solve_baseline", lambda *arguments: None)
     with pytest.raises(ConfigError, match="no feasible choice was found"):
         sharding(tmp_path, compare=False)
 
@@ -90,7 +90,7 @@ def test_nothing_found_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_the_known_plans_take_little_of_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     limits = list[float]()
 
-    def known_plan(*arguments: Any) -> None:
+    def solve_baseline(*arguments: Any) -> None:
         limits.append(arguments[-1])
 
     given = list[float]()
@@ -100,7 +100,7 @@ def test_the_known_plans_take_little_of_the_time(tmp_path: Path, monkeypatch: py
         return everything_whole(problem)
 
     monkeypatch.setattr(solve_shardings, "solve", unproved)
-    monkeypatch.setattr(solve_shardings, "known_plan", known_plan)
+    monkeypatch.setattr(solve_shardings, "solve_baseline", solve_baseline)
     sharding(tmp_path, compare=False)
-    assert len(given) == 1 and len(limits) == len(NAMED)
+    assert len(given) == 1 and len(limits) == len(BASELINES)
     assert sum(limits) <= 0.2 * given[0] * (1 + 1e-9)

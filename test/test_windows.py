@@ -18,7 +18,7 @@ from test_known_plans import f32, plan
 
 import bactrian
 from bactrian.passes.machine.spec import Spec
-from bactrian.passes.sharding.halo import Border, borders_sent
+from bactrian.passes.sharding.halo import Halo, halo_sends
 from bactrian.passes.sharding.sharding_model import ShardingModel
 from bactrian.passes.sharding.strategies import Strategy
 from bactrian.passes.sharding.work_from_ir import Reading
@@ -37,24 +37,24 @@ intra_host_latency_us = 5
 """
 
 
-def border(size: int, **numbers: int) -> Border:
+def halo(size: int, **numbers: int) -> Halo:
     """Of one dim of 4-byte elements."""
     rest = {"padding": 0, "dilation": 1} | numbers
-    return Border(0, 0, None, 0, (size,), 4, rest["advance"], rest["overlap"], rest["padding"], rest["dilation"])
+    return Halo(0, 0, None, 0, (size,), 4, rest["advance"], rest["overlap"], rest["padding"], rest["dilation"])
 
 
 @pytest.mark.parametrize(
     ("made", "parts", "rows", "span"),
     [
-        (border(32, advance=32, overlap=2, padding=1), 8, (1, 1), 6),  # windows of 3
-        (border(32, advance=32, overlap=2, padding=2), 8, (2, 0), 6),  # causal
-        (border(32, advance=32, overlap=0, padding=0), 8, (0, 0), 4),  # 2, with stride 2: each piece has its own
-        (border(32, advance=32, overlap=5, padding=2), 8, (2, 3), 9),  # 7, with stride 2
-        (border(16, advance=32, overlap=2, padding=1, dilation=2), 8, (0, 1), 3),  # 3, of what has zeros in between
-        (border(34, advance=32, overlap=2, padding=0), 2, (1, 1), 18),  # no padding: 17 rows to 16
+        (halo(32, advance=32, overlap=2, padding=1), 8, (1, 1), 6),  # windows of 3
+        (halo(32, advance=32, overlap=2, padding=2), 8, (2, 0), 6),  # causal
+        (halo(32, advance=32, overlap=0, padding=0), 8, (0, 0), 4),  # 2, with stride 2: each piece has its own
+        (halo(32, advance=32, overlap=5, padding=2), 8, (2, 3), 9),  # 7, with stride 2
+        (halo(16, advance=32, overlap=2, padding=1, dilation=2), 8, (0, 1), 3),  # 3, of what has zeros in between
+        (halo(34, advance=32, overlap=2, padding=0), 2, (1, 1), 18),  # no padding: 17 rows to 16
     ],
 )
-def test_rows_of_a_border(made: Border, parts: int, rows: tuple[int, int], span: int) -> None:
+def test_rows_of_a_border(made: Halo, parts: int, rows: tuple[int, int], span: int) -> None:
     assert made.rows(parts) == rows
     assert made.span(parts) == span
     assert made.is_near(parts)
@@ -70,16 +70,16 @@ def test_rows_of_a_border(made: Border, parts: int, rows: tuple[int, int], span:
 
 
 def test_borders_wider_than_a_piece_are_not_exchanged() -> None:
-    assert border(16, advance=16, overlap=4, padding=2).is_near(8)
-    assert not border(16, advance=16, overlap=6, padding=3).is_near(8)
-    assert not border(32, advance=32, overlap=31, padding=31).is_near(8)  # a cumulative sum
+    assert halo(16, advance=16, overlap=4, padding=2).is_near(8)
+    assert not halo(16, advance=16, overlap=6, padding=3).is_near(8)
+    assert not halo(32, advance=32, overlap=31, padding=31).is_near(8)  # a cumulative sum
 
 
 def test_the_second_border_is_as_wide_as_the_first_has_made_it() -> None:
-    rows = Border(0, 0, None, 0, (16, 32, 8), 4, 16, 2, 1)
-    columns = Border(0, 1, None, 1, (16, 32, 8), 4, 32, 2, 1)
+    rows = Halo(0, 0, None, 0, (16, 32, 8), 4, 16, 2, 1)
+    columns = Halo(0, 1, None, 1, (16, 32, 8), 4, 32, 2, 1)
     parts = [2, 4, 1]
-    sent = [nbytes for _, _, nbytes in borders_sent([rows, columns], lambda _, dim: parts[dim])]
+    sent = [nbytes for _, _, nbytes in halo_sends([rows, columns], lambda _, dim: parts[dim])]
     assert sent == [8 * 8 * 4, 8 * 8 * 4, 10 * 8 * 4, 10 * 8 * 4]
 
 
@@ -92,8 +92,8 @@ def of_op(made: tuple[Reading, ShardingModel], name: str) -> list[Strategy]:
     reading, model = made
     found = [
         choices
-        for part, choices in zip(reading.parts, model.strategies, strict=True)
-        if reading.flow.ops[part.index].name == f"stablehlo.{name}" and choices is not None
+        for entry, choices in zip(reading.ops, model.strategies, strict=True)
+        if reading.flow.ops[entry.index].name == f"stablehlo.{name}" and choices is not None
     ]
     return list(found[-1])
 
@@ -174,7 +174,7 @@ def test_windows_that_are_filled_up_otherwise_are_not_cut_both() -> None:
         module = sharded.lowered(function, arguments, GRID)
         reading, model = sharded.read(module, GRID)
         choice, rows = [0] * len(model.network.costs), 0
-        for node, choices in enumerate((c for c in model.strategies if c is not None), len(model.work.inputs)):
+        for node, choices in enumerate((c for c in model.strategies if c is not None), len(model.problem.inputs)):
             found = [number for number, s in enumerate(choices) if str(s.partial[0]) == "-,y,-"]
             choice[node] = found[0] if found else 0
             rows += bool(found)

@@ -126,8 +126,8 @@ def _explain(unsolved: Unsolved, plan: Plan, source: str, text: str, stage: int 
 def _first_read(programs: list[StageProgram], stage: int) -> frozenset[int]:
     """The arguments that a stage is the first to read."""
     own, before = programs[stage].reading, programs[:stage]
-    claimed = {number for program in before for number in program.reading.work.inputs}
-    return frozenset(n for n in own.work.inputs if n < own.flow.num_arguments and n not in claimed)
+    claimed = {number for program in before for number in program.reading.problem.inputs}
+    return frozenset(n for n in own.problem.inputs if n < own.flow.num_arguments and n not in claimed)
 
 
 def _check_equal(made: StageExplainer, values: list[NamedValue], sharding: ShardingPlan, source: str) -> None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from bactrian.passes.frame.units import human_bytes, human_seconds
 from bactrian.passes.sharding.explain import Alternative, Explanation
-from bactrian.passes.sharding.unshardable_dims import Uncut
+from bactrian.passes.sharding.unshardable_dims import UnshardableDim
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -179,10 +179,10 @@ def footnotes(found: Explanation) -> list[str]:
     return lines
 
 
-def uncut_text(each: Uncut) -> str:
+def uncut_text(each: UnshardableDim) -> str:
     """``dim 0 of size 6 over model: 4 devices don't divide it``."""
     what = f"dim {each.dim} of size {each.size} over {'+'.join(each.axes)}"
-    return f"{what}: {each.op} needs it whole" if each.op else f"{what}: {each.parts} devices don't divide it"
+    return f"{what}: {each.op} needs it whole" if each.op else f"{what}: {each.num_devices} devices don't divide it"
 
 
 def _percent(ratio: float) -> str:

@@ -250,7 +250,7 @@ class _Pairing:
     ) -> None:
         self._ops = ops
         self._present = {int(number) for name in op_names(hlo) for number in _NUMBER.findall(name)}
-        parts = [part for collective in compiled for part in _parts(collective)]
+        parts = [entry for collective in compiled for entry in _parts(collective)]
         self._groups = _grouped([_number(c.where) for c in planned], [numbers for numbers, _, _ in parts])
         for collective in planned:
             self._groups[_number(collective.where)].planned.append(collective)
@@ -422,7 +422,7 @@ def _close(one: float, two: float) -> bool:
 
 def _sum(parts: Iterable[tuple[dict[str, float], int]]) -> dict[str, float]:
     total = dict[str, float]()
-    for part, times in parts:
-        for name, nbytes in part.items():
+    for entry, times in parts:
+        for name, nbytes in entry.items():
             total[name] = total.get(name, 0.0) + times * nbytes
     return dict(sorted(total.items()))

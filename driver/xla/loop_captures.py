@@ -22,7 +22,7 @@ def carry_captured(main: ir.Operation) -> None:
     for loop in reversed(loops):  # what an inner loop carries, an outer one has to read
         _copy_constants(loop)
         captured = list(dict.fromkeys(value for _, _, value in nested_operands(loop)))
-        _hand_on(_carry(main, loop, captured) if captured else loop)
+        _forward(_carry(main, loop, captured) if captured else loop)
 
 
 def _copy_constants(loop: ir.Operation) -> None:
@@ -98,7 +98,7 @@ def _unless_carried(loop: ir.Operation, captured: list[ir.Value]) -> list[ir.Val
     return [value for value in captured if value not in unchanged]
 
 
-def _hand_on(loop: ir.Operation) -> None:
+def _forward(loop: ir.Operation) -> None:
     """Constrain what the body of a loop returns as it came."""
     block = loop.regions[1].blocks[0]
     end = block.operations[len(block.operations) - 1].operation

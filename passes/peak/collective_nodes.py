@@ -11,7 +11,7 @@ from bactrian.passes.ir.meshes import spec_of, spec_or_replicated
 from bactrian.passes.ir.tensor_sizes import type_bytes
 from bactrian.passes.machine.spec import Spec
 from bactrian.passes.peak.value_graph import Graph, Kind
-from bactrian.passes.sharding.halo_rules import borders_of
+from bactrian.passes.sharding.halo_rules import halos_of
 from bactrian.passes.sharding.scattered_sums import ScatteredSum
 
 
@@ -54,22 +54,22 @@ class CollectiveNodes:
     def halo_exchange(self, op: ir.Operation, reads: list[int]) -> list[int]:
         """What an op reads, with the halo that neighbours send: rows are sliced off, sent, and put beside the shard."""
         graph, made = self._graph, self.spec(op.results[0])
-        for border in borders_of(op):
-            at, dim = border.operand, border.dim
+        for halo in halos_of(op):
+            at, dim = halo.operand, halo.dim
             axes = self.spec(op.operands[at]).dims[dim]
-            partner = made if border.partner is None else self.spec(op.operands[border.partner])
+            partner = made if halo.partner is None else self.spec(op.operands[halo.partner])
             parts = math.prod(self._sizes[axis] for axis in axes)
-            if parts == 1 or axes != partner.dims[border.partner_dim] or not any(border.rows(parts)):
+            if parts == 1 or axes != partner.dims[halo.partner_dim] or not any(halo.rows(parts)):
                 continue
             node = graph.nodes[reads[at]]
             row = node.nbytes // max(1, node.shape[dim])
             pieces = [reads[at]]
-            for side, rows in enumerate(border.rows(parts)):
+            for side, rows in enumerate(halo.rows(parts)):
                 shape = [*node.shape[:dim], rows, *node.shape[dim + 1 :]]
                 if rows:
                     cut = graph.add("slice", Kind.LOOSE, pieces[:1], shape, rows * row, key=(dim, side))
                     pieces.append(graph.add("permute", Kind.FIRM, (cut,), shape, rows * row))
-            span = border.span(parts)
+            span = halo.span(parts)
             shape = [*node.shape[:dim], span, *node.shape[dim + 1 :]]
             reads[at] = graph.add("concatenate", Kind.LOOSE, pieces, shape, span * row)
         return reads

@@ -14,7 +14,7 @@ from bactrian.passes.sharding.sharding_rules import Dims
 from bactrian.passes.sharding.work_from_ir import Reading
 
 AUTO = "auto"
-NAMED = ("data", "zero1", "zero2", "zero3", "megatron")
+BASELINES = ("data", "zero1", "zero2", "zero3", "megatron")
 
 
 def check_strategy(name: str) -> None:
@@ -23,8 +23,8 @@ def check_strategy(name: str) -> None:
     Raises:
         ConfigError: it has another name.
     """
-    if name != AUTO and name not in NAMED:
-        raise ConfigError(f"unknown strategy {name!r}", fix=f"use {AUTO}, or one of {', '.join(NAMED)}")
+    if name != AUTO and name not in BASELINES:
+        raise ConfigError(f"unknown strategy {name!r}", fix=f"use {AUTO}, or one of {', '.join(BASELINES)}")
 
 
 _Dim = tuple[int, int]  # value, dim
@@ -57,7 +57,7 @@ class Roles:
             for value in flow.results[index]:
                 made[value] = phase
         state = [number for number, role in enumerate(roles) if role == "state"]
-        gradients = sorted(v for v in late if made.get(v) in (FORWARD, BACKWARD) and reading.work.values[v].shape)
+        gradients = sorted(v for v in late if made.get(v) in (FORWARD, BACKWARD) and reading.problem.values[v].shape)
         return cls(
             batch=tuple(number for number, role in enumerate(roles) if role == "batch"),
             parameters=tuple(number for number in state if number in early),
@@ -66,7 +66,7 @@ class Roles:
         )
 
 
-def named(reading: Reading, mesh: Mesh, roles: Sequence[str], name: str) -> Reading:
+def pin_baseline(reading: Reading, mesh: Mesh, roles: Sequence[str], name: str) -> Reading:
     """A program with the layouts that a known plan gives to its arguments; those that were given already stay.
 
     * ``data``: batches are cut over all axes, state is whole.
@@ -77,26 +77,26 @@ def named(reading: Reading, mesh: Mesh, roles: Sequence[str], name: str) -> Read
       with few parameters first, none of a batch's, none twice in a parameter.
     """
     who = Roles.of(reading, roles)
-    work, fixed = reading.work, dict(reading.work.fixed)
+    problem, fixed = reading.problem, dict(reading.problem.pinned)
     everything = mesh.wide
     data = everything[:-1] if name == "megatron" else everything
-    specs = {number: Spec.replicated(len(work.values[number].shape)) for number in (*who.parameters, *who.rest)}
+    specs = {number: Spec.replicated(len(problem.values[number].shape)) for number in (*who.parameters, *who.rest)}
     for number in who.batch:
-        shape = work.values[number].shape
+        shape = problem.values[number].shape
         divides = bool(shape) and shape[0] % mesh.group_size(data) == 0
         whole = Spec.replicated(len(shape))
         specs[number] = whole.with_dim(0, data) if divides else whole
     wanted = dict[int, Spec]()
     if name in ("zero1", "zero2", "zero3"):
         for number in who.rest + (who.parameters if name == "zero3" else ()):
-            specs[number] = _spread(work.values[number].shape, everything, mesh)
+            specs[number] = _spread(problem.values[number].shape, everything, mesh)
     if name in ("zero2", "zero3"):
-        wanted = {value: _spread(work.values[value].shape, everything, mesh) for value in who.gradients}
+        wanted = {value: _spread(problem.values[value].shape, everything, mesh) for value in who.gradients}
     if name == "megatron" and everything:
         specs |= _by_columns_and_rows(reading, who, everything[-1], mesh)
     specs |= fixed
-    changed = replace(work, fixed=tuple(sorted(specs.items())), wanted=tuple(sorted(wanted.items())))
-    return replace(reading, work=changed)
+    changed = replace(problem, pinned=tuple(sorted(specs.items())), preferred=tuple(sorted(wanted.items())))
+    return replace(reading, problem=changed)
 
 
 def _spread(shape: tuple[int, ...], axes: tuple[str, ...], mesh: Mesh) -> Spec:
@@ -110,7 +110,7 @@ def _spread(shape: tuple[int, ...], axes: tuple[str, ...], mesh: Mesh) -> Spec:
 
 
 def _by_columns_and_rows(reading: Reading, who: Roles, axis: str, mesh: Mesh) -> dict[int, Spec]:
-    values = reading.work.values
+    values = reading.problem.values
     groups = _Groups(reading)
     state = [number for number in (*who.parameters, *who.rest) if values[number].shape]
     taken_by_batch = {groups.of(number, dim) for number in who.batch for dim in range(len(values[number].shape))}
@@ -143,14 +143,14 @@ class _Groups:
     def __init__(self, reading: Reading) -> None:
         self._parent = dict[_Dim, _Dim]()
         self._value_of = reading.value_of
-        for part, operation in zip(reading.parts, reading.work.operations, strict=True):
+        for entry, operation in zip(reading.ops, reading.problem.ops, strict=True):
             first = dict[int, _Dim]()
-            for value, dims in zip(operation.operands, part.rule.operands, strict=False):
+            for value, dims in zip(operation.operands, entry.rule.operands, strict=False):
                 self._join(first, value, dims)
-            for value, dims in zip(operation.results, part.rule.results, strict=True):
+            for value, dims in zip(operation.results, entry.rule.results, strict=True):
                 self._join(first, value, dims)
-        for value, other, _ in reading.work.carried:
-            for dim in range(len(reading.work.values[value].shape)):
+        for value, other, _ in reading.problem.loop_carried:
+            for dim in range(len(reading.problem.values[value].shape)):
                 self._join({dim: self.of(other, dim)}, value, ((),) * dim + ((dim,),))
 
     def of(self, value: int, dim: int) -> _Dim:

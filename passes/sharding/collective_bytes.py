@@ -16,9 +16,9 @@ from bactrian.passes.ir.attributes import PLACEMENT
 from bactrian.passes.ir.op_costs import tensor_size
 from bactrian.passes.ir.regions import body, main_function
 from bactrian.passes.ir.tensor_sizes import value_shape
-from bactrian.passes.sharding.halo import HALO, Border, borders_sent
-from bactrian.passes.sharding.halo_rules import RULE, apart, borders_of, windowed_dims
-from bactrian.passes.sharding.loop_dataflow import WHILE, turns_of
+from bactrian.passes.sharding.halo import HALO, Halo, halo_sends
+from bactrian.passes.sharding.halo_rules import RULE, halos_of, non_overlapping_dims, windowed_dims
+from bactrian.passes.sharding.loop_dataflow import WHILE, assumed_trip_count
 
 _EXPLICIT = (
     "builtin.module(func.func(sdy-insert-explicit-reshards{enable-full-version=true},sdy-reshard-to-collectives),"
@@ -57,7 +57,7 @@ def count_collectives(module: ir.Module) -> list[Collective]:
     text = str(module.operation.get_asm(enable_debug_info=True))
     with make_context():
         copy = ir.Module.parse(text)
-        for op, _ in _with_turns(body(main_function(copy)), 1):
+        for op, _ in _with_iterations(body(main_function(copy)), 1):
             _tie_windows(op)
         try:
             PassManager.parse(_EXPLICIT).run(copy.operation)
@@ -66,17 +66,17 @@ def count_collectives(module: ir.Module) -> list[Collective]:
         sizes = _axis_sizes(copy)
         numbers = _value_numbers(main_function(copy))
         found, twins = list[Collective](), dict[tuple[object, ...], int]()
-        for op, turns in _with_turns(body(main_function(copy)), 1):
+        for op, iterations in _with_iterations(body(main_function(copy)), 1):
             kind = op.name.removeprefix("sdy.")
             if kind in _KINDS:
-                found.append(_collective(op, kind, sizes, numbers[op.results[0]], turns))
-            found += _halos(op, sizes, numbers, twins, turns)
+                found.append(_collective(op, kind, sizes, numbers[op.results[0]], iterations))
+            found += _halos(op, sizes, numbers, twins, iterations)
         return found
 
 
 def _tie_windows(op: ir.Operation) -> None:
     """Let Shardy cut what an op with windows reads as it cuts what it makes, where XLA can: its own rule gathers it."""
-    tied = {border.dim for border in borders_of(op)} | apart(op)
+    tied = {halo.dim for halo in halos_of(op)} | non_overlapping_dims(op)
     if not tied or op.name == "stablehlo.convolution":  # of which it has one factor for both
         return
     shapes = [value_shape(value) for value in (*op.operands, op.results[0])]
@@ -90,21 +90,21 @@ def _tie_windows(op: ir.Operation) -> None:
     )
 
 
-def _with_turns(block: ir.Block, turns: int) -> Iterator[tuple[ir.Operation, int]]:
+def _with_iterations(block: ir.Block, iterations: int) -> Iterator[tuple[ir.Operation, int]]:
     """The ops of a block and of the loops in it, and how often each runs."""
     for view in block.operations:
         op = view.operation
-        yield op, turns
+        yield op, iterations
         if op.name == WHILE:
             for region in op.regions:
-                yield from _with_turns(region.blocks[0], turns * turns_of(op))
+                yield from _with_iterations(region.blocks[0], iterations * assumed_trip_count(op))
 
 
 def _value_numbers(main: ir.Operation) -> dict[ir.Value, int]:
     """A number for every value of a function and of its loops, the same for values that are computed alike."""
     numbers: dict[ir.Value, int] = {argument: number for number, argument in enumerate(body(main).arguments)}
     known = dict[tuple[object, ...], int]()
-    for op, _ in _with_turns(body(main), 1):
+    for op, _ in _with_iterations(body(main), 1):
         unlike = len(numbers) if len(op.regions) else None  # regions may read anything: no two are taken for equal
         attributes = str(
             {name: str(op.attributes[name]) for name in sorted(op.attributes.keys()) if name not in PLACEMENT}
@@ -128,7 +128,7 @@ def _axis_sizes(module: ir.Module) -> dict[str, int]:
     return sizes
 
 
-def _collective(op: ir.Operation, kind: str, sizes: dict[str, int], number: int, turns: int) -> Collective:
+def _collective(op: ir.Operation, kind: str, sizes: dict[str, int], number: int, iterations: int) -> Collective:
     after = _parts(op.attributes["out_sharding"], sizes)
     size = tensor_size(op.results[0].type)
     whole = size.bytes
@@ -152,7 +152,7 @@ def _collective(op: ir.Operation, kind: str, sizes: dict[str, int], number: int,
         group, nbytes = math.prod(sizes.values()), held
     else:
         group, nbytes = after // before, 0.0
-    return Collective(kind, group, turns * nbytes, str(op.location), size.bytes // max(1, size.elements), number)
+    return Collective(kind, group, iterations * nbytes, str(op.location), size.bytes // max(1, size.elements), number)
 
 
 def _halos(
@@ -160,26 +160,26 @@ def _halos(
     sizes: dict[str, int],
     numbers: dict[ir.Value, int],
     twins: dict[tuple[object, ...], int],
-    turns: int,
+    iterations: int,
 ) -> Iterator[Collective]:
     """The borders that are exchanged for an op, of which Shardy makes nothing."""
-    borders = borders_of(op)
-    if not borders:
+    halos = halos_of(op)
+    if not halos:
         return
     parts = [_parts_of_dims(value, sizes) for value in op.operands]
     made = _parts_of_dims(op.results[0], sizes)
 
-    def is_cut(border: Border) -> bool:
-        partner = made if border.partner is None else parts[border.partner]
-        return parts[border.operand][border.dim] == partner[border.partner_dim] > 1
+    def is_cut(halo: Halo) -> bool:
+        partner = made if halo.partner is None else parts[halo.partner]
+        return parts[halo.operand][halo.dim] == partner[halo.partner_dim] > 1
 
-    sent = borders_sent([border for border in borders if is_cut(border)], lambda operand, dim: parts[operand][dim])
-    for number, (border, rows, nbytes) in enumerate(sent):
-        value = op.operands[border.operand]
-        key = numbers[value], str(_sharding_of(value)), border.dim, number, rows, nbytes
+    sent = halo_sends([halo for halo in halos if is_cut(halo)], lambda operand, dim: parts[operand][dim])
+    for number, (halo, rows, nbytes) in enumerate(sent):
+        value = op.operands[halo.operand]
+        key = numbers[value], str(_sharding_of(value)), halo.dim, number, rows, nbytes
         twin = twins.setdefault(key, len(numbers) + len(twins))
         group = math.prod(sizes.values())
-        yield Collective(HALO, group, turns * nbytes, str(op.location), border.element_bytes, twin)
+        yield Collective(HALO, group, iterations * nbytes, str(op.location), halo.element_bytes, twin)
 
 
 def _parts_of_dims(value: ir.Value, sizes: dict[str, int]) -> list[int]:

@@ -18,7 +18,7 @@ _OF_PHASE = {FORWARD: "activations", BACKWARD: "gradients", UPDATE: "update"}
 
 
 @dataclass(frozen=True)
-class Account:
+class CostBreakdown:
     """What a step takes.
 
     Attributes:
@@ -30,18 +30,18 @@ class Account:
     memory: tuple[tuple[str, int], ...]
 
 
-def account(
+def cost_breakdown(
     model: ShardingModel, reading: Reading, roles: Sequence[str], choice: Sequence[int], shardings: Shardings
-) -> Account:
+) -> CostBreakdown:
     """The account of a choice of the model's network."""
-    work = model.work
+    problem = model.problem
     computing = sum(
-        op.weight * model.computing(op, strategy)
-        for op, strategy in zip(work.operations, shardings.chosen, strict=True)
+        op.runs_per_step * model.computing(op, strategy)
+        for op, strategy in zip(problem.ops, shardings.chosen, strict=True)
         if strategy is not None
     )
-    loading = sum(s / shardings.arguments[number].num_shards(model.mesh.sizes) for number, s in work.loads)
-    names = classes(model, reading, roles)
+    loading = sum(s / shardings.arguments[number].num_shards(model.mesh.sizes) for number, s in problem.loads)
+    names = memory_classes(model, reading, roles)
     network = model.network
     held = [usage[k].item() for usage, k in zip(network.usages, choice, strict=True)]
     change = np.zeros(max(end for _, end in network.intervals) + 1)
@@ -53,12 +53,12 @@ def account(
     for (first, end), nbytes, name in zip(network.intervals, held, names, strict=True):
         if first <= fullest < end and nbytes:
             memory[name] = memory.get(name, 0) + round(nbytes)
-    return Account(
+    return CostBreakdown(
         max(0.0, shardings.seconds - computing - loading), tuple(sorted(memory.items(), key=lambda x: -x[1]))
     )
 
 
-def sent(
+def bytes_sent(
     model: ShardingModel,
     reading: Reading,
     shardings: Shardings,
@@ -90,28 +90,28 @@ def sent(
         source = home.get(value)
         if source is None:
             return
-        weight = flow.value_turns[number] * (1.0 if phase in (UPDATE, None) else num_microbatches)
+        weight = flow.value_iterations[number] * (1.0 if phase in (UPDATE, None) else num_microbatches)
         for step in model.tables[value].path(source, spec):
             key = number, reading.function_of(phase), step.target
             if key not in copied:
                 copied.add(key)
                 count(step.kind, step.nbytes, weight)
 
-    for part, strategy in zip(reading.parts, shardings.chosen, strict=True):
+    for entry, strategy in zip(reading.ops, shardings.chosen, strict=True):
         if strategy is None:
             continue
-        for number, spec in zip(part.reads, strategy.operands, strict=True):
-            read(number, spec, flow.phases[part.index])
+        for number, spec in zip(entry.reads, strategy.operands, strict=True):
+            read(number, spec, flow.phases[entry.index])
         for exchange in strategy.exchanges:
-            count(HALO, exchange.nbytes, part.operation.weight)
+            count(HALO, exchange.nbytes, entry.op.runs_per_step)
         for reduction in strategy.reductions:
-            count(reduction.kind, reduction.nbytes, part.operation.weight)
-        home.update(zip(part.operation.results, strategy.results, strict=True))
+            count(reduction.kind, reduction.nbytes, entry.op.runs_per_step)
+        home.update(zip(entry.op.results, strategy.results, strict=True))
     for loop in flow.loops:
         for number, result in zip(loop.returned, loop.results, strict=True):
             if reading.value_of[result] in home:
                 read(number, home[reading.value_of[result]], flow.phases[loop.end])
-    made = {value for part in reading.parts for value in part.operation.results}
+    made = {value for entry in reading.ops for value in entry.op.results}
     for number, updated in zip(flow.operands[-1], updates, strict=True):
         own = reading.value_of[number] in made or reading.value_of[number] in first
         if own and updated is not None and updated in shardings.arguments:
@@ -119,17 +119,17 @@ def sent(
     return {kind: round(nbytes) for kind, nbytes in sorted(total.items())}
 
 
-def classes(model: ShardingModel, reading: Reading, roles: Sequence[str]) -> list[str]:
+def memory_classes(model: ShardingModel, reading: Reading, roles: Sequence[str]) -> list[str]:
     """What each node of the network holds."""
     who = Roles.of(reading, roles)
     of_input = {number: "constants" if role == "constant" else role for number, role in enumerate(roles)}
     of_input |= dict.fromkeys(who.parameters, "parameters") | dict.fromkeys(who.rest, "optimizer state")
-    names = [of_input.get(number, "received") for number in model.work.inputs]
+    names = [of_input.get(number, "received") for number in model.problem.inputs]
     gradients = set(who.gradients)
-    for part, choices in zip(reading.parts, model.strategies, strict=True):
+    for entry, choices in zip(reading.ops, model.strategies, strict=True):
         if choices is None:
             continue
-        phase = reading.flow.phases[part.index]
-        own = gradients.intersection(part.operation.results)
+        phase = reading.flow.phases[entry.index]
+        own = gradients.intersection(entry.op.results)
         names.append("gradients" if own else _OF_PHASE.get(phase or "", "other"))
     return names

@@ -15,7 +15,7 @@ _LINEAR = ("stablehlo.transpose", "stablehlo.reshape", "stablehlo.convert", "sta
 _SCALING = ("stablehlo.multiply", "stablehlo.divide")  # by a constant
 
 
-def deferred_sums(flow: MainDataflow, value_of: Sequence[int], hands_on: Sequence[bool]) -> dict[int, Defers]:
+def deferred_sums(flow: MainDataflow, value_of: Sequence[int], forwards: Sequence[bool]) -> dict[int, Defers]:
     """The ops that lie between a sum over a batch and the accumulator that only the update reads.
 
     All that is between is linear, and nothing else reads it, so devices can accumulate parts of the sum, each its own, and
@@ -26,7 +26,7 @@ def deferred_sums(flow: MainDataflow, value_of: Sequence[int], hands_on: Sequenc
         value_of: of each value the one that it is, where ops hand on what they read.
         hands_on: which ops do so.
     """
-    finder = _Finder(flow, value_of, hands_on)
+    finder = _Finder(flow, value_of, forwards)
     found = dict[int, Defers]()
     for index, op in enumerate(flow.ops[:-1]):
         if ACCUMULATE in op.attributes and op.name == "stablehlo.add":
@@ -35,11 +35,11 @@ def deferred_sums(flow: MainDataflow, value_of: Sequence[int], hands_on: Sequenc
 
 
 class _Finder:
-    def __init__(self, flow: MainDataflow, value_of: Sequence[int], hands_on: Sequence[bool]) -> None:
+    def __init__(self, flow: MainDataflow, value_of: Sequence[int], forwards: Sequence[bool]) -> None:
         self._flow, self._value_of = flow, value_of
         self._readers: list[set[int]] = [set() for _ in flow.values]
         for index, reads in enumerate(flow.operands):
-            if index == len(flow.ops) - 1 or not hands_on[index]:
+            if index == len(flow.ops) - 1 or not forwards[index]:
                 for value in reads:
                     self._readers[value_of[value]].add(index)
 

@@ -13,12 +13,12 @@ from bactrian.passes.frame.views import Viewable
 from bactrian.passes.machine.spec import Spec
 from bactrian.passes.network.problem import CostNetwork
 from bactrian.passes.network.solver import Solution, solve
-from bactrian.passes.sharding.baselines import AUTO, named
-from bactrian.passes.sharding.cost_breakdown import account, sent
-from bactrian.passes.sharding.reduce_scatter_choice import scattered
-from bactrian.passes.sharding.sharding_model import ShardingModel, Work
+from bactrian.passes.sharding.baselines import AUTO, pin_baseline
+from bactrian.passes.sharding.cost_breakdown import bytes_sent, cost_breakdown
+from bactrian.passes.sharding.reduce_scatter_choice import prefer_reduce_scatters
+from bactrian.passes.sharding.sharding_model import ShardingModel, ShardingProblem
 from bactrian.passes.sharding.stage_programs import StageProgram
-from bactrian.passes.sharding.unshardable_dims import Uncut, uncut
+from bactrian.passes.sharding.unshardable_dims import UnshardableDim, unshardable_dims
 from bactrian.passes.sharding.value_names import NamedValue, place_text
 from bactrian.passes.sharding.work_from_ir import Reading
 
@@ -117,7 +117,7 @@ class Explanation(Viewable):
     limit_bytes: int
     unlimited: Unlimited | None
     alternatives: tuple[Alternative, ...]
-    impossible: tuple[Uncut, ...]
+    impossible: tuple[UnshardableDim, ...]
     notes: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
@@ -161,13 +161,13 @@ class StageExplainer:
         self.limit, self.given, self.first, self.time_limit = limit, given, first, time_limit
         self.reading = program.reading
         if strategy != AUTO:
-            self.reading = named(program.reading, program.mesh, roles, strategy)
-        self.model = ShardingModel(self.reading.work, program.mesh, limit)
+            self.reading = pin_baseline(program.reading, program.mesh, roles, strategy)
+        self.model = ShardingModel(self.reading.problem, program.mesh, limit)
 
     @cached_property
     def solution(self) -> Solution:
         """The plan's choice, made once more."""
-        return scattered(self.model, solve(self.model.network, self.time_limit))
+        return prefer_reduce_scatters(self.model, solve(self.model.network, self.time_limit))
 
     def layout(self, value: int) -> str:
         """The plan's layout of a value; ``any`` where it costs nothing."""
@@ -181,8 +181,8 @@ class StageExplainer:
             value: that the stage holds.
             deadline: of `time.monotonic`; what is not finished then is said to be so.
         """
-        work, mesh = self.model.work, self.program.mesh
-        tensor = work.values[value.number]
+        problem, mesh = self.model.problem, self.program.mesh
+        tensor = problem.values[value.number]
         found = _specs_of(self.model, value.number)
         solution, model = self.solution, self.model
         spec: Spec | None = None
@@ -194,8 +194,8 @@ class StageExplainer:
             if not given_by:
                 unlimited = self._unlimited(value.number, spec, deadline)
             if given_by and given_by != _COUNTED:
-                open_ = replace(self.reading, work=_without_given(work, value.number))
-                model = ShardingModel(open_.work, mesh, self.limit)
+                open_ = replace(self.reading, problem=_without_given(problem, value.number))
+                model = ShardingModel(open_.problem, mesh, self.limit)
                 alternatives = self._alternatives(value.number, spec, model, open_, deadline)
             else:
                 alternatives = self._alternatives(value.number, spec, model, self.reading, deadline)
@@ -218,7 +218,7 @@ class StageExplainer:
             limit_bytes=self.limit,
             unlimited=unlimited,
             alternatives=tuple(sorted(alternatives, key=_order)),
-            impossible=() if spec is None else tuple(uncut(model, value.number, value.op)),
+            impossible=() if spec is None else tuple(unshardable_dims(model, value.number, value.op)),
             notes=tuple(self._notes(value.number)),
         )
 
@@ -227,12 +227,12 @@ class StageExplainer:
         number = value.number
         if number in self.given:
             return self.given[number]
-        if number in dict(self.program.reading.work.fixed):
+        if number in dict(self.program.reading.problem.pinned):
             return _COUNTED if number < self.reading.flow.num_arguments else self._constraint(number)
-        work = self.reading.work
-        if dict(work.fixed).get(number) == spec or dict(work.wanted).get(number) == spec:
+        problem = self.reading.problem
+        if dict(problem.pinned).get(number) == spec or dict(problem.preferred).get(number) == spec:
             return f"strategy {self.strategy}" if self.strategy != AUTO else _COUNTED
-        if any(op.given and number in op.results for op in work.operations):
+        if any(op.constraint_specs and number in op.results for op in problem.ops):
             return self._constraint(number)
         return ""
 
@@ -282,8 +282,8 @@ class StageExplainer:
         is_chosen: bool = False,
     ) -> Alternative:
         shardings = model.shardings(solution.choice)
-        taken = account(model, reading, self.roles, solution.choice, shardings)
-        moved = sent(model, reading, shardings, self.program.num_microbatches, self.updates, self.first)
+        taken = cost_breakdown(model, reading, self.roles, solution.choice, shardings)
+        moved = bytes_sent(model, reading, shardings, self.program.num_microbatches, self.updates, self.first)
         return Alternative(
             layout=str(spec),
             is_chosen=is_chosen,
@@ -316,26 +316,26 @@ class StageExplainer:
 
     def _notes(self, value: int) -> list[str]:
         """What else ties the layout: constraints that read the value, borders of its pieces, the state that it becomes."""
-        names = self._borders(value)
-        for op in self.reading.work.operations:
-            if op.given and value in op.operands:
-                asked = " or ".join(map(str, op.given))
+        names = self._halos(value)
+        for op in self.reading.problem.ops:
+            if op.constraint_specs and value in op.operands:
+                asked = " or ".join(map(str, op.constraint_specs))
                 names.append(f"{self._constraint(op.results[0])} reads it as {asked}")
-        for made, argument in self.reading.work.updates:
+        for made, argument in self.reading.problem.updates:
             if made == value:
                 path = self._named[argument].name
                 names.append(f"it is the next value of {path}, which is {self.layout(argument) or 'a scalar'}")
         return names
 
-    def _borders(self, value: int) -> list[str]:
+    def _halos(self, value: int) -> list[str]:
         """What neighbours exchange of the value for ops that look at windows of it."""
-        work, names = self.model.work, list[str]()
+        problem, names = self.model.problem, list[str]()
         chosen = self.model.shardings(self.solution.choice).chosen
-        for op, strategy in zip(work.operations, chosen, strict=True):
+        for op, strategy in zip(problem.ops, chosen, strict=True):
             exchanges = strategy.exchanges if strategy is not None else ()
-            own = [each for each in exchanges if op.operands[each.border.operand] == value]
+            own = [each for each in exchanges if op.operands[each.halo.operand] == value]
             if own:
-                rows = " and ".join(f"{e.rows} of dim {e.border.dim} ({'+'.join(e.axes)})" for e in own)
+                rows = " and ".join(f"{e.rows} of dim {e.halo.dim} ({'+'.join(e.axes)})" for e in own)
                 nbytes, seconds = sum(each.nbytes for each in own), sum(each.seconds for each in own)
                 names.append(
                     f"{self._named[op.results[0]].label} exchanges borders of its pieces, rows: {rows}; "
@@ -383,11 +383,11 @@ def _answer(network: CostNetwork, time_limit: float) -> Solution | None:
 def _specs_of(model: ShardingModel, value: int) -> tuple[int, list[Spec]] | None:
     """The node of the network that decides a value's layout, and the layout that each of its strategies gives; None for
     what is free."""
-    for node, (number, specs) in enumerate(zip(model.work.inputs, model.input_specs, strict=True)):
+    for node, (number, specs) in enumerate(zip(model.problem.inputs, model.input_specs, strict=True)):
         if number == value:
             return node, list(specs)
-    node = len(model.work.inputs)
-    for op, choices in zip(model.work.operations, model.strategies, strict=True):
+    node = len(model.problem.inputs)
+    for op, choices in zip(model.problem.ops, model.strategies, strict=True):
         if choices is None:
             continue
         if value in op.results:
@@ -397,9 +397,11 @@ def _specs_of(model: ShardingModel, value: int) -> tuple[int, list[Spec]] | None
     return None
 
 
-def _without_given(work: Work, value: int) -> Work:
+def _without_given(problem: ShardingProblem, value: int) -> ShardingProblem:
     """The work as if nobody had decided the layout of a value."""
-    operations = tuple(replace(op, given=()) if op.given and value in op.results else op for op in work.operations)
-    fixed = tuple(pair for pair in work.fixed if pair[0] != value)
-    wanted = tuple(pair for pair in work.wanted if pair[0] != value)
-    return replace(work, operations=operations, fixed=fixed, wanted=wanted)
+    operations = tuple(
+        replace(op, constraint_specs=()) if op.constraint_specs and value in op.results else op for op in problem.ops
+    )
+    fixed = tuple(pair for pair in problem.pinned if pair[0] != value)
+    wanted = tuple(pair for pair in problem.preferred if pair[0] != value)
+    return replace(problem, ops=operations, pinned=fixed, preferred=wanted)

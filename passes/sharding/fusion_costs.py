@@ -9,7 +9,7 @@ from bactrian.passes.ir.op_traits import COSTED_ALONE
 from bactrian.passes.machine.cluster import Cluster
 from bactrian.passes.sharding.loop_dataflow import CONDITION, END, LoopFlow
 
-PART_WRITTEN = "stablehlo.dynamic_update_slice"
+DYNAMIC_UPDATE_SLICE = "stablehlo.dynamic_update_slice"
 
 
 def read_from_memory(flow: LoopFlow, value_of: list[int]) -> list[bool]:
@@ -22,7 +22,7 @@ def read_from_memory(flow: LoopFlow, value_of: list[int]) -> list[bool]:
         for value in flow.operands[index]:
             source = value_of[value]
             producer = flow.producer[source]
-            if separate or source != value or producer < 0 or _apart(flow, producer, index):
+            if separate or source != value or producer < 0 or _never_fused(flow, producer, index):
                 read[source] = True
     return read
 
@@ -30,10 +30,10 @@ def read_from_memory(flow: LoopFlow, value_of: list[int]) -> list[bool]:
 def is_separate(flow: LoopFlow, index: int) -> bool:
     """Whether an op is not fused with others; what a loop stacks is written where it is computed."""
     name = flow.ops[index].name
-    return name in COSTED_ALONE and not (name == PART_WRITTEN and flow.tops[index] is not flow.ops[index])
+    return name in COSTED_ALONE and not (name == DYNAMIC_UPDATE_SLICE and flow.tops[index] is not flow.ops[index])
 
 
-def _apart(flow: LoopFlow, producer: int, reader: int) -> bool:
+def _never_fused(flow: LoopFlow, producer: int, reader: int) -> bool:
     """Whether two ops are of two phases, or in two loops."""
     if flow.phases[producer] != flow.phases[reader]:
         return True
@@ -68,7 +68,7 @@ def op_seconds(
     ]
     if op.name == "stablehlo.dynamic_slice":
         read[:1] = [min(read[0], *made)]
-    if op.name == PART_WRITTEN:
+    if op.name == DYNAMIC_UPDATE_SLICE:
         made, read[0] = [model.size(op.operands[1].type).bytes], 0
     moved = sum(read) + (sum(made) if keeps else 0)
     return max(flops, moved / device.bytes_per_second)

@@ -11,7 +11,7 @@ HALO = "halo"
 
 
 @dataclass(frozen=True)
-class Border:
+class Halo:
     """How an op reads a dim of an operand that is cut together with a dim of its result, or of its kernel.
 
     Of ``n`` pieces, device *i* reads the rows from ``(i * advance / n - padding) / dilation`` up to
@@ -43,7 +43,7 @@ class Border:
     dilation: int = 1
 
     @property
-    def is_filled(self) -> bool:
+    def is_padded(self) -> bool:
         """Whether windows reach beyond the dim."""
         first, last = self._reads(0, 1)
         return first < 0 or last > self.shape[self.dim]
@@ -76,7 +76,7 @@ class Border:
         return -(-first // self.dilation), -(-last // self.dilation)
 
 
-def borders_sent(borders: Sequence[Border], parts: Callable[[int, int], int]) -> Iterator[tuple[Border, int, float]]:
+def halo_sends(halos: Sequence[Halo], parts: Callable[[int, int], int]) -> Iterator[tuple[Halo, int, float]]:
     """What each device sends to one neighbour: the border, its rows, and bytes; one collective each.
 
     XLA exchanges dim after dim: the borders of the second one are as wide as what the first one has made.
@@ -87,15 +87,15 @@ def borders_sent(borders: Sequence[Border], parts: Callable[[int, int], int]) ->
     """
     shape = list[int]()
     operand: int | None = None
-    for border in borders:
-        if border.operand != operand:
-            operand = border.operand
-            shape = [size // parts(operand, dim) for dim, size in enumerate(border.shape)]
-        count = parts(border.operand, border.dim)
+    for halo in halos:
+        if halo.operand != operand:
+            operand = halo.operand
+            shape = [size // parts(operand, dim) for dim, size in enumerate(halo.shape)]
+        count = parts(halo.operand, halo.dim)
         if count == 1:
             continue
-        row = math.prod(size for dim, size in enumerate(shape) if dim != border.dim) * border.element_bytes
-        for rows in border.rows(count):
+        row = math.prod(size for dim, size in enumerate(shape) if dim != halo.dim) * halo.element_bytes
+        for rows in halo.rows(count):
             if rows:
-                yield border, rows, float(rows * row)
-        shape[border.dim] = border.span(count)
+                yield halo, rows, float(rows * row)
+        shape[halo.dim] = halo.span(count)

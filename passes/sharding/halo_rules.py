@@ -12,7 +12,7 @@ from jaxlib.mlir.dialects import stablehlo
 from bactrian.passes.ir.op_costs import element_bytes
 from bactrian.passes.ir.tensor_sizes import value_shape
 from bactrian.passes.sharding.deferred_reductions import splat_of
-from bactrian.passes.sharding.halo import Border
+from bactrian.passes.sharding.halo import Halo
 from bactrian.passes.sharding.sharding_rules import Rule
 
 RULE = "sdy.sharding_rule"
@@ -20,7 +20,7 @@ _ROW_BY_ROW = frozenset(f"stablehlo.{name}" for name in ("reduce_window", "selec
 _WITH_WINDOWS = _ROW_BY_ROW | {"stablehlo.convolution"}
 
 
-def with_borders(op: ir.Operation, rule: Rule, shapes: Sequence[tuple[int, ...]]) -> Rule:
+def with_halos(op: ir.Operation, rule: Rule, shapes: Sequence[tuple[int, ...]]) -> Rule:
     """A rule with the borders that devices exchange. Other windows stay whole.
 
     Of a convolution's image Shardy's factors are the number of windows, of which devices need their neighbours' part, and
@@ -34,15 +34,15 @@ def with_borders(op: ir.Operation, rule: Rule, shapes: Sequence[tuple[int, ...]]
     """
     if op.name not in _WITH_WINDOWS:
         return rule
-    windowed, plain = windowed_dims(op), plain_dims(op)
+    windowed, plain = windowed_dims(op), product_dims(op)
     if not windowed and not plain:
         return rule
     first, count = rule.operands[0], len(rule.operands)
     tensors = [list(dims) for dims in (*rule.operands, *rule.results)]
-    borders, cut = list[Border](), set[int]()
+    halos, cut = list[Halo](), set[int]()
     whole, sizes = {factor for dim in windowed for factor in first[dim]}, list(rule.sizes)
-    tied = [(border.dim, border.partner, border.partner_dim, border) for border in borders_of(op)]
-    for dim, partner, partner_dim, border in [*tied, *((dim, 1, dim, None) for dim in apart(op))]:
+    tied = [(halo.dim, halo.partner, halo.partner_dim, halo) for halo in halos_of(op)]
+    for dim, partner, partner_dim, halo in [*tied, *((dim, 1, dim, None) for dim in non_overlapping_dims(op))]:
         other = tensors[count if partner is None else partner]
         if not first[dim]:
             continue
@@ -54,8 +54,8 @@ def with_borders(op: ir.Operation, rule: Rule, shapes: Sequence[tuple[int, ...]]
             whole |= set(other[partner_dim])
             other[partner_dim] = (factor,)
         cut.add(factor)
-        if border is not None:
-            borders.append(border)
+        if halo is not None:
+            halos.append(halo)
     for factor in cut:
         dims = [
             (dim, size)
@@ -72,11 +72,11 @@ def with_borders(op: ir.Operation, rule: Rule, shapes: Sequence[tuple[int, ...]]
         results=tuple(map(tuple, tensors[count:])),
         replicated=(rule.replicated | whole) - cut,
         permuted=rule.permuted - cut - {first[dim][0] for dim in plain if first[dim]},
-        borders=tuple(borders),
+        halos=tuple(halos),
     )
 
 
-class Fillings:
+class PaddingValues:
     """What stands around images, for ops whose windows are the same.
 
     XLA exchanges the borders of an image once for all windows that are the same, and fills up what is beyond the image with
@@ -92,32 +92,32 @@ class Fillings:
         windowed = [(name != "stablehlo.convolution", op) for name, op in named if name in _WITH_WINDOWS]
         self._known = dict[object, object]()
         for _, op in sorted(windowed, key=lambda pair: pair[0]):
-            windows = _filled_windows(op)
+            windows = _padded_windows(op)
             if windows is not None:
-                self._known.setdefault(windows, _filling(op))
+                self._known.setdefault(windows, _padding_value(op))
 
     def agreed(self, op: ir.Operation, rule: Rule) -> Rule:
         """The rule, with windows whole if another op wants something else around the same ones."""
-        windows = _filled_windows(op)
-        if windows is None or self._known[windows] == _filling(op):
+        windows = _padded_windows(op)
+        if windows is None or self._known[windows] == _padding_value(op):
             return rule
-        whole = {rule.factor_of(border) for border in rule.borders}
-        return replace(rule, replicated=rule.replicated | whole, borders=())
+        whole = {rule.factor_of(halo) for halo in rule.halos}
+        return replace(rule, replicated=rule.replicated | whole, halos=())
 
 
-def _filled_windows(op: ir.Operation) -> object:
+def _padded_windows(op: ir.Operation) -> object:
     """Equal for ops with the same windows on images of one shape; None where these end with the image.
 
     Not of which dim of the result they are, nor in which order: images are exchanged alike for all.
     """
-    borders = [border for border in borders_of(op) if border.partner is None]
-    if not any(border.is_filled for border in borders):
+    halos = [halo for halo in halos_of(op) if halo.partner is None]
+    if not any(halo.is_padded for halo in halos):
         return None
-    windows = sorted((each.dim, each.advance, each.overlap, each.padding, each.dilation) for each in borders)
-    return borders[0].shape, borders[0].element_bytes, tuple(windows)
+    windows = sorted((each.dim, each.advance, each.overlap, each.padding, each.dilation) for each in halos)
+    return halos[0].shape, halos[0].element_bytes, tuple(windows)
 
 
-def _filling(op: ir.Operation) -> object:
+def _padding_value(op: ir.Operation) -> object:
     """A number, where it is known."""
     if op.name not in ("stablehlo.reduce_window", "stablehlo.pad"):
         return 0.0
@@ -127,7 +127,7 @@ def _filling(op: ir.Operation) -> object:
     return ir.FloatAttr(number).value if isinstance(number, ir.FloatAttr) else str(number)
 
 
-def borders_of(op: ir.Operation) -> tuple[Border, ...]:
+def halos_of(op: ir.Operation) -> tuple[Halo, ...]:
     """The borders of an op that XLA exchanges, operand by operand and dim by dim; none for an op without windows.
 
     A dim may be cut with one of the result or with one of the kernel: then there is a border for each. Left out are windows
@@ -148,20 +148,20 @@ def borders_of(op: ir.Operation) -> tuple[Border, ...]:
             return ()
 
 
-def plain_dims(op: ir.Operation) -> frozenset[int]:
+def product_dims(op: ir.Operation) -> frozenset[int]:
     """The spatial dims of a convolution's image that are as those of a product."""
     if op.name != "stablehlo.convolution":
         return frozenset()
     numbers = stablehlo.ConvDimensionNumbers(op.attributes["dimension_numbers"])
     dims = numbers.input_spatial_dimensions
-    return frozenset(dim for at, dim in enumerate(dims) if _is_plain(op, numbers, at))
+    return frozenset(dim for at, dim in enumerate(dims) if _is_product_dim(op, numbers, at))
 
 
 def windowed_dims(op: ir.Operation) -> frozenset[int]:
     """The dims of an op's first operand of which a position of the result needs more than the same position, or another."""
     if op.name == "stablehlo.convolution":
         numbers = stablehlo.ConvDimensionNumbers(op.attributes["dimension_numbers"])
-        return frozenset(numbers.input_spatial_dimensions) - plain_dims(op)
+        return frozenset(numbers.input_spatial_dimensions) - product_dims(op)
     if op.name not in _ROW_BY_ROW:
         return frozenset()
     shape, made = value_shape(op.operands[0]), value_shape(op.results[0])
@@ -171,7 +171,7 @@ def windowed_dims(op: ir.Operation) -> frozenset[int]:
     return frozenset(dim for dim, (*window, size) in enumerate(windows) if window != [1, 1, 0, size])
 
 
-def apart(op: ir.Operation) -> frozenset[int]:
+def non_overlapping_dims(op: ir.Operation) -> frozenset[int]:
     """The dims that a ``select_and_scatter`` cuts into windows without anything between them, or on both sides."""
     if op.name != "stablehlo.select_and_scatter":
         return frozenset()
@@ -184,7 +184,7 @@ def apart(op: ir.Operation) -> frozenset[int]:
     )  # fmt: skip
 
 
-def _of_convolution(op: ir.Operation) -> Iterator[Border]:
+def _of_convolution(op: ir.Operation) -> Iterator[Halo]:
     numbers = stablehlo.ConvDimensionNumbers(op.attributes["dimension_numbers"])
     image, kernel, made = (value_shape(value) for value in (*op.operands, op.results[0]))
     nbytes, count = _element_bytes(op.operands[0]), len(numbers.input_spatial_dimensions)
@@ -195,22 +195,22 @@ def _of_convolution(op: ir.Operation) -> Iterator[Border]:
     kinds = numbers.input_spatial_dimensions, numbers.kernel_spatial_dimensions, numbers.output_spatial_dimensions
     dims = zip(*kinds, strict=True)
     for at, (dim, inside, out) in enumerate(dims):
-        if _is_plain(op, numbers, at):
+        if _is_product_dim(op, numbers, at):
             continue
-        yield Border(
+        yield Halo(
             operand=0, dim=dim, partner=None, partner_dim=out, shape=image, element_bytes=nbytes,
             advance=strides[at] * made[out], overlap=1 + (kernel[inside] - 1) * windows[at] - strides[at],
             padding=padding[at], dilation=dilations[at],
         )  # fmt: skip
         if dilations[at] == 1 and not _reverses(op):
-            yield Border(
+            yield Halo(
                 operand=0, dim=dim, partner=1, partner_dim=inside, shape=image, element_bytes=nbytes,
                 advance=kernel[inside] * windows[at], overlap=(made[out] - 1) * strides[at] - (windows[at] - 1),
                 padding=padding[at],
             )  # fmt: skip
 
 
-def _is_plain(op: ir.Operation, numbers: stablehlo.ConvDimensionNumbers, at: int) -> bool:
+def _is_product_dim(op: ir.Operation, numbers: stablehlo.ConvDimensionNumbers, at: int) -> bool:
     """Whether a spatial dim is one of a product: windows of one row, or one window of all."""
     image, kernel = (value_shape(value) for value in op.operands)
     size, inside = image[numbers.input_spatial_dimensions[at]], kernel[numbers.kernel_spatial_dimensions[at]]
@@ -222,7 +222,7 @@ def _is_plain(op: ir.Operation, numbers: stablehlo.ConvDimensionNumbers, at: int
     return (inside, made) in ((1, size), (size, 1))
 
 
-def _of_reduce_window(op: ir.Operation) -> Iterator[Border]:
+def _of_reduce_window(op: ir.Operation) -> Iterator[Halo]:
     count = len(value_shape(op.results[0]))
     names = ("window_dimensions", "window_strides", "base_dilations", "window_dilations")
     sizes, strides, dilations, windows = (_ints(op, name, count) for name in names)
@@ -236,11 +236,11 @@ def _of_rows(
     dilations: Sequence[int],
     padding: Sequence[int],
     overlaps: Sequence[int] | None = None,
-) -> Iterator[Border]:
+) -> Iterator[Halo]:
     """The borders of an op that makes each dim of the result of the same dim of its first operand."""
     shape, made = value_shape(op.operands[0]), value_shape(op.results[0])
     for dim in sorted(windowed_dims(op)):
-        yield Border(
+        yield Halo(
             operand=0, dim=dim, partner=None, partner_dim=dim, shape=shape, element_bytes=_element_bytes(op.operands[0]),
             advance=strides[dim] * made[dim], overlap=overlaps[dim] if overlaps is not None else 1 - strides[dim],
             padding=padding[dim], dilation=dilations[dim],

@@ -10,14 +10,16 @@ from bactrian.passes.frame.errors import InfeasiblePlanError, SourcePlace
 from bactrian.passes.frame.location import describe, user_place, where_text
 from bactrian.passes.frame.units import human_bytes
 from bactrian.passes.ir.attributes import UPDATE
-from bactrian.passes.sharding.cost_breakdown import classes
+from bactrian.passes.sharding.cost_breakdown import memory_classes
 from bactrian.passes.sharding.sharding_model import ShardingModel
 from bactrian.passes.sharding.work_from_ir import Reading
 
 _PER_MICROBATCH = frozenset({"batch", "activations", "received"})
 
 
-def shortage(model: ShardingModel, reading: Reading, roles: Sequence[str], stage: int) -> InfeasiblePlanError | None:
+def out_of_memory(
+    model: ShardingModel, reading: Reading, roles: Sequence[str], stage: int
+) -> InfeasiblePlanError | None:
     """The error for a stage whose leanest layouts are too large at some time; None if each fits by itself.
 
     Every layout can be moved to every other, so the leanest choice for each value is a choice for all: what it takes at the
@@ -45,7 +47,7 @@ def shortage(model: ShardingModel, reading: Reading, roles: Sequence[str], stage
     there = [
         (nbytes, name, node)
         for node, ((first, end), nbytes, name) in enumerate(
-            zip(network.intervals, least, classes(model, reading, roles), strict=True)
+            zip(network.intervals, least, memory_classes(model, reading, roles), strict=True)
         )
         if first <= time < end and nbytes
     ]
@@ -70,9 +72,9 @@ def shortage(model: ShardingModel, reading: Reading, roles: Sequence[str], stage
 
 def _at(reading: Reading, time: int) -> tuple[str, SourcePlace | None]:
     """The op that a device holds most at, and its line."""
-    if not reading.parts:
+    if not reading.ops:
         return "", None
-    index = reading.parts[min(time, len(reading.parts) - 1)].index
+    index = reading.ops[min(time, len(reading.ops) - 1)].index
     op, phase = reading.flow.ops[index], reading.flow.phases[index]
     where, place = where_text(op), user_place(op.location)
     return (f"{where}, {'in the update' if phase == UPDATE else phase}" if phase else where), place
@@ -80,12 +82,12 @@ def _at(reading: Reading, time: int) -> tuple[str, SourcePlace | None]:
 
 def _name(model: ShardingModel, reading: Reading, node: int) -> str:
     """What a node decides the layout of, for people."""
-    inputs = model.work.inputs
+    inputs = model.problem.inputs
     if node < len(inputs):
         value = inputs[node]
     else:
-        free = [part for part, choices in zip(reading.parts, model.strategies, strict=True) if choices is not None]
-        value = free[node - len(inputs)].operation.results[0]
+        free = [entry for entry, choices in zip(reading.ops, model.strategies, strict=True) if choices is not None]
+        value = free[node - len(inputs)].op.results[0]
     found = reading.flow.values[value]
     return f"{describe(found.location) or 'a value'}: {found.type}"
 

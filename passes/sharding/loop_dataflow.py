@@ -22,7 +22,7 @@ CONDITION = "condition"
 END = "end"
 
 
-def turns_of(loop: ir.Operation) -> int:
+def assumed_trip_count(loop: ir.Operation) -> int:
     """How often the body of a ``while`` is taken to run: once, where the IR does not say."""
     count = trip_count(loop)
     return 1 if count is None else count
@@ -90,15 +90,15 @@ class LoopFlow(MainDataflow):
     Attributes:
         kinds: of each entry one of these words, ``OP`` for an op as it is.
         tops: of each entry the op that stands in ``@main``.
-        turns: how often each entry runs when ``@main`` runs once.
-        value_turns: how often each value is there anew.
+        iterations: how often each entry runs when ``@main`` runs once.
+        value_iterations: how often each value is made anew.
         loops: inner ones first.
     """
 
     kinds: list[str] = field(default_factory=list[str])
     tops: list[ir.Operation] = field(default_factory=list[ir.Operation])
-    turns: list[int] = field(default_factory=list[int])
-    value_turns: list[int] = field(default_factory=list[int])
+    iterations: list[int] = field(default_factory=list[int])
+    value_iterations: list[int] = field(default_factory=list[int])
     loops: list[Loop] = field(default_factory=list[Loop])
 
     @classmethod
@@ -138,7 +138,7 @@ class _Builder:
     def __init__(self, main: ir.Operation) -> None:
         arguments: list[ir.Value] = list(body(main).arguments)
         count = len(arguments)
-        self.flow = LoopFlow([], [], [], [-1] * count, arguments, count, value_turns=[1] * count)
+        self.flow = LoopFlow([], [], [], [-1] * count, arguments, count, value_iterations=[1] * count)
         self._number: dict[ir.Value, int] = {value: index for index, value in enumerate(arguments)}
         for view in body(main).operations:
             op = view.operation
@@ -149,7 +149,7 @@ class _Builder:
         kind: str,
         op: ir.Operation,
         top: ir.Operation,
-        turns: int,
+        iterations: int,
         reads: tuple[int, ...],
         results: Iterable[ir.Value],
     ) -> range:
@@ -158,34 +158,34 @@ class _Builder:
             self._number[result] = len(flow.values)
             flow.values.append(result)
             flow.producer.append(len(flow.ops))
-            flow.value_turns.append(turns)
+            flow.value_iterations.append(iterations)
         made = range(first, len(flow.values))
         flow.ops.append(op)
         flow.operands.append(reads)
         flow.results.append(made)
         flow.kinds.append(kind)
         flow.tops.append(top)
-        flow.turns.append(turns)
+        flow.iterations.append(iterations)
         return made
 
-    def _op(self, op: ir.Operation, top: ir.Operation, turns: int) -> None:
+    def _op(self, op: ir.Operation, top: ir.Operation, iterations: int) -> None:
         if op.name == WHILE:
-            self._loop(op, top, turns)
+            self._loop(op, top, iterations)
             return
         reads = tuple(self._number[value] for value in op.operands)
         if len(op.regions):
             reads += tuple(self._known(_inside(block) for region in op.regions for block in region.blocks))
-        self._entry(OP, op, top, turns, reads, op.results)
+        self._entry(OP, op, top, iterations, reads, op.results)
 
     def _known(self, inside: Iterable[list[ir.Operation]]) -> list[int]:
         captured = [self._number.get(value) for ops in inside for nested in ops for value in nested.operands]
         return [value for value in captured if value is not None]
 
-    def _loop(self, op: ir.Operation, top: ir.Operation, turns: int) -> None:
-        first, each = len(self.flow.ops), turns * turns_of(op)
+    def _loop(self, op: ir.Operation, top: ir.Operation, iterations: int) -> None:
+        first, each = len(self.flow.ops), iterations * assumed_trip_count(op)
         entering = [self._number[value] for value in op.operands]
         results = tuple(
-            self._entry(INSIDE if is_unchanged(op, number) else CARRY, op, top, turns, (value,), [result])[0]
+            self._entry(INSIDE if is_unchanged(op, number) else CARRY, op, top, iterations, (value,), [result])[0]
             for number, (value, result) in enumerate(zip(entering, op.results, strict=True))
         )
         self._condition(op, top, each, results)
@@ -200,7 +200,7 @@ class _Builder:
             self._entry(END, nested, top, each, returned, [])
             self.flow.loops.append(Loop(op, first, len(self.flow.ops) - 1, results, returned))
 
-    def _condition(self, op: ir.Operation, top: ir.Operation, turns: int, results: tuple[int, ...]) -> None:
+    def _condition(self, op: ir.Operation, top: ir.Operation, iterations: int, results: tuple[int, ...]) -> None:
         """What the condition reads, where that is more than scalars."""
         block = condition_block(op)
         inside = _inside(block)
@@ -208,9 +208,9 @@ class _Builder:
         read = dict.fromkeys(value for nested in inside for value in nested.operands if not _is_scalar(value))
         if not any(value in arguments or value in self._number for value in read):
             return
-        self._entry(INSIDE, op, top, turns, results, block.arguments)
+        self._entry(INSIDE, op, top, iterations, results, block.arguments)
         reads = tuple(self._number[value] for value in read if value in self._number)
-        self._entry(CONDITION, block.operations[0].operation, top, turns, reads, [])
+        self._entry(CONDITION, block.operations[0].operation, top, iterations, reads, [])
 
 
 def _inside(block: ir.Block) -> list[ir.Operation]:

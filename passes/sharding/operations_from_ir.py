@@ -25,16 +25,16 @@ from bactrian.passes.machine.cluster import Cluster
 from bactrian.passes.machine.mesh import Mesh
 from bactrian.passes.sharding.deferred_reductions import deferred_sums
 from bactrian.passes.sharding.fusion_costs import (
-    PART_WRITTEN,
+    DYNAMIC_UPDATE_SLICE,
     is_separate,
     op_seconds,
     read_from_memory,
     repack_seconds,
 )
-from bactrian.passes.sharding.halo_rules import RULE, Fillings, with_borders
+from bactrian.passes.sharding.halo_rules import RULE, PaddingValues, with_halos
 from bactrian.passes.sharding.loop_dataflow import CARRY, INSIDE, OP, LoopFlow
-from bactrian.passes.sharding.sharding_model import Operation
-from bactrian.passes.sharding.sharding_rules import Dims, Rule, elementwise, whole
+from bactrian.passes.sharding.sharding_model import ShardedOp
+from bactrian.passes.sharding.sharding_rules import Dims, Rule, elementwise, replicated_rule
 from bactrian.passes.sharding.strategies import Defers
 from bactrian.passes.sharding.user_shardings import (
     given_specs,
@@ -42,18 +42,18 @@ from bactrian.passes.sharding.user_shardings import (
 
 
 @dataclass(frozen=True)
-class Part:
+class FlowOp:
     """One op.
 
     Attributes:
         index: its number in the data flow.
-        operation: what the model sees.
+        op: what the model sees.
         rule: its rule, also where it is free.
         reads: values of the data flow: its operands, then what only its regions read.
     """
 
     index: int
-    operation: Operation
+    op: ShardedOp
     rule: Rule
     reads: tuple[int, ...]
 
@@ -72,7 +72,7 @@ class OperationReader:
     ) -> None:
         self._flow, self._mesh, self._cluster = flow, mesh, cluster
         self._num_microbatches, self._remark, self._in_flight = num_microbatches, remark, in_flight
-        self._model, self._fillings = CostModel(), Fillings(flow.ops)
+        self._model, self._padding_values = CostModel(), PaddingValues(flow.ops)
         self._free = [False] * len(flow.values)
         self._kept = [True] * len(flow.values)  # takes memory: all but what is made here, and fused
         self.value_of = list(range(len(flow.values)))
@@ -89,34 +89,34 @@ class OperationReader:
             for value in reads
         }
 
-    def weight(self, index: int) -> float:
+    def runs_per_step(self, index: int) -> float:
         """How often in a step an entry runs, but for loops."""
         return 1.0 if self._flow.phases[index] == UPDATE else float(self._num_microbatches)
 
-    def _copies(self, index: int) -> int:
+    def _live_instances(self, index: int) -> int:
         """How many of an entry's results are there at once."""
         activations = self._flow.phases[index] == FORWARD
         return self._in_flight if activations and self._in_backward.intersection(self._flow.results[index]) else 1
 
-    def _moves(self, index: int, reads: tuple[int, ...]) -> tuple[float, ...]:
-        return tuple(self.weight(index) * self._flow.value_turns[value] for value in reads)
+    def _reshards_per_step(self, index: int, reads: tuple[int, ...]) -> tuple[float, ...]:
+        return tuple(self.runs_per_step(index) * self._flow.value_iterations[value] for value in reads)
 
-    def _of_loop(self, index: int) -> Part:
+    def _of_loop(self, index: int) -> FlowOp:
         """What a loop does with one value that it carries, or its condition with all."""
         flow, reads = self._flow, tuple(dict.fromkeys(self._flow.operands[index]))
         shapes = tuple(value_shape(flow.values[value]) for value in reads)
-        rule = elementwise(shapes[0], 1) if flow.kinds[index] == CARRY else whole(shapes, ())
-        operation = Operation(
+        rule = elementwise(shapes[0], 1) if flow.kinds[index] == CARRY else replicated_rule(shapes, ())
+        operation = ShardedOp(
             operands=tuple(self.value_of[value] for value in reads),
             results=tuple(flow.results[index]),
             rule=rule,
-            weight=self.weight(index) * flow.turns[index],
-            copies=self._copies(index),
-            moves=self._moves(index, reads),
+            runs_per_step=self.runs_per_step(index) * flow.iterations[index],
+            live_instances=self._live_instances(index),
+            reshards_per_step=self._reshards_per_step(index, reads),
         )
-        return Part(index, operation, rule, reads)
+        return FlowOp(index, operation, rule, reads)
 
-    def part(self, index: int) -> Part:
+    def entry(self, index: int) -> FlowOp:
         """One op."""
         if self._flow.kinds[index] != OP:
             return self._of_loop(index)
@@ -132,22 +132,22 @@ class OperationReader:
         for value in results:
             self._free[value] = is_free
         rule = elementwise(value_shape(op.results[0]), 1) if given else _rule_of(op, self._flow, index)
-        if rule is not None and rule.borders:
-            rule = self._fillings.agreed(op, rule)
+        if rule is not None and rule.halos:
+            rule = self._padding_values.agreed(op, rule)
         if rule is None and _is_source(op):  # every device makes its own piece
             rule = elementwise(value_shape(op.results[0]), 0)
         if rule is None:
             shapes = [tuple(value_shape(self._flow.values[value]) for value in each) for each in (read, results)]
             if not is_free and any(shapes[0] + shapes[1]):
                 self._remark(op, f"no sharding rule for {op.name}: it is replicated on every device")
-            rule = whole(*shapes)
+            rule = replicated_rule(*shapes)
         separate = is_separate(self._flow, index)
         keeps = separate or any(self._from_memory[value] for value in results)
         is_there = bool(given) and self._kept[operands[0]]  # what a constraint makes is what it reads
         keeps = keeps and not is_there
         for value in results:
             self._kept[value] = keeps or is_there
-        operation = Operation(
+        operation = ShardedOp(
             operands=operands[: len(rule.operands)],
             results=results,
             rule=None if is_free else rule,
@@ -155,15 +155,15 @@ class OperationReader:
             if is_there
             else op_seconds(op, self._model, self._cluster, keeps, separate, self._from_memory, operands),
             repack_seconds=repack_seconds(op, self._cluster),
-            weight=self.weight(index) * self._flow.turns[index],
-            keeps=keeps,
-            given=given,
-            lasts=ACCUMULATE in op.attributes,
-            copies=self._copies(index),
+            runs_per_step=self.runs_per_step(index) * self._flow.iterations[index],
+            materialized=keeps,
+            constraint_specs=given,
+            live_whole_step=ACCUMULATE in op.attributes,
+            live_instances=self._live_instances(index),
             defers=self.defers.get(index, Defers.NOT),
-            moves=self._moves(index, read[: len(rule.operands)]),
+            reshards_per_step=self._reshards_per_step(index, read[: len(rule.operands)]),
         )
-        return Part(index, operation, rule, read[: len(rule.operands)])
+        return FlowOp(index, operation, rule, read[: len(rule.operands)])
 
 
 def forwards(flow: LoopFlow, index: int) -> bool:
@@ -208,7 +208,7 @@ def _rule_of(op: ir.Operation, flow: LoopFlow, index: int) -> Rule | None:
         if math.prod(sizes[factor] for factor in dim) != size
         for factor in dim
     }
-    if op.name == PART_WRITTEN and not is_separate(flow, index):
+    if op.name == DYNAMIC_UPDATE_SLICE and not is_separate(flow, index):
         # XLA finds the device of a part of one, for wider ones it gathers everything, in every turn.
         whole_and_part = zip(operands[0], *shapes[:2], strict=True)
         uneven |= {factor for dim, size, part in whole_and_part if part not in (1, size) for factor in dim}
@@ -220,4 +220,4 @@ def _rule_of(op: ir.Operation, flow: LoopFlow, index: int) -> Rule | None:
         replicated=frozenset(rule.need_replication_factors) | uneven,
         permuted=frozenset(rule.permutation_factors),
     )
-    return with_borders(op, made, shapes)
+    return with_halos(op, made, shapes)

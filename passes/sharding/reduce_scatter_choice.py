@@ -15,7 +15,7 @@ _EPSILON = 1e-12  # of a time: two that differ by less are equal
 _Result = tuple[ReshardTable, list[Spec]]  # of a value, and the specs with which it is read
 
 
-def scattered(model: ShardingModel, solution: Solution) -> Solution:
+def prefer_reduce_scatters(model: ShardingModel, solution: Solution) -> Solution:
     """A solution that takes no longer, and sends less where it can.
 
     Where a cluster was measured, a reduce-scatter may take as long as an all-reduce, and the solver takes either. Compilers
@@ -28,22 +28,22 @@ def scattered(model: ShardingModel, solution: Solution) -> Solution:
     Returns:
         The solution, with other strategies of the same ops: with the same work on the same operands.
     """
-    work, made = model.work, list(solution.choice)
-    node = len(work.inputs)
+    problem, made = model.problem, list(solution.choice)
+    node = len(problem.inputs)
     shardings = model.shardings(solution.choice)
     reads: dict[int, set[Spec]] = {}
-    for op, strategy in zip(work.operations, shardings.chosen, strict=True):
+    for op, strategy in zip(problem.ops, shardings.chosen, strict=True):
         if strategy is not None:
             for value, spec in zip(op.operands, strategy.operands, strict=True):
                 reads.setdefault(value, set()).add(spec)
-    for value, argument in work.updates:
+    for value, argument in problem.updates:
         reads.setdefault(value, set()).add(shardings.arguments[argument])
     specs = dict(shardings.arguments)
-    for op, strategy in zip(work.operations, shardings.chosen, strict=True):
+    for op, strategy in zip(problem.ops, shardings.chosen, strict=True):
         specs.update(zip(op.results, strategy.results, strict=True) if strategy is not None else ())
-    for value, other, _ in work.carried:
+    for value, other, _ in problem.loop_carried:
         reads.setdefault(value, set()).add(specs[other])
-    for op, choices, strategy in zip(work.operations, model.strategies, shardings.chosen, strict=True):
+    for op, choices, strategy in zip(problem.ops, model.strategies, shardings.chosen, strict=True):
         if choices is None or strategy is None:
             continue
         if any(each.kind == "all_reduce" for each in strategy.reductions):

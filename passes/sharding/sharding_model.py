@@ -29,7 +29,7 @@ class Tensor:
 
 
 @dataclass(frozen=True)
-class Operation:
+class ShardedOp:
     """One op.
 
     Attributes:
@@ -37,15 +37,15 @@ class Operation:
         rule: how their dims belong together; None for an op that gives its results in any sharding for nothing
             (constants, and what is computed from them alone).
         seconds: of all its work on one device.
-        weight: how often it runs in a step.
-        keeps: whether its results take memory; what is fused into its readers does not.
-        given: of an op that only says how its operand is sharded, the specs that both may have: one, or those with
+        runs_per_step: how often it runs in a step.
+        materialized: whether its results take memory; what is fused into its readers does not.
+        constraint_specs: of an op that only says how its operand is sharded, the specs that both may have: one, or those with
             what was asked for where dims were left open.
-        lasts: whether its results are there during the whole step, as sums over microbatches are.
-        copies: how many of its results are there at once: one for each microbatch in flight.
+        live_whole_step: whether its results are there during the whole step, as sums over microbatches are.
+        live_instances: how many of its results are there at once: one for each microbatch in flight.
         defers: whether it can leave its result unreduced, or forwards what is unreduced.
         repack_seconds: for each byte of the operands' pieces, on top of ``seconds``, of which each device has its part.
-        moves: for each operand, how often in a step it is resharded to what the op needs; as often as the op
+        reshards_per_step: for each operand, how often in a step it is resharded to what the op needs; as often as the op
             runs by default. What a loop reads from outside is brought there once.
     """
 
@@ -53,52 +53,52 @@ class Operation:
     results: tuple[int, ...]
     rule: Rule | None
     seconds: float = 0.0
-    weight: float = 1.0
-    keeps: bool = True
-    given: tuple[Spec, ...] = ()
-    lasts: bool = False
-    copies: int = 1
+    runs_per_step: float = 1.0
+    materialized: bool = True
+    constraint_specs: tuple[Spec, ...] = ()
+    live_whole_step: bool = False
+    live_instances: int = 1
     defers: Defers = Defers.NOT
     repack_seconds: float = 0.0
-    moves: tuple[float, ...] | None = None
+    reshards_per_step: tuple[float, ...] | None = None
 
-    def moved(self, position: int) -> float:
-        """How often in a step the operand at a position is moved."""
-        return self.weight if self.moves is None else self.moves[position]
+    def reshards_of(self, position: int) -> float:
+        """How often in a step the operand at a position is resharded."""
+        return self.runs_per_step if self.reshards_per_step is None else self.reshards_per_step[position]
 
 
 @dataclass(frozen=True)
-class Work:
+class ShardingProblem:
     """A program as the solver sees it.
 
     Attributes:
         values: arguments first, then what the ops give, in their order.
         inputs: values that are there before any op: arguments, and what other stages send.
-        operations: in the order of work.
+        ops: in program order.
         updates: pairs (value, argument): the value is the argument's next one, in its place and with its sharding.
-        fixed: specs that were given, by input.
+        pinned: specs that are decided already, by input: what users ask for, and what a baseline says.
         loads: for inputs that come from the host or from other stages, the seconds of a step that all of one takes one
             device.
-        kept: values that must be there when the program ends; with any spec.
-        wanted: values (no arguments) and the specs that their ops leave them with, where these can.
-        batch_copies: how many microbatches of an input that comes anew with each are there at once.
-        carried: triples (value, other, weight): a loop's body makes the value for the next iteration, where it is ``other``, with
+        live_out: values that must be there when the program ends, with any spec.
+        preferred: values (no arguments) and the specs that their ops leave them with, where these can.
+        batch_instances: how many microbatches of an input that comes anew with each are there at once.
+        loop_carried: triples (value, other, reshards per step): a loop's body makes the value for the next iteration, where it is ``other``, with
             its spec; how often in a step it is resharded to it.
-        lasting: values, and the ops that they must be there for though these do not read them.
+        live_until: values, and the ops that they must be there for though these do not read them.
         in_place: values that take the place of others: the next ones of what loops carry.
     """
 
     values: tuple[Tensor, ...]
     inputs: tuple[int, ...]
-    operations: tuple[Operation, ...]
+    ops: tuple[ShardedOp, ...]
     updates: tuple[tuple[int, int], ...] = ()
-    fixed: tuple[tuple[int, Spec], ...] = ()
+    pinned: tuple[tuple[int, Spec], ...] = ()
     loads: tuple[tuple[int, float], ...] = ()
-    kept: tuple[int, ...] = ()
-    wanted: tuple[tuple[int, Spec], ...] = ()
-    batch_copies: int = 1
-    carried: tuple[tuple[int, int, float], ...] = ()
-    lasting: tuple[tuple[int, int], ...] = ()
+    live_out: tuple[int, ...] = ()
+    preferred: tuple[tuple[int, Spec], ...] = ()
+    batch_instances: int = 1
+    loop_carried: tuple[tuple[int, int, float], ...] = ()
+    live_until: tuple[tuple[int, int], ...] = ()
     in_place: tuple[int, ...] = ()
 
 
@@ -132,7 +132,7 @@ class ShardingModel:
         memory: bytes of each device; None where they don't matter.
     """
 
-    work: Work
+    problem: ShardingProblem
     mesh: Mesh
     memory: int | None = None
     _blocks: dict[tuple[int, bytes, bytes], _Matrix] = field(default_factory=dict[Any, _Matrix], repr=False)
@@ -142,37 +142,38 @@ class ShardingModel:
     def tables(self) -> tuple[ReshardTable, ...]:
         """Of every value."""
         return tuple(
-            reshard_table(value.shape, float(value.nbytes), self.mesh, value.partial) for value in self.work.values
+            reshard_table(value.shape, float(value.nbytes), self.mesh, value.partial) for value in self.problem.values
         )
 
     @cached_property
     def input_specs(self) -> tuple[tuple[Spec, ...], ...]:
         """The specs to choose from for every input: axes of one dim in the mesh's order, or what is given."""
-        fixed = dict(self.work.fixed)
+        fixed = dict(self.problem.pinned)
         return tuple(
             (fixed[number],) if number in fixed else self._in_order(self.tables[number].specs)
-            for number in self.work.inputs
+            for number in self.problem.inputs
         )
 
     @cached_property
     def strategies(self) -> tuple[tuple[Strategy, ...] | None, ...]:
         """The strategies of every op; None for a free one."""
-        return tuple(self._strategies_of(op) for op in self.work.operations)
+        return tuple(self._strategies_of(op) for op in self.problem.ops)
 
-    def _strategies_of(self, op: Operation) -> tuple[Strategy, ...] | None:
+    def _strategies_of(self, op: ShardedOp) -> tuple[Strategy, ...] | None:
         if op.rule is None:
             return None
-        if op.given:
+        if op.constraint_specs:
             nothing = (None,) * len(self.mesh.axes)
             return tuple(
-                Strategy(nothing, (each,), (each,), (each,), (), each.num_shards(self.mesh.sizes)) for each in op.given
+                Strategy(nothing, (each,), (each,), (each,), (), each.num_shards(self.mesh.sizes))
+                for each in op.constraint_specs
             )
-        sizes = tuple(float(self.work.values[value].nbytes) for value in op.results)
-        shapes = tuple(self.work.values[value].shape if value in self._read else None for value in op.results)
+        sizes = tuple(float(self.problem.values[value].nbytes) for value in op.results)
+        shapes = tuple(self.problem.values[value].shape if value in self._read else None for value in op.results)
         choices = strategies(op.rule, sizes, self.mesh, shapes, op.defers)
         for position, value in enumerate(op.results):
-            if value in self._wanted:
-                fitting = tuple(s for s in choices if s.results[position] == self._wanted[value])
+            if value in self._preferred:
+                fitting = tuple(s for s in choices if s.results[position] == self._preferred[value])
                 choices = fitting or choices
         return choices
 
@@ -181,11 +182,11 @@ class ShardingModel:
         position = self.mesh.position
         return tuple(s for s in specs if all(list(axes) == sorted(axes, key=position.__getitem__) for axes in s.dims))
 
-    def computing(self, op: Operation, strategy: Strategy) -> float:
+    def computing(self, op: ShardedOp, strategy: Strategy) -> float:
         """Seconds of one run of an op on a device, without what is exchanged."""
-        seconds = op.seconds / strategy.parts
+        seconds = op.seconds / strategy.num_shards
         if op.repack_seconds:
-            values = [self.work.values[value] for value in op.operands]
+            values = [self.problem.values[value] for value in op.operands]
             held = zip(values, strategy.operands, strict=True)
             seconds += op.repack_seconds * sum(local_bytes(value.nbytes, spec, self.mesh) for value, spec in held)
         return seconds
@@ -193,85 +194,88 @@ class ShardingModel:
     @cached_property
     def _read(self) -> set[int]:
         """Values that somebody reads: what nobody reads is not sharded further."""
-        returned = (value for value, _, _ in self.work.carried)
-        return {value for op in self.work.operations for value in op.operands}.union(self.work.kept, returned)
+        returned = (value for value, _, _ in self.problem.loop_carried)
+        return {value for op in self.problem.ops for value in op.operands}.union(self.problem.live_out, returned)
 
     @cached_property
-    def _wanted(self) -> dict[int, Spec]:
-        return dict(self.work.wanted)
+    def _preferred(self) -> dict[int, Spec]:
+        return dict(self.problem.preferred)
 
     @cached_property
     def network(self) -> CostNetwork:
         """The cost network."""
-        work = self.work
-        end = len(work.operations) + 1
+        problem = self.problem
+        end = len(problem.ops) + 1
         last = self._last_reads(end)
-        own, loads = {value for value, _ in work.updates}.union(work.in_place), dict(work.loads)
+        own, loads = {value for value, _ in problem.updates}.union(problem.in_place), dict(problem.loads)
         costs, usages, intervals = list[_Matrix](), list[_Matrix](), list[tuple[int, int]]()
         specs_of: dict[int, tuple[int, _Matrix]] = {}  # value -> node, number of its spec by strategy
-        for number, specs in zip(work.inputs, self.input_specs, strict=True):
+        for number, specs in zip(problem.inputs, self.input_specs, strict=True):
             table = self.tables[number]
             index = np.array([table.number[spec] for spec in specs])
             specs_of[number] = len(costs), index
             costs.append(loads.get(number, 0.0) * table.shares[index])
-            usages.append(_whole_bytes((work.batch_copies if number in loads else 1) * table.local[index]))
+            usages.append(_whole_bytes((problem.batch_instances if number in loads else 1) * table.local[index]))
             intervals.append((0, end))
         edges, matrices = list[tuple[int, int]](), list[_Matrix]()
 
-        def connect(value: int, node: int, needed: _Matrix, weight: float) -> None:
-            if value not in specs_of or not (work.values[value].shape or work.values[value].partial):
+        def connect(value: int, node: int, needed: _Matrix, per_step: float) -> None:
+            if value not in specs_of or not (problem.values[value].shape or problem.values[value].partial):
                 return
             source, index = specs_of[value]
             block = self._block(value, index, needed)
             if source == node:
-                costs[node] = costs[node] + weight * np.diagonal(block)
+                costs[node] = costs[node] + per_step * np.diagonal(block)
             elif block.any():
                 edges.append((source, node))
-                matrices.append(weight * block)
+                matrices.append(per_step * block)
 
-        for at, (op, choices) in enumerate(zip(work.operations, self.strategies, strict=True)):
+        for at, (op, choices) in enumerate(zip(problem.ops, self.strategies, strict=True)):
             if choices is None:
                 continue
             node = len(costs)
-            costs.append(np.array([op.weight * (self.computing(op, s) + s.sending_seconds) for s in choices]))
+            costs.append(np.array([op.runs_per_step * (self.computing(op, s) + s.sending_seconds) for s in choices]))
             held = np.zeros(len(choices))
             for position, value in enumerate(op.results):
                 index = self._spec_numbers(value, choices, position, is_result=True)
                 specs_of[value] = node, index
-                if op.keeps and value not in own:
+                if op.materialized and value not in own:
                     held = held + self.tables[value].local[index]
-            usages.append(_whole_bytes(op.copies * held))
+            usages.append(_whole_bytes(op.live_instances * held))
             until = max((last[value] for value in op.results), default=at) + 1
-            intervals.append((0, end) if op.lasts else (at, until))
+            intervals.append((0, end) if op.live_whole_step else (at, until))
             for position, value in enumerate(op.operands):
                 if value not in specs_of:
                     continue  # constants are available in every sharding
                 needed = self._spec_numbers(value, choices, position, is_result=False)
-                connect(value, node, needed, op.moved(position))
-        for value, number, weight in (*((value, number, 1.0) for value, number in work.updates), *work.carried):
+                connect(value, node, needed, op.reshards_of(position))
+        for value, number, per_step in (
+            *((value, number, 1.0) for value, number in problem.updates),
+            *problem.loop_carried,
+        ):
             node, index = specs_of[number]
-            connect(value, node, index, weight)
+            connect(value, node, index, per_step)
         return CostNetwork(tuple(costs), tuple(usages), tuple(intervals), tuple(edges), tuple(matrices), self.memory)
 
     def shardings(self, choice: Sequence[int]) -> Shardings:
         """What a choice of the network means."""
         rest = iter(choice)
-        specs_of = zip(self.work.inputs, self.input_specs, strict=True)
+        specs_of = zip(self.problem.inputs, self.input_specs, strict=True)
         arguments = {number: specs[next(rest)] for number, specs in specs_of}
         chosen = tuple(None if choices is None else choices[next(rest)] for choices in self.strategies)
         return Shardings(arguments, chosen, float(self.network.cost(choice)))
 
     def _last_reads(self, end: int) -> list[int]:
-        last = [0] * len(self.work.values)
-        for at, op in enumerate(self.work.operations):
+        last = [0] * len(self.problem.values)
+        for at, op in enumerate(self.problem.ops):
             for value in (*op.operands, *op.results):
                 last[value] = at
-        for value, at in self.work.lasting:
+        for value, at in self.problem.live_until:
             last[value] = max(last[value], at)
-        for value in self.work.kept:
+        for value in self.problem.live_out:
             last[value] = end - 1
-        for op in reversed(self.work.operations):
-            if op.given and not op.keeps:  # its result is its operand
+        for op in reversed(self.problem.ops):
+            if op.constraint_specs and not op.materialized:  # its result is its operand
                 last[op.operands[0]] = max(last[op.operands[0]], last[op.results[0]])
         return last
 
@@ -295,26 +299,26 @@ class ShardingModel:
 
 def seconds_of(model: ShardingModel, shardings: Shardings) -> float:
     """The predicted seconds of shardings, added up op by op: what the network's cost must equal."""
-    work = model.work
+    problem = model.problem
     specs: dict[int, Spec] = dict(shardings.arguments)
-    total = sum(seconds / specs[number].num_shards(model.mesh.sizes) for number, seconds in work.loads)
-    for op, strategy in zip(work.operations, shardings.chosen, strict=True):
+    total = sum(seconds / specs[number].num_shards(model.mesh.sizes) for number, seconds in problem.loads)
+    for op, strategy in zip(problem.ops, shardings.chosen, strict=True):
         if strategy is None:
             continue
-        total += op.weight * (model.computing(op, strategy) + strategy.sending_seconds)
+        total += op.runs_per_step * (model.computing(op, strategy) + strategy.sending_seconds)
         for position, (value, needed) in enumerate(zip(op.operands, strategy.operands, strict=True)):
             if value in specs:
                 path = model.tables[value].path(specs[value], needed)
-                total += op.moved(position) * sum(step.seconds for step in path)
+                total += op.reshards_of(position) * sum(step.seconds for step in path)
         specs.update(zip(op.results, strategy.results, strict=True))
-    for value, number in work.updates:
+    for value, number in problem.updates:
         if value in specs:
             path = model.tables[value].path(specs[value], shardings.arguments[number])
             total += sum(step.seconds for step in path)
-    for value, number, weight in work.carried:
+    for value, number, per_step in problem.loop_carried:
         if value in specs:
             path = model.tables[value].path(specs[value], specs[number])
-            total += weight * sum(step.seconds for step in path)
+            total += per_step * sum(step.seconds for step in path)
     return total
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from bactrian.passes.sharding.halo import Border
+from bactrian.passes.sharding.halo import Halo
 
 Dims = tuple[tuple[int, ...], ...]
 """For each dim of a tensor the factors that it is made of, the major one first."""
@@ -23,7 +23,7 @@ class Rule:
         reduction: factors that the op sums over: they are in operands only.
         replicated: factors that every device needs whole.
         permuted: factors of which a device needs some of its neighbours' part, nobody knows how much.
-        borders: how operands are read along factors of which a device needs its neighbours' borders.
+        halos: how operands are read along factors of which a device needs its neighbours' borders.
     """
 
     sizes: tuple[int, ...]
@@ -32,11 +32,11 @@ class Rule:
     reduction: frozenset[int] = frozenset()
     replicated: frozenset[int] = frozenset()
     permuted: frozenset[int] = frozenset()
-    borders: tuple[Border, ...] = ()
+    halos: tuple[Halo, ...] = ()
 
-    def factor_of(self, border: Border) -> int:
+    def factor_of(self, halo: Halo) -> int:
         """The factor that a border is of."""
-        return self.operands[border.operand][border.dim][0]
+        return self.operands[halo.operand][halo.dim][0]
 
 
 def elementwise(shape: tuple[int, ...], num_operands: int) -> Rule:
@@ -45,7 +45,7 @@ def elementwise(shape: tuple[int, ...], num_operands: int) -> Rule:
     return Rule(shape, (dims,) * num_operands, (dims,))
 
 
-def whole(operands: tuple[tuple[int, ...], ...], results: tuple[tuple[int, ...], ...]) -> Rule:
+def replicated_rule(operands: tuple[tuple[int, ...], ...], results: tuple[tuple[int, ...], ...]) -> Rule:
     """The rule of an op that nothing is known of: every device does all of it."""
     sizes = list[int]()
 

@@ -21,7 +21,7 @@ from bactrian.passes.ir.regions import body, nested_operations, set_operand, ter
 from bactrian.passes.machine.spec import Spec
 from bactrian.passes.sharding.halo import HALO
 from bactrian.passes.sharding.loop_dataflow import CARRY, CONDITION, INSIDE, Loop, condition_ops
-from bactrian.passes.sharding.operations_from_ir import Part
+from bactrian.passes.sharding.operations_from_ir import FlowOp
 from bactrian.passes.sharding.partial_sums import PartialSums, stacked
 from bactrian.passes.sharding.reshard_paths import ReshardStep
 from bactrian.passes.sharding.sharding_model import ShardingModel, Shardings
@@ -82,20 +82,22 @@ class Writer:
         for number, spec in self._arguments.items():
             self._home[number] = spec
         first = self._receive()
-        chosen = {part.index: (part, strategy) for part, strategy in zip(self.reading.parts, self._chosen, strict=True)}
+        chosen = {
+            entry.index: (entry, strategy) for entry, strategy in zip(self.reading.ops, self._chosen, strict=True)
+        }
         for index, op in enumerate(flow.ops[:-1]):
             if index not in chosen:
                 if self.stage is None or flow.stages[index] in (None, self.stage):  # its results are its operands
-                    self._hand_on(index, op)
+                    self._forward(index, op)
                 continue
-            part, strategy = chosen[index]
+            entry, strategy = chosen[index]
             if flow.kinds[index] == CARRY:
-                self._carry(part, strategy)
+                self._carry(entry, strategy)
                 continue
             if flow.kinds[index] == CONDITION:
-                self._condition(part, strategy)
+                self._condition(entry, strategy)
                 continue
-            for position, (number, spec) in enumerate(zip(part.reads, strategy.operands, strict=True)):
+            for position, (number, spec) in enumerate(zip(entry.reads, strategy.operands, strict=True)):
                 present = flow.values[number]
                 value = self._unreduced_constant(number, spec) or self._read(number, spec, op)
                 if position < len(op.operands):
@@ -117,9 +119,9 @@ class Writer:
                 self._partial.rewrite(op, strategy)
             self._annotate(op, strategy.partial)
             for exchange in strategy.exchanges:
-                self._count(HALO, exchange.nbytes, flow.turns[index], part.operation.weight)
+                self._count(HALO, exchange.nbytes, flow.iterations[index], entry.op.runs_per_step)
             for reduction in strategy.reductions:
-                self._count(reduction.kind, reduction.nbytes, flow.turns[index], part.operation.weight)
+                self._count(reduction.kind, reduction.nbytes, flow.iterations[index], entry.op.runs_per_step)
             for value, made, final in zip(flow.results[index], strategy.partial, strategy.results, strict=True):
                 self._home[value] = final
                 if made != final:  # together with the reduction, a reduce-scatter
@@ -160,8 +162,8 @@ class Writer:
             if number in cut:
                 set_operand(ir.OpResult(value).owner.operation, 0, cut[number])
 
-    def _hand_on(self, index: int, op: ir.Operation) -> None:
-        flow, value_of, work = self.reading.flow, self.reading.value_of, self.reading.work
+    def _forward(self, index: int, op: ir.Operation) -> None:
+        flow, value_of, problem = self.reading.flow, self.reading.value_of, self.reading.problem
         if flow.kinds[index] == INSIDE:
             self._unchanged(index, op)
             return
@@ -175,7 +177,7 @@ class Writer:
             if foreign and flow.stages[index] is None and self.stage is not None:
                 continue
             set_operand(op, position, self._at_home(number))
-            specs.append(self._home.get(value, Spec.replicated(len(work.values[value].shape))))
+            specs.append(self._home.get(value, Spec.replicated(len(problem.values[value].shape))))
             self._partial.follow(op.results[position], specs[-1])
         if len(specs) == len(op.results) and (self.stage is None or flow.stages[index] is not None):
             self._annotate(op, specs)
@@ -187,21 +189,21 @@ class Writer:
         if not isinstance(first.owner, ir.Block):  # else they are the arguments of its body
             set_operand(loop, ir.OpResult(first).result_number, self._at_home(flow.operands[index][0]))
 
-    def _carry(self, part: Part, strategy: Strategy) -> None:
+    def _carry(self, entry: FlowOp, strategy: Strategy) -> None:
         """Reshard a value to the spec that a loop carries it with."""
-        (result,) = part.operation.results
-        loop, spec = self.reading.flow.ops[part.index], strategy.results[0]
+        (result,) = entry.op.results
+        loop, spec = self.reading.flow.ops[entry.index], strategy.results[0]
         position = ir.OpResult(self.reading.flow.values[result]).result_number
-        set_operand(loop, position, self._read(part.reads[0], spec, loop))
+        set_operand(loop, position, self._read(entry.reads[0], spec, loop))
         self._home[result] = spec
 
-    def _condition(self, part: Part, strategy: Strategy) -> None:
+    def _condition(self, entry: FlowOp, strategy: Strategy) -> None:
         """Let the condition of a loop read everything replicated."""
         flow = self.reading.flow
-        first = flow.ops[part.index]
+        first = flow.ops[entry.index]
         loop = first.block.owner.operation
         inside = condition_ops(loop)
-        for number, spec in zip(part.reads, strategy.operands, strict=True):
+        for number, spec in zip(entry.reads, strategy.operands, strict=True):
             present, value = flow.values[number], self._read(number, spec, first)
             if value != present:
                 for op in inside:
@@ -212,7 +214,7 @@ class Writer:
 
     def _end(self, loop: Loop, end: ir.Operation) -> None:
         """Reshard what the body of a loop makes for the next iteration."""
-        value_of, values = self.reading.value_of, self.reading.work.values
+        value_of, values = self.reading.value_of, self.reading.problem.values
         specs = [self._home.get(value_of[r], Spec.replicated(len(values[r].shape))) for r in loop.results]
         for position, (number, spec) in enumerate(zip(loop.returned, specs, strict=True)):
             set_operand(end, position, self._read(number, spec, end))
@@ -221,25 +223,25 @@ class Writer:
     def _free_ones_chosen(self, shardings: Shardings) -> list[Strategy]:
         """All strategies, those of free ops included: they make what their readers want, or, where these want different
         specs, the whole value, of which a slice costs nothing."""
-        work = self.reading.work
+        problem = self.reading.problem
         wanted: dict[int, set[Spec]] = {}
-        for value, argument in work.updates:
+        for value, argument in problem.updates:
             wanted.setdefault(value, set()).add(shardings.arguments[argument])
         results = {
             value: spec
-            for op, strategy in zip(work.operations, shardings.chosen, strict=True)
+            for op, strategy in zip(problem.ops, shardings.chosen, strict=True)
             if strategy is not None
             for value, spec in zip(op.results, strategy.results, strict=True)
         }
-        for value, result, _ in work.carried:
+        for value, result, _ in problem.loop_carried:
             wanted.setdefault(value, set()).add(results[result])
         chosen = list[Strategy]()
-        for at in range(len(work.operations) - 1, -1, -1):
-            op, strategy = work.operations[at], shardings.chosen[at]
+        for at in range(len(problem.ops) - 1, -1, -1):
+            op, strategy = problem.ops[at], shardings.chosen[at]
             if strategy is None:
-                sizes = tuple(float(work.values[value].nbytes) for value in op.results)
-                choices = strategies(self.reading.parts[at].rule, sizes, self.mesh, (None,) * len(sizes))
-                targets = tuple(_only(wanted.get(value), len(work.values[value].shape)) for value in op.results)
+                sizes = tuple(float(problem.values[value].nbytes) for value in op.results)
+                choices = strategies(self.reading.ops[at].rule, sizes, self.mesh, (None,) * len(sizes))
+                targets = tuple(_only(wanted.get(value), len(problem.values[value].shape)) for value in op.results)
                 silent = (s for s in choices if not s.reductions and not s.exchanges)
                 strategy = next((s for s in silent if s.results == targets), choices[0])
             chosen.append(strategy)
@@ -274,14 +276,14 @@ class Writer:
             return current
         # What a loop reads from outside is resharded before the loop.
         place, top = top_level(reader, _block_of(current)), top_level(reader, body(self.main))
-        turns = self.reading.flow.value_turns[number]
+        iterations = self.reading.flow.value_iterations[number]
         function = self.reading.function_of(phase_of(top))
-        weight = turns * (1.0 if phase_of(top) in (UPDATE, None) else self.num_microbatches)
+        per_step = iterations * (1.0 if phase_of(top) in (UPDATE, None) else self.num_microbatches)
         with ir.InsertionPoint(place):
             for step in path:
                 key = number, function, step.target
                 if key not in self._copies:
-                    self._count(step.kind, step.nbytes, turns, weight)
+                    self._count(step.kind, step.nbytes, iterations, per_step)
                     self._copies[key] = self._resharded(current, home, step, place)
                 current, home = self._copies[key], step.target
         return current
@@ -296,14 +298,14 @@ class Writer:
     def _unreduced_constant(self, number: int, spec: Spec) -> ir.Value | None:
         """What an op on partial sums reads of a constant; None of all other values."""
         value = self.reading.value_of[number]
-        if self.reading.work.values[value].partial or not spec.unreduced:
+        if self.reading.problem.values[value].partial or not spec.unreduced:
             return None
         return self._partial.constant(self.reading.flow.values[value], spec)
 
-    def _count(self, kind: str, nbytes: float, turns: int, weight: float) -> None:
+    def _count(self, kind: str, nbytes: float, iterations: int, per_step: float) -> None:
         if nbytes:
-            self.sent[kind] = self.sent.get(kind, 0.0) + turns * nbytes
-            self.sent_in_step[kind] = self.sent_in_step.get(kind, 0.0) + weight * nbytes
+            self.sent[kind] = self.sent.get(kind, 0.0) + iterations * nbytes
+            self.sent_in_step[kind] = self.sent_in_step.get(kind, 0.0) + per_step * nbytes
 
     def _reshard(self, value: ir.Value, spec: Spec, place: ir.Operation) -> ir.Value:
         self.num_reshards += 1
@@ -335,7 +337,7 @@ class Writer:
             source = value_of[value]
             if self.stage is not None and (source not in self._home or self._is_foreign(source, first)):
                 continue  # another stage's
-            rank = len(self.reading.work.values[source].shape)
+            rank = len(self.reading.problem.values[source].shape)
             home = self._home.get(source, Spec.replicated(rank))
             target = home if updated is None else self._arguments.get(updated, home)
             set_operand(end, position, self._read(value, target, end))

@@ -98,6 +98,6 @@ def read_stages(
         in_flight = 1 if schedule is None else schedule.in_flight(stage, stages, count)
         only = stage if stages > 1 else None
         reading = read_program(main, mesh, cluster, count, remark, in_flight, only)
-        reading = replace(reading, together=fused_phases(module, main, stage))
+        reading = replace(reading, fused=fused_phases(module, main, stage))
         found.append(StageProgram(stage, name, mesh, reading, stages, count))
     return found

@@ -11,7 +11,7 @@ from functools import lru_cache
 
 from bactrian.passes.machine.mesh import Mesh
 from bactrian.passes.machine.spec import Spec
-from bactrian.passes.sharding.halo import Border, borders_sent
+from bactrian.passes.sharding.halo import Halo, halo_sends
 from bactrian.passes.sharding.reshard_paths import Reduction, all_reduced, local_bytes, scatters_over
 from bactrian.passes.sharding.sharding_rules import Dims, Rule
 
@@ -25,18 +25,18 @@ class Defers(enum.Enum):
 
 
 @dataclass(frozen=True)
-class Exchange:
+class HaloExchange:
     """Borders of pieces that all devices send to a neighbour, before the work: one collective permute.
 
     Attributes:
-        border: how they are read.
+        halo: how they are read.
         rows: of the dim.
         axes: of the mesh that shard it.
         seconds: what it takes.
         nbytes: what each device sends.
     """
 
-    border: Border
+    halo: Halo
     rows: int
     axes: tuple[str, ...]
     seconds: float
@@ -53,7 +53,7 @@ class Strategy:
         partial: how the results are sharded before ``reductions``. Where they are left unreduced, no reduction follows.
         results: how they are sharded in the end.
         reductions: in their order.
-        parts: how many devices share the work.
+        num_shards: how many devices share the work.
         exchanges: of borders, before the work.
     """
 
@@ -62,8 +62,8 @@ class Strategy:
     partial: tuple[Spec, ...]
     results: tuple[Spec, ...]
     reductions: tuple[Reduction, ...]
-    parts: int
-    exchanges: tuple[Exchange, ...] = ()
+    num_shards: int
+    exchanges: tuple[HaloExchange, ...] = ()
 
     @property
     def reduction_seconds(self) -> float:
@@ -116,21 +116,21 @@ def strategies(
         exchanges = _exchanges(rule, operands, axes_of, mesh)
         if exchanges is None:
             continue
-        parts = mesh.group_size(axis for axes in axes_of.values() for axis in axes)
+        num_shards = mesh.group_size(axis for axes in axes_of.values() for axis in axes)
         named = list(zip(mesh.axes, factors, strict=True))
         reduced = [axis.name for axis, factor in named if factor in rule.reduction]
         for results, reductions in _reductions(reduced, partial, result_bytes, mesh, shapes):
-            found.append(Strategy(factors, operands, partial, results, reductions, parts, exchanges))
+            found.append(Strategy(factors, operands, partial, results, reductions, num_shards, exchanges))
         if reduced and defers is Defers.STARTS:
             left = (Spec(partial[0].dims, tuple(reduced)),)
-            found.append(Strategy(factors, operands, left, left, (), parts, exchanges))
+            found.append(Strategy(factors, operands, left, left, (), num_shards, exchanges))
         if defers is Defers.PASSES:
             free = [axis.name for axis, factor in named if factor is None and axis.size > 1]
             for count in range(1, len(free) + 1):
                 for axes in itertools.combinations(free, count):
                     read = tuple(Spec(spec.dims, axes) for spec in operands)
                     left = (Spec(partial[0].dims, axes),)
-                    found.append(Strategy(factors, read, left, left, (), parts))
+                    found.append(Strategy(factors, read, left, left, (), num_shards))
     return tuple(found)
 
 
@@ -157,7 +157,7 @@ def _specs(
 
 def _exchanges(
     rule: Rule, operands: tuple[Spec, ...], axes_of: dict[int, tuple[str, ...]], mesh: Mesh
-) -> tuple[Exchange, ...] | None:
+) -> tuple[HaloExchange, ...] | None:
     """The borders that devices exchange; None where XLA does something else, or something wrong.
 
     Seen of the partitioner in jaxlib 0.10.2, on 8 devices: with the image of a convolution cut, and the kernel cut too
@@ -165,22 +165,22 @@ def _exchanges(
     windows whose image and kernel are both cut (a weight's gradient) is added up over all devices, also over those that have
     the same part: it is wrong unless each axis cuts what is summed over.
     """
-    cut = [border for border in rule.borders if rule.factor_of(border) in axes_of]
+    cut = [halo for halo in rule.halos if rule.factor_of(halo) in axes_of]
     if not cut:
         return ()
     summed = {axis for factor, axes in axes_of.items() if factor in rule.reduction for axis in axes}
-    for border in cut:
-        if border.partner is None:
+    for halo in cut:
+        if halo.partner is None:
             if any(any(spec.dims) for number, spec in enumerate(operands) if number not in {b.operand for b in cut}):
                 return None
         elif any(axis not in summed for axis in mesh.wide):
             return None
-        if not border.is_near(mesh.group_size(axes_of[rule.factor_of(border)])):
+        if not halo.is_near(mesh.group_size(axes_of[rule.factor_of(halo)])):
             return None
-    found = list[Exchange]()
-    for border, rows, nbytes in borders_sent(cut, lambda operand, dim: mesh.group_size(operands[operand].dims[dim])):
-        axes = operands[border.operand].dims[border.dim]
-        found.append(Exchange(border, rows, axes, max(mesh.by_name[axis].permute(nbytes) for axis in axes), nbytes))
+    found = list[HaloExchange]()
+    for halo, rows, nbytes in halo_sends(cut, lambda operand, dim: mesh.group_size(operands[operand].dims[dim])):
+        axes = operands[halo.operand].dims[halo.dim]
+        found.append(HaloExchange(halo, rows, axes, max(mesh.by_name[axis].permute(nbytes) for axis in axes), nbytes))
     return tuple(found)
 
 

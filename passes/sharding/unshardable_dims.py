@@ -10,25 +10,25 @@ from bactrian.passes.sharding.sharding_model import ShardingModel
 
 
 @dataclass(frozen=True)
-class Uncut:
+class UnshardableDim:
     """A dim that can't be cut over some axes.
 
     Attributes:
         dim: its number.
         size: of the dim.
         axes: of the mesh.
-        parts: devices along them, all together.
+        num_devices: along them, all together.
         op: that leaves the dim whole though its size divides, or "".
     """
 
     dim: int
     size: int
     axes: tuple[str, ...]
-    parts: int
+    num_devices: int
     op: str = ""
 
 
-def uncut(model: ShardingModel, value: int, op: str) -> Iterator[Uncut]:
+def unshardable_dims(model: ShardingModel, value: int, op: str) -> Iterator[UnshardableDim]:
     """All such dims and axes, without those that follow from fewer axes.
 
     Args:
@@ -36,7 +36,7 @@ def uncut(model: ShardingModel, value: int, op: str) -> Iterator[Uncut]:
         value: its number.
         op: the name of the op that makes it; "" of an argument.
     """
-    mesh, shape = model.mesh, model.work.values[value].shape
+    mesh, shape = model.mesh, model.problem.values[value].shape
     made = _made_over(model, value)
     for dim, size in enumerate(shape):
         failing = list[tuple[str, ...]]()
@@ -44,19 +44,19 @@ def uncut(model: ShardingModel, value: int, op: str) -> Iterator[Uncut]:
             for axes in combinations(mesh.wide, count):
                 if any(set(few) <= set(axes) for few in failing):
                     continue
-                parts = mesh.group_size(axes)
-                if size % parts:
+                num_devices = mesh.group_size(axes)
+                if size % num_devices:
                     failing.append(axes)
-                    yield Uncut(dim, size, axes, parts)
+                    yield UnshardableDim(dim, size, axes, num_devices)
                 elif made is not None and count == 1 and (dim, axes[0]) not in made:
                     failing.append(axes)
-                    yield Uncut(dim, size, axes, parts, op)
+                    yield UnshardableDim(dim, size, axes, num_devices, op)
 
 
 def _made_over(model: ShardingModel, value: int) -> set[tuple[int, str]] | None:
     """The dims and axes that some strategy of the value's op cuts; None of an input, or where its layout was given."""
-    for operation, choices in zip(model.work.operations, model.strategies, strict=True):
-        if value in operation.results and choices is not None and not operation.given:
-            made = [strategy.results[operation.results.index(value)] for strategy in choices]
+    for op, choices in zip(model.problem.ops, model.strategies, strict=True):
+        if value in op.results and choices is not None and not op.constraint_specs:
+            made = [strategy.results[op.results.index(value)] for strategy in choices]
             return {(dim, axis) for spec in made for dim, axes in enumerate(spec.dims) for axis in axes}
     return None

@@ -72,9 +72,9 @@ def named_values(stages: Sequence[StageProgram]) -> list[NamedValue]:
     found = list[NamedValue]()
     for stage in stages:
         reading = stage.reading
-        free = {value for op in reading.work.operations if op.rule is None for value in op.results}
-        made = {value for op in reading.work.operations for value in op.results}
-        for number in sorted({*reading.work.inputs, *made}):
+        free = {value for op in reading.problem.ops if op.rule is None for value in op.results}
+        made = {value for op in reading.problem.ops for value in op.results}
+        for number in sorted({*reading.problem.inputs, *made}):
             value, producer = flow.values[number], flow.producer[number]
             op, phase, place = "", "", None
             if producer >= 0:
@@ -153,10 +153,10 @@ def _nearest(text: str, values: Sequence[NamedValue]) -> list[str]:
     close = difflib.get_close_matches(text, names, 3)
     parts = dict[str, list[str]]()
     for name in names:
-        for part in _PARTS.findall(name):
-            parts.setdefault(part, []).append(name)
-    for part in difflib.get_close_matches(text, parts, 3, 0.5):
-        close += parts[part]
+        for entry in _PARTS.findall(name):
+            parts.setdefault(entry, []).append(name)
+    for entry in difflib.get_close_matches(text, parts, 3, 0.5):
+        close += parts[entry]
     return list(dict.fromkeys(close))[:3]
 
 

@@ -25,8 +25,8 @@ from bactrian.passes.machine.mesh import Mesh
 from bactrian.passes.machine.spec import Spec
 from bactrian.passes.sharding.halo_rules import RULE
 from bactrian.passes.sharding.loop_dataflow import END, OP, LoopFlow
-from bactrian.passes.sharding.operations_from_ir import OperationReader, Part, forwards
-from bactrian.passes.sharding.sharding_model import Tensor, Work
+from bactrian.passes.sharding.operations_from_ir import FlowOp, OperationReader, forwards
+from bactrian.passes.sharding.sharding_model import ShardingProblem, Tensor
 from bactrian.passes.sharding.user_shardings import (
     constrained_values,
     fixed_arguments,
@@ -43,24 +43,24 @@ class Reading:
     """A program, and where its parts come from.
 
     Attributes:
-        work: what the model sees.
+        problem: what the model sees.
         flow: the data flow of ``@main`` and of its loops.
-        parts: of each op of ``work``.
-        value_of: of each value of ``flow`` the one of ``work``: what a barrier or the boundary hands on is one value, and
+        ops: one for each op of ``problem``.
+        value_of: of each value of ``flow`` the one of ``problem``: what a barrier or the boundary forwards is one value, and
             so is what a loop carries, in its body and after it.
-        together: phases that are one function, whose ops share the copies of a value.
+        fused: phases that are one function, whose readers of a value share its reshards.
     """
 
-    work: Work
+    problem: ShardingProblem
     flow: LoopFlow
-    parts: tuple[Part, ...]
+    ops: tuple[FlowOp, ...]
     value_of: tuple[int, ...]
-    together: frozenset[str] = frozenset()
+    fused: frozenset[str] = frozenset()
 
     def function_of(self, phase: str | None) -> str:
         """A word for the function that a phase is in; what is done for the results is part of the update."""
         phase = phase or UPDATE
-        return "together" if phase in self.together else phase
+        return "fused" if phase in self.fused else phase
 
 
 def read_program(
@@ -94,30 +94,30 @@ def read_program(
     portion = _Portion.of(main, flow, stage)
     _remark_unknown_loops(flow, portion, remark)
     own = [index for index in portion.entries if flow.kinds[index] != END and not forwards(flow, index)]
-    parts = tuple(reader.part(index) for index in own)
+    parts = tuple(reader.entry(index) for index in own)
     value_of = reader.value_of
     carried = tuple(_carried(flow, value_of, portion, reader))
     made = {value for index in own for value in flow.results[index]}
-    read = {value for part in parts for value in part.operation.operands} | {value for value, _, _ in carried}
+    read = {value for entry in parts for value in entry.op.operands} | {value for value, _, _ in carried}
     inputs = _inputs(flow, portion, read, made)
     there = made.union(inputs)
     counted = dict(_counted(flow, own, result_updates(main)))
-    position = {part.index: at for at, part in enumerate(parts)}
-    work = Work(
+    position = {entry.index: at for at, entry in enumerate(parts)}
+    problem = ShardingProblem(
         values=_tensors(flow, reader),
         inputs=inputs,
-        operations=tuple(part.operation for part in parts),
+        ops=tuple(entry.op for entry in parts),
         updates=tuple(dict.fromkeys(_updates(main, flow, value_of, inputs, there))),
-        fixed=tuple(_fixed(main, flow, mesh, inputs, counted)),
+        pinned=tuple(_fixed(main, flow, mesh, inputs, counted)),
         loads=tuple(_loads(main, flow, cluster, inputs, num_microbatches)),
-        kept=tuple(value for value in dict.fromkeys(_needed_later(flow, value_of, portion)) if value in there),
-        wanted=tuple((value, _whole(flow, value)) for value in counted),
-        batch_copies=in_flight,
-        carried=tuple(dict.fromkeys(tie for tie in carried if tie[0] != tie[1])),
-        lasting=tuple(_lasting(flow, value_of, position)),
+        live_out=tuple(value for value in dict.fromkeys(_needed_later(flow, value_of, portion)) if value in there),
+        preferred=tuple((value, _whole(flow, value)) for value in counted),
+        batch_instances=in_flight,
+        loop_carried=tuple(dict.fromkeys(tie for tie in carried if tie[0] != tie[1])),
+        live_until=tuple(_lasting(flow, value_of, position)),
         in_place=tuple(_in_place(flow, value_of)),
     )
-    return Reading(work, flow, parts, tuple(value_of))
+    return Reading(problem, flow, parts, tuple(value_of))
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,7 @@ def _carried(
     for loop in flow.loops:
         if loop.end in portion.entries:
             for value, result in zip(loop.returned, loop.results, strict=True):
-                yield value_of[value], value_of[result], reader.weight(loop.end) * flow.value_turns[value]
+                yield value_of[value], value_of[result], reader.runs_per_step(loop.end) * flow.value_iterations[value]
 
 
 def _inputs(flow: LoopFlow, portion: _Portion, read: set[int], made: set[int]) -> tuple[int, ...]:
@@ -249,7 +249,7 @@ def _in_place(flow: LoopFlow, value_of: list[int]) -> Iterator[int]:
 def _times(flow: LoopFlow, value: int, num_microbatches: int) -> int:
     """How often in a step a value is made."""
     index = flow.producer[value]
-    return flow.turns[index] * (1 if flow.phases[index] == UPDATE else num_microbatches)
+    return flow.iterations[index] * (1 if flow.phases[index] == UPDATE else num_microbatches)
 
 
 def _counted(flow: LoopFlow, own: list[int], updates: list[int | None]) -> Iterator[tuple[int, int]]:

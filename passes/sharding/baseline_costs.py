@@ -8,45 +8,47 @@ from dataclasses import dataclass, replace
 from bactrian.passes.frame.errors import ConfigError, InfeasiblePlanError
 from bactrian.passes.machine.mesh import Mesh
 from bactrian.passes.network.solver import Solution, solve
-from bactrian.passes.sharding.baselines import named
-from bactrian.passes.sharding.cost_breakdown import Account, account
+from bactrian.passes.sharding.baselines import pin_baseline
+from bactrian.passes.sharding.cost_breakdown import CostBreakdown, cost_breakdown
 from bactrian.passes.sharding.sharding_model import ShardingModel, Shardings
 from bactrian.passes.sharding.work_from_ir import Reading
 
 
 @dataclass(frozen=True)
-class KnownPlan:
+class BaselinePlan:
     """One that fits.
 
     Attributes:
         seconds: of a step.
-        account: of its time and memory.
+        breakdown: of its time and memory.
         memory: bytes of a device at the fullest time.
         shardings: its layouts.
     """
 
     seconds: float
-    account: Account
+    breakdown: CostBreakdown
     memory: int
     shardings: Shardings
 
 
-def known_plan(
+def solve_baseline(
     reading: Reading, mesh: Mesh, roles: Sequence[str], name: str, limit: int | None, time_limit: float
-) -> KnownPlan | None:
+) -> BaselinePlan | None:
     """A known plan, solved for what it leaves open; None where it does not fit, or none was found in time."""
-    plan = named(reading, mesh, roles, name)
-    model = ShardingModel(plan.work, mesh, limit)
+    plan = pin_baseline(reading, mesh, roles, name)
+    model = ShardingModel(plan.problem, mesh, limit)
     try:
         solution = solve(model.network, time_limit)
     except (ConfigError, InfeasiblePlanError):
         return None
     shardings = model.shardings(solution.choice)
-    taken = account(model, plan, roles, solution.choice, shardings)
-    return KnownPlan(float(solution.cost), taken, round(solution.memory), shardings)
+    taken = cost_breakdown(model, plan, roles, solution.choice, shardings)
+    return BaselinePlan(float(solution.cost), taken, round(solution.memory), shardings)
 
 
-def at_most_known(model: ShardingModel, solution: Solution | None, known: Iterable[KnownPlan]) -> Solution | None:
+def no_worse_than_baselines(
+    model: ShardingModel, solution: Solution | None, known: Iterable[BaselinePlan]
+) -> Solution | None:
     """A solution that is not proved, or the cheapest known plan, if that is cheaper: with the solution's bound.
 
     Args:
@@ -68,7 +70,7 @@ def choice_of(model: ShardingModel, shardings: Shardings) -> tuple[int, ...]:
     """The choice of the model's network that means these layouts; each must be among its strategies."""
     choice = [
         specs.index(shardings.arguments[number])
-        for number, specs in zip(model.work.inputs, model.input_specs, strict=True)
+        for number, specs in zip(model.problem.inputs, model.input_specs, strict=True)
     ]
     for choices, strategy in zip(model.strategies, shardings.chosen, strict=True):
         if choices is not None:
