@@ -19,7 +19,7 @@ from bactrian.driver.capture.reference_step import reference
 from bactrian.driver.gc_pause import paused_collection
 from bactrian.driver.planned_step import Planned
 from bactrian.driver.planning.decisions import Decisions
-from bactrian.driver.planning.options import Options, cluster_file, mesh_axes
+from bactrian.driver.planning.options import Options, check_stages, cluster_file
 from bactrian.driver.planning.plan_broadcast import staged_together
 from bactrian.driver.planning.stage_program import stage_program
 from bactrian.driver.ranks import World
@@ -29,7 +29,6 @@ from bactrian.driver.source import line_here
 from bactrian.passes.frame.errors import ConfigError
 from bactrian.passes.machine.spec import MeshAxes, axes_text, num_devices
 from bactrian.passes.plan.schema import Plan
-from bactrian.passes.schedules.by_name import DEFAULT_SCHEDULE
 from bactrian.runtime import faults
 
 _log = logging.getLogger("bactrian")
@@ -40,8 +39,8 @@ def parallelize(
     fun: Callable[..., Any],
     *,
     num_stages: int | None = None,
-    num_microbatches: int = 1,
-    schedule: str = DEFAULT_SCHEDULE,
+    num_microbatches: int | None = None,
+    schedule: str | None = None,
     batch_argnums: int | Sequence[int] = (1,),
     state: Mapping[int, int | None] | None = None,
     cluster: str | Path | None = None,
@@ -57,8 +56,8 @@ def parallelize(
     fun: None = None,
     *,
     num_stages: int | None = None,
-    num_microbatches: int = 1,
-    schedule: str = DEFAULT_SCHEDULE,
+    num_microbatches: int | None = None,
+    schedule: str | None = None,
     batch_argnums: int | Sequence[int] = (1,),
     state: Mapping[int, int | None] | None = None,
     cluster: str | Path | None = None,
@@ -73,8 +72,8 @@ def parallelize(
     fun: Callable[..., Any] | None = None,
     *,
     num_stages: int | None = None,
-    num_microbatches: int = 1,
-    schedule: str = DEFAULT_SCHEDULE,
+    num_microbatches: int | None = None,
+    schedule: str | None = None,
     batch_argnums: int | Sequence[int] = (1,),
     state: Mapping[int, int | None] | None = None,
     cluster: str | Path | None = None,
@@ -93,8 +92,8 @@ def parallelize(
     Args:
         fun: the train step.
         num_stages: pipeline stages; by default one per rank, or one in a single process.
-        num_microbatches: the batch is split into so many along dim 0.
-        schedule: ``1f1b`` or ``gpipe``.
+        num_microbatches: the batch is split into so many along dim 0; 1 by default.
+        schedule: ``1f1b``, the default, or ``gpipe``.
         batch_argnums: positional arguments whose leaves have the batch as dim 0.
         state: the result that is an argument's next value, by index; others are matched by tree, shapes and dtypes.
         cluster: the TOML file that describes the machines (`bactrian.passes.machine.cluster.read_cluster` says how); by
@@ -114,19 +113,19 @@ def parallelize(
     Raises:
         ConfigError: an option is wrong.
     """
-    options = Options(
-        num_stages,
-        num_microbatches,
-        schedule,
-        (batch_argnums,) if isinstance(batch_argnums, int) else tuple(batch_argnums),
-        state,
-        plan if plan is None or isinstance(plan, Plan) else Plan.load(plan),
-        donate,
-        forward_only,
-        out_reduction,
-        mesh_axes(mesh),
-        "" if cluster is None else cluster_file(cluster),
-        strategy,
+    options = Options.of(
+        num_stages=num_stages,
+        num_microbatches=num_microbatches,
+        schedule=schedule,
+        batch_argnums=batch_argnums,
+        state=state,
+        cluster=cluster,
+        plan=plan,
+        donate=donate,
+        forward_only=forward_only,
+        out_reduction=out_reduction,
+        mesh=mesh,
+        strategy=strategy,
     )
     return Parallelized(fun, options) if fun is not None else lambda function: Parallelized(function, options)
 
@@ -178,8 +177,12 @@ class Parallelized:
         return self._compiled[signature][placed]
 
     def with_options(self, **changes: Any) -> Parallelized:
-        """The same step with some options of ``parallelize`` changed, as in ``num_microbatches=8``."""
-        return Parallelized(self.fun, replace(self.options, **changes))
+        """The same step with some options of ``parallelize`` changed, as in ``num_microbatches=8``; None is the default.
+
+        Raises:
+            ConfigError: an option is not known, or is wrong.
+        """
+        return Parallelized(self.fun, self.options.changed(**changes))
 
     def trace(self, *args: Any, **kwargs: Any) -> Traced:
         """Trace the step at microbatch size; arguments may be abstract (``jax.ShapeDtypeStruct``). Needs no device.
@@ -273,17 +276,19 @@ class Traced:
             num_stages: overrides what ``parallelize`` was told; by default that of the step that placed the state,
                 or one per rank.
             num_layers: groups of forward ops that stages are made of; as many as stages by default.
-            plan: decisions to apply.
+            plan: decisions to apply, in the place of those that ``parallelize`` was told.
             compare: on a mesh, predict what the baselines would take too.
 
         Raises:
             ProgramError: the program can't be cut so; the plan was made for another program.
-            ConfigError: the state was placed by a step with another number of stages.
+            ConfigError: the state was placed by a step with another number of stages; the plan has other numbers than
+                those that were given.
         """
         faults.at("plan")
         cluster = self.options.cluster if cluster is None else cluster_file(cluster)
         plan = plan or self.options.plan
         if plan is not None:
+            check_stages(plan, num_stages or self.options.given.get("num_stages"), num_layers)
             decisions = self._decisions_of(plan, cluster)
         else:
             decisions = self._decisions(num_stages or self.options.num_stages, num_layers, cluster)

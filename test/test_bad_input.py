@@ -14,6 +14,7 @@ import jax.experimental
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from clusters import FAST
 from test_launch import END_SECONDS, Command, Ended
 from training_script import SCRIPT, TRAIN
 
@@ -221,17 +222,69 @@ def test_a_plan_of_another_program(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"num_microbatches": 1}, "num_microbatches is 1, but the plan has 2"),
+        ({"schedule": "1f1b"}, "schedule is 1f1b, but the plan has gpipe"),
+        ({"num_stages": 3}, "num_stages is 3, but the plan has 2 stages"),
+        ({"mesh": "data=2"}, "mesh is data=2, but the plan has data=1"),
+        ({"strategy": "data"}, "strategy is data, but a plan is given"),
+    ],
+)
+def test_options_that_differ_from_the_plan(options: dict[str, Any], message: str) -> None:
+    step = bactrian.parallelize(num_stages=2, num_microbatches=2, schedule="gpipe")(sgd)
+    plan = step.trace(W, X).plan().plan
+    for give in (
+        lambda: bactrian.parallelize(sgd, plan=plan, **options),
+        lambda: step.with_options(plan=plan, **options),
+    ):
+        with pytest.raises(ConfigError, match=message) as caught:
+            give()
+        assert caught.value.fix
+    applied = bactrian.parallelize(sgd, plan=plan).options
+    assert (applied.num_stages, applied.num_microbatches, applied.schedule) == (2, 2, "gpipe")
+
+
+def test_stages_and_layers_that_differ_from_the_plan_are_refused_when_it_is_applied() -> None:
+    plan = bactrian.parallelize(sgd, num_stages=2, num_microbatches=2).trace(W, X).plan().plan
+    traced = bactrian.parallelize(sgd, plan=plan).trace(W, X)
+    with pytest.raises(ConfigError, match="num_stages is 4, but the plan has 2 stages"):
+        traced.plan(num_stages=4)
+    with pytest.raises(ConfigError, match="num_layers is 8, but the plan has 2 layers"):
+        traced.plan(num_layers=8)
+    assert traced.plan(num_stages=2, num_layers=2).plan.stages == plan.stages
+
+
+def test_changed_options_are_read_as_those_that_were_given_first(tmp_path: Path) -> None:
+    step = bactrian.parallelize(sgd, num_stages=2, num_microbatches=2)
+    step.trace(W, X).plan().save(tmp_path)
+    (tmp_path / "some.toml").write_text(FAST)
+    assert step.with_options(mesh="data=2").options.mesh == (("data", 2),)
+    assert step.with_options(batch_argnums=1).options.batch_argnums == (1,)
+    assert step.with_options(cluster=tmp_path / "some.toml").options.cluster == str(tmp_path / "some.toml")
+    applied = bactrian.parallelize(sgd).with_options(plan=tmp_path).options
+    assert applied.num_microbatches == 2 and applied.plan is not None
+    assert step.with_options(num_microbatches=None).options.num_microbatches == 1
+    with pytest.raises(ConfigError, match="unknown option 'num_stage'") as caught:
+        step.with_options(num_stage=3)
+    assert caught.value.fix == "did you mean num_stages?"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
         ({"num_stages": 0}, "num_stages is 0"),
         ({"num_microbatches": -1}, "num_microbatches is -1"),
         ({"schedule": "1b1f"}, "unknown schedule '1b1f'"),
         ({"cluster": "/no/such/cluster.toml"}, "cannot read the cluster"),
         ({"plan": "/no/such/plan"}, "cannot read plan"),
+        ({"mesh": "data"}, "is not a list of axes"),
+        ({"batch_argnums": "x"}, "batch_argnums is 'x'"),
     ],
 )
 def test_bad_options(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message) as caught:
-        bactrian.parallelize(**options)(sgd)
-    assert caught.value.fix
+    for give in (bactrian.parallelize, bactrian.parallelize(sgd).with_options):
+        with pytest.raises(ConfigError, match=message) as caught:
+            give(**options)
+        assert caught.value.fix
 
 
 def test_arguments_of_another_kind_are_traced_again_or_refused() -> None:

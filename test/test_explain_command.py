@@ -131,7 +131,7 @@ def test_a_plan_that_was_applied_gives_layouts(tmp_path: Path, save: Save) -> No
     (tmp_path / "some.toml").write_text(FAST)
     step = python_target.load(f"{tmp_path / 'explained_step.py'}:step", "")
     arguments = python_target.load(f"{tmp_path / 'explained_step.py'}:example_args", "")
-    made = step.with_options(mesh=(("data", 2), ("model", 4)), cluster=str(tmp_path / "some.toml"), plan=plan)
+    made = step.with_options(mesh="data=2,model=4", cluster=str(tmp_path / "some.toml"), plan=plan)
     made.trace(*arguments).plan().save(tmp_path / "again")
     found = explain_saved(tmp_path / "again", "params['a']")
     assert (found.reason, found.given_by) == ("given", "the plan that was applied")

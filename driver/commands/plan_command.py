@@ -59,10 +59,8 @@ def run(options: argparse.Namespace) -> int:
             f"cannot plan {options.step}: it is {kind(step)}, not a parallelized function",
             fix="decorate the train step with `@bactrian.parallelize(...)` and name that",
         )
-    names = ("num_stages", "num_microbatches", "schedule", "strategy")
+    names = ("num_stages", "num_microbatches", "schedule", "mesh", "strategy")
     changes = {name: value for name in names if (value := getattr(options, name)) is not None}
-    if axes is not None:
-        changes["mesh"] = axes
     traced = step.with_options(**changes).trace(*_example_arguments(options))
     planned = traced.plan(options.cluster, compare=True)
     if options.save:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,16 @@ from bactrian.passes.plan.schema import Plan
 from bactrian.passes.schedules.by_name import DEFAULT_SCHEDULE, schedule_named
 from bactrian.passes.sharding.baselines import check_strategy
 
+_LEAVE_OUT = "leave it out, or make the plan again"
+
 
 @dataclass(frozen=True)
 class Options:
-    """The options of ``parallelize``, checked; a plan's decisions stand in ``num_stages`` and so on."""
+    """The options of ``parallelize``, checked. Where a plan is given, what it decides stands in ``num_stages`` and so on.
+
+    Attributes:
+        given: what `of` was told, without what is None.
+    """
 
     num_stages: int | None
     num_microbatches: int
@@ -28,40 +36,100 @@ class Options:
     donate: bool
     forward_only: bool
     out_reduction: Any
-    mesh: MeshAxes | None = None
-    cluster: str = ""
-    strategy: str = "auto"
+    mesh: MeshAxes | None
+    cluster: str
+    strategy: str
+    given: Mapping[str, Any] = field(compare=False, repr=False)
+
+    @classmethod
+    def of(cls, **user_options: Any) -> Options:
+        """The options that a user gave ``parallelize``; None stands for the default, or for what the plan has.
+
+        Raises:
+            ConfigError: an option is not known, is wrong, or differs from the plan.
+        """
+        _check_names(user_options)
+        given = {name: value for name, value in user_options.items() if value is not None}
+        plan = given.get("plan")
+        if plan is not None and not isinstance(plan, Plan):
+            plan = given["plan"] = Plan.load(plan)  # what is changed later is held against the same plan
+        mesh, strategy = mesh_axes(given.get("mesh")), given.get("strategy", "auto")
+        if plan is not None:
+            _check_against_plan(plan, given, mesh, strategy)
+            mesh = plan.stages[0].mesh
+        return cls(
+            num_stages=given.get("num_stages") if plan is None else plan.num_stages,
+            num_microbatches=given.get("num_microbatches", 1) if plan is None else plan.num_microbatches,
+            schedule=given.get("schedule", DEFAULT_SCHEDULE) if plan is None else plan.schedule,
+            batch_argnums=_argnums(given.get("batch_argnums", 1)),
+            state=given.get("state"),
+            plan=plan,
+            donate=given.get("donate", True),
+            forward_only=given.get("forward_only", False),
+            out_reduction=given.get("out_reduction", "concat"),
+            mesh=mesh,
+            cluster=cluster_file(given["cluster"]) if "cluster" in given else "",
+            strategy=strategy,
+            given=given,
+        )
+
+    def changed(self, **user_options: Any) -> Options:
+        """These options with some given anew, as `of` takes them."""
+        return Options.of(**{**self.given, **user_options})
 
     def __post_init__(self) -> None:
-        if self.num_stages is not None and self.num_stages < 1:
-            raise ConfigError(f"num_stages is {self.num_stages}", fix="give a number of 1 or more, or None")
-        if self.num_microbatches < 1:
-            raise ConfigError(f"num_microbatches is {self.num_microbatches}", fix="give a number of 1 or more")
+        for name in ("num_stages", "num_microbatches"):
+            count = getattr(self, name)
+            if count is not None and (not isinstance(count, Integral) or count < 1):
+                raise ConfigError(f"{name} is {count!r}", fix="give a number of 1 or more, or leave it out")
         schedule_named(self.schedule)
         check_strategy(self.strategy)
-        if self.strategy != "auto" and num_devices(self.mesh or ()) == 1 and self.plan is None:
+        if self.strategy != "auto" and num_devices(self.mesh or ()) == 1:
             raise ConfigError(
                 f"strategy is {self.strategy}, but there is no mesh", fix='give a mesh, as in mesh="data=8"'
             )
-        plan = self.plan
-        if plan is not None:
-            if self.num_stages not in (None, plan.num_stages):
-                raise ConfigError(f"num_stages is {self.num_stages}, but the plan has {plan.num_stages} stages")
-            num_microbatches, schedule = _of_plan(plan, self.num_microbatches, self.schedule)
-            if self.strategy != "auto":
-                raise ConfigError(
-                    f"strategy is {self.strategy}, but a plan is given",
-                    fix="leave out one of the two: a plan has layouts",
-                )
-            if self.mesh not in (None, plan.stages[0].mesh):
-                raise ConfigError(
-                    f"mesh is {axes_text(self.mesh)}, but the plan has {axes_text(plan.stages[0].mesh)}",
-                    fix="leave it out, or make the plan again",
-                )
-            object.__setattr__(self, "mesh", plan.stages[0].mesh)
-            object.__setattr__(self, "num_stages", plan.num_stages)
-            object.__setattr__(self, "num_microbatches", num_microbatches)
-            object.__setattr__(self, "schedule", schedule)
+
+
+def _check_names(user_options: Mapping[str, Any]) -> None:
+    known = [each.name for each in fields(Options) if each.name != "given"]
+    for name in user_options:
+        if name not in known:
+            nearest = difflib.get_close_matches(name, known, n=1)
+            fix = f"did you mean {nearest[0]}?" if nearest else f"the options are {', '.join(known)}"
+            raise ConfigError(f"unknown option {name!r}", fix=fix)
+
+
+def _check_against_plan(plan: Plan, given: Mapping[str, Any], mesh: MeshAxes | None, strategy: str) -> None:
+    """Refuse an option that was given and says otherwise than the plan."""
+    check_stages(plan, given.get("num_stages"))
+    for name, has in (("num_microbatches", plan.num_microbatches), ("schedule", plan.schedule)):
+        if given.get(name, has) != has:
+            raise ConfigError(f"{name} is {given[name]}, but the plan has {has}", fix=_LEAVE_OUT)
+    if strategy != "auto":
+        raise ConfigError(
+            f"strategy is {strategy}, but a plan is given", fix="leave out one of the two: a plan has layouts"
+        )
+    if mesh not in (None, plan.stages[0].mesh):
+        raise ConfigError(
+            f"mesh is {axes_text(mesh)}, but the plan has {axes_text(plan.stages[0].mesh)}", fix=_LEAVE_OUT
+        )
+
+
+def check_stages(plan: Plan, num_stages: int | None, num_layers: int | None = None) -> None:
+    """Refuse numbers of stages and layers that a plan which is applied does not have; None is none that was given."""
+    for name, asked, has in (
+        ("stages", num_stages, plan.num_stages),
+        ("layers", num_layers, plan.num_layers),
+    ):
+        if asked not in (None, has):
+            raise ConfigError(f"num_{name} is {asked}, but the plan has {has} {name}", fix=_LEAVE_OUT)
+
+
+def _argnums(argnums: Any) -> tuple[int, ...]:
+    numbers = (argnums,) if isinstance(argnums, Integral) else argnums
+    if not isinstance(numbers, Sequence) or not all(isinstance(each, Integral) for each in numbers):
+        raise ConfigError(f"batch_argnums is {argnums!r}", fix="give the position of an argument, or several")
+    return tuple(numbers)
 
 
 def mesh_axes(mesh: Any) -> MeshAxes | None:
@@ -86,15 +154,3 @@ def cluster_file(cluster: str | Path) -> str:
     """The file of a cluster, once it is seen that it can be read."""
     read_cluster(cluster)
     return str(Path(cluster))
-
-
-def _of_plan(plan: Plan, num_microbatches: int, schedule: str) -> tuple[int, str]:
-    """What the plan decides; an option that was given and says otherwise is refused."""
-    if num_microbatches not in (1, plan.num_microbatches):
-        raise ConfigError(
-            f"num_microbatches is {num_microbatches}, but the plan has {plan.num_microbatches}",
-            fix="leave it out, or make the plan again",
-        )
-    if schedule not in (DEFAULT_SCHEDULE, plan.schedule):
-        raise ConfigError(f"schedule is {schedule}, but the plan has {plan.schedule}", fix="leave it out")
-    return plan.num_microbatches, plan.schedule
