@@ -18,9 +18,10 @@ from bactrian.passes.sharding.baseline_costs import BaselinePlan, no_worse_than_
 from bactrian.passes.sharding.baselines import AUTO, BASELINES, check_strategy, pin_baseline
 from bactrian.passes.sharding.cost_breakdown import cost_breakdown
 from bactrian.passes.sharding.infeasible import out_of_memory
+from bactrian.passes.sharding.loop_dataflow import capture_unchanged
 from bactrian.passes.sharding.reduce_scatter_choice import prefer_reduce_scatters
 from bactrian.passes.sharding.sharding_model import ShardingModel
-from bactrian.passes.sharding.shardings_to_ir import Writer
+from bactrian.passes.sharding.shardings_to_ir import Writer, write_stages
 from bactrian.passes.sharding.stage_programs import StageProgram, read_stages, stage_meshes
 from bactrian.passes.sharding.work_from_ir import drop_rules
 
@@ -121,9 +122,10 @@ class SolveShardings(Pass):
         cluster = read_cluster(self.cluster) if self.cluster else CPU_HOST
         limit = self.memory_bytes or cluster.memory_bytes
         roles = argument_roles(main)
+        capture_unchanged(main)
         compared = list[list[ir.Attribute]]()
         solved = list[tuple[Writer, Solution]]()
-        claimed, given = set[int](), list[int]()
+        given = list[int]()
         for each in read_stages(module, meshes, cluster, ctx.remark):
             mesh, reading = each.mesh, each.reading
             given.append(sum(number < reading.flow.num_arguments for number, _ in reading.problem.pinned))
@@ -137,14 +139,10 @@ class SolveShardings(Pass):
             solution = self._solved(each, model, roles, known)
             solution = prefer_reduce_scatters(model, solution)
             shardings = model.shardings(solution.choice)
-            writer = Writer(main, reading, model, shardings, each.mesh_name, each.num_microbatches, each.only, claimed)
+            writer = Writer(main, reading, model, shardings, each.mesh_name, each.num_microbatches, each.only)
             solved.append((writer, solution))
-        for writer, _ in solved:
-            writer.write()
-            ctx.count("reshards", writer.num_reshards)
-        cut = {number: value for writer, _ in solved for number, value in writer.cut.items()}
-        for writer, _ in solved:
-            writer.receive_cut(cut)
+        write_stages([writer for writer, _ in solved])
+        ctx.count("reshards", sum(writer.num_reshards for writer, _ in solved))
         predicted = [
             self._predicted(main, writer, solution, limit, roles, ctx, fixed)
             for (writer, solution), fixed in zip(solved, given, strict=True)

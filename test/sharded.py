@@ -20,7 +20,7 @@ from bactrian.passes.machine.spec import MeshAxes
 from bactrian.passes.sharding.collective_bytes import count_collectives
 from bactrian.passes.sharding.loop_dataflow import capture_unchanged
 from bactrian.passes.sharding.sharding_model import ShardingModel
-from bactrian.passes.sharding.shardings_to_ir import Writer
+from bactrian.passes.sharding.shardings_to_ir import Writer, write_stages
 from bactrian.passes.sharding.work_from_ir import Reading, read_program
 
 
@@ -57,7 +57,7 @@ def read(module: ir.Module, axes: MeshAxes, cluster: Cluster = CPU_HOST) -> tupl
 def write(module: ir.Module, reading: Reading, model: ShardingModel, choice: Sequence[int]) -> None:
     """Write a choice of the model's network into the module."""
     with module.context, ir.Location.unknown():
-        Writer(main_function(module), reading, model, model.shardings(choice), "stage0").write()
+        write_stages([Writer(main_function(module), reading, model, model.shardings(choice), "stage0")])
 
 
 def text_for_xla(module: ir.Module, axes: MeshAxes) -> str:

@@ -21,7 +21,7 @@ from bactrian.passes.machine.spec import MeshAxes
 from bactrian.passes.network.problem import CostNetwork
 from bactrian.passes.network.solver import solve
 from bactrian.passes.sharding.sharding_model import ShardingModel, seconds_of
-from bactrian.passes.sharding.shardings_to_ir import Writer
+from bactrian.passes.sharding.shardings_to_ir import Writer, write_stages
 from bactrian.passes.sharding.strategies import Defers
 from bactrian.passes.sharding.work_from_ir import read_program
 
@@ -189,7 +189,7 @@ def test_gradients_are_reduced_once_per_step(seed: int) -> None:
     assert seconds_of(model, shardings) == pytest.approx(shardings.seconds)
     with module.context, ir.Location.unknown():
         writer = Writer(main_function(module), reading, model, shardings, "stage0", MICROBATCHES)
-        writer.write()
+        write_stages([writer])
     assert sharded.counted_bytes(module) == pytest.approx(writer.sent)
     if seed % 2:  # all devices along one axis: data parallelism
         assert writer.sent_in_step["all_reduce"] == pytest.approx(writer.sent["all_reduce"])

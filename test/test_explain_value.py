@@ -23,7 +23,7 @@ from bactrian.passes.sharding.baselines import pin_baseline
 from bactrian.passes.sharding.cost_breakdown import bytes_sent
 from bactrian.passes.sharding.explain import Alternative, Explanation, StageExplainer
 from bactrian.passes.sharding.sharding_model import ShardingModel, seconds_of
-from bactrian.passes.sharding.shardings_to_ir import Writer
+from bactrian.passes.sharding.shardings_to_ir import Writer, write_stages
 from bactrian.passes.sharding.stage_programs import StageProgram
 from bactrian.passes.sharding.value_names import NamedValue, find_value, named_values
 from bactrian.passes.sharding.work_from_ir import read_program
@@ -149,7 +149,7 @@ def test_bytes_sent_are_those_that_are_written(seed: int) -> None:
         main = main_function(module)
         counted = bytes_sent(model, reading, shardings, 3, result_updates(main), range(2))
         writer = Writer(main, reading, model, shardings, "stage0", 3)
-        writer.write()
+        write_stages([writer])
     assert counted == {kind: round(nbytes) for kind, nbytes in writer.sent_in_step.items()}
 
 

@@ -27,7 +27,7 @@ from bactrian.passes.network.solver import solve
 from bactrian.passes.sharding.cost_breakdown import bytes_sent
 from bactrian.passes.sharding.loop_dataflow import capture_unchanged
 from bactrian.passes.sharding.sharding_model import seconds_of
-from bactrian.passes.sharding.shardings_to_ir import Writer
+from bactrian.passes.sharding.shardings_to_ir import Writer, write_stages
 from bactrian.passes.sharding.work_from_ir import read_program
 
 LAYERS, WIDTH, HIDDEN = 4, 256, 1024
@@ -82,7 +82,7 @@ def solved(function: Any, arguments: Any, axes: MeshAxes) -> tuple[ir.Module, Wr
     with module.context, ir.Location.unknown():
         writer = Writer(main_function(module), reading, model, shardings, "stage0")
         expected = bytes_sent(model, reading, shardings, 1, result_updates(main_function(module)), shardings.arguments)
-        writer.write()
+        write_stages([writer])
         assert module.operation.verify()
         assert expected == {kind: round(nbytes) for kind, nbytes in sorted(writer.sent_in_step.items())}
     assert sharded.counted_bytes(module) == pytest.approx(writer.sent)

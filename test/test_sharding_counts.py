@@ -9,7 +9,7 @@ from test_sharding_numerics import MESHES, program
 
 from bactrian.passes.ir.regions import main_function
 from bactrian.passes.network.solver import solve
-from bactrian.passes.sharding.shardings_to_ir import Writer
+from bactrian.passes.sharding.shardings_to_ir import Writer, write_stages
 
 
 def check_bytes(seed: int) -> None:
@@ -21,7 +21,7 @@ def check_bytes(seed: int) -> None:
     choice = solve(model.network, 30.0).choice
     with module.context, ir.Location.unknown():
         writer = Writer(main_function(module), reading, model, model.shardings(choice), "stage0")
-        writer.write()
+        write_stages([writer])
     assert sharded.counted_bytes(module) == pytest.approx(writer.sent)
 
 

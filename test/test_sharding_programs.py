@@ -15,7 +15,7 @@ from bactrian.passes.ir.regions import main_function, nested_operations
 from bactrian.passes.machine.spec import MeshAxes
 from bactrian.passes.network.solver import solve
 from bactrian.passes.sharding.sharding_model import ShardingModel, seconds_of
-from bactrian.passes.sharding.shardings_to_ir import Writer
+from bactrian.passes.sharding.shardings_to_ir import Writer, write_stages
 from bactrian.passes.sharding.work_from_ir import Reading
 
 AXES = (("x", 2), ("y", 4))
@@ -30,7 +30,7 @@ def solved(body: str, axes: MeshAxes = AXES) -> tuple[ir.Module, Reading, Shardi
     assert seconds_of(model, shardings) == pytest.approx(solution.cost, rel=1e-9)
     with module.context, ir.Location.unknown():
         writer = Writer(main_function(module), reading, model, shardings, "stage0")
-        writer.write()
+        write_stages([writer])
         assert module.operation.verify()
         check_layouts(module)
     assert sharded.counted_bytes(module) == pytest.approx(writer.sent)

@@ -16,13 +16,16 @@ from bactrian.passes.frame.pipeline import run_pipeline
 from bactrian.passes.ir.attributes import GRADIENT_BOUNDARY, phase_of, stage_of
 from bactrian.passes.ir.main_dataflow import MainDataflow
 from bactrian.passes.ir.regions import body, custom_call_target, main_function
+from bactrian.passes.machine.cluster import CPU_HOST
+from bactrian.passes.sharding.sharding_model import ShardingModel
+from bactrian.passes.sharding.stage_programs import read_stage, read_stages
 
 MESH = "data=2,model=4"
 AXES = (("data", 2), ("model", 4))
 
 
-def captured() -> tuple[ir.Module, list[Any]]:
-    """A small step of gradient descent with 4 microbatches; the module and its arguments."""
+def captured(num_stages: int = 1) -> tuple[ir.Module, list[Any]]:
+    """A small step of gradient descent with 4 microbatches before its shardings are chosen; the module and its arguments."""
     random = np.random.default_rng(0)
     state = [random.standard_normal((64, 64)).astype(np.float32) / 8 for _ in range(3)]
     batch = random.standard_normal((2, 512, 64)).astype(np.float32)
@@ -37,16 +40,23 @@ def captured() -> tuple[ir.Module, list[Any]]:
         value, gradients = bactrian.value_and_grad(loss)(weights, pair)
         return jax.tree.map(lambda p, g: p - 0.1 * g, weights, gradients), value
 
-    parallel = bactrian.parallelize(step, num_stages=1, num_microbatches=4)
+    parallel = bactrian.parallelize(step, num_stages=num_stages, num_microbatches=4)
     arguments = state, tuple(batch)
     module = parallel.trace(*arguments).captured.module(None)
-    run_pipeline(module, [*pipelines.import_step(MESH), *pipelines.form_stages(1, 1, mesh=MESH)])
-    run_pipeline(module, [*pipelines.localize_stages(), *pipelines.prepare_shardings(), *pipelines.shard_stages()])
+    run_pipeline(module, [*pipelines.import_step(MESH), *pipelines.form_stages(num_stages, num_stages, mesh=MESH)])
+    run_pipeline(module, [*pipelines.localize_stages(), *pipelines.prepare_shardings()])
     return module, jax.tree.leaves(arguments)
 
 
+def solved() -> tuple[ir.Module, list[Any]]:
+    """The same with its shardings, in one stage."""
+    module, arguments = captured()
+    run_pipeline(module, pipelines.shard_stages())
+    return module, arguments
+
+
 def test_what_comes_out_has_a_place() -> None:
-    module, _ = captured()
+    module, _ = solved()
     with module.context:
         main = main_function(module)
         for view in body(main).operations:
@@ -64,7 +74,7 @@ def test_what_comes_out_has_a_place() -> None:
 
 def test_one_microbatch_of_it_gives_the_numbers() -> None:
     """The boundary left out, the module is a step on one microbatch that weighs a quarter: on 8 devices as on one."""
-    module, arguments = captured()
+    module, arguments = solved()
     state, (x, y) = arguments[:3], arguments[3:]
     got = sharded.run(module, AXES, [*state, x[:128], y[:128]])
 
@@ -78,3 +88,20 @@ def test_one_microbatch_of_it_gives_the_numbers() -> None:
     expected = [*(w - 0.1 * g / 4 for w, g in zip(state, gradients, strict=True)), value / 4]
     for one, other in zip(got, expected, strict=True):
         np.testing.assert_allclose(one, np.asarray(other), rtol=1e-5, atol=1e-6)
+
+
+def test_a_stage_is_read_and_priced_without_the_others() -> None:
+    """On its own, last stage first, and beside a stage on another mesh: one and the same network."""
+    module, _ = captured(num_stages=2)
+    with module.context:
+        wide = read_stages(module, {"stage0": AXES, "stage1": AXES}, CPU_HOST, lambda op, text: None)
+        long = read_stages(module, {"stage0": (("data", 8),), "stage1": AXES}, CPU_HOST, lambda op, text: None)
+        for stage in (1, 0):
+            alone = read_stage(module, stage, CPU_HOST.mesh(AXES), CPU_HOST, lambda op, text: None)
+            assert alone.reading.problem == wide[stage].reading.problem
+        networks = [ShardingModel(stages[1].reading.problem, stages[1].mesh).network for stages in (wide, long)]
+    assert networks[0].edges == networks[1].edges
+    for name in ("costs", "usages", "edge_costs"):
+        for one, other in zip(*(getattr(network, name) for network in networks), strict=True):
+            np.testing.assert_array_equal(one, other)
+    assert wide[0].reading.problem.inputs and wide[1].reading.problem.loads  # the second stage receives from the first

@@ -19,9 +19,11 @@ from bactrian.passes.machine.spec import axes_text
 from bactrian.passes.plan.schema import UNSOLVED_FILE, Plan
 from bactrian.passes.plan.stage_sharding import ShardingPlan
 from bactrian.passes.sharding.explain import Explanation, StageExplainer
+from bactrian.passes.sharding.loop_dataflow import capture_unchanged
 from bactrian.passes.sharding.solve_snapshot import Unsolved, read_unsolved, unsolved_of
-from bactrian.passes.sharding.stage_programs import StageProgram, read_stages, stage_meshes
+from bactrian.passes.sharding.stage_programs import read_stages, stage_meshes
 from bactrian.passes.sharding.value_names import NamedValue, find_value, named_values
+from bactrian.passes.sharding.work_from_ir import first_arguments
 
 _EQUAL = 1e-9
 
@@ -96,19 +98,20 @@ def _check_question(plan: Plan, stage: int | None, source: str) -> None:
 def _explain(unsolved: Unsolved, plan: Plan, source: str, text: str, stage: int | None, deadline: float) -> Explanation:
     main = main_function(unsolved.module)
     meshes = stage_meshes(unsolved.module)
+    capture_unchanged(main)
     programs = read_stages(unsolved.module, meshes, unsolved.cluster, lambda op, remark: None)
     roles, updates = argument_roles(main), result_updates(main)
     values = named_values(programs)
+    firsts = first_arguments(program.reading for program in programs)
 
     @cache
     def explainer(number: int) -> StageExplainer:
         sharding = plan.stages[number].sharding
         assert sharding is not None and sharding.limit_bytes is not None
-        first = _first_read(programs, number)
         left = max(0.1, deadline - time.monotonic())
         limit = sharding.limit_bytes
         made = StageExplainer(
-            programs[number], values, unsolved.strategy, roles, updates, limit, unsolved.given, first, left
+            programs[number], values, unsolved.strategy, roles, updates, limit, unsolved.given, firsts[number], left
         )
         _check_equal(made, values, sharding, source)
         return made
@@ -121,13 +124,6 @@ def _explain(unsolved: Unsolved, plan: Plan, source: str, text: str, stage: int 
         return found
     note = f"the stage gets it as {written}: a move that follows a transfer is done by the transfer"
     return replace(found, notes=(*found.notes, note))
-
-
-def _first_read(programs: list[StageProgram], stage: int) -> frozenset[int]:
-    """The arguments that a stage is the first to read."""
-    own, before = programs[stage].reading, programs[:stage]
-    claimed = {number for program in before for number in program.reading.problem.inputs}
-    return frozenset(n for n in own.problem.inputs if n < own.flow.num_arguments and n not in claimed)
 
 
 def _check_equal(made: StageExplainer, values: list[NamedValue], sharding: ShardingPlan, source: str) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass
 
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import sdy
@@ -27,7 +28,21 @@ from bactrian.passes.sharding.reshard_paths import ReshardStep
 from bactrian.passes.sharding.sharding_model import ShardingModel, Shardings
 from bactrian.passes.sharding.strategies import Strategy, strategies
 from bactrian.passes.sharding.user_shardings import CONSTRAINT
-from bactrian.passes.sharding.work_from_ir import Reading, drop_rules
+from bactrian.passes.sharding.work_from_ir import Reading, drop_rules, first_arguments
+
+
+@dataclass(frozen=True)
+class OtherStages:
+    """What a stage needs to know of the others to be written. It is read and priced without them.
+
+    Attributes:
+        claimed: the inputs that other stages give their sharding: arguments that an earlier stage reads, and what stages
+            make. The stage receives these.
+        scattered: of all stages, values that are sharded further right after their reduction, as they are read.
+    """
+
+    claimed: frozenset[int]
+    scattered: Mapping[int, ir.Value]
 
 
 class Writer:
@@ -44,7 +59,6 @@ class Writer:
         mesh_name: the symbol of the mesh.
         num_microbatches: how often forward and backward run in a step.
         stage: whose ops they are, where there are several stages.
-        claimed: arguments that earlier stages have given their sharding; grows.
     """
 
     def __init__(
@@ -56,32 +70,47 @@ class Writer:
         mesh_name: str,
         num_microbatches: int = 1,
         stage: int | None = None,
-        claimed: set[int] | None = None,
     ) -> None:
         self.main, self.reading, self.model, self.mesh_name = main, reading, model, mesh_name
         self.num_microbatches, self.stage = num_microbatches, stage
-        self._claimed = set[int]() if claimed is None else claimed
         self.mesh = model.mesh
         self.num_reshards = 0
         # By kind of collective, bytes that each device sends: when @main runs once, and in a step.
         self.sent: dict[str, float] = {}
         self.sent_in_step: dict[str, float] = {}
-        self.cut: dict[int, ir.Value] = {}  # values that are cut after their reduction, cut
         self._chosen = self._free_ones_chosen(shardings)
         self._arguments = shardings.arguments
         self._partial = PartialSums(self.mesh, self._attribute, _place_of)
         self._home: dict[int, Spec] = {}  # of values: the spec that they have for all readers
+        self._scattered: Mapping[int, ir.Value] = {}
         self._received: dict[int, ir.Value] = {}  # what other stages have made, as this one has it
         self._copies: dict[
             tuple[int, str, Spec], ir.Value
         ] = {}  # (value of the flow, function, spec) -> with that spec
 
-    def write(self) -> None:
-        """Write everything."""
+    def scatter(self) -> dict[int, ir.Value]:
+        """Shard results further right after their reductions, which makes reduce-scatters of these: the first thing to write.
+
+        Returns:
+            Of each such value its number and what its readers read.
+        """
+        flow, scattered = self.reading.flow, dict[int, ir.Value]()
+        for entry, strategy in zip(self.reading.ops, self._chosen, strict=True):
+            op = flow.ops[entry.index]
+            for value, made, final in zip(flow.results[entry.index], strategy.partial, strategy.results, strict=True):
+                if made != final:
+                    with ir.InsertionPoint.after(op):
+                        scattered[value] = self._reshard(flow.values[value], final, op)
+        return scattered
+
+    def write(self, others: OtherStages) -> None:
+        """Write everything else."""
+        self._scattered = others.scattered
         flow = self.reading.flow
         for number, spec in self._arguments.items():
             self._home[number] = spec
-        first = self._receive()
+        first = self._arguments.keys() - others.claimed
+        self._receive(first)
         chosen = {
             entry.index: (entry, strategy) for entry, strategy in zip(self.reading.ops, self._chosen, strict=True)
         }
@@ -122,25 +151,17 @@ class Writer:
                 self._count(HALO, exchange.nbytes, flow.iterations[index], entry.op.runs_per_step)
             for reduction in strategy.reductions:
                 self._count(reduction.kind, reduction.nbytes, flow.iterations[index], entry.op.runs_per_step)
-            for value, made, final in zip(flow.results[index], strategy.partial, strategy.results, strict=True):
-                self._home[value] = final
-                if made != final:  # together with the reduction, a reduce-scatter
-                    with ir.InsertionPoint.after(op):
-                        self.cut[value] = self._reshard(flow.values[value], final, op)
+            self._home.update(zip(flow.results[index], strategy.results, strict=True))
         self._results(first)
         drop_rules(self.main)
 
-    def _receive(self) -> set[int]:
+    def _receive(self, first: Set[int]) -> None:
         """Make what this stage reads of others its own: a reshard from one mesh to another is a transfer.
 
-        Returns:
-            The arguments that no stage before has read.
+        Args:
+            first: the arguments that get their sharding here.
         """
-        if self.stage is None:
-            return set(self._arguments)
         flow, value_of = self.reading.flow, self.reading.value_of
-        first = {n for n in self._arguments if n < flow.num_arguments} - self._claimed
-        self._claimed |= first
         readers = dict[int, ir.Operation]()
         for index, reads in enumerate(flow.operands):
             if flow.stages[index] == self.stage:
@@ -149,18 +170,8 @@ class Writer:
         for number, spec in self._arguments.items():
             if number not in first and number in readers:
                 with ir.InsertionPoint(readers[number]):
-                    self._received[number] = self._reshard(flow.values[number], spec, readers[number])
-        return first
-
-    def receive_cut(self, cut: Mapping[int, ir.Value]) -> None:
-        """Take from other stages what they have cut, as it is cut: when this stage was written, they may not have been.
-
-        Args:
-            cut: of all stages.
-        """
-        for number, value in self._received.items():
-            if number in cut:
-                set_operand(ir.OpResult(value).owner.operation, 0, cut[number])
+                    value = self._scattered.get(number, flow.values[number])
+                    self._received[number] = self._reshard(value, spec, readers[number])
 
     def _forward(self, index: int, op: ir.Operation) -> None:
         flow, value_of, problem = self.reading.flow, self.reading.value_of, self.reading.problem
@@ -262,7 +273,7 @@ class Writer:
         received = self._received.get(value)
         if received is not None and (number == value or flow.stages[flow.producer[number]] != self.stage):
             return received
-        return self.cut.get(number, flow.values[number])
+        return self._scattered.get(number, flow.values[number])
 
     def _read(self, number: int, spec: Spec, reader: ir.Operation) -> ir.Value:
         """A value of the flow with the spec that an op needs."""
@@ -324,7 +335,7 @@ class Writer:
             found[PHASE] = ir.StringAttr.get(UPDATE)
         return found
 
-    def _results(self, first: set[int]) -> None:
+    def _results(self, first: Set[int]) -> None:
         """Next values of state with their arguments' specs; other results as they are.
 
         Args:
@@ -351,12 +362,29 @@ class Writer:
                 entries[number][SHARDING] = self._attribute(spec)
             main.attributes[name] = ir.ArrayAttr.get([ir.DictAttr.get(entry) for entry in entries])
 
-    def _is_foreign(self, value: int, first: set[int]) -> bool:
+    def _is_foreign(self, value: int, first: Set[int]) -> bool:
         """Whether another stage has made a value, or gave an argument its sharding."""
         flow = self.reading.flow
         if value < flow.num_arguments:
             return value not in first
         return flow.stages[flow.producer[value]] != self.stage
+
+
+def write_stages(writers: Sequence[Writer]) -> None:
+    """Write the shardings of all stages, given in their order."""
+    for writer, others in zip(writers, _other_stages(writers), strict=True):
+        writer.write(others)
+
+
+def _other_stages(writers: Sequence[Writer]) -> list[OtherStages]:
+    """For each stage what it needs to know of the others."""
+    scattered = {number: value for writer in writers for number, value in writer.scatter().items()}
+    readings = [writer.reading for writer in writers]
+    firsts = first_arguments(readings)
+    return [
+        OtherStages(frozenset(reading.problem.inputs) - first, scattered)
+        for reading, first in zip(readings, firsts, strict=True)
+    ]
 
 
 def _only(specs: set[Spec] | None, rank: int) -> Spec:

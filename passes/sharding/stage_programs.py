@@ -15,7 +15,6 @@ from bactrian.passes.ir.regions import main_function
 from bactrian.passes.machine.cluster import Cluster
 from bactrian.passes.machine.mesh import Mesh
 from bactrian.passes.machine.spec import MeshAxes, num_devices
-from bactrian.passes.sharding.loop_dataflow import capture_unchanged
 from bactrian.passes.sharding.work_from_ir import Reading, read_program
 
 
@@ -75,10 +74,10 @@ def stage_meshes(module: ir.Module) -> dict[str, MeshAxes]:
 def read_stages(
     module: ir.Module, meshes: dict[str, MeshAxes], cluster: Cluster, remark: Callable[[ir.Operation, str], None]
 ) -> list[StageProgram]:
-    """The programs of all stages. Loops are made to read from outside what they never change.
+    """The programs of all stages.
 
     Args:
-        module: with ``sdy.sharding_rule`` on the ops of ``@main``, and phases.
+        module: as `read_stage` wants it.
         meshes: of all stages, as `stage_meshes` gives them.
         cluster: whose devices the meshes are made of.
         remark: told of ops that nothing is known of.
@@ -87,17 +86,32 @@ def read_stages(
         ConfigError: the cluster has too few devices for a mesh.
         PassError, ProgramError: as `read_program`.
     """
+    return [
+        read_stage(module, stage, cluster.mesh(axes), cluster, remark) for stage, axes in enumerate(meshes.values())
+    ]
+
+
+def read_stage(
+    module: ir.Module, stage: int, mesh: Mesh, cluster: Cluster, remark: Callable[[ir.Operation, str], None]
+) -> StageProgram:
+    """The program of one stage, whatever the others' meshes and shardings are.
+
+    Args:
+        module: with ``sdy.sharding_rule`` on the ops of ``@main``, phases and stages; its loops read from outside what
+            they never change (`capture_unchanged`).
+        stage: its number.
+        mesh: its devices.
+        cluster: that these belong to.
+        remark: told of ops that nothing is known of.
+
+    Raises:
+        PassError, ProgramError: as `read_program`.
+    """
     main = main_function(module)
-    capture_unchanged(main)
-    count = integer_attribute(module.operation, NUM_MICROBATCHES) or 1
+    microbatches = integer_attribute(module.operation, NUM_MICROBATCHES) or 1
+    stages = integer_attribute(module.operation, NUM_STAGES) or 1
     schedule = schedule_of(module)
-    stages = len(meshes)
-    found = list[StageProgram]()
-    for stage, (name, axes) in enumerate(meshes.items()):
-        mesh = cluster.mesh(axes)
-        in_flight = 1 if schedule is None else schedule.in_flight(stage, stages, count)
-        only = stage if stages > 1 else None
-        reading = read_program(main, mesh, cluster, count, remark, in_flight, only)
-        reading = replace(reading, fused=fused_phases(module, main, stage))
-        found.append(StageProgram(stage, name, mesh, reading, stages, count))
-    return found
+    in_flight = 1 if schedule is None else schedule.in_flight(stage, stages, microbatches)
+    reading = read_program(main, mesh, cluster, microbatches, remark, in_flight, stage if stages > 1 else None)
+    reading = replace(reading, fused=fused_phases(module, main, stage))
+    return StageProgram(stage, f"stage{stage}", mesh, reading, stages, microbatches)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from jaxlib.mlir import ir
@@ -261,6 +261,16 @@ def _counted(flow: LoopFlow, own: list[int], updates: list[int | None]) -> Itera
                 argument = updates[ir.IntegerAttr(entry).value]
                 if argument is not None:
                     yield flow.results[index][0], argument
+
+
+def first_arguments(readings: Iterable[Reading]) -> list[frozenset[int]]:
+    """For each stage the arguments that it is the first to read: it gives them their shardings."""
+    found, claimed = list[frozenset[int]](), frozenset[int]()
+    for reading in readings:
+        arguments = frozenset(number for number in reading.problem.inputs if number < reading.flow.num_arguments)
+        found.append(arguments - claimed)
+        claimed |= arguments
+    return found
 
 
 def drop_rules(main: ir.Operation) -> None:
