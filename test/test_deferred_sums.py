@@ -109,12 +109,10 @@ def read(module: ir.Module, axes: MeshAxes, memory: int | None = None) -> tuple[
 def drawn(model: ShardingModel, seed: int) -> list[int]:
     """A random choice that is allowed; sums that may wait mostly do."""
     random, network = np.random.default_rng(seed), model.network
-    inputs = len(model.problem.inputs)
-    waits = [
-        np.array([bool(strategy.results[0].unreduced) for strategy in choices])
-        for choices in model.strategies
-        if choices is not None
-    ]
+    waits = {
+        node: np.array([bool(strategy.results[0].unreduced) for strategy in choices])
+        for node, _, choices in model.op_nodes()
+    }
     into: dict[int, list[tuple[int, Any]]] = {}
     for (i, j), costs in zip(network.edges, network.edge_costs, strict=True):
         first, second, matrix = (i, j, costs) if i < j else (j, i, costs.T)
@@ -124,8 +122,8 @@ def drawn(model: ShardingModel, seed: int) -> list[int]:
         allowed = np.isfinite(costs)
         for first, matrix in into.get(node, []):
             allowed &= np.isfinite(matrix[choice[first]])
-        if node >= inputs and random.random() < 0.8 and (allowed & waits[node - inputs]).any():
-            allowed &= waits[node - inputs]
+        if node in waits and random.random() < 0.8 and (allowed & waits[node]).any():
+            allowed &= waits[node]
         choice.append(int(random.choice(np.flatnonzero(allowed))))
     return choice
 
@@ -144,12 +142,10 @@ def waiting(model: ShardingModel, choice: Sequence[int]) -> list[int]:
 
 def kept_waiting(model: ShardingModel, numbers: Sequence[int]) -> CostNetwork:
     """The model's network with these ops' sums left in parts, whatever that costs."""
-    network, node = model.network, len(model.problem.inputs)
-    for number, choices in enumerate(model.strategies):
-        if choices is not None:
-            if number in numbers:
-                network = network.restricted(node, [k for k, s in enumerate(choices) if waits(model, number, s)])
-            node += 1
+    network = model.network
+    for node, number, choices in model.op_nodes():
+        if number in numbers:
+            network = network.restricted(node, [k for k, s in enumerate(choices) if waits(model, number, s)])
     return network
 
 

@@ -158,11 +158,9 @@ def test_memory_of_a_loop_lasts_until_its_end() -> None:
     flow, network = reading.flow, model.network
     (loop,) = flow.loops
     inside = [at for at, entry in enumerate(reading.ops) if loop.first <= entry.index < loop.end]
-    first = len(model.problem.inputs)
-    nodes = [at for at, choices in enumerate(model.strategies) if choices is not None]
     until = {
-        flow.ops[reading.ops[at].index].name: network.intervals[first + node][1]
-        for node, at in enumerate(nodes)
+        flow.ops[reading.ops[at].index].name: network.intervals[node][1]
+        for node, at, _ in model.op_nodes()
         if at < inside[0] or flow.kinds[reading.ops[at].index] == "carry"
     }
     assert until["stablehlo.dot_general"] == inside[-1] + 1

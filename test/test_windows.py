@@ -174,7 +174,7 @@ def test_windows_that_are_filled_up_otherwise_are_not_cut_both() -> None:
         module = sharded.lowered(function, arguments, GRID)
         reading, model = sharded.read(module, GRID)
         choice, rows = [0] * len(model.network.costs), 0
-        for node, choices in enumerate((c for c in model.strategies if c is not None), len(model.problem.inputs)):
+        for node, _, choices in model.op_nodes():
             found = [number for number, s in enumerate(choices) if str(s.partial[0]) == "-,y,-"]
             choice[node] = found[0] if found else 0
             rows += bool(found)

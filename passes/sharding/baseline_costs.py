@@ -58,22 +58,9 @@ def no_worse_than_baselines(
     """
     best = solution
     for plan in known:
-        choice = choice_of(model, plan.shardings)
+        choice = model.choice(plan.shardings)
         cost = model.network.cost(choice)
         if model.network.is_feasible(choice) and (best is None or cost < best.cost):
             old = best or Solution(choice, cost, 0.0, False, 0, 0.0, {})
             best = replace(old, choice=choice, cost=cost, memory=model.network.peak(choice))
     return best
-
-
-def choice_of(model: ShardingModel, shardings: Shardings) -> tuple[int, ...]:
-    """The choice of the model's network that means these layouts; each must be among its strategies."""
-    choice = [
-        specs.index(shardings.arguments[number])
-        for number, specs in zip(model.problem.inputs, model.input_specs, strict=True)
-    ]
-    for choices, strategy in zip(model.strategies, shardings.chosen, strict=True):
-        if choices is not None:
-            assert strategy is not None  # what is free is so in every plan
-            choice.append(choices.index(strategy))
-    return tuple(choice)

@@ -126,9 +126,8 @@ def memory_classes(model: ShardingModel, reading: Reading, roles: Sequence[str])
     of_input |= dict.fromkeys(who.parameters, "parameters") | dict.fromkeys(who.rest, "optimizer state")
     names = [of_input.get(number, "received") for number in model.problem.inputs]
     gradients = set(who.gradients)
-    for entry, choices in zip(reading.ops, model.strategies, strict=True):
-        if choices is None:
-            continue
+    for position in model.nodes.ops:
+        entry = reading.ops[position]
         phase = reading.flow.phases[entry.index]
         own = gradients.intersection(entry.op.results)
         names.append("gradients" if own else _OF_PHASE.get(phase or "", "other"))

@@ -171,7 +171,7 @@ class StageExplainer:
 
     def layout(self, value: int) -> str:
         """The plan's layout of a value; ``any`` where it costs nothing."""
-        found = _specs_of(self.model, value)
+        found = self.model.specs_of(value)
         return "any" if found is None else str(found[1][self.solution.choice[found[0]]])
 
     def explain(self, value: NamedValue, deadline: float) -> Explanation:
@@ -183,7 +183,7 @@ class StageExplainer:
         """
         problem, mesh = self.model.problem, self.program.mesh
         tensor = problem.values[value.number]
-        found = _specs_of(self.model, value.number)
+        found = self.model.specs_of(value.number)
         solution, model = self.solution, self.model
         spec: Spec | None = None
         given_by, unlimited, alternatives = "", None, list[Alternative]()
@@ -247,7 +247,7 @@ class StageExplainer:
         was given."""
         solution = self.solution
         rows = [self._solved(chosen, value, self.model, self.reading, solution, is_chosen=True)]
-        found = _specs_of(model, value)
+        found = model.specs_of(value)
         assert found is not None  # it has layouts already
         node, specs = found
         others = [spec for spec in dict.fromkeys(specs) if spec != chosen]
@@ -304,7 +304,7 @@ class StageExplainer:
         best = _answer(free, max(0.0, deadline - time.monotonic()) / 2)
         if best is None or _at_least(float(best.cost), float(self.solution.cost)):
             return None
-        found = _specs_of(self.model, value)
+        found = self.model.specs_of(value)
         assert found is not None
         node, specs = found
         spec, binds = specs[best.choice[node]], False
@@ -378,23 +378,6 @@ def _answer(network: CostNetwork, time_limit: float) -> Solution | None:
         return solve(network, time_limit)
     except ConfigError:
         return None
-
-
-def _specs_of(model: ShardingModel, value: int) -> tuple[int, list[Spec]] | None:
-    """The node of the network that decides a value's layout, and the layout that each of its strategies gives; None for
-    what is free."""
-    for node, (number, specs) in enumerate(zip(model.problem.inputs, model.input_specs, strict=True)):
-        if number == value:
-            return node, list(specs)
-    node = len(model.problem.inputs)
-    for op, choices in zip(model.problem.ops, model.strategies, strict=True):
-        if choices is None:
-            continue
-        if value in op.results:
-            position = op.results.index(value)
-            return node, [strategy.results[position] for strategy in choices]
-        node += 1
-    return None
 
 
 def _without_given(problem: ShardingProblem, value: int) -> ShardingProblem:

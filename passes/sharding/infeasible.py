@@ -82,13 +82,7 @@ def _at(reading: Reading, time: int) -> tuple[str, SourcePlace | None]:
 
 def _name(model: ShardingModel, reading: Reading, node: int) -> str:
     """What a node decides the layout of, for people."""
-    inputs = model.problem.inputs
-    if node < len(inputs):
-        value = inputs[node]
-    else:
-        free = [entry for entry, choices in zip(reading.ops, model.strategies, strict=True) if choices is not None]
-        value = free[node - len(inputs)].op.results[0]
-    found = reading.flow.values[value]
+    found = reading.flow.values[model.nodes.value(node)]
     return f"{describe(found.location) or 'a value'}: {found.type}"
 
 

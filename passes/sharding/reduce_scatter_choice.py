@@ -29,7 +29,6 @@ def prefer_reduce_scatters(model: ShardingModel, solution: Solution) -> Solution
         The solution, with other strategies of the same ops: with the same work on the same operands.
     """
     problem, made = model.problem, list(solution.choice)
-    node = len(problem.inputs)
     shardings = model.shardings(solution.choice)
     reads: dict[int, set[Spec]] = {}
     for op, strategy in zip(problem.ops, shardings.chosen, strict=True):
@@ -43,14 +42,11 @@ def prefer_reduce_scatters(model: ShardingModel, solution: Solution) -> Solution
         specs.update(zip(op.results, strategy.results, strict=True) if strategy is not None else ())
     for value, other, _ in problem.loop_carried:
         reads.setdefault(value, set()).add(specs[other])
-    for op, choices, strategy in zip(problem.ops, model.strategies, shardings.chosen, strict=True):
-        if choices is None or strategy is None:
-            continue
-        if any(each.kind == "all_reduce" for each in strategy.reductions):
-            tables = [(model.tables[value], reads.get(value, ())) for value in op.results]
+    for node, position, choices in model.op_nodes():
+        if any(each.kind == "all_reduce" for each in choices[made[node]].reductions):
+            tables = [(model.tables[value], reads.get(value, ())) for value in problem.ops[position].results]
             results = [(table, sorted(read, key=table.number.__getitem__)) for table, read in tables]
             made[node] = _better(results, choices, made[node])
-        node += 1
     choice, network = tuple(made), model.network
     if choice == tuple(solution.choice):
         return solution

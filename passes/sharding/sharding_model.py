@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -12,6 +12,7 @@ import numpy as np
 from bactrian.passes.machine.mesh import Mesh
 from bactrian.passes.machine.spec import Spec
 from bactrian.passes.network.problem import CostNetwork
+from bactrian.passes.sharding.network_nodes import NetworkNodes
 from bactrian.passes.sharding.reshard_paths import ReshardTable, local_bytes, reshard_table
 from bactrian.passes.sharding.sharding_rules import Rule
 from bactrian.passes.sharding.strategies import Defers, Strategy, strategies
@@ -155,6 +156,12 @@ class ShardingModel:
         )
 
     @cached_property
+    def nodes(self) -> NetworkNodes:
+        """What each node of the network decides."""
+        operations = enumerate(self.problem.ops)
+        return NetworkNodes(self.problem.inputs, {at: op.results for at, op in operations if op.rule is not None})
+
+    @cached_property
     def strategies(self) -> tuple[tuple[Strategy, ...] | None, ...]:
         """The strategies of every op; None for a free one."""
         return tuple(self._strategies_of(op) for op in self.problem.ops)
@@ -230,10 +237,8 @@ class ShardingModel:
                 edges.append((source, node))
                 matrices.append(per_step * block)
 
-        for at, (op, choices) in enumerate(zip(problem.ops, self.strategies, strict=True)):
-            if choices is None:
-                continue
-            node = len(costs)
+        for node, at, choices in self.op_nodes():
+            op = problem.ops[at]
             costs.append(np.array([op.runs_per_step * (self.computing(op, s) + s.sending_seconds) for s in choices]))
             held = np.zeros(len(choices))
             for position, value in enumerate(op.results):
@@ -257,13 +262,39 @@ class ShardingModel:
             connect(value, node, index, per_step)
         return CostNetwork(tuple(costs), tuple(usages), tuple(intervals), tuple(edges), tuple(matrices), self.memory)
 
+    def op_nodes(self) -> Iterator[tuple[int, int, tuple[Strategy, ...]]]:
+        """The node, the position and the strategies of each op that is not free."""
+        for node, position in enumerate(self.nodes.ops, len(self.problem.inputs)):
+            choices = self.strategies[position]
+            assert choices is not None  # it has a node
+            yield node, position, choices
+
+    def specs_of(self, value: int) -> tuple[int, list[Spec]] | None:
+        """The node that decides the sharding of a value, and the spec that each of its strategies gives the value; None
+        for what is free."""
+        node = self.nodes.of_value(value)
+        if node is None:
+            return None
+        position = self.nodes.op(node)
+        if position is None:
+            return node, list(self.input_specs[node])
+        number = self.problem.ops[position].results.index(value)
+        return node, [strategy.results[number] for strategy in self.strategies[position] or ()]
+
     def shardings(self, choice: Sequence[int]) -> Shardings:
         """What a choice of the network means."""
-        rest = iter(choice)
-        specs_of = zip(self.problem.inputs, self.input_specs, strict=True)
-        arguments = {number: specs[next(rest)] for number, specs in specs_of}
-        chosen = tuple(None if choices is None else choices[next(rest)] for choices in self.strategies)
-        return Shardings(arguments, chosen, float(self.network.cost(choice)))
+        pairs = zip(self.problem.inputs, self.input_specs, strict=True)
+        arguments = {number: specs[choice[node]] for node, (number, specs) in enumerate(pairs)}
+        chosen: list[Strategy | None] = [None] * len(self.problem.ops)
+        for node, position, choices in self.op_nodes():
+            chosen[position] = choices[choice[node]]
+        return Shardings(arguments, tuple(chosen), float(self.network.cost(choice)))
+
+    def choice(self, shardings: Shardings) -> tuple[int, ...]:
+        """The choice of the network that means these shardings; each must be among its strategies."""
+        pairs = zip(self.problem.inputs, self.input_specs, strict=True)
+        inputs = [specs.index(shardings.arguments[number]) for number, specs in pairs]
+        return *inputs, *(choices.index(shardings.chosen[at]) for _, at, choices in self.op_nodes())
 
     def _last_reads(self, end: int) -> list[int]:
         last = [0] * len(self.problem.values)

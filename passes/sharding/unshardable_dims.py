@@ -55,8 +55,11 @@ def unshardable_dims(model: ShardingModel, value: int, op: str) -> Iterator[Unsh
 
 def _made_over(model: ShardingModel, value: int) -> set[tuple[int, str]] | None:
     """The dims and axes that some strategy of the value's op cuts; None of an input, or where its layout was given."""
-    for op, choices in zip(model.problem.ops, model.strategies, strict=True):
-        if value in op.results and choices is not None and not op.constraint_specs:
-            made = [strategy.results[op.results.index(value)] for strategy in choices]
-            return {(dim, axis) for spec in made for dim, axes in enumerate(spec.dims) for axis in axes}
-    return None
+    found = model.specs_of(value)
+    if found is None:
+        return None
+    node, specs = found
+    position = model.nodes.op(node)
+    if position is None or model.problem.ops[position].constraint_specs:
+        return None
+    return {(dim, axis) for spec in specs for dim, axes in enumerate(spec.dims) for axis in axes}
