@@ -6,7 +6,7 @@ from pathlib import Path
 
 from bactrian.driver.capture.captured_step import Captured
 from bactrian.driver.planning.explain_value import explain
-from bactrian.driver.planning.plan_broadcast import outline, with_layouts_of_main
+from bactrian.driver.planning.plan_broadcast import outline, with_shardings_of_main
 from bactrian.driver.planning.staged import Staged
 from bactrian.driver.ranks import World
 from bactrian.driver.report.explanation_table import render_value
@@ -72,7 +72,7 @@ class Planned:
         return compare(self.staged)
 
     def compile(self) -> Compiled:
-        """Compile this process's stages (collective: all ranks call it). Layouts are those that rank 0 found.
+        """Compile this process's stages (collective: all ranks call it). Shardings are those that rank 0 found.
 
         Raises:
             ConfigError: the ranks do not fit the plan, or run different programs.
@@ -86,5 +86,5 @@ class Planned:
             "the number of ranks of a mesh": str(shared),
         }
         world.check_equal(own)
-        staged = self.staged if self._is_shared else with_layouts_of_main(self.staged, world)
+        staged = self.staged if self._is_shared else with_shardings_of_main(self.staged, world)
         return Compiled(self.captured, open_session(staged, world))

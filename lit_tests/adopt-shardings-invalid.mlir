@@ -51,7 +51,7 @@ func.func public @main(%arg0: tensor<8xf32>) -> tensor<8xf32> {
 
 sdy.mesh @users = <["data"=2]>
 func.func public @main(%arg0: tensor<8xf32>) -> tensor<8xf32> {
-  // expected-error@+1 {{shard_map is not there yet}}
+  // expected-error@+1 {{shard_map is not supported yet}}
   %0 = sdy.manual_computation(%arg0) in_shardings=[<@users, [{"data"}]>] out_shardings=[<@users, [{"data"}]>] manual_axes={"data"} (%arg1: tensor<4xf32>) {
     sdy.return %arg1 : tensor<4xf32>
   } : (tensor<8xf32>) -> tensor<8xf32>

@@ -1,7 +1,7 @@
 // RUN: bactrian-opt --adopt-shardings --split-input-file %s | FileCheck %s
 // RUN: bactrian-opt --pass-pipeline='builtin.module(adopt-shardings{mesh=model=4,data=2})' --split-input-file %s | FileCheck %s --check-prefix=ORDER
 
-// An argument that is read through one constraint has its layout; axes of one device are left out, the mesh goes.
+// An argument that is read through one constraint has its sharding; axes of one device are left out, the mesh goes.
 // CHECK-NOT: @users
 // CHECK-LABEL: func.func public @main
 // CHECK-SAME: sdy.sharding = #sdy.sharding<@stage0, [{"model"}, {"data"}]>
@@ -39,7 +39,7 @@ func.func public @main(%arg0: tensor<8x8xf32>) -> tensor<8x8xf32> {
 
 // -----
 
-// State has the layout in which its next value is asked for.
+// State has the sharding in which its next value is asked for.
 // CHECK-LABEL: func.func public @main
 // CHECK-SAME: %arg0: tensor<8xf32> {bactrian.role = "state", sdy.sharding = #sdy.sharding<@stage0, [{"data"}]>}
 // CHECK-SAME: bactrian.updates = 0

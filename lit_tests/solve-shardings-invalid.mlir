@@ -61,7 +61,7 @@ module @too_many_devices attributes {bactrian.num_stages = 1 : i64} {
 module @no_memory attributes {bactrian.num_stages = 1 : i64} {
   sdy.mesh @stage0 = <["data"=2]>
   func.func public @main(%x: tensor<1024xf32> {bactrian.role = "state"}) -> tensor<1024xf32> {
-    // expected-error@+1 {{it holds at least 4.00 KiB, a device has 0.98 KiB, 3.02 KiB are missing}}
+    // expected-error@+1 {{it needs at least 4.00 KiB, a device has 0.98 KiB, 3.02 KiB are missing}}
     %y = stablehlo.sine %x {bactrian.phase = "update", sdy.sharding_rule = #sdy.op_sharding_rule<([i])->([i]) {i=1024}>} : tensor<1024xf32>
     return %y : tensor<1024xf32>
   }

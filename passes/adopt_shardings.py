@@ -1,4 +1,4 @@
-"""``adopt-shardings``: the layouts that users asked for, over the mesh of the stages."""
+"""``adopt-shardings``: put user-specified shardings onto the mesh of the stages."""
 
 from __future__ import annotations
 
@@ -30,18 +30,20 @@ _FIRST = "stage0"
 
 @dataclass(frozen=True)
 class AdoptShardings(Pass):
-    """Put the layouts that users asked for onto the mesh of the stages, by the names of its axes.
+    """Put user-specified shardings onto the mesh of the stages, by the names of its axes.
 
-    ``with_sharding_constraint``, ``in_shardings``, ``out_shardings`` and arguments that are sharded name the axes of the
-    user's own mesh. Those of more than one device must be axes of the stages' mesh, of the same sizes; it may have others.
-    The layouts then name ``@stage0``: which stage a value belongs to is not known yet. A dim that is left open stays open.
+    ``with_sharding_constraint``, ``in_shardings``, ``out_shardings`` and arguments that are sharded name the axes of
+    the user's own mesh. Those of more than one device must be axes of the stages' mesh, of the same sizes; it may have
+    others. The shardings then name ``@stage0``: which stage a value belongs to is not known yet. A dim that is left
+    open stays open.
 
-    An argument that is only read through a constraint has that layout itself, in every stage that reads it, and so has
-    state whose next value is constrained, unless it is asked for in another one. Every other constraint stays where it is.
-    On stages of one device a constraint means nothing, and is dropped with a remark.
+    An argument that is only read through a constraint has that sharding itself, in every stage that reads it, and so
+    has state whose next value is constrained, unless it is asked for in another one. Every other constraint stays where
+    it is. On stages of one device a constraint means nothing, and is dropped with a remark.
 
     Requires: one flat function `@main`.
-    Ensures: every ``sdy.sharding`` of an argument and every ``sdy.sharding_constraint`` is over ``@stage0``; no other mesh.
+    Ensures: every ``sdy.sharding`` of an argument and every ``sdy.sharding_constraint`` is over ``@stage0``; no other
+    mesh.
 
     Input:
 
@@ -66,13 +68,13 @@ class AdoptShardings(Pass):
     }
     ```
 
-    The argument is cut over the axis of its name, in the order of the stages' axes.
+    The argument is sharded over the axis of its name, in the order of the stages' axes.
     """
 
     name: ClassVar[str] = "adopt-shardings"
-    summary: ClassVar[str] = "put the layouts that users asked for onto the mesh of the stages"
+    summary: ClassVar[str] = "put user-specified shardings onto the mesh of the stages"
     statistics: ClassVar[tuple[Statistic, ...]] = (
-        Statistic("arguments", "arguments whose layout is given"),
+        Statistic("arguments", "arguments with a specified sharding"),
         Statistic("constraints", "constraints that stay"),
         Statistic("dropped", "constraints that mean nothing here, or say again what is given"),
     )
@@ -89,7 +91,7 @@ class AdoptShardings(Pass):
         main = main_function(module)
         meshes = mesh_axes(module)
         axes = parse_axes(self.mesh) if self.mesh.strip() else meshes.get(_FIRST, ())
-        if not meshes and num_devices(axes) <= 1:  # no layout can be said without a mesh: most programs need no look
+        if not meshes and num_devices(axes) <= 1:  # without a mesh there are no shardings: most programs need no look
             return
         foreign = {name: own for name, own in meshes.items() if not name.startswith(_STAGE)}
         program = _Program(main, ctx)
@@ -119,7 +121,7 @@ class _Axes:
         self._text, self._refused = axes_text(axes), set[MeshAxes]()
 
     def adopted(self, sharding: ir.Attribute, where: Locatable, what: str) -> ir.Attribute | None:
-        """The same layout over ``@stage0``; None where it means nothing, and where there was an error.
+        """The same sharding over ``@stage0``; None where it means nothing, and where there was an error.
 
         Args:
             sharding: ``#sdy.sharding``.
@@ -140,14 +142,16 @@ class _Axes:
                 where,
                 f"{what} is over a mesh {axes_text(mesh)}, but each stage has the mesh {self._text}",
                 why=reason,
-                fix="call and size the axes of both alike (parallelize's mesh may have more), or take the layout out",
+                fix="call and size the axes of both alike (parallelize's mesh may have more), or take the sharding out",
             )
             return None
         if num_devices(mesh) == 1:
             return None
         if tensor.replicated_axes or tensor.unreduced_axes:
             self._ctx.error(
-                where, f"{what} has replicated or unreduced axes: {sharding}", fix="say with dims only what is cut"
+                where,
+                f"{what} has replicated or unreduced axes: {sharding}",
+                fix="give only the axes that each dim is sharded over",
             )
             return None
         dims = [sdy.DimensionShardingAttr(dim) for dim in tensor.dimension_shardings]
@@ -191,7 +195,7 @@ class _Program:
         return given or bool(self._constraints or self._strange)
 
     def drop(self) -> None:
-        """Forget all layouts."""
+        """Forget all shardings."""
         self._refuse("sdy.manual_computation")
         count = len(self._constraints) + sum(SHARDING in entry for entry in self._arguments)
         if count:
@@ -206,7 +210,7 @@ class _Program:
         self._write()
 
     def adopt(self, axes: _Axes) -> None:
-        """Put every layout onto ``@stage0``; constraints that say nothing are dropped."""
+        """Put every sharding onto ``@stage0``; constraints that say nothing are dropped."""
         self._refuse("sdy.manual_computation", "stablehlo.custom_call")
         for number, entry in enumerate(self._results):
             if SHARDING in entry:  # of the value that is returned
@@ -234,7 +238,7 @@ class _Program:
         self._constraints = kept
 
     def give_arguments(self) -> None:
-        """Give arguments the layouts of their constraints; drop constraints that say nothing new."""
+        """Give arguments the shardings of their constraints; drop constraints that say nothing new."""
         for value, entry in zip(body(self._main).arguments, self._arguments, strict=True):
             readers = [use.owner.operation for use in value.uses]
             if SHARDING not in entry and readers and all(self._is_closed(op) for op in readers):
@@ -269,7 +273,7 @@ class _Program:
         return all(sdy.DimensionShardingAttr(dim).is_closed for dim in dims)
 
     def _known(self, value: ir.Value) -> ir.Attribute | None:
-        """The layout that a value is known to have: of an argument, or of what a constraint makes."""
+        """The sharding that a value is known to have: of an argument, or of what a constraint makes."""
         owner = value.owner
         if isinstance(owner, ir.Block):
             number = ir.BlockArgument(value).arg_number
@@ -283,9 +287,9 @@ class _Program:
             if op.name == "sdy.manual_computation":
                 self._ctx.error(
                     op,
-                    "shard_map is not there yet",
-                    why="its body is written for the pieces of one mesh",
-                    fix="write it for whole arrays, and constrain their layouts with with_sharding_constraint",
+                    "shard_map is not supported yet",
+                    why="its body is written for the shards of one mesh",
+                    fix="write it for whole arrays, and constrain their shardings with with_sharding_constraint",
                 )
             else:
                 self._ctx.error(
@@ -307,7 +311,7 @@ class _Program:
 
 
 def _is_said(sharding: ir.Attribute) -> bool:
-    """Whether a layout says anything: not if all dims are open, without an axis."""
+    """Whether a sharding says anything: not if all dims are open, without an axis."""
     dims: Sequence[ir.Attribute] = sdy.TensorShardingAttr(sharding).dimension_shardings
     found = [sdy.DimensionShardingAttr(dim) for dim in dims]
     return not found or any(dim.is_closed or len(dim.axes) for dim in found)

@@ -1,4 +1,4 @@
-"""``solve-shardings``: every value gets its layout on the mesh of its stage."""
+"""``solve-shardings``: choose the sharding of every value over the mesh of its stage."""
 
 from __future__ import annotations
 
@@ -25,40 +25,41 @@ from bactrian.passes.sharding.shardings_to_ir import Writer, write_stages
 from bactrian.passes.sharding.stage_programs import StageProgram, read_stages, stage_meshes
 from bactrian.passes.sharding.work_from_ir import drop_rules
 
-_BASELINES_SHARE = 0.2  # of the time, on top of it: what all known plans together take where nothing is proved
+_BASELINES_SHARE = 0.2  # of the time, on top of it: what all baselines together take where nothing is proved
 
 
 @dataclass(frozen=True)
 class SolveShardings(Pass):
-    """Choose the layout of every value so that a step takes the least time that the cost model knows of.
+    """Choose the sharding of every value so that a step takes the least time that the cost model knows of.
 
     The choices of an op are the assignments of mesh axes to the factors of its ``sdy.sharding_rule``; a value that is
-    read in another layout than it is made in is moved by the cheapest sequence of collectives, each of which becomes an
-    ``sdy.reshard``. All choices are made together, by integer programming, below the memory of a device (of arguments and
-    results; copies in other layouts, and next values of state before they are cut, are not counted yet). Work that
-    devices do twice costs its time, collectives cost latency and bytes over the links of the cluster; forward and
-    backward count once per microbatch, the update once per step. The next value of a state has the layout of the state.
+    read with another sharding than it is made with is resharded by the cheapest sequence of collectives, each of which
+    is an ``sdy.reshard``. All choices are made together, by integer programming, below the memory of a device (of
+    arguments and results; resharded copies, and next values of state before they are sharded, are not counted yet).
+    Work that devices do twice costs its time, collectives cost latency and bytes over the links of the cluster; forward
+    and backward count once per microbatch, the update once per step. The next value of a state has the sharding of the
+    state.
 
-    What is accumulated over microbatches may stay in parts, each device its own, until the update reads it: then the
-    accumulator and what leads to it has one dim more in front for each axis along which the parts differ, and the update
-    adds them up. Between the two a gradient may also be reduced in every microbatch, which takes less memory.
+    What is accumulated over microbatches may stay unreduced, a partial sum on each device, until the update reads it:
+    then the accumulator and what leads to it has one dim more in front for each unreduced axis, and the update adds the
+    partial sums up. Between the two a gradient may also be reduced in every microbatch, which takes less memory.
 
-    A dim that windows look at (of convolutions, poolings, pads, slices) may be cut too: neighbours exchange the borders of their
-    pieces, which takes latency and bytes. XLA does so when it partitions the op; nothing is written for it.
+    A dim that is read through windows (of convolutions, poolings, pads, slices) may be sharded too: neighbours exchange
+    halos, which takes latency and bytes. XLA does so when it partitions the op; nothing is written for it.
 
-    Layouts that are there already (``sdy.sharding`` on arguments, ``sdy.sharding_constraint``) stay. With ``strategy``, the
-    arguments have the layouts of a known plan, and the rest is chosen. Ops without a rule are done whole by every device, with
-    a remark; barriers and the gradient boundary hand layouts on.
+    Shardings that are there already (``sdy.sharding`` on arguments, ``sdy.sharding_constraint``) stay. With
+    ``strategy``, the arguments have the shardings of a baseline, and the rest is chosen. Ops without a rule are
+    replicated on every device, with a remark; barriers and the gradient boundary forward shardings.
 
     The body of a ``while`` is chosen with all the rest, and counts as often as it runs: once, with a remark, where the
-    module does not say how often. What a loop carries has one layout; what it reads from outside, or never changes, is moved
-    before it.
+    module does not say how often. What a loop carries has one sharding; what it reads from outside, or never changes,
+    is resharded before it.
 
-    Each stage is a program of its own; what it gets of other stages comes in the layout that it wants, in an ``sdy.reshard``
-    from one mesh to another.
+    Each stage is a program of its own; what it gets of other stages comes with the sharding that it needs, in an
+    ``sdy.reshard`` from one mesh to another.
 
-    Requires: ``sdy.sharding_rule`` on ops (``func.func(sdy-populate-op-sharding-rules)``); a mesh ``@stage<s>`` for each
-    stage.
+    Requires: ``sdy.sharding_rule`` on ops (``func.func(sdy-populate-op-sharding-rules)``); a mesh ``@stage<s>`` for
+    each stage.
     Ensures: ``sdy.sharding`` on every argument, result and op; no rules; ``bactrian.sharding`` with what is predicted.
 
     Input:
@@ -85,11 +86,11 @@ class SolveShardings(Pass):
     }
     ```
 
-    The batch is large, so it is cut.
+    The batch is large, so it is sharded.
     """
 
     name: ClassVar[str] = "solve-shardings"
-    summary: ClassVar[str] = "choose the layout of every value over the mesh of its stage"
+    summary: ClassVar[str] = "choose the sharding of every value over the mesh of its stage"
     statistics: ClassVar[tuple[Statistic, ...]] = (
         Statistic("strategies", "choices of all ops and arguments"),
         Statistic("reshards", "collectives and slices between ops"),
@@ -101,8 +102,8 @@ class SolveShardings(Pass):
         60.0,
         help="seconds for the solver, by the clock: where it ends the search, another machine may choose otherwise",
     )
-    strategy: str = option(AUTO, help=f"auto, or a known plan: {', '.join(BASELINES)}")
-    compare: bool = option(False, help="say what the known plans would take")
+    strategy: str = option(AUTO, help=f"auto, or a baseline: {', '.join(BASELINES)}")
+    compare: bool = option(False, help="say what the baselines would take")
 
     def check_options(self) -> None:
         """Refuse what has no meaning."""
@@ -157,7 +158,7 @@ class SolveShardings(Pass):
     def _solved(
         self, stage: StageProgram, model: ShardingModel, roles: Sequence[str], known: dict[str, BaselinePlan | None]
     ) -> Solution:
-        """The solver's answer; where it is not proved, no worse than any known plan."""
+        """The solver's answer; where it is not proved, no worse than any baseline."""
         try:
             solution, failure = solve(model.network, self.time_limit), None
         except InfeasiblePlanError as error:

@@ -157,7 +157,7 @@ class _Emitter:
         self._arg_attributes = [ir.DictAttr(a) for a in ir.ArrayAttr(main.attributes["arg_attrs"])]
         self._mesh_types: dict[tuple[ir.Type, ir.Attribute | None, int], ir.Type] = {}
         self._axes = stage_axes(module, num_stages)
-        # Layouts, where a stage has several devices.
+        # Shardings, where a stage has several devices.
         wide = any(num_devices(axes) > 1 for axes in self._axes)
         values = staging.flow.values
         self._shardings = value_shardings(main, values) if wide else [None] * len(values)
@@ -215,7 +215,7 @@ class _Emitter:
             key = staging.producer[value]
             if number is None or staging.functions[number].key != key or key.phase not in final:
                 continue  # what runs once per microbatch must not use up the state that the next one reads
-            if self._types[old] == self._types[value] and self._layout(old, stage) == self._layout(value, stage):
+            if self._types[old] == self._types[value] and self._sharding(old, stage) == self._sharding(value, stage):
                 aliases[number, old] = value
                 taken.add(value)
         return aliases
@@ -235,16 +235,16 @@ class _Emitter:
         stage = function.key.stage
         if function.index_ops:
             index: dict[str, ir.Attribute] = {MICROBATCH_INDEX: ir.UnitAttr.get()}
-            layout = self._index_sharding(stage)
-            attributes.append(ir.DictAttr.get(index if layout is None else index | {SHARDING: layout}))
+            sharding = self._index_sharding(stage)
+            attributes.append(ir.DictAttr.get(index if sharding is None else index | {SHARDING: sharding}))
         operation.attributes["arg_attrs"] = ir.ArrayAttr.get(attributes)
-        layouts = [self._sharding_entry(value, stage) for value in function.outputs]
-        if any(layouts):
-            operation.attributes["res_attrs"] = ir.ArrayAttr.get([ir.DictAttr.get(entry) for entry in layouts])
+        shardings = [self._sharding_entry(value, stage) for value in function.outputs]
+        if any(shardings):
+            operation.attributes["res_attrs"] = ir.ArrayAttr.get([ir.DictAttr.get(entry) for entry in shardings])
         operation.attributes["mesh_shape"] = mesh_attribute(self._axes[stage])
         return operation.operation
 
-    def _layout(self, value: int, stage: int) -> ir.Attribute | None:
+    def _sharding(self, value: int, stage: int) -> ir.Attribute | None:
         """A value's sharding on a stage: the one in which it is made there, or received; None on one device."""
         if num_devices(self._axes[stage]) == 1:
             return None
@@ -253,13 +253,13 @@ class _Emitter:
             return made
         received = self._staging.received.get((value, stage))
         if received is None and (argument := self._kept_for.get((value, stage))) is not None:
-            return self._layout(argument, stage)
+            return self._sharding(argument, stage)
         rank = len(ir.RankedTensorType(self._types[value]).shape)
         return sharding_attribute(Spec.replicated(rank), f"stage{stage}") if received is None else received
 
     def _sharding_entry(self, value: int, stage: int) -> dict[str, ir.Attribute]:
-        """A value's layout as an attribute of an argument or a result of a function."""
-        sharding = self._layout(value, stage)
+        """A value's sharding as an attribute of an argument or a result of a function."""
+        sharding = self._sharding(value, stage)
         return {} if sharding is None else {SHARDING: sharding}
 
     def _index_sharding(self, stage: int) -> ir.Attribute | None:
@@ -309,7 +309,7 @@ class _Emitter:
         return ir.DictAttr.get(attributes)
 
     def _mesh_type(self, value: int, stage: int) -> ir.Type:
-        key = self._types[value], self._layout(value, stage), stage
+        key = self._types[value], self._sharding(value, stage), stage
         if key not in self._mesh_types:
             type_, sharding, _ = key
             self._mesh_types[key] = mesh_tensor(stage, type_, sharding)

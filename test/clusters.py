@@ -20,5 +20,5 @@ intra_host_latency_us = {latency_us}
 
 # Slow devices on fast links: whatever can be cut is.
 SLOW = cluster_text("f32 = 1e-5, bf16 = 2e-5", 0.001, 0.01)
-# Devices that are fast enough for layouts to be weighed against each other.
+# Devices that are fast enough for shardings to be weighed against each other.
 FAST = cluster_text("f32 = 1e-3", 0.1, 1)

@@ -61,7 +61,7 @@ def save(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Save:
 
 
 def check_chosen(found: Explanation, plan: Plan, stage: int) -> None:
-    """The row of the chosen layout is what the plan says, to the last bit."""
+    """The row of the chosen sharding is what the plan says, to the last bit."""
     sharding = plan.stages[stage].sharding
     assert sharding is not None
     (chosen,) = (row for row in found.alternatives if row.is_chosen)
@@ -70,11 +70,11 @@ def check_chosen(found: Explanation, plan: Plan, stage: int) -> None:
     assert chosen.communication_seconds == sharding.communication_seconds
     assert chosen.memory == sharding.memory_bytes
     assert chosen.sent_bytes == sharding.sent_bytes
-    written = dict(sharding.shardings).get(found.name, found.layout)
-    assert written == found.layout or any(f"the stage gets it as {written}:" in note for note in found.notes)
+    written = dict(sharding.shardings).get(found.name, found.sharding)
+    assert written == found.sharding or any(f"the stage gets it as {written}:" in note for note in found.notes)
 
 
-def test_the_chosen_layout_costs_what_the_plan_says(save: Save) -> None:
+def test_the_chosen_sharding_costs_what_the_plan_says(save: Save) -> None:
     folder = save()
     plan = Plan.load(folder)
     for name in ("params['a']", "batch", "jvp(first)/dot_general@1"):
@@ -115,7 +115,9 @@ def test_stages_of_a_pipeline(save: Save, schedule: str) -> None:
         found = explain_saved(folder, name)
         assert found.stage == stage
         check_chosen(found, plan, stage)
-    with pytest.raises(ConfigError, match=r"means 2 values\n(.*\n)*.*say which stage with --stage: 0, 1"):
+    with pytest.raises(
+        ConfigError, match=r"is ambiguous: it matches 2 values\n(.*\n)*.*say which stage with --stage: 0, 1"
+    ):
         explain_saved(folder, "params['a']")
     for stage in (0, 1):
         check_chosen(explain_saved(folder, "params['a']", stage), plan, stage)
@@ -125,7 +127,7 @@ def test_stages_of_a_pipeline(save: Save, schedule: str) -> None:
         explain_saved(folder, "params['second']", 2)
 
 
-def test_a_plan_that_was_applied_gives_layouts(tmp_path: Path, save: Save) -> None:
+def test_a_plan_that_was_applied_gives_shardings(tmp_path: Path, save: Save) -> None:
     folder = save()
     plan = Plan.load(folder)
     (tmp_path / "some.toml").write_text(FAST)
@@ -135,7 +137,7 @@ def test_a_plan_that_was_applied_gives_layouts(tmp_path: Path, save: Save) -> No
     made.trace(*arguments).plan().save(tmp_path / "again")
     found = explain_saved(tmp_path / "again", "params['a']")
     assert (found.reason, found.given_by) == ("given", "the plan that was applied")
-    assert found.layout == explain_saved(folder, "params['a']").layout
+    assert found.sharding == explain_saved(folder, "params['a']").sharding
     assert explain_saved(tmp_path / "again", "jvp(first)/dot_general@1").reason == "cheapest"
 
 
@@ -143,8 +145,8 @@ def test_folders_that_lack_something(tmp_path: Path, save: Save) -> None:
     folder = save()
     text = (folder / "plan.json").read_text()
     plan = json.loads(text)
-    layouts = plan["stages"][0]["sharding"]["shardings"]
-    layouts["params['a']"] = "-,-" if layouts["params['a']"] != "-,-" else "data,-"
+    shardings = plan["stages"][0]["sharding"]["shardings"]
+    shardings["params['a']"] = "-,-" if shardings["params['a']"] != "-,-" else "data,-"
     (folder / "plan.json").write_text(json.dumps(plan))
     with pytest.raises(ConfigError, match=r"params\['a'\] has another sharding: the plan was changed"):
         explain_saved(folder, "batch")
@@ -160,7 +162,7 @@ def test_folders_that_lack_something(tmp_path: Path, save: Save) -> None:
     (folder / "plan.json").write_text(text)
     unsolved = (folder / "solve.mlir").read_text()
     (folder / "solve.mlir").write_text("module {}")
-    with pytest.raises(ConfigError, match="does not say what layouts were chosen for"):
+    with pytest.raises(ConfigError, match="has no record of what the shardings were chosen for"):
         explain_saved(folder, "batch")
     (folder / "solve.mlir").write_text(unsolved[: len(unsolved) // 2])
     with pytest.raises(ConfigError, match=r"cannot read .*solve\.mlir"):
@@ -191,7 +193,7 @@ def test_the_command(save: Save, capsys: pytest.CaptureFixture[str]) -> None:
     data = json.loads(text)
     assert max(map(len, table.splitlines())) <= 100
     assert table.startswith("params['a']  f32[64,256]\n")
-    assert f"→ {data['layout']}" in table and data["reason"] == "cheapest"
+    assert f"→ {data['sharding']}" in table and data["reason"] == "cheapest"
     assert len(data["alternatives"]) == 9 and set(data["mesh"]) == {"data", "model"}
     assert cli.main(["explain", str(folder), "--value", "nothing like it"]) == 3
     assert "no value is called 'nothing like it'" in capsys.readouterr().err

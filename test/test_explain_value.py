@@ -1,4 +1,4 @@
-"""Why a value has its layout: every figure against all choices there are, every reason on a program where it is known."""
+"""Why a value has its sharding: every figure against all choices there are, every reason on a program where it is known."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from bactrian.passes.sharding.work_from_ir import read_program
 
 LINE: MeshAxes = (("x", 4),)
 PLENTY = 1 << 40
-# Links that make communication and work comparable, so that layouts differ.
+# Links that make communication and work comparable, so that shardings differ.
 FAST = Cluster("fast", 1, 8, PLENTY, Device("fast", {"default": 1e9}, 1e9), 1e9, 1e9, 1e-6, 1e-6)
 
 PRODUCTS = """
@@ -80,7 +80,7 @@ TIED = PRODUCTS.replace(
 
 
 def brute_force(stage: StageExplainer, value: int, limit: int) -> dict[str, tuple[float | None, int]]:
-    """For each layout of a value, over all choices: the least seconds of those that fit, and the least peak of any."""
+    """For each sharding of a value, over all choices: the least seconds of those that fit, and the least peak of any."""
     model = ShardingModel(stage.reading.problem, stage.program.mesh)
     best = dict[str, tuple[float | None, int]]()
     for choice in itertools.product(*(range(len(costs)) for costs in model.network.costs)):
@@ -101,9 +101,9 @@ def brute_force(stage: StageExplainer, value: int, limit: int) -> dict[str, tupl
 
 def check(found: Explanation, least: Mapping[str, tuple[float | None, int]], limit: int) -> None:
     """Every row is what brute force says."""
-    assert {row.layout for row in found.alternatives} == set(least)
+    assert {row.sharding for row in found.alternatives} == set(least)
     for row in found.alternatives:
-        seconds, lowest = least[row.layout]
+        seconds, lowest = least[row.sharding]
         if seconds is None:
             assert row.seconds is None
             assert (row.memory_bytes, row.lacking_bytes) == (lowest, lowest - limit)
@@ -113,7 +113,7 @@ def check(found: Explanation, least: Mapping[str, tuple[float | None, int]], lim
         assert row.memory_bytes is not None and row.memory_bytes <= limit
         assert sum(nbytes for _, nbytes in row.memory) == row.memory_bytes
     (chosen,) = (row for row in found.alternatives if row.is_chosen)
-    assert (chosen.layout, chosen.seconds) == (found.layout, found.seconds)
+    assert (chosen.sharding, chosen.seconds) == (found.sharding, found.seconds)
     finished = [row.seconds for row in found.alternatives if row.seconds is not None]
     assert finished == sorted(finished)
     assert all(row.seconds is not None for row in found.alternatives[: len(finished)])
@@ -123,7 +123,7 @@ NAMES = ["batch", "state['w']", "jit(step)/jvp(net)/first/dot_general", "transpo
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_forced_layouts_cost_what_all_choices_say(name: str) -> None:
+def test_forced_shardings_cost_what_all_choices_say(name: str) -> None:
     made = explainer(PRODUCTS)
     found = explained(made, name)
     check(found, brute_force(made[0], find_value(made[1], name, None, lambda v: "").number, PLENTY), PLENTY)
@@ -140,7 +140,7 @@ def peaks(body: str) -> list[int]:
 
 @pytest.mark.parametrize("seed", range(20))
 def test_bytes_sent_are_those_that_are_written(seed: int) -> None:
-    """Of choices at random: what `sent` counts, and what the writer of layouts does."""
+    """Of choices at random: what `sent` counts, and what the writer of shardings does."""
     axes, random = (("x", 2), ("y", 2)), np.random.default_rng(seed)
     module = sharded.prepared(f'sdy.mesh @stage0 = <["x"=2, "y"=2]>\n{(PRODUCTS, CONSTRAINED)[seed % 2]}', axes)
     reading, model = sharded.read(module, axes)
@@ -165,14 +165,14 @@ def test_under_every_limit_rows_and_reasons_are_right(name: str) -> None:
         best = min(seconds for seconds, _ in free.values() if seconds is not None)
         slower = found.seconds > best * (1 + 1e-9)
         assert (found.unlimited is not None) == slower
-        own, _ = free[found.layout]
+        own, _ = free[found.sharding]
         assert own is not None
-        binds = slower and own > best * (1 + 1e-9)  # with this layout, and no limit, a step would still be slower
+        binds = slower and own > best * (1 + 1e-9)  # with this sharding, and no limit, a step would still be slower
         assert found.reason == ("memory" if binds else "cheapest")
         if found.unlimited is not None:
             assert found.unlimited.seconds == pytest.approx(best, rel=1e-9)
             assert found.unlimited.memory_bytes > limit
-            assert free[found.unlimited.layout][0] == pytest.approx(best, rel=1e-9)
+            assert free[found.unlimited.sharding][0] == pytest.approx(best, rel=1e-9)
         if binds:
             assert "memory binds: without a limit it would be" in reason_text(found)
         reasons.add(found.reason)
@@ -188,7 +188,7 @@ def test_memory_does_not_bind_what_costs_nothing_to_cut() -> None:
         found = explained(explainer(TIED, limit=limit), "state['z']")
         if found.unlimited is not None:
             assert not found.unlimited.binds and found.reason == "cheapest"
-            seen.add((found.unlimited.layout == found.layout, found.layout))
+            seen.add((found.unlimited.sharding == found.sharding, found.sharding))
             assert memory_text(found).endswith("the limit costs time elsewhere, not here")
     assert any(not same for same, _ in seen)
 
@@ -197,7 +197,7 @@ def test_what_an_argument_was_given_is_said_and_compared() -> None:
     whole = 'bactrian.role = "batch", sdy.sharding = #sdy.sharding<@stage0, [{"x"}, {}]>'
     made = explainer(PRODUCTS.replace('bactrian.role = "batch"', whole), given={0: "another step"})
     found = explained(made, "batch")
-    assert (found.layout, found.reason, found.given_by) == ("x,-", "given", "another step")
+    assert (found.sharding, found.reason, found.given_by) == ("x,-", "given", "another step")
     free = explainer(PRODUCTS)
     check(
         Explanation(**{**vars(found), "seconds": next(r.seconds for r in found.alternatives if r.is_chosen)}),
@@ -205,7 +205,7 @@ def test_what_an_argument_was_given_is_said_and_compared() -> None:
         PLENTY,
     )
     best = found.alternatives[0]
-    assert not best.is_chosen and f"{best.layout} would take" in reason_text(found)
+    assert not best.is_chosen and f"{best.sharding} would take" in reason_text(found)
 
 
 CONSTRAINED = """
@@ -221,8 +221,8 @@ func.func public @main(%a: tensor<64x16xf32> {bactrian.role = "state"} loc("a"),
 def test_a_constraint_binds_its_value_and_is_named_where_it_is_read() -> None:
     made = explainer(CONSTRAINED)
     found = explained(made, "net/constraint")
-    assert (found.layout, found.reason, found.given_by) == ("-,x", "given", "a sharding constraint at model.py:5")
-    assert {row.layout for row in found.alternatives} == {"-,-", "x,-", "-,x"}
+    assert (found.sharding, found.reason, found.given_by) == ("-,x", "given", "a sharding constraint at model.py:5")
+    assert {row.sharding for row in found.alternatives} == {"-,-", "x,-", "-,x"}
     free = explainer(CONSTRAINED.replace('sdy.sharding_constraint %y <@stage0, [{}, {"x"}]>', "stablehlo.abs %y"))
     before = explained(made, "net/dot")
     assert before.reason != "given"
@@ -230,10 +230,10 @@ def test_a_constraint_binds_its_value_and_is_named_where_it_is_read() -> None:
     assert explained(free, "net/dot").notes == ()
 
 
-def test_a_named_strategy_gives_layouts() -> None:
+def test_a_named_strategy_gives_shardings() -> None:
     made = explainer(PRODUCTS, strategy="data")
     found = explained(made, "state['w']")
-    assert (found.layout, found.reason, found.given_by) == ("-,-", "given", "strategy data")
+    assert (found.sharding, found.reason, found.given_by) == ("-,-", "given", "strategy data")
     stage = made[0]
     free = pin_baseline(stage.program.reading, stage.program.mesh, stage.roles, "data")
     assert dict(free.problem.pinned)[1].is_replicated  # the other rows are those without it
@@ -243,7 +243,7 @@ def test_a_named_strategy_gives_layouts() -> None:
 def test_the_next_value_of_a_state_says_so() -> None:
     made = explainer(PRODUCTS)
     assert explained(made, "jit(step)/sub").notes == (
-        f"it is the next value of state['w'], which is {made[0].layout(1)}",
+        f"it is the next value of state['w'], which is {made[0].sharding(1)}",
     )
 
 
@@ -257,7 +257,7 @@ func.func public @main(%a: tensor<6x8xf32> {bactrian.role = "state"} loc("a")) -
 def test_dims_that_are_not_divided_are_impossible() -> None:
     made = explainer(UNEVEN, (("x", 2), ("y", 4)))
     found = explained(made, "a")
-    assert {row.layout for row in found.alternatives} == {"-,-", "x,-", "-,x", "-,y", "-,x+y", "x,y"}
+    assert {row.sharding for row in found.alternatives} == {"-,-", "x,-", "-,x", "-,y", "-,x+y", "x,y"}
     (cut,) = found.impossible
     assert (cut.dim, cut.size, cut.axes, cut.num_devices, cut.op) == (0, 6, ("y",), 4, "")
     assert "dim 0 of size 6 over y: 4 devices don't divide it" in RichView(render_value(found)).text()
@@ -267,7 +267,7 @@ def test_dims_that_are_not_divided_are_impossible() -> None:
         (1, ("x",), "stablehlo.reverse"),
         (1, ("y",), "stablehlo.reverse"),
     ]
-    assert "stablehlo.reverse needs it whole" in RichView(render_value(made_by_op)).text()
+    assert "stablehlo.reverse needs it replicated" in RichView(render_value(made_by_op)).text()
 
 
 SOURCES = """
@@ -281,10 +281,10 @@ func.func public @main(%a: tensor<7xf32> {bactrian.role = "state"} loc("a"))
 def test_values_without_a_choice() -> None:
     made = explainer(SOURCES)
     free, only = explained(made, "iota"), explained(made, "a")
-    assert (free.reason, free.layout, free.alternatives) == ("free", "any", ())
-    assert "any layout costs nothing" in RichView(render_value(free)).text()
-    assert (only.reason, only.layout, len(only.alternatives)) == ("only", "-", 1)
-    assert "there is no other layout" in RichView(render_value(only)).text()
+    assert (free.reason, free.sharding, free.alternatives) == ("free", "any", ())
+    assert "any sharding costs nothing" in RichView(render_value(free)).text()
+    assert (only.reason, only.sharding, len(only.alternatives)) == ("only", "-", 1)
+    assert "there is no other sharding" in RichView(render_value(only)).text()
 
 
 def test_what_is_not_finished_is_said_to_be_so() -> None:
@@ -322,7 +322,7 @@ def test_names() -> None:
     with pytest.raises(ConfigError) as several:
         number("step/net/first/dot_general")
     lines = str(several.value).splitlines()
-    assert lines[0] == "'step/net/first/dot_general' means 3 values"
+    assert lines[0] == "'step/net/first/dot_general' is ambiguous: it matches 3 values"
     assert [line.split()[0] for line in lines[2:5]] == [
         "jit(step)/jvp(net)/first/dot_general@1",
         "jit(step)/transpose(jvp(net))/first/dot_general",
@@ -347,12 +347,12 @@ func.func public @main(%x: tensor<1x512x64x8xf32> {bactrian.role = "batch"} loc(
 def test_borders_are_said() -> None:
     """A row of 64 x 8 numbers each way; with another dim cut, or none, everything takes longer."""
     found = explained(explainer(IMAGE), "batch")
-    assert found.layout == "-,x,-,-"
+    assert found.sharding == "-,x,-,-"
     assert found.notes == (
-        "net/conv exchanges borders of its pieces, rows: 1 of dim 1 (x) and 1 of dim 1 (x); 4,096 bytes, 6.1e-06 s",
+        "net/conv exchanges a halo, rows: 1 of dim 1 (x) and 1 of dim 1 (x); 4,096 bytes, 6.1e-06 s",
     )
     chosen = found.alternatives[0]
     assert chosen.is_chosen
     assert dict(chosen.sent_bytes) == {"halo": 2 * 64 * 8 * 4}
-    columns = next(row for row in found.alternatives if row.layout == "-,-,x,-")
+    columns = next(row for row in found.alternatives if row.sharding == "-,-,x,-")
     assert dict(columns.sent_bytes)["halo"] == 2 * 512 * 8 * 4

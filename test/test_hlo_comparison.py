@@ -199,7 +199,7 @@ def compared(text: str) -> FunctionComparison:
 @pytest.mark.parametrize("read", ["%y", "%x"], ids=["result", "argument"])
 def test_readers_beside_a_move_read_what_was_planned(read: str) -> None:
     """Shardy lets all later readers of a value read what a chain of constraints makes of it: here the cosine would
-    bring that back into its own layout, by the same moves once more."""
+    bring that back into its own sharding, by the same moves once more."""
     comparison = compared(READERS.replace("READ", read))
     held = 4 * 32 * 4 / 8
     assert comparison.planned == comparison.compiled == {"all_to_all": held / 2, "collective_permute": held}

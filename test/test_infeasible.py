@@ -1,4 +1,4 @@
-"""Programs that fit into their devices in no layouts: what is missing, what for, and which given layouts are to blame."""
+"""Programs that fit into their devices in no shardings: what is missing, what for, and which given shardings are to blame."""
 
 from __future__ import annotations
 
@@ -61,16 +61,16 @@ def weight(**keywords: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((WIDTH, WIDTH), "float32", **keywords)
 
 
-def test_not_even_the_leanest_layouts(tmp_path: Path) -> None:
+def test_not_even_the_leanest_shardings(tmp_path: Path) -> None:
     with pytest.raises(InfeasiblePlanError) as raised:
         plan(WHOLE / 4, tmp_path, {"a": weight(), "b": weight()}, product)
     error = raised.value
     needed = error.least_bytes
     assert needed is not None and needed >= 2 * WHOLE // 4  # both weights, in four pieces each
-    assert "cannot fit stage 0 into a device: it holds at least" in error.message and "are missing" in error.message
+    assert "cannot fit stage 0 into a device: it needs at least" in error.message and "are missing" in error.message
     assert "test_infeasible.py:" in error.where
     assert f"{2 * WHOLE // 4 // 1024} KiB parameters" in error.why
-    assert f"the largest piece, {WHOLE // 4 // 1024}.0 KiB, is of weights['a']: tensor<256x256xf32>" in error.why
+    assert f"the largest shard, {WHOLE // 4 // 1024}.0 KiB, is of weights['a']: tensor<256x256xf32>" in error.why
     with pytest.raises(InfeasiblePlanError) as raised:
         plan(needed - 1, tmp_path, {"a": weight(), "b": weight()}, product)
     assert ", 1 B are missing" in raised.value.message
@@ -100,12 +100,14 @@ def test_what_is_needed_is_enough_to_the_byte() -> None:
         assert sum(ir.IntegerAttr(each).value for each in held) == 4096
 
 
-def test_one_layout_that_was_given_is_to_blame(tmp_path: Path) -> None:
+def test_one_sharding_that_was_given_is_to_blame(tmp_path: Path) -> None:
     room = 2 * WHOLE
     assert plan(room, tmp_path, {"a": weight(), "b": weight()}, product)
-    with pytest.raises(InfeasiblePlanError, match=r"the layout of weights\['a'\] alone excludes every plan") as raised:
+    with pytest.raises(
+        InfeasiblePlanError, match=r"the sharding of weights\['a'\] alone excludes every plan"
+    ) as raised:
         plan(room, tmp_path, {"a": weight(sharding=whole()), "b": weight()}, product)
-    assert raised.value.fix.startswith("change such a layout, or take more devices")
+    assert raised.value.fix.startswith("change such a sharding, or take more devices")
 
 
 def test_a_constraint_is_named_by_its_line(tmp_path: Path) -> None:
@@ -119,7 +121,7 @@ def test_a_constraint_is_named_by_its_line(tmp_path: Path) -> None:
         plan(1.75 * WHOLE, tmp_path, {"a": weight(), "b": weight()}, constrained)
 
 
-def test_layouts_that_exclude_each_other(tmp_path: Path) -> None:
+def test_shardings_that_exclude_each_other(tmp_path: Path) -> None:
     """Three weights of which any two can be whole; a constraint that cuts the batch has nothing to do with it."""
     room = 4.6 * WHOLE
     cut = NamedSharding(whole().mesh, P("data", None))
@@ -132,12 +134,12 @@ def test_layouts_that_exclude_each_other(tmp_path: Path) -> None:
         assert plan(room, tmp_path, {**given, name: weight()}, constrained)
     with pytest.raises(InfeasiblePlanError) as raised:
         plan(room, tmp_path, given, constrained)
-    names = " and ".join(f"the layout of weights['{name}']" for name in "abc")
+    names = " and ".join(f"the sharding of weights['{name}']" for name in "abc")
     assert f"; {names} exclude every plan together, and none of them without the others" in raised.value.why
 
 
-def test_layouts_are_not_to_blame_where_nothing_fits(tmp_path: Path) -> None:
-    with pytest.raises(InfeasiblePlanError, match="without the layout that was given it does not fit either"):
+def test_shardings_are_not_to_blame_where_nothing_fits(tmp_path: Path) -> None:
+    with pytest.raises(InfeasiblePlanError, match="without the specified sharding it does not fit either"):
         plan(WHOLE / 4, tmp_path, {"a": weight(sharding=whole())}, product)
 
 
@@ -153,7 +155,7 @@ def test_the_search_ends_in_time(tmp_path: Path) -> None:
     with module.context:
         found = with_conflict(error, module.operation, fits, seconds=-1.0)
     assert len(tried) == 1  # without any
-    assert "it is large; without layouts that were given it fits: " in found.why and "or some of these" in found.why
+    assert "it is large; without these specified shardings, or some of them, it fits: the sharding of" in found.why
 
 
 def conflicting(names: str) -> ir.Module:

@@ -73,7 +73,7 @@ def cuts(module: ir.Module, name: str) -> list[set[str]]:
 
 
 def solved(function: Any, arguments: Any, axes: MeshAxes) -> tuple[ir.Module, Writer, float]:
-    """A module with the best layouts; what is predicted agrees with all other accounts of it."""
+    """A module with the best shardings; what is predicted agrees with all other accounts of it."""
     module = sharded.lowered(function, arguments, axes)
     reading, model = sharded.read(module, axes)
     solution = solve(model.network, 60.0)

@@ -90,17 +90,17 @@ def test_three_axes_and_sizes_that_are_no_powers_of_two(slow: Path) -> None:
 def test_known_plans_equal_one_device(name: str, strategy: str, slow: Path) -> None:
     case = models.train_case(name, "adamw", microbatches=2, schedule=("gpipe", "1f1b")[len(strategy) % 2])
     compiled = check(case.make(), mesh="data=2,model=2", cluster=slow, strategy=strategy)
-    layouts = cut(compiled)
+    shardings = cut(compiled)
     # All dims of this MLP belong together with the batch's, so there are no pairs of columns and rows.
-    assert bool(layouts) == (strategy != "data" and (name, strategy) != ("mlp/plain", "megatron"))
+    assert bool(shardings) == (strategy != "data" and (name, strategy) != ("mlp/plain", "megatron"))
     if strategy == "megatron":
-        assert all("data" not in layout.partition(" on ")[0] for layout in layouts)
+        assert all("data" not in sharding.partition(" on ")[0] for sharding in shardings)
     sharding = compiled.plan.stages[0].sharding
     assert sharding is not None and sharding.strategy == strategy and sharding.is_optimal
 
 
 def test_a_plan_is_applied_as_it_is(slow: Path, tmp_path: Path) -> None:
-    """Saved, loaded, applied: the same bytes; changed by hand: the layouts that it says."""
+    """Saved, loaded, applied: the same bytes; changed by hand: the shardings that it says."""
     built = models.train_case("mlp/plain", "adamw", microbatches=2, stages=1).make()
     step = bactrian.parallelize(built.step, **built.options, mesh="data=2,model=4", cluster=slow)
     planned = step.trace(built.state, *built.batches[0]).plan()
@@ -109,8 +109,8 @@ def test_a_plan_is_applied_as_it_is(slow: Path, tmp_path: Path) -> None:
     assert again.trace(built.state, *built.batches[0]).plan().plan.to_json() == planned.plan.to_json()
     stage = planned.plan.stages[0]
     assert stage.sharding is not None
-    layouts = dict(stage.sharding.shardings)
-    path = next(path for path, text in layouts.items() if path.endswith("['w']") and "params" in path)
+    shardings = dict(stage.sharding.shardings)
+    path = next(path for path, text in shardings.items() if path.endswith("['w']") and "params" in path)
     changed = dataclasses.replace(stage.sharding, shardings=((path, "-,model"),))
     plan = dataclasses.replace(planned.plan, stages=(dataclasses.replace(stage, sharding=changed),))
     compiled = check(built, plan=plan, mesh=None, cluster=slow)
@@ -133,7 +133,7 @@ def test_a_plan_is_applied_as_it_is(slow: Path, tmp_path: Path) -> None:
         ('"x"}],[-', "no axis"),
     ],
 )
-def test_layouts_in_plans_that_are_none(text: str, message: str, slow: Path) -> None:
+def test_shardings_in_plans_that_are_none(text: str, message: str, slow: Path) -> None:
     built = models.train_case("mlp/plain", stages=1).make()
     step = bactrian.parallelize(built.step, **built.options, mesh="data=2,model=4", cluster=slow)
     traced = step.trace(built.state, *built.batches[0])

@@ -160,7 +160,7 @@ def test_what_lies_there_while_a_function_runs_counts(tmp_path: Path) -> None:
     assert waiting
 
 
-def test_layouts_are_chosen_to_fit(tmp_path: Path) -> None:
+def test_shardings_are_chosen_to_fit(tmp_path: Path) -> None:
     free = planned(tmp_path, "small", mesh="data=4").plan.stages[0].sharding
     assert free is not None
     assert free.peak_bytes is not None

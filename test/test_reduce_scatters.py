@@ -77,7 +77,7 @@ CASES: dict[str, tuple[Callable[..., Any], list[Any]]] = {
 
 
 def scattering(module: ir.Module, seed: int | None) -> int:
-    """Write layouts in which every op that can scatters its result, over as many axes as it can or at random; how many do."""
+    """Write shardings in which every op that can scatters its result, over as many axes as it can or at random; how many do."""
     random = np.random.default_rng(seed)
     reading, model = sharded.read(module, AXES)
     choice = [0] * len(model.problem.inputs)
@@ -177,7 +177,7 @@ def test_they_are_written_for_cpus_only(platform: str | None, scatters: int, con
         (written,) = function_texts(ir.Module.parse(text), platform).values()
     assert written.count("stablehlo.reduce_scatter") == scatters
     assert ("sdy.manual_computation" in written) == bool(scatters)
-    # Each of the two sums has a layout of its own before the one that the move gives it.
+    # Each of the two sums has a sharding of its own before the one that the move gives it.
     assert written.count("sdy.sharding_constraint") == constraints
     assert written.count("sdy.reshard") == (2 if platform is None else 0)
 

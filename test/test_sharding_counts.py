@@ -13,7 +13,7 @@ from bactrian.passes.sharding.shardings_to_ir import Writer, write_stages
 
 
 def check_bytes(seed: int) -> None:
-    """The best layouts of a random program: what the writer has added up, and what Shardy sends."""
+    """The best shardings of a random program: what the writer has added up, and what Shardy sends."""
     function, arguments = program(seed)
     axes = MESHES[seed % len(MESHES)]
     module = sharded.lowered(function, arguments, axes)

@@ -1,4 +1,4 @@
-"""Random programs with random layouts on 8 virtual devices give what one device gives."""
+"""Random programs with random shardings on 8 virtual devices give what one device gives."""
 
 from __future__ import annotations
 
@@ -177,20 +177,20 @@ SHORT = {"plain": range(24), "loops": (0, 2, 3, 5, 14), "windows": range(8)}  # 
 
 
 @pytest.mark.parametrize(("kind", "seed"), [(kind, seed) for kind, seeds in SHORT.items() for seed in seeds])
-def test_random_layouts_change_nothing(kind: str, seed: int) -> None:
+def test_random_shardings_change_nothing(kind: str, seed: int) -> None:
     check_numbers(seed, *KINDS[kind])
 
 
 @pytest.mark.long
 @pytest.mark.parametrize(("kind", "block"), [(kind, block) for kind in KINDS for block in range(20)])
-def test_random_layouts_of_many_programs_change_nothing(kind: str, block: int) -> None:
+def test_random_shardings_of_many_programs_change_nothing(kind: str, block: int) -> None:
     each = 50 if kind == "plain" else 25
     for seed in range(each * block, each * (block + 1)):
         check_numbers(seed, *KINDS[kind])
 
 
 def check_numbers(seed: int, ops: tuple[Callable[..., jax.Array], ...], most: int) -> None:
-    """One program, one choice of layouts; where windows can be cut, they are."""
+    """One program, one choice of shardings; where windows can be cut, they are."""
     function, arguments = program(seed, ops, most)
     axes = MESHES[seed % len(MESHES)]
     module = sharded.lowered(function, arguments, axes)

@@ -22,7 +22,7 @@ AXES = (("x", 2), ("y", 4))
 
 
 def solved(body: str, axes: MeshAxes = AXES) -> tuple[ir.Module, Reading, ShardingModel, Writer]:
-    """A module with the best layouts written into it; the bytes that were predicted are those that Shardy sends."""
+    """A module with the best shardings written into it; the bytes that were predicted are those that Shardy sends."""
     module = sharded.prepared(f"sdy.mesh @stage0 = <[{sizes(axes)}]>\n{body}", axes)
     reading, model = sharded.read(module, axes)
     solution = solve(model.network, 30.0)
@@ -32,7 +32,7 @@ def solved(body: str, axes: MeshAxes = AXES) -> tuple[ir.Module, Reading, Shardi
         writer = Writer(main_function(module), reading, model, shardings, "stage0")
         write_stages([writer])
         assert module.operation.verify()
-        check_layouts(module)
+        check_shardings(module)
     assert sharded.counted_bytes(module) == pytest.approx(writer.sent)
     return module, reading, model, writer
 
@@ -41,8 +41,8 @@ def sizes(axes: MeshAxes) -> str:
     return ", ".join(f'"{name}"={size}' for name, size in axes)
 
 
-def check_layouts(module: ir.Module) -> None:
-    """The next value of an argument has its layout; no rule is left anywhere."""
+def check_shardings(module: ir.Module) -> None:
+    """The next value of an argument has its sharding; no rule is left anywhere."""
     main = main_function(module)
     before = [ir.DictAttr(entry)["sdy.sharding"] for entry in ir.ArrayAttr(main.attributes["arg_attrs"])]
     after = [ir.DictAttr(entry)["sdy.sharding"] for entry in ir.ArrayAttr(main.attributes["res_attrs"])]
@@ -52,8 +52,8 @@ def check_layouts(module: ir.Module) -> None:
     assert not any("sdy.sharding_rule" in op.attributes for op in nested_operations(main))
 
 
-def given(layout: str) -> str:
-    return f"sdy.sharding = #sdy.sharding<@stage0, {layout}>"
+def given(sharding: str) -> str:
+    return f"sdy.sharding = #sdy.sharding<@stage0, {sharding}>"
 
 
 ROWS, COLUMNS, WHOLE = given('[{"x"}, {}]'), given('[{}, {"y"}]'), given("[{}, {}]")

@@ -1,4 +1,4 @@
-"""Layouts that users ask for: kept exactly, in every stage, with the numbers of one device; or refused with their line."""
+"""Shardings that users ask for: kept exactly, in every stage, with the numbers of one device; or refused with their line."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MESH = "data=2,model=4"
 RANDOM = np.random.default_rng(0)
 STATE = {name: RANDOM.standard_normal((32, 32)).astype(np.float32) / 6 for name in "ab"}
 BATCH = tuple(RANDOM.standard_normal((16, 32)).astype(np.float32) for _ in "xy")
-# The same axes in another order: layouts go by names.
+# The same axes in another order: shardings go by names.
 TURNED = Mesh(np.array(jax.devices()[:8]).reshape(4, 2), ("model", "data"))
 ABSTRACT = AbstractMesh((2, 4), ("data", "model"))
 
@@ -59,11 +59,11 @@ def text_of(step: Any, state: Any = STATE, batch: Any = BATCH, **options: Any) -
 
 
 def constraints(text: str) -> set[tuple[str, str, str]]:
-    """Mesh, layout and type of all constraints of a staged module."""
+    """Mesh, sharding and type of all constraints of a staged module."""
     return set(re.findall(r"sdy\.sharding_constraint %\S+ <@(\w+), (\[.*?\])> : tensor<(\w+)>", text))
 
 
-def layouts(step: Any, state: Any = STATE, batch: Any = BATCH, **options: Any) -> dict[str, str]:
+def shardings(step: Any, state: Any = STATE, batch: Any = BATCH, **options: Any) -> dict[str, str]:
     """Of all arguments."""
     made = bactrian.parallelize(step, **{"mesh": MESH, **options}).trace(state, batch).plan()
     return {path: text for stage in made.plan.stages if stage.sharding for path, text in stage.sharding.shardings}
@@ -82,17 +82,17 @@ def check(step: Any, state: Any = STATE, batch: Any = BATCH, steps: int = 1, **o
 
 def test_a_constraint_stays_and_decides() -> None:
     assert not constraints(text_of(step_of()))
-    free = layouts(step_of())
+    free = shardings(step_of())
     between = step_of(asked(TURNED, None, ("model", "data")))
     # The activation and its cotangent.
     assert constraints(text_of(between)) == {("stage0", '[{}, {"model", "data"}]', "16x32xf32")}
-    assert layouts(between) != free
+    assert shardings(between) != free
     assert "replicated" not in free.values()
 
 
 def test_open_dims_are_chosen_and_others_are_not() -> None:
     found = constraints(text_of(step_of(asked(ABSTRACT, P.UNCONSTRAINED, "model"))))
-    assert {layout.partition(", ")[2] for _, layout, _ in found} == {'{"model"}]'}
+    assert {sharding.partition(", ")[2] for _, sharding, _ in found} == {'{"model"}]'}
     assert constraints(text_of(step_of(asked(ABSTRACT, P.UNCONSTRAINED, None)))) <= {
         ("stage0", f"[{{{rows}}}, {{}}]", "16x32xf32") for rows in ("", '"data"', '"model"', '"data", "model"')
     }
@@ -104,7 +104,7 @@ def test_numbers_with_constraints_on_activations_weights_and_in_loops() -> None:
     check(step_of(lambda x: scanned(between(x)), asked(ABSTRACT, "model", None)), num_microbatches=2)
 
 
-def test_numbers_and_layouts_under_a_mesh_that_is_set() -> None:
+def test_numbers_and_shardings_under_a_mesh_that_is_set() -> None:
     step = step_of(lambda x: jax.lax.with_sharding_constraint(x, P("model", None)))
     with jax.set_mesh(Mesh(np.array(jax.devices()[:8]).reshape(2, 4), ("data", "model"))):
         check(step)
@@ -125,20 +125,20 @@ def test_every_stage_keeps_a_constraint() -> None:
     check(step, mesh="data=2,model=2", num_stages=2, num_microbatches=2)
 
 
-def test_a_jitted_step_gives_arguments_and_next_state_their_layouts() -> None:
+def test_a_jitted_step_gives_arguments_and_next_state_their_shardings() -> None:
     rows, columns = NamedSharding(TURNED, P("model")), NamedSharding(ABSTRACT, P(None, ("data", "model")))
     step = jax.jit(step_of(), in_shardings=({"a": rows, "b": columns}, None), donate_argnums=0)
     ours = check(step, steps=2)
     assert [str(p.specs[0]) for p in ours.compiled.placements] == ["model,-", "-,data+model"]
     out = jax.jit(step_of(), out_shardings=({"a": columns, "b": None}, None))
-    assert layouts(out)["state['a']"] == "-,data+model"
+    assert shardings(out)["state['a']"] == "-,data+model"
 
 
-def test_two_layouts_of_one_argument_are_a_reshard() -> None:
+def test_two_shardings_of_one_argument_are_a_reshard() -> None:
     def weight(w: Any) -> Any:
         return asked(ABSTRACT, "model", None)(w) + asked(ABSTRACT, None, "model")(w)
 
-    found = {layout for _, layout, _ in constraints(text_of(step_of(weight=weight)))}
+    found = {sharding for _, sharding, _ in constraints(text_of(step_of(weight=weight)))}
     assert found == {'[{"model"}, {}]', '[{}, {"model"}]'}
     check(step_of(weight=weight))
 
@@ -149,11 +149,11 @@ def test_arguments_that_are_sharded_stay_so() -> None:
     batch = (jax.device_put(BATCH[0], NamedSharding(TURNED, P(None, "data"))), BATCH[1])
     ours = check(step_of(), state, batch)
     assert str(ours.compiled.placements[0].specs[0]) == "model,-"
-    found = layouts(step_of(), state, batch)
+    found = shardings(step_of(), state, batch)
     assert found["batch[0]"] == "-,data"
     abstract = {name: jax.ShapeDtypeStruct((32, 32), jnp.float32, sharding=rows) for name in "ab"}
-    assert layouts(step_of(), abstract)["state['b']"] == "model,-"
-    assert layouts(step_of())["state['a']"] != "model,-"  # traced again, not remembered
+    assert shardings(step_of(), abstract)["state['b']"] == "model,-"
+    assert shardings(step_of())["state['a']"] != "model,-"  # traced again, not remembered
 
 
 def test_one_device_drops_them() -> None:
@@ -194,15 +194,15 @@ def test_a_mesh_that_does_not_fit(mesh: AbstractMesh, spec: P, reason: str) -> N
     assert text.count("where:") == 1  # the cotangent's is not said again
 
 
-def test_bad_layouts() -> None:
+def test_bad_shardings() -> None:
     step = jax.jit(step_of(), in_shardings=(None, NamedSharding(ABSTRACT, P(("data", "model")))))
-    with pytest.raises(ProgramError, match=r"(?s)does not cut a value into equal pieces.*8 times.*size is 4.*1 of 4"):
+    with pytest.raises(ProgramError, match=r"(?s)does not split a value into equal shards.*8 times.*size is 4.*1 of 4"):
         text_of(step, num_microbatches=4)
     open_ = jax.ShapeDtypeStruct((32, 32), jnp.float32, sharding=NamedSharding(ABSTRACT, P(P.UNCONSTRAINED)))
     with pytest.raises(ProgramError, match=r"(?s)comes with the sharding.*test_user_layouts.py"):
         text_of(step_of(), {"a": open_, "b": STATE["b"]})
     mapped = step_of(jax.shard_map(jnp.sin, mesh=TURNED, in_specs=P("model"), out_specs=P("model")))
-    with pytest.raises(ProgramError, match=r"(?s)shard_map is not there yet.*test_user_layouts.py"):
+    with pytest.raises(ProgramError, match=r"(?s)shard_map is not supported yet.*test_user_layouts.py"):
         text_of(mapped)
     explicit = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
     with jax.set_mesh(explicit), pytest.raises(ProgramError, match="axes of type Explicit: data, model"):

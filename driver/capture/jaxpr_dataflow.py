@@ -18,7 +18,7 @@ from bactrian.driver.source import line_here, line_of_equation
 from bactrian.passes.frame.errors import ProgramError
 
 _MAX_LINES_REPORTED = 5
-_LAYOUTS = ("in_shardings", "out_shardings")
+_SHARDINGS = ("in_shardings", "out_shardings")
 
 
 @dataclass(frozen=True)
@@ -160,8 +160,8 @@ def equations(jaxpr: core.Jaxpr, callers: tuple[Any, ...] = ()) -> Iterator[tupl
 
 def without_hints(jaxpr: core.Jaxpr) -> core.Jaxpr:
     """The same function with every ``bactrian.stage_boundary`` and sharding constraint replaced by its operand, and no
-    layouts on inner jitted functions: what one device computes."""
-    if not any(_is_hint(equation) or _has_layouts(equation) for equation, _ in equations(jaxpr)):
+    shardings on inner jitted functions: what one device computes."""
+    if not any(_is_hint(equation) or _has_shardings(equation) for equation, _ in equations(jaxpr)):
         return jaxpr
     renamed: dict[Any, Any] = {}
 
@@ -174,8 +174,8 @@ def without_hints(jaxpr: core.Jaxpr) -> core.Jaxpr:
             renamed[equation.outvars[0]] = now(equation.invars[0])
             continue
         params = {name: _without_hints_in(value) for name, value in equation.params.items()}
-        if _has_layouts(equation):
-            params |= {name: (_no_layout(),) * len(params[name]) for name in _LAYOUTS}
+        if _has_shardings(equation):
+            params |= {name: (_unspecified(),) * len(params[name]) for name in _SHARDINGS}
         kept.append(equation.replace(invars=[now(v) for v in equation.invars], params=params))
     return jaxpr.replace(eqns=kept, outvars=[now(v) for v in jaxpr.outvars])
 
@@ -184,13 +184,15 @@ def _is_hint(equation: Any) -> bool:
     return is_call(equation, STAGE_BOUNDARY) or equation.primitive.name == "sharding_constraint"
 
 
-def _has_layouts(equation: Any) -> bool:
-    return is_jit(equation) and any(layout is not _no_layout() for name in _LAYOUTS for layout in equation.params[name])
+def _has_shardings(equation: Any) -> bool:
+    return is_jit(equation) and any(
+        sharding is not _unspecified() for name in _SHARDINGS for sharding in equation.params[name]
+    )
 
 
 @functools.cache
-def _no_layout() -> Any:
-    """What JAX writes where a jitted function was given no layout."""
+def _unspecified() -> Any:
+    """What JAX writes where a jitted function was given no sharding."""
     return jax.make_jaxpr(jax.jit(lambda x: x))(0).jaxpr.eqns[0].params["in_shardings"][0]
 
 

@@ -31,12 +31,12 @@ def explain_trace_error(error: Exception, name: str, num_microbatches: int) -> P
         return None
     if "Sharding" in text and "partition" in text:
         return ProgramError(
-            f"a layout does not cut a value into equal pieces: {text.splitlines()[0]}",
+            f"a sharding does not split a value into equal shards: {text.splitlines()[0]}",
             where=line_of_error(error) or line_here(),
             why=f"the step is traced with 1 of {num_microbatches} microbatches of the batch"
             if num_microbatches > 1
             else "",
-            fix="make the dim a multiple of the axes that cut it, or cut another one",
+            fix="make the dim a multiple of the sizes of the axes that shard it, or shard another one",
         )
     if GRADIENT_BOUNDARY in text:
         return ProgramError(

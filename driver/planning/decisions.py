@@ -20,9 +20,9 @@ class Decisions:
         donate: whether the update reuses the buffers of the old state.
         mesh: names and sizes of the axes of every stage's mesh.
         cluster: the file that describes the machines, "" for the cores of this host.
-        strategy: how layouts are chosen, as ``solve-shardings`` knows it.
+        strategy: how shardings are chosen, as ``solve-shardings`` knows it.
         compare: whether known plans are looked at too.
-        time_limit: seconds for the choice of layouts.
+        time_limit: seconds for the choice of shardings.
     """
 
     num_stages: int
@@ -64,8 +64,8 @@ class Decisions:
         return (*pipelines.localize_stages(), *(pipelines.prepare_shardings() if self.is_wide else ()))
 
     def emitting(self, memory_bytes: int = 0) -> Steps:
-        """The passes from there to the scheduled module, with layouts that hold less than some bytes of a device; 0 for
-        what the cluster says."""
+        """The passes from there to the scheduled module, with shardings that hold less than some bytes of a device; 0
+        for what the cluster says."""
         sharded: Steps = ()
         if self.is_wide:
             sharded = pipelines.shard_stages(self.cluster, memory_bytes, self.time_limit, self.strategy, self.compare)

@@ -116,11 +116,11 @@ def _explain(unsolved: Unsolved, plan: Plan, source: str, text: str, stage: int 
         _check_equal(made, values, sharding, source)
         return made
 
-    value = find_value(values, text, stage, lambda v: explainer(v.stage).layout(v.number))
+    value = find_value(values, text, stage, lambda v: explainer(v.stage).sharding(v.number))
     found = explainer(value.stage).explain(value, deadline)
     sharding = plan.stages[value.stage].sharding
     written = dict(sharding.shardings).get(value.name) if sharding is not None and not value.op else None
-    if written is None or written == found.layout:
+    if written is None or written == found.sharding:
         return found
     note = f"the stage gets it as {written}: a move that follows a transfer is done by the transfer"
     return replace(found, notes=(*found.notes, note))
@@ -132,14 +132,14 @@ def _check_equal(made: StageExplainer, values: list[NamedValue], sharding: Shard
     Raises:
         ConfigError: the plan was changed, or could not be found again.
     """
-    layouts = dict(sharding.shardings)
+    shardings = dict(sharding.shardings)
     moved = [
         value.name
         for value in values
         if value.stage == made.program.stage
         and not value.op
         and value.number in made.first
-        and layouts.get(value.name, made.layout(value.number)) != made.layout(value.number)
+        and shardings.get(value.name, made.sharding(value.number)) != made.sharding(value.number)
     ]
     seconds = float(made.solution.cost)
     if not moved and abs(seconds - sharding.seconds) <= _EQUAL * sharding.seconds:

@@ -1,4 +1,4 @@
-"""Which of the layouts that were given keep a program from fitting into its devices."""
+"""Which user-specified shardings keep a program from fitting into its devices: an irreducible infeasible set."""
 
 from __future__ import annotations
 
@@ -18,22 +18,21 @@ from bactrian.passes.sharding.user_shardings import CONSTRAINT
 from bactrian.passes.sharding.value_names import place_text
 
 _SECONDS = 60.0
-_CHANGE = "change such a layout, or "
+_CHANGE = "change such a sharding, or "
 
 
 def with_conflict(
     error: InfeasiblePlanError, unsolved: ir.Operation, fits: Callable[[Again], bool], seconds: float = _SECONDS
 ) -> InfeasiblePlanError:
-    """The error, and a smallest set of given layouts that excludes every plan: without any one of them there is a plan.
+    """The error, and a smallest set of specified shardings that excludes every plan: without any one of them there is a
+    plan.
 
-    Layouts are left out one by one, as in a deletion filter (Chinneck and Dravnieks 1991): one without which there still is
-    no plan is not to blame, and stays out. Other such sets may exist.
+    Shardings are left out one by one, as in a deletion filter (Chinneck and Dravnieks 1991): one without which there
+    still is no plan is not to blame, and stays out. Other such sets may exist.
 
-    Args:
-        error: without any of that.
-        unsolved: the module before layouts are chosen. Its context is entered.
-        fits: whether there is a plan for the module that this makes.
-        seconds: after which no further try is begun; the set may then be larger than it has to be, and the error says so.
+    Args: error: without any of that. unsolved: the module before shardings are chosen. Its context is entered. fits:
+        whether there is a plan for the module that this makes. seconds: after which no further try is begun; the set
+        may then be larger than it has to be, and the error says so.
     """
     given = list(_found(solved_again(unsolved)))
     if not given:
@@ -41,20 +40,20 @@ def with_conflict(
     deadline = time.monotonic() + seconds
     try:
         if not fits(partial(_with, unsolved, ())):
-            count = "the layout that was" if len(given) == 1 else f"any of the {len(given)} layouts that were"
-            return _more(error, f"without {count} given it does not fit either", "")
+            count = "the specified sharding" if len(given) == 1 else f"any of the {len(given)} specified shardings"
+            return _more(error, f"without {count} it does not fit either", "")
         needed = given
         for name in given:
             if time.monotonic() > deadline:
                 names = ", ".join(needed)
-                return _more(error, f"without layouts that were given it fits: {names}, or some of these", _CHANGE)
+                return _more(error, f"without these specified shardings, or some of them, it fits: {names}", _CHANGE)
             others = [each for each in needed if each != name]
             if others and not fits(partial(_with, unsolved, others)):
                 needed = others
     except ConfigError:  # nothing was found in time: neither is known
         return error
     if len(needed) == 1:
-        return _more(error, f"{needed[0]} alone excludes every plan; without layouts that were given it fits", _CHANGE)
+        return _more(error, f"{needed[0]} alone excludes every plan; without specified shardings it fits", _CHANGE)
     return _more(
         error, f"{' and '.join(needed)} exclude every plan together, and none of them without the others", _CHANGE
     )
@@ -65,13 +64,13 @@ def _more(error: InfeasiblePlanError, why: str, fix: str) -> InfeasiblePlanError
 
 
 def _found(module: ir.Module) -> dict[str, list[int | ir.Operation]]:
-    """What gives layouts, for people: arguments by their paths, and constraints by their lines, which may be of several ops."""
+    """What specifies shardings, for people: arguments by path, and constraints by line, which may be of several ops."""
     main = main_function(module)
     found = dict[str, list[int | ir.Operation]]()
     for number, entry in enumerate(argument_attributes(main)):
         if SHARDING in entry:
             path = name_stack(body(main).arguments[number].location) or f"argument {number}"
-            found.setdefault(f"the layout of {path}", []).append(number)
+            found.setdefault(f"the sharding of {path}", []).append(number)
     for op in nested_operations(main):
         if op.name == CONSTRAINT:
             place = user_place(op.location)
@@ -81,7 +80,7 @@ def _found(module: ir.Module) -> dict[str, list[int | ir.Operation]]:
 
 
 def _with(unsolved: ir.Operation, kept: Collection[str]) -> ir.Module:
-    """A module of its own in which only these give layouts."""
+    """A module of its own in which only these give shardings."""
     module = solved_again(unsolved)
     main = main_function(module)
     entries = argument_attributes(main)

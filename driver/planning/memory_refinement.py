@@ -1,4 +1,4 @@
-"""Layouts whose functions fit into a device: solved again, with less memory to fill, until what XLA needs fits."""
+"""Shardings whose functions fit into a device: solved again, with less memory to fill, until what XLA needs fits."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ _TRIES = 6
 Cut = Callable[[ir.Module, int | None], PipelineReport]
 """Cuts a module into stages, in place, with so many bytes for the solver to fill."""
 Again = Callable[[], ir.Module]
-"""Makes a module from before layouts were chosen, each time a new one."""
+"""Makes a module from before shardings were chosen, each time a new one."""
 
 
 class Fitting:
     """Tries to fit a program into the devices' memory.
 
-    The solver's memory is that of values; what XLA needs beside them is known when the stage functions are there. If it is
-    too much, the solver gets as much less as was missing.
+    The solver's memory is that of values; what XLA needs beside them is known when the stage functions are there. If it
+    is too much, the solver gets as much less as was missing.
 
     Attributes:
         shardings: of the last try, with their peaks.
@@ -71,10 +71,10 @@ class Fitting:
             raise self.error()
 
     def lean(self, error: InfeasiblePlanError) -> None:
-        """The solver has no layouts for so little: once, the leanest that it has are tried.
+        """The solver has no shardings for so little: once, those with the smallest shards are tried.
 
         Raises:
-            InfeasiblePlanError: it was tried already, or would fill as much as layouts that did not fit.
+            InfeasiblePlanError: it was tried already, or would fill as much as shardings that did not fit.
         """
         if self._is_lean or error.least_bytes is None or error.least_bytes >= self._known:
             raise self.error() from error
@@ -87,9 +87,9 @@ class Fitting:
         return InfeasiblePlanError(
             f"cannot fit stage {stage} into a device: it needs {human_bytes(peak.nbytes)}, "
             f"a device has {human_bytes(self._device)}, {human_bytes(peak.nbytes - self._device)} are missing",
-            where=f"{peak.function}, when a device holds most",
-            why=f"{human_bytes(peak.temporaries)} of it are copies and temporaries, as predicted of XLA for CPUs; no layouts "
-            f"that need less were found in {self._tries} {'try' if self._tries == 1 else 'tries'}",
+            where=f"{peak.function}, at its peak",
+            why=f"{human_bytes(peak.temporaries)} of it are copies and temporaries, as predicted of XLA for CPUs; no "
+            f"shardings that need less were found in {self._tries} {'try' if self._tries == 1 else 'tries'}",
             fix="use more microbatches, stages or devices, or a cluster whose devices have more memory",
         )
 
@@ -116,7 +116,7 @@ def fit(module: ir.Module, again: Again | None, cut: Cut, paths: Sequence[str] =
 
     Args:
         module: which is consumed.
-        again: makes the module that the next try consumes; None where nothing has layouts.
+        again: makes the module that the next try consumes; None where nothing has shardings.
         cut: does it, in place; with bytes that the solver may fill, or None for all that a device has.
         paths: of the arguments, for people.
 
@@ -152,7 +152,7 @@ def is_fitting(again: Again, cut: Cut) -> bool:
 
 
 def solved_again(unsolved: ir.Operation) -> ir.Module:
-    """The module as it was before layouts were chosen, to be worked on. Its context must be entered."""
+    """The module as it was before shardings were chosen, to be worked on. Its context must be entered."""
     with unsolved.location:
         module = ir.Module.create()
     for name in unsolved.attributes:

@@ -107,7 +107,7 @@ def _check_against_plan(plan: Plan, given: Mapping[str, Any], mesh: MeshAxes | N
             raise ConfigError(f"{name} is {given[name]}, but the plan has {has}", fix=_LEAVE_OUT)
     if strategy != "auto":
         raise ConfigError(
-            f"strategy is {strategy}, but a plan is given", fix="leave out one of the two: a plan has layouts"
+            f"strategy is {strategy}, but a plan is given", fix="leave out one of the two: a plan decides the shardings"
         )
     if mesh not in (None, plan.stages[0].mesh):
         raise ConfigError(

@@ -1,6 +1,7 @@
 """One plan for all ranks: rank 0 makes it, the others take it over.
 
-A choice of layouts that ends by the clock is not the same twice, and ranks of one host would solve against each other.
+A choice of shardings that ends by the clock is not the same twice, and ranks of one host would solve against each
+other.
 """
 
 from __future__ import annotations
@@ -59,8 +60,8 @@ def staged_together(
     return made[0] if made else _unpack(received)
 
 
-def with_layouts_of_main(staged: Staged, world: World) -> Staged:
-    """The staged program of rank 0, where ranks that decided the same found other layouts (collective)."""
+def with_shardings_of_main(staged: Staged, world: World) -> Staged:
+    """The staged program of rank 0, where ranks that decided the same found other shardings (collective)."""
     if world.num_ranks == 1 or all(num_devices(stage.mesh) == 1 for stage in staged.plan.stages):
         return staged
     digests: list[str] = world.control.allgather(fingerprint_text(f"{staged.plan.to_json()}\n{staged.text}"))
@@ -71,7 +72,7 @@ def with_layouts_of_main(staged: Staged, world: World) -> Staged:
 
 
 def outline(plan: Plan) -> Plan:
-    """A plan without what a search that ends by the clock may find otherwise: layouts on meshes, and what follows of them."""
+    """A plan without what a search that ends by the clock may find otherwise: shardings, and what follows of them."""
     if all(num_devices(stage.mesh) == 1 for stage in plan.stages):
         return plan
     stages = tuple(replace(stage, sharding=_asked(stage.sharding), predicted_seconds=None) for stage in plan.stages)

@@ -23,18 +23,18 @@ def plan_specs(plan: Plan, paths: Sequence[str], ranks: Sequence[int]) -> dict[i
     Raises:
         ConfigError: it names an argument that is not there, or gives one an invalid sharding.
     """
-    layouts = dict[str, str]()
+    shardings = dict[str, str]()
     for stage in plan.stages:  # of an argument that several stages read, the first one's
         for path, text in () if stage.sharding is None else stage.sharding.shardings:
-            layouts.setdefault(path, text)
+            shardings.setdefault(path, text)
     numbers = {path: number for number, path in enumerate(paths)}
-    unknown = [path for path in layouts if path not in numbers]
+    unknown = [path for path in shardings if path not in numbers]
     if unknown:
         raise ConfigError(
-            f"the plan has a layout for {unknown[0]}, which is no argument of the step", fix="take it out of the plan"
+            f"the plan has a sharding for {unknown[0]}, which is no argument of the step", fix="take it out of the plan"
         )
     axes = plan.stages[0].mesh
-    return {numbers[path]: check_spec(text, ranks[numbers[path]], axes, path) for path, text in layouts.items()}
+    return {numbers[path]: check_spec(text, ranks[numbers[path]], axes, path) for path, text in shardings.items()}
 
 
 def check_spec(text: str, rank: int, axes: MeshAxes, path: str) -> Spec:
@@ -80,10 +80,10 @@ def refuse_moved(given: Mapping[int, Spec], placed: Mapping[int, Spec], paths: S
 
 
 def refuse_overruled(module: ir.Module, specs: Mapping[int, Spec], paths: Sequence[str]) -> None:
-    """Refuse layouts of a plan, or of another step, for arguments that the program asks to be laid out otherwise.
+    """Refuse shardings of a plan, or of another step, for arguments for which the program specifies other ones.
 
     Args:
-        module: whose arguments have the layouts that users asked for, after ``adopt-shardings``.
+        module: whose arguments have the shardings that users asked for, after ``adopt-shardings``.
         specs: of arguments, by number.
         paths: of the arguments.
 
@@ -95,8 +95,8 @@ def refuse_overruled(module: ir.Module, specs: Mapping[int, Spec], paths: Sequen
             raise ConfigError(
                 f"{paths[number]} is {specs[number]} in the plan or from another step, "
                 f"and the program asks for {spec_of(entry[SHARDING])}",
-                why="with_sharding_constraint, in_shardings and arguments that are sharded give an argument its layout",
-                fix="ask for the same layout; or make the plan again, and pass bactrian.gather(...) of the state",
+                why="with_sharding_constraint, in_shardings and arguments that are sharded specify its sharding",
+                fix="specify the same sharding; or make the plan again, and pass bactrian.gather(...) of the state",
             )
 
 
@@ -130,7 +130,7 @@ def as_before(new: ShardingPlan, old: ShardingPlan | None) -> ShardingPlan:
 def _read(found: ir.DictAttr, stage: int, program: StagedProgram, paths: Sequence[str]) -> ShardingPlan:
     memory = [ir.DictAttr(entry) for entry in ir.ArrayAttr(found["memory_bytes"])]
     compared = [ir.DictAttr(entry) for entry in ir.ArrayAttr(found["compared"])] if "compared" in found else []
-    layouts = {
+    shardings = {
         piece.argument: str(program.values[piece.value].spec)
         for piece in program.arguments
         if program.values[piece.value].stage == stage
@@ -144,7 +144,7 @@ def _read(found: ir.DictAttr, stage: int, program: StagedProgram, paths: Sequenc
         sent_bytes=tuple((item.name, _integer(item.attr)) for item in ir.DictAttr(found["sent_bytes"])),
         memory_bytes=tuple((ir.StringAttr(entry["name"]).value, _integer(entry["bytes"])) for entry in memory),
         limit_bytes=_integer(found["limit_bytes"]),
-        shardings=tuple((paths[number], text) for number, text in sorted(layouts.items()) if number < len(paths)),
+        shardings=tuple((paths[number], text) for number, text in sorted(shardings.items()) if number < len(paths)),
         compared=tuple(_figures(entry) for entry in compared),
     )
 

@@ -95,15 +95,15 @@ def step_seconds(
 ) -> float | None:
     """Seconds of one step of a pipeline of ``S`` stages on ``m`` microbatches; None where the devices are not known.
 
-    A microbatch passes all stages, one after the other, and the slowest stage sets the pace of the others. Transfers between
-    stages count nothing: they are taken to hide behind computation.
+    A microbatch passes all stages, one after the other, and the slowest stage sets the pace of the others. Transfers
+    between stages count nothing: they are taken to hide behind computation.
 
     On stages of one device, with ``t_s`` seconds of stage ``s`` for a microbatch and ``u_s`` for the update::
 
         sum_s t_s + (m - 1) max_s t_s + max_s u_s
 
-    On meshes the solver knows ``T_s``, the busy seconds of stage ``s`` in a step, update included. With all stages as slow as
-    the slowest, a microbatch takes ``max_s T_s / m`` on each of them, and there are ``m + S - 1`` such slots::
+    On meshes the solver knows ``T_s``, the busy seconds of stage ``s`` in a step, update included. With all stages as
+    slow as the slowest, a microbatch takes ``max_s T_s / m`` on each of them, and there are ``m + S - 1`` such slots::
 
         max_s T_s (m + S - 1) / m
 

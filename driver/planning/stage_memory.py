@@ -11,7 +11,7 @@ from bactrian.runtime.unrolled_step import INDEX, ONCE, Key, UnrolledStep
 
 @dataclass(frozen=True)
 class StagePeak:
-    """The fullest time of a stage's devices.
+    """The peak memory of a stage's devices.
 
     Attributes:
         function: that runs then.
@@ -25,7 +25,7 @@ class StagePeak:
 
 
 def stage_peak(step: UnrolledStep, stage: int, functions: Mapping[str, FunctionMemory]) -> StagePeak:
-    """The fullest time of a stage's devices in one step.
+    """The peak memory of a stage's devices in one step.
 
     State and constants are there during the whole step; what a function gives until its last reader on the stage has
     run; what comes from the host or from another stage from its first reader on.

@@ -110,7 +110,7 @@ def _layered(module: ir.Module, decisions: Decisions, flow: MainDataflow | None)
 def _give_shardings(
     module: ir.Module, plan: Plan | None, placed: Mapping[int, Spec], paths: Sequence[str]
 ) -> dict[int, str]:
-    """Write the shardings that a plan or another step has given to arguments; returns who gave each, by the argument's number."""
+    """Write the shardings of arguments from a plan or another step; returns who gave each, by the argument's number."""
     with module.context:
         ranks = [len(ir.RankedTensorType(value.type).shape) for value in body(main_function(module)).arguments]
         given = {} if plan is None else plan_specs(plan, paths, ranks)
@@ -128,7 +128,7 @@ def _fitted(
     paths: Sequence[str],
     reproducer_dir: str | None,
 ) -> Fitted:
-    """The program in stages that fit. Where nothing fits, the error names the given layouts that are to blame."""
+    """The program in stages that fit. Where nothing fits, the error names the given shardings that are to blame."""
 
     def cut(whole: ir.Module, limit: int | None = None) -> PipelineReport:
         kept = localized.kept if whole is module else None

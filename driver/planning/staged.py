@@ -18,7 +18,7 @@ from bactrian.runtime.staged_program import StagedProgram
 class Staged:
     """A planned program: the plan, the scheduled module, and the same as plain data.
 
-    ``unsolved`` is the module as it was before layouts were chosen; None where there was nothing to choose.
+    ``unsolved`` is the module as it was before shardings were chosen; None where there was nothing to choose.
     """
 
     plan: Plan

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from bactrian.driver.report.sharding_table import compared_table, layout_grid
+from bactrian.driver.report.sharding_table import compared_table, sharding_grid
 from bactrian.driver.report.terminal import RichView
 from bactrian.passes.frame.units import UNKNOWN, human_bytes, human_count, human_seconds
 from bactrian.passes.frame.views import view
@@ -52,7 +52,7 @@ def plan_lines(plan: Plan) -> list[str]:
     if plan.predicted_step_seconds is not None:
         predicted.append(f"{human_seconds(plan.predicted_step_seconds)} per step")
     if plan.peak_memory_bytes is not None:
-        predicted.append(f"{human_bytes(plan.peak_memory_bytes)} on the fullest device")
+        predicted.append(f"{human_bytes(plan.peak_memory_bytes)} peak per device")
     lines = [" · ".join(decided)]
     return lines + (["predicted: " + " · ".join(predicted)] if predicted else [])
 
@@ -91,7 +91,7 @@ def render_plan(plan: Plan) -> Group:
     for stage in plan.stages:
         if stage.sharding is not None:
             number = stage.stage if plan.num_stages > 1 else None
-            parts += [Text(""), layout_grid(stage.sharding, number)]
+            parts += [Text(""), sharding_grid(stage.sharding, number)]
             if stage.sharding.compared:
                 parts.append(compared_table(stage.sharding))
     if plan.options:

@@ -1,4 +1,4 @@
-"""The part of a plan's table that is about layouts on a mesh."""
+"""The part of a plan's table that is about shardings on a mesh."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ _QUIET = "grey50"
 _BEST = "#3a7d7c"
 
 
-def layout_grid(plan: ShardingPlan, stage: int | None) -> Table:
-    """What is predicted of the chosen layouts: time, communication by kind, memory by class.
+def sharding_grid(plan: ShardingPlan, stage: int | None) -> Table:
+    """What is predicted of the chosen shardings: time, communication by kind, memory by class.
 
     Args:
         plan: of one stage.
@@ -48,7 +48,7 @@ def layout_grid(plan: ShardingPlan, stage: int | None) -> Table:
 
 
 def compared_table(plan: ShardingPlan) -> Table:
-    """The chosen layouts beside the known plans, the fastest first."""
+    """The chosen shardings beside the baselines, the fastest first."""
     from rich import box
     from rich.table import Table
     from rich.text import Text

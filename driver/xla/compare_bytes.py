@@ -31,10 +31,10 @@ UNEXPLAINED = "unexplained"
 CLASSES: dict[str, str] = {
     "all-reduce-and-slice": "XLA adds up with an all-reduce and keeps a slice of it, where a reduce-scatter is planned",
     "axis-by-axis": "XLA does one collective over several axes as one along each",
-    "shared": "XLA makes a copy once that is planned twice, for equal values and layouts",
+    "shared": "XLA makes a copy once that is planned twice, for equal values and shardings",
     "dropped": "XLA has removed the op: nothing of the compiled function comes from it",
     "gather-and-reduce": "XLA gathers the partial results and reduces them on every device, for several results at once",
-    HALO: "XLA sends other borders of pieces to their neighbours than are planned, for an op with windows",
+    HALO: "XLA exchanges other halos than are planned, for an op with windows",
     "element-type": "XLA sends the tensor with elements of another size",
     "gathered": "XLA gathers the tensor for a move that is planned to send less",
     "added": "the partitioner's own, for an op that finds its elements by index, or sorts: nothing is planned there",
@@ -58,7 +58,7 @@ class Sent:
     """A collective, as it is planned or compiled.
 
     Attributes:
-        kind: with Shardy's names; ``halo`` where borders of pieces go to a neighbour.
+        kind: with Shardy's names; ``halo`` for a halo exchange.
         group: devices that take part together.
         nbytes: what each of them sends when the function runs once.
         element_bytes: of one element.
@@ -250,7 +250,7 @@ class _Pairing:
     ) -> None:
         self._ops = ops
         self._present = {int(number) for name in op_names(hlo) for number in _NUMBER.findall(name)}
-        parts = [entry for collective in compiled for entry in _parts(collective)]
+        parts = [part for collective in compiled for part in _parts(collective)]
         self._groups = _grouped([_number(c.where) for c in planned], [numbers for numbers, _, _ in parts])
         for collective in planned:
             self._groups[_number(collective.where)].planned.append(collective)
@@ -422,7 +422,7 @@ def _close(one: float, two: float) -> bool:
 
 def _sum(parts: Iterable[tuple[dict[str, float], int]]) -> dict[str, float]:
     total = dict[str, float]()
-    for entry, times in parts:
-        for name, nbytes in entry.items():
+    for part, times in parts:
+        for name, nbytes in part.items():
             total[name] = total.get(name, 0.0) + times * nbytes
     return dict(sorted(total.items()))

@@ -57,7 +57,7 @@ def function_texts(staged: ir.Module, platform: str | None, *, numbered: bool = 
 
 
 def _standalone(op: ir.Operation, symbol: str, mesh: str, axes: MeshAxes, platform: str | None, numbered: bool) -> str:
-    """A function as a module that XLA accepts: public ``@main``, and no attribute but aliasing and layouts."""
+    """A function as a module that XLA accepts: public ``@main``, and no attribute but aliasing and shardings."""
     clone = op.clone(ip=False).operation
     if numbered:
         _number(clone)
@@ -97,9 +97,9 @@ def _number(main: ir.Operation) -> None:
 def constrain(main: ir.Operation, axes: MeshAxes, platform: str) -> None:
     """Write shardings as XLA's import reads them.
 
-    ``sdy.reshard`` becomes ``sdy.sharding_constraint``. Shardy reads a constraint as the wish of all: it gives its layout
+    ``sdy.reshard`` becomes ``sdy.sharding_constraint``. Shardy reads a constraint as the wish of all: it gives its sharding
     to the op that makes its operand, whatever that has, and lets every later reader of the operand read what the
-    constraint makes. So a value that goes on to another layout is constrained to its own one first, where it is made, and
+    constraint makes. So a value that goes on to another sharding is constrained to its own one first, where it is made, and
     everything reads that: of a value with several readers Shardy leaves each with what it reads. Loops carry what they
     read from outside: XLA makes operands of it, and then misses their shardings in the list.
 

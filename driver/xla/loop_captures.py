@@ -12,11 +12,11 @@ from bactrian.passes.sharding.loop_dataflow import WHILE, is_unchanged
 
 
 def carry_captured(main: ir.Operation) -> None:
-    """Make loops with a sharding carry what their regions read from outside, unchanged, each in its own layout.
+    """Make loops with a sharding carry what their regions read from outside, unchanged, each in its own sharding.
 
     XLA makes operands of captured values when it imports a ``while``, and then finds fewer shardings than results; and it
     makes captured values of operands that a body returns as they came, and finds more. So these pass a constraint to
-    their own layout on their way. Constants are copied into the regions.
+    their own sharding on their way. Constants are copied into the regions.
     """
     loops = [op for op in nested_operations(main) if op.name == WHILE and SHARDING in op.attributes]
     for loop in reversed(loops):  # what an inner loop carries, an outer one has to read

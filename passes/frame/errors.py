@@ -57,7 +57,7 @@ class InfeasiblePlanError(BactrianError):
     """No plan satisfies the constraints.
 
     Args:
-        least_bytes: of a device, with which there would be layouts for its values; None where that is not known.
+        least_bytes: of a device, with which there would be shardings for its values; None where that is not known.
     """
 
     exit_code = 4

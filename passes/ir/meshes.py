@@ -1,4 +1,4 @@
-"""Meshes and layouts as the IR says them: ``sdy.mesh``, ``sdy.sharding``, and ``!mpmd.mesh_tensor`` types, which have no
+"""Meshes and shardings as the IR says them: ``sdy.mesh``, ``sdy.sharding``, and ``!mpmd.mesh_tensor`` types, which have no
 accessors in Python."""
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ def mesh_attribute(axes: MeshAxes) -> ir.Attribute:
 
 
 def mesh_tensor(stage: int, tensor: ir.Type, sharding: ir.Attribute | None = None) -> ir.Type:
-    """A tensor on a stage's mesh, in a layout if one is chosen."""
-    layout = "" if sharding is None else f", sharding={str(sharding).removeprefix('#sdy.sharding')}"
-    return ir.Type.parse(f'{_PREFIX}{stage}", {tensor}{layout}>')
+    """A tensor on a stage's mesh, with a sharding if one is chosen."""
+    suffix = "" if sharding is None else f", sharding={str(sharding).removeprefix('#sdy.sharding')}"
+    return ir.Type.parse(f'{_PREFIX}{stage}", {tensor}{suffix}>')
 
 
 def mesh_tensor_parts(type_: ir.Type) -> tuple[int, ir.RankedTensorType, ir.Attribute | None]:
@@ -48,8 +48,8 @@ def mesh_tensor_parts(type_: ir.Type) -> tuple[int, ir.RankedTensorType, ir.Attr
     text = str(type_)
     assert text.startswith(_PREFIX) and text.endswith(">"), text
     stage, _, rest = text[len(_PREFIX) : -1].partition('", ')
-    tensor, _, layout = rest.partition(", sharding=")
-    sharding = ir.Attribute.parse(f"#sdy.sharding{layout}") if layout else None
+    tensor, _, text = rest.partition(", sharding=")
+    sharding = ir.Attribute.parse(f"#sdy.sharding{text}") if text else None
     return int(stage), ir.RankedTensorType(ir.Type.parse(tensor)), sharding
 
 
@@ -94,7 +94,7 @@ def value_shardings(main: ir.Operation, values: Iterable[ir.Value]) -> list[ir.A
         if isinstance(value.owner, ir.Block):
             number = ir.BlockArgument(value).arg_number
             around = value.owner.owner.operation
-            if around != main:  # what a loop carries has one layout
+            if around != main:  # what a loop carries has one sharding
                 found.append(_of_result(around, number))
                 continue
             own = number < len(arguments) and SHARDING in arguments[number]

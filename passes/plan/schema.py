@@ -80,7 +80,7 @@ class StagePlan:
 
     @property
     def device_memory_bytes(self) -> int | None:
-        """Bytes of each device: what its layouts leave there, on a mesh of several."""
+        """Bytes of each device: what its shardings leave there, on a mesh of several."""
         if self.sharding is None:
             return self.memory_bytes
         if self.sharding.peak_bytes is not None:
@@ -111,7 +111,7 @@ class Plan(Viewable):
     fingerprint: str = ""  # of the program; "" fits every program
     platform: str = "cpu"
     predicted_step_seconds: float | None = None
-    peak_memory_bytes: int | None = None  # of the fullest device
+    peak_memory_bytes: int | None = None  # of the device that needs most
     options: tuple[tuple[str, Option], ...] = ()
     version: int = field(default=VERSION, kw_only=True)
 
@@ -195,8 +195,8 @@ class Plan(Viewable):
         return decode(cls, data, "plan", source)
 
     def save(self, directory: str | Path, staged_text: str | None = None, unsolved_text: str | None = None) -> None:
-        """Write ``plan.json`` into a folder, and, if they are given, the staged module as ``staged.mlir`` and the module
-        before layouts were chosen as ``solve.mlir``."""
+        """Write ``plan.json`` into a folder, and, if they are given, the staged module as ``staged.mlir`` and the
+        module before shardings were chosen as ``solve.mlir``."""
         folder = Path(directory)
         try:
             folder.mkdir(parents=True, exist_ok=True)

@@ -15,7 +15,7 @@ class ShardingFigures:
         name: ``chosen``, or the known plan that it is.
         seconds: of a step; None where it does not fit into memory.
         communication_seconds: the part of it in which devices exchange values.
-        memory_bytes: of a device, at the fullest time.
+        memory_bytes: the peak of a device.
     """
 
     name: str
@@ -35,9 +35,9 @@ class ShardingPlan:
         given: how many arguments had their sharding already: from a plan, from another step, or from the user.
         communication_seconds: the part of ``seconds`` in which devices exchange values.
         sent_bytes: what each device sends in a step, by kind of collective.
-        memory_bytes: of a device, at the fullest time, by class: the values that the choice is made of.
+        memory_bytes: the peak of a device, by class: the values that the choice is made of.
         limit_bytes: of a device, that the choice had to keep.
-        peak_bytes: of a device, at the fullest time, as XLA runs the stage's functions: with copies, temporaries and
+        peak_bytes: of a device, as XLA runs the stage's functions: with copies, temporaries and
             results before they are cut.
         temporary_bytes: the part of it that only the function needs that runs then.
         shardings: of every argument of the step, by its path, as `Spec` writes them.

@@ -1,1 +1,1 @@
-"""Shardings of a program's values over a device mesh: layouts, what moves between them cost, and the choices of an op."""
+"""Shardings of a program's values over a device mesh: their cost, reshards between them, and the choices of an op."""

@@ -1,4 +1,4 @@
-"""The well-known plans as answers: what they would take, and the best of them where the solver's own is not proved."""
+"""Baseline plans: their predicted cost, and the fallback when the solver has no optimality proof."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from bactrian.passes.sharding.work_from_ir import Reading
 
 @dataclass(frozen=True)
 class BaselinePlan:
-    """One that fits.
+    """A baseline that fits.
 
     Attributes:
         seconds: of a step.
         breakdown: of its time and memory.
-        memory: bytes of a device at the fullest time.
-        shardings: its layouts.
+        memory: peak bytes of a device.
+        shardings: what it chooses.
     """
 
     seconds: float
@@ -34,7 +34,7 @@ class BaselinePlan:
 def solve_baseline(
     reading: Reading, mesh: Mesh, roles: Sequence[str], name: str, limit: int | None, time_limit: float
 ) -> BaselinePlan | None:
-    """A known plan, solved for what it leaves open; None where it does not fit, or none was found in time."""
+    """A baseline, solved for what it leaves open; None where it does not fit, or none was found in time."""
     plan = pin_baseline(reading, mesh, roles, name)
     model = ShardingModel(plan.problem, mesh, limit)
     try:
@@ -47,17 +47,17 @@ def solve_baseline(
 
 
 def no_worse_than_baselines(
-    model: ShardingModel, solution: Solution | None, known: Iterable[BaselinePlan]
+    model: ShardingModel, solution: Solution | None, baselines: Iterable[BaselinePlan]
 ) -> Solution | None:
-    """A solution that is not proved, or the cheapest known plan, if that is cheaper: with the solution's bound.
+    """A solution without a proof, or the cheapest baseline, if that is cheaper: with the solution's bound.
 
     Args:
-        model: of the program, with nothing decided by a known plan.
+        model: of the program, with nothing pinned by a baseline.
         solution: of its network; None where none was found.
-        known: plans of the same program within the same memory.
+        baselines: of the same program within the same memory.
     """
     best = solution
-    for plan in known:
+    for plan in baselines:
         choice = model.choice(plan.shardings)
         cost = model.network.cost(choice)
         if model.network.is_feasible(choice) and (best is None or cost < best.cost):

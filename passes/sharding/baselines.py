@@ -1,4 +1,4 @@
-"""Well-known plans by name, as layouts of a step's arguments; what they leave open is chosen like everything else."""
+"""Baseline plans (data, ZeRO, Megatron): the shardings that they pin arguments to; the solver chooses the rest."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BASELINES = ("data", "zero1", "zero2", "zero3", "megatron")
 
 
 def check_strategy(name: str) -> None:
-    """Refuse a plan that nobody knows.
+    """Refuse an unknown strategy.
 
     Raises:
         ConfigError: it has another name.
@@ -35,7 +35,7 @@ class Roles:
     """What the arguments of a step are for.
 
     Attributes:
-        batch: cut over the data, along dim 0.
+        batch: sharded along dim 0.
         parameters: state that forward or backward read.
         rest: state that only the update reads.
         gradients: values that backward makes, or adds up, and the update reads.
@@ -67,14 +67,15 @@ class Roles:
 
 
 def pin_baseline(reading: Reading, mesh: Mesh, roles: Sequence[str], name: str) -> Reading:
-    """A program with the layouts that a known plan gives to its arguments; those that were given already stay.
+    """A program whose arguments are pinned to the shardings of a baseline; those that users specify stay.
 
-    * ``data``: batches are cut over all axes, state is whole.
-    * ``zero1``: as ``data``, with state that only the update reads cut over all axes, along its largest dim that divides.
+    * ``data``: batches are sharded over all axes, state is replicated.
+    * ``zero1``: as ``data``, with state that only the update reads sharded over all axes, along its largest dim that
+      divides.
     * ``zero2``: gradients too. ``zero3``: parameters too. (Rajbhandari et al., SC 2020.)
-    * ``megatron``: batches are cut over all axes but the last; over the last, each parameter along one dim, chosen so that
-      products come in pairs, by columns and by rows (Shoeybi et al., 2019): dims that belong together are cut together, those
-      with few parameters first, none of a batch's, none twice in a parameter.
+    * ``megatron``: batches are sharded over all axes but the last; over the last, each parameter along one dim, chosen
+      so that products come in pairs, by columns and by rows (Shoeybi et al., 2019): dims that belong together are
+      sharded together, those with few parameters first, none of a batch's, none twice in a parameter.
     """
     who = Roles.of(reading, roles)
     problem, fixed = reading.problem, dict(reading.problem.pinned)
@@ -138,7 +139,7 @@ def _dims(shape: tuple[int, ...], groups: _Groups, number: int, chosen: set[_Dim
 
 
 class _Groups:
-    """Dims that belong together: those that one factor of an op's rule goes over, the major factor of a dim counting."""
+    """Dims that belong together: those with the same major factor in the rule of some op."""
 
     def __init__(self, reading: Reading) -> None:
         self._parent = dict[_Dim, _Dim]()

@@ -32,12 +32,12 @@ class Collective:
     """One collective of a module.
 
     Attributes:
-        kind: Shardy's name of it; ``halo`` for borders of pieces that are sent to a neighbour, which Shardy leaves to XLA.
+        kind: Shardy's name of it; ``halo`` for halo exchanges, which Shardy leaves to XLA.
         group: devices that take part together.
         nbytes: what each of them sends, in all turns of the loops that it is in; 0 for a slice.
         where: location of the op.
         element_bytes: of one element of the tensor.
-        twin: equal for two collectives that bring equal values to equal layouts.
+        twin: equal for two collectives that bring equal values to equal shardings.
     """
 
     kind: str
@@ -49,7 +49,8 @@ class Collective:
 
 
 def count_collectives(module: ir.Module) -> list[Collective]:
-    """The collectives of ``@main`` and of its loops, in order, of a copy of the module that Shardy has made them explicit in.
+    """The collectives of ``@main`` and of its loops, in order, of a copy of the module that Shardy has made them
+    explicit in.
 
     Raises:
         PassError: Shardy can't.

@@ -1,4 +1,4 @@
-"""What chosen layouts are predicted to take: seconds, and memory by what it is for."""
+"""Predicted cost of chosen shardings: seconds, bytes sent by collective, and peak memory by class."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ _OF_PHASE = {FORWARD: "activations", BACKWARD: "gradients", UPDATE: "update"}
 
 @dataclass(frozen=True)
 class CostBreakdown:
-    """What a step takes.
+    """The predicted cost of a step.
 
     Attributes:
         communication_seconds: the part of its time in which devices exchange values.
-        memory: bytes of a device at the fullest time, by class; what is nothing is left out.
+        memory: peak bytes of a device, by class; classes without bytes are left out.
     """
 
     communication_seconds: float
@@ -33,7 +33,7 @@ class CostBreakdown:
 def cost_breakdown(
     model: ShardingModel, reading: Reading, roles: Sequence[str], choice: Sequence[int], shardings: Shardings
 ) -> CostBreakdown:
-    """The account of a choice of the model's network."""
+    """The breakdown of a choice of the model's network."""
     problem = model.problem
     computing = sum(
         op.runs_per_step * model.computing(op, strategy)
@@ -48,10 +48,10 @@ def cost_breakdown(
     for (first, end), nbytes in zip(network.intervals, held, strict=True):
         change[first] += nbytes
         change[end] -= nbytes
-    fullest = int(np.cumsum(change).argmax())
+    peak = int(np.cumsum(change).argmax())
     memory = dict[str, int]()
     for (first, end), nbytes, name in zip(network.intervals, held, names, strict=True):
-        if first <= fullest < end and nbytes:
+        if first <= peak < end and nbytes:
             memory[name] = memory.get(name, 0) + round(nbytes)
     return CostBreakdown(
         max(0.0, shardings.seconds - computing - loading), tuple(sorted(memory.items(), key=lambda x: -x[1]))
@@ -68,7 +68,7 @@ def bytes_sent(
 ) -> dict[str, int]:
     """What each device sends in a step, by kind of collective: as `Writer` counts it, without writing anything.
 
-    Readers in one function share the copies of a value; values that are free send nothing.
+    Readers in one function share the reshards of a value; values that are free send nothing.
 
     Args:
         model: its tables.

@@ -1,4 +1,4 @@
-"""Which sums may wait: gradients that are accumulated over microbatches before their parts are added up."""
+"""Which reductions may be deferred: gradients that are accumulated over microbatches while they are partial sums."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ _SCALING = ("stablehlo.multiply", "stablehlo.divide")  # by a constant
 def deferred_sums(flow: MainDataflow, value_of: Sequence[int], forwards: Sequence[bool]) -> dict[int, Defers]:
     """The ops that lie between a sum over a batch and the accumulator that only the update reads.
 
-    All that is between is linear, and nothing else reads it, so devices can accumulate parts of the sum, each its own, and
-    add them up once per step.
+    All that is between is linear, and nothing else reads it, so devices can accumulate parts of the sum, each its own,
+    and add them up once per step.
 
     Args:
         flow: the program.

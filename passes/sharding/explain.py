@@ -1,4 +1,4 @@
-"""Why a value has its layout: which ones there were, what a step takes with each, and what bound the choice."""
+"""Why a value has its sharding: the alternatives, what a step takes with each, and what bound the choice."""
 
 from __future__ import annotations
 
@@ -24,26 +24,26 @@ from bactrian.passes.sharding.work_from_ir import Reading
 
 _EQUAL = 1e-9  # of seconds: what differs by less is equal
 _COUNTED = "the stages, each of which counts for itself"
-_PATIENCE = 2.0  # a layout gets at least so many times what the choice itself took, while there is time
+_PATIENCE = 2.0  # a sharding gets at least so many times what the choice itself took, while there is time
 
 
 @dataclass(frozen=True)
 class Alternative:
-    """One layout of the value, with the best of everything else.
+    """One sharding of the value, with the best of everything else.
 
     Attributes:
-        layout: the axes of each dim, ``-`` for a whole one.
+        sharding: the axes of each dim, ``-`` for a replicated one.
         is_chosen: whether it is the plan's.
         seconds: of a step, the least that was found; None where none was, or it does not fit.
-        bound_seconds: no step with this layout takes less; None where it does not fit, or nothing is known.
+        bound_seconds: no step with this sharding takes less; None where it does not fit, or nothing is known.
         communication_seconds: the part of ``seconds`` in which devices exchange values.
-        memory_bytes: of a device at the fullest time; of a layout that does not fit, the least that it takes.
+        memory_bytes: the peak of a device; of a sharding that does not fit, the least that it takes.
         memory: the same by class, where there are seconds.
         sent_bytes: what each device sends in a step, by kind of collective.
-        lacking_bytes: what a device's memory is short of; 0 where the layout fits.
+        lacking_bytes: what a device's memory is short of; 0 where the sharding fits.
     """
 
-    layout: str
+    sharding: str
     is_chosen: bool = False
     seconds: float | None = None
     bound_seconds: float | None = None
@@ -63,15 +63,12 @@ class Alternative:
 class Unlimited:
     """What would be chosen if memory did not matter, where that is faster.
 
-    Attributes:
-        layout: of the value.
-        seconds: of a step.
-        memory_bytes: of a device at the fullest time.
-        binds: whether the value's layout is another one for want of memory: with the plan's layout, and without a limit,
+    Attributes: sharding: of the value. seconds: of a step. memory_bytes: the peak of a device. binds: whether the
+        value's sharding is another one for want of memory: with the plan's sharding, and without a limit,
             a step takes longer.
     """
 
-    layout: str
+    sharding: str
     seconds: float
     memory_bytes: int
     binds: bool
@@ -81,23 +78,18 @@ class Unlimited:
 class Explanation(Viewable):
     """All that is said of one value.
 
-    Attributes:
-        name, origin, type: as in `NamedValue`.
-        place: the user's ``file:line``, or "".
-        nbytes: of the whole value.
-        stage: that it belongs to; None where there is one stage.
-        mesh: names and sizes of the axes.
-        layout: the plan's; "" of a scalar.
-        local_shape, local_bytes: of a device's piece.
-        reason: ``given``, ``memory``, ``cheapest``, ``only`` (there is one layout), ``free`` (any layout costs nothing), or
+    Attributes: name, origin, type: as in `NamedValue`. place: the user's ``file:line``, or "". nbytes: of the whole
+        value. stage: that it belongs to; None where there is one stage. mesh: names and sizes of the axes. sharding:
+        the plan's; "" of a scalar. local_shape, local_bytes: of a device's shard. reason: ``given``, ``memory``,
+        ``cheapest``, ``only`` (there is one sharding), ``free`` (any sharding costs nothing), or
             ``unproved`` (a better one was found here).
-        given_by: who gave the layout, or "".
+        given_by: who gave the sharding, or "".
         seconds, bound_seconds: of a step as planned, and the least that it could take.
         limit_bytes: memory of a device.
         unlimited: if memory keeps the step from being faster.
         alternatives: the fastest first; those that were not finished, and those that do not fit, at the end.
-        impossible: cuts that there are not.
-        notes: what else ties the layout to others.
+        impossible: dims that can't be sharded.
+        notes: what else ties the sharding to others.
     """
 
     name: str
@@ -107,7 +99,7 @@ class Explanation(Viewable):
     nbytes: int
     stage: int | None
     mesh: tuple[tuple[str, int], ...]
-    layout: str
+    sharding: str
     local_shape: tuple[int, ...]
     local_bytes: int
     reason: str
@@ -139,7 +131,7 @@ class StageExplainer:
         roles: of the arguments.
         updates: for each result of ``@main`` the argument that it is the next value of.
         limit: bytes of a device.
-        given: who gave arguments their layouts, by number.
+        given: who gave arguments their shardings, by number.
         first: the arguments that no stage before reads.
         time_limit: seconds for the plan's own choice.
     """
@@ -169,8 +161,8 @@ class StageExplainer:
         """The plan's choice, made once more."""
         return prefer_reduce_scatters(self.model, solve(self.model.network, self.time_limit))
 
-    def layout(self, value: int) -> str:
-        """The plan's layout of a value; ``any`` where it costs nothing."""
+    def sharding(self, value: int) -> str:
+        """The plan's sharding of a value; ``any`` where it costs nothing."""
         found = self.model.specs_of(value)
         return "any" if found is None else str(found[1][self.solution.choice[found[0]]])
 
@@ -208,7 +200,7 @@ class StageExplainer:
             nbytes=tensor.nbytes,
             stage=self.program.only,
             mesh=tuple((axis.name, axis.size) for axis in mesh.axes),
-            layout="any" if spec is None else str(spec),
+            sharding="any" if spec is None else str(spec),
             local_shape=held.local_shape(tensor.shape, mesh.sizes),
             local_bytes=round(tensor.nbytes / held.num_shards(mesh.sizes)),
             reason=_reason(spec, given_by, alternatives, unlimited),
@@ -223,7 +215,7 @@ class StageExplainer:
         )
 
     def _given_by(self, value: NamedValue, spec: Spec) -> str:
-        """Who decided the layout, or ""."""
+        """Who decided the sharding, or ""."""
         number = value.number
         if number in self.given:
             return self.given[number]
@@ -243,12 +235,12 @@ class StageExplainer:
     def _alternatives(
         self, value: int, chosen: Spec, model: ShardingModel, reading: Reading, deadline: float
     ) -> list[Alternative]:
-        """The chosen layout as it is planned, and all others of a model: of one that leaves the value open, if its layout
-        was given."""
+        """The chosen sharding as it is planned, and all others of a model: of one that leaves the value open, if its
+        sharding was given."""
         solution = self.solution
         rows = [self._solved(chosen, value, self.model, self.reading, solution, is_chosen=True)]
         found = model.specs_of(value)
-        assert found is not None  # it has layouts already
+        assert found is not None  # it has shardings already
         node, specs = found
         others = [spec for spec in dict.fromkeys(specs) if spec != chosen]
         for number, spec in enumerate(others):
@@ -285,7 +277,7 @@ class StageExplainer:
         taken = cost_breakdown(model, reading, self.roles, solution.choice, shardings)
         moved = bytes_sent(model, reading, shardings, self.program.num_microbatches, self.updates, self.first)
         return Alternative(
-            layout=str(spec),
+            sharding=str(spec),
             is_chosen=is_chosen,
             seconds=float(solution.cost),
             bound_seconds=float(solution.lower_bound),
@@ -315,7 +307,7 @@ class StageExplainer:
         return Unlimited(str(spec), float(best.cost), round(best.memory), binds)
 
     def _notes(self, value: int) -> list[str]:
-        """What else ties the layout: constraints that read the value, borders of its pieces, the state that it becomes."""
+        """What else ties the sharding: constraints that read the value, halo exchanges, the state that it becomes."""
         names = self._halos(value)
         for op in self.reading.problem.ops:
             if op.constraint_specs and value in op.operands:
@@ -324,11 +316,11 @@ class StageExplainer:
         for made, argument in self.reading.problem.updates:
             if made == value:
                 path = self._named[argument].name
-                names.append(f"it is the next value of {path}, which is {self.layout(argument) or 'a scalar'}")
+                names.append(f"it is the next value of {path}, which is {self.sharding(argument) or 'a scalar'}")
         return names
 
     def _halos(self, value: int) -> list[str]:
-        """What neighbours exchange of the value for ops that look at windows of it."""
+        """The halo exchanges of the value, for ops with windows."""
         problem, names = self.model.problem, list[str]()
         chosen = self.model.shardings(self.solution.choice).chosen
         for op, strategy in zip(problem.ops, chosen, strict=True):
@@ -338,7 +330,7 @@ class StageExplainer:
                 rows = " and ".join(f"{e.rows} of dim {e.halo.dim} ({'+'.join(e.axes)})" for e in own)
                 nbytes, seconds = sum(each.nbytes for each in own), sum(each.seconds for each in own)
                 names.append(
-                    f"{self._named[op.results[0]].label} exchanges borders of its pieces, rows: {rows}; "
+                    f"{self._named[op.results[0]].label} exchanges a halo, rows: {rows}; "
                     f"{nbytes:,.0f} bytes, {seconds:.3g} s"
                 )
         return names
@@ -362,12 +354,12 @@ def _at_least(seconds: float | None, other: float | None) -> bool:
 
 
 def _order(row: Alternative) -> tuple[int, float, bool, str]:
-    """The fastest first, the plan's before others that take as long; then what was not finished, then what does not fit."""
+    """The fastest first, the plan's before equal ones; then what was not finished, then what does not fit."""
     if row.seconds is not None:
-        return 0, float(f"{row.seconds:.9e}"), not row.is_chosen, row.layout
+        return 0, float(f"{row.seconds:.9e}"), not row.is_chosen, row.sharding
     if row.lacking_bytes:
-        return 2, row.lacking_bytes, True, row.layout
-    return 1, row.bound_seconds or 0.0, True, row.layout
+        return 2, row.lacking_bytes, True, row.sharding
+    return 1, row.bound_seconds or 0.0, True, row.sharding
 
 
 def _answer(network: CostNetwork, time_limit: float) -> Solution | None:
@@ -381,7 +373,7 @@ def _answer(network: CostNetwork, time_limit: float) -> Solution | None:
 
 
 def _without_given(problem: ShardingProblem, value: int) -> ShardingProblem:
-    """The work as if nobody had decided the layout of a value."""
+    """The work as if nobody had decided the sharding of a value."""
     operations = tuple(
         replace(op, constraint_specs=()) if op.constraint_specs and value in op.results else op for op in problem.ops
     )

@@ -1,4 +1,4 @@
-"""What an op takes of one device, as far as values need memory at all: what is fused into its readers does not."""
+"""Roofline time of an op on one device, assuming that elementwise ops fuse into their users."""
 
 from __future__ import annotations
 

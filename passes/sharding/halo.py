@@ -1,4 +1,4 @@
-"""Borders: what a device needs of its neighbours' pieces, where an op looks at windows of a dim that is cut."""
+"""Halos: the rows of its neighbours' shards that a device needs, where an op has windows over a sharded dim."""
 
 from __future__ import annotations
 
@@ -7,26 +7,25 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 HALO = "halo"
-"""Of what is sent, the kind that borders are."""
+"""The kind of communication that a halo exchange is."""
 
 
 @dataclass(frozen=True)
 class Halo:
-    """How an op reads a dim of an operand that is cut together with a dim of its result, or of its kernel.
+    """How an op reads a dim of an operand that is sharded like a dim of its result, or of its kernel.
 
-    Of ``n`` pieces, device *i* reads the rows from ``(i * advance / n - padding) / dilation`` up to
-    ``((i + 1) * advance / n + overlap - padding) / dilation``, both rounded up; its own are ``i * size / n`` to
-    ``(i + 1) * size / n``. A convolution of 32 rows with windows of 3 and one row of padding has ``advance = 32``,
-    ``overlap = 2`` and ``padding = 1``: of 8 pieces, device 2 has the rows 8 to 12, reads 7 to 13, and gets one from each
-    neighbour.
+    Of ``n`` shards, device *i* reads the rows from ``(i * advance / n - padding) / dilation`` up to ``((i + 1) *
+    advance / n + overlap - padding) / dilation``, both rounded up; its own are ``i * size / n`` to ``(i + 1) * size /
+    n``. A convolution of 32 rows with windows of 3 and one row of padding has ``advance = 32``, ``overlap = 2`` and
+    ``padding = 1``: of 8 shards, device 2 has the rows 8 to 12, reads 7 to 13, and gets one from each neighbour.
 
     Attributes:
         operand, dim: what is read.
-        partner, partner_dim: the tensor that is cut with it: None for the result, else the number of an operand.
+        partner, partner_dim: the tensor that is sharded with it: None for the result, else the number of an operand.
         shape: of the whole operand.
         element_bytes: of an element of it.
-        advance: the windows of all pieces together, times their stride; or the size of the kernel, with its dilation.
-        overlap: rows that the last window of a piece reads beyond the beginning of the next piece's first.
+        advance: the windows of all shards together, times their stride; or the size of the kernel, with its dilation.
+        overlap: rows that the last window of a shard reads beyond the beginning of the next shard's first.
         padding: rows in front of the dim, negative where some of the dim are left out.
         dilation: of the dim.
     """
@@ -49,7 +48,7 @@ class Halo:
         return first < 0 or last > self.shape[self.dim]
 
     def rows(self, parts: int) -> tuple[int, int]:
-        """The most rows that a device gets of the pieces before and after its own.
+        """The most rows that a device gets of the shards before and after its own.
 
         XLA sends as many to all that have a neighbour there.
         """
@@ -60,9 +59,9 @@ class Halo:
         return max(0, before), max(0, after)
 
     def is_near(self, parts: int) -> bool:
-        """Whether devices get rows of the pieces next to theirs only, each side in one collective."""
+        """Whether devices get rows of the adjacent shards only, each side in one collective."""
         held, reads = self.shape[self.dim] // parts, [self._reads(i, parts) for i in range(parts)]
-        # Of wide borders, those of the padding included, XLA makes other collectives.
+        # For wide halos, padding included, XLA makes other collectives.
         widest = max(max(i * held - reads[i][0], reads[i][1] - (i + 1) * held) for i in range(parts))
         return max(self.rows(parts)) <= held and widest <= 2 * self.span(parts)
 
@@ -77,13 +76,13 @@ class Halo:
 
 
 def halo_sends(halos: Sequence[Halo], parts: Callable[[int, int], int]) -> Iterator[tuple[Halo, int, float]]:
-    """What each device sends to one neighbour: the border, its rows, and bytes; one collective each.
+    """What each device sends to one neighbour: the halo, its rows, and bytes; one collective each.
 
-    XLA exchanges dim after dim: the borders of the second one are as wide as what the first one has made.
+    XLA exchanges dim after dim: the halos of the second one are as wide as what the first one has made.
 
     Args:
-        borders: of one op, operand by operand and dim by dim.
-        parts: into how many pieces a dim of an operand is cut.
+        halos: of one op, operand by operand and dim by dim.
+        parts: into how many shards a dim of an operand is split.
     """
     shape = list[int]()
     operand: int | None = None

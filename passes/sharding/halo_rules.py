@@ -1,4 +1,4 @@
-"""Ops that look at windows: which of their dims can be cut, and what neighbours send for it."""
+"""Ops with windows (convolutions, poolings, pads, slices): the dims that can be sharded, and the halos to exchange."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ _WITH_WINDOWS = _ROW_BY_ROW | {"stablehlo.convolution"}
 
 
 def with_halos(op: ir.Operation, rule: Rule, shapes: Sequence[tuple[int, ...]]) -> Rule:
-    """A rule with the borders that devices exchange. Other windows stay whole.
+    """A rule with the halos that devices exchange. Other windowed dims stay replicated.
 
-    Of a convolution's image Shardy's factors are the number of windows, of which devices need their neighbours' part, and
-    the size of the window, over which it may sum. The major one can be cut, into pieces that are equal in all tensors. Of
-    other ops dims of two sizes have two factors; here they have one.
+    Of a convolution's image Shardy's factors are the number of windows, of which devices need their neighbours' part,
+    and the size of the window, over which it may sum. The major one can be sharded, into shards that are equal in all
+    tensors. Of other ops dims of two sizes have two factors; here they have one.
 
     Args:
         op: whose rule it is.
@@ -77,11 +77,11 @@ def with_halos(op: ir.Operation, rule: Rule, shapes: Sequence[tuple[int, ...]]) 
 
 
 class PaddingValues:
-    """What stands around images, for ops whose windows are the same.
+    """What images are padded with, for ops whose windows are the same.
 
-    XLA exchanges the borders of an image once for all windows that are the same, and fills up what is beyond the image with
-    what the first of them wants: a convolution and a maximum with windows of 3 can't both be cut. Here this goes for all images
-    of one shape, since equal ops are one to XLA; convolutions come first.
+    XLA exchanges the halo of an image once for all windows that are the same, and fills up what is beyond the image
+    with what the first of them wants: a convolution and a maximum with windows of 3 can't both be sharded. Here this
+    goes for all images of one shape, since equal ops are one to XLA; convolutions come first.
 
     Args:
         ops: of a program.
@@ -97,7 +97,7 @@ class PaddingValues:
                 self._known.setdefault(windows, _padding_value(op))
 
     def agreed(self, op: ir.Operation, rule: Rule) -> Rule:
-        """The rule, with windows whole if another op wants something else around the same ones."""
+        """The rule, with windowed dims replicated if another op pads the same windows with something else."""
         windows = _padded_windows(op)
         if windows is None or self._known[windows] == _padding_value(op):
             return rule
@@ -118,7 +118,7 @@ def _padded_windows(op: ir.Operation) -> object:
 
 
 def _padding_value(op: ir.Operation) -> object:
-    """A number, where it is known."""
+    """The padding value of an op, where it is known."""
     if op.name not in ("stablehlo.reduce_window", "stablehlo.pad"):
         return 0.0
     number = splat_of(op.operands[1])
@@ -128,10 +128,11 @@ def _padding_value(op: ir.Operation) -> object:
 
 
 def halos_of(op: ir.Operation) -> tuple[Halo, ...]:
-    """The borders of an op that XLA exchanges, operand by operand and dim by dim; none for an op without windows.
+    """The halos of an op that XLA exchanges, operand by operand and dim by dim; none for an op without windows.
 
-    A dim may be cut with one of the result or with one of the kernel: then there is a border for each. Left out are windows
-    of one row, and those of which XLA makes something else: of convolutions with groups it gathers the image for some.
+    A dim may be sharded with one of the result or with one of the kernel: then there is a halo for each. Left out are
+    windows of one row, and those of which XLA makes something else: of convolutions with groups it gathers the image
+    for some.
     """
     match op.name:
         case "stablehlo.convolution":
@@ -158,7 +159,7 @@ def product_dims(op: ir.Operation) -> frozenset[int]:
 
 
 def windowed_dims(op: ir.Operation) -> frozenset[int]:
-    """The dims of an op's first operand of which a position of the result needs more than the same position, or another."""
+    """Dims of the first operand that are read through a window or with an offset."""
     if op.name == "stablehlo.convolution":
         numbers = stablehlo.ConvDimensionNumbers(op.attributes["dimension_numbers"])
         return frozenset(numbers.input_spatial_dimensions) - product_dims(op)
@@ -172,7 +173,7 @@ def windowed_dims(op: ir.Operation) -> frozenset[int]:
 
 
 def non_overlapping_dims(op: ir.Operation) -> frozenset[int]:
-    """The dims that a ``select_and_scatter`` cuts into windows without anything between them, or on both sides."""
+    """The dims with non-overlapping windows of a ``select_and_scatter``, without gaps or padding."""
     if op.name != "stablehlo.select_and_scatter":
         return frozenset()
     shape, windows = value_shape(op.operands[0]), value_shape(op.operands[1])

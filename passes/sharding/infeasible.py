@@ -1,4 +1,4 @@
-"""Why a stage fits into its devices in no layouts: what is missing, when, of what it consists, and what would help."""
+"""Explains out-of-memory: no sharding of a stage fits its devices; what holds the memory, and what would help."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _PER_MICROBATCH = frozenset({"batch", "activations", "received"})
 def out_of_memory(
     model: ShardingModel, reading: Reading, roles: Sequence[str], stage: int
 ) -> InfeasiblePlanError | None:
-    """The error for a stage whose leanest layouts are too large at some time; None if each fits by itself.
+    """The error for a stage that does not fit with the smallest shards of every value; None if it fits with these.
 
-    Every layout can be moved to every other, so the leanest choice for each value is a choice for all: what it takes at the
-    fullest time is the least there is.
+    Every sharding can be resharded to every other, so the smallest shards of each value are a choice for all: their
+    peak is the least there is.
 
     Args:
         model: with its memory limit.
@@ -59,19 +59,19 @@ def out_of_memory(
     missing = needed - model.memory
     where, place = _at(reading, time)
     return InfeasiblePlanError(
-        f"cannot fit stage {stage} into a device: it holds at least {human_bytes(needed)}, a device has "
+        f"cannot fit stage {stage} into a device: it needs at least {human_bytes(needed)}, a device has "
         f"{human_bytes(model.memory)}, {human_bytes(missing)} are missing",
         where=where,
         place=place,
-        why=f"with all values cut as far as they can be there are {parts}; the largest piece, {human_bytes(largest)}, is of "
-        f"{_name(model, reading, node)}",
+        why=f"with all values sharded as far as possible there are {parts}; the largest shard, "
+        f"{human_bytes(largest)}, is of {_name(model, reading, node)}",
         fix=_help(missing, needed, sums),
         least_bytes=needed,
     )
 
 
 def _at(reading: Reading, time: int) -> tuple[str, SourcePlace | None]:
-    """The op that a device holds most at, and its line."""
+    """The op at which memory peaks, and its line."""
     if not reading.ops:
         return "", None
     index = reading.ops[min(time, len(reading.ops) - 1)].index
@@ -81,7 +81,7 @@ def _at(reading: Reading, time: int) -> tuple[str, SourcePlace | None]:
 
 
 def _name(model: ShardingModel, reading: Reading, node: int) -> str:
-    """What a node decides the layout of, for people."""
+    """The value whose sharding a node decides, for people."""
     found = reading.flow.values[model.nodes.value(node)]
     return f"{describe(found.location) or 'a value'}: {found.type}"
 

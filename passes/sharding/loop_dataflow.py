@@ -1,4 +1,4 @@
-"""The data flow of ``@main`` with that of its loops: what the body of a ``while`` reads, makes and hands on."""
+"""The data flow of ``@main`` with that of its loops: what the body of a ``while`` reads, makes and forwards."""
 
 from __future__ import annotations
 
@@ -82,10 +82,11 @@ class Loop:
 class LoopFlow(MainDataflow):
     """The data flow of ``@main``, where the place of a ``while`` is taken by what it does.
 
-    Its entries are, in this order: for each carried value one that takes what enters, and whose result is the result
-    of the ``while`` (``CARRY``; where the body never changes the value, it is handed on: ``INSIDE``); one that hands the carried values to the arguments of the body (``INSIDE``); where the
-    condition reads more than scalars, such a one for its arguments, and one for all that the condition reads
-    (``CONDITION``); the ops of the body; one that reads what the body returns (``END``).
+    Its entries are, in this order: for each carried value one that takes what enters, and whose result is the result of
+    the ``while`` (``CARRY``; where the body never changes the value, it is forwarded: ``INSIDE``); one that forwards
+    the carried values to the arguments of the body (``INSIDE``); where the condition reads more than scalars, such a
+    one for its arguments, and one for all that the condition reads (``CONDITION``); the ops of the body; one that reads
+    what the body returns (``END``).
 
     Attributes:
         kinds: of each entry one of these words, ``OP`` for an op as it is.
@@ -122,8 +123,8 @@ class LoopFlow(MainDataflow):
         return {loop.end: loop for loop in self.loops}
 
     def lasting(self) -> list[tuple[int, int]]:
-        """Values and the entries that they must be there for, though nobody reads them so late: what a loop carries, and
-        what it reads from outside, is there until its end."""
+        """Values and the entries that they must be there for, though nobody reads them so late: what a loop carries,
+        and what it reads from outside, is there until its end."""
         found = list[tuple[int, int]]()
         for loop in self.loops:
             found += [(value, loop.end) for value in loop.results]

@@ -200,7 +200,7 @@ def _rule_of(op: ir.Operation, flow: LoopFlow, index: int) -> Rule | None:
     results = tuple(dims(mapping) for mapping in rule.result_mappings)
     shapes = [value_shape(flow.values[v]) for v in flow.operands[index]][: len(operands)]
     shapes += [value_shape(flow.values[v]) for v in flow.results[index]]
-    # A dim may be smaller than its factors (the result of a slice): equal pieces of one are none of the other.
+    # A dim may be smaller than its factors (the result of a slice): equal shards of one are none of the other.
     uneven = {
         factor
         for tensor, shape in zip((*operands, *results), shapes, strict=True)

@@ -30,7 +30,8 @@ _RANKED = (
 
 
 def stacked(spec: Spec) -> Spec:
-    """The spec of the larger tensor that holds the partial sums: in front a dim for each unreduced axis, sharded over it.
+    """The spec of the larger tensor that holds the partial sums: in front a dim for each unreduced axis, sharded over
+    it.
 
     >>> stacked(Spec((("model",), ()), unreduced=("data",)))
     Spec(dims=(('data',), ('model',), ()), unreduced=())

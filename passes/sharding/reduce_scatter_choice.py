@@ -1,4 +1,4 @@
-"""All-reduces whose results are only read cut become reduce-scatters, where that takes no longer."""
+"""All-reduces whose results are only read sharded become reduce-scatters, where that takes no longer."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ _Result = tuple[ReshardTable, list[Spec]]  # of a value, and the specs with whic
 def prefer_reduce_scatters(model: ShardingModel, solution: Solution) -> Solution:
     """A solution that takes no longer, and sends less where it can.
 
-    Where a cluster was measured, a reduce-scatter may take as long as an all-reduce, and the solver takes either. Compilers
-    make a reduce-scatter of an all-reduce whose result is only cut, so what is sent would be less than what is predicted.
+    Where a cluster was measured, a reduce-scatter may take as long as an all-reduce, and the solver takes either.
+    Compilers make a reduce-scatter of an all-reduce whose result is only sliced, so what is sent would be less than
+    what is predicted.
 
     Args:
         model: of the program.

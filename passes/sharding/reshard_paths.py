@@ -129,8 +129,8 @@ class ReshardTable:
     """The specs of one tensor and what it costs to go from each to each.
 
     A path is a sequence of steps, each of which is one collective of Shardy's (``sdy.all_slice``, ``all_gather``,
-    ``all_to_all``, ``collective_permute``) along one axis, or two in a permute; the cheapest path is taken, by Floyd and
-    Warshall's algorithm.
+    ``all_to_all``, ``collective_permute``) along one axis, or two in a permute; the cheapest path is taken, by Floyd
+    and Warshall's algorithm.
 
     Args:
         shape: of the whole tensor.
@@ -218,7 +218,8 @@ class ReshardTable:
         yield from self._permutes(spec, held, free)
 
     def _is_scattered(self, spec: Spec, dim: int) -> bool:
-        """Whether a shard is no single stretch of what is gathered along a dim, since there are several rows before that
+        """Whether a shard is no single stretch of what is gathered along a dim, since there are several rows before
+        that
         dim: a gather puts shard behind shard, and XLA copies what it gave into the right order."""
         before = zip(self.shape[:dim], spec.dims[:dim], strict=True)
         return any(size > self.mesh.group_size(axes) for size, axes in before)

@@ -40,14 +40,14 @@ class ShardedOp:
         seconds: of all its work on one device.
         runs_per_step: how often it runs in a step.
         materialized: whether its results take memory; what is fused into its readers does not.
-        constraint_specs: of an op that only says how its operand is sharded, the specs that both may have: one, or those with
-            what was asked for where dims were left open.
+        constraint_specs: of an op that only says how its operand is sharded, the specs that both may have: one, or
+            those with what was asked for where dims were left open.
         live_whole_step: whether its results are there during the whole step, as sums over microbatches are.
         live_instances: how many of its results are there at once: one for each microbatch in flight.
         defers: whether it can leave its result unreduced, or forwards what is unreduced.
         repack_seconds: for each byte of the operands' pieces, on top of ``seconds``, of which each device has its part.
-        reshards_per_step: for each operand, how often in a step it is resharded to what the op needs; as often as the op
-            runs by default. What a loop reads from outside is brought there once.
+        reshards_per_step: for each operand, how often in a step it is resharded to what the op needs; as often as the
+            op runs by default. What a loop reads from outside is brought there once.
     """
 
     operands: tuple[int, ...]
@@ -83,8 +83,8 @@ class ShardingProblem:
         live_out: values that must be there when the program ends, with any spec.
         preferred: values (no arguments) and the specs that their ops leave them with, where these can.
         batch_instances: how many microbatches of an input that comes anew with each are there at once.
-        loop_carried: triples (value, other, reshards per step): a loop's body makes the value for the next iteration, where it is ``other``, with
-            its spec; how often in a step it is resharded to it.
+        loop_carried: triples (value, other, reshards per step): a loop's body makes the value for the next iteration,
+            where it is ``other``, with its spec; how often in a step it is resharded to it.
         live_until: values, and the ops that they must be there for though these do not read them.
         in_place: values that take the place of others: the next ones of what loops carry.
     """
@@ -122,10 +122,10 @@ class Shardings:
 class ShardingModel:
     """The cost network of a program on a mesh.
 
-    Nodes are the inputs, then the ops that are not free; the cost of an op is its share of the work, its halo
-    exchanges and its reductions, the cost of an edge the cheapest path from the spec that a value has to that in which it is read. Memory
-    is that of arguments and results; resharded copies are not counted (``passes/peak`` does, when the stage functions are
-    there), and the next value of a state is in its place.
+    Nodes are the inputs, then the ops that are not free; the cost of an op is its share of the work, its halo exchanges
+    and its reductions, the cost of an edge the cheapest path from the spec that a value has to that in which it is
+    read. Memory is that of arguments and results; resharded copies are not counted (``passes/peak`` does, when the
+    stage functions are there), and the next value of a state is in its place.
 
     Args:
         work: the program.

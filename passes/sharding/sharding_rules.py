@@ -21,9 +21,9 @@ class Rule:
         sizes: of each factor.
         operands, results: of each tensor the factors of its dims.
         reduction: factors that the op sums over: they are in operands only.
-        replicated: factors that every device needs whole.
+        replicated: factors that every device needs all of.
         permuted: factors of which a device needs some of its neighbours' part, nobody knows how much.
-        halos: how operands are read along factors of which a device needs its neighbours' borders.
+        halos: how operands are read along factors with windows, of which a device needs its neighbours' rows.
     """
 
     sizes: tuple[int, ...]
@@ -35,7 +35,7 @@ class Rule:
     halos: tuple[Halo, ...] = ()
 
     def factor_of(self, halo: Halo) -> int:
-        """The factor that a border is of."""
+        """The factor of the dim that a halo is read along."""
         return self.operands[halo.operand][halo.dim][0]
 
 
@@ -46,7 +46,7 @@ def elementwise(shape: tuple[int, ...], num_operands: int) -> Rule:
 
 
 def replicated_rule(operands: tuple[tuple[int, ...], ...], results: tuple[tuple[int, ...], ...]) -> Rule:
-    """The rule of an op that nothing is known of: every device does all of it."""
+    """The rule of an op without one: every device does all of it."""
     sizes = list[int]()
 
     def dims(shape: tuple[int, ...]) -> Dims:

@@ -1,4 +1,4 @@
-"""The module as it was before layouts were chosen, with all that the choice depended on: what explanations start from."""
+"""The module before shardings were chosen, with all that the choice depended on: what explanations start from."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Unsolved:
         fingerprint: of the program.
         strategy: ``auto``, or the known plan that was asked for.
         cluster: the machines.
-        given: who gave the arguments their layouts that had one, by number.
+        given: who gave the arguments their shardings that had one, by number.
     """
 
     module: ir.Module
@@ -45,7 +45,7 @@ def before_solving(
         fingerprint: of the program.
         cluster: the file of the cluster, whose text is kept; "" for the cores of this host.
         strategy: as ``solve-shardings`` knows it.
-        given: who gave the arguments their layouts that have one, by number.
+        given: who gave the arguments their shardings that have one, by number.
 
     Raises:
         ConfigError: the file can't be read.
@@ -83,7 +83,9 @@ def read_unsolved(text: str, source: str) -> Unsolved:
     except ir.MLIRError as error:
         raise ConfigError(f"cannot read {source}", why=str(error).partition("\n")[0], fix=fix) from None
     if SOLVE not in module.operation.attributes:
-        raise ConfigError(f"{source} does not say what layouts were chosen for", why=f"no {SOLVE} in it", fix=fix)
+        raise ConfigError(
+            f"{source} has no record of what the shardings were chosen for", why=f"no {SOLVE} in it", fix=fix
+        )
     return unsolved_of(module, ir.DictAttr(module.operation.attributes[SOLVE]), source)
 
 
@@ -91,7 +93,7 @@ def unsolved_of(module: ir.Module, entries: ir.DictAttr, source: str) -> Unsolve
     """What `before_solving` made, as data.
 
     Args:
-        module: without layouts; whoever reads its stages may rewrite it.
+        module: without shardings; whoever reads its stages may rewrite it.
         entries: its attribute ``bactrian.solve``.
         source: its file, for errors.
     """

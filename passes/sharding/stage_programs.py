@@ -1,4 +1,4 @@
-"""From a module before its layouts are chosen to the program of each stage, as the solver sees it."""
+"""The sharding problem of each stage, read from a module before its shardings are chosen."""
 
 from __future__ import annotations
 
@@ -65,8 +65,8 @@ def stage_meshes(module: ir.Module) -> dict[str, MeshAxes]:
     if narrow := [name for name in names if name not in wide]:
         raise ConfigError(
             f"mesh @{wide[0]} has several devices, @{narrow[0]} has one",
-            why="stages with layouts beside stages without are not there yet",
-            fix="give all stages several devices, or one",
+            why="mixing sharded and single-device stages is not supported yet",
+            fix="give every stage a mesh of several devices, or every stage one device",
         )
     return {name: meshes[name] for name in names}
 

@@ -17,16 +17,16 @@ from bactrian.passes.sharding.sharding_rules import Dims, Rule
 
 
 class Defers(enum.Enum):
-    """What an op has to do with sums whose parts are added up later."""
+    """What an op does with partial sums that are reduced later."""
 
     NOT = "not"
-    STARTS = "starts"  # it sums, and can leave the parts
-    PASSES = "passes"  # of parts of a sum it makes parts of one
+    STARTS = "starts"  # it sums, and can leave its result unreduced
+    PASSES = "passes"  # it makes partial sums of partial sums
 
 
 @dataclass(frozen=True)
 class HaloExchange:
-    """Borders of pieces that all devices send to a neighbour, before the work: one collective permute.
+    """A halo that all devices send to a neighbour, before the work: one collective permute.
 
     Attributes:
         halo: how they are read.
@@ -54,7 +54,7 @@ class Strategy:
         results: how they are sharded in the end.
         reductions: in their order.
         num_shards: how many devices share the work.
-        exchanges: of borders, before the work.
+        exchanges: of halos, before the work.
     """
 
     factors: tuple[int | None, ...]
@@ -158,12 +158,12 @@ def _specs(
 def _exchanges(
     rule: Rule, operands: tuple[Spec, ...], axes_of: dict[int, tuple[str, ...]], mesh: Mesh
 ) -> tuple[HaloExchange, ...] | None:
-    """The borders that devices exchange; None where XLA does something else, or something wrong.
+    """The halo exchanges; None where XLA does something else, or something wrong.
 
-    Seen of the partitioner in jaxlib 0.10.2, on 8 devices: with the image of a convolution cut, and the kernel cut too
+    Seen of the partitioner in jaxlib 0.10.2, on 8 devices: with the image of a convolution sharded, and the kernel too
     (over features), results are wrong for some combinations of axes, right for others, and partly gathered. A sum over
-    windows whose image and kernel are both cut (a weight's gradient) is added up over all devices, also over those that have
-    the same part: it is wrong unless each axis cuts what is summed over.
+    windows whose image and kernel are both sharded (a weight's gradient) is added up over all devices, also over those
+    that have the same part: it is wrong unless each axis shards what is summed over.
     """
     cut = [halo for halo in rule.halos if rule.factor_of(halo) in axes_of]
     if not cut:
@@ -191,7 +191,8 @@ def _reductions(
     mesh: Mesh,
     shapes: Sequence[tuple[int, ...] | None],
 ) -> Iterator[tuple[tuple[Spec, ...], tuple[Reduction, ...]]]:
-    """The ways to reduce over ``axes``: one all-reduce, or of a result a scatter along each, which leaves less for the next.
+    """The ways to reduce over ``axes``: one all-reduce, or of a result a scatter along each, which leaves less for the
+    next.
 
     All axes of one result are reduced in the same way: a partitioner turns a mixture into one all-reduce and a slice.
     """
@@ -216,6 +217,6 @@ def _reductions(
 
 
 def _cut_shape(rule: Rule, dims: Dims) -> tuple[int, ...]:
-    """A result's shape as far as the op can cut it; dims that it needs whole count as of size 1."""
+    """A result's shape as far as the op can shard it; dims that it needs replicated count as of size 1."""
     whole = rule.replicated | rule.permuted
     return tuple(math.prod(rule.sizes[f] for f in dim) if whole.isdisjoint(dim) else 1 for dim in dims)

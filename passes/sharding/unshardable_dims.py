@@ -1,4 +1,4 @@
-"""Cuts of a value that there are not: dims that axes don't divide, dims that an op needs whole."""
+"""Why a dimension can't be sharded: not divisible by the axis, or required replicated by the op."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from bactrian.passes.sharding.sharding_model import ShardingModel
 
 @dataclass(frozen=True)
 class UnshardableDim:
-    """A dim that can't be cut over some axes.
+    """A dim that can't be sharded over some axes.
 
     Attributes:
         dim: its number.
         size: of the dim.
         axes: of the mesh.
         num_devices: along them, all together.
-        op: that leaves the dim whole though its size divides, or "".
+        op: that needs the dim replicated though its size divides, or "".
     """
 
     dim: int
@@ -54,7 +54,7 @@ def unshardable_dims(model: ShardingModel, value: int, op: str) -> Iterator[Unsh
 
 
 def _made_over(model: ShardingModel, value: int) -> set[tuple[int, str]] | None:
-    """The dims and axes that some strategy of the value's op cuts; None of an input, or where its layout was given."""
+    """The dims and axes that some strategy of the value's op shards; None for inputs and constraints."""
     found = model.specs_of(value)
     if found is None:
         return None

@@ -1,4 +1,4 @@
-"""Layouts that are there before any is chosen: of arguments, and where a constraint stands."""
+"""User-specified shardings: of arguments, and of sharding constraints."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CONSTRAINT = "sdy.sharding_constraint"
 
 
 def refuse_result_shardings(main: ir.Operation) -> None:
-    """Refuse layouts of results.
+    """Refuse shardings of results.
 
     Raises:
         PassError: one has one.
@@ -31,17 +31,17 @@ def refuse_result_shardings(main: ir.Operation) -> None:
                 PassError,
                 terminator(main),
                 f"result {number} of @main has an {SHARDING} already",
-                why="layouts of results follow from those of their values",
+                why="a result has the sharding of the value that is returned",
                 fix="constrain the value with sdy.sharding_constraint",
             )
 
 
 def fixed_arguments(main: ir.Operation, flow: MainDataflow, mesh: Mesh) -> list[tuple[int, Spec]]:
-    """Arguments that have a layout.
+    """Arguments that have a sharding.
 
     Raises:
         PassError: one leaves a dim open.
-        ProgramError: one does not cut its argument into equal pieces.
+        ProgramError: one does not split its argument into equal shards.
     """
     found = list[tuple[int, Spec]]()
     for number, entry in enumerate(argument_attributes(main)):
@@ -59,7 +59,7 @@ def fixed_arguments(main: ir.Operation, flow: MainDataflow, mesh: Mesh) -> list[
 
 
 def constrained_values(main: ir.Operation, flow: MainDataflow, mesh: Mesh) -> list[tuple[int, Spec]]:
-    """Values that a constraint makes, with the layout that they have in every stage."""
+    """Values that a constraint makes, with the sharding that they have in every stage."""
     found = list[tuple[int, Spec]]()
     for results, op in zip(flow.results, flow.ops, strict=True):
         if op.name == CONSTRAINT:
@@ -69,7 +69,7 @@ def constrained_values(main: ir.Operation, flow: MainDataflow, mesh: Mesh) -> li
 
 
 def given_specs(op: ir.Operation, mesh: Mesh) -> tuple[Spec, ...]:
-    """The layouts that a constraint leaves; nothing for other ops."""
+    """The specs that a constraint allows; nothing for other ops."""
     if op.name != CONSTRAINT:
         return ()
     value = op.results[0]
@@ -87,10 +87,10 @@ def given_specs(op: ir.Operation, mesh: Mesh) -> tuple[Spec, ...]:
 
 
 def _checked(sharding: ir.Attribute, value: ir.Value, mesh: Mesh) -> tuple[Spec, tuple[int, ...]]:
-    """A layout that was asked for, and the dims that are open.
+    """A sharding that was asked for, and the dims that are open.
 
     Raises:
-        ProgramError: it does not cut the value into equal pieces.
+        ProgramError: it does not split the value into equal shards.
     """
     (spec, open_), shape = _spec_of(sharding, value, mesh), value_shape(value)
     for dim, (size, axes) in enumerate(zip(shape, spec.dims, strict=True)):

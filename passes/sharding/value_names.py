@@ -30,7 +30,7 @@ class NamedValue:
         number: in the data flow.
         stage: that makes it; of an argument, or what another stage makes, that reads it.
         is_made: whether the stage makes it.
-        is_free: whether any layout of it costs nothing: a constant, or what is computed from constants alone.
+        is_free: whether any sharding of it costs nothing: a constant, or what is computed from constants alone.
         type: ``f32[256,1024]``.
         op, phase: that make it; "" of an argument.
         place: the user's line, of an argument that of its first reader.
@@ -107,16 +107,16 @@ def type_text(type_: ir.Type) -> str:
 
 
 def find_value(
-    values: Sequence[NamedValue], text: str, stage: int | None, layout: Callable[[NamedValue], str]
+    values: Sequence[NamedValue], text: str, stage: int | None, sharding: Callable[[NamedValue], str]
 ) -> NamedValue:
-    """The one value that a text means: by its label, its name, the end of its name, or a part of it, in this order; names
-    of ops count with and without ``jvp(…)`` and its like.
+    """The one value that a text means: by its label, its name, the end of its name, or a part of it, in this order;
+    names of ops count with and without ``jvp(…)`` and its like.
 
     Args:
         values: to look among.
         text: the user's.
         stage: only what it holds; None for all.
-        layout: of a value, for a list of several.
+        sharding: of a value, for a list of several.
 
     Raises:
         ConfigError: there is none, or there are several.
@@ -137,7 +137,7 @@ def find_value(
         if len(matches) == 1:
             return matches[0]
         if matches:
-            raise _several(text, matches, layout)
+            raise _several(text, matches, sharding)
     close = _nearest(text, here)
     of_stage = "" if stage is None else f" in stage {stage}"
     raise ConfigError(
@@ -153,26 +153,26 @@ def _nearest(text: str, values: Sequence[NamedValue]) -> list[str]:
     close = difflib.get_close_matches(text, names, 3)
     parts = dict[str, list[str]]()
     for name in names:
-        for entry in _PARTS.findall(name):
-            parts.setdefault(entry, []).append(name)
-    for entry in difflib.get_close_matches(text, parts, 3, 0.5):
-        close += parts[entry]
+        for part in _PARTS.findall(name):
+            parts.setdefault(part, []).append(name)
+    for part in difflib.get_close_matches(text, parts, 3, 0.5):
+        close += parts[part]
     return list(dict.fromkeys(close))[:3]
 
 
-def _several(text: str, matches: list[NamedValue], layout: Callable[[NamedValue], str]) -> ConfigError:
+def _several(text: str, matches: list[NamedValue], sharding: Callable[[NamedValue], str]) -> ConfigError:
     same = len({value.label for value in matches}) == 1
     lines = list[str]()
     for value in matches[:_MOST_LISTED]:
         where = "" if value.place is None else f"  {place_text(value.place)}"
         stage = f"  stage {value.stage}" if len({each.stage for each in matches}) > 1 else ""
-        lines.append(f"{value.label}  {value.type}  {layout(value) or 'whole'}  {value.origin}{stage}{where}")
+        lines.append(f"{value.label}  {value.type}  {sharding(value) or 'a scalar'}  {value.origin}{stage}{where}")
     if len(matches) > _MOST_LISTED:
         lines.append(f"and {len(matches) - _MOST_LISTED} more")
     stages = ", ".join(str(value.stage) for value in matches)
     return ConfigError(
-        f"{text!r} means {len(matches)} values",
-        why="\n    ".join(["they are", *lines]),
+        f"{text!r} is ambiguous: it matches {len(matches)} values",
+        why="\n    ".join(["the values that match", *lines]),
         fix=f"say which stage with --stage: {stages}" if same else "give one of these names",
     )
 

@@ -42,11 +42,9 @@ _WITHOUT_RULE = frozenset(
 class Reading:
     """A program, and where its parts come from.
 
-    Attributes:
-        problem: what the model sees.
-        flow: the data flow of ``@main`` and of its loops.
-        ops: one for each op of ``problem``.
-        value_of: of each value of ``flow`` the one of ``problem``: what a barrier or the boundary forwards is one value, and
+    Attributes: problem: what the model sees. flow: the data flow of ``@main`` and of its loops. ops: one for each op of
+        ``problem``. value_of: of each value of ``flow`` the one of ``problem``: what a barrier or the boundary forwards
+        is one value, and
             so is what a loop carries, in its body and after it.
         fused: phases that are one function, whose readers of a value share its reshards.
     """
@@ -76,7 +74,7 @@ def read_program(
 
     Args:
         main: with ``sdy.sharding_rule`` on its ops (``sdy-populate-op-sharding-rules``) and phases.
-        mesh: the devices; layouts that are given name its axes.
+        mesh: the devices; shardings that are given name its axes.
         cluster: whose devices do the work.
         num_microbatches: how often forward and backward run in a step.
         remark: told of ops that nothing is known of.
