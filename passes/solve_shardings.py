@@ -20,10 +20,10 @@ from bactrian.passes.sharding.cost_breakdown import cost_breakdown
 from bactrian.passes.sharding.infeasible import out_of_memory
 from bactrian.passes.sharding.loop_dataflow import capture_unchanged
 from bactrian.passes.sharding.reduce_scatter_choice import prefer_reduce_scatters
-from bactrian.passes.sharding.sharding_model import ShardingModel
+from bactrian.passes.sharding.sharding_model import ShardingModel, Shardings
 from bactrian.passes.sharding.shardings_to_ir import Writer, write_stages
 from bactrian.passes.sharding.stage_programs import StageProgram, read_stages, stage_meshes
-from bactrian.passes.sharding.work_from_ir import drop_rules
+from bactrian.passes.sharding.work_from_ir import Reading, drop_rules
 
 _BASELINES_SHARE = 0.2  # of the time, on top of it: what all baselines together take where nothing is proved
 
@@ -124,36 +124,29 @@ class SolveShardings(Pass):
         limit = self.memory_bytes or cluster.memory_bytes
         roles = argument_roles(main)
         capture_unchanged(main)
-        compared = list[list[ir.Attribute]]()
-        solved = list[tuple[Writer, Solution]]()
-        given = list[int]()
-        for each in read_stages(module, meshes, cluster, ctx.remark):
-            mesh, reading = each.mesh, each.reading
-            given.append(sum(number < reading.flow.num_arguments for number, _ in reading.problem.pinned))
-            names = BASELINES if self.compare else ()
-            known = {name: solve_baseline(reading, mesh, roles, name, limit, self.time_limit) for name in names}
-            compared.append([_figures(name, plan) for name, plan in known.items()])
-            if self.strategy != AUTO:
-                reading = pin_baseline(reading, mesh, roles, self.strategy)
-            model = ShardingModel(reading.problem, mesh, limit)
-            ctx.count("strategies", model.network.num_strategies)
-            solution = self._solved(each, model, roles, known)
-            solution = prefer_reduce_scatters(model, solution)
-            shardings = model.shardings(solution.choice)
-            writer = Writer(main, reading, model, shardings, each.mesh_name, each.num_microbatches, each.only)
-            solved.append((writer, solution))
-        write_stages([writer for writer, _ in solved])
-        ctx.count("reshards", sum(writer.num_reshards for writer, _ in solved))
-        predicted = [
-            self._predicted(main, writer, solution, limit, roles, ctx, fixed)
-            for (writer, solution), fixed in zip(solved, given, strict=True)
+        programs = read_stages(module, meshes, cluster, ctx.remark)
+        solved = [self._solve_stage(program, roles, limit) for program in programs]
+        ctx.count("strategies", sum(stage.model.network.num_strategies for stage in solved))
+        writers = [stage.writer(main) for stage in solved]
+        write_stages(writers)
+        ctx.count("reshards", sum(writer.num_reshards for writer in writers))
+        estimates = [
+            self._estimate(main, stage, writer, limit, roles, ctx)
+            for stage, writer in zip(solved, writers, strict=True)
         ]
-        for entries, rows in zip(predicted, compared, strict=True):
-            if rows:
-                entries["compared"] = ir.ArrayAttr.get(rows)
-        module.operation.attributes[SHARDING_ESTIMATES] = ir.ArrayAttr.get(
-            [ir.DictAttr.get(entries) for entries in predicted]
-        )
+        module.operation.attributes[SHARDING_ESTIMATES] = ir.ArrayAttr.get(estimates)
+
+    def _solve_stage(self, program: StageProgram, roles: Sequence[str], limit: int) -> _SolvedStage:
+        """Choose the shardings of one stage."""
+        mesh, reading = program.mesh, program.reading
+        names = BASELINES if self.compare else ()
+        baselines = {name: solve_baseline(reading, mesh, roles, name, limit, self.time_limit) for name in names}
+        if self.strategy != AUTO:
+            reading = pin_baseline(reading, mesh, roles, self.strategy)
+        model = ShardingModel(reading.problem, mesh, limit)
+        solution = prefer_reduce_scatters(model, self._solved(program, model, roles, baselines))
+        shardings = model.shardings(solution.choice)
+        return _SolvedStage(program, reading, model, solution, shardings, baselines)
 
     def _solved(
         self, stage: StageProgram, model: ShardingModel, roles: Sequence[str], known: dict[str, BaselinePlan | None]
@@ -176,26 +169,26 @@ class SolveShardings(Pass):
             raise failure
         return solution
 
-    def _predicted(
+    def _estimate(
         self,
         main: ir.Operation,
+        stage: _SolvedStage,
         writer: Writer,
-        solution: Solution,
         limit: int,
         roles: Sequence[str],
         ctx: PassContext,
-        given: int,
-    ) -> dict[str, ir.Attribute]:
-        """What is said of one stage."""
+    ) -> ir.Attribute:
+        """What is predicted of one stage."""
+        solution, program = stage.solution, stage.program
         gap = "optimal" if solution.optimal else f"at least {solution.lower_bound:.4g} s"
         ctx.remark(
             main,
-            f"{'a step' if writer.stage is None else f'stage {writer.stage}'} takes {solution.cost:.4g} s ({gap}), a device holds {solution.memory / 2**20:.1f} MiB",
+            f"{'a step' if program.only is None else f'stage {program.only}'} takes {solution.cost:.4g} s ({gap}), a device holds {solution.memory / 2**20:.1f} MiB",
         )
-        model = writer.model
-        taken = cost_breakdown(model, writer.reading, roles, solution.choice, model.shardings(solution.choice))
+        taken = cost_breakdown(stage.model, stage.reading, roles, solution.choice, stage.shardings)
+        given = sum(number < program.reading.flow.num_arguments for number, _ in program.reading.problem.pinned)
         sent = {kind: round(nbytes) for kind, nbytes in sorted(writer.sent_in_step.items())}
-        return {
+        fields: dict[str, ir.Attribute] = {
             "strategy": ir.StringAttr.get(self.strategy),
             "given": integer(given),
             "seconds": _number(solution.cost),
@@ -207,6 +200,38 @@ class SolveShardings(Pass):
                 [ir.DictAttr.get({"name": ir.StringAttr.get(n), "bytes": integer(b)}) for n, b in taken.memory]
             ),
         }
+        if stage.baselines:
+            rows = [_figures(name, plan) for name, plan in stage.baselines.items()]
+            fields["compared"] = ir.ArrayAttr.get(rows)
+        return ir.DictAttr.get(fields)
+
+
+@dataclass(frozen=True)
+class _SolvedStage:
+    """What was chosen for one stage.
+
+    Attributes:
+        program: of the stage.
+        reading: of it, with the arguments pinned as the baseline of ``strategy`` has them.
+        model: of the reading.
+        solution: of the model's network.
+        shardings: what the solution means.
+        baselines: what baselines would take, if that was asked for; None for one that does not fit.
+    """
+
+    program: StageProgram
+    reading: Reading
+    model: ShardingModel
+    solution: Solution
+    shardings: Shardings
+    baselines: dict[str, BaselinePlan | None]
+
+    def writer(self, main: ir.Operation) -> Writer:
+        """What writes the stage's shardings."""
+        program = self.program
+        return Writer(
+            main, self.reading, self.model, self.shardings, program.mesh_name, program.num_microbatches, program.only
+        )
 
 
 def _figures(name: str, plan: BaselinePlan | None) -> ir.Attribute:
