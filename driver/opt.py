@@ -14,11 +14,12 @@ from jaxlib.mlir import ir
 
 from bactrian.passes.frame import documentation, pipeline, pipeline_text, reproducer, verify_diagnostics
 from bactrian.passes.frame.context import make_context
-from bactrian.passes.frame.diagnostics import from_mlir, sort_key
+from bactrian.passes.frame.diagnostics import Diagnostic, from_mlir, sort_key
 from bactrian.passes.frame.errors import BactrianError, ConfigError, PassError, ProgramError
 
 _SPLIT = re.compile(r"^// -----.*\n?", re.MULTILINE)
 _BUFFER = "-"  # what MLIR calls a text that was parsed from memory
+_IN_BUFFER = re.compile(r"(?<!\S)-:(?=\d)")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -143,16 +144,25 @@ def _run_part(text: str, steps: list[pipeline.Step], args: argparse.Namespace) -
 
 def _print_diagnostics(result: _Result, name: str) -> None:
     """Print what was reported, with the input's name for places in it."""
-    shown = sorted(result.report.diagnostics, key=sort_key)
+    error, shown = result.error, sorted(result.report.diagnostics, key=sort_key)
+    if isinstance(error, PassError):  # says what its diagnostic says, and more
+        shown = [diagnostic for diagnostic in shown if diagnostic.severity != "error"]
+        shown.append(Diagnostic("error", error.message, error.where, error.place, error.why, error.fix))
     for diagnostic in shown:
-        place = diagnostic.place
-        if place is not None and place.file == _BUFFER:
-            place = dataclasses.replace(place, file=name)
-            where = diagnostic.where.replace(f"{_BUFFER}:", f"{name}:", 1)
-            diagnostic = dataclasses.replace(diagnostic, place=place, where=where)
-        print(diagnostic, file=sys.stderr)
-    if result.error is not None and (isinstance(result.error, PassError) or not shown):
-        print(f"error: {result.error}", file=sys.stderr)
+        print(_with_name(diagnostic, name), file=sys.stderr)
+    if isinstance(error, PassError) and error.reproducer:
+        print(f"  reproducer: {error.reproducer}", file=sys.stderr)
+    elif error is not None and not shown:
+        print(f"error: {error}", file=sys.stderr)
+
+
+def _with_name(diagnostic: Diagnostic, name: str) -> Diagnostic:
+    """The diagnostic with the input's name where MLIR says that a text was parsed from memory."""
+    place = diagnostic.place
+    if place is not None and place.file == _BUFFER:
+        place = dataclasses.replace(place, file=name)
+    where, why = (_IN_BUFFER.sub(lambda _: f"{name}:", text) for text in (diagnostic.where, diagnostic.why))
+    return dataclasses.replace(diagnostic, place=place, where=where, why=why)
 
 
 def _run(args: argparse.Namespace, elements: list[pipeline_text.Element]) -> int:

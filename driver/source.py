@@ -34,7 +34,8 @@ _OURS = tuple(
     os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), name) + os.sep
     for name in ("driver", "passes", "runtime")
 )
-_NEVER_THE_USER = (*_OURS, _package_directory(jax.__file__), _package_directory(jaxlib.__file__))
+_COMMANDS = sysconfig.get_path("scripts") + os.sep  # where the file of the command `bactrian` is
+_NEVER_THE_USER = (*_OURS, _COMMANDS, _package_directory(jax.__file__), _package_directory(jaxlib.__file__))
 _LIBRARIES = (sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), sysconfig.get_path("stdlib"))
 
 # JAX then blames the user's call of `bactrian.grad`, not our frame inside it, in every MLIR location.

@@ -1,6 +1,6 @@
 // RUN: bactrian-opt %s --group-layers=num-layers=3 --split-input-file --verify-diagnostics
 
-// expected-error@+1 {{cannot cut 1 forward op with weight into 3 layers}}
+// expected-error@+1 {{cannot make 3 layers: the forward phase has 1 matrix product or convolution}}
 func.func public @main(%x: tensor<4x16xf32> {bactrian.role = "batch"}, %v: tensor<16x16xf32> {bactrian.role = "constant"}) -> tensor<4x16xf32> {
   %a = stablehlo.dot_general %x, %v, contracting_dims = [1] x [0] {bactrian.phase = "forward"} : (tensor<4x16xf32>, tensor<16x16xf32>) -> tensor<4x16xf32>
   %b = stablehlo.tanh %a {bactrian.phase = "forward"} : tensor<4x16xf32>
@@ -11,7 +11,7 @@ func.func public @main(%x: tensor<4x16xf32> {bactrian.role = "batch"}, %v: tenso
 // -----
 
 // Without products, ops that depend on the batch count.
-// expected-error@+1 {{cannot cut 2 forward ops that depend on the batch into 3 layers}}
+// expected-error@+1 {{cannot make 3 layers: the forward phase has 2 ops that depend on the batch}}
 func.func public @main(%x: tensor<4x16xf32> {bactrian.role = "batch"}, %v: tensor<4x16xf32> {bactrian.role = "constant"}) -> tensor<4x16xf32> {
   %a = stablehlo.tanh %v {bactrian.phase = "forward"} : tensor<4x16xf32>
   %b = stablehlo.add %a, %x {bactrian.phase = "forward"} : tensor<4x16xf32>
@@ -21,7 +21,7 @@ func.func public @main(%x: tensor<4x16xf32> {bactrian.role = "batch"}, %v: tenso
 
 // -----
 
-// expected-error@+1 {{cannot cut at 1 stage boundary into 3 layers}}
+// expected-error@+1 {{cannot make 3 layers: the program has 1 stage boundary}}
 func.func public @main(%x: tensor<4x4xf32> {bactrian.role = "batch"}) -> tensor<4x4xf32> {
   %a = stablehlo.tanh %x {bactrian.phase = "forward"} : tensor<4x4xf32>
   %b = stablehlo.custom_call @bactrian.stage_boundary(%a) {bactrian.phase = "forward"} : (tensor<4x4xf32>) -> tensor<4x4xf32>

@@ -95,6 +95,7 @@ class GroupLayers(Pass):
     )
 
     num_layers: int = option(0, help="how many layers to make; 0: one more than there are stage boundaries")
+    num_stages: int = option(0, help="stages that will be made of the layers, for errors to name; 0: not known")
     epsilon: float = option(0.1, help="by how much a layer's flops may exceed an even share")
     small_bytes: int = option(256, help="an argument of at most this many bytes is read anywhere for free")
 
@@ -108,7 +109,7 @@ class GroupLayers(Pass):
     def apply(self, module: ir.Module, ctx: PassContext) -> None:
         """Cut the forward ops, place all others, write the layers."""
         program = LayeredProgram.of(module, MainDataflow.kept_or_read(module, ctx), self.small_bytes)
-        layers = cut_forward(program, self.num_layers, self.epsilon, main_function(module), ctx)
+        layers = cut_forward(program, self.num_layers, self.num_stages, self.epsilon, main_function(module), ctx)
         if layers is None:
             return
         num_layers = 1 + max((layer for layer in layers if layer is not None), default=0)

@@ -39,7 +39,7 @@ def form_stages(num_stages: int = 0, num_layers: int = 0, boundaries: str = "", 
     from bactrian.passes.group_layers import GroupLayers
 
     return (
-        GroupLayers(num_layers=num_layers),
+        GroupLayers(num_layers=num_layers, num_stages=num_stages),
         AssignStages(num_stages=num_stages, boundaries=boundaries, mesh=mesh),
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+import sysconfig
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,7 @@ from training_script import SCRIPT, TRAIN
 import bactrian
 from bactrian import BactrianError, ConfigError, ProgramError
 from bactrian.driver import cli
+from bactrian.driver.source import Frame, user_line
 
 W = [np.eye(4, dtype=np.float32) for _ in range(2)]
 X = np.ones((8, 4), np.float32)
@@ -196,6 +198,12 @@ def test_one_state_given_twice() -> None:
         made(a, X, a)
     assert "test_bad_input.py:" in caught.value.where and caught.value.fix
     assert made(a, X, b)[2].shape == ()  # the refused call consumed nothing
+
+
+def test_the_file_of_a_command_is_no_line_of_the_user() -> None:
+    command = Frame(str(Path(sysconfig.get_path("scripts")) / "bactrian"), 10, "<module>")
+    assert user_line([command]) == ""
+    assert user_line([Frame("/home/me/train.py", 3, "step"), command]) == "/home/me/train.py:3 (step)"
 
 
 def test_host_state_is_never_donated() -> None:

@@ -149,14 +149,24 @@ def test_stage_boundaries_say_where_to_cut():
     grouped.check_updates()
     fewer = Grouped(step, state, _shape(32, 64), num_layers=2)
     assert fewer.count(FORWARD, "dot_general") == [5, 3]
-    with pytest.raises(ProgramError, match="cannot cut at 2 stage boundaries into 5 layers"):
+    with pytest.raises(ProgramError, match="cannot make 5 layers: the program has 2 stage boundaries"):
         Grouped(step, state, _shape(32, 64), num_layers=5)
 
 
 def test_more_layers_than_products_is_an_error_with_both_numbers():
     step, state = _train(*_mlp(3))
-    with pytest.raises(ProgramError, match="cannot cut 3 forward ops with weight into 4 layers"):
+    with pytest.raises(
+        ProgramError, match="cannot make 4 layers: the forward phase has 3 matrix products or conv"
+    ) as caught:
         Grouped(step, state, _shape(32, 64), num_layers=4)
+    assert caught.value.fix == "num_layers <= 3"
+
+
+def test_more_stages_than_products_is_an_error_about_stages():
+    step, state = _train(*_mlp(3))
+    with pytest.raises(ProgramError, match="4 stages need at least 4 layers, and the forward phase has 3") as caught:
+        Grouped(step, state, _shape(32, 64), num_layers=4, num_stages=4)
+    assert caught.value.fix == "num_stages <= 3"
 
 
 def test_what_is_computed_again_lands_on_its_layer():

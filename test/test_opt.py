@@ -109,6 +109,19 @@ def test_errors_name_the_file_and_the_line(tmp_path, capfd) -> None:
     assert f"{path}:1:14: error: " in capfd.readouterr().err
 
 
+def test_an_error_of_a_pass_that_is_our_bug_is_printed_once(tmp_path, capfd) -> None:
+    path = tmp_path / "bad.mlir"
+    path.write_text(f"\n{BAD}")
+    assert opt.main([str(path), "--split-stages", f"--reproducer-dir={tmp_path / 'failed'}"]) == 5
+    err = capfd.readouterr().err
+    (reproducer,) = (tmp_path / "failed").iterdir()
+    assert err == (
+        f"{path}:2:1: error: pass split-stages failed: @main has no gradient boundary\n"
+        f"  where: {path}:2\n  fix: run verify-program first\n"
+        f"  reproducer: bactrian-opt --run-reproducer {reproducer}\n"
+    )
+
+
 def test_verify_diagnostics_complains_about_both_sides(tmp_path, capfd) -> None:
     path = tmp_path / "bad.mlir"
     path.write_text(f"// expected-error@+1 {{{{something else}}}}\n{BAD}")
@@ -166,7 +179,7 @@ def test_a_crash_leaves_a_reproducer_that_crashes_again(source, tmp_path, capfd,
     assert opt.main([source, "--crash", "--verify-diagnostics"]) == 5
     assert "off by one" in capfd.readouterr().err
     (path,) = folder.iterdir()
-    assert f"--run-reproducer {path}" in err
+    assert err.count("pass crash failed") == 1 and f"\n  reproducer: bactrian-opt --run-reproducer {path}" in err
     assert "call @" not in path.read_text()
     assert opt.main(["--run-reproducer", str(path), f"--reproducer-dir={folder}"]) == 5
     assert "off by one" in capfd.readouterr().err

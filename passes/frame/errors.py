@@ -77,9 +77,28 @@ class InfeasiblePlanError(BactrianError):
 
 
 class PassError(BactrianError):
-    """A pass failed or produced invalid IR: our bug, with a reproducer."""
+    """A pass failed or produced invalid IR: our bug.
+
+    Args:
+        reproducer: the command that fails in the same way; "" where there is none.
+    """
 
     exit_code = 5
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        where: str = "",
+        why: str = "",
+        fix: str = "",
+        place: SourcePlace | None = None,
+        reproducer: str = "",
+    ) -> None:
+        super().__init__(message, where=where, why=why, fix=fix, place=place)
+        self.reproducer = reproducer
+        if reproducer:
+            self.args = (f"{self}\n  reproducer: {reproducer}",)
 
 
 class RuntimeFault(BactrianError):

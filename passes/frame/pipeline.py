@@ -19,6 +19,7 @@ from bactrian.passes.frame.base import Pass, PassContext, parse_options
 from bactrian.passes.frame.context import make_context
 from bactrian.passes.frame.diagnostics import Diagnostic, from_mlir
 from bactrian.passes.frame.errors import BactrianError, ConfigError, PassError
+from bactrian.passes.frame.location import user_place
 from bactrian.passes.frame.pipeline_text import ANCHOR, Element, parse_pipeline, print_pipeline
 
 Step = Pass | str
@@ -243,17 +244,26 @@ class _Runner:
         return "; ".join(f"{d.where}: {d.message}" if d.where else d.message for d in found) or str(error)
 
     def _failure(self, error: Exception, reproducer_dir: str | None) -> PassError:
-        why = self._keep(error) if isinstance(error, ir.MLIRError) else f"{type(error).__name__}: {error}"
         done, rest = self._steps[: self._last_started], self._steps[self._last_started :]
         name = to_element(rest[0]).name
         message = f"pass {name} failed" if self._exception else f"pipeline failed in or after pass {name}"
-        path = ""
+        where, why, fix, place = "", f"{type(error).__name__}: {error}", "", user_place(self._module.operation.location)
+        if isinstance(error, PassError):
+            message, where, why, fix = f"{message}: {error.message}", error.where, error.why, error.fix
+            place = error.place or place
+        elif isinstance(error, ir.MLIRError):
+            why = self._keep(error)
+            place = next((each.place for each in self.report.diagnostics if each.severity == "error"), place)
+        command = ""
         if self._snapshot is not None:
             before = _replay(self._snapshot, done)
             if before is None:
                 before, rest = self._snapshot, self._steps
-            path = reproducer.write(before, pipeline_text(rest), f"{message}: {why}", reproducer_dir)
-        return PassError(message, why=why, fix=f"bactrian-opt --run-reproducer {path}" if path else "")
+            path = reproducer.write(
+                before, pipeline_text(rest), f"{message}: {why}" if why else message, reproducer_dir
+            )
+            command = f"bactrian-opt --run-reproducer {path}"
+        return PassError(message, where=where, why=why, fix=fix, place=place, reproducer=command)
 
 
 def _replay(snapshot: ir.Operation, steps: list[Step]) -> ir.Operation | None:

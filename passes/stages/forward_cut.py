@@ -17,16 +17,19 @@ from bactrian.passes.stages.pinned_arguments import PinnedArguments, PinnedReads
 
 
 def cut_forward(
-    program: LayeredProgram, num_layers: int, epsilon: float, main: ir.Operation, ctx: PassContext
+    program: LayeredProgram, num_layers: int, num_stages: int, epsilon: float, main: ir.Operation, ctx: PassContext
 ) -> list[int | None] | None:
-    """The layer of each forward op that is not free (None for all other ops); None if it can't be done."""
+    """The layer of each forward op that is not free (None for all other ops); None if it can't be done.
+
+    Errors are about stages where there are to be ``num_stages`` of them and no more layers than that.
+    """
     flow = program.flow
     ops = [i for i, phase in enumerate(program.phases) if phase == FORWARD and not program.free[i]]
     weighty = [program.batch[i] and flow.ops[i].name in MATRIX_PRODUCTS for i in ops]
-    kind = "with weight"
+    kind = ("matrix product or convolution", "matrix products or convolutions")
     if not any(weighty):
         weighty = [program.batch[i] and not program.marker[i] for i in ops]
-        kind = "that depend on the batch"
+        kind = ("op that depends on the batch", "ops that depend on the batch")
     order = _order(program, ops, weighty)
     ops, weighty = [ops[i] for i in order], [weighty[i] for i in order]
     position = {op: place for place, op in enumerate(ops)}
@@ -37,7 +40,7 @@ def cut_forward(
     allowed = _marker_positions([program.marker[i] for i in ops], weighty)
     num_layers = num_layers or len(allowed or ()) + 1
     limited = "at stage boundaries" if allowed is not None else ""
-    request = _Request(flops, weighty, crossing, num_layers, epsilon, allowed, None, kind, limited)
+    request = _Request(flops, weighty, crossing, num_layers, epsilon, allowed, None, kind, limited, num_stages)
     layers: list[int | None] = [None] * len(flow.ops)
     if num_layers > 1:
         if not request.check(main, ctx):
@@ -122,7 +125,7 @@ def _marker_positions(marker: Sequence[bool], weighty: Sequence[bool]) -> list[i
 
 @dataclass(frozen=True)
 class _Request:
-    """A cut that is wanted. ``kind`` says what weight is, ``limited`` where cuts may be (empty: anywhere)."""
+    """A cut that is wanted. ``kind`` says what has weight (one, several), ``limited`` where cuts may be (empty: anywhere)."""
 
     flops: list[float]
     weighty: list[bool]
@@ -131,31 +134,37 @@ class _Request:
     epsilon: float
     allowed: list[int] | None
     choices: list[frozenset[int] | None] | None
-    kind: str
+    kind: tuple[str, str]
     limited: str
+    num_stages: int
 
     def check(self, main: ir.Operation, ctx: PassContext) -> bool:
         """Whether there can be so many layers; reports an error if not."""
-        allowed, num_layers, weight = self.allowed, self.num_layers, sum(self.weighty)
-        if allowed is not None and num_layers > len(allowed) + 1:
-            ctx.error(
+        allowed, weight = self.allowed, sum(self.weighty)
+        if allowed is not None and self.num_layers > len(allowed) + 1:
+            self._refuse(
+                f"the program has {_count(len(allowed), 'stage boundary', 'stage boundaries')}",
+                f"where a program has stage boundaries, layers are cut only there, and every layer needs 1 {self.kind[0]} or more",
+                len(allowed) + 1,
+                ", or add stage boundaries",
                 main,
-                f"cannot cut at {_count(len(allowed), 'stage boundary', 'stage boundaries')} into {num_layers} layers",
-                why="where a program has stage boundaries, layers are cut only there, and every layer needs "
-                + ("a product or convolution" if self.kind == "with weight" else "an op that depends on the batch"),
-                fix=f"ask for at most {len(allowed) + 1} layers, or add stage boundaries",
+                ctx,
             )
             return False
-        if weight < num_layers:
-            with_weight = self.kind == "with weight"
-            ctx.error(
-                main,
-                f"cannot cut {_count(weight, 'forward op', 'forward ops')} {self.kind} into {num_layers} layers",
-                why="every layer needs a product or convolution" if with_weight else "every layer needs one",
-                fix=f"ask for at most {max(1, weight)} layers",
-            )
+        if weight < self.num_layers:
+            has = f"the forward phase has {_count(weight, *self.kind)}"
+            self._refuse(has, "every layer needs one", max(1, weight), "", main, ctx)
             return False
         return True
+
+    def _refuse(self, has: str, why: str, most: int, or_else: str, main: ir.Operation, ctx: PassContext) -> None:
+        """Report that there can't be so many stages, where these were asked for, or layers."""
+        count = self.num_layers
+        if count == self.num_stages:
+            message, name = f"{count} stages need at least {count} layers, and {has}", "num_stages"
+        else:
+            message, name = f"cannot make {count} layers: {has}", "num_layers"
+        ctx.error(main, message, why=why, fix=f"{name} <= {most}{or_else}")
 
     def cut(self) -> layer_partitioning.LayerCut | None:
         """The cheapest cut, or None."""
