@@ -30,9 +30,12 @@ def with_conflict(
     Shardings are left out one by one, as in a deletion filter (Chinneck and Dravnieks 1991): one without which there
     still is no plan is not to blame, and stays out. Other such sets may exist.
 
-    Args: error: without any of that. unsolved: the module before shardings are chosen. Its context is entered. fits:
-        whether there is a plan for the module that this makes. seconds: after which no further try is begun; the set
-        may then be larger than it has to be, and the error says so.
+    Args:
+        error: without any of that.
+        unsolved: the module before shardings are chosen. Its context is entered.
+        fits: whether there is a plan for the module that this makes.
+        seconds: after which no further try is begun; the set may then be larger than it has to be, and the error says
+            so.
     """
     given = list(_found(solved_again(unsolved)))
     if not given:

@@ -63,9 +63,12 @@ class Alternative:
 class Unlimited:
     """What would be chosen if memory did not matter, where that is faster.
 
-    Attributes: sharding: of the value. seconds: of a step. memory_bytes: the peak of a device. binds: whether the
-        value's sharding is another one for want of memory: with the plan's sharding, and without a limit,
-            a step takes longer.
+    Attributes:
+        sharding: of the value.
+        seconds: of a step.
+        memory_bytes: the peak of a device.
+        binds: whether the value's sharding is another one for want of memory: with the plan's sharding, and without a
+            limit, a step takes longer.
     """
 
     sharding: str
@@ -78,11 +81,16 @@ class Unlimited:
 class Explanation(Viewable):
     """All that is said of one value.
 
-    Attributes: name, origin, type: as in `NamedValue`. place: the user's ``file:line``, or "". nbytes: of the whole
-        value. stage: that it belongs to; None where there is one stage. mesh: names and sizes of the axes. sharding:
-        the plan's; "" of a scalar. local_shape, local_bytes: of a device's shard. reason: ``given``, ``memory``,
-        ``cheapest``, ``only`` (there is one sharding), ``free`` (any sharding costs nothing), or
-            ``unproved`` (a better one was found here).
+    Attributes:
+        name, origin, type: as in `NamedValue`.
+        place: the user's ``file:line``, or "".
+        nbytes: of the whole value.
+        stage: that it belongs to; None where there is one stage.
+        mesh: names and sizes of the axes.
+        sharding: the plan's; "" of a scalar.
+        local_shape, local_bytes: of a device's shard.
+        reason: ``given``, ``memory``, ``cheapest``, ``only`` (there is one sharding), ``free`` (any sharding costs
+            nothing), or ``unproved`` (a better one was found here).
         given_by: who gave the sharding, or "".
         seconds, bound_seconds: of a step as planned, and the least that it could take.
         limit_bytes: memory of a device.

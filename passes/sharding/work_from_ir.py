@@ -42,10 +42,12 @@ _WITHOUT_RULE = frozenset(
 class Reading:
     """A program, and where its parts come from.
 
-    Attributes: problem: what the model sees. flow: the data flow of ``@main`` and of its loops. ops: one for each op of
-        ``problem``. value_of: of each value of ``flow`` the one of ``problem``: what a barrier or the boundary forwards
-        is one value, and
-            so is what a loop carries, in its body and after it.
+    Attributes:
+        problem: what the model sees.
+        flow: the data flow of ``@main`` and of its loops.
+        ops: one for each op of ``problem``.
+        value_of: of each value of ``flow`` the one of ``problem``: what a barrier or the boundary forwards is one value,
+            and so is what a loop carries, in its body and after it.
         fused: phases that are one function, whose readers of a value share its reshards.
     """
 
