@@ -1,4 +1,4 @@
-"""Chosen layouts against the well-known ones: predicted, and measured on virtual devices.
+"""Chosen shardings against the baselines: predicted, and measured on virtual devices.
 
     python benchmarks/layouts.py --cluster cluster.toml               # five small models on 2 x 4 virtual devices, 15 minutes
     python benchmarks/layouts.py --suite alpa_suite.toml --json out.json     # predicted only, for Alpa's models and clusters
@@ -28,7 +28,7 @@ Row = dict[str, Any]
 
 
 def compiled_memory(planned: Any, devices: Any) -> int:
-    """Bytes of a device at the fullest time: what XLA needs for a function, and the state that it doesn't read."""
+    """Bytes of a device at the peak: what XLA needs for a function, and the state that it doesn't read."""
     from bactrian.driver.xla.compile_stage import compile_function, function_texts
 
     program = planned.staged.program

@@ -132,7 +132,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", action="append", metavar="LAYERS:MESH", help=f"default: {' '.join(CASES)}")
     parser.add_argument("--width", type=int, default=1024)
-    parser.add_argument("--microbatches", type=int, default=1, help="gradients may be left in parts over them")
+    parser.add_argument("--microbatches", type=int, default=1, help="gradients may stay unreduced over them")
     parser.add_argument(
         "--cbc", type=float, default=0.0, metavar="S", help="give each case to CBC too, for so many seconds"
     )

@@ -149,7 +149,7 @@ class SolveShardings(Pass):
         return _SolvedStage(program, reading, model, solution, shardings, baselines)
 
     def _solved(
-        self, stage: StageProgram, model: ShardingModel, roles: Sequence[str], known: dict[str, BaselinePlan | None]
+        self, stage: StageProgram, model: ShardingModel, roles: Sequence[str], baselines: dict[str, BaselinePlan | None]
     ) -> Solution:
         """The solver's answer; where it is not proved, no worse than any baseline."""
         try:
@@ -160,7 +160,7 @@ class SolveShardings(Pass):
             solution, failure = None, error
         if self.strategy == AUTO and (solution is None or not solution.optimal):
             share = _BASELINES_SHARE * self.time_limit / len(BASELINES)
-            plans = known or {
+            plans = baselines or {
                 name: solve_baseline(stage.reading, stage.mesh, roles, name, model.memory, share) for name in BASELINES
             }
             solution = no_worse_than_baselines(model, solution, [plan for plan in plans.values() if plan is not None])

@@ -87,7 +87,7 @@ def test_three_axes_and_sizes_that_are_no_powers_of_two(slow: Path) -> None:
         pytest.param("gpt-tied-dropout/linen", "zero2", marks=pytest.mark.long),
     ],
 )
-def test_known_plans_equal_one_device(name: str, strategy: str, slow: Path) -> None:
+def test_baselines_equal_one_device(name: str, strategy: str, slow: Path) -> None:
     case = models.train_case(name, "adamw", microbatches=2, schedule=("gpipe", "1f1b")[len(strategy) % 2])
     compiled = check(case.make(), mesh="data=2,model=2", cluster=slow, strategy=strategy)
     shardings = cut(compiled)
@@ -196,7 +196,7 @@ def test_a_second_step_takes_the_placement_of_the_first(slow: Path) -> None:
         other(state, *built.batches[0])
 
 
-def test_the_choice_is_never_worse_than_a_known_plan(slow: Path) -> None:
+def test_the_choice_is_never_worse_than_a_baseline(slow: Path) -> None:
     for name in ("mlp/plain", "conv/linen"):
         built = models.train_case(name, "adamw", microbatches=1, stages=1).make()
         for cluster in (slow, None):

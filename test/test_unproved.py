@@ -1,4 +1,4 @@
-"""Where the solver has no proof in time, the plan is no worse than any known one."""
+"""Where the solver has no proof in time, the plan is no worse than any baseline."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def nothing(problem: CostNetwork, time_limit: float = 60.0) -> Solution:
 
 @pytest.mark.parametrize("answer", [everything_whole, nothing])
 @pytest.mark.parametrize("compare", [False, True], ids=["alone", "compared"])
-def test_the_best_known_plan_is_taken(
+def test_the_best_baseline_is_taken(
     answer: Any, compare: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     best = min(row.seconds for row in sharding(tmp_path, compare=True).compared)
@@ -87,7 +87,7 @@ def test_nothing_found_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         sharding(tmp_path, compare=False)
 
 
-def test_the_known_plans_take_little_of_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_baselines_take_little_of_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     limits = list[float]()
 
     def solve_baseline(*arguments: Any) -> None:

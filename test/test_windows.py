@@ -1,4 +1,4 @@
-"""Ops that look at windows of what is cut: borders by numbers, what XLA gets wrong is not there, and what it does is right."""
+"""Ops with windows over sharded dims: halos by numbers, what XLA gets wrong is not there, and what it does is right."""
 
 from __future__ import annotations
 
@@ -48,13 +48,13 @@ def halo(size: int, **numbers: int) -> Halo:
     [
         (halo(32, advance=32, overlap=2, padding=1), 8, (1, 1), 6),  # windows of 3
         (halo(32, advance=32, overlap=2, padding=2), 8, (2, 0), 6),  # causal
-        (halo(32, advance=32, overlap=0, padding=0), 8, (0, 0), 4),  # 2, with stride 2: each piece has its own
+        (halo(32, advance=32, overlap=0, padding=0), 8, (0, 0), 4),  # 2, with stride 2: each shard has its own
         (halo(32, advance=32, overlap=5, padding=2), 8, (2, 3), 9),  # 7, with stride 2
         (halo(16, advance=32, overlap=2, padding=1, dilation=2), 8, (0, 1), 3),  # 3, of what has zeros in between
         (halo(34, advance=32, overlap=2, padding=0), 2, (1, 1), 18),  # no padding: 17 rows to 16
     ],
 )
-def test_rows_of_a_border(made: Halo, parts: int, rows: tuple[int, int], span: int) -> None:
+def test_rows_of_a_halo(made: Halo, parts: int, rows: tuple[int, int], span: int) -> None:
     assert made.rows(parts) == rows
     assert made.span(parts) == span
     assert made.is_near(parts)
@@ -69,13 +69,13 @@ def test_rows_of_a_border(made: Halo, parts: int, rows: tuple[int, int], span: i
         assert max(read) < (index + 1) * held + rows[1]
 
 
-def test_borders_wider_than_a_piece_are_not_exchanged() -> None:
+def test_halos_wider_than_a_shard_are_not_exchanged() -> None:
     assert halo(16, advance=16, overlap=4, padding=2).is_near(8)
     assert not halo(16, advance=16, overlap=6, padding=3).is_near(8)
     assert not halo(32, advance=32, overlap=31, padding=31).is_near(8)  # a cumulative sum
 
 
-def test_the_second_border_is_as_wide_as_the_first_has_made_it() -> None:
+def test_the_second_halo_is_as_wide_as_the_first_has_made_it() -> None:
     rows = Halo(0, 0, None, 0, (16, 32, 8), 4, 16, 2, 1)
     columns = Halo(0, 1, None, 1, (16, 32, 8), 4, 32, 2, 1)
     parts = [2, 4, 1]
@@ -194,7 +194,7 @@ def test_convolutions_are_cut_rather_than_maxima_over_the_same_windows() -> None
 
 
 def test_images() -> None:
-    """One large image: its rows are cut over all devices, borders of one row go to the neighbours, kernels are everywhere."""
+    """One large image: its rows are sharded over all devices, halos of one row go to the neighbours, kernels are everywhere."""
 
     def loss(kernels: Any, x: jax.Array) -> jax.Array:
         for kernel in kernels:
@@ -208,7 +208,7 @@ def test_images() -> None:
     assert halos == [row] * 16  # both sides of 3 images forward; of those, and of 2 gradients, backward
     assert {c.kind for c in sent} == {"halo", "all_reduce"}
     _, _, whole = plan(loss, [f32(3, 3, 64, 64)] * 3, f32(8, 64, 64, 64), (("data", 8),))
-    assert {c.kind for c in whole} == {"all_reduce"}  # a batch that can be cut needs no borders
+    assert {c.kind for c in whole} == {"all_reduce"}  # a batch that can be sharded needs no halos
     assert solution.optimal
 
 

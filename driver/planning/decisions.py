@@ -21,7 +21,7 @@ class Decisions:
         mesh: names and sizes of the axes of every stage's mesh.
         cluster: the file that describes the machines, "" for the cores of this host.
         strategy: how shardings are chosen, as ``solve-shardings`` knows it.
-        compare: whether known plans are looked at too.
+        compare: whether the baselines are solved too.
         time_limit: seconds for the choice of shardings.
     """
 

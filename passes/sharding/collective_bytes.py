@@ -163,7 +163,7 @@ def _halos(
     twins: dict[tuple[object, ...], int],
     iterations: int,
 ) -> Iterator[Collective]:
-    """The borders that are exchanged for an op, of which Shardy makes nothing."""
+    """The halo exchanges of an op, for which Shardy makes no collectives."""
     halos = halos_of(op)
     if not halos:
         return
@@ -184,7 +184,7 @@ def _halos(
 
 
 def _parts_of_dims(value: ir.Value, sizes: dict[str, int]) -> list[int]:
-    """Into how many pieces each dim is cut."""
+    """Into how many shards each dim is split."""
     rank, sharding = len(value_shape(value)), _sharding_of(value)
     if sharding is None:
         return [1] * rank

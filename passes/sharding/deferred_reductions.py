@@ -23,7 +23,7 @@ def deferred_sums(flow: MainDataflow, value_of: Sequence[int], forwards: Sequenc
 
     Args:
         flow: the program.
-        value_of: of each value the one that it is, where ops hand on what they read.
+        value_of: of each value the one that it is, where ops forward what they read.
         hands_on: which ops do so.
     """
     finder = _Finder(flow, value_of, forwards)

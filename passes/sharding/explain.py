@@ -135,7 +135,7 @@ class StageExplainer:
     Args:
         program: of the stage.
         values: their names.
-        strategy: ``auto``, or the known plan that was asked for.
+        strategy: ``auto``, or a baseline.
         roles: of the arguments.
         updates: for each result of ``@main`` the argument that it is the next value of.
         limit: bytes of a device.

@@ -42,7 +42,7 @@ def _never_fused(flow: LoopFlow, producer: int, reader: int) -> bool:
 
 
 def repack_seconds(op: ir.Operation, cluster: Cluster) -> float:
-    """For each byte of a device's pieces of the operands: bringing them into the order that a product wants."""
+    """Seconds per byte of a device's shards of the operands, to bring them into the order that a product needs."""
     return 1 / cluster.device.repack_bytes_per_second if repacks(op) else 0.0
 
 

@@ -238,7 +238,7 @@ def _of_rows(
     padding: Sequence[int],
     overlaps: Sequence[int] | None = None,
 ) -> Iterator[Halo]:
-    """The borders of an op that makes each dim of the result of the same dim of its first operand."""
+    """The halos of an op that makes each dim of the result of the same dim of its first operand."""
     shape, made = value_shape(op.operands[0]), value_shape(op.results[0])
     for dim in sorted(windowed_dims(op)):
         yield Halo(

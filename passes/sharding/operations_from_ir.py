@@ -134,7 +134,7 @@ class OperationReader:
         rule = elementwise(value_shape(op.results[0]), 1) if given else _rule_of(op, self._flow, index)
         if rule is not None and rule.halos:
             rule = self._padding_values.agreed(op, rule)
-        if rule is None and _is_source(op):  # every device makes its own piece
+        if rule is None and _is_source(op):  # every device makes its own shard
             rule = elementwise(value_shape(op.results[0]), 0)
         if rule is None:
             shapes = [tuple(value_shape(self._flow.values[value]) for value in each) for each in (read, results)]

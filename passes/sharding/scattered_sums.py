@@ -1,4 +1,4 @@
-"""Sums of partial results of which each device keeps a piece: where a stage function asks for a reduce-scatter."""
+"""Sums of partial results of which each device keeps a shard: where a stage function asks for a reduce-scatter."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class ScatteredSum:
 
 
 def scattered_sums(main: ir.Operation) -> Iterator[ScatteredSum]:
-    """Those of a stage function and of its loops whose op a device can do alone on its pieces, in order."""
+    """Those of a stage function and of its loops whose op a device can do alone on its shards, in order."""
     moves = list[tuple[ir.Operation, ir.Operation]]()
     for move in nested_operations(main):
         value = move.operands[0] if move.name == "sdy.reshard" else None

@@ -45,7 +45,7 @@ class ShardedOp:
         live_whole_step: whether its results are there during the whole step, as sums over microbatches are.
         live_instances: how many of its results are there at once: one for each microbatch in flight.
         defers: whether it can leave its result unreduced, or forwards what is unreduced.
-        repack_seconds: for each byte of the operands' pieces, on top of ``seconds``, of which each device has its part.
+        repack_seconds: for each byte of the operands' shards, on top of ``seconds``, of which each device has its part.
         reshards_per_step: for each operand, how often in a step it is resharded to what the op needs; as often as the
             op runs by default. What a loop reads from outside is brought there once.
     """
@@ -354,5 +354,5 @@ def seconds_of(model: ShardingModel, shardings: Shardings) -> float:
 
 
 def _whole_bytes(usage: _Matrix) -> _Matrix:
-    """Equal pieces of whole bytes are whole bytes: as integers they add up without rounding."""
+    """Usage as integers: equal shards are whole bytes, and integers add up without rounding."""
     return np.rint(usage).astype(np.int64)

@@ -23,7 +23,7 @@ class Unsolved:
     Attributes:
         module: with rules, phases and stages.
         fingerprint: of the program.
-        strategy: ``auto``, or the known plan that was asked for.
+        strategy: ``auto``, or a baseline.
         cluster: the machines.
         given: who gave the arguments their shardings that had one, by number.
     """

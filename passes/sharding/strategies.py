@@ -87,7 +87,7 @@ def strategies(
     """All strategies of an op; the first does everything on every device.
 
     Axes of one factor cut it in the mesh's order. A factor inside of a dim is cut only if those before it are cut to
-    pieces of one: no spec has strides.
+    shards of one: no spec has strides.
 
     Args:
         rule: of the op.
