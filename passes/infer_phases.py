@@ -8,7 +8,8 @@ from typing import ClassVar
 from jaxlib.mlir import ir
 
 from bactrian.passes.frame.base import Pass, PassContext, Statistic
-from bactrian.passes.ir.attributes import BACKWARD, FORWARD, MICROBATCH_INDEX, PHASE, UPDATE, argument_roles
+from bactrian.passes.ir.attributes import BACKWARD, FORWARD, MICROBATCH_INDEX, UPDATE, argument_roles, set_phase
+from bactrian.passes.ir.boundary_leaks import report_leaks
 from bactrian.passes.ir.gradient_boundary_op import boundary_words, find_boundary, make_boundary
 from bactrian.passes.ir.main_dataflow import MainDataflow
 from bactrian.passes.ir.regions import body, custom_call_target, main_function, replace_reads, top_level
@@ -73,54 +74,26 @@ class InferPhases(Pass):
     def apply(self, module: ir.Module, ctx: PassContext) -> None:
         """Write ``bactrian.phase`` and order the ops around the boundary."""
         main = main_function(module)
+        boundary = find_boundary(main)
         _hoist_microbatch_index(main)
         flow = MainDataflow.of(main)
-        if flow.boundary < 0:
-            find_boundary(main)  # says so
-        _mark_forward(flow)  # before the loss goes: nothing may need it but the gradients
+        forward = _forward_ops(flow, boundary)  # before the loss goes: nothing may need it but the gradients
         flow = _drop_unused_results(main, flow, ctx)
-        split = flow.boundary
-        above = flow.ancestors(list(flow.operands[split]))
-        forward = [PHASE in op.attributes for op in flow.ops]
-        below = _below(flow, split)
-        if not self._check_bypass(flow, main, above, below, ctx):
+        # Again after `verify-program`: a microbatch's number that was inside of a loop is an op of @main only now.
+        if report_leaks(flow, argument_roles(main), ctx):
             return
-        phases = {name: ir.StringAttr.get(name) for name in (FORWARD, BACKWARD, UPDATE)}
-        _order_update(flow, body(main), split, above, below, phases[UPDATE], ctx)
+        feeds_boundary = flow.ancestors(list(flow.operands[flow.boundary]))
+        feeds_results = _feeds_results(flow)
+        _order_update(flow, feeds_boundary, feeds_results, ctx)
         for index, op in enumerate(flow.ops[:-1]):
-            if index != split and above[index]:
-                name = FORWARD if forward[index] else BACKWARD
-                op.attributes[PHASE] = phases[name]
-                ctx.count(name)
+            if index != flow.boundary and feeds_boundary[index]:
+                phase = FORWARD if op in forward else BACKWARD
+                set_phase(op, phase)
+                ctx.count(phase)
         for index in range(len(flow.ops) - 2, -1, -1):
-            if index != split and not above[index] and not below[index]:
+            if index != flow.boundary and not feeds_boundary[index] and not feeds_results[index]:
                 flow.ops[index].erase()
                 ctx.count("dropped")
-
-    def _check_bypass(
-        self, flow: MainDataflow, main: ir.Operation, above: list[bool], below: list[bool], ctx: PassContext
-    ) -> bool:
-        """Report ops of the update that read the batch or the microbatch's number around the boundary."""
-        tainted = [role == "batch" for role in argument_roles(main)] + [False] * (len(flow.values) - flow.num_arguments)
-        sound = True
-        for index, op in enumerate(flow.ops):
-            is_index = custom_call_target(op) == MICROBATCH_INDEX
-            source = is_index or any(tainted[value] for value in flow.operands[index])
-            if not source:
-                continue
-            if above[index]:
-                for result in flow.results[index]:
-                    tainted[result] = True
-            elif below[index]:
-                sound = False
-                source_name = "the microbatch's number" if is_index else "a value computed from the batch"
-                ctx.error(
-                    op,
-                    f"{source_name} is used after the gradients without passing the boundary",
-                    why="what stands below the gradient boundary runs once per step, not once per microbatch",
-                    fix="return it as an aux output of the function given to bactrian.value_and_grad",
-                )
-        return sound
 
 
 def _hoist_microbatch_index(main: ir.Operation) -> None:
@@ -137,15 +110,11 @@ def _hoist_microbatch_index(main: ir.Operation) -> None:
         op.move_before(top_level(op, body(main)))
 
 
-def _mark_forward(flow: MainDataflow) -> None:
-    """Write the forward phase on what the loss, the aux values and the outputs depend on."""
-    boundary = flow.ops[flow.boundary]
+def _forward_ops(flow: MainDataflow, boundary: ir.Operation) -> set[ir.Operation]:
+    """What the loss, the aux values and the outputs depend on."""
     reads = zip(flow.operands[flow.boundary], boundary_words(boundary, "kinds"), strict=True)
-    phase = ir.StringAttr.get(FORWARD)
-    forward = flow.ancestors([value for value, kind in reads if kind in _FORWARD_KINDS])
-    for op, marked in zip(flow.ops, forward, strict=True):
-        if marked:
-            op.attributes[PHASE] = phase
+    needed = flow.ancestors([value for value, kind in reads if kind in _FORWARD_KINDS])
+    return {op for op, is_needed in zip(flow.ops, needed, strict=True) if is_needed}
 
 
 def _drop_unused_results(main: ir.Operation, flow: MainDataflow, ctx: PassContext) -> MainDataflow:
@@ -154,12 +123,11 @@ def _drop_unused_results(main: ir.Operation, flow: MainDataflow, ctx: PassContex
     Returns:
         The data flow afterwards.
     """
-    split = flow.boundary
-    boundary = flow.ops[split]
-    below = _below(flow, split)
-    changed = not all(below[split + 1 :])
-    for index in range(len(flow.ops) - 2, split, -1):
-        if not below[index]:
+    boundary = flow.ops[flow.boundary]
+    feeds_results = _feeds_results(flow)
+    changed = not all(feeds_results[flow.boundary + 1 :])
+    for index in range(len(flow.ops) - 2, flow.boundary, -1):
+        if not feeds_results[index]:
             flow.ops[index].erase()
             ctx.count("dropped")
     used = [n for n, result in enumerate(boundary.results) if next(iter(result.uses), None) is not None]
@@ -180,13 +148,13 @@ def _drop_unused_results(main: ir.Operation, flow: MainDataflow, ctx: PassContex
     return MainDataflow.of(main)
 
 
-def _below(flow: MainDataflow, split: int) -> list[bool]:
-    """Ops that the results need, not looking through the boundary."""
+def _feeds_results(flow: MainDataflow) -> list[bool]:
+    """Ops that the results need, not looking through the boundary; the return is one of them."""
     seen = [False] * len(flow.ops)
     stack = [flow.producer[value] for value in flow.operands[-1]]
     while stack:
         op = stack.pop()
-        if op < 0 or op == split or seen[op]:
+        if op < 0 or op == flow.boundary or seen[op]:
             continue
         seen[op] = True
         stack.extend(flow.producer[value] for value in flow.operands[op])
@@ -194,33 +162,25 @@ def _below(flow: MainDataflow, split: int) -> list[bool]:
     return seen
 
 
-def _order_update(
-    flow: MainDataflow,
-    block: ir.Block,
-    split: int,
-    above: list[bool],
-    below: list[bool],
-    update: ir.Attribute,
-    ctx: PassContext,
-) -> None:
-    """Move update ops behind the boundary; what both sides need is cloned there."""
-    anchor = flow.ops[split + 1]
+def _order_update(flow: MainDataflow, feeds_boundary: list[bool], feeds_results: list[bool], ctx: PassContext) -> None:
+    """Move update ops behind the boundary and mark them; what both sides need is cloned there."""
+    boundary, last = flow.boundary, len(flow.ops) - 1
+    anchor = flow.ops[boundary + 1]
     clones: dict[int, ir.Value] = {}
     for index, op in enumerate(flow.ops):
-        if index == split or not below[index]:
+        if index == boundary or not feeds_results[index]:
             continue
-        is_return = index == len(flow.ops) - 1
         target = op
-        if above[index]:
+        if feeds_boundary[index]:
             target = op.clone(ip=ir.InsertionPoint(anchor)).operation
             for old, new in zip(flow.results[index], target.results, strict=True):
                 clones[old] = new
             ctx.count("cloned")
-        elif index < split:
+        elif index < boundary:
             op.move_before(anchor)
         for value in set(flow.operands[index]):
             if value in clones:
                 replace_reads(target, flow.values[value], clones[value])
-        if not is_return:
-            target.attributes[PHASE] = update
+        if index != last:
+            set_phase(target, UPDATE)
             ctx.count(UPDATE)

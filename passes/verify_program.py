@@ -12,16 +12,16 @@ from jaxlib.mlir.dialects import func
 from bactrian.passes.frame.base import Pass, PassContext, Statistic
 from bactrian.passes.frame.diagnostics import error_at
 from bactrian.passes.frame.errors import ProgramError
-from bactrian.passes.frame.location import describe, name_stack
+from bactrian.passes.frame.location import describe
 from bactrian.passes.ir.attributes import (
     GRADIENT_BOUNDARY,
-    MICROBATCH_INDEX,
     NUM_MICROBATCHES,
     ROLE,
     UPDATES,
     argument_attributes,
     result_attributes,
 )
+from bactrian.passes.ir.boundary_leaks import argument_name, report_leaks
 from bactrian.passes.ir.main_dataflow import MainDataflow
 from bactrian.passes.ir.regions import custom_call_target
 
@@ -98,7 +98,7 @@ class VerifyProgram(Pass):
         boundary = _check_boundaries(main, boundaries, ctx)
         if boundary is not None:
             _check_segments(module, boundary, ctx)
-            _check_leaks(main, ctx)
+            report_leaks(MainDataflow.of(main), _roles(main), ctx)
 
 
 def _main(module: ir.Module) -> ir.Operation:
@@ -154,7 +154,7 @@ def _check_signature(main: ir.Operation, ctx: PassContext) -> None:
         elif arguments[number].type != kind:
             ctx.error(
                 arguments[number],
-                f"state {_name(arguments[number])} changes its type from {arguments[number].type} to {kind}",
+                f"state {argument_name(arguments[number])} changes its type from {arguments[number].type} to {kind}",
                 fix="return the state with the shape and dtype that it came with",
             )
         owner.setdefault(number, index)
@@ -280,52 +280,3 @@ def _check_segment_type(
     result = boundary.results[index].type
     if result != wanted:
         ctx.error(boundary, f"result {index} of the gradient boundary is {result}, {reduction} gives {wanted}")
-
-
-def _check_leaks(main: ir.Operation, ctx: PassContext) -> None:
-    """Nothing below the boundary may read a batch value but through the boundary.
-
-    Taint flows from the batch arguments and the microbatch's number through every op but the boundary. An op that the
-    result needs and the boundary doesn't is below it: where such an op reads a tainted value of above, that is a leak.
-    """
-    flow = MainDataflow.of(main)
-    above = flow.ancestors(list(flow.operands[flow.boundary]))
-    live = flow.ancestors(list(flow.operands[-1]))
-    sources: dict[int, frozenset[str]] = {
-        number: frozenset({f"batch argument {_name(flow.values[number])}"})
-        for number, role in enumerate(_roles(main))
-        if role == "batch"
-    }
-    for index, op in enumerate(flow.ops):
-        if custom_call_target(op) == MICROBATCH_INDEX:
-            sources[flow.results[index][0]] = frozenset({f"{MICROBATCH_INDEX}()"})
-            continue
-        if index == flow.boundary or not (above[index] or live[index]):
-            continue
-        found = {sources[value] for value in flow.operands[index] if value in sources}
-        names = frozenset[str]().union(*found) if len(found) > 1 else next(iter(found), None)
-        if not names:
-            continue
-        if above[index]:
-            sources.update(dict.fromkeys(flow.results[index], names))
-        else:
-            _report_leak(op, f"{op.name} below the gradient boundary", names, ctx)
-    for number, value in enumerate(flow.operands[-1]):
-        if value in sources:
-            producer = flow.producer[value]
-            owner = flow.ops[producer] if producer >= 0 else flow.values[value]
-            _report_leak(owner, f"result {number} of the step", sources[value], ctx)
-
-
-def _report_leak(where: ir.Operation | ir.Value, what: str, names: frozenset[str], ctx: PassContext) -> None:
-    ctx.error(
-        where,
-        f"{what} depends on {', '.join(sorted(names))} without passing the boundary",
-        why="above the boundary a value exists once per microbatch, below it once per step",
-        fix="return the value from the differentiated function as aux (has_aux=True) and use that",
-    )
-
-
-def _name(argument: ir.Value) -> str:
-    """The user's name of an argument, its pytree path; else its number."""
-    return name_stack(argument.location) or f"%arg{ir.BlockArgument(argument).arg_number}"
