@@ -131,7 +131,7 @@ module @tied_parameter_on_three_stages_with_a_transpose attributes {bactrian.num
 
 // -----
 
-// The sum is also a residual: it is accumulated as it is.
+// The sum has another reader, so it is not split.
 // CHECK-LABEL: module @sum_that_is_read_elsewhere_stays
 module @sum_that_is_read_elsewhere_stays attributes {bactrian.num_microbatches = 2 : i64} {
   func.func public @main(%x: tensor<4xf32> {bactrian.role = "batch"}) -> (tensor<4xf32>, tensor<4xf32>) {

@@ -11,6 +11,7 @@ from bactrian.passes.frame.base import Pass, PassContext, Statistic, option
 from bactrian.passes.ir.attributes import (
     ACCUMULATE,
     BACKWARD,
+    FORWARD,
     INITIALIZE,
     MICROBATCH_INDEX,
     UPDATE,
@@ -18,6 +19,8 @@ from bactrian.passes.ir.attributes import (
     phase_and_stage,
     phase_of,
     read_num_microbatches,
+    required_phase,
+    required_stage,
     set_phase,
     set_stage,
     stage_of,
@@ -28,7 +31,7 @@ from bactrian.passes.ir.gradient_boundary_op import boundary_words, find_boundar
 from bactrian.passes.ir.main_dataflow import MainDataflow
 from bactrian.passes.ir.op_traits import LAYOUT_CHANGES
 from bactrian.passes.ir.regions import body, erase_dead, main_function, top_level
-from bactrian.passes.stages.regroup_reductions import regroup_scalar_reductions, value_stage
+from bactrian.passes.stages.regroup_reductions import regroup_scalar_reductions
 
 
 @dataclass(frozen=True)
@@ -38,9 +41,12 @@ class AccumulateGradients(Pass):
     A gradient that is a sum of parts from several stages (a tied embedding) is accumulated in parts, which are added
     once per step instead of once per microbatch. With more than one microbatch each ``mean`` or ``sum`` gets an
     accumulator: zeros in the phase ``initialize``, an add after the gradient, and for ``mean`` one division in the
-    update; ``concat`` fills a buffer at the microbatch's index; ``last`` needs nothing. Scalar reductions of the update
-    over values of several stages (a global norm, an all-finite check) become one partial result per stage and a
-    combination that every reader computes for itself.
+    update; ``concat`` fills a buffer at the microbatch's index; ``last`` needs nothing. Operand 0 of an accumulator is
+    the initial value; from the second microbatch on it is the op's own previous result, so no folding pass may run
+    between here and ``split-stages``.
+
+    Scalar reductions of the update over values of several stages (a global norm, an all-finite check) become one
+    partial result per stage and a combination that every reader computes for itself.
 
     Requires: stages assigned (``assign-stages``), ``bactrian.num_microbatches`` on the module.
     Ensures: every operand of the boundary has its result's type and the reduction ``accumulated``; loop-carried ops
@@ -84,7 +90,9 @@ class AccumulateGradients(Pass):
         Statistic("regrouped", "scalar reductions folded per stage first"),
     )
 
-    small_bytes: int = option(256, help="a value of at most this many bytes is small")
+    small_bytes: int = option(
+        256, help="values of at most this many bytes may be recomputed on each stage that reads them"
+    )
 
     def apply(self, module: ir.Module, ctx: PassContext) -> None:
         """Rewrite the boundary, then the update's scalar reductions."""
@@ -103,15 +111,25 @@ class AccumulateGradients(Pass):
         clone_into_readers(flow, stage_keys(flow), stage_key, copy_stage, rule)
 
 
-@dataclass
-class _Operand:
-    """What becomes of one operand of the boundary: its parts, and the shape ops to redo on their sum."""
+@dataclass(frozen=True)
+class _Summand:
+    """A part of a sum, and the shape ops between what computes it and the sum."""
 
+    value: ir.Value
+    shape_ops: list[ir.Operation]
+
+
+@dataclass(frozen=True)
+class _Operand:
+    """One operand of the boundary. If it is a sum over several stages, the summands by stage and the shape ops behind
+    the sum (the last one first), which are done once per step on ``stage``; else no summands."""
+
+    value: ir.Value
     kind: str
     reduction: str
-    parts: list[ir.Value]
-    shape_ops: list[ir.Operation] = field(default_factory=list[ir.Operation])
     stage: int = 0
+    summands: dict[int, list[_Summand]] = field(default_factory=dict[int, list[_Summand]])
+    shape_ops: list[ir.Operation] = field(default_factory=list[ir.Operation])
 
 
 def _split_sums(main: ir.Operation) -> int:
@@ -119,82 +137,86 @@ def _split_sums(main: ir.Operation) -> int:
     boundary = find_boundary(main)
     kinds, reductions = boundary_words(boundary, "kinds"), boundary_words(boundary, "reductions")
     operands = [
-        _parts(value, kind, reduction, boundary)
+        _find_summands(value, kind, reduction)
         for value, kind, reduction in zip(boundary.operands, kinds, reductions, strict=True)
     ]
-    split = [operand for operand in operands if len(operand.parts) > 1]
-    if not split:
+    num_split = sum(1 for operand in operands if operand.summands)
+    if not num_split:
         return 0
-    values = [part for operand in operands for part in operand.parts]
     old = list(boundary.results)
-    result_types = [
-        part.type if len(operand.parts) > 1 else old[index].type
-        for index, operand in enumerate(operands)
-        for part in operand.parts
-    ]
     with ir.InsertionPoint(boundary), boundary.location:
+        parts = [_sum_per_stage(operand) if operand.summands else [operand.value] for operand in operands]
         new = make_boundary(
-            values,
-            result_types,
-            [operand.kind for operand in operands for _ in operand.parts],
-            [operand.reduction for operand in operands for _ in operand.parts],
+            [part for each in parts for part in each],
+            [
+                part.type if operand.summands else result.type
+                for operand, each, result in zip(operands, parts, old, strict=True)
+                for part in each
+            ],
+            [operand.kind for operand, each in zip(operands, parts, strict=True) for _ in each],
+            [operand.reduction for operand, each in zip(operands, parts, strict=True) for _ in each],
         )
     results = iter(new.results)
     with ir.InsertionPoint(boundary):
-        for operand, result in zip(operands, old, strict=True):
-            parts: list[ir.Value] = [next(results) for _ in operand.parts]
-            result.replace_all_uses_with(_join(operand, parts, boundary.location))
+        for operand, each, result in zip(operands, parts, old, strict=True):
+            accumulated: list[ir.Value] = [next(results) for _ in each]
+            result.replace_all_uses_with(_join(operand, accumulated, boundary.location))
     dead = [v.owner.operation for v in boundary.operands if not isinstance(v.owner, ir.Block)]
     boundary.erase()
     erase_dead(dead)
-    return len(split)
+    return num_split
 
 
-def _parts(value: ir.Value, kind: str, reduction: str, boundary: ir.Operation) -> _Operand:
-    """Split a sum of gradients of several stages into one partial sum per stage."""
-    whole = _Operand(kind, reduction, [value])
+def _find_summands(value: ir.Value, kind: str, reduction: str) -> _Operand:
+    """Look for a sum of gradients of several stages behind an operand of the boundary."""
+    whole = _Operand(value, kind, reduction)
     if reduction not in ("mean", "sum"):
         return whole
-    shape_ops: list[ir.Operation] = []
-    top = value
-    while (op := _private_producer(top)) is not None and op.name in LAYOUT_CHANGES:
-        shape_ops.append(op)
-        top = op.operands[0]
-    leaves: dict[int, list[ir.Value]] = {}
-    stack = [top]
-    while stack:
-        leaf = stack.pop()
-        op = _private_producer(leaf)
-        if op is not None and op.name == "stablehlo.add":
-            stack.extend(reversed(list(op.operands)))
-        else:
-            leaves.setdefault(_origin_stage(leaf), []).append(leaf)
-    if len(leaves) < 2:
+    top, shape_ops = _skip_shape_ops(value)
+    add = _private_producer(top)
+    if add is None or add.name != "stablehlo.add":
         return whole
-    owner = value_stage(value) or 0
-    parts: list[ir.Value] = []
-    for stage in sorted(leaves):
-        total = leaves[stage][0]
-        for leaf in leaves[stage][1:]:
-            with ir.InsertionPoint(boundary), boundary.location:
-                total = _add(total, leaf, BACKWARD, stage)
-        parts.append(total)
-    return _Operand(kind, reduction, parts, shape_ops, owner)
+    summands: dict[int, list[_Summand]] = {}
+    stack = [(operand, add) for operand in reversed(list(add.operands))]
+    while stack:
+        summand, reader = stack.pop()
+        op = _private_producer(summand)
+        if op is not None and op.name == "stablehlo.add":
+            stack.extend((operand, op) for operand in reversed(list(op.operands)))
+            continue
+        source, between = _skip_shape_ops(summand)
+        if isinstance(source.owner, ir.Block):  # any stage can have an argument: the one that reads it
+            stage = required_stage(between[0] if between else reader)
+        else:
+            stage = required_stage(source.owner.operation)
+        summands.setdefault(stage, []).append(_Summand(summand, between))
+    if len(summands) < 2:
+        return whole
+    stage = required_stage(shape_ops[0] if shape_ops else add)
+    return _Operand(value, kind, reduction, stage, summands, shape_ops)
 
 
-def _origin_stage(leaf: ir.Value) -> int:
-    """The stage that computes a part of a sum; shape ops between it and the sum are moved there."""
+def _skip_shape_ops(value: ir.Value) -> tuple[ir.Value, list[ir.Operation]]:
+    """What shape ops make a value from, and these ops, the last one first."""
     shape_ops: list[ir.Operation] = []
-    source = leaf
-    while (op := _private_producer(source)) is not None and op.name in LAYOUT_CHANGES:
+    while (op := _private_producer(value)) is not None and op.name in LAYOUT_CHANGES:
         shape_ops.append(op)
-        source = op.operands[0]
-    stage = value_stage(source)
-    if stage is None:
-        return value_stage(leaf) or 0
-    for op in shape_ops:
-        set_stage(op, stage)
-    return stage
+        value = op.operands[0]
+    return value, shape_ops
+
+
+def _sum_per_stage(operand: _Operand) -> list[ir.Value]:
+    """Add up the summands of each stage; their shape ops move to that stage."""
+    parts: list[ir.Value] = []
+    for stage, summands in sorted(operand.summands.items()):
+        for summand in summands:
+            for op in summand.shape_ops:
+                set_stage(op, stage)
+        total = summands[0].value
+        for summand in summands[1:]:
+            total = _add(total, summand.value, BACKWARD, stage)
+        parts.append(total)
+    return parts
 
 
 def _private_producer(value: ir.Value) -> ir.Operation | None:
@@ -259,20 +281,22 @@ def _phase_and_stage_of(value: ir.Value, main: ir.Operation) -> tuple[str, int]:
     owner = value.owner
     if not isinstance(owner, ir.Block):
         op = owner.operation
-        return phase_of(op) or BACKWARD, stage_of(op) or 0
+        return required_phase(op), required_stage(op)
     for use in value.uses:
         reader = top_level(use.owner.operation, body(main))
         stage, phase = stage_of(reader), phase_of(reader)
         if stage is not None and phase not in (None, UPDATE):
             return str(phase), stage
-    return "forward", 0
+    return FORWARD, 0  # only the boundary reads it: any stage will do
 
 
 def _reader_stage(result: ir.Value, main: ir.Operation, fallback: int) -> int:
     """The stage of the update ops that read a boundary result, if they agree."""
-    stages = {stage_of(top_level(use.owner.operation, body(main))) for use in result.uses}
-    stages.discard(None)
-    return stages.pop() or 0 if len(stages) == 1 else fallback
+    readers = [stage_of(top_level(use.owner.operation, body(main))) for use in result.uses]
+    stages = {stage for stage in readers if stage is not None}
+    if len(stages) == 1:
+        return stages.pop()
+    return fallback
 
 
 def _sum(zeros: ir.Value, value: ir.Value, phase: str, stage: int) -> ir.Value:

@@ -118,7 +118,7 @@ class AssignStages(Pass):
 
     def apply(self, module: ir.Module, ctx: PassContext) -> None:
         """Choose the first layer of each stage, write stages and meshes."""
-        num_layers = required_integer(module.operation, NUM_LAYERS, "group-layers")
+        num_layers = required_integer(module.operation, NUM_LAYERS, "run group-layers first")
         flow = MainDataflow.kept_or_read(module, ctx)
         layers = [layer_of(op) for op in flow.ops]
         flops, crossing = _layer_costs(flow, argument_roles(main_function(module)), layers, num_layers)

@@ -64,7 +64,9 @@ class CloneCheapOps(Pass):
     summary: ClassVar[str] = "compute constants, masks and random bits on every stage that reads them"
     statistics: ClassVar[tuple[Statistic, ...]] = (Statistic("clones", "ops computed on one more stage"),)
 
-    small_bytes: int = option(256, help="a value of at most this many bytes is small")
+    small_bytes: int = option(
+        256, help="values of at most this many bytes may be recomputed on each stage that reads them"
+    )
 
     def apply(self, module: ir.Module, ctx: PassContext) -> None:
         """Clone for the stages that read."""

@@ -72,7 +72,7 @@ class FlattenCalls(Pass):
                 next(iter(functions.values()), module.operation),
                 f"the module has no @{ENTRY}",
                 why=f"its functions are {', '.join(f'@{name}' for name in functions)}" if functions else "it is empty",
-                fix="pass the output of capture, or a module with one public @main",
+                fix="start from `step.trace(*args).text`, or pass a module with one public @main",
             )
         order = _callees_first(functions, ctx)
         ctx.fail_if_errors()

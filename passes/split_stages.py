@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from jaxlib.mlir import ir
@@ -15,8 +15,11 @@ from bactrian.passes.ir.attributes import (
     ACCUMULATE,
     ACCUMULATOR,
     ARGUMENT,
+    COUNTER,
     INITIALIZE,
+    LAYER,
     MICROBATCH_INDEX,
+    PARTIAL,
     PHASE,
     RESULT,
     ROLE,
@@ -133,6 +136,10 @@ class SplitStages(Pass):
         return not pending
 
 
+_OF_CAPTURED_OPS = (PHASE, STAGE, LAYER, ROUND, ACCUMULATE, PARTIAL, COUNTER)
+"""What ops say that their stage function says from here on."""
+
+
 def _count_residuals(staging: Staging) -> int:
     made = {value: f.key for f in staging.functions for value in f.outputs}
     return sum(
@@ -144,13 +151,28 @@ def _count_residuals(staging: Staging) -> int:
     )
 
 
+@dataclass(frozen=True)
+class _MeshValues:
+    """The values of the new ``@main``, by value of the captured one and stage that has it.
+
+    What runs once per microbatch reads one, what runs once per step the other: a value that another stage needs for
+    both has a transfer for each.
+    """
+
+    per_microbatch: dict[tuple[int, int], ir.Value] = field(default_factory=dict[tuple[int, int], ir.Value])
+    per_step: dict[tuple[int, int], ir.Value] = field(default_factory=dict[tuple[int, int], ir.Value])
+
+    def define(self, value: int, stage: int, made: ir.Value) -> None:
+        """Add a value that the stage has for all that it runs."""
+        self.per_microbatch[value, stage] = self.per_step[value, stage] = made
+
+
 class _Emitter:
     """Writes the staged module from the analysis."""
 
     def __init__(self, module: ir.Module, main: ir.Operation, staging: Staging, num_stages: int, donate: bool) -> None:
         self._module, self._main, self._staging = module, main, staging
         self._flow = staging.flow
-        self._num_stages, self._donate = num_stages, donate
         self._types = [value.type for value in staging.flow.values]
         self._locations = [value.location for value in staging.flow.values]
         self._updates = result_updates(main)
@@ -161,55 +183,67 @@ class _Emitter:
         wide = any(num_devices(axes) > 1 for axes in self._axes)
         values = staging.flow.values
         self._shardings = value_shardings(main, values) if wide else [None] * len(values)
-        # (value, stage) -> the argument that it is the next value of, and is kept in the place of.
-        self._kept_for = {
+        # (value, stage) -> the argument that it is the next value of, and whose place it takes.
+        self._replaced_arguments = {
             (value, stage): argument
             for result, stage, value in staging.result_pieces
             if (argument := self._updates[result]) is not None and argument != value
         }
-        self._aliases = self._find_aliases()
+        # (function number, input value) -> the output value that takes over its buffer.
+        self._aliases = self._accumulator_aliases() | (self._donation_aliases() if donate else {})
         self._counters: dict[int, ir.Value] = {}
         self._crossings: dict[int, list[Crossing]] = {}
         for crossing in staging.crossings:
             self._crossings.setdefault(crossing.value, []).append(crossing)
 
     def emit(self) -> None:
-        """Build the stage functions, then the new ``@main``, and drop the old one."""
-        self._main.attributes["sym_name"] = ir.StringAttr.get("main.captured")
-        bodies = [self._emit_function(function) for function in self._staging.functions]
-        new_main = self._emit_main()
-        self._main.erase()
-        for operation in reversed(bodies):
-            operation.move_after(new_main)
+        """Write the new ``@main`` in the place of the old one, and the stage functions behind it, in order of work.
 
-    def _find_aliases(self) -> dict[tuple[int, int], int]:
-        """(function number, input value) -> output value that may take over its buffer."""
+        The functions are filled first: that takes all ops out of the old ``@main``, which can then be erased.
+        """
+        self._main.attributes["sym_name"] = ir.StringAttr.get("main.captured")
+        for function in self._staging.functions:
+            self._emit_function(function)
+        self._emit_main()
+        self._main.erase()
+
+    def _accumulator_aliases(self) -> dict[tuple[int, int], int]:
+        """Each accumulator is written over its value of the microbatch before."""
         aliases: dict[tuple[int, int], int] = {}
-        flow, staging = self._flow, self._staging
-        last_reader: dict[tuple[int, int], int] = {}
-        for number, function in enumerate(staging.functions):
+        flow = self._flow
+        for number, function in enumerate(self._staging.functions):
             for index in function.ops:
                 op = flow.ops[index]
-                if ACCUMULATE in op.attributes:
-                    before = flow.operands[index][0]
-                    if flow.phases[flow.producer[before]] != INITIALIZE:
-                        raise error_at(
-                            PassError,
-                            op,
-                            "an accumulator does not begin with a value of the initialize phase",
-                            why="it would lose what the microbatches before have added",
-                        )
-                    aliases[number, before] = flow.results[index][0]
-            for value in function.inputs:
-                last_reader[value, function.key.stage] = number
-        if not self._donate:
-            return aliases
-        kept = {(value, stage) for _, stage, value in staging.result_pieces if value < flow.num_arguments}
+                if ACCUMULATE not in op.attributes:
+                    continue
+                before = flow.operands[index][0]
+                producer = flow.producer[before]
+                if producer < 0 or flow.phases[producer] != INITIALIZE:
+                    raise error_at(
+                        PassError,
+                        op,
+                        "an accumulator does not begin with a value of the initialize phase",
+                        why="it would lose what the microbatches before have added",
+                        fix="run accumulate-gradients, and no pass that folds constants after it",
+                    )
+                aliases[number, before] = flow.results[index][0]
+        return aliases
+
+    def _donation_aliases(self) -> dict[tuple[int, int], int]:
+        """New state takes over the buffer of the old one, where nothing reads the old one afterwards."""
+        aliases: dict[tuple[int, int], int] = {}
+        num_arguments, staging = self._flow.num_arguments, self._staging
+        last_reader = {
+            (value, function.key.stage): number
+            for number, function in enumerate(staging.functions)
+            for value in function.inputs
+        }
+        returned_states = {(value, stage) for _, stage, value in staging.result_pieces if value < num_arguments}
         taken: set[int] = set()
         final = (UPDATE, FUSED) if staging.whole else (UPDATE,)
         for result, stage, value in staging.result_pieces:
             old = self._updates[result]
-            if old is None or value < flow.num_arguments or value in taken or (old, stage) in kept:
+            if old is None or value < num_arguments or value in taken or (old, stage) in returned_states:
                 continue
             number = last_reader.get((old, stage))
             key = staging.producer[value]
@@ -220,7 +254,7 @@ class _Emitter:
                 taken.add(value)
         return aliases
 
-    def _emit_function(self, function: StageFunction) -> ir.Operation:
+    def _emit_function(self, function: StageFunction) -> None:
         """Move a function's ops into a ``func.func`` of their own."""
         number = self._staging.functions.index(function)
         ins = [self._types[value] for value in function.inputs]
@@ -242,7 +276,6 @@ class _Emitter:
         if any(shardings):
             operation.attributes["res_attrs"] = ir.ArrayAttr.get([ir.DictAttr.get(entry) for entry in shardings])
         operation.attributes["mesh_shape"] = mesh_attribute(self._axes[stage])
-        return operation.operation
 
     def _sharding(self, value: int, stage: int) -> ir.Attribute | None:
         """A value's sharding on a stage: the one in which it is made there, or received; None on one device."""
@@ -252,7 +285,7 @@ class _Emitter:
         if made is not None and mesh_name(made) == f"stage{stage}":
             return made
         received = self._staging.received.get((value, stage))
-        if received is None and (argument := self._kept_for.get((value, stage))) is not None:
+        if received is None and (argument := self._replaced_arguments.get((value, stage))) is not None:
             return self._sharding(argument, stage)
         rank = len(ir.RankedTensorType(self._types[value]).shape)
         return sharding_attribute(Spec.replicated(rank), f"stage{stage}") if received is None else received
@@ -291,9 +324,9 @@ class _Emitter:
                     replace_reads(op, flow.values[read], local[value])
                 elif value != read:  # through the boundary, in the same function
                     replace_reads(op, flow.values[read], flow.values[value])
-            for name in ("phase", "stage", "layer", "round", "accumulate", "partial", "counter"):
-                if f"bactrian.{name}" in op.attributes:
-                    del op.attributes[f"bactrian.{name}"]
+            for name in _OF_CAPTURED_OPS:
+                if name in op.attributes:
+                    del op.attributes[name]
         with ir.InsertionPoint(block), self._main.location:
             func.ReturnOp([given[value] if value in given else flow.values[value] for value in function.outputs])
 
@@ -315,65 +348,55 @@ class _Emitter:
             self._mesh_types[key] = mesh_tensor(stage, type_, sharding)
         return self._mesh_types[key]
 
-    def _emit_main(self) -> ir.Operation:
+    def _emit_main(self) -> None:
         staging = self._staging
         ins = [self._mesh_type(argument, stage) for argument, stage in staging.argument_pieces]
         counters = sorted({function.key.stage for function in staging.functions if function.index_ops})
         scalar = scalar_i32()
         ins += [mesh_tensor(stage, scalar, self._index_sharding(stage)) for stage in counters]
         outs = [self._mesh_type(value, stage) for _, stage, value in staging.result_pieces]
-        with ir.InsertionPoint.at_block_begin(self._module.body), self._main.location:
+        with ir.InsertionPoint(self._main), self._main.location:
             main = func.FuncOp("main", (ins, outs), visibility="public")
-        anchor = self._first_function()
-        if anchor is not None:
-            main.operation.move_before(anchor)
         locations = [self._locations[argument] for argument, _ in staging.argument_pieces]
         locations += [ir.Location.name("microbatch_index")] * len(counters)
         block = main.add_entry_block(locations)
         counter = ir.DictAttr.get({ROLE: ir.StringAttr.get("microbatch_index")})
         pieces = [self._piece(argument) for argument, _ in staging.argument_pieces]
         main.attributes["arg_attrs"] = ir.ArrayAttr.get(pieces + [counter] * len(counters))
-        main.attributes["res_attrs"] = ir.ArrayAttr.get([self._kept(result) for result, _, _ in staging.result_pieces])
+        main.attributes["res_attrs"] = ir.ArrayAttr.get(
+            [self._result_attributes(result) for result, _, _ in staging.result_pieces]
+        )
         meshes = ", ".join(
             f'<"stage{stage}" : {str(mesh_attribute(axes)).removeprefix("#sdy.mesh")}>'
             for stage, axes in enumerate(self._axes)
         )
         main.attributes["topology"] = ir.Attribute.parse(f"#mpmd.topology<{meshes}>")
-        here: dict[tuple[int, int, bool], ir.Value] = {}
+        here = _MeshValues()
         for (argument, stage), value in zip(staging.argument_pieces, block.arguments, strict=False):
-            here[argument, stage, True] = here[argument, stage, False] = value
+            here.define(argument, stage, value)
         for stage, value in zip(counters, list(block.arguments)[len(pieces) :], strict=True):
             self._counters[stage] = value
         with ir.InsertionPoint(block), self._main.location:
             for function in staging.functions:
                 self._emit_call(function, here)
-            func.ReturnOp([here[value, stage, True] for _, stage, value in staging.result_pieces])
-        return main.operation
-
-    def _first_function(self) -> ir.Operation | None:
-        for op in self._module.body.operations:
-            if op.operation.name == "func.func" and op.operation != self._main:
-                name = ir.StringAttr(op.operation.attributes["sym_name"]).value
-                if name != "main":
-                    return op.operation
-        return None
+            func.ReturnOp([here.per_step[value, stage] for _, stage, value in staging.result_pieces])
 
     def _piece(self, argument: int) -> ir.DictAttr:
         old = self._arg_attributes[argument]
         return ir.DictAttr.get({ARGUMENT: integer(argument), ROLE: old[ROLE]})
 
-    def _kept(self, result: int) -> ir.DictAttr:
+    def _result_attributes(self, result: int) -> ir.DictAttr:
         attributes: dict[str, ir.Attribute] = {RESULT: integer(result)}
         updated = self._updates[result]
         if updated is not None:
             attributes[UPDATES] = integer(updated)
         return ir.DictAttr.get(attributes)
 
-    def _emit_call(self, function: StageFunction, here: dict[tuple[int, int, bool], ir.Value]) -> None:
+    def _emit_call(self, function: StageFunction, here: _MeshValues) -> None:
         """One fragment call, and the transfers of what it gives to other stages."""
         key = function.key
-        once = key.phase == UPDATE
-        operands = [here[value, key.stage, once] for value in function.inputs]
+        read = here.per_step if key.phase == UPDATE else here.per_microbatch
+        operands = [read[value, key.stage] for value in function.inputs]
         results = [self._mesh_type(value, key.stage) for value in function.outputs]
         if function.index_ops:
             operands.append(self._counters[key.stage])
@@ -391,9 +414,10 @@ class _Emitter:
             },
         )
         for value, result in zip(function.outputs, call.results, strict=True):
-            here[value, key.stage, True] = here[value, key.stage, False] = result
+            here.define(value, key.stage, result)
             for crossing in self._crossings.get(value, []):
-                here[value, crossing.target, crossing.once] = self._transfer(result, crossing)
+                received = here.per_step if crossing.once else here.per_microbatch
+                received[value, crossing.target] = self._transfer(result, crossing)
 
     def _transfer(self, value: ir.Value, crossing: Crossing) -> ir.Value:
         attributes: dict[str, ir.Attribute] = {PHASE: ir.StringAttr.get(UPDATE)} if crossing.once else {}

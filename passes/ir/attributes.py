@@ -63,15 +63,15 @@ def integer_attribute(op: ir.Operation, name: str) -> int | None:
     return ir.IntegerAttr(attributes[name]).value if name in attributes else None
 
 
-def required_integer(op: ir.Operation, name: str, made_by: str) -> int:
-    """An integer attribute that an earlier pass must have written.
+def required_integer(op: ir.Operation, name: str, fix: str) -> int:
+    """An integer attribute that must have been written: ``fix`` says how.
 
     Raises:
         PassError: if it is absent.
     """
     value = integer_attribute(op, name)
     if value is None:
-        raise error_at(PassError, op, f"{name} is missing on {op.name}", fix=f"run {made_by} first")
+        raise error_at(PassError, op, f"{name} is missing on {op.name}", fix=fix)
     return value
 
 
@@ -82,12 +82,13 @@ def integer(value: int) -> ir.Attribute:
 
 def read_num_stages(module: ir.Module) -> int:
     """``bactrian.num_stages`` of a module (``assign-stages``)."""
-    return required_integer(module.operation, NUM_STAGES, "assign-stages")
+    return required_integer(module.operation, NUM_STAGES, "run assign-stages first")
 
 
 def read_num_microbatches(module: ir.Module) -> int:
     """``bactrian.num_microbatches`` of a module (capture)."""
-    return required_integer(module.operation, NUM_MICROBATCHES, "capture")
+    fix = f"start from `step.trace(*args).text`, or set the module attribute {NUM_MICROBATCHES}"
+    return required_integer(module.operation, NUM_MICROBATCHES, fix)
 
 
 def read_schedule(module: ir.Module) -> str | None:
@@ -112,7 +113,7 @@ def stage_of(op: ir.Operation) -> int | None:
 
 def required_stage(op: ir.Operation) -> int:
     """``bactrian.stage`` of an op that must have one."""
-    return required_integer(op, STAGE, "assign-stages")
+    return required_integer(op, STAGE, "run assign-stages first")
 
 
 def round_of(op: ir.Operation) -> int:

@@ -25,7 +25,7 @@ def main_function(module: ir.Module) -> ir.Operation:
         PassError,
         module.operation,
         "the module has no @main",
-        fix="pass the output of capture, or a module with one public @main",
+        fix="start from `step.trace(*args).text`, or pass a module with one public @main",
     )
 
 

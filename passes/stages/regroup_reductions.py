@@ -57,14 +57,14 @@ def regroup_scalar_reductions(main: ir.Operation, small_bytes: int) -> int:
     return rewritten
 
 
-def value_stage(value: ir.Value) -> int | None:
+def _value_stage(value: ir.Value) -> int | None:
     """The stage that computes a value; None where any stage can have it (arguments)."""
     owner = value.owner
     if isinstance(owner, ir.Block):
         return None
     op = owner.operation
     if custom_call_target(op) == GRADIENT_BOUNDARY:
-        return value_stage(op.operands[ir.OpResult(value).result_number])
+        return _value_stage(op.operands[ir.OpResult(value).result_number])
     return stage_of(op)
 
 
@@ -171,7 +171,7 @@ def _is_identity(kind: str, init: ir.Value) -> bool:
 
 def _by_stage(leaves: list[ir.Value], small_bytes: int) -> dict[int, list[ir.Value]]:
     """Leaves by the stage that has them, in stage order; what any stage has joins the first. Empty for one stage."""
-    stages = [value_stage(leaf) for leaf in leaves]
+    stages = [_value_stage(leaf) for leaf in leaves]
     if len({stage for stage in stages if stage is not None}) < 2:
         return {}
     anywhere: list[ir.Value] = []

@@ -17,7 +17,10 @@ from bactrian.passes.ir.attributes import (
     FORWARD,
     INITIALIZE,
     MICROBATCH_INDEX,
+    NUM_STAGES,
+    PHASE,
     ROUND,
+    STAGE,
     UPDATE,
     argument_pinned_stages,
     integer,
@@ -83,8 +86,21 @@ class StageFunction:
 
 @dataclass
 class Staging:
-    """The whole split: functions in order, crossings, argument pieces and result pieces (number, stage, value);
-    ``received``: the sharding in which a stage has a value of another one, by value and stage."""
+    """The whole split. Values, ops, arguments and results are numbers, those of ``flow`` and of the captured ``@main``.
+
+    Attributes:
+        flow: the data flow of the captured ``@main``.
+        functions: in the order of their work.
+        crossings: what is transferred.
+        argument_pieces: (argument, stage): each stage that reads an argument has a piece of it.
+        result_pieces: (result, stage, value): each stage that keeps a result, and the value that it returns for it.
+        producer: the function that computes a value.
+        through: for each value that only gives another one its name (a result of the boundary, a reshard from mesh to
+            mesh), that other value.
+        sizes: bytes of each value.
+        received: (value, stage): the sharding in which a stage has a value that another stage computes.
+        whole: one function does everything, once per step: forward, backward and update.
+    """
 
     flow: MainDataflow
     functions: list[StageFunction]
@@ -95,7 +111,7 @@ class Staging:
     through: dict[int, int]
     sizes: list[int]
     received: dict[tuple[int, int], ir.Attribute] = field(default_factory=dict[tuple[int, int], ir.Attribute])
-    whole: bool = False  # one function does everything, once
+    whole: bool = False
 
 
 def analyze(main: ir.Operation, fused: Sequence[frozenset[str]]) -> Staging:
@@ -127,7 +143,7 @@ def analyze(main: ir.Operation, fused: Sequence[frozenset[str]]) -> Staging:
                 source = producer[value]
                 if source is key:
                     continue
-                _check_order(flow, value, source, key)
+                _check_order(flow.ops[index], source, key)
                 taken.add(value)
                 outgoing[source].add(value)
                 if source.stage != key.stage:
@@ -175,6 +191,13 @@ def _function_keys(
             continue
         if phase is None:
             phase = required_phase(op)  # says what is missing
+        if not 0 <= stage < len(fused):
+            raise error_at(
+                PassError,
+                op,
+                f"{op.name} has {STAGE} = {stage}, the module has {len(fused)} stages",
+                fix=f"check {STAGE} and {NUM_STAGES}",
+            )
         if phase in fused[stage] or UPDATE in fused[stage]:
             phase = FUSED
         round_ = round_of(op) if phase == UPDATE else 0
@@ -206,13 +229,14 @@ def _through_boundary(flow: MainDataflow, main: ir.Operation) -> dict[int, int]:
     return dict(zip(flow.results[flow.boundary], flow.operands[flow.boundary], strict=True))
 
 
-def _check_order(flow: MainDataflow, value: int, source: FunctionKey, reader: FunctionKey) -> None:
+def _check_order(op: ir.Operation, source: FunctionKey, reader: FunctionKey) -> None:
     if not source < reader:
         raise error_at(
             PassError,
-            flow.values[value],
-            f"{reader.symbol} reads a value that {source.symbol} computes later",
-            why="layers of the forward phase must not go down, those of the backward phase not up",
+            op,
+            f"{reader.phase} op in stage {reader.stage} reads a {source.phase} value of stage {source.stage}",
+            why="a forward op may only read values of its own or earlier stages, a backward op of its own or later ones",
+            fix=f"check {STAGE} and {PHASE}",
         )
 
 
