@@ -296,6 +296,7 @@ def test_the_table_has_every_figure(capsys: pytest.CaptureFixture[str]) -> None:
         "6.00 G",
         "4.00 MiB",
         "500 ms",
+        "5.00 MiB of state and residuals per device",
     ):
         assert figure in text, figure
 

@@ -52,9 +52,14 @@ def plan_lines(plan: Plan) -> list[str]:
     if plan.predicted_step_seconds is not None:
         predicted.append(f"{human_seconds(plan.predicted_step_seconds)} per step")
     if plan.peak_memory_bytes is not None:
-        predicted.append(f"{human_bytes(plan.peak_memory_bytes)} peak per device")
+        measure = "predicted peak" if any(map(_has_peak, plan.stages)) else "of state and residuals"
+        predicted.append(f"{human_bytes(plan.peak_memory_bytes)} {measure} per device")
     lines = [" · ".join(decided)]
     return lines + (["predicted: " + " · ".join(predicted)] if predicted else [])
+
+
+def _has_peak(stage: StagePlan) -> bool:
+    return stage.sharding is not None and stage.sharding.peak_bytes is not None
 
 
 def _equal_meshes(plan: Plan) -> bool:
@@ -85,6 +90,8 @@ def render_plan(plan: Plan) -> Group:
         notes = f"flops, kept and sent per microbatch · share of {measure}"
     else:
         notes = "flops, kept and sent per microbatch"
+    if plan.num_devices > plan.num_stages:
+        notes += " · of the whole stage, unsharded"
     if any(stage.update_sent_bytes for stage in plan.stages):
         notes += f" · update sends {human_bytes(add_known(*(s.update_sent_bytes or 0 for s in plan.stages)))} a step"
     parts.append(Text(notes, style=_QUIET))
@@ -260,9 +267,10 @@ def stage_reasons(plan: Plan, stage: StagePlan) -> list[str]:
         lines.append(f"update   sends {human_bytes(stage.update_sent_bytes)} per step")
     if stage.memory_bytes is not None:
         in_flight = _counted(stage.microbatches_in_flight or 0, "microbatch", "es")
+        whole = " for the whole stage, unsharded" if stage.num_devices > 1 else " of state and residuals"
         kept = f"{human_bytes(stage.activation_bytes)} kept for each of {in_flight}"
         lines.append(
-            f"memory   {human_bytes(stage.memory_bytes)}: state {human_bytes(stage.state_bytes)}, {kept} in flight"
+            f"memory   {human_bytes(stage.memory_bytes)}{whole}: state {human_bytes(stage.state_bytes)}, {kept} in flight"
         )
     return lines or ["nothing was predicted for it"]
 

@@ -40,10 +40,12 @@ def sharding_grid(plan: ShardingPlan, stage: int | None) -> Table:
     grid.add_row(
         "sends", f"{sent}, in {human_seconds(plan.communication_seconds)}: a device, a step" if sent else "nothing"
     )
-    grid.add_row("holds", f"{human_bytes(total)}{limit}: {held}")
+    grid.add_row("holds", f"{human_bytes(total)}{limit} per device: {held}")
     if plan.peak_bytes is not None:
         within = f", {human_bytes(plan.temporary_bytes)} of it copies and temporaries" if plan.temporary_bytes else ""
-        grid.add_row("peak", f"{human_bytes(plan.peak_bytes)} as XLA for CPUs runs it{within}")
+        grid.add_row(
+            "peak", f"{human_bytes(plan.peak_bytes)} per device, as XLA for CPUs is predicted to run it{within}"
+        )
     return grid
 
 
