@@ -21,7 +21,7 @@ from bactrian.driver.planned_step import Planned
 from bactrian.driver.planning.decisions import Decisions
 from bactrian.driver.planning.options import Options, check_stages, cluster_file
 from bactrian.driver.planning.plan_broadcast import staged_together
-from bactrian.driver.planning.stage_program import stage_program
+from bactrian.driver.planning.plan_program import plan_program
 from bactrian.driver.ranks import World
 from bactrian.driver.run.compiled_step import Compiled
 from bactrian.driver.run.session import num_groups
@@ -300,7 +300,7 @@ class Traced:
                 fix="parallelize(cluster='cluster.toml')",
             )
         with paused_collection():
-            staged = stage_program(
+            staged = plan_program(
                 self.captured.module(self.placed),
                 decisions,
                 fingerprint=self.captured.fingerprint,

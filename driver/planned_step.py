@@ -6,8 +6,8 @@ from pathlib import Path
 
 from bactrian.driver.capture.captured_step import Captured
 from bactrian.driver.planning.explain_value import explain
-from bactrian.driver.planning.plan_broadcast import outline, with_shardings_of_main
-from bactrian.driver.planning.staged import Staged
+from bactrian.driver.planning.plan_broadcast import outline, with_shardings_of_rank_0
+from bactrian.driver.planning.staged_plan import StagedPlan
 from bactrian.driver.ranks import World
 from bactrian.driver.report.explanation_table import render_value
 from bactrian.driver.report.plan_table import render_plan
@@ -26,7 +26,7 @@ view.register(Explanation, lambda found: RichView(render_value(found)))  # `Plan
 class Planned:
     """A step cut into stages: the plan and the staged module."""
 
-    def __init__(self, captured: Captured, staged: Staged, *, is_shared: bool = False) -> None:
+    def __init__(self, captured: Captured, staged: StagedPlan, *, is_shared: bool = False) -> None:
         """``is_shared``: every rank has it from rank 0."""
         self.captured, self.staged, self._is_shared = captured, staged, is_shared
 
@@ -86,5 +86,5 @@ class Planned:
             "the number of ranks of a mesh": str(shared),
         }
         world.check_equal(own)
-        staged = self.staged if self._is_shared else with_shardings_of_main(self.staged, world)
+        staged = self.staged if self._is_shared else with_shardings_of_rank_0(self.staged, world)
         return Compiled(self.captured, open_session(staged, world))

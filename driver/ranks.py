@@ -72,7 +72,7 @@ class World:
                     fix="start every rank with the same script, arguments, inputs' shapes and package versions",
                 )
 
-    def of_main(self, make: Callable[[], T]) -> T:
+    def from_rank_0(self, make: Callable[[], T]) -> T:
         """What ``make`` gives on rank 0, on every rank (collective). The others sleep while it works.
 
         Raises:

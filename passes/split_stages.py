@@ -45,7 +45,7 @@ from bactrian.passes.ir.meshes import (
 from bactrian.passes.ir.module_schedule import fused_phases
 from bactrian.passes.ir.regions import main_function, replace_reads
 from bactrian.passes.machine.spec import Spec, num_devices
-from bactrian.passes.stages.stage_functions import FUSED, Crossing, StageFunction, Staging, analyze
+from bactrian.passes.stages.stage_functions import FUSED, Crossing, FunctionPartition, StageFunction, analyze
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ _OF_CAPTURED_OPS = (PHASE, STAGE, LAYER, ROUND, ACCUMULATE, PARTIAL, COUNTER)
 """What ops say that their stage function says from here on."""
 
 
-def _count_residuals(staging: Staging) -> int:
+def _count_residuals(staging: FunctionPartition) -> int:
     made = {value: f.key for f in staging.functions for value in f.outputs}
     return sum(
         1
@@ -170,7 +170,9 @@ class _MeshValues:
 class _Emitter:
     """Writes the staged module from the analysis."""
 
-    def __init__(self, module: ir.Module, main: ir.Operation, staging: Staging, num_stages: int, donate: bool) -> None:
+    def __init__(
+        self, module: ir.Module, main: ir.Operation, staging: FunctionPartition, num_stages: int, donate: bool
+    ) -> None:
         self._module, self._main, self._staging = module, main, staging
         self._flow = staging.flow
         self._types = [value.type for value in staging.flow.values]

@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 from jaxlib.mlir import ir
 
 import bactrian
-from bactrian.driver.planning.staged import Staged
+from bactrian.driver.planning.staged_plan import StagedPlan
 from bactrian.driver.xla.compile_stage import function_texts
 from bactrian.passes.frame.context import make_context
 from bactrian.passes.sharding.collective_bytes import count_collectives
@@ -60,7 +60,7 @@ STATE = {name: jax.ShapeDtypeStruct((64, 64), jnp.float32) for name in "abcd"}
 BATCH = {name: jax.ShapeDtypeStruct((64, 64), jnp.float32) for name in "xy"}
 
 
-def counted(staged: Staged) -> list[dict[str, int]]:
+def counted(staged: StagedPlan) -> list[dict[str, int]]:
     """Bytes that each device sends in a step, by stage and kind."""
     program = staged.program
     totals = [dict[str, float]() for _ in range(program.num_stages)]

@@ -33,13 +33,13 @@ def test_collection_is_as_it_was_afterwards() -> None:
 
 def test_tracing_and_planning_pause_it(monkeypatch: pytest.MonkeyPatch) -> None:
     traced, planned = list[bool](), list[bool]()
-    plain = api.stage_program
+    plain = api.plan_program
 
-    def stage_program(*args: Any, **kwargs: Any) -> Any:
+    def plan_program(*args: Any, **kwargs: Any) -> Any:
         planned.append(gc.isenabled())
         return plain(*args, **kwargs)
 
-    monkeypatch.setattr(api, "stage_program", stage_program)
+    monkeypatch.setattr(api, "plan_program", plan_program)
 
     def step(w: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         traced.append(gc.isenabled())

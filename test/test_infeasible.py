@@ -16,7 +16,7 @@ from jaxlib.mlir import ir
 
 import bactrian
 from bactrian.driver.planning.infeasible_core import with_conflict
-from bactrian.driver.planning.memory_refinement import Again
+from bactrian.driver.planning.memory_refinement import ModuleFactory
 from bactrian.passes.frame.context import make_context
 from bactrian.passes.frame.errors import InfeasiblePlanError
 from bactrian.passes.frame.pipeline import run_pipeline
@@ -148,7 +148,7 @@ def test_the_search_ends_in_time(tmp_path: Path) -> None:
     module, tried = conflicting("abc"), list[int]()
     error = InfeasiblePlanError("it does not fit", why="it is large", fix="use more")
 
-    def fits(_again: Again) -> bool:
+    def fits(_again: ModuleFactory) -> bool:
         tried.append(1)
         return True
 

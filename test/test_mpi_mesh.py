@@ -81,8 +81,8 @@ import bactrian.driver.api as api
 from bactrian.driver.ranks import World
 
 world, planned = World.current(), []
-stage_program = api.stage_program
-api.stage_program = lambda *args, **options: planned.append(options) or stage_program(*args, **options)
+plan_program = api.plan_program
+api.plan_program = lambda *args, **options: planned.append(options) or plan_program(*args, **options)
 
 
 def make(**options):

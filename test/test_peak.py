@@ -16,7 +16,7 @@ from jaxlib.mlir import ir
 
 import bactrian
 from bactrian.driver.planning.stage_memory import stage_peak
-from bactrian.driver.planning.staged import Staged
+from bactrian.driver.planning.staged_plan import StagedPlan
 from bactrian.driver.xla.compile_stage import compile_function, function_texts
 from bactrian.passes.frame.context import make_context
 from bactrian.passes.frame.errors import InfeasiblePlanError
@@ -73,7 +73,7 @@ PROGRAMS: dict[str, tuple[Loss, Any, Any]] = {
 }
 
 
-def planned(tmp_path: Path, name: str, gib: float = 3.0, **options: Any) -> Staged:
+def planned(tmp_path: Path, name: str, gib: float = 3.0, **options: Any) -> StagedPlan:
     """A step of AdamW on one of the programs."""
     loss, params, x = PROGRAMS[name]
     optimizer = optax.adamw(1e-3)
@@ -89,7 +89,7 @@ def planned(tmp_path: Path, name: str, gib: float = 3.0, **options: Any) -> Stag
     return made.trace(state, x).plan().staged
 
 
-def compiled(staged: Staged, function: str) -> FunctionMemory:
+def compiled(staged: StagedPlan, function: str) -> FunctionMemory:
     """What XLA says of a function."""
     count = math.prod(size for _, size in staged.program.mesh(0))
     text = function_texts(staged.module, "cpu")[function]

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from jaxlib.mlir import ir
 
-from bactrian.driver.planning.memory_refinement import solved_again
-from bactrian.driver.planning.staged import Staged
+from bactrian.driver.planning.memory_refinement import clone_unsolved
+from bactrian.driver.planning.staged_plan import StagedPlan
 from bactrian.passes.frame.context import make_context
 from bactrian.passes.frame.errors import ConfigError
 from bactrian.passes.ir.attributes import SOLVE, argument_roles, result_updates
@@ -62,7 +62,7 @@ def explain_saved(directory: str | Path, text: str, stage: int | None = None, ti
         return _explain(unsolved, plan, f"the plan in {folder}", text, stage, begin + time_limit)
 
 
-def explain(staged: Staged, text: str, stage: int | None = None, time_limit: float = 60.0) -> Explanation:
+def explain(staged: StagedPlan, text: str, stage: int | None = None, time_limit: float = 60.0) -> Explanation:
     """Which shardings a value could have, what each would cost, and what bound the choice.
 
     Args:
@@ -80,7 +80,7 @@ def explain(staged: Staged, text: str, stage: int | None = None, time_limit: flo
     assert snapshot is not None  # there is a mesh
     with snapshot.context:
         entries = ir.DictAttr(snapshot.attributes[SOLVE])
-        unsolved = unsolved_of(solved_again(snapshot), entries, "the plan's cluster")
+        unsolved = unsolved_of(clone_unsolved(snapshot), entries, "the plan's cluster")
         return _explain(unsolved, staged.plan, "the plan", text, stage, deadline)
 
 

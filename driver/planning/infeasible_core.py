@@ -8,7 +8,7 @@ from functools import partial
 
 from jaxlib.mlir import ir
 
-from bactrian.driver.planning.memory_refinement import Again, solved_again
+from bactrian.driver.planning.memory_refinement import ModuleFactory, clone_unsolved
 from bactrian.passes.frame.errors import ConfigError, InfeasiblePlanError
 from bactrian.passes.frame.location import name_stack, user_place
 from bactrian.passes.ir.attributes import argument_attributes
@@ -22,7 +22,7 @@ _CHANGE = "change such a sharding, or "
 
 
 def with_conflict(
-    error: InfeasiblePlanError, unsolved: ir.Operation, fits: Callable[[Again], bool], seconds: float = _SECONDS
+    error: InfeasiblePlanError, unsolved: ir.Operation, fits: Callable[[ModuleFactory], bool], seconds: float = _SECONDS
 ) -> InfeasiblePlanError:
     """The error, and a smallest set of specified shardings that excludes every plan: without any one of them there is a
     plan.
@@ -37,7 +37,7 @@ def with_conflict(
         seconds: after which no further try is begun; the set may then be larger than it has to be, and the error says
             so.
     """
-    given = list(_found(solved_again(unsolved)))
+    given = list(_found(clone_unsolved(unsolved)))
     if not given:
         return error
     deadline = time.monotonic() + seconds
@@ -84,7 +84,7 @@ def _found(module: ir.Module) -> dict[str, list[int | ir.Operation]]:
 
 def _with(unsolved: ir.Operation, kept: Collection[str]) -> ir.Module:
     """A module of its own in which only these give shardings."""
-    module = solved_again(unsolved)
+    module = clone_unsolved(unsolved)
     main = main_function(module)
     entries = argument_attributes(main)
     for name, givers in _found(module).items():

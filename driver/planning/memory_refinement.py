@@ -21,13 +21,13 @@ from bactrian.runtime.unrolled_step import UnrolledStep
 
 _TRIES = 6
 
-Cut = Callable[[ir.Module, int | None], PipelineReport]
+StageCutter = Callable[[ir.Module, int | None], PipelineReport]
 """Cuts a module into stages, in place, with so many bytes for the solver to fill."""
-Again = Callable[[], ir.Module]
+ModuleFactory = Callable[[], ir.Module]
 """Makes a module from before shardings were chosen, each time a new one."""
 
 
-class Fitting:
+class MemoryRefinement:
     """Tries to fit a program into the devices' memory.
 
     The solver's memory is that of values; what XLA needs beside them is known when the stage functions are there. If it
@@ -42,7 +42,7 @@ class Fitting:
         self._device = min(each.limit_bytes or 0 for each in shardings)
         self._bounds = [each.bound_seconds for each in shardings]
         self._tries = 0
-        self._is_lean = False
+        self._is_least = False
         self.limit: int | None = None
         self.add(module, program, shardings)
 
@@ -70,15 +70,15 @@ class Fitting:
         if self.limit is not None and self._tries == _TRIES:
             raise self.error()
 
-    def lean(self, error: InfeasiblePlanError) -> None:
+    def with_least_memory(self, error: InfeasiblePlanError) -> None:
         """The solver has no shardings for so little: once, those with the smallest shards are tried.
 
         Raises:
             InfeasiblePlanError: it was tried already, or would fill as much as shardings that did not fit.
         """
-        if self._is_lean or error.least_bytes is None or error.least_bytes >= self._known:
+        if self._is_least or error.least_bytes is None or error.least_bytes >= self._known:
             raise self.error() from error
-        self._is_lean, self.limit = True, error.least_bytes
+        self._is_least, self.limit = True, error.least_bytes
 
     def error(self) -> InfeasiblePlanError:
         """What did not fit in the last try."""
@@ -95,7 +95,7 @@ class Fitting:
 
 
 @dataclass(frozen=True)
-class Fitted:
+class MemoryRefinementResult:
     """A program in stages whose functions fit into their devices.
 
     Attributes:
@@ -111,12 +111,14 @@ class Fitted:
     report: PipelineReport
 
 
-def fit(module: ir.Module, again: Again | None, cut: Cut, paths: Sequence[str] = ()) -> Fitted:
+def refine_memory(
+    module: ir.Module, make_unsolved: ModuleFactory | None, cut: StageCutter, paths: Sequence[str] = ()
+) -> MemoryRefinementResult:
     """Cut a program into stages, again with less memory to fill until it fits.
 
     Args:
         module: which is consumed.
-        again: makes the module that the next try consumes; None where nothing has shardings.
+        make_unsolved: makes the module that the next try consumes; None where nothing has shardings.
         cut: does it, in place; with bytes that the solver may fill, or None for all that a device has.
         paths: of the arguments, for people.
 
@@ -126,32 +128,32 @@ def fit(module: ir.Module, again: Again | None, cut: Cut, paths: Sequence[str] =
     report = cut(module, None)
     program = extract(module)
     shardings = read_shardings(module, program, paths)
-    if again is None or not shardings:
-        return Fitted(module, program, shardings, report)
-    fitting = Fitting(module, program, shardings)
-    while fitting.limit is not None:
+    if make_unsolved is None or not shardings:
+        return MemoryRefinementResult(module, program, shardings, report)
+    refinement = MemoryRefinement(module, program, shardings)
+    while refinement.limit is not None:
         with module.context:
-            module = again()
+            module = make_unsolved()
         try:
-            report = cut(module, fitting.limit)
+            report = cut(module, refinement.limit)
         except InfeasiblePlanError as error:
-            fitting.lean(error)
+            refinement.with_least_memory(error)
             continue
         program = extract(module)
-        fitting.add(module, program, read_shardings(module, program, paths))
-    return Fitted(module, program, fitting.shardings, report)
+        refinement.add(module, program, read_shardings(module, program, paths))
+    return MemoryRefinementResult(module, program, refinement.shardings, report)
 
 
-def is_fitting(again: Again, cut: Cut) -> bool:
-    """Whether the program that ``again`` makes can be cut into stages that fit. The context must be entered."""
+def is_fitting(make_unsolved: ModuleFactory, cut: StageCutter) -> bool:
+    """Whether the program that ``make_unsolved`` makes can be cut into stages that fit. The context must be entered."""
     try:
-        fit(again(), again, cut)
+        refine_memory(make_unsolved(), make_unsolved, cut)
     except InfeasiblePlanError:
         return False
     return True
 
 
-def solved_again(unsolved: ir.Operation) -> ir.Module:
+def clone_unsolved(unsolved: ir.Operation) -> ir.Module:
     """The module as it was before shardings were chosen, to be worked on. Its context must be entered."""
     with unsolved.location:
         module = ir.Module.create()

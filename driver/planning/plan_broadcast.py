@@ -14,7 +14,7 @@ from pathlib import Path
 from jaxlib.mlir import ir
 
 from bactrian.driver.planning.options import Options
-from bactrian.driver.planning.staged import Staged
+from bactrian.driver.planning.staged_plan import StagedPlan
 from bactrian.driver.ranks import World
 from bactrian.passes.frame.context import make_context
 from bactrian.passes.frame.diagnostics import Diagnostic
@@ -24,8 +24,8 @@ from bactrian.passes.plan.stage_sharding import ShardingPlan
 
 
 def staged_together(
-    make: Callable[[], Staged], fingerprint: str, options: Options, mesh: MeshAxes, world: World
-) -> Staged:
+    make: Callable[[], StagedPlan], fingerprint: str, options: Options, mesh: MeshAxes, world: World
+) -> StagedPlan:
     """What ``make`` gives on rank 0, on every rank (collective).
 
     Args:
@@ -50,24 +50,24 @@ def staged_together(
             "the plan that is applied": "none" if options.plan is None else options.plan.to_json(),
         }
     )
-    made = list[Staged]()
+    made = list[StagedPlan]()
 
     def packed() -> _Packed:
         made.append(make())
         return _pack(made[0])
 
-    received = world.of_main(packed)
+    received = world.from_rank_0(packed)
     return made[0] if made else _unpack(received)
 
 
-def with_shardings_of_main(staged: Staged, world: World) -> Staged:
+def with_shardings_of_rank_0(staged: StagedPlan, world: World) -> StagedPlan:
     """The staged program of rank 0, where ranks that decided the same found other shardings (collective)."""
     if world.num_ranks == 1 or all(num_devices(stage.mesh) == 1 for stage in staged.plan.stages):
         return staged
     digests: list[str] = world.control.allgather(fingerprint_text(f"{staged.plan.to_json()}\n{staged.text}"))
     if len(set(digests)) == 1:
         return staged
-    received = world.of_main(lambda: _pack(staged))
+    received = world.from_rank_0(lambda: _pack(staged))
     return staged if world.rank == 0 else _unpack(received)
 
 
@@ -94,19 +94,19 @@ class _Packed:
     diagnostics: tuple[Diagnostic, ...]
 
 
-def _pack(staged: Staged) -> _Packed:
+def _pack(staged: StagedPlan) -> _Packed:
     unsolved = None if staged.unsolved is None else _bytecode(staged.unsolved)
     return _Packed(
         staged.plan.to_json(), _bytecode(staged.module.operation), unsolved, staged.donate, staged.diagnostics
     )
 
 
-def _unpack(packed: _Packed) -> Staged:
+def _unpack(packed: _Packed) -> StagedPlan:
     with make_context(), ir.Location.unknown():
         module = ir.Module.parse(packed.module)
         unsolved = None if packed.unsolved is None else ir.Module.parse(packed.unsolved).operation
     plan = Plan.from_json(packed.plan, source="the plan of rank 0")
-    return Staged(plan, module, packed.donate, packed.diagnostics, unsolved)
+    return StagedPlan(plan, module, packed.donate, packed.diagnostics, unsolved)
 
 
 def _bytecode(op: ir.Operation) -> bytes:

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 from jax.sharding import Sharding
 
-from bactrian.driver.planning.staged import Staged
+from bactrian.driver.planning.staged_plan import StagedPlan
 from bactrian.driver.ranks import World
 from bactrian.driver.run.distributed_meshes import devices_of_ranks, meshes_of, ranks_per_mesh
 from bactrian.driver.xla.compile_stage import (
@@ -71,7 +71,7 @@ class Session:
     streams are walked in turn; under MPI this process walks its own list.
     """
 
-    staged: Staged
+    staged: StagedPlan
     world: World
     streams: tuple[InstructionStream, ...]
     statistics: StreamStatistics
@@ -156,7 +156,7 @@ def stage_ranks(num_stages: int, num_ranks: int, ranks_per_mesh: int = 1) -> tup
     return tuple(stage % groups for stage in range(num_stages))
 
 
-def open_session(staged: Staged, world: World) -> Session:
+def open_session(staged: StagedPlan, world: World) -> Session:
     """Compile this process's stages and build its instruction streams (collective under MPI)."""
     program = staged.program
     local = jax.local_devices()
@@ -215,7 +215,9 @@ def _devices_of(program: StagedProgram, stage: int, place: int, local: Sequence[
     return tuple(local[first : first + count])
 
 
-def _compile(staged: Staged, devices: Mapping[int, Sequence[JaxDevice]]) -> tuple[dict[str, CompiledFunction], float]:
+def _compile(
+    staged: StagedPlan, devices: Mapping[int, Sequence[JaxDevice]]
+) -> tuple[dict[str, CompiledFunction], float]:
     faults.at("compile")
     begin = time.perf_counter()
     texts = function_texts(staged.module, jax.default_backend())

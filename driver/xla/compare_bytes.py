@@ -25,7 +25,7 @@ from bactrian.passes.sharding.collective_bytes import Collective, count_collecti
 from bactrian.passes.sharding.halo import HALO
 
 if TYPE_CHECKING:
-    from bactrian.driver.planning.staged import Staged
+    from bactrian.driver.planning.staged_plan import StagedPlan
 
 UNEXPLAINED = "unexplained"
 CLASSES: dict[str, str] = {
@@ -152,7 +152,7 @@ class Comparison:
         return tuple(d for function in self.functions for d in function.differences if UNEXPLAINED in d.names)
 
 
-def compare(staged: Staged, devices: Sequence[JaxDevice] | None = None) -> Comparison:
+def compare(staged: StagedPlan, devices: Sequence[JaxDevice] | None = None) -> Comparison:
     """Compile every stage function on a mesh, and compare what it sends with what is planned. Runs nothing.
 
     Args:

@@ -85,7 +85,7 @@ class StageFunction:
 
 
 @dataclass
-class Staging:
+class FunctionPartition:
     """The whole split. Values, ops, arguments and results are numbers, those of ``flow`` and of the captured ``@main``.
 
     Attributes:
@@ -114,7 +114,7 @@ class Staging:
     whole: bool = False
 
 
-def analyze(main: ir.Operation, fused: Sequence[frozenset[str]]) -> Staging:
+def analyze(main: ir.Operation, fused: Sequence[frozenset[str]]) -> FunctionPartition:
     """Decide which function every op goes to and what crosses.
 
     Args:
@@ -154,7 +154,7 @@ def analyze(main: ir.Operation, fused: Sequence[frozenset[str]]) -> Staging:
         function.outputs = sorted(outgoing[key])
     ordered = [functions[key] for key in sorted(functions)]
     whole = any(UPDATE in phases for phases in fused)
-    return Staging(
+    return FunctionPartition(
         flow, ordered, list(crossings), sorted(pieces), result_pieces, producer, through, flow.sizes, received, whole
     )
 

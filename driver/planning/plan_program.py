@@ -12,7 +12,7 @@ from jaxlib.mlir import ir
 from bactrian.driver.planning.decisions import Decisions
 from bactrian.driver.planning.infeasible_core import with_conflict
 from bactrian.driver.planning.layer_names import name_layers
-from bactrian.driver.planning.memory_refinement import Fitted, fit, is_fitting, solved_again
+from bactrian.driver.planning.memory_refinement import MemoryRefinementResult, clone_unsolved, is_fitting, refine_memory
 from bactrian.driver.planning.plan_shardings import (
     as_before,
     plan_specs,
@@ -29,7 +29,7 @@ from bactrian.driver.planning.predictions import (
     stage_work,
     step_seconds,
 )
-from bactrian.driver.planning.staged import Staged
+from bactrian.driver.planning.staged_plan import StagedPlan
 from bactrian.passes.frame.errors import InfeasiblePlanError
 from bactrian.passes.frame.pipeline import PipelineReport, run_pipeline
 from bactrian.passes.ir.main_dataflow import MainDataflow
@@ -39,7 +39,7 @@ from bactrian.passes.plan.schema import LayerPlan, Plan, StagePlan
 from bactrian.passes.sharding.solve_snapshot import before_solving
 
 
-def stage_program(
+def plan_program(
     module: ir.Module,
     decisions: Decisions,
     *,
@@ -51,7 +51,7 @@ def stage_program(
     paths: Sequence[str] = (),
     specs: Mapping[int, Spec] | None = None,
     reproducer_dir: str | None = None,
-) -> Staged:
+) -> StagedPlan:
     """Run the passes on a captured module (which is consumed) and say what is predicted of the outcome.
 
     Args:
@@ -70,7 +70,7 @@ def stage_program(
         # The choice of shardings starts from here each time that it is made: with less memory, or for an explanation.
         with module.context:
             unsolved = before_solving(module, fingerprint, decisions.cluster, decisions.strategy, sources)
-    fitted = _fitted(module, unsolved, decisions, localized, paths, reproducer_dir)
+    fitted = _refine_memory(module, unsolved, decisions, localized, paths, reproducer_dir)
     stages = _stage_plans(fitted, layered, decisions, plan, platform, num_microbatches)
     shardings = [stage.sharding for stage in stages if stage.sharding is not None]
     made = Plan(
@@ -87,7 +87,7 @@ def stage_program(
         options=plan.options if plan is not None else (),
     )
     diagnostics = (*formed.diagnostics, *localized.diagnostics, *fitted.report.diagnostics)
-    return Staged(made, fitted.module, decisions.donate, diagnostics, unsolved)
+    return StagedPlan(made, fitted.module, decisions.donate, diagnostics, unsolved)
 
 
 @dataclass(frozen=True)
@@ -120,14 +120,14 @@ def _give_shardings(
     return dict.fromkeys(given, "the plan that was applied") | dict.fromkeys(placed, "another step")
 
 
-def _fitted(
+def _refine_memory(
     module: ir.Module,
     unsolved: ir.Operation | None,
     decisions: Decisions,
     localized: PipelineReport,
     paths: Sequence[str],
     reproducer_dir: str | None,
-) -> Fitted:
+) -> MemoryRefinementResult:
     """The program in stages that fit. Where nothing fits, the error names the given shardings that are to blame."""
 
     def cut(whole: ir.Module, limit: int | None = None) -> PipelineReport:
@@ -135,7 +135,7 @@ def _fitted(
         return run_pipeline(whole, decisions.emitting(limit or 0), reproducer_dir=reproducer_dir, kept=kept)
 
     try:
-        return fit(module, None if unsolved is None else partial(solved_again, unsolved), cut, paths)
+        return refine_memory(module, None if unsolved is None else partial(clone_unsolved, unsolved), cut, paths)
     except InfeasiblePlanError as error:
         if unsolved is None:
             raise
@@ -144,7 +144,12 @@ def _fitted(
 
 
 def _stage_plans(
-    fitted: Fitted, layered: _Layered, decisions: Decisions, plan: Plan | None, platform: str, num_microbatches: int
+    fitted: MemoryRefinementResult,
+    layered: _Layered,
+    decisions: Decisions,
+    plan: Plan | None,
+    platform: str,
+    num_microbatches: int,
 ) -> tuple[StagePlan, ...]:
     shardings = list(fitted.shardings)
     if plan is not None:

@@ -15,7 +15,7 @@ from bactrian.runtime.staged_program import StagedProgram
 
 
 @dataclass
-class Staged:
+class StagedPlan:
     """A planned program: the plan, the scheduled module, and the same as plain data.
 
     ``unsolved`` is the module as it was before shardings were chosen; None where there was nothing to choose.
