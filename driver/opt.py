@@ -76,7 +76,7 @@ def split_pass_flags(argv: Sequence[str], known: Sequence[str]) -> tuple[list[st
     return rest, elements
 
 
-def _steps(args: argparse.Namespace, elements: list[pipeline_text.Element], text: str) -> list[pipeline.Step]:
+def _steps(args: argparse.Namespace, elements: list[pipeline_text.Element], text: str) -> list[pipeline.PassOrText]:
     given = [bool(elements), args.pass_pipeline is not None, args.run_reproducer]
     if sum(given) > 1:
         raise ConfigError("give passes as flags, by --pass-pipeline or by --run-reproducer, not by two of them")
@@ -107,7 +107,7 @@ class _Result:
     error: BactrianError | None = None
 
 
-def _run_part(text: str, steps: list[pipeline.Step], args: argparse.Namespace) -> _Result:
+def _run_part(text: str, steps: list[pipeline.PassOrText], args: argparse.Namespace) -> _Result:
     result = _Result()
     with make_context() as context:
         context.allow_unregistered_dialects = args.allow_unregistered_dialect

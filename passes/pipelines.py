@@ -7,12 +7,12 @@ numbers, texts and switches, as those of passes are. Passes are imported when th
 
 from __future__ import annotations
 
-from bactrian.passes.frame.pipeline import Step
+from bactrian.passes.frame.pipeline import PassOrText
 
-Steps = tuple[Step, ...]
+Passes = tuple[PassOrText, ...]
 
 
-def import_step(mesh: str = "") -> Steps:
+def import_step(mesh: str = "") -> Passes:
     """Flatten and verify a captured step, and find the phases of its ops."""
     from bactrian.passes.adopt_shardings import AdoptShardings
     from bactrian.passes.flatten_calls import FlattenCalls
@@ -33,7 +33,7 @@ def import_step(mesh: str = "") -> Steps:
     )
 
 
-def form_stages(num_stages: int = 0, num_layers: int = 0, boundaries: str = "", mesh: str = "") -> Steps:
+def form_stages(num_stages: int = 0, num_layers: int = 0, boundaries: str = "", mesh: str = "") -> Passes:
     """Group ops into layers, and layers into pipeline stages, each with a mesh."""
     from bactrian.passes.assign_stages import AssignStages
     from bactrian.passes.group_layers import GroupLayers
@@ -44,7 +44,7 @@ def form_stages(num_stages: int = 0, num_layers: int = 0, boundaries: str = "", 
     )
 
 
-def localize_stages() -> Steps:
+def localize_stages() -> Passes:
     """Clone or recompute what each stage needs, and make accumulators explicit."""
     from bactrian.passes.accumulate_gradients import AccumulateGradients
     from bactrian.passes.clone_cheap_ops import CloneCheapOps
@@ -60,7 +60,7 @@ def localize_stages() -> Steps:
     )
 
 
-def prepare_shardings() -> Steps:
+def prepare_shardings() -> Passes:
     """Annotate every op with its sharding rule."""
     return ("func.func(sdy-populate-op-sharding-rules)",)
 
@@ -71,7 +71,7 @@ def shard_stages(
     time_limit: float = 60.0,
     strategy: str = "auto",
     compare: bool = False,
-) -> Steps:
+) -> Passes:
     """Choose a sharding for every value on the mesh of its stage."""
     from bactrian.passes.solve_shardings import SolveShardings
 
@@ -82,7 +82,7 @@ def shard_stages(
     )
 
 
-def emit_stages(donate: bool = True) -> Steps:
+def emit_stages(donate: bool = True) -> Passes:
     """Make one function per stage and phase, and schedule the microbatches."""
     from bactrian.passes.loop_microbatches import LoopMicrobatches
     from bactrian.passes.schedule_microbatches import ScheduleMicrobatches
@@ -96,6 +96,31 @@ def emit_stages(donate: bool = True) -> Steps:
     )
 
 
+def up_to_stages(num_stages: int, num_layers: int, boundaries: str, mesh: str) -> Passes:
+    """The part of `stage_step` after which the planner measures ops and names layers, while ops still have layers."""
+    return (*import_step(mesh), *form_stages(num_stages, num_layers, boundaries, mesh))
+
+
+def up_to_shardings(mesh: str) -> Passes:
+    """The part after `up_to_stages`: the planner keeps what it leaves, to solve again and to explain the choice."""
+    # Stages of one device have nothing to shard.
+    return (*localize_stages(), *(prepare_shardings() if mesh else ()))
+
+
+def up_to_schedule(
+    mesh: str,
+    cluster: str,
+    strategy: str,
+    donate: bool,
+    memory_bytes: int = 0,
+    time_limit: float = 60.0,
+    compare: bool = False,
+) -> Passes:
+    """The part after `up_to_shardings`."""
+    sharded = shard_stages(cluster, memory_bytes, time_limit, strategy, compare) if mesh else ()
+    return (*sharded, *emit_stages(donate))
+
+
 def stage_step(
     num_stages: int = 1,
     num_layers: int = 0,
@@ -104,18 +129,16 @@ def stage_step(
     cluster: str = "",
     strategy: str = "auto",
     donate: bool = True,
-) -> Steps:
-    """Turn a captured step into scheduled stages: everything below, in order."""
-    # The planner measures ops and names layers after this, while ops still have layers.
-    staged = (*import_step(mesh), *form_stages(num_stages, num_layers or num_stages, boundaries, mesh))
-    # Stages of one device have nothing to shard.
-    prepared = prepare_shardings() if mesh else ()
-    # The planner keeps the module as it is here, to solve again with less memory and to explain the choice.
-    sharded = shard_stages(cluster, strategy=strategy) if mesh else ()
-    return (*staged, *localize_stages(), *prepared, *sharded, *emit_stages(donate))
+) -> Passes:
+    """Turn a captured step into scheduled stages: everything here, in order."""
+    return (
+        *up_to_stages(num_stages, num_layers or num_stages, boundaries, mesh),
+        *up_to_shardings(mesh),
+        *up_to_schedule(mesh, cluster, strategy, donate),
+    )
 
 
-def prepare_function() -> Steps:
+def prepare_function() -> Passes:
     """Flatten a function that is no train step, and annotate it with sharding rules."""
     from bactrian.passes.flatten_calls import FlattenCalls
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from bactrian.passes import pipelines
 from bactrian.passes.machine.spec import MeshAxes, axes_text, num_devices
-from bactrian.passes.pipelines import Steps
+from bactrian.passes.pipelines import Passes
 from bactrian.passes.plan.schema import Plan
 
 
@@ -15,7 +15,8 @@ class Decisions:
     """What is decided before any pass runs.
 
     Attributes:
-        num_stages, num_layers: how many.
+        num_stages: pipeline stages to make.
+        num_layers: groups of forward ops to make, of which every stage has one or more.
         first_layers: the first layer of every stage, if given.
         donate: whether the update reuses the buffers of the old state.
         mesh: names and sizes of the axes of every stage's mesh.
@@ -53,20 +54,24 @@ class Decisions:
         """The mesh as passes take it; nothing where stages have one device."""
         return axes_text(self.mesh) if self.is_wide else ""
 
-    def forming(self) -> Steps:
+    def forming(self) -> Passes:
         """The passes up to ``assign-stages``."""
         boundaries = ",".join(map(str, self.first_layers))
-        imported = pipelines.import_step(self.mesh_text)
-        return (*imported, *pipelines.form_stages(self.num_stages, self.num_layers, boundaries, self.mesh_text))
+        return pipelines.up_to_stages(self.num_stages, self.num_layers, boundaries, self.mesh_text)
 
-    def localizing(self) -> Steps:
+    def localizing(self) -> Passes:
         """The passes from there to what ``solve-shardings`` reads."""
-        return (*pipelines.localize_stages(), *(pipelines.prepare_shardings() if self.is_wide else ()))
+        return pipelines.up_to_shardings(self.mesh_text)
 
-    def emitting(self, memory_bytes: int = 0) -> Steps:
+    def emitting(self, memory_bytes: int = 0) -> Passes:
         """The passes from there to the scheduled module, with shardings that hold less than some bytes of a device; 0
         for what the cluster says."""
-        sharded: Steps = ()
-        if self.is_wide:
-            sharded = pipelines.shard_stages(self.cluster, memory_bytes, self.time_limit, self.strategy, self.compare)
-        return (*sharded, *pipelines.emit_stages(self.donate))
+        return pipelines.up_to_schedule(
+            self.mesh_text,
+            self.cluster,
+            self.strategy,
+            self.donate,
+            memory_bytes,
+            self.time_limit,
+            self.compare,
+        )

@@ -107,6 +107,9 @@ def step_seconds(
 
         max_s T_s (m + S - 1) / m
 
+    ``T_s`` is one figure for the whole step, so its part for the update, which runs once, is stretched by
+    ``(m + S - 1) / m`` too: this formula counts that many updates, the one for stages of one device counts one.
+
     Example: two stages that are busy for 4 s and 6 s of a step of 3 microbatches take 6 (3 + 1) / 3 = 8 s.
     """
     if shardings:

@@ -22,11 +22,11 @@ from bactrian.passes.frame.errors import BactrianError, ConfigError, PassError
 from bactrian.passes.frame.location import user_place
 from bactrian.passes.frame.pipeline_text import ANCHOR, Element, parse_pipeline, print_pipeline
 
-Step = Pass | str
-Pipeline = str | Sequence[Step]
+PassOrText = Pass | str
+Pipeline = str | Sequence[PassOrText]
 
 
-def resolve(pipeline: Pipeline) -> list[Step]:
+def resolve(pipeline: Pipeline) -> list[PassOrText]:
     """Turn a pipeline into steps: our passes as objects, everything else as text that MLIR has accepted. Pipelines of ours
     that it names are replaced by their steps.
 
@@ -35,7 +35,7 @@ def resolve(pipeline: Pipeline) -> list[Step]:
     """
     if isinstance(pipeline, str):
         return [step for element in parse_pipeline(pipeline) for step in _resolve_element(element)]
-    steps: list[Step] = []
+    steps: list[PassOrText] = []
     for step in pipeline:
         if isinstance(step, str):
             steps += resolve(step)
@@ -45,7 +45,7 @@ def resolve(pipeline: Pipeline) -> list[Step]:
     return steps
 
 
-def _resolve_element(element: Element) -> list[Step]:
+def _resolve_element(element: Element) -> list[PassOrText]:
     options = {key: text or "" for key, text in element.options}
     if element.children is None and registry.is_registered(element.name):
         return [registry.load(element.name).from_options(options)]
@@ -81,7 +81,7 @@ def _check_mlir(element: Element) -> None:
             raise ConfigError(f"bad options of pass {element.name!r}: {error}") from None
 
 
-def to_element(step: Step) -> Element:
+def to_element(step: PassOrText) -> Element:
     """The pipeline element of a step; printed, it makes the same step again."""
     if isinstance(step, Pass):
         return Element(step.name, tuple(step.option_texts().items()))
@@ -89,7 +89,7 @@ def to_element(step: Step) -> Element:
     return element
 
 
-def pipeline_text(steps: Sequence[Step]) -> str:
+def pipeline_text(steps: Sequence[PassOrText]) -> str:
     """The whole pipeline as text, anchor included."""
     return f"{ANCHOR}({print_pipeline([to_element(step) for step in steps])})"
 
@@ -181,7 +181,7 @@ class _Runner:
     before each of them would cost every run what only a failing one needs.
     """
 
-    def __init__(self, module: ir.Module, steps: list[Step], report: PipelineReport) -> None:
+    def __init__(self, module: ir.Module, steps: list[PassOrText], report: PipelineReport) -> None:
         self.report = report
         self._module, self._steps = module, steps
         self._exception: BaseException | None = None
@@ -266,7 +266,7 @@ class _Runner:
         return PassError(message, where=where, why=why, fix=fix, place=place, reproducer=command)
 
 
-def _replay(snapshot: ir.Operation, steps: list[Step]) -> ir.Operation | None:
+def _replay(snapshot: ir.Operation, steps: list[PassOrText]) -> ir.Operation | None:
     """What ``steps`` make of the IR that they had made before; None if they don't get as far again."""
     if not steps:
         return snapshot
