@@ -215,3 +215,26 @@ module @one_image {
     return %z : tensor<1x256x256x8xf32>
   }
 }
+
+// -----
+
+// What another stage accumulates is received below the boundary: above it the value exists once per microbatch.
+// CHECK-LABEL: module @received_below_the_boundary
+module @received_below_the_boundary attributes {bactrian.num_microbatches = 2 : i64, bactrian.num_stages = 2 : i64} {
+  sdy.mesh @stage0 = <["data"=2]>
+  sdy.mesh @stage1 = <["data"=2]>
+  func.func public @main(%w: tensor<8x8xf32> {bactrian.role = "state"},
+      %x: tensor<8x8xf32> {bactrian.role = "batch"}) -> (tensor<8x8xf32> {bactrian.updates = 0 : i64}) {
+    %z = stablehlo.constant {bactrian.phase = "initialize", bactrian.stage = 1 : i64} dense<0.0> : tensor<8x8xf32>
+    %t = stablehlo.add %w, %w {bactrian.phase = "forward", bactrian.stage = 0 : i64} : tensor<8x8xf32>
+    %y = stablehlo.multiply %x, %t {bactrian.phase = "backward", bactrian.stage = 1 : i64} : tensor<8x8xf32>
+    %a = stablehlo.add %z, %y {bactrian.accumulate, bactrian.phase = "backward", bactrian.stage = 1 : i64} : tensor<8x8xf32>
+    // CHECK: %[[SUM:.*]] = stablehlo.custom_call @bactrian.gradient_boundary
+    // CHECK: %[[RECEIVED:.*]] = sdy.reshard %[[SUM]] <@stage0
+    // CHECK: stablehlo.subtract {{.*}}%[[RECEIVED]]
+    %g = stablehlo.custom_call @bactrian.gradient_boundary(%a)
+        {mhlo.backend_config = {kinds = "gradient", reductions = "accumulated"}} : (tensor<8x8xf32>) -> tensor<8x8xf32>
+    %n = stablehlo.subtract %w, %g {bactrian.phase = "update", bactrian.stage = 0 : i64} : tensor<8x8xf32>
+    return %n : tensor<8x8xf32>
+  }
+}

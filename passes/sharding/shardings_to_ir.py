@@ -83,7 +83,8 @@ class Writer:
         self._partial = PartialSums(self.mesh, self._attribute, _place_of)
         self._home: dict[int, Spec] = {}  # of values: the spec that they have for all readers
         self._scattered: Mapping[int, ir.Value] = {}
-        self._received: dict[int, ir.Value] = {}  # what other stages have made, as this one has it
+        # What other stages have made, as this one has it: by value, and whether it is received below the boundary.
+        self._received: dict[tuple[int, bool], ir.Value] = {}
         self._copies: dict[
             tuple[int, str, Spec], ir.Value
         ] = {}  # (value of the flow, function, spec) -> with that spec
@@ -162,16 +163,31 @@ class Writer:
             first: the arguments that get their sharding here.
         """
         flow, value_of = self.reading.flow, self.reading.value_of
-        readers = dict[int, ir.Operation]()
+        readers = dict[tuple[int, bool], ir.Operation]()
         for index, reads in enumerate(flow.operands):
             if flow.stages[index] == self.stage:
                 for number in reads:
-                    readers.setdefault(value_of[number], flow.tops[index])
+                    readers.setdefault((value_of[number], self._passes_boundary(number)), flow.tops[index])
         for number, spec in self._arguments.items():
-            if number not in first and number in readers:
-                with ir.InsertionPoint(readers[number]):
-                    value = self._scattered.get(number, flow.values[number])
-                    self._received[number] = self._reshard(value, spec, readers[number])
+            for below in (False, True):
+                reader = readers.get((number, below))
+                if number not in first and reader is not None:
+                    source = self._boundary_result(number) if below else number
+                    value = self._scattered.get(source, flow.values[source])
+                    with ir.InsertionPoint(reader):
+                        self._received[number, below] = self._reshard(value, spec, reader)
+
+    def _passes_boundary(self, number: int) -> bool:
+        """Whether a value of the flow is the boundary's result for what an op above it makes: the update must read that
+        one, since the other one exists once per microbatch."""
+        flow = self.reading.flow
+        return 0 <= flow.producer[self.reading.value_of[number]] < flow.boundary <= flow.producer[number]
+
+    def _boundary_result(self, value: int) -> int:
+        """The boundary's result for a value that passes it."""
+        flow, value_of = self.reading.flow, self.reading.value_of
+        pairs = zip(flow.operands[flow.boundary], flow.results[flow.boundary], strict=True)
+        return next(result for operand, result in pairs if value_of[operand] == value)
 
     def _forward(self, index: int, op: ir.Operation) -> None:
         flow, value_of, problem = self.reading.flow, self.reading.value_of, self.reading.problem
@@ -184,7 +200,7 @@ class Writer:
         specs = list[Spec]()
         for position, number in enumerate(flow.operands[index]):
             value = value_of[number]
-            foreign = value not in self._home or value in self._received
+            foreign = value not in self._home or {(value, False), (value, True)} & self._received.keys()
             if foreign and flow.stages[index] is None and self.stage is not None:
                 continue
             set_operand(op, position, self._at_home(number))
@@ -270,7 +286,7 @@ class Writer:
     def _at_home(self, number: int) -> ir.Value:
         """A value of the flow as all readers find it; what a barrier or the gradient boundary forwards is a value of its own."""
         flow, value = self.reading.flow, self.reading.value_of[number]
-        received = self._received.get(value)
+        received = self._received.get((value, self._passes_boundary(number)))
         if received is not None and (number == value or flow.stages[flow.producer[number]] != self.stage):
             return received
         return self._scattered.get(number, flow.values[number])
