@@ -42,6 +42,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--pass-pipeline", metavar="TEXT", help="passes to run, in MLIR's grammar: builtin.module(a,b{x=1})")
     add("--split-input-file", action="store_true", help="treat each part between lines '// -----' on its own")
     add("--verify-diagnostics", action="store_true", help="compare what is reported with expected-error@+1 {{text}}")
+    add("--verify-contracts", action="store_true", help="verify after each pass what docs/ir.md says of the IR")
     add("--allow-unregistered-dialect", action="store_true", help="accept ops of unknown dialects")
     add("--mlir-print-ir-before-all", action="store_true", help="print the IR before each pass")
     add("--mlir-print-ir-after-all", action="store_true", help="print the IR after each pass")
@@ -128,6 +129,7 @@ def _run_part(text: str, steps: list[pipeline.PassOrText], args: argparse.Namesp
                 timing=args.mlir_timing,
                 reproducer_dir=args.reproducer_dir if not args.verify_diagnostics else None,
                 report=result.report,
+                verify_contracts=args.verify_contracts,
             )
         except BactrianError as error:
             result.error = error

@@ -84,6 +84,15 @@ class AccumulateGradients(Pass):
 
     name: ClassVar[str] = "accumulate-gradients"
     summary: ClassVar[str] = "accumulate over microbatches; move sums that can wait below the boundary"
+    ensures: ClassVar[tuple[str, ...]] = (
+        "flat",
+        "adopted",
+        "verified",
+        "phased",
+        "assigned",
+        "localized",
+        "accumulated",
+    )
     statistics: ClassVar[tuple[Statistic, ...]] = (
         Statistic("accumulators", "buffers that live through the whole step"),
         Statistic("split-sums", "gradients accumulated in parts on several stages"),

@@ -73,6 +73,7 @@ class AdoptShardings(Pass):
 
     name: ClassVar[str] = "adopt-shardings"
     summary: ClassVar[str] = "put user-specified shardings onto the mesh of the stages"
+    ensures: ClassVar[tuple[str, ...]] = ("adopted",)
     statistics: ClassVar[tuple[Statistic, ...]] = (
         Statistic("arguments", "arguments with a specified sharding"),
         Statistic("constraints", "constraints that stay"),

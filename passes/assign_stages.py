@@ -76,6 +76,7 @@ class AssignStages(Pass):
 
     name: ClassVar[str] = "assign-stages"
     summary: ClassVar[str] = "put consecutive layers together into balanced stages"
+    ensures: ClassVar[tuple[str, ...]] = ("layered", "assigned")
     statistics: ClassVar[tuple[Statistic, ...]] = (
         Statistic("cut-bytes", "bytes of forward and backward values, summed over the stage boundaries they cross"),
     )

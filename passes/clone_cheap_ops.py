@@ -62,6 +62,7 @@ class CloneCheapOps(Pass):
 
     name: ClassVar[str] = "clone-cheap-ops"
     summary: ClassVar[str] = "compute constants, masks and random bits on every stage that reads them"
+    ensures: ClassVar[tuple[str, ...]] = ("phased", "assigned", "localized")
     statistics: ClassVar[tuple[Statistic, ...]] = (Statistic("clones", "ops computed on one more stage"),)
 
     small_bytes: int = option(

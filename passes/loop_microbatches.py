@@ -99,6 +99,7 @@ class LoopMicrobatches(Pass):
 
     name: ClassVar[str] = "loop-microbatches"
     summary: ClassVar[str] = "with one stage, loop over the microbatches inside one function"
+    ensures: ClassVar[tuple[str, ...]] = ("split",)
     statistics: ClassVar[tuple[Statistic, ...]] = (Statistic("turns", "microbatches that the loop goes through"),)
 
     def apply(self, module: ir.Module, ctx: PassContext) -> None:

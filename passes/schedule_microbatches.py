@@ -71,6 +71,7 @@ class ScheduleMicrobatches(Pass):
 
     name: ClassVar[str] = "schedule-microbatches"
     summary: ClassVar[str] = "write the order of work of every stage"
+    ensures: ClassVar[tuple[str, ...]] = ("scheduled",)
     statistics: ClassVar[tuple[Statistic, ...]] = (Statistic("tasks", "stage functions run in one step"),)
 
     schedule: str = option("", help="gpipe or 1f1b; empty: what the module says")

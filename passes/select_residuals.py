@@ -80,6 +80,7 @@ class SelectResiduals(Pass):
 
     name: ClassVar[str] = "select-residuals"
     summary: ClassVar[str] = "keep the cheapest set of values from forward to backward, compute the rest again"
+    ensures: ClassVar[tuple[str, ...]] = ("phased", "assigned", "localized")
     statistics: ClassVar[tuple[Statistic, ...]] = (
         Statistic("recomputed", "ops that the backward phase computes again"),
         Statistic("kept-bytes", "bytes kept per microbatch, all stages"),

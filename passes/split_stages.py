@@ -102,6 +102,7 @@ class SplitStages(Pass):
 
     name: ClassVar[str] = "split-stages"
     summary: ClassVar[str] = "cut @main into one function per stage and phase, with explicit transfers"
+    ensures: ClassVar[tuple[str, ...]] = ("split",)
     statistics: ClassVar[tuple[Statistic, ...]] = (
         Statistic("functions", "stage functions"),
         Statistic("transfers", "transfers in the data flow of one microbatch"),

@@ -82,6 +82,7 @@ class VerifyProgram(Pass):
 
     name: ClassVar[str] = "verify-program"
     summary: ClassVar[str] = "refuse what can't be run as a pipeline, with the user's lines"
+    ensures: ClassVar[tuple[str, ...]] = ("captured", "flat", "adopted", "verified")
     statistics: ClassVar[tuple[Statistic, ...]] = (Statistic("num-ops", "Number of ops looked at"),)
 
     def apply(self, module: ir.Module, ctx: PassContext) -> None:

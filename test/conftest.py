@@ -10,6 +10,8 @@ import pytest
 from clusters import SLOW
 from xla_flags import DEVICES, QUICK
 
+from bactrian.passes.frame.pipeline import verify_contracts_by_default
+
 for flag in (DEVICES, *QUICK):
     flags = os.environ.get("XLA_FLAGS", "")
     if flag.partition("=")[0] not in flags:
@@ -19,6 +21,10 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--long", action="store_true", help="run the long forms of the tests too")
+
+
+def pytest_configure() -> None:
+    verify_contracts_by_default()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

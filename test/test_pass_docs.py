@@ -16,5 +16,5 @@ def test_the_example_is_true(name: str) -> None:
     assert blocks is not None, f"the docstring of {cls.__name__} needs two ```mlir blocks, before and after"
     with make_context():
         module, expected = (ir.Module.parse(block) for block in blocks)
-        pipeline.run_pipeline(module, [cls()])
+        pipeline.run_pipeline(module, [cls()], verify_contracts=False)  # the examples are no whole programs
         assert str(module) == str(expected)

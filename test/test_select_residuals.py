@@ -52,7 +52,7 @@ def _program(seed: int) -> str:
     results = [forward[-1], *backward]
     types = ", ".join(f"tensor<4x4x{kinds[value]}>" for value in results)
     return (
-        "module attributes {bactrian.num_stages = 1 : i64} {\n"
+        'module attributes {bactrian.num_stages = 1 : i64} {\nsdy.mesh @stage0 = <["data"=1]>\n'
         'func.func public @main(%x: tensor<4x4xf32> {bactrian.role = "batch"}, '
         f'%w: tensor<4x4xf32> {{bactrian.role = "state"}}) -> ({types}) {{\n'
         + "\n".join(lines)

@@ -41,7 +41,8 @@ def assign_randomly(module: ir.Module, num_stages: int, rng: random.Random) -> N
 def check(text: str, count: int, num_stages: int, schedule: str, rng: random.Random, donate: bool = True) -> ir.Module:
     """Stage a program and compare two steps of it with the captured one; returns the staged module."""
     header = f'bactrian.num_microbatches = {count} : i64, bactrian.schedule = "{schedule}"'
-    source = f"module attributes {{{header}, bactrian.num_stages = {num_stages} : i64}} {{\n{text}\n}}"
+    meshes = "\n".join(f'sdy.mesh @stage{stage} = <["data"=1]>' for stage in range(num_stages))
+    source = f"module attributes {{{header}, bactrian.num_stages = {num_stages} : i64}} {{\n{meshes}\n{text}\n}}"
     with make_context() as context:
         captured = ir.Module.parse(source, context)
         staged = ir.Module.parse(source, context)

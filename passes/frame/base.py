@@ -108,6 +108,7 @@ class Pass:
     name: ClassVar[str] = ""
     summary: ClassVar[str] = ""
     statistics: ClassVar[tuple[Statistic, ...]] = ()
+    ensures: ClassVar[tuple[str, ...]] = ()  # the contracts that hold after it, as `registry.CONTRACTS` calls them
 
     def apply(self, module: ir.Module, ctx: PassContext) -> None:
         """Rewrite ``module`` in place. Must leave it valid."""

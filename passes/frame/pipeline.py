@@ -124,6 +124,15 @@ class PipelineReport:
         return "\n".join(lines)
 
 
+_contracts_by_default = False
+
+
+def verify_contracts_by_default(on: bool = True) -> None:
+    """Verify contracts in every run of this process that does not say otherwise: for tests."""
+    global _contracts_by_default
+    _contracts_by_default = on
+
+
 def run_pipeline(
     module: ir.Module,
     pipeline: Pipeline,
@@ -136,6 +145,7 @@ def run_pipeline(
     reproducer_dir: str | None = None,
     report: PipelineReport | None = None,
     kept: Mapping[type, Any] | None = None,
+    verify_contracts: bool | None = None,
 ) -> PipelineReport:
     """Run passes on a module, in place, verified before the first and after each.
 
@@ -149,12 +159,14 @@ def run_pipeline(
         reproducer_dir: where a failing pass of ours leaves its reproducer; None for a temporary folder.
         report: filled while running, so that it can be read after an exception; made when not given.
         kept: analyses that hold for the module, as the report of an earlier run has them.
+        verify_contracts: after each pass, also what it ensures; None for what `verify_contracts_by_default` said.
 
     Raises:
         ProgramError, ConfigError, InfeasiblePlanError: what a pass says about the user's input.
-        PassError: a pass failed or left invalid IR; its text names the reproducer.
+        PassError: a pass failed or left invalid IR, or a contract does not hold after it; its text names the reproducer.
     """
-    runner = _Runner(module, resolve(pipeline), report or PipelineReport())
+    contracts = _contracts_by_default if verify_contracts is None else verify_contracts
+    runner = _Runner(module, resolve(pipeline), report or PipelineReport(), contracts)
     runner.report.kept = dict(kept or {})
     with module.context:
         manager = passmanager.PassManager(ANCHOR)
@@ -181,8 +193,11 @@ class _Runner:
     before each of them would cost every run what only a failing one needs.
     """
 
-    def __init__(self, module: ir.Module, steps: list[PassOrText], report: PipelineReport) -> None:
+    def __init__(
+        self, module: ir.Module, steps: list[PassOrText], report: PipelineReport, verify_contracts: bool = False
+    ) -> None:
         self.report = report
+        self._verify_contracts = verify_contracts
         self._module, self._steps = module, steps
         self._exception: BaseException | None = None
         self._last_started = 0
@@ -226,6 +241,8 @@ class _Runner:
                 with ir.Location.unknown():
                     step.apply(self._module, context)
                 context.fail_if_errors()
+                if self._verify_contracts:
+                    registry.load_contracts(step.ensures)(self._module)
             except BaseException as error:  # an exception must not unwind MLIR's frames
                 self._exception = error
                 if isinstance(error, BactrianError) and not any(d.severity == "error" for d in context.diagnostics):
@@ -262,7 +279,8 @@ class _Runner:
             path = reproducer.write(
                 before, pipeline_text(rest), f"{message}: {why}" if why else message, reproducer_dir
             )
-            command = f"bactrian-opt --run-reproducer {path}"
+            contracts = " --verify-contracts" if self._verify_contracts else ""
+            command = f"bactrian-opt --run-reproducer{contracts} {path}"
         return PassError(message, where=where, why=why, fix=fix, place=place, reproducer=command)
 
 

@@ -1,4 +1,4 @@
-"""Which pass or pipeline a name stands for. Nothing is imported before it is asked for."""
+"""Which pass, pipeline or contract a name stands for. Nothing is imported before it is asked for."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import difflib
 import functools
 import importlib
 import importlib.metadata
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
+
+from jaxlib.mlir import ir
 
 from bactrian.passes.frame.base import Pass
 from bactrian.passes.frame.errors import ConfigError
@@ -44,6 +46,25 @@ PIPELINES: dict[str, str] = {
         "shard_stages",
         "emit_stages",
         "prepare_function",
+    )
+}
+
+# What holds between passes: name -> "module:function" that verifies it, in the order of the pipeline.
+CONTRACTS: dict[str, str] = {
+    name: f"bactrian.passes.contracts.{name}:verify"
+    for name in (
+        "captured",
+        "flat",
+        "adopted",
+        "verified",
+        "phased",
+        "layered",
+        "assigned",
+        "localized",
+        "accumulated",
+        "sharded",
+        "split",
+        "scheduled",
     )
 }
 
@@ -104,8 +125,19 @@ def load(name: str) -> type[Pass]:
 
 def load_pipeline(name: str) -> Callable[..., tuple[Any, ...]]:
     """The function that gives the passes of a pipeline, a key of `PIPELINES`; its parameters are the options."""
-    module, _, function = PIPELINES[name].partition(":")
-    return getattr(importlib.import_module(module), function)
+    return _function(PIPELINES[name])
+
+
+def load_contracts(names: Iterable[str]) -> Callable[[ir.Module], None]:
+    """A function that raises `PassError` where one of some contracts, keys of `CONTRACTS`, does not hold for a module."""
+    verify = _function("bactrian.passes.contracts.module_view:verify_contracts")
+    contracts = {name: _function(CONTRACTS[name]) for name in names}
+    return lambda module: verify(module, contracts)
+
+
+def _function(target: str) -> Any:
+    module, _, name = target.partition(":")
+    return getattr(importlib.import_module(module), name)
 
 
 def nearest(name: str) -> list[str]:

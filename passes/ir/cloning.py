@@ -9,7 +9,6 @@ from jaxlib.mlir import ir
 from bactrian.passes.ir.attributes import (
     LAYER,
     PARTIAL,
-    STAGE,
     UPDATE,
     phase_of,
     required_stage,
