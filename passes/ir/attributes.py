@@ -139,7 +139,9 @@ def set_phase(op: ir.Operation, phase: str) -> None:
 
 
 def set_stage(op: ir.Operation, stage: int) -> None:
-    """Write ``bactrian.stage``."""
+    """Put an op on a stage. One that comes from another stage loses its layer, which is a part of that one."""
+    if LAYER in op.attributes and stage_of(op) not in (None, stage):
+        del op.attributes[LAYER]
     op.attributes[STAGE] = integer(stage)
 
 

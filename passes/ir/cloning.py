@@ -12,6 +12,7 @@ from bactrian.passes.ir.attributes import (
     UPDATE,
     phase_of,
     required_stage,
+    set_stage,
 )
 from bactrian.passes.ir.main_dataflow import MainDataflow
 from bactrian.passes.ir.op_traits import DATA_MOVEMENT, ELEMENTWISE, NEVER_CLONED
@@ -120,9 +121,9 @@ def stage_key(op: ir.Operation) -> Hashable:
 
 def copy_stage(clone: ir.Operation, reader: ir.Operation) -> None:
     """Put a clone on its reader's stage and layer."""
-    for name in (STAGE, LAYER):
-        if name in reader.attributes:
-            clone.attributes[name] = reader.attributes[name]
+    set_stage(clone, required_stage(reader))
+    if LAYER in reader.attributes:
+        clone.attributes[LAYER] = reader.attributes[LAYER]
 
 
 class StageRule:
