@@ -44,7 +44,7 @@ def train(state: Any, batch: jax.Array) -> Any:
 
 def module_after(name: str, num_stages: int = 2) -> ir.Module:
     """The step as a pass of the whole pipeline leaves it, on meshes of two devices."""
-    state, batch = (jnp.ones((8, 8)), jnp.ones((8, 8))), jnp.ones((4, 8))
+    state, batch = (jnp.ones((16, 8)), jnp.ones((8, 8))), jnp.ones((4, 16))
     module = bactrian.parallelize(train, num_microbatches=2).trace(state, batch).captured.module()
     steps = pipelines.stage_step(num_stages, mesh=MESH)
     last = next(i for i, step in enumerate(steps) if isinstance(step, Pass) and step.name == name)
@@ -157,6 +157,15 @@ def lower_the_last_layer(module: ir.Module) -> None:
     flow.ops[last].attributes["bactrian.layer"] = integer(0)
 
 
+def pin_elsewhere(module: ir.Module) -> None:
+    """Pins the first layer's weight to the last stage."""
+    main = main_function(module)
+    entries = argument_attributes(main)
+    entries[0]["bactrian.pinned_stages"] = ir.ArrayAttr.get([integer(1)])
+    main.attributes["arg_attrs"] = ir.ArrayAttr.get([ir.DictAttr.get(entry) for entry in entries])
+    module.operation.attributes["bactrian.num_stages"] = integer(2)
+
+
 def move_constant(module: ir.Module) -> None:
     """Puts a constant on another stage than its reader's."""
     flow = MainDataflow.of(main_function(module))
@@ -224,6 +233,7 @@ REFUSED: list[tuple[str, str, Breaks, str]] = [
     ("layered", "group-layers", set_attribute("bactrian.num_layers", None), "num_layers is None"),
     ("layered", "group-layers", set_attribute("bactrian.layer", "2 : i64", "stablehlo.tanh"), "from 0 to 1"),
     ("layered", "group-layers", lower_the_last_layer, "a forward value goes from layer 1 to layer 0"),
+    ("layered", "group-layers", pin_elsewhere, "layer 0 reads an argument that is pinned to stages 1"),
     ("assigned", "assign-stages", set_attribute("bactrian.num_stages", None), "num_stages is None"),
     ("assigned", "assign-stages", erase_mesh, "has no mesh"),
     ("assigned", "assign-stages", set_attribute("bactrian.stage", "2 : i64", "stablehlo.tanh"), "from 0 to 1"),
