@@ -168,8 +168,8 @@ def test_state_whose_next_value_cannot_be_told() -> None:
 
 
 def test_more_stages_than_layers() -> None:
-    error = refused(sgd, W, X, num_stages=5, error=ProgramError, message="into 5 layers")
-    assert "at most 2" in error.fix
+    error = refused(sgd, W, X, num_stages=5, error=ProgramError, message="5 stages need at least 5 layers")
+    assert error.fix == "num_stages <= 2"
 
 
 def test_state_used_again_after_a_step() -> None:

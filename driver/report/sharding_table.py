@@ -43,9 +43,7 @@ def sharding_grid(plan: ShardingPlan, stage: int | None) -> Table:
     grid.add_row("holds", f"{human_bytes(total)}{limit} per device: {held}")
     if plan.peak_bytes is not None:
         within = f", {human_bytes(plan.temporary_bytes)} of it copies and temporaries" if plan.temporary_bytes else ""
-        grid.add_row(
-            "peak", f"{human_bytes(plan.peak_bytes)} per device, as XLA for CPUs is predicted to run it{within}"
-        )
+        grid.add_row("peak", f"{human_bytes(plan.peak_bytes)} per device, predicted of XLA for CPUs{within}")
     return grid
 
 

@@ -39,5 +39,10 @@ def verify(view: ModuleView) -> None:
 
 
 def _is_moved_argument(flow: MainDataflow, index: int) -> bool:
-    """Whether an op is the one transfer of an argument to a stage, which all phases of the stage read (section 7a)."""
-    return flow.ops[index].name == "sdy.reshard" and flow.operands[index][0] < flow.num_arguments
+    """Whether an op is a reshard, or the last of several, of an argument, which all phases of a stage read (section 7a)."""
+    while flow.ops[index].name == "sdy.reshard":
+        source = flow.operands[index][0]
+        if source < flow.num_arguments:
+            return True
+        index = flow.producer[source]
+    return False

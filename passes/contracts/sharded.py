@@ -66,13 +66,13 @@ def _verify_signature(main: ir.Operation, checker: _Checker) -> None:
     for values, entries in ((list(body(main).arguments), arguments), (ends, results)):
         for value, entry in zip(values, entries, strict=True):
             if SHARDING not in entry:
-                if next(iter(value.uses), None) is None:
-                    continue  # an argument that nobody reads is on no stage
+                if isinstance(value.owner, ir.Block) and all(use.owner.name == "func.return" for use in value.uses):
+                    continue  # an argument that no op reads is on no stage, nor is a result that is one
                 raise error_at(PassError, value, f"an argument or a result of @main has no {SHARDING}")
             checker.check(entry[SHARDING], value)
     for value, entry, argument in zip(ends, results, result_updates(main), strict=True):
-        if argument is None:
-            continue
+        if argument is None or SHARDING not in arguments[argument] or SHARDING not in entry:
+            continue  # no op reads the argument
         before = arguments[argument][SHARDING]  # over the mesh of the first stage that reads it
         if mesh_name(entry[SHARDING]) == mesh_name(before) and entry[SHARDING] != before:
             raise error_at(
