@@ -24,6 +24,7 @@ ORDER = {
         ["plan", "schedules"],
         ["ir"],
         ["stages"],
+        ["spmd"],
         ["sharding"],
         ["peak"],
         ["contracts", *(target.partition(":")[0].rpartition(".")[2] for target in registry.PASSES.values())],

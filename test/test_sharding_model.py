@@ -17,8 +17,6 @@ from bactrian.passes.ir.meshes import sharding_attribute
 from bactrian.passes.machine.mesh import Axis, Mesh
 from bactrian.passes.machine.spec import Spec, parse_axes
 from bactrian.passes.network.solver import solve
-from bactrian.passes.sharding.halo import Halo
-from bactrian.passes.sharding.reshard_paths import ReshardStep, ReshardTable, all_specs
 from bactrian.passes.sharding.sharding_model import (
     ShardedOp,
     ShardingModel,
@@ -27,8 +25,10 @@ from bactrian.passes.sharding.sharding_model import (
     Tensor,
     seconds_of,
 )
-from bactrian.passes.sharding.sharding_rules import Rule, elementwise, replicated_rule
 from bactrian.passes.sharding.strategies import strategies
+from bactrian.passes.spmd.halo import Halo
+from bactrian.passes.spmd.reshard_paths import ReshardStep, ReshardTable, all_specs
+from bactrian.passes.spmd.sharding_rules import Rule, elementwise, replicated_rule
 
 TWO = Mesh((Axis("x", 2, 1e-6, 1e-9), Axis("y", 4, 2e-6, 1e-10)))
 EQUAL = Mesh((Axis("x", 2, 1e-6, 1e-9), Axis("y", 2, 2e-6, 1e-10)))

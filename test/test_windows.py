@@ -18,10 +18,10 @@ from test_known_plans import f32, plan
 
 import bactrian
 from bactrian.passes.machine.spec import Spec
-from bactrian.passes.sharding.halo import Halo, halo_sends
 from bactrian.passes.sharding.sharding_model import ShardingModel
 from bactrian.passes.sharding.strategies import Strategy
 from bactrian.passes.sharding.work_from_ir import Reading
+from bactrian.passes.spmd.halo import Halo, halo_sends
 
 GRID = (("x", 2), ("y", 4))
 IMAGE = ("NHWC", "HWIO", "NHWC")

@@ -22,7 +22,7 @@ from bactrian.passes.frame.errors import ConfigError
 from bactrian.passes.frame.location import name_stack, user_location
 from bactrian.passes.ir.regions import main_function, nested_operations
 from bactrian.passes.sharding.collective_bytes import Collective, count_collectives
-from bactrian.passes.sharding.halo import HALO
+from bactrian.passes.spmd.halo import HALO
 
 if TYPE_CHECKING:
     from bactrian.driver.planning.staged_plan import StagedPlan

@@ -11,8 +11,8 @@ from bactrian.passes.ir.meshes import spec_of, spec_or_replicated
 from bactrian.passes.ir.tensor_sizes import type_bytes
 from bactrian.passes.machine.spec import Spec
 from bactrian.passes.peak.value_graph import Graph, Kind
-from bactrian.passes.sharding.halo_rules import halos_of
 from bactrian.passes.sharding.scattered_sums import ScatteredSum
+from bactrian.passes.spmd.halo_rules import halos_of
 
 
 class CollectiveNodes:

@@ -10,8 +10,8 @@ from bactrian.passes.frame.errors import ConfigError
 from bactrian.passes.ir.attributes import BACKWARD, FORWARD, UPDATE
 from bactrian.passes.machine.mesh import Mesh
 from bactrian.passes.machine.spec import Spec
-from bactrian.passes.sharding.sharding_rules import Dims
 from bactrian.passes.sharding.work_from_ir import Reading
+from bactrian.passes.spmd.sharding_rules import Dims
 
 AUTO = "auto"
 BASELINES = ("data", "zero1", "zero2", "zero3", "megatron")

@@ -16,9 +16,9 @@ from bactrian.passes.ir.attributes import PLACEMENT
 from bactrian.passes.ir.op_costs import tensor_size
 from bactrian.passes.ir.regions import body, main_function
 from bactrian.passes.ir.tensor_sizes import value_shape
-from bactrian.passes.sharding.halo import HALO, Halo, halo_sends
-from bactrian.passes.sharding.halo_rules import RULE, halos_of, non_overlapping_dims, windowed_dims
 from bactrian.passes.sharding.loop_dataflow import WHILE, assumed_trip_count
+from bactrian.passes.spmd.halo import HALO, Halo, halo_sends
+from bactrian.passes.spmd.halo_rules import RULE, halos_of, non_overlapping_dims, windowed_dims
 
 _EXPLICIT = (
     "builtin.module(func.func(sdy-insert-explicit-reshards{enable-full-version=true},sdy-reshard-to-collectives),"

@@ -10,9 +10,9 @@ import numpy as np
 from bactrian.passes.ir.attributes import BACKWARD, FORWARD, UPDATE
 from bactrian.passes.machine.spec import Spec
 from bactrian.passes.sharding.baselines import Roles
-from bactrian.passes.sharding.halo import HALO
 from bactrian.passes.sharding.sharding_model import ShardingModel, Shardings
 from bactrian.passes.sharding.work_from_ir import Reading
+from bactrian.passes.spmd.halo import HALO
 
 _OF_PHASE = {FORWARD: "activations", BACKWARD: "gradients", UPDATE: "update"}
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from jaxlib.mlir import ir
 
 from bactrian.passes.ir.attributes import ACCUMULATE, UPDATE
+from bactrian.passes.ir.constants import splat_of
 from bactrian.passes.ir.main_dataflow import MainDataflow
 from bactrian.passes.sharding.strategies import Defers
 
@@ -94,17 +95,6 @@ class _Finder:
     def _is_zero(self, value: int) -> bool:
         constant = splat_of(self._flow.values[self._value_of[value]])
         return constant is not None and ir.FloatAttr(constant).value == 0.0
-
-
-def splat_of(value: ir.Value) -> ir.Attribute | None:
-    """The one number that all elements of a constant are, if it is one; spread over more dims or not."""
-    owner = value.owner
-    while not isinstance(owner, ir.Block) and owner.operation.name == "stablehlo.broadcast_in_dim":
-        owner = owner.operation.operands[0].owner
-    if isinstance(owner, ir.Block) or owner.operation.name != "stablehlo.constant":
-        return None
-    elements = ir.DenseElementsAttr(owner.operation.attributes["value"])
-    return elements.get_splat_value() if elements.is_splat else None
 
 
 def _is_float(op: ir.Operation) -> bool:

@@ -31,14 +31,14 @@ from bactrian.passes.sharding.fusion_costs import (
     read_from_memory,
     repack_seconds,
 )
-from bactrian.passes.sharding.halo_rules import RULE, PaddingValues, with_halos
 from bactrian.passes.sharding.loop_dataflow import CARRY, INSIDE, OP, LoopFlow
 from bactrian.passes.sharding.sharding_model import ShardedOp
-from bactrian.passes.sharding.sharding_rules import Dims, Rule, elementwise, replicated_rule
 from bactrian.passes.sharding.strategies import Defers
 from bactrian.passes.sharding.user_shardings import (
     given_specs,
 )
+from bactrian.passes.spmd.halo_rules import RULE, PaddingValues, with_halos
+from bactrian.passes.spmd.sharding_rules import Dims, Rule, elementwise, replicated_rule
 
 
 @dataclass(frozen=True)

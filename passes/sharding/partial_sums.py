@@ -15,10 +15,10 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import sdy, stablehlo
 
 from bactrian.passes.ir.builders import splat
+from bactrian.passes.ir.constants import splat_of
 from bactrian.passes.ir.regions import set_operand
 from bactrian.passes.machine.mesh import Mesh
 from bactrian.passes.machine.spec import Spec
-from bactrian.passes.sharding.deferred_reductions import splat_of
 from bactrian.passes.sharding.strategies import Strategy
 
 Annotation = Callable[[Spec], ir.Attribute]

@@ -7,9 +7,9 @@ from dataclasses import replace
 
 from bactrian.passes.machine.spec import Spec
 from bactrian.passes.network.solver import Solution
-from bactrian.passes.sharding.reshard_paths import ReshardTable
 from bactrian.passes.sharding.sharding_model import ShardingModel
 from bactrian.passes.sharding.strategies import Strategy
+from bactrian.passes.spmd.reshard_paths import ReshardTable
 
 _EPSILON = 1e-12  # of a time: two that differ by less are equal
 _Result = tuple[ReshardTable, list[Spec]]  # of a value, and the specs with which it is read

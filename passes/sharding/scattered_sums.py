@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import stablehlo
 
+from bactrian.passes.ir.constants import splat_of
 from bactrian.passes.ir.meshes import spec_of, spec_or_replicated, value_shardings
 from bactrian.passes.ir.regions import body, nested_operations
 from bactrian.passes.ir.tensor_sizes import type_bytes
 from bactrian.passes.machine.spec import Spec
-from bactrian.passes.sharding.deferred_reductions import splat_of
 
 _SMALL_BYTES = 1 << 18  # on a device: for larger ones the latency of a collective is less than the copies into a bundle
 _BUNDLE_BYTES = 1 << 22

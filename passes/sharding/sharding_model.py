@@ -13,9 +13,9 @@ from bactrian.passes.machine.mesh import Mesh
 from bactrian.passes.machine.spec import Spec
 from bactrian.passes.network.problem import CostNetwork
 from bactrian.passes.sharding.network_nodes import NetworkNodes
-from bactrian.passes.sharding.reshard_paths import ReshardTable, local_bytes, reshard_table
-from bactrian.passes.sharding.sharding_rules import Rule
 from bactrian.passes.sharding.strategies import Defers, Strategy, strategies
+from bactrian.passes.spmd.reshard_paths import ReshardTable, local_bytes, reshard_table
+from bactrian.passes.spmd.sharding_rules import Rule
 
 _Matrix = np.ndarray[Any, Any]
 

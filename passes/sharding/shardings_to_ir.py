@@ -20,15 +20,15 @@ from bactrian.passes.ir.attributes import (
 from bactrian.passes.ir.meshes import SHARDING, sharding_attribute
 from bactrian.passes.ir.regions import body, nested_operations, set_operand, terminator, top_level
 from bactrian.passes.machine.spec import Spec
-from bactrian.passes.sharding.halo import HALO
 from bactrian.passes.sharding.loop_dataflow import CARRY, CONDITION, INSIDE, Loop, condition_ops
 from bactrian.passes.sharding.operations_from_ir import FlowOp
 from bactrian.passes.sharding.partial_sums import PartialSums, stacked
-from bactrian.passes.sharding.reshard_paths import ReshardStep
 from bactrian.passes.sharding.sharding_model import ShardingModel, Shardings
 from bactrian.passes.sharding.strategies import Strategy, strategies
 from bactrian.passes.sharding.user_shardings import CONSTRAINT
 from bactrian.passes.sharding.work_from_ir import Reading, drop_rules, first_arguments
+from bactrian.passes.spmd.halo import HALO
+from bactrian.passes.spmd.reshard_paths import ReshardStep
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from functools import lru_cache
 
 from bactrian.passes.machine.mesh import Mesh
 from bactrian.passes.machine.spec import Spec
-from bactrian.passes.sharding.halo import Halo, halo_sends
-from bactrian.passes.sharding.reshard_paths import Reduction, all_reduced, local_bytes, scatters_over
-from bactrian.passes.sharding.sharding_rules import Dims, Rule
+from bactrian.passes.spmd.halo import Halo, halo_sends
+from bactrian.passes.spmd.reshard_paths import Reduction, all_reduced, local_bytes, scatters_over
+from bactrian.passes.spmd.sharding_rules import Dims, Rule
 
 
 class Defers(enum.Enum):

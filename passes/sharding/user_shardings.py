@@ -14,7 +14,7 @@ from bactrian.passes.ir.regions import terminator
 from bactrian.passes.ir.tensor_sizes import value_shape
 from bactrian.passes.machine.mesh import Mesh
 from bactrian.passes.machine.spec import Spec
-from bactrian.passes.sharding.reshard_paths import all_specs
+from bactrian.passes.spmd.reshard_paths import all_specs
 
 CONSTRAINT = "sdy.sharding_constraint"
 

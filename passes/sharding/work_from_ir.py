@@ -23,7 +23,6 @@ from bactrian.passes.ir.tensor_sizes import value_shape
 from bactrian.passes.machine.cluster import Cluster
 from bactrian.passes.machine.mesh import Mesh
 from bactrian.passes.machine.spec import Spec
-from bactrian.passes.sharding.halo_rules import RULE
 from bactrian.passes.sharding.loop_dataflow import END, OP, LoopFlow
 from bactrian.passes.sharding.operations_from_ir import FlowOp, OperationReader, forwards
 from bactrian.passes.sharding.sharding_model import ShardingProblem, Tensor
@@ -32,6 +31,7 @@ from bactrian.passes.sharding.user_shardings import (
     fixed_arguments,
     refuse_result_shardings,
 )
+from bactrian.passes.spmd.halo_rules import RULE
 
 _WITHOUT_RULE = frozenset(
     f"stablehlo.{name}" for name in ("constant", "iota", "custom_call", "while", "case", "if", "optimization_barrier")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from bactrian.passes.sharding.halo import Halo
+from bactrian.passes.spmd.halo import Halo
 
 Dims = tuple[tuple[int, ...], ...]
 """For each dim of a tensor the factors that it is made of, the major one first."""

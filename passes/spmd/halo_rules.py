@@ -9,11 +9,11 @@ from dataclasses import replace
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import stablehlo
 
+from bactrian.passes.ir.constants import splat_of
 from bactrian.passes.ir.op_costs import element_bytes
 from bactrian.passes.ir.tensor_sizes import value_shape
-from bactrian.passes.sharding.deferred_reductions import splat_of
-from bactrian.passes.sharding.halo import Halo
-from bactrian.passes.sharding.sharding_rules import Rule
+from bactrian.passes.spmd.halo import Halo
+from bactrian.passes.spmd.sharding_rules import Rule
 
 RULE = "sdy.sharding_rule"
 _ROW_BY_ROW = frozenset(f"stablehlo.{name}" for name in ("reduce_window", "select_and_scatter", "pad", "slice"))
