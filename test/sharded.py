@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jaxlib.mlir import ir
 
-from bactrian.driver.xla.compile_stage import compile_functions, constrain, signature_shardings
+from bactrian.driver.xla.compile_stage import compile_functions, signature_shardings
 from bactrian.passes import pipelines
 from bactrian.passes.frame.context import make_context
 from bactrian.passes.frame.pipeline import run_pipeline
@@ -22,6 +22,8 @@ from bactrian.passes.sharding.loop_dataflow import capture_unchanged
 from bactrian.passes.sharding.sharding_model import ShardingModel
 from bactrian.passes.sharding.shardings_to_ir import Writer, write_stages
 from bactrian.passes.sharding.work_from_ir import Reading, read_program
+from bactrian.passes.spmd.function_partitioner import partition_function
+from bactrian.passes.spmd.op_rules import annotate_rules
 
 
 def lowered(function: Callable[..., Any], arguments: Sequence[Any], axes: MeshAxes) -> ir.Module:
@@ -71,7 +73,8 @@ def text_for_xla(module: ir.Module, axes: MeshAxes) -> str:
                 for result, operand in zip(list(op.results), list(op.operands), strict=True):
                     result.replace_all_uses_with(operand)
                 op.erase()
-        constrain(main, axes, "cpu")
+        annotate_rules(clone)
+        partition_function(main, "stage0", axes)
         count = int(np.prod([size for _, size in axes]))
         number = ir.IntegerAttr.get(ir.IntegerType.get_signless(32), count)
         clone.operation.attributes["mhlo.num_partitions"] = number

@@ -21,13 +21,14 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import sdy
 
 from bactrian.driver.planning.extract import numpy_dtype
-from bactrian.driver.xla.loop_captures import carry_captured
-from bactrian.driver.xla.written_reduce_scatters import write_reduce_scatters
+from bactrian.driver.xla.replicated_program import replicate
 from bactrian.passes.frame.location import name_stack
 from bactrian.passes.ir.attributes import argument_attributes
-from bactrian.passes.ir.meshes import SHARDING, mesh_attribute, mesh_axes, spec_of, value_shardings
+from bactrian.passes.ir.meshes import SHARDING, mesh_attribute, mesh_axes, spec_of
 from bactrian.passes.ir.regions import main_function, nested_operations
 from bactrian.passes.machine.spec import MeshAxes, Spec, num_devices
+from bactrian.passes.spmd.function_partitioner import partition_function
+from bactrian.passes.spmd.op_rules import annotate_rules
 from bactrian.runtime.transports.interface import device_array as plain_device_array
 
 JaxDevice = Any  # jax.Device, which its own stubs declare as a variable
@@ -77,8 +78,8 @@ def _standalone(op: ir.Operation, symbol: str, mesh: str, axes: MeshAxes, platfo
                 sdy.MeshOp(mesh, mesh_attribute(axes))
     module.body.append(clone)
     if partitions > 1 and platform is not None:
-        with op.location:
-            constrain(clone, axes, platform)
+        annotate_rules(module)
+        partition_function(clone, mesh, axes)
     root = module.operation
     # JAX's cache of compiled functions sees the module's name, but no name stacks.
     suffix = "_numbered" if numbered else ""
@@ -94,54 +95,6 @@ def _number(main: ir.Operation) -> None:
         op.location = ir.Location.name(f"op.{number}/{name_stack(op.location)}", op.location)
 
 
-def constrain(main: ir.Operation, axes: MeshAxes, platform: str) -> None:
-    """Write shardings as XLA's import reads them.
-
-    ``sdy.reshard`` becomes ``sdy.sharding_constraint``. Shardy reads a constraint as the wish of all: it gives its sharding
-    to the op that makes its operand, whatever that has, and lets every later reader of the operand read what the
-    constraint makes. So a value that goes on to another sharding is constrained to its own one first, where it is made, and
-    everything reads that: of a value with several readers Shardy leaves each with what it reads. Loops carry what they
-    read from outside: XLA makes operands of it, and then misses their shardings in the list.
-
-    On CPUs, where XLA makes no reduce-scatters, sums that are scattered become what each device does. Elsewhere it makes
-    one of each all-reduce and its slice, which it can first combine with others and move out of loops.
-
-    Args:
-        main: with its moves.
-        axes: of its mesh.
-        platform: whose XLA reads it.
-    """
-    if platform == "cpu":
-        write_reduce_scatters(main, axes)
-    operations = nested_operations(main)
-    moves = [op for op in operations if op.name == "sdy.reshard"]
-    sources = list(dict.fromkeys(move.operands[0] for move in moves if not _is_move(move.operands[0].owner)))
-    for source, sharding in zip(sources, value_shardings(main, sources), strict=True):
-        if sharding is not None:
-            owner = source.owner
-            maker = None if isinstance(owner, ir.Block) else owner.operation
-            with ir.InsertionPoint.at_block_begin(owner) if maker is None else ir.InsertionPoint.after(maker):
-                own = _constraint(source, sharding, maker or main)
-            source.replace_all_uses_except(own, ir.OpResult(own).owner.operation)
-    for move in moves:
-        with ir.InsertionPoint(move):
-            made = _constraint(move.operands[0], move.attributes["sharding"], move)
-        move.results[0].replace_all_uses_with(made)
-        move.erase()
-    carry_captured(main)
-
-
-def _is_move(owner: ir.Block | ir.Operation) -> bool:
-    return not isinstance(owner, ir.Block) and owner.operation.name == "sdy.reshard"
-
-
-def _constraint(value: ir.Value, sharding: ir.Attribute, place: ir.Operation) -> ir.Value:
-    attributes = {"sharding": sharding}
-    return ir.Operation.create(
-        "sdy.sharding_constraint", [value.type], [value], attributes, loc=place.location
-    ).results[0]
-
-
 def compile_function(text: str, devices: Sequence[JaxDevice]) -> Any:
     """Compile one stage function; returns the loaded executable.
 
@@ -151,16 +104,15 @@ def compile_function(text: str, devices: Sequence[JaxDevice]) -> Any:
     """
     client = devices[0].client
     options = compiler.get_compile_options(
-        num_replicas=1,
-        num_partitions=len(devices),
-        device_assignment=np.array([[device.id for device in devices]]),
+        num_replicas=len(devices),
+        num_partitions=1,
+        device_assignment=np.array([[device.id] for device in devices]),
         backend=client,
     )
-    if len(devices) > 1:
-        options.executable_build_options.use_spmd_partitioning = True
-        options.executable_build_options.use_shardy_partitioner = True
     with jax_mlir.make_ir_context():
         module = ir.Module.parse(text)
+        if len(devices) > 1:
+            replicate(module)
         return compiler.compile_or_get_cached(
             client, module, np.array(devices), options, [], xla_client.DeviceList(tuple(devices))
         )

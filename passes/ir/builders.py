@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from jaxlib.mlir import ir
@@ -21,6 +22,26 @@ def splat(type_: ir.Type, value: int, attributes: Attributes | None = None) -> i
     number = ir.FloatAttr.get(element, float(value)) if is_float else ir.IntegerAttr.get(element, value)
     elements: ir.Attribute = ir.DenseElementsAttr.get_splat(tensor, number)
     return _one("stablehlo.constant", tensor, [], {"value": elements, **(attributes or {})})
+
+
+def identity_of(fold: str, type_: ir.Type) -> ir.Value:
+    """A constant that changes nothing when ``fold``, an op of two operands, takes it."""
+    element = ir.RankedTensorType(type_).element_type
+    if fold in ("stablehlo.add", "stablehlo.or", "stablehlo.xor"):
+        return splat(type_, 0)
+    if fold == "stablehlo.multiply":
+        return splat(type_, 1)
+    if isinstance(element, ir.FloatType):
+        limit: ir.Attribute = ir.FloatAttr.get(element, -math.inf if fold == "stablehlo.maximum" else math.inf)
+    else:
+        bits, is_signed = (
+            ir.IntegerType(element).width,
+            not ir.IntegerType(element).is_unsigned and str(element) != "i1",
+        )
+        low, high = (-(1 << bits - 1), (1 << bits - 1) - 1) if is_signed else (0, (1 << bits) - 1)
+        limit = ir.IntegerAttr.get(element, {"stablehlo.maximum": low, "stablehlo.minimum": high}.get(fold, -1))
+    elements: ir.Attribute = ir.DenseElementsAttr.get_splat(ir.RankedTensorType(type_), limit)
+    return _one("stablehlo.constant", type_, [], {"value": elements})
 
 
 def scalar_i32() -> ir.Type:

@@ -18,7 +18,8 @@ from bactrian.passes.ir.regions import body, main_function
 from bactrian.passes.ir.tensor_sizes import value_shape
 from bactrian.passes.sharding.loop_dataflow import WHILE, assumed_trip_count
 from bactrian.passes.spmd.halo import HALO, Halo, halo_sends
-from bactrian.passes.spmd.halo_rules import RULE, halos_of, non_overlapping_dims, windowed_dims
+from bactrian.passes.spmd.halo_rules import halos_of, non_overlapping_dims, windowed_dims
+from bactrian.passes.spmd.op_rules import RULE
 
 _EXPLICIT = (
     "builtin.module(func.func(sdy-insert-explicit-reshards{enable-full-version=true},sdy-reshard-to-collectives),"

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import sdy
 
 from bactrian.passes.ir.attributes import (
     ACCUMULATE,
@@ -25,7 +23,6 @@ from bactrian.passes.machine.cluster import Cluster
 from bactrian.passes.machine.mesh import Mesh
 from bactrian.passes.sharding.deferred_reductions import deferred_sums
 from bactrian.passes.sharding.fusion_costs import (
-    DYNAMIC_UPDATE_SLICE,
     is_separate,
     op_seconds,
     read_from_memory,
@@ -37,8 +34,8 @@ from bactrian.passes.sharding.strategies import Defers
 from bactrian.passes.sharding.user_shardings import (
     given_specs,
 )
-from bactrian.passes.spmd.halo_rules import RULE, PaddingValues, with_halos
-from bactrian.passes.spmd.sharding_rules import Dims, Rule, elementwise, replicated_rule
+from bactrian.passes.spmd.op_rules import rule_of
+from bactrian.passes.spmd.sharding_rules import Rule, elementwise, replicated_rule
 
 
 @dataclass(frozen=True)
@@ -72,7 +69,7 @@ class OperationReader:
     ) -> None:
         self._flow, self._mesh, self._cluster = flow, mesh, cluster
         self._num_microbatches, self._remark, self._in_flight = num_microbatches, remark, in_flight
-        self._model, self._padding_values = CostModel(), PaddingValues(flow.ops)
+        self._model = CostModel()
         self._free = [False] * len(flow.values)
         self._kept = [True] * len(flow.values)  # takes memory: all but what is made here, and fused
         self.value_of = list(range(len(flow.values)))
@@ -131,11 +128,7 @@ class OperationReader:
         )
         for value in results:
             self._free[value] = is_free
-        rule = elementwise(value_shape(op.results[0]), 1) if given else _rule_of(op, self._flow, index)
-        if rule is not None and rule.halos:
-            rule = self._padding_values.agreed(op, rule)
-        if rule is None and _is_source(op):  # every device makes its own shard
-            rule = elementwise(value_shape(op.results[0]), 0)
+        rule = elementwise(value_shape(op.results[0]), 1) if given else rule_of(op)
         if rule is None:
             shapes = [tuple(value_shape(self._flow.values[value]) for value in each) for each in (read, results)]
             if not is_free and any(shapes[0] + shapes[1]):
@@ -184,40 +177,3 @@ def _distinct(values: tuple[int, ...], num_operands: int) -> tuple[int, ...]:
 
 def _is_source(op: ir.Operation) -> bool:
     return op.name in ("stablehlo.constant", "stablehlo.iota") or custom_call_target(op) == MICROBATCH_INDEX
-
-
-def _rule_of(op: ir.Operation, flow: LoopFlow, index: int) -> Rule | None:
-    if RULE not in op.attributes:
-        return None
-    rule = sdy.OpShardingRuleAttr(op.attributes[RULE])
-
-    def dims(mapping: ir.Attribute) -> Dims:
-        tensor = sdy.TensorMappingAttr(mapping)
-        return tuple(tuple(sdy.DimMappingAttr(dim).factor_indices) for dim in tensor.dim_mappings)
-
-    sizes = tuple(rule.factor_sizes)
-    operands = tuple(dims(mapping) for mapping in rule.operand_mappings)
-    results = tuple(dims(mapping) for mapping in rule.result_mappings)
-    shapes = [value_shape(flow.values[v]) for v in flow.operands[index]][: len(operands)]
-    shapes += [value_shape(flow.values[v]) for v in flow.results[index]]
-    # A dim may be smaller than its factors (the result of a slice): equal shards of one are none of the other.
-    uneven = {
-        factor
-        for tensor, shape in zip((*operands, *results), shapes, strict=True)
-        for dim, size in zip(tensor, shape, strict=True)
-        if math.prod(sizes[factor] for factor in dim) != size
-        for factor in dim
-    }
-    if op.name == DYNAMIC_UPDATE_SLICE and not is_separate(flow, index):
-        # XLA finds the device of a part of one, for wider ones it gathers everything, in every turn.
-        whole_and_part = zip(operands[0], *shapes[:2], strict=True)
-        uneven |= {factor for dim, size, part in whole_and_part if part not in (1, size) for factor in dim}
-    made = Rule(
-        sizes=sizes,
-        operands=operands,
-        results=results,
-        reduction=frozenset(rule.reduction_factors),
-        replicated=frozenset(rule.need_replication_factors) | uneven,
-        permuted=frozenset(rule.permutation_factors),
-    )
-    return with_halos(op, made, shapes)

@@ -17,18 +17,18 @@ from bactrian.passes.ir.attributes import (
     result_attributes,
     result_updates,
 )
+from bactrian.passes.ir.constants import splat_of
 from bactrian.passes.ir.meshes import SHARDING, sharding_attribute
 from bactrian.passes.ir.regions import body, nested_operations, set_operand, terminator, top_level
 from bactrian.passes.machine.spec import Spec
 from bactrian.passes.sharding.loop_dataflow import CARRY, CONDITION, INSIDE, Loop, condition_ops
 from bactrian.passes.sharding.operations_from_ir import FlowOp
-from bactrian.passes.sharding.partial_sums import PartialSums, stacked
 from bactrian.passes.sharding.sharding_model import ShardingModel, Shardings
 from bactrian.passes.sharding.strategies import Strategy, strategies
 from bactrian.passes.sharding.user_shardings import CONSTRAINT
-from bactrian.passes.sharding.work_from_ir import Reading, drop_rules, first_arguments
+from bactrian.passes.sharding.work_from_ir import Reading, first_arguments
 from bactrian.passes.spmd.halo import HALO
-from bactrian.passes.spmd.reshard_paths import ReshardStep
+from bactrian.passes.spmd.op_rules import drop_rules
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,6 @@ class Writer:
         self.sent_in_step: dict[str, float] = {}
         self._chosen = self._free_ones_chosen(shardings)
         self._arguments = shardings.arguments
-        self._partial = PartialSums(self.mesh, self._attribute, _place_of)
         self._home: dict[int, Spec] = {}  # of values: the spec that they have for all readers
         self._scattered: Mapping[int, ir.Value] = {}
         # What other stages have made, as this one has it: by value, and whether it is received below the boundary.
@@ -145,8 +144,6 @@ class Writer:
                 op.attributes["sharding"] = self._attribute(strategy.results[0])
                 self._home[flow.results[index][0]] = strategy.results[0]
                 continue
-            if any(spec.unreduced for spec in strategy.results):
-                self._partial.rewrite(op, strategy)
             self._annotate(op, strategy.partial)
             for exchange in strategy.exchanges:
                 self._count(HALO, exchange.nbytes, flow.iterations[index], entry.op.runs_per_step)
@@ -205,7 +202,6 @@ class Writer:
                 continue
             set_operand(op, position, self._at_home(number))
             specs.append(self._home.get(value, Spec.replicated(len(problem.values[value].shape))))
-            self._partial.follow(op.results[position], specs[-1])
         if len(specs) == len(op.results) and (self.stage is None or flow.stages[index] is not None):
             self._annotate(op, specs)
 
@@ -277,7 +273,7 @@ class Writer:
         return chosen[::-1]
 
     def _attribute(self, spec: Spec) -> ir.Attribute:
-        return sharding_attribute(stacked(spec), self.mesh_name)
+        return sharding_attribute(spec, self.mesh_name)
 
     def _annotate(self, op: ir.Operation, specs: Sequence[Spec]) -> None:
         attributes = [self._attribute(spec) for spec in specs]
@@ -311,23 +307,30 @@ class Writer:
                 key = number, function, step.target
                 if key not in self._copies:
                     self._count(step.kind, step.nbytes, iterations, per_step)
-                    self._copies[key] = self._resharded(current, home, step, place)
+                    self._copies[key] = self._reshard(current, step.target, place)
                 current, home = self._copies[key], step.target
         return current
 
-    def _resharded(self, value: ir.Value, spec: Spec, step: ReshardStep, place: ir.Operation) -> ir.Value:
-        """A value after a step. Partial sums are added up, and with a scatter each device keeps its shard."""
-        if not spec.unreduced:
-            return self._reshard(value, step.target, place)
-        total = self._partial.add_up(value, spec, place)
-        return total if step.target.dims == spec.dims else self._reshard(total, step.target, place)
-
     def _unreduced_constant(self, number: int, spec: Spec) -> ir.Value | None:
-        """What an op on partial sums reads of a constant; None of all other values."""
+        """What an op on partial sums reads of a constant; None of all other values.
+
+        A zero is the partial sum of every device. What partial sums are multiplied with or divided by is the same on all.
+        """
         value = self.reading.value_of[number]
         if self.reading.problem.values[value].partial or not spec.unreduced:
             return None
-        return self._partial.constant(self.reading.flow.values[value], spec)
+        constant = self.reading.flow.values[value]
+        element = splat_of(constant)
+        assert element is not None  # `deferred_sums` looked
+        maker = ir.OpResult(constant).owner.operation
+        elements: ir.Attribute = ir.DenseElementsAttr.get_splat(constant.type, element)
+        with ir.InsertionPoint.after(maker), maker.location:
+            made = ir.Operation.create(
+                "stablehlo.constant", results=[constant.type], attributes={"value": elements, **_place_of(maker)}
+            )
+        is_zero = isinstance(element, ir.FloatAttr | ir.IntegerAttr) and element.value == 0
+        self._annotate(made, [spec if is_zero else Spec(spec.dims)])
+        return made.results[0]
 
     def _count(self, kind: str, nbytes: float, iterations: int, per_step: float) -> None:
         if nbytes:

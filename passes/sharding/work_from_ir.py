@@ -18,7 +18,6 @@ from bactrian.passes.ir.attributes import (
     result_updates,
 )
 from bactrian.passes.ir.op_costs import trip_count
-from bactrian.passes.ir.regions import nested_operations
 from bactrian.passes.ir.tensor_sizes import value_shape
 from bactrian.passes.machine.cluster import Cluster
 from bactrian.passes.machine.mesh import Mesh
@@ -31,7 +30,7 @@ from bactrian.passes.sharding.user_shardings import (
     fixed_arguments,
     refuse_result_shardings,
 )
-from bactrian.passes.spmd.halo_rules import RULE
+from bactrian.passes.spmd.op_rules import RULE
 
 _WITHOUT_RULE = frozenset(
     f"stablehlo.{name}" for name in ("constant", "iota", "custom_call", "while", "case", "if", "optimization_barrier")
@@ -271,13 +270,6 @@ def first_arguments(readings: Iterable[Reading]) -> list[frozenset[int]]:
         found.append(arguments - claimed)
         claimed |= arguments
     return found
-
-
-def drop_rules(main: ir.Operation) -> None:
-    """Take the rules off all ops: nothing after the choice reads them."""
-    for op in nested_operations(main):
-        if RULE in op.attributes:
-            del op.attributes[RULE]
 
 
 def _batch_arguments(main: ir.Operation) -> list[int]:

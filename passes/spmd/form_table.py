@@ -1,0 +1,48 @@
+"""Which op has which form: the one table of what a device can do on shards. Every op that is not here is done whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from jaxlib.mlir import ir
+
+from bactrian.passes.ir.op_traits import ELEMENTWISE
+from bactrian.passes.spmd.forms.elementwise import same_op
+from bactrian.passes.spmd.forms.products import product
+from bactrian.passes.spmd.forms.reductions import reduction
+from bactrian.passes.spmd.forms.sources import constant, iota
+from bactrian.passes.spmd.local_op import LocalOp
+from bactrian.passes.spmd.sharding_rules import Rule
+
+
+def _as_it_is(op: ir.Operation, rule: Rule) -> Rule:
+    return rule
+
+
+@dataclass(frozen=True)
+class Form:
+    """How an op is done on shards.
+
+    Attributes:
+        write: writes the op for one device; returns its results.
+        narrow: of Shardy's rule for an op what `write` can do: factors that it can't shard are replicated. Dims with windows
+            get their halos here.
+    """
+
+    write: Callable[[LocalOp], Sequence[ir.Value]]
+    narrow: Callable[[ir.Operation, Rule], Rule] = _as_it_is
+
+
+def _named(names: str, form: Form) -> dict[str, Form]:
+    return {f"stablehlo.{name}": form for name in names.split()}
+
+
+FORMS: dict[str, Form] = {
+    **dict.fromkeys(ELEMENTWISE, Form(same_op)),
+    **_named("bitcast_convert broadcast_in_dim map reduce_precision reshape transpose", Form(same_op)),
+    **_named("constant", Form(constant)),
+    **_named("dot_general", Form(product)),
+    **_named("iota", Form(iota)),
+    **_named("reduce", Form(reduction)),
+}

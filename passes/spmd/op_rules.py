@@ -1,0 +1,77 @@
+"""The sharding rule of an op: Shardy's, less what no form can do."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import sdy
+from jaxlib.mlir.passmanager import PassManager
+
+from bactrian.passes.ir.regions import nested_operations
+from bactrian.passes.ir.tensor_sizes import value_shape
+from bactrian.passes.spmd.form_table import FORMS
+from bactrian.passes.spmd.sharding_rules import Dims, Rule, elementwise
+
+RULE = "sdy.sharding_rule"
+
+_SOURCES = ("stablehlo.constant", "stablehlo.iota")
+_POPULATE = "builtin.module(func.func(sdy-populate-op-sharding-rules))"
+
+
+def annotate_rules(module: ir.Module) -> None:
+    """Give every op of a module Shardy's rule."""
+    PassManager.parse(_POPULATE).run(module.operation)
+
+
+def drop_rules(root: ir.Operation) -> None:
+    """Take the rules off all ops inside of one."""
+    for op in nested_operations(root):
+        if RULE in op.attributes:
+            del op.attributes[RULE]
+
+
+def rule_of(op: ir.Operation) -> Rule | None:
+    """The rule of an op: which dims its form can shard. None where it has no form, or Shardy has annotated no rule.
+
+    The choice of shardings offers what the rule says, and ``partition`` writes it.
+    """
+    form = FORMS.get(op.name)
+    if form is None:
+        return None
+    if op.name in _SOURCES:  # every device makes its own shard
+        return elementwise(value_shape(op.results[0]), 0)
+    if RULE not in op.attributes:
+        return None
+    rule = sdy.OpShardingRuleAttr(op.attributes[RULE])
+    sizes = tuple(rule.factor_sizes)
+    operands = tuple(_dims(mapping) for mapping in rule.operand_mappings)
+    results = tuple(_dims(mapping) for mapping in rule.result_mappings)
+    shapes = [value_shape(value) for value in (*list(op.operands)[: len(operands)], *op.results)]
+    made = Rule(
+        sizes=sizes,
+        operands=operands,
+        results=results,
+        reduction=frozenset(rule.reduction_factors),
+        replicated=frozenset(rule.need_replication_factors) | _uneven((*operands, *results), shapes, sizes),
+        permuted=frozenset(rule.permutation_factors),
+    )
+    return form.narrow(op, made)
+
+
+def _dims(mapping: ir.Attribute) -> Dims:
+    tensor = sdy.TensorMappingAttr(mapping)
+    return tuple(tuple(sdy.DimMappingAttr(dim).factor_indices) for dim in tensor.dim_mappings)
+
+
+def _uneven(tensors: Sequence[Dims], shapes: Sequence[tuple[int, ...]], sizes: Sequence[int]) -> frozenset[int]:
+    """Factors of a dim that is smaller than they are, such as the result of a slice: equal shards of one are none of the
+    other."""
+    return frozenset(
+        factor
+        for tensor, shape in zip(tensors, shapes, strict=True)
+        for dim, size in zip(tensor, shape, strict=True)
+        if math.prod(sizes[factor] for factor in dim) != size
+        for factor in dim
+    )
