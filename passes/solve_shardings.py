@@ -23,7 +23,8 @@ from bactrian.passes.sharding.reduce_scatter_choice import prefer_reduce_scatter
 from bactrian.passes.sharding.sharding_model import ShardingModel, Shardings
 from bactrian.passes.sharding.shardings_to_ir import Writer, write_stages
 from bactrian.passes.sharding.stage_programs import StageProgram, read_stages, stage_meshes
-from bactrian.passes.sharding.work_from_ir import Reading, drop_rules
+from bactrian.passes.sharding.work_from_ir import Reading
+from bactrian.passes.spmd.op_rules import drop_rules
 
 _BASELINES_SHARE = 0.2  # of the time, on top of it: what all baselines together take where nothing is proved
 
