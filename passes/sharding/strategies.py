@@ -12,8 +12,8 @@ from functools import lru_cache
 from bactrian.passes.machine.mesh import Mesh
 from bactrian.passes.machine.spec import Spec
 from bactrian.passes.spmd.halo import Halo, halo_sends
-from bactrian.passes.spmd.reshard_paths import Reduction, all_reduced, local_bytes, scatters_over
-from bactrian.passes.spmd.sharding_rules import Dims, Rule
+from bactrian.passes.spmd.reshard_paths import Reduction, all_gathered, all_reduced, local_bytes, scatters_over
+from bactrian.passes.spmd.sharding_rules import Combining, Dims, Rule
 
 
 class Defers(enum.Enum):
@@ -119,7 +119,7 @@ def strategies(
         num_shards = mesh.group_size(axis for axes in axes_of.values() for axis in axes)
         named = list(zip(mesh.axes, factors, strict=True))
         reduced = [axis.name for axis, factor in named if factor in rule.reduction]
-        for results, reductions in _reductions(reduced, partial, result_bytes, mesh, shapes):
+        for results, reductions in _reductions(rule.combining, reduced, partial, result_bytes, mesh, shapes):
             found.append(Strategy(factors, operands, partial, results, reductions, num_shards, exchanges))
         if reduced and defers is Defers.STARTS:
             left = (Spec(partial[0].dims, tuple(reduced)),)
@@ -185,6 +185,7 @@ def _exchanges(
 
 
 def _reductions(
+    combining: Combining,
     axes: list[str],
     partial: tuple[Spec, ...],
     result_bytes: tuple[float, ...],
@@ -192,16 +193,17 @@ def _reductions(
     shapes: Sequence[tuple[int, ...] | None],
 ) -> Iterator[tuple[tuple[Spec, ...], tuple[Reduction, ...]]]:
     """The ways to reduce over ``axes``: one all-reduce, or of a result a scatter along each, which leaves less for the
-    next.
-
-    All axes of one result are reduced in the same way: a partitioner turns a mixture into one all-reduce and a slice.
-    """
+    next. All axes of one result are reduced in the same way."""
     if not axes:
         yield partial, ()
         return
     held = [local_bytes(nbytes, spec, mesh) for nbytes, spec in zip(result_bytes, partial, strict=True)]
-
+    if combining is Combining.GATHER:
+        yield partial, (all_gathered(axes, held, mesh),)
+        return
     yield partial, (all_reduced(axes, held, mesh),)
+    if combining is Combining.FOLD:
+        return
     ways = [
         [] if shape is None else list(scatters_over(shape, spec, axes, nbytes, mesh))
         for spec, nbytes, shape in zip(partial, held, shapes, strict=True)

@@ -10,7 +10,7 @@ from jaxlib.mlir import ir
 from bactrian.passes.ir.op_traits import ELEMENTWISE
 from bactrian.passes.spmd.forms.elementwise import same_op
 from bactrian.passes.spmd.forms.products import product
-from bactrian.passes.spmd.forms.reductions import reduction
+from bactrian.passes.spmd.forms.reductions import narrow_reduction, reduction
 from bactrian.passes.spmd.forms.sources import constant, iota
 from bactrian.passes.spmd.local_op import LocalOp
 from bactrian.passes.spmd.sharding_rules import Rule
@@ -44,5 +44,5 @@ FORMS: dict[str, Form] = {
     **_named("constant", Form(constant)),
     **_named("dot_general", Form(product)),
     **_named("iota", Form(iota)),
-    **_named("reduce", Form(reduction)),
+    **_named("reduce", Form(reduction, narrow_reduction)),
 }

@@ -46,7 +46,8 @@ def partition_function(function: ir.Operation, mesh_name: str, axes: MeshAxes) -
     Raises:
         PassError: at the op whose shardings no form can write.
     """
-    _FunctionPartitioner(function, mesh_name, axes).run()
+    with function.location:
+        _FunctionPartitioner(function, mesh_name, axes).run()
 
 
 class _FunctionPartitioner:

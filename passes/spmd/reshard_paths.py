@@ -80,7 +80,7 @@ class Reduction:
     """A collective that adds up an op's partial results, or folds them with another function.
 
     Attributes:
-        kind: ``all_reduce`` or ``reduce_scatter``.
+        kind: ``all_reduce``, ``reduce_scatter`` or ``all_gather``.
         axes: of the mesh: one with ``reduce_scatter``.
         dim: of the result that is sharded, with ``reduce_scatter``.
         seconds: what it takes for all results.
@@ -123,6 +123,16 @@ def all_reduced(axes: Sequence[str], held: Sequence[float], mesh: Mesh) -> Reduc
     group = mesh.group_size(axes)
     seconds = sum(mesh.all_reduce(axes, nbytes) for nbytes in held)
     return Reduction("all_reduce", tuple(axes), None, seconds, 2 * (group - 1) / group * sum(held))
+
+
+def all_gathered(axes: Sequence[str], held: Sequence[float], mesh: Mesh) -> Reduction:
+    """All-gathers of tensors, of which a device has ``held`` bytes each: along one axis after the other, the last first."""
+    group, seconds = mesh.group_size(axes), 0.0
+    for nbytes in held:
+        for axis in reversed(axes):
+            seconds += mesh.by_name[axis].all_gather(nbytes)
+            nbytes *= mesh.sizes[axis]
+    return Reduction("all_gather", tuple(axes), None, seconds, (group - 1) * sum(held))
 
 
 class ReshardTable:

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import enum
 from dataclasses import dataclass
 
 from bactrian.passes.spmd.halo import Halo
 
 Dims = tuple[tuple[int, ...], ...]
 """For each dim of a tensor the factors that it is made of, the major one first."""
+
+
+class Combining(enum.Enum):
+    """How devices combine what each has reduced of its shard."""
+
+    SUM = "sum"  # by an all-reduce, or by reduce-scatters
+    FOLD = "fold"  # by an all-reduce
+    GATHER = "gather"  # by an all-gather of each result, which every device reduces again
 
 
 @dataclass(frozen=True)
@@ -23,6 +32,7 @@ class Rule:
         reduction: factors that the op sums over: they are in operands only.
         replicated: factors that every device needs all of.
         permuted: factors of which a device needs some of its neighbours' part, nobody knows how much.
+        combining: how devices combine what they have reduced.
         halos: how operands are read along factors with windows, of which a device needs its neighbours' rows.
     """
 
@@ -32,6 +42,7 @@ class Rule:
     reduction: frozenset[int] = frozenset()
     replicated: frozenset[int] = frozenset()
     permuted: frozenset[int] = frozenset()
+    combining: Combining = Combining.SUM
     halos: tuple[Halo, ...] = ()
 
     def factor_of(self, halo: Halo) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from jaxlib.mlir import ir
 
@@ -10,8 +11,22 @@ from bactrian.passes.ir.builders import binary, identity_of
 from bactrian.passes.ir.constants import splat_text
 from bactrian.passes.ir.op_traits import ASSOCIATIVE
 from bactrian.passes.spmd.local_op import LocalOp
+from bactrian.passes.spmd.sharding_rules import Combining, Rule
 
 _IDEMPOTENT = frozenset({"stablehlo.maximum", "stablehlo.minimum", "stablehlo.and", "stablehlo.or"})
+
+
+def narrow_reduction(op: ir.Operation, rule: Rule) -> Rule:
+    """What devices do with their results: see `reduction`."""
+    return replace(rule, combining=combining_of(op))
+
+
+def combining_of(op: ir.Operation) -> Combining:
+    """How devices combine the results of an op with a region that folds two values."""
+    fold, element = fold_of(op.regions[0]), ir.RankedTensorType(op.results[0].type).element_type
+    if fold is None or len(op.results) > 1 or not _has_all_reduce(fold, element):
+        return Combining.GATHER
+    return Combining.SUM if fold == "stablehlo.add" else Combining.FOLD
 
 
 def reduction(local: LocalOp) -> Sequence[ir.Value]:
