@@ -37,7 +37,7 @@ def compiled_memory(planned: Any, devices: Any) -> int:
     def held(value: int) -> int:
         return program.values[value].nbytes // program.values[value].spec.num_shards(sizes)
 
-    texts, most = function_texts(planned.staged.module, "cpu"), 0
+    texts, most = function_texts(planned.staged.module), 0
     for call in program.calls:
         found = compile_function(texts[call.function], devices).get_compiled_memory_stats()
         arguments, results = found.argument_size_in_bytes, found.output_size_in_bytes - found.alias_size_in_bytes

@@ -1,4 +1,4 @@
-"""``count-collectives``: how many bytes a sharded module sends, by kind of collective."""
+"""``count-collectives``: how many bytes a partitioned module sends, by kind of collective."""
 
 from __future__ import annotations
 
@@ -9,30 +9,31 @@ from jaxlib.mlir import ir
 
 from bactrian.passes.frame.base import Pass, PassContext, Statistic
 from bactrian.passes.ir.attributes import SENT_BYTES, integer
-from bactrian.passes.ir.regions import main_function
-from bactrian.passes.sharding.collective_bytes import count_collectives
+from bactrian.passes.spmd.collective_bytes import count_collectives, sent_bytes
 
 
 @dataclass(frozen=True)
 class CountCollectives(Pass):
-    """Count what each device sends when ``@main`` runs once, in all turns of its loops.
+    """Count what each device sends when every function runs once, in all turns of its loops.
 
-    Shardy makes the collectives of a copy of the module explicit, as its exporter does it, and they are counted one by
-    one: a check of what ``solve-shardings`` has predicted that shares no code with it,
-    but for how often loops run, and how many rows windows need. Borders of pieces, which Shardy leaves to XLA, are counted
-    as ``halo``. Slices send nothing.
+    The collectives are those that run: a check of what ``solve-shardings`` has predicted that shares no code with it. Slices
+    send nothing.
 
-    Requires: ``sdy.sharding`` on arguments, results and ops (``solve-shardings``).
+    Requires: the programs of one device (``partition``).
     Ensures: ``bactrian.sent_bytes`` on the module, with an entry for each kind that occurs.
 
     Input:
 
     ```mlir
     module {
-      sdy.mesh @stage0 = <["data"=4]>
-      func.func public @main(%x: tensor<4x8xf32> {sdy.sharding = #sdy.sharding<@stage0, [{}, {"data"}]>}, %w: tensor<8x4xf32> {sdy.sharding = #sdy.sharding<@stage0, [{"data"}, {}]>}) -> (tensor<4x4xf32> {sdy.sharding = #sdy.sharding<@stage0, [{}, {}]>}) {
-        %y = stablehlo.dot_general %x, %w, contracting_dims = [1] x [0] {sdy.sharding = #sdy.sharding_per_value<[<@stage0, [{}, {}]>]>} : (tensor<4x8xf32>, tensor<8x4xf32>) -> tensor<4x4xf32>
-        return %y : tensor<4x4xf32>
+      func.func private @stage0.forward(%x: tensor<4x2xf32>, %w: tensor<2x4xf32>) -> tensor<4x4xf32> {
+        %y = stablehlo.dot_general %x, %w, contracting_dims = [1] x [0] : (tensor<4x2xf32>, tensor<2x4xf32>) -> tensor<4x4xf32>
+        %s = "stablehlo.all_reduce"(%y) <{channel_handle = #stablehlo.channel_handle<handle = 1, type = 1>, replica_groups = dense<[[0, 1, 2, 3]]> : tensor<1x4xi64>, use_global_device_ids}> ({
+        ^bb0(%a: tensor<f32>, %b: tensor<f32>):
+          %c = stablehlo.add %a, %b : tensor<f32>
+          stablehlo.return %c : tensor<f32>
+        }) : (tensor<4x4xf32>) -> tensor<4x4xf32>
+        return %s : tensor<4x4xf32>
       }
     }
     ```
@@ -41,32 +42,33 @@ class CountCollectives(Pass):
 
     ```mlir
     module attributes {bactrian.sent_bytes = {all_reduce = 96 : i64}} {
-      sdy.mesh @stage0 = <["data"=4]>
-      func.func public @main(%x: tensor<4x8xf32> {sdy.sharding = #sdy.sharding<@stage0, [{}, {"data"}]>}, %w: tensor<8x4xf32> {sdy.sharding = #sdy.sharding<@stage0, [{"data"}, {}]>}) -> (tensor<4x4xf32> {sdy.sharding = #sdy.sharding<@stage0, [{}, {}]>}) {
-        %y = stablehlo.dot_general %x, %w, contracting_dims = [1] x [0] {sdy.sharding = #sdy.sharding_per_value<[<@stage0, [{}, {}]>]>} : (tensor<4x8xf32>, tensor<8x4xf32>) -> tensor<4x4xf32>
-        return %y : tensor<4x4xf32>
+      func.func private @stage0.forward(%x: tensor<4x2xf32>, %w: tensor<2x4xf32>) -> tensor<4x4xf32> {
+        %y = stablehlo.dot_general %x, %w, contracting_dims = [1] x [0] : (tensor<4x2xf32>, tensor<2x4xf32>) -> tensor<4x4xf32>
+        %s = "stablehlo.all_reduce"(%y) <{channel_handle = #stablehlo.channel_handle<handle = 1, type = 1>, replica_groups = dense<[[0, 1, 2, 3]]> : tensor<1x4xi64>, use_global_device_ids}> ({
+        ^bb0(%a: tensor<f32>, %b: tensor<f32>):
+          %c = stablehlo.add %a, %b : tensor<f32>
+          stablehlo.return %c : tensor<f32>
+        }) : (tensor<4x4xf32>) -> tensor<4x4xf32>
+        return %s : tensor<4x4xf32>
       }
     }
     ```
 
-    The product sums over a dim that is cut in four: 2 · 3/4 · 64 bytes.
+    The product sums over a dim that is sharded in four: 2 · 3/4 · 64 bytes.
     """
 
     name: ClassVar[str] = "count-collectives"
-    summary: ClassVar[str] = "count the bytes that a sharded module sends"
+    summary: ClassVar[str] = "count the bytes that a partitioned module sends"
     statistics: ClassVar[tuple[Statistic, ...]] = (
         Statistic("collectives", "that send something"),
         Statistic("bytes", "that each device sends"),
     )
 
     def apply(self, module: ir.Module, ctx: PassContext) -> None:
-        """Count on a copy, write the sums."""
-        main_function(module)
-        sent = dict[str, float]()
-        for collective in count_collectives(module):
-            if collective.nbytes:
-                sent[collective.kind] = sent.get(collective.kind, 0.0) + collective.nbytes
-                ctx.count("collectives")
+        """Count, write the sums."""
+        found = count_collectives(module.operation)
+        sent = sent_bytes(found)
+        ctx.count("collectives", sum(collective.nbytes > 0 for collective in found))
         ctx.count("bytes", round(sum(sent.values())))
         entries = {kind: integer(round(nbytes)) for kind, nbytes in sorted(sent.items())}
         module.operation.attributes[SENT_BYTES] = ir.DictAttr.get(entries)

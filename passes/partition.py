@@ -1,4 +1,4 @@
-"""``partition``: from a stage's functions with shardings to the program of one device."""
+"""``partition``: from stage functions with shardings to the program of one device."""
 
 from __future__ import annotations
 
@@ -18,10 +18,58 @@ from bactrian.passes.spmd.op_rules import annotate_rules, drop_rules
 
 @dataclass(frozen=True)
 class Partition(Pass):
-    """Write the program of one device of each stage: local shapes, and collectives where shardings change."""
+    """Write each stage function as one device runs it: with the shapes of shards, and a collective for each reshard.
+
+    Every op becomes the same op on shards, or what its kind needs beside that: a sum over a sharded dim is added up over
+    devices, an iota along one begins at the device's own row, windows at the edge of a shard read rows of its neighbours.
+    An op that can't be done on shards is done whole by every device; ``solve-shardings`` offers nothing else for it. So the
+    collectives of the module are those that run: XLA gets the program of one device, and partitions nothing.
+
+    The signature of a function stays that of whole values; its body is one ``sdy.manual_computation`` over all axes of the
+    mesh, as ``shard_map`` writes it.
+
+    Requires: the staged form (``split-stages``), with ``sdy.sharding`` on all values of functions of several devices.
+    Ensures: no sharding and no reshard inside of these functions.
+
+    Input:
+
+    ```mlir
+    module {
+      sdy.mesh @stage0 = <["data"=4]>
+      func.func private @stage0.forward(%x: tensor<8x16xf32> {sdy.sharding = #sdy.sharding<@stage0, [{}, {"data"}]>}, %w: tensor<16x4xf32> {sdy.sharding = #sdy.sharding<@stage0, [{"data"}, {}]>}) -> (tensor<8x4xf32> {sdy.sharding = #sdy.sharding<@stage0, [{"data"}, {}]>}) attributes {mesh_shape = #sdy.mesh<["data"=4]>} {
+        %y = stablehlo.dot_general %x, %w, contracting_dims = [1] x [0] {sdy.sharding = #sdy.sharding_per_value<[<@stage0, [{}, {}]>]>} : (tensor<8x16xf32>, tensor<16x4xf32>) -> tensor<8x4xf32>
+        %z = sdy.reshard %y <@stage0, [{"data"}, {}]> : tensor<8x4xf32>
+        return %z : tensor<8x4xf32>
+      }
+    }
+    ```
+
+    Output:
+
+    ```mlir
+    module {
+      sdy.mesh @stage0 = <["data"=4]>
+      func.func private @stage0.forward(%arg0: tensor<8x16xf32> {sdy.sharding = #sdy.sharding<@stage0, [{}, {"data"}]>}, %arg1: tensor<16x4xf32> {sdy.sharding = #sdy.sharding<@stage0, [{"data"}, {}]>}) -> (tensor<8x4xf32> {sdy.sharding = #sdy.sharding<@stage0, [{"data"}, {}]>}) attributes {mesh_shape = #sdy.mesh<["data"=4]>} {
+        %0 = sdy.manual_computation(%arg0, %arg1) in_shardings=[<@stage0, [{}, {"data"}]>, <@stage0, [{"data"}, {}]>] out_shardings=[<@stage0, [{"data"}, {}]>] manual_axes={"data"} (%arg2: tensor<8x4xf32>, %arg3: tensor<4x4xf32>) {
+          %1 = stablehlo.dot_general %arg2, %arg3, contracting_dims = [1] x [0] : (tensor<8x4xf32>, tensor<4x4xf32>) -> tensor<8x4xf32>
+          %2 = "stablehlo.reduce_scatter"(%1) <{channel_handle = #stablehlo.channel_handle<handle = 1, type = 1>, replica_groups = dense<[[0, 1, 2, 3]]> : tensor<1x4xi64>, scatter_dimension = 0 : i64, use_global_device_ids}> ({
+          ^bb0(%arg4: tensor<f32>, %arg5: tensor<f32>):
+            %3 = stablehlo.add %arg4, %arg5 : tensor<f32>
+            stablehlo.return %3 : tensor<f32>
+          }) : (tensor<8x4xf32>) -> tensor<2x4xf32>
+          sdy.return %2 : tensor<2x4xf32>
+        } : (tensor<8x16xf32>, tensor<16x4xf32>) -> tensor<8x4xf32>
+        return %0 : tensor<8x4xf32>
+      }
+    }
+    ```
+
+    The product sums over a sharded dim, and its only reader wants a shard of the sum: a reduce-scatter.
+    """
 
     name: ClassVar[str] = "partition"
     summary: ClassVar[str] = "write the program of one device, with its collectives"
+    ensures: ClassVar[tuple[str, ...]] = ("split", "partitioned")
     statistics: ClassVar[tuple[Statistic, ...]] = (
         Statistic("functions", "that are partitioned"),
         Statistic("collectives", "that they have"),
@@ -29,7 +77,7 @@ class Partition(Pass):
 
     def apply(self, module: ir.Module, ctx: PassContext) -> None:
         """Partition every stage function whose mesh has several devices."""
-        functions = stage_functions(module)
+        functions = _stage_functions(module)
         if not functions:
             return
         annotate_rules(module)
@@ -40,7 +88,7 @@ class Partition(Pass):
         drop_rules(module.operation)
 
 
-def stage_functions(module: ir.Module) -> list[tuple[ir.Operation, str, MeshAxes]]:
+def _stage_functions(module: ir.Module) -> list[tuple[ir.Operation, str, MeshAxes]]:
     """The functions of stages of several devices, with the symbol and the axes of their meshes."""
     meshes, found = mesh_axes(module), list[tuple[ir.Operation, str, MeshAxes]]()
     for view in module.body.operations:

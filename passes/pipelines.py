@@ -83,8 +83,9 @@ def shard_stages(
 
 
 def emit_stages(donate: bool = True) -> Passes:
-    """Make one function per stage and phase, and schedule the microbatches."""
+    """Make one function per stage and phase, as one device runs it, and schedule the microbatches."""
     from bactrian.passes.loop_microbatches import LoopMicrobatches
+    from bactrian.passes.partition import Partition
     from bactrian.passes.schedule_microbatches import ScheduleMicrobatches
     from bactrian.passes.split_stages import SplitStages
 
@@ -92,6 +93,9 @@ def emit_stages(donate: bool = True) -> Passes:
         SplitStages(donate=donate),
         # A single stage whose forward and backward are one function needs no schedule: it loops by itself.
         LoopMicrobatches(),
+        # What is computed twice in a function would be sent twice.
+        "func.func(cse)",
+        Partition(),
         ScheduleMicrobatches(),
     )
 

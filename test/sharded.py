@@ -17,11 +17,11 @@ from bactrian.passes.ir.attributes import GRADIENT_BOUNDARY
 from bactrian.passes.ir.regions import body, custom_call_target, main_function
 from bactrian.passes.machine.cluster import CPU_HOST, Cluster
 from bactrian.passes.machine.spec import MeshAxes
-from bactrian.passes.sharding.collective_bytes import count_collectives
 from bactrian.passes.sharding.loop_dataflow import capture_unchanged
 from bactrian.passes.sharding.sharding_model import ShardingModel
 from bactrian.passes.sharding.shardings_to_ir import Writer, write_stages
 from bactrian.passes.sharding.work_from_ir import Reading, read_program
+from bactrian.passes.spmd.collective_bytes import count_collectives, sent_bytes
 from bactrian.passes.spmd.function_partitioner import partition_function
 from bactrian.passes.spmd.op_rules import annotate_rules
 
@@ -62,8 +62,8 @@ def write(module: ir.Module, reading: Reading, model: ShardingModel, choice: Seq
         write_stages([Writer(main_function(module), reading, model, model.shardings(choice), "stage0")])
 
 
-def text_for_xla(module: ir.Module, axes: MeshAxes) -> str:
-    """The module as XLA takes it: no attribute of ours, no boundary."""
+def partitioned(module: ir.Module, axes: MeshAxes) -> ir.Module:
+    """A copy of a sharded module with the program of one device: no attribute of ours, no boundary."""
     with module.context, ir.Location.unknown():
         clone = ir.Module.parse(str(module.operation.get_asm()))
         main = main_function(clone)
@@ -87,22 +87,18 @@ def text_for_xla(module: ir.Module, axes: MeshAxes) -> str:
                     for entry in ir.ArrayAttr(main.attributes[name])
                 ]
                 main.attributes[name] = ir.ArrayAttr.get(kept)
-        return str(clone)
+        return clone
 
 
-def counted_bytes(module: ir.Module) -> dict[str, float]:
-    """What Shardy's collectives send, by kind."""
-    counted = dict[str, float]()
-    for collective in count_collectives(module):
-        if collective.nbytes:
-            counted[collective.kind] = counted.get(collective.kind, 0.0) + collective.nbytes
-    return counted
+def counted_bytes(module: ir.Module, axes: MeshAxes) -> dict[str, float]:
+    """What the collectives of the program of one device send, by kind."""
+    return sent_bytes(count_collectives(partitioned(module, axes).operation))
 
 
 def run(module: ir.Module, axes: MeshAxes, arguments: Sequence[Any]) -> list[np.ndarray[Any, Any]]:
     """Run a sharded module on virtual devices; whole results."""
     devices = jax.devices()[: int(np.prod([size for _, size in axes]))]
-    text = text_for_xla(module, axes)
+    text = str(partitioned(module, axes))
     function = compile_functions({"main": text}, {"main": devices})["main"]
     shardings, _ = signature_shardings(text, devices)
     placed = [jax.device_put(x, s) for x, s in zip(arguments, shardings, strict=True)]

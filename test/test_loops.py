@@ -85,7 +85,7 @@ def solved(function: Any, arguments: Any, axes: MeshAxes) -> tuple[ir.Module, Wr
         write_stages([writer])
         assert module.operation.verify()
         assert expected == {kind: round(nbytes) for kind, nbytes in sorted(writer.sent_in_step.items())}
-    assert sharded.counted_bytes(module) == pytest.approx(writer.sent)
+    assert sharded.counted_bytes(module, axes) == pytest.approx(writer.sent)
     return module, writer, solution.cost
 
 

@@ -92,7 +92,7 @@ def planned(tmp_path: Path, name: str, gib: float = 3.0, **options: Any) -> Stag
 def compiled(staged: StagedPlan, function: str) -> FunctionMemory:
     """What XLA says of a function."""
     count = math.prod(size for _, size in staged.program.mesh(0))
-    text = function_texts(staged.module, "cpu")[function]
+    text = function_texts(staged.module)[function]
     found = compile_function(text, jax.devices()[:count]).get_compiled_memory_stats()
     return FunctionMemory(
         found.argument_size_in_bytes,
@@ -208,7 +208,7 @@ module {
 def test_a_loop_needs_what_a_round_needs() -> None:
     with make_context():
         module = ir.Module.parse(LOOP)
-        found = function_memory(main_function(module), {})
+        found = function_memory(main_function(module))
     assert (found.arguments, found.aliased) == (2 * 4096, 0)
     assert 1024 * 4096 < found.temporaries < 1.1 * 1024 * 4096
 

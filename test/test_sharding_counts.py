@@ -22,7 +22,7 @@ def check_bytes(seed: int) -> None:
     with module.context, ir.Location.unknown():
         writer = Writer(main_function(module), reading, model, model.shardings(choice), "stage0")
         write_stages([writer])
-    assert sharded.counted_bytes(module) == pytest.approx(writer.sent)
+    assert sharded.counted_bytes(module, axes) == pytest.approx(writer.sent)
 
 
 @pytest.mark.parametrize("seed", range(40))

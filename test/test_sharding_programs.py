@@ -33,7 +33,7 @@ def solved(body: str, axes: MeshAxes = AXES) -> tuple[ir.Module, Reading, Shardi
         write_stages([writer])
         assert module.operation.verify()
         check_shardings(module)
-    assert sharded.counted_bytes(module) == pytest.approx(writer.sent)
+    assert sharded.counted_bytes(module, axes) == pytest.approx(writer.sent)
     return module, reading, model, writer
 
 

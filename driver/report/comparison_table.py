@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
-from bactrian.driver.xla.compare_bytes import CLASSES, Comparison, Difference, FunctionComparison, Sent
+from bactrian.driver.xla.compare_bytes import Comparison, FunctionComparison
 from bactrian.passes.frame.units import human_bytes
 
 if TYPE_CHECKING:
@@ -15,10 +14,10 @@ if TYPE_CHECKING:
 
 
 def render_comparison(comparison: Comparison) -> RenderableType:
-    """Bytes by function and kind, and below them the differences by name."""
+    """Bytes by function and kind, and below them the differences."""
     from rich.console import Group
 
-    return Group(_bytes_table(comparison), _differences_table(comparison))
+    return Group(_bytes_table(comparison), _differences(comparison))
 
 
 def comparison_json(comparison: Comparison) -> dict[str, Any]:
@@ -26,7 +25,6 @@ def comparison_json(comparison: Comparison) -> dict[str, Any]:
     return {
         "planned": comparison.planned,
         "compiled": comparison.compiled,
-        "differences": comparison.classes,
         "functions": [_function_json(function) for function in comparison.functions],
     }
 
@@ -41,19 +39,14 @@ def _function_json(function: FunctionComparison) -> dict[str, Any]:
         "num_compiled": function.num_compiled,
         "differences": [
             {
-                "names": list(difference.names),
-                "op": difference.op,
-                "where": difference.where,
-                "planned": [_sent_json(sent) for sent in difference.planned],
-                "compiled": [_sent_json(sent) for sent in difference.compiled],
+                "kind": difference.kind,
+                "group": difference.group,
+                "planned": difference.planned,
+                "compiled": difference.compiled,
             }
             for difference in function.differences
         ],
     }
-
-
-def _sent_json(sent: Sent) -> dict[str, Any]:
-    return {"kind": sent.kind, "group": sent.group, "bytes": sent.nbytes}
 
 
 def _table(*headers: str) -> Table:
@@ -90,26 +83,11 @@ def _ratio(planned: float, compiled: float) -> str:
     return f"{compiled / planned:.2f} ×" if planned else "" if compiled else "1.00 ×"
 
 
-def _differences_table(comparison: Comparison) -> RenderableType:
-    from rich.table import Table
-
-    largest = dict[str, Difference]()
-    counts = dict[str, int]()
-    for function in comparison.functions:
-        for difference in function.differences:
-            name = difference.names[0]
-            counts[name] = counts.get(name, 0) + 1
-            if name not in largest or abs(difference.more_bytes) > abs(largest[name].more_bytes):
-                largest[name] = difference
-    if not counts:
-        return "every collective is as planned"
-    table = Table.grid(padding=(0, 2, 0, 0))
-    for style in ("bold", "", ""):
-        table.add_column(style=style, no_wrap=bool(style))
-    for name, nbytes in sorted(comparison.classes.items(), key=lambda entry: -abs(entry[1])):
-        one = largest[name]
-        file, _, line = one.where.rpartition(":")
-        place = f" ({one.op.split(',')[0]}{f' at {PurePath(file).name}:{line}' if file else ''})"
-        sign = "-" if nbytes < 0 else "+"
-        table.add_row(name, f"{counts[name]} ops, {sign}{human_bytes(abs(nbytes))}", f"{CLASSES[name]}{place}")
-    return table
+def _differences(comparison: Comparison) -> str:
+    lines = [
+        f"{function.symbol}: {difference.kind.replace('_', '-')} among {difference.group} devices, "
+        f"{human_bytes(difference.planned)} planned, {human_bytes(difference.compiled)} compiled"
+        for function in comparison.functions
+        for difference in function.differences
+    ]
+    return "\n".join(lines) or "every collective is as planned"

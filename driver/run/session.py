@@ -220,7 +220,7 @@ def _compile(
 ) -> tuple[dict[str, CompiledFunction], float]:
     faults.at("compile")
     begin = time.perf_counter()
-    texts = function_texts(staged.module, jax.default_backend())
+    texts = function_texts(staged.module)
     homes = {call.function: devices[call.stage] for call in staged.program.calls if call.stage in devices}
     functions = compile_functions({symbol: texts[symbol] for symbol in homes}, homes)
     return functions, time.perf_counter() - begin

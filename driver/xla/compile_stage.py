@@ -22,27 +22,18 @@ from jaxlib.mlir.dialects import sdy
 
 from bactrian.driver.planning.extract import numpy_dtype
 from bactrian.driver.xla.replicated_program import replicate
-from bactrian.passes.frame.location import name_stack
 from bactrian.passes.ir.attributes import argument_attributes
 from bactrian.passes.ir.meshes import SHARDING, mesh_attribute, mesh_axes, spec_of
-from bactrian.passes.ir.regions import main_function, nested_operations
+from bactrian.passes.ir.regions import main_function
 from bactrian.passes.machine.spec import MeshAxes, Spec, num_devices
-from bactrian.passes.spmd.function_partitioner import partition_function
-from bactrian.passes.spmd.op_rules import annotate_rules
 from bactrian.runtime.transports.interface import device_array as plain_device_array
 
 JaxDevice = Any  # jax.Device, which its own stubs declare as a variable
 CompiledFunction = Callable[[Sequence[jax.Array]], list[jax.Array]]
 
 
-def function_texts(staged: ir.Module, platform: str | None, *, numbered: bool = False) -> dict[str, str]:
-    """Each stage function as a module of its own (text with ``@main``), by its symbol.
-
-    Args:
-        platform: whose XLA is to read them (``jax.Device.platform``). None: Shardy's passes alone; moves stay
-            ``sdy.reshard`` for these.
-        numbered: the name stack of every op of a function begins with ``op.<number>/``, in order of the function.
-    """
+def function_texts(staged: ir.Module) -> dict[str, str]:
+    """Each stage function as a module of its own (text with ``@main``), by its symbol."""
     with staged.context:
         texts: dict[str, str] = {}
         meshes = mesh_axes(staged)
@@ -53,15 +44,13 @@ def function_texts(staged: ir.Module, platform: str | None, *, numbered: bool = 
             symbol = ir.StringAttr(op.attributes["sym_name"]).value
             if symbol != "main":
                 mesh = symbol.partition(".")[0]
-                texts[symbol] = _standalone(op, symbol, mesh, meshes.get(mesh, ()), platform, numbered)
+                texts[symbol] = _standalone(op, symbol, mesh, meshes.get(mesh, ()))
         return texts
 
 
-def _standalone(op: ir.Operation, symbol: str, mesh: str, axes: MeshAxes, platform: str | None, numbered: bool) -> str:
+def _standalone(op: ir.Operation, symbol: str, mesh: str, axes: MeshAxes) -> str:
     """A function as a module that XLA accepts: public ``@main``, and no attribute but aliasing and shardings."""
     clone = op.clone(ip=False).operation
-    if numbered:
-        _number(clone)
     clone.attributes["sym_name"] = ir.StringAttr.get("main")
     clone.attributes["sym_visibility"] = ir.StringAttr.get("public")
     del clone.attributes["mesh_shape"]
@@ -77,29 +66,19 @@ def _standalone(op: ir.Operation, symbol: str, mesh: str, axes: MeshAxes, platfo
             with ir.InsertionPoint(module.body):
                 sdy.MeshOp(mesh, mesh_attribute(axes))
     module.body.append(clone)
-    if partitions > 1 and platform is not None:
-        annotate_rules(module)
-        partition_function(clone, mesh, axes)
     root = module.operation
-    # JAX's cache of compiled functions sees the module's name, but no name stacks.
-    suffix = "_numbered" if numbered else ""
-    root.attributes["sym_name"] = ir.StringAttr.get(symbol.replace(".", "_") + suffix)
+    root.attributes["sym_name"] = ir.StringAttr.get(symbol.replace(".", "_"))
     i32 = ir.IntegerType.get_signless(32)
     root.attributes["mhlo.num_partitions"] = ir.IntegerAttr.get(i32, partitions)
     root.attributes["mhlo.num_replicas"] = ir.IntegerAttr.get(i32, 1)
     return str(root.get_asm(enable_debug_info=True))
 
 
-def _number(main: ir.Operation) -> None:
-    for number, op in enumerate(nested_operations(main)):
-        op.location = ir.Location.name(f"op.{number}/{name_stack(op.location)}", op.location)
-
-
 def compile_function(text: str, devices: Sequence[JaxDevice]) -> Any:
     """Compile one stage function; returns the loaded executable.
 
     Args:
-        text: a module; for several devices with ``mhlo.num_partitions`` and ``sdy.sharding``, which Shardy follows.
+        text: a module; for several devices with the program of one, as ``partition`` writes it.
         devices: in the order of the mesh.
     """
     client = devices[0].client

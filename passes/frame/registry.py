@@ -28,9 +28,10 @@ PASSES: dict[str, str] = {
     "select-residuals": "bactrian.passes.select_residuals:SelectResiduals",
     "accumulate-gradients": "bactrian.passes.accumulate_gradients:AccumulateGradients",
     "solve-shardings": "bactrian.passes.solve_shardings:SolveShardings",
-    "count-collectives": "bactrian.passes.count_collectives:CountCollectives",
     "split-stages": "bactrian.passes.split_stages:SplitStages",
     "loop-microbatches": "bactrian.passes.loop_microbatches:LoopMicrobatches",
+    "partition": "bactrian.passes.partition:Partition",
+    "count-collectives": "bactrian.passes.count_collectives:CountCollectives",
     "schedule-microbatches": "bactrian.passes.schedule_microbatches:ScheduleMicrobatches",
 }
 
@@ -64,6 +65,7 @@ CONTRACTS: dict[str, str] = {
         "accumulated",
         "sharded",
         "split",
+        "partitioned",
         "scheduled",
     )
 }

@@ -7,12 +7,10 @@ predicted (``fusion.py``), which says what has a buffer; then the order of work,
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from jaxlib.mlir import ir
 
-from bactrian.passes.ir.meshes import mesh_axes
 from bactrian.passes.peak.graph_from_ir import read_function
 from bactrian.passes.peak.live_ranges import temporary_bytes
 
@@ -45,22 +43,17 @@ class FunctionMemory:
 def module_memory(staged: ir.Module) -> dict[str, FunctionMemory]:
     """The memory of each stage function of a staged module, by its symbol."""
     with staged.context:
-        meshes, found = mesh_axes(staged), dict[str, FunctionMemory]()
+        found = dict[str, FunctionMemory]()
         for view in staged.body.operations:
             op = view.operation
             if op.name == "func.func" and (symbol := ir.StringAttr(op.attributes["sym_name"]).value) != "main":
-                found[symbol] = function_memory(op, dict(meshes.get(symbol.partition(".")[0], ())))
+                found[symbol] = function_memory(op)
         return found
 
 
-def function_memory(main: ir.Operation, sizes: Mapping[str, int]) -> FunctionMemory:
-    """The memory of one function.
-
-    Args:
-        main: a stage function, with its shardings.
-        sizes: of the axes of its mesh; none for one device.
-    """
-    graph = read_function(main, sizes)
+def function_memory(main: ir.Operation) -> FunctionMemory:
+    """The memory of one stage function."""
+    graph = read_function(main)
     nodes, results = graph.nodes, graph.results
     return FunctionMemory(
         arguments=sum(node.nbytes for node in nodes if node.name == "argument"),

@@ -1,49 +1,34 @@
-"""From a stage function's IR to the graph of what one device computes.
-
-Shardings are in the IR by now: reshards are ``sdy.reshard``, and an op whose operands are sharded where its result is
-not gives partial results, which devices add up.
-"""
+"""From a stage function's IR to the graph of what one device computes: on a mesh, the program of one device."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import stablehlo
 
 from bactrian.passes.ir.attributes import argument_attributes
-from bactrian.passes.ir.meshes import SHARDING, spec_or_replicated, value_shardings
-from bactrian.passes.ir.op_traits import CONTRACTING, HAS_OWN_BUFFER, without_dialect
+from bactrian.passes.ir.meshes import SHARDING
+from bactrian.passes.ir.op_traits import HAS_OWN_BUFFER, without_dialect
 from bactrian.passes.ir.regions import body, nested_operations
-from bactrian.passes.machine.spec import Spec
-from bactrian.passes.peak.collective_nodes import CollectiveNodes
+from bactrian.passes.ir.tensor_sizes import type_bytes
+from bactrian.passes.peak.collective_nodes import collective_node
 from bactrian.passes.peak.value_graph import Graph, Kind
-from bactrian.passes.sharding.scattered_sums import ScatteredSum, bundles, scattered_sums
+from bactrian.passes.spmd.collectives import COLLECTIVES
 
 _VIEWS = frozenset({"reshape", "bitcast_convert"})
 _FIRM = without_dialect(HAS_OWN_BUFFER)
-_CONTRACTS = without_dialect(CONTRACTING)
 _LOOPS = frozenset({"while", "case", "if"})
 _INDEX = 4  # bytes of one
 _DIMS = re.compile(r"\[([^\]]*)\]")
 
 
-def read_function(main: ir.Operation, sizes: Mapping[str, int]) -> Graph:
-    """The graph of a function.
-
-    Args:
-        main: with ``sdy.sharding`` where values are cut.
-        sizes: of the mesh's axes.
-    """
-    block = body(main)
-    values = [*block.arguments, *(result for view in block.operations for result in view.operation.results)]
-    shardings = value_shardings(main, values)
-    specs: dict[ir.Value, Spec] = {v: spec_or_replicated(s, v.type) for v, s in zip(values, shardings, strict=True)}
-    together = bundles(main, list(scattered_sums(main)), sizes)
-    scattered = {found.op.results[0]: (found, number) for number, bundle in enumerate(together) for found in bundle}
-    graph = _Reader(block, specs, sizes, scattered).graph
+def read_function(main: ir.Operation) -> Graph:
+    """The graph of a function; of one that ``partition`` has written, that of its ``sdy.manual_computation``."""
+    first = body(main).operations[0].operation
+    graph = _Reader(first.regions[0].blocks[0] if first.name == "sdy.manual_computation" else body(main)).graph
     for number, entry in enumerate(argument_attributes(main)):
         if "tf.aliasing_output" in entry:
             graph.aliases[ir.IntegerAttr(entry["tf.aliasing_output"]).value] = number
@@ -53,16 +38,8 @@ def read_function(main: ir.Operation, sizes: Mapping[str, int]) -> Graph:
 class _Reader:
     """Reads one block; values from outside of it are arguments too."""
 
-    def __init__(
-        self,
-        block: ir.Block,
-        specs: Mapping[ir.Value, Spec],
-        sizes: Mapping[str, int],
-        scattered: Mapping[ir.Value, tuple[ScatteredSum, int]],
-    ) -> None:
+    def __init__(self, block: ir.Block) -> None:
         self.graph = Graph()
-        self._given = specs, sizes, scattered
-        self._collectives = CollectiveNodes(self.graph, specs, sizes, scattered)
         self._node = dict[ir.Value, int]()
         for value in block.arguments:
             self._argument(value)
@@ -72,7 +49,7 @@ class _Reader:
         self.graph.results = [self._of(value) for value in operations[-1].operands]
 
     def _argument(self, value: ir.Value) -> int:
-        self._node[value] = self.graph.add("argument", Kind.ARGUMENT, (), *self._collectives.local(value))
+        self._node[value] = self.graph.add("argument", Kind.ARGUMENT, (), *_local(value))
         return self._node[value]
 
     def _of(self, value: ir.Value) -> int:
@@ -86,10 +63,8 @@ class _Reader:
             self._node |= zip(op.results, reads, strict=True)
         elif name in _LOOPS or len(op.results) != 1:
             self._several(op, name, reads)
-        elif name == "reshard" and self._collectives.is_scattered(op.operands[0]):
-            self._node[op.results[0]] = reads[0]
-        elif name in ("reshard", "sharding_constraint"):
-            self._node[op.results[0]] = self._collectives.reshard(op, reads[0])
+        elif op.name in COLLECTIVES:
+            self._node[op.results[0]] = collective_node(self.graph, op, reads[0])
         elif name == "dot_general":
             self._node[op.results[0]] = self._dot(op, reads)
         elif name == "convolution":
@@ -108,16 +83,14 @@ class _Reader:
         nbytes = _INDEX * math.prod(windows) * len(shape)
         found = graph.add("reduce_window", Kind.FIRM, (reads[0], *places), windows, nbytes)
         indices = graph.add("concatenate", Kind.FIRM, (found,), windows, nbytes)
-        empty = graph.add("broadcast", Kind.FIRM, (), shape, self._collectives.local(op.results[0])[1], key="windows")
+        empty = graph.add("broadcast", Kind.FIRM, (), shape, _local(op.results[0])[1], key="windows")
         return [empty, indices, *reads[1:]]
 
     def _plain(self, op: ir.Operation, name: str, reads: list[int]) -> int:
         graph, result = self.graph, op.results[0]
-        reads = self._collectives.halo_exchange(op, reads)
         if name == "select_and_scatter":
             reads = self._expanded(op, reads)
-        spec, lost = self._partial(op, name)
-        shape, nbytes = self._collectives.local(result, spec)
+        shape, nbytes = _local(result)
         key = _key(op)
         if name == "constant":
             loose = math.prod(shape) <= 1 or _is_splat(op.attributes["value"])
@@ -129,16 +102,8 @@ class _Reader:
         kind = Kind.FIRM if name in _FIRM else Kind.LOOSE
         if name == "reduce" and _is_one(op, graph.nodes[reads[0]].shape):
             kind, reads = Kind.VIEW, reads[:1]
-        made = graph.add(
-            name,
-            kind,
-            reads,
-            shape,
-            nbytes,
-            key=key,
-            dims=_dims(op, name, graph.nodes[reads[0]].shape if reads else ()),
-        )
-        return self._collectives.all_reduce(made, result, spec, lost) if lost else made
+        dims = _dims(op, name, graph.nodes[reads[0]].shape if reads else ())
+        return graph.add(name, kind, reads, shape, nbytes, key=key, dims=dims)
 
     def _several(self, op: ir.Operation, name: str, reads: list[int]) -> None:
         """An op with several results; a loop needs what one round of it needs."""
@@ -147,32 +112,14 @@ class _Reader:
             inside = {operand for nested in nested_operations(op) for operand in nested.operands}
             reads = [*reads, *(self._node[value] for value in self._node if value in inside)]
             for region in op.regions:
-                inner = _Reader(region.blocks[0], *self._given).graph
+                inner = _Reader(region.blocks[0]).graph
                 if name == "while" and len(inner.results) == len(op.results):
                     inner.aliases = {number: number for number in range(len(inner.results))}
                 rounds.append(inner)
         whole = graph.add(name, Kind.FIRM, reads, (), 0, inside=tuple(rounds))
         for position, result in enumerate(op.results):
-            self._node[result] = graph.add(
-                "part", Kind.PART, (whole,), *self._collectives.local(result), key=position, place=position if name == "while" else None
-            )  # fmt: skip
-
-    def _partial(self, op: ir.Operation, name: str) -> tuple[Spec, tuple[str, ...]]:
-        """How an op's partial results are sharded, and the axes over which they are partial."""
-        spec = self._collectives.spec(op.results[0])
-        if name not in _CONTRACTS:
-            return spec, ()
-        first = self._collectives.spec(op.operands[0]).dims
-        if name == "dot_general":
-            numbers = stablehlo.DotDimensionNumbers(op.attributes["dot_dimension_numbers"])
-            lost = [axis for dim in numbers.lhs_contracting_dimensions for axis in first[dim]]
-        elif name == "reduce":
-            lost = [axis for dim in ir.DenseI64ArrayAttr(op.attributes["dimensions"]) for axis in first[dim]]
-        else:
-            read = [first] if name == "gather" else [self._collectives.spec(value).dims for value in op.operands]
-            kept = set(spec.axes)
-            lost = list(dict.fromkeys(a for each in read for axes in each for a in axes if a not in kept))
-        return Spec(tuple(tuple(axis for axis in axes if axis not in lost) for axes in spec.dims)), tuple(lost)
+            place = position if name == "while" else None
+            self._node[result] = graph.add("part", Kind.PART, (whole,), *_local(result), key=position, place=place)
 
     def _dot(self, op: ir.Operation, reads: list[int]) -> int:
         """A product. Operands with several free or contracted dims, or with dims of size one, are read in the order
@@ -190,9 +137,7 @@ class _Reader:
             plain = batch == list(range(len(batch))) and len(contracted) <= 1 and len(free) <= 1 and 1 not in shape
             order = [*batch, *free, *contracted] if side == 0 else [*batch, *contracted, *free]
             operands.append(read if plain else self._merged(graph.transpose(read, order)))
-        spec, lost = self._partial(op, "dot_general")
-        made = graph.add("dot_general", Kind.FIRM, operands, *self._collectives.local(result, spec), key=_key(op))
-        return self._collectives.all_reduce(made, result, spec, lost) if lost else made
+        return graph.add("dot_general", Kind.FIRM, operands, *_local(result), key=_key(op))
 
     def _merged(self, read: int) -> int:
         """What a product reads: dims of one kind are one."""
@@ -201,7 +146,7 @@ class _Reader:
 
     def _convolution(self, op: ir.Operation, reads: list[int]) -> int:
         """Of operands with the batch first and features last, and of kernels with features last."""
-        graph, result, reads = self.graph, op.results[0], self._collectives.halo_exchange(op, reads)
+        graph, result = self.graph, op.results[0]
         dims = [
             [dim.strip() for dim in each.split(",")] for each in _DIMS.findall(str(op.attributes["dimension_numbers"]))
         ]
@@ -211,12 +156,16 @@ class _Reader:
             graph.transpose(reads[0], [left.index(dim) for dim in ("b", *space, "f")]),
             graph.transpose(reads[1], [right.index(dim) for dim in (*space, "i", "o")]),
         ]
-        spec, lost = self._partial(op, "convolution")
-        shape, nbytes = self._collectives.local(result, spec)
+        shape, nbytes = _local(result)
         order = [made.index(dim) for dim in ("b", *space, "f")]
         found = graph.add("convolution", Kind.FIRM, operands, [shape[d] for d in order], nbytes, key=_key(op))
-        found = graph.transpose(found, [order.index(d) for d in range(len(order))])
-        return self._collectives.all_reduce(found, result, spec, lost) if lost else found
+        return graph.transpose(found, [order.index(d) for d in range(len(order))])
+
+
+def _local(value: ir.Value) -> tuple[tuple[int, ...], int]:
+    """Shape and bytes of a value."""
+    type_ = value.type
+    return (tuple(type_.shape), type_bytes(type_)) if isinstance(type_, ir.RankedTensorType) else ((), 0)
 
 
 def _is_one(op: ir.Operation, shape: tuple[int, ...]) -> bool:
