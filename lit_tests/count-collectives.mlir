@@ -1,10 +1,10 @@
-// RUN: bactrian-opt %s --count-collectives --split-input-file | FileCheck %s
+// RUN: bactrian-opt %s --partition --count-collectives --split-input-file | FileCheck %s
 
-// A sum over a dim cut in two, cut afterwards: one reduce-scatter of 1/2 of 64 bytes; and an all-gather of 32 bytes.
+// A sum over a dim sharded in two, sharded afterwards: one reduce-scatter of 1/2 of 64 bytes; and an all-gather of 32 bytes.
 // CHECK: module @scatter attributes {bactrian.sent_bytes = {all_gather = 32 : i64, reduce_scatter = 32 : i64}}
 module @scatter {
   sdy.mesh @stage0 = <["data"=2, "model"=1]>
-  func.func public @main(%x: tensor<4x8xf32> {sdy.sharding = #sdy.sharding<@stage0, [{}, {"data"}]>}, %w: tensor<8x4xf32> {sdy.sharding = #sdy.sharding<@stage0, [{"data"}, {}]>}) -> (tensor<4x4xf32> {sdy.sharding = #sdy.sharding<@stage0, [{}, {}]>}) {
+  func.func private @stage0.forward(%x: tensor<4x8xf32> {sdy.sharding = #sdy.sharding<@stage0, [{}, {"data"}]>}, %w: tensor<8x4xf32> {sdy.sharding = #sdy.sharding<@stage0, [{"data"}, {}]>}) -> (tensor<4x4xf32> {sdy.sharding = #sdy.sharding<@stage0, [{}, {}]>}) {
     %0 = stablehlo.dot_general %x, %w, contracting_dims = [1] x [0] {sdy.sharding = #sdy.sharding_per_value<[<@stage0, [{}, {}]>]>} : (tensor<4x8xf32>, tensor<8x4xf32>) -> tensor<4x4xf32>
     %1 = sdy.reshard %0 <@stage0, [{"data"}, {}]> : tensor<4x4xf32>
     %2 = stablehlo.sine %1 {sdy.sharding = #sdy.sharding_per_value<[<@stage0, [{"data"}, {}]>]>} : tensor<4x4xf32>
@@ -15,10 +15,10 @@ module @scatter {
 
 // -----
 
-// Nothing is cut, nothing is sent.
+// Nothing is sharded, nothing is sent.
 // CHECK: module @nothing attributes {bactrian.sent_bytes = {}}
 module @nothing {
-  func.func public @main(%x: tensor<4xf32>) -> tensor<4xf32> {
+  func.func private @stage0.forward(%x: tensor<4xf32>) -> tensor<4xf32> {
     %0 = stablehlo.sine %x : tensor<4xf32>
     return %0 : tensor<4xf32>
   }
@@ -30,7 +30,7 @@ module @nothing {
 // CHECK: module @loops attributes {bactrian.sent_bytes = {all_gather = 192 : i64, reduce_scatter = 96 : i64}}
 module @loops {
   sdy.mesh @stage0 = <["data"=2]>
-  func.func public @main(%x: tensor<4x4xf32> {sdy.sharding = #sdy.sharding<@stage0, [{"data"}, {}]>}) -> (tensor<4x4xf32> {sdy.sharding = #sdy.sharding<@stage0, [{"data"}, {}]>}) {
+  func.func private @stage0.forward(%x: tensor<4x4xf32> {sdy.sharding = #sdy.sharding<@stage0, [{"data"}, {}]>}) -> (tensor<4x4xf32> {sdy.sharding = #sdy.sharding<@stage0, [{"data"}, {}]>}) {
     %zero = stablehlo.constant dense<0> : tensor<i32>
     %one = stablehlo.constant dense<1> : tensor<i32>
     %two = stablehlo.constant dense<2> : tensor<i32>
@@ -68,7 +68,7 @@ module @loops {
 // CHECK: module @borders attributes {bactrian.sent_bytes = {halo = 192 : i64}}
 module @borders {
   sdy.mesh @stage0 = <["rows"=2]>
-  func.func public @main(%x: tensor<16x4x4xf32> {sdy.sharding = #sdy.sharding<@stage0, [{"rows"}, {}, {}]>}, %k: tensor<5x4x4xf32> {sdy.sharding = #sdy.sharding<@stage0, [{}, {}, {}]>}, %g: tensor<4x4x4xf32> {sdy.sharding = #sdy.sharding<@stage0, [{"rows"}, {}, {}]>}) -> (tensor<8x4x4xf32> {sdy.sharding = #sdy.sharding<@stage0, [{"rows"}, {}, {}]>}) {
+  func.func private @stage0.forward(%x: tensor<16x4x4xf32> {sdy.sharding = #sdy.sharding<@stage0, [{"rows"}, {}, {}]>}, %k: tensor<5x4x4xf32> {sdy.sharding = #sdy.sharding<@stage0, [{}, {}, {}]>}, %g: tensor<4x4x4xf32> {sdy.sharding = #sdy.sharding<@stage0, [{"rows"}, {}, {}]>}) -> (tensor<8x4x4xf32> {sdy.sharding = #sdy.sharding<@stage0, [{"rows"}, {}, {}]>}) {
     %zero = stablehlo.constant dense<0.0> : tensor<f32>
     %y = stablehlo.convolution(%x, %k) dim_numbers = [0, b, f]x[0, i, o]->[0, b, f], window = {stride = [2], pad = [[1, 2]]} {batch_group_count = 1 : i64, feature_group_count = 1 : i64, sdy.sharding = #sdy.sharding_per_value<[<@stage0, [{"rows"}, {}, {}]>]>} : (tensor<16x4x4xf32>, tensor<5x4x4xf32>) -> tensor<8x4x4xf32>
     %z = "stablehlo.reduce_window"(%y, %zero) <{window_dimensions = array<i64: 2, 1, 1>, window_strides = array<i64: 2, 1, 1>}> ({

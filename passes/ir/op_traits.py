@@ -73,6 +73,12 @@ fused, and barriers are gone before buffers are assigned."""
 ASSOCIATIVE = _ops("add and maximum minimum multiply or xor")
 """Ops of two operands that fold a list of values in any grouping (floating-point sums and products round differently)."""
 
+LINEAR = _ops("add convert negate reshape transpose")
+"""Ops whose result of sums is the sum of their results."""
+
+SCALING = _ops("divide multiply")
+"""Ops that are linear in their first operand."""
+
 LAYOUT_CHANGES = _ops("reshape transpose")
 """Ops that only give their operand another shape: a sum of their results is the result of the sum."""
 

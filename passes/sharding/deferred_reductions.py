@@ -9,11 +9,10 @@ from jaxlib.mlir import ir
 from bactrian.passes.ir.attributes import ACCUMULATE, UPDATE
 from bactrian.passes.ir.constants import splat_of
 from bactrian.passes.ir.main_dataflow import MainDataflow
+from bactrian.passes.ir.op_traits import LINEAR, SCALING
 from bactrian.passes.sharding.strategies import Defers
 
 _SUMS = ("stablehlo.dot_general", "stablehlo.reduce", "stablehlo.scatter")
-_LINEAR = ("stablehlo.transpose", "stablehlo.reshape", "stablehlo.convert", "stablehlo.negate")
-_SCALING = ("stablehlo.multiply", "stablehlo.divide")  # by a constant
 
 
 def deferred_sums(flow: MainDataflow, value_of: Sequence[int], forwards: Sequence[bool]) -> dict[int, Defers]:
@@ -73,17 +72,17 @@ class _Finder:
             if begins is not None and (len(op.operands) > 3 - begins or not self._begins_at_zero(index, begins)):
                 return None
             return {index: Defers.STARTS}
-        if op.name in _LINEAR:
+        if op.name == "stablehlo.add":
+            left, right = (self._chain(operand, index) for operand in flow.operands[index])
+            return None if left is None or right is None else {**left, **right, index: Defers.PASSES}
+        if op.name in LINEAR:
             if not isinstance(ir.RankedTensorType(op.operands[0].type).element_type, ir.FloatType):
                 return None
             source = self._chain(flow.operands[index][0], index)
             return None if source is None else {**source, index: Defers.PASSES}
-        if op.name in _SCALING and splat_of(flow.values[self._value_of[flow.operands[index][1]]]) is not None:
+        if op.name in SCALING and splat_of(flow.values[self._value_of[flow.operands[index][1]]]) is not None:
             source = self._chain(flow.operands[index][0], index)
             return None if source is None else {**source, index: Defers.PASSES}
-        if op.name == "stablehlo.add":
-            left, right = (self._chain(operand, index) for operand in flow.operands[index])
-            return None if left is None or right is None else {**left, **right, index: Defers.PASSES}
         return None
 
     def _begins_at_zero(self, index: int, position: int) -> bool:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from jaxlib.mlir import ir
 
+from bactrian.passes.frame.diagnostics import error_at
+from bactrian.passes.frame.errors import PassError
 from bactrian.passes.ir.op_costs import tensor_size, trip_count
 from bactrian.passes.spmd.collectives import COLLECTIVES
 
@@ -39,6 +41,9 @@ def count_collectives(root: ir.Operation) -> list[Collective]:
 
     Args:
         root: a function, or a module.
+
+    Raises:
+        PassError: a collective does not say who takes part.
     """
     return list(_inside(root, 1))
 
@@ -77,5 +82,13 @@ def _collective(op: ir.Operation, times: int | None) -> Collective:
         group, share = len(pairs), float(any(source != target for source, target in pairs))
     else:
         group = np.array(ir.DenseElementsAttr(op.attributes["replica_groups"])).shape[1]
+        if group == 0:
+            raise error_at(
+                PassError,
+                op,
+                f"cannot count what {op.name} sends: replica_groups is empty",
+                why="then all devices take part, and the module does not say how many there are",
+                fix="write the groups",
+            )
         share = {"all_gather": group - 1.0, "all_reduce": 2 * (group - 1) / group}.get(kind, (group - 1) / group)
     return Collective(kind, group, (1 if times is None else times) * share * held, times, str(op.location))

@@ -12,6 +12,7 @@ from bactrian.passes.frame.diagnostics import error_at
 from bactrian.passes.frame.errors import PassError
 from bactrian.passes.ir.attributes import argument_attributes, result_attributes
 from bactrian.passes.ir.meshes import SHARDING, sharding_attribute, spec_of, spec_or_replicated, value_shardings
+from bactrian.passes.ir.op_traits import LINEAR, SCALING
 from bactrian.passes.ir.regions import body, nested_operands, nested_operations
 from bactrian.passes.ir.tensor_sizes import value_shape
 from bactrian.passes.machine.spec import MeshAxes, Spec
@@ -24,7 +25,7 @@ from bactrian.passes.spmd.reshards import Resharder
 
 _RESHARD = "sdy.reshard"
 _CONSTRAINT = "sdy.sharding_constraint"
-_FORWARDING = ("stablehlo.optimization_barrier",)
+FORWARDING = ("stablehlo.optimization_barrier",)
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,7 @@ class _FunctionPartitioner:
             self._check(value, spec, op)
         if op.name == "stablehlo.while":
             self._loop(op, makes)
-        elif op.name in _FORWARDING:
+        elif op.name in FORWARDING:
             self._forward(op, makes)
         elif all(spec.is_replicated for spec in (*makes, *self._specs_read(op))):
             self._whole(op)
@@ -226,7 +227,7 @@ class _FunctionPartitioner:
         whole = rule.replicated | rule.permuted
         if axes_of is None or any(axes_of.get(factor) for factor in whole):
             raise self._error(op, reads, makes, f"no form of {op.name} reads and makes these shardings")
-        self._read_unreduced(op, reads, makes)
+        self._check_unreduced(op, reads, makes)
         target = self._scatter_target(op)
         local = LocalOp(
             op,
@@ -256,11 +257,16 @@ class _FunctionPartitioner:
         readers = [use.owner.operation for use in op.results[0].uses]
         return readers[0] if len(readers) == 1 and readers[0].name == _RESHARD else None
 
-    def _read_unreduced(self, op: ir.Operation, reads: Sequence[Spec], makes: Sequence[Spec]) -> None:
-        """Refuse what is not linear in partial sums."""
-        unreduced = {spec.unreduced for spec in reads if spec.unreduced}
-        if unreduced and unreduced != {spec.unreduced for spec in makes}:
-            raise self._error(op, reads, makes, f"{op.name} reads an unreduced value, but does not make one")
+    def _check_unreduced(self, op: ir.Operation, reads: Sequence[Spec], makes: Sequence[Spec]) -> None:
+        """Refuse what is not linear in partial sums: each device would have to know the others'."""
+        unreduced = [spec.unreduced for spec in reads if spec.unreduced]
+        if not unreduced:
+            return
+        linear = op.name in LINEAR or (op.name in SCALING and not reads[1].unreduced)
+        if not linear or any(spec.unreduced != unreduced[0] for spec in makes):
+            raise self._error(op, reads, makes, f"{op.name} reads an unreduced value, but is not linear in it")
+        if op.name == "stablehlo.add" and len(unreduced) != len(reads):
+            raise self._error(op, reads, makes, f"{op.name} adds an unreduced value to one that is not")
 
     def _error(self, op: ir.Operation, reads: Sequence[Spec], makes: Sequence[Spec], message: str) -> PassError:
         operands = "; ".join(str(spec) or "scalar" for spec in reads)

@@ -1,0 +1,109 @@
+// RUN: bactrian-opt %s --partition --split-input-file | FileCheck %s
+
+// Contracting dims are sharded: partial sums are added up where they are read whole, and scattered where a shard is.
+// CHECK-LABEL: module @products
+module @products {
+  sdy.mesh @stage0 = <["data"=2, "model"=4]>
+  // CHECK: func.func private @stage0.forward(%[[X:.*]]: tensor<8x16xf32> {sdy.sharding
+  func.func private @stage0.forward(%x: tensor<8x16xf32> {sdy.sharding = #sdy.sharding<@stage0, [{"data"}, {"model"}]>}, %w: tensor<16x8xf32> {sdy.sharding = #sdy.sharding<@stage0, [{"model"}, {}]>})
+      -> (tensor<8x8xf32> {sdy.sharding = #sdy.sharding<@stage0, [{"data"}, {}]>}, tensor<8x8xf32> {sdy.sharding = #sdy.sharding<@stage0, [{"data"}, {"model"}]>}) {
+    // CHECK-NEXT: sdy.manual_computation(%[[X]], %{{.*}}) {{.*}} manual_axes={"data", "model"} (%[[XS:.*]]: tensor<4x4xf32>, %[[WS:.*]]: tensor<4x8xf32>)
+    // CHECK-NEXT: %[[P:.*]] = stablehlo.dot_general %[[XS]], %[[WS]], contracting_dims = [1] x [0] : (tensor<4x4xf32>, tensor<4x8xf32>) -> tensor<4x8xf32>
+    // CHECK-NEXT: %[[S:.*]] = "stablehlo.all_reduce"(%[[P]]) {{.*}}replica_groups = dense<{{\[\[}}0, 1, 2, 3], [4, 5, 6, 7{{\]\]}}>
+    // CHECK: stablehlo.add
+    // CHECK: }) : (tensor<4x8xf32>) -> tensor<4x8xf32>
+    // CHECK: %[[C:.*]] = stablehlo.cosine %[[XS]]
+    // CHECK-NEXT: %[[Q:.*]] = stablehlo.dot_general %[[C]], %[[WS]]
+    // CHECK-NEXT: %[[R:.*]] = "stablehlo.reduce_scatter"(%[[Q]]) {{.*}}scatter_dimension = 1
+    // CHECK: }) : (tensor<4x8xf32>) -> tensor<4x2xf32>
+    // CHECK-NEXT: sdy.return %[[S]], %[[R]] : tensor<4x8xf32>, tensor<4x2xf32>
+    %y = stablehlo.dot_general %x, %w, contracting_dims = [1] x [0] {sdy.sharding = #sdy.sharding_per_value<[<@stage0, [{"data"}, {}]>]>} : (tensor<8x16xf32>, tensor<16x8xf32>) -> tensor<8x8xf32>
+    %c = stablehlo.cosine %x {sdy.sharding = #sdy.sharding_per_value<[<@stage0, [{"data"}, {"model"}]>]>} : tensor<8x16xf32>
+    %p = stablehlo.dot_general %c, %w, contracting_dims = [1] x [0] {sdy.sharding = #sdy.sharding_per_value<[<@stage0, [{"data"}, {}]>]>} : (tensor<8x16xf32>, tensor<16x8xf32>) -> tensor<8x8xf32>
+    %z = sdy.reshard %p <@stage0, [{"data"}, {"model"}]> : tensor<8x8xf32>
+    return %y, %z : tensor<8x8xf32>, tensor<8x8xf32>
+  }
+}
+
+// -----
+
+// Each reshard is one collective, or the slice that begins at the device's own place.
+// CHECK-LABEL: module @reshards
+module @reshards {
+  sdy.mesh @stage0 = <["a"=2, "b"=2]>
+  func.func private @stage0.forward(%x: tensor<8x8xf32> {sdy.sharding = #sdy.sharding<@stage0, [{"a"}, {}]>}) -> (tensor<8x8xf32> {sdy.sharding = #sdy.sharding<@stage0, [{}, {}]>}) {
+    // CHECK: %[[N:.*]] = stablehlo.partition_id
+    // CHECK: stablehlo.dynamic_slice {{.*}} sizes = [4, 4] : (tensor<4x8xf32>, tensor<i32>, tensor<i32>) -> tensor<4x4xf32>
+    %0 = sdy.reshard %x <@stage0, [{"a"}, {"b"}]> : tensor<8x8xf32>
+    // CHECK: "stablehlo.collective_permute"({{.*}}) {{.*}}source_target_pairs = dense<{{\[\[}}0, 0], [2, 1], [1, 2], [3, 3{{\]\]}}>
+    %1 = sdy.reshard %0 <@stage0, [{"b"}, {"a"}]> : tensor<8x8xf32>
+    // CHECK: "stablehlo.all_to_all"({{.*}}) {{.*}}concat_dimension = 1 : i64{{.*}}split_dimension = 0 : i64{{.*}}: (tensor<4x4xf32>) -> tensor<2x8xf32>
+    %2 = sdy.reshard %1 <@stage0, [{"b", "a"}, {}]> : tensor<8x8xf32>
+    // CHECK: "stablehlo.all_gather"({{.*}}) {{.*}}all_gather_dim = 0 : i64{{.*}}replica_groups = dense<{{\[\[}}0, 2, 1, 3{{\]\]}}>{{.*}}: (tensor<2x8xf32>) -> tensor<8x8xf32>
+    %3 = sdy.reshard %2 <@stage0, [{}, {}]> : tensor<8x8xf32>
+    return %3 : tensor<8x8xf32>
+  }
+}
+
+// -----
+
+// What each device makes of its own place: an iota begins at its row; a constant of one number has fewer of it.
+// CHECK-LABEL: module @sources
+module @sources {
+  sdy.mesh @stage0 = <["data"=4]>
+  func.func private @stage0.forward() -> (tensor<8x4xf32> {sdy.sharding = #sdy.sharding<@stage0, [{"data"}, {}]>}) {
+    // CHECK: %[[I:.*]] = stablehlo.iota dim = 0 : tensor<2x4xi32>
+    // CHECK: stablehlo.add %[[I]]
+    // CHECK: stablehlo.convert {{.*}} : (tensor<2x4xi32>) -> tensor<2x4xf32>
+    // CHECK: stablehlo.constant dense<2.000000e+00> : tensor<2x4xf32>
+    %i = stablehlo.iota dim = 0 {sdy.sharding = #sdy.sharding_per_value<[<@stage0, [{"data"}, {}]>]>} : tensor<8x4xf32>
+    %c = stablehlo.constant {sdy.sharding = #sdy.sharding_per_value<[<@stage0, [{"data"}, {}]>]>} dense<2.0> : tensor<8x4xf32>
+    %r = stablehlo.multiply %i, %c {sdy.sharding = #sdy.sharding_per_value<[<@stage0, [{"data"}, {}]>]>} : tensor<8x4xf32>
+    return %r : tensor<8x4xf32>
+  }
+}
+
+// -----
+
+// A loop carries shards. A sum that stays unreduced is added up once, behind the loop.
+// CHECK-LABEL: module @loop
+module @loop {
+  sdy.mesh @stage0 = <["data"=4]>
+  func.func private @stage0.forward(%x: tensor<16x8xf32> {sdy.sharding = #sdy.sharding<@stage0, [{"data"}, {}]>}) -> (tensor<8x8xf32> {sdy.sharding = #sdy.sharding<@stage0, [{}, {}]>}) {
+    %zero = stablehlo.constant dense<0> : tensor<i32>
+    %one = stablehlo.constant dense<1> : tensor<i32>
+    %three = stablehlo.constant dense<3> : tensor<i32>
+    %zeros = stablehlo.constant {sdy.sharding = #sdy.sharding_per_value<[<@stage0, [{}, {}], unreduced={"data"}>]>} dense<0.0> : tensor<8x8xf32>
+    // CHECK: stablehlo.while({{.*}}) : tensor<i32>, tensor<8x8xf32>
+    %r:2 = stablehlo.while(%i = %zero, %s = %zeros) : tensor<i32>, tensor<8x8xf32> attributes {sdy.sharding = #sdy.sharding_per_value<[<@stage0, []>, <@stage0, [{}, {}], unreduced={"data"}>]>}
+     cond {
+      %c = stablehlo.compare LT, %i, %three : (tensor<i32>, tensor<i32>) -> tensor<i1>
+      stablehlo.return %c : tensor<i1>
+    } do {
+      // CHECK: stablehlo.dot_general {{.*}} : (tensor<4x8xf32>, tensor<4x8xf32>) -> tensor<8x8xf32>
+      // CHECK-NOT: all_reduce
+      // CHECK: stablehlo.return
+      %p = stablehlo.dot_general %x, %x, contracting_dims = [0] x [0] {sdy.sharding = #sdy.sharding_per_value<[<@stage0, [{}, {}], unreduced={"data"}>]>} : (tensor<16x8xf32>, tensor<16x8xf32>) -> tensor<8x8xf32>
+      %t = stablehlo.add %s, %p {sdy.sharding = #sdy.sharding_per_value<[<@stage0, [{}, {}], unreduced={"data"}>]>} : tensor<8x8xf32>
+      %j = stablehlo.add %i, %one : tensor<i32>
+      stablehlo.return %j, %t : tensor<i32>, tensor<8x8xf32>
+    }
+    // CHECK: "stablehlo.all_reduce"
+    %s = sdy.reshard %r#1 <@stage0, [{}, {}]> : tensor<8x8xf32>
+    return %s : tensor<8x8xf32>
+  }
+}
+
+// -----
+
+// A stage of one device stays as it is.
+// CHECK-LABEL: module @one_device
+module @one_device {
+  sdy.mesh @stage0 = <["data"=1]>
+  // CHECK: func.func private @stage0.forward
+  // CHECK-NEXT: stablehlo.sine
+  func.func private @stage0.forward(%x: tensor<8xf32>) -> tensor<8xf32> {
+    %y = stablehlo.sine %x : tensor<8xf32>
+    return %y : tensor<8xf32>
+  }
+}
