@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from jaxlib.mlir import ir
 
@@ -44,6 +44,19 @@ def identity_of(fold: str, type_: ir.Type) -> ir.Value:
     return _one("stablehlo.constant", type_, [], {"value": elements})
 
 
+def empty_sum(type_: ir.Type) -> ir.Value:
+    """A constant that changes nothing when it is added: of floats ``-0.0``, since ``0.0 + -0.0`` is ``0.0``."""
+    tensor = ir.RankedTensorType(type_)
+    element = tensor.element_type
+    if isinstance(element, ir.ComplexType):
+        part = empty_sum(ir.RankedTensorType.get(tensor.shape, element.element_type))
+        return _one("stablehlo.complex", tensor, [part, part], None)
+    if not isinstance(element, ir.FloatType):
+        return splat(tensor, 0)
+    elements: ir.Attribute = ir.DenseElementsAttr.get_splat(tensor, ir.FloatAttr.get(element, -0.0))
+    return _one("stablehlo.constant", tensor, [], {"value": elements})
+
+
 def scalar_i32() -> ir.Type:
     """``tensor<i32>``."""
     return ir.RankedTensorType.get([], ir.IntegerType.get_signless(32))
@@ -54,11 +67,41 @@ def binary(name: str, left: ir.Value, right: ir.Value, attributes: Attributes | 
     return _one(name, left.type, [left, right], attributes)
 
 
+def converted(value: ir.Value, element: ir.Type) -> ir.Value:
+    """The value with elements of another type."""
+    tensor = ir.RankedTensorType(value.type)
+    if tensor.element_type == element:
+        return value
+    return _one("stablehlo.convert", ir.RankedTensorType.get(tensor.shape, element), [value], None)
+
+
+def spread(value: ir.Value, type_: ir.Type, dims: Sequence[int] = ()) -> ir.Value:
+    """The value repeated along all dims of a type but ``dims``, which are its own."""
+    return _one(
+        "stablehlo.broadcast_in_dim", type_, [value], {"broadcast_dimensions": ir.DenseI64ArrayAttr.get(list(dims))}
+    )
+
+
+def compared(left: ir.Value, direction: str, right: ir.Value) -> ir.Value:
+    """Where ``left`` is ``EQ``, ``NE``, ``GE``, ``GT``, ``LE``, ``LT`` than ``right``."""
+    flags = ir.RankedTensorType.get(ir.RankedTensorType(left.type).shape, ir.IntegerType.get_signless(1))
+    attribute = ir.Attribute.parse(f"#stablehlo<comparison_direction {direction}>")
+    return _one("stablehlo.compare", flags, [left, right], {"comparison_direction": attribute})
+
+
+def chosen(where: ir.Value, yes: ir.Value, no: ir.Value) -> ir.Value:
+    """``yes`` where the flags say so, ``no`` elsewhere."""
+    return _one("stablehlo.select", yes.type, [where, yes, no], None)
+
+
+def clamped(low: ir.Value, value: ir.Value, high: ir.Value) -> ir.Value:
+    """The value, or the nearest between two scalars."""
+    return _one("stablehlo.clamp", value.type, [low, value, high], None)
+
+
 def less(left: ir.Value, right: ir.Value) -> ir.Value:
     """``left < right`` for scalars."""
-    direction = ir.Attribute.parse("#stablehlo<comparison_direction LT>")
-    flag = ir.RankedTensorType.get([], ir.IntegerType.get_signless(1))
-    return _one("stablehlo.compare", flag, [left, right], {"comparison_direction": direction})
+    return compared(left, "LT", right)
 
 
 def rows_from(whole: ir.Value, start: ir.Value, piece: ir.Type) -> ir.Value:

@@ -8,7 +8,10 @@ from dataclasses import dataclass
 from jaxlib.mlir import ir
 
 from bactrian.passes.ir.op_traits import ELEMENTWISE
+from bactrian.passes.spmd.forms.dynamic_slices import dynamic_slice, dynamic_update_slice, narrow_dynamic_slice
 from bactrian.passes.spmd.forms.elementwise import same_op
+from bactrian.passes.spmd.forms.indexing import gather, narrow_gather, narrow_scatter, scatter
+from bactrian.passes.spmd.forms.linear_algebra import narrow_cholesky, narrow_fft, narrow_triangular_solve
 from bactrian.passes.spmd.forms.products import product
 from bactrian.passes.spmd.forms.reductions import narrow_reduction, reduction
 from bactrian.passes.spmd.forms.sources import constant, iota
@@ -40,6 +43,14 @@ def _named(names: str, form: Form) -> dict[str, Form]:
 
 FORMS: dict[str, Form] = {
     **dict.fromkeys(ELEMENTWISE, Form(same_op)),
+    **_named("sort", Form(same_op)),
+    **_named("cholesky", Form(same_op, narrow_cholesky)),
+    **_named("fft", Form(same_op, narrow_fft)),
+    **_named("triangular_solve", Form(same_op, narrow_triangular_solve)),
+    **_named("gather", Form(gather, narrow_gather)),
+    **_named("scatter", Form(scatter, narrow_scatter)),
+    **_named("dynamic_slice", Form(dynamic_slice, narrow_dynamic_slice)),
+    **_named("dynamic_update_slice", Form(dynamic_update_slice)),
     **_named("bitcast_convert broadcast_in_dim map reduce_precision reshape transpose", Form(same_op)),
     **_named("constant", Form(constant)),
     **_named("dot_general", Form(product)),

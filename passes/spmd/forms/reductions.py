@@ -13,7 +13,7 @@ from bactrian.passes.ir.op_traits import ASSOCIATIVE
 from bactrian.passes.spmd.local_op import LocalOp
 from bactrian.passes.spmd.sharding_rules import Combining, Rule
 
-_IDEMPOTENT = frozenset({"stablehlo.maximum", "stablehlo.minimum", "stablehlo.and", "stablehlo.or"})
+IDEMPOTENT = frozenset({"stablehlo.maximum", "stablehlo.minimum", "stablehlo.and", "stablehlo.or"})
 
 
 def narrow_reduction(op: ir.Operation, rule: Rule) -> Rule:
@@ -40,7 +40,7 @@ def reduction(local: LocalOp) -> Sequence[ir.Value]:
         return _reduced_again(local, made)
     (value,) = made
     initial = local.operands[1]
-    counts_once = fold in _IDEMPOTENT or is_identity(local.op.operands[1], fold)
+    counts_once = fold in IDEMPOTENT or is_identity(local.op.operands[1], fold)
     if not counts_once:
         identity = identity_of(fold, initial.type)
         (value,) = local.clone([local.operands[0], identity])
