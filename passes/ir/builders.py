@@ -10,7 +10,7 @@ from jaxlib.mlir import ir
 Attributes = Mapping[str, ir.Attribute]
 
 
-def splat(type_: ir.Type, value: int, attributes: Attributes | None = None) -> ir.Value:
+def splat(type_: ir.Type, value: float, attributes: Attributes | None = None) -> ir.Value:
     """A constant with ``value`` in every element; ``type_`` is of floats, integers, booleans or complex numbers."""
     tensor = ir.RankedTensorType(type_)
     element = tensor.element_type
@@ -19,7 +19,7 @@ def splat(type_: ir.Type, value: int, attributes: Attributes | None = None) -> i
         real, imaginary = splat(part, value, attributes), splat(part, 0, attributes)
         return _one("stablehlo.complex", tensor, [real, imaginary], attributes)
     is_float = isinstance(element, ir.FloatType)
-    number = ir.FloatAttr.get(element, float(value)) if is_float else ir.IntegerAttr.get(element, value)
+    number = ir.FloatAttr.get(element, float(value)) if is_float else ir.IntegerAttr.get(element, int(value))
     elements: ir.Attribute = ir.DenseElementsAttr.get_splat(tensor, number)
     return _one("stablehlo.constant", tensor, [], {"value": elements, **(attributes or {})})
 
@@ -27,7 +27,9 @@ def splat(type_: ir.Type, value: int, attributes: Attributes | None = None) -> i
 def identity_of(fold: str, type_: ir.Type) -> ir.Value:
     """A constant that changes nothing when ``fold``, an op of two operands, takes it."""
     element = ir.RankedTensorType(type_).element_type
-    if fold in ("stablehlo.add", "stablehlo.or", "stablehlo.xor"):
+    if fold == "stablehlo.add":
+        return splat(type_, -0.0)  # of floats 0.0 isn't one: it makes 0.0 of -0.0
+    if fold in ("stablehlo.or", "stablehlo.xor"):
         return splat(type_, 0)
     if fold == "stablehlo.multiply":
         return splat(type_, 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import sdy
@@ -41,7 +42,7 @@ def rule_of(op: ir.Operation) -> Rule | None:
     if form is None:
         return None
     if op.name in _SOURCES:  # every device makes its own shard
-        return elementwise(value_shape(op.results[0]), 0)
+        return _without_empty(elementwise(value_shape(op.results[0]), 0))
     if RULE not in op.attributes:
         return None
     rule = sdy.OpShardingRuleAttr(op.attributes[RULE])
@@ -57,7 +58,13 @@ def rule_of(op: ir.Operation) -> Rule | None:
         replicated=frozenset(rule.need_replication_factors) | _uneven((*operands, *results), shapes, sizes),
         permuted=frozenset(rule.permutation_factors),
     )
-    return form.narrow(op, made)
+    return _without_empty(form.narrow(op, made))
+
+
+def _without_empty(rule: Rule) -> Rule:
+    """Factors of size 0 replicated: there is nothing to shard."""
+    empty = frozenset(factor for factor, size in enumerate(rule.sizes) if size == 0)
+    return replace(rule, replicated=rule.replicated | empty)
 
 
 def _dims(mapping: ir.Attribute) -> Dims:

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
 from jaxlib.mlir import ir
 
-from bactrian.passes.ir.builders import binary, identity_of
+from bactrian.passes.ir.builders import binary, identity_of, splat
 from bactrian.passes.ir.constants import splat_text
 from bactrian.passes.ir.op_traits import ASSOCIATIVE
 from bactrian.passes.spmd.local_op import LocalOp
+from bactrian.passes.spmd.ordered_floats import from_ordered, to_ordered
 from bactrian.passes.spmd.sharding_rules import Combining, Rule
 
-IDEMPOTENT = frozenset({"stablehlo.maximum", "stablehlo.minimum", "stablehlo.and", "stablehlo.or"})
+_EXTREMES = frozenset({"stablehlo.maximum", "stablehlo.minimum"})
+IDEMPOTENT = _EXTREMES | {"stablehlo.and", "stablehlo.or"}
 
 
 def narrow_reduction(op: ir.Operation, rule: Rule) -> Rule:
-    """What devices do with their results: see `reduction`."""
+    """How devices combine their results. Reduced dims are whole where the fold is neither one op nor picks one of what it
+    is given: then it may matter how often the initial value is folded in."""
+    region = op.regions[0]
+    if fold_of(region) is None and not _picks(region):
+        return replace(rule, replicated=rule.replicated | rule.reduction)
     return replace(rule, combining=combining_of(op))
 
 
@@ -30,36 +37,79 @@ def combining_of(op: ir.Operation) -> Combining:
 
 
 def reduction(local: LocalOp) -> Sequence[ir.Value]:
-    """Each device reduces its shard. Then sums are added up; maxima and the like are folded; of everything else devices
-    gather the others' results, and reduce them again."""
-    made = local.clone()
+    """Each device reduces its shard. Then sums are added up, maxima and the like are folded, and of what picks one of
+    several tuples devices gather the others' results, and reduce them again."""
     if not local.reduced:
-        return made
+        return local.clone()
     fold = fold_of(local.op.regions[0])
-    if fold is None or len(made) > 1:
-        return _reduced_again(local, made)
-    (value,) = made
+    if fold is None:
+        return _reduced_again(local, local.clone())
     initial = local.operands[1]
-    counts_once = fold in IDEMPOTENT or is_identity(local.op.operands[1], fold)
-    if not counts_once:
-        identity = identity_of(fold, initial.type)
-        (value,) = local.clone([local.operands[0], identity])
-    value = local.add_up(value) if fold == "stablehlo.add" else folded(local, value, fold)
-    if not counts_once:
-        shape = ir.RankedTensorType(value.type)
-        spread = ir.Operation.create(
-            "stablehlo.broadcast_in_dim",
-            results=[shape],
-            operands=[initial],
-            attributes={"broadcast_dimensions": ir.DenseI64ArrayAttr.get([])},
+    if _counts_once(local, fold):
+        (value,) = local.clone()
+        return [_over_devices(local, value, fold)]
+    (value,) = local.clone([local.operands[0], identity_of(fold, initial.type)])
+    return [_folded_in(local, _over_devices(local, value, fold), initial, fold)]
+
+
+def _picks(region: ir.Region) -> bool:
+    """Whether each value that a region returns is one of the two at its position, as those of an argmax are."""
+    block = region.blocks[0]
+    arguments = list(block.arguments)
+    half = len(arguments) // 2
+    for number, value in enumerate(block.operations[len(block.operations) - 1].operands):
+        owner = value.owner
+        if isinstance(owner, ir.Block) or owner.operation.name != "stablehlo.select":
+            return False
+        picked = list(owner.operation.operands)[1:]
+        pair = [arguments[number], arguments[number + half]]
+        if picked not in (pair, pair[::-1]):
+            return False
+    return True
+
+
+def _counts_once(local: LocalOp, fold: str) -> bool:
+    """Whether it changes nothing that each device folds in the initial value. XLA leaves it out where a device reduces
+    one element."""
+    dims = ir.DenseI64ArrayAttr(local.op.attributes["dimensions"])
+    shape = ir.RankedTensorType(local.operands[0].type).shape
+    if math.prod(shape[dim] for dim in dims) == 1:
+        return False
+    return fold in IDEMPOTENT or is_identity(local.op.operands[1], fold)
+
+
+def _over_devices(local: LocalOp, value: ir.Value, fold: str) -> ir.Value:
+    return local.add_up(value) if local.rule.combining is Combining.SUM else folded(local, value, fold)
+
+
+def _folded_in(local: LocalOp, value: ir.Value, initial: ir.Value, fold: str) -> ir.Value:
+    """The initial value folded in: once, also where the result stays unreduced."""
+    if local.makes[0].unreduced:
+        flag = ir.RankedTensorType.get([], ir.IntegerType.get_signless(1))
+        index = local.devices.index(local.reduced)
+        is_first = ir.Operation.create(
+            "stablehlo.compare",
+            results=[flag],
+            operands=[index, splat(index.type, 0)],
+            attributes={"comparison_direction": ir.Attribute.parse("#stablehlo<comparison_direction EQ>")},
         ).results[0]
-        value = binary(fold, value, spread)
-    return [value]
+        initial = ir.Operation.create(
+            "stablehlo.select", results=[initial.type], operands=[is_first, initial, identity_of(fold, initial.type)]
+        ).results[0]
+    spread = ir.Operation.create(
+        "stablehlo.broadcast_in_dim",
+        results=[value.type],
+        operands=[initial],
+        attributes={"broadcast_dimensions": ir.DenseI64ArrayAttr.get([])},
+    ).results[0]
+    return binary(fold, value, spread)
 
 
 def folded(local: LocalOp, value: ir.Value, fold: str) -> ir.Value:
     """What the devices of the reduced axes hold, folded: by an all-reduce, where XLA has one for the type."""
     element = ir.RankedTensorType(value.type).element_type
+    if fold in _EXTREMES and isinstance(element, ir.FloatType):
+        return from_ordered(local.collectives.all_reduce(to_ordered(value, fold), local.reduced, fold), value.type)
     if _has_all_reduce(fold, element):
         return local.collectives.all_reduce(value, local.reduced, fold)
     gathered = _rows(local, value)
