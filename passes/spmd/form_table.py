@@ -8,10 +8,19 @@ from dataclasses import dataclass
 from jaxlib.mlir import ir
 
 from bactrian.passes.ir.op_traits import ELEMENTWISE
+from bactrian.passes.spmd.forms.convolutions import convolution
 from bactrian.passes.spmd.forms.elementwise import same_op
 from bactrian.passes.spmd.forms.products import product
 from bactrian.passes.spmd.forms.reductions import narrow_reduction, reduction
 from bactrian.passes.spmd.forms.sources import constant, iota
+from bactrian.passes.spmd.forms.windows import pad, slice_of_rows, windowed_reduction
+from bactrian.passes.spmd.halo_rules import (
+    concatenation_rule,
+    convolution_rule,
+    reversal_rule,
+    rows_rule,
+    scatter_rule,
+)
 from bactrian.passes.spmd.local_op import LocalOp
 from bactrian.passes.spmd.sharding_rules import Rule
 
@@ -41,8 +50,15 @@ def _named(names: str, form: Form) -> dict[str, Form]:
 FORMS: dict[str, Form] = {
     **dict.fromkeys(ELEMENTWISE, Form(same_op)),
     **_named("bitcast_convert broadcast_in_dim map reduce_precision reshape transpose", Form(same_op)),
+    **_named("concatenate", Form(same_op, concatenation_rule)),
     **_named("constant", Form(constant)),
+    **_named("convolution", Form(convolution, convolution_rule)),
     **_named("dot_general", Form(product)),
     **_named("iota", Form(iota)),
+    **_named("pad", Form(pad, rows_rule)),
     **_named("reduce", Form(reduction, narrow_reduction)),
+    **_named("reduce_window", Form(windowed_reduction, rows_rule)),
+    **_named("reverse", Form(same_op, reversal_rule)),
+    **_named("select_and_scatter", Form(same_op, scatter_rule)),
+    **_named("slice", Form(slice_of_rows, rows_rule)),
 }

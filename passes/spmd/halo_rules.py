@@ -3,249 +3,240 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import stablehlo
 
-from bactrian.passes.ir.constants import splat_of
 from bactrian.passes.ir.op_costs import element_bytes
 from bactrian.passes.ir.tensor_sizes import value_shape
 from bactrian.passes.spmd.halo import Halo
 from bactrian.passes.spmd.sharding_rules import Rule
 
-RULE = "sdy.sharding_rule"
-_ROW_BY_ROW = frozenset(f"stablehlo.{name}" for name in ("reduce_window", "select_and_scatter", "pad", "slice"))
-_WITH_WINDOWS = _ROW_BY_ROW | {"stablehlo.convolution"}
+WINDOWED = frozenset(
+    f"stablehlo.{name}" for name in ("convolution", "pad", "reduce_window", "select_and_scatter", "slice")
+)
+"""The ops whose rules have halos, or windows that lie in a shard."""
+FEATURE_GROUPS, BATCH_GROUPS, _BATCH, _INPUTS, _OUTPUTS = range(5)
+"""The first factors of a convolution's rule; `convolution_rule` says what they are."""
 
 
-def with_halos(op: ir.Operation, rule: Rule, shapes: Sequence[tuple[int, ...]]) -> Rule:
-    """A rule with the halos that devices exchange. Other windowed dims stay replicated.
+@dataclass(frozen=True)
+class Window:
+    """The windows over a dim.
 
-    Of a convolution's image Shardy's factors are the number of windows, of which devices need their neighbours' part,
-    and the size of the window, over which it may sum. The major one can be sharded, into shards that are equal in all
-    tensors. Of other ops dims of two sizes have two factors; here they have one.
+    Attributes:
+        size: rows of one.
+        stride: from one to the next.
+        low: padding in front of the dim.
+        base_dilation: of the dim: one more than the gap between two rows.
+        window_dilation: of the window.
+    """
+
+    size: int = 1
+    stride: int = 1
+    low: int = 0
+    base_dilation: int = 1
+    window_dilation: int = 1
+
+    @property
+    def reach(self) -> int:
+        """From the first position of a window to behind its last."""
+        return (self.size - 1) * self.window_dilation + 1
+
+
+def windows_of(op: ir.Operation) -> list[Window]:
+    """The windows of an op, for each dim of its first operand, or each spatial dim of a convolution.
 
     Args:
-        op: whose rule it is.
-        rule: as Shardy has it.
-        shapes: of the operands and the results.
+        op: a slice, a pad, a convolution, or one with window_dimensions.
     """
-    if op.name not in _WITH_WINDOWS:
-        return rule
-    windowed, plain = windowed_dims(op), product_dims(op)
-    if not windowed and not plain:
-        return rule
-    first, count = rule.operands[0], len(rule.operands)
-    tensors = [list(dims) for dims in (*rule.operands, *rule.results)]
-    halos, cut = list[Halo](), set[int]()
-    whole, sizes = {factor for dim in windowed for factor in first[dim]}, list(rule.sizes)
-    tied = [(halo.dim, halo.partner, halo.partner_dim, halo) for halo in halos_of(op)]
-    for dim, partner, partner_dim, halo in [*tied, *((dim, 1, dim, None) for dim in non_overlapping_dims(op))]:
-        other = tensors[count if partner is None else partner]
-        if not first[dim]:
-            continue
-        factor = first[dim][0]
-        if op.name == "stablehlo.convolution":
-            if other[partner_dim][:1] != (factor,):
-                continue
-        else:
-            whole |= set(other[partner_dim])
-            other[partner_dim] = (factor,)
-        cut.add(factor)
-        if halo is not None:
-            halos.append(halo)
-    for factor in cut:
-        dims = [
-            (dim, size)
-            for tensor, shape in zip(tensors, shapes, strict=True)
-            for dim, size in zip(tensor, shape, strict=True)
-            if factor in dim
-        ]
-        sizes[factor] = math.gcd(*(size for _, size in dims))
-        whole |= {minor for dim, _ in dims for minor in dim[1:]}
-    return replace(
-        rule,
-        sizes=tuple(sizes),
-        operands=tuple(map(tuple, tensors[:count])),
-        results=tuple(map(tuple, tensors[count:])),
-        replicated=(rule.replicated | whole) - cut,
-        permuted=rule.permuted - cut - {first[dim][0] for dim in plain if first[dim]},
-        halos=tuple(halos),
-    )
+    count = len(value_shape(op.operands[0]))
+    if op.name == "stablehlo.slice":
+        starts, strides = (_ints(op, name, count) for name in ("start_indices", "strides"))
+        return [Window(stride=stride, low=-start) for start, stride in zip(starts, strides, strict=True)]
+    if op.name == "stablehlo.pad":
+        lows, gaps = (_ints(op, name, count) for name in ("edge_padding_low", "interior_padding"))
+        return [Window(low=low, base_dilation=1 + gap) for low, gap in zip(lows, gaps, strict=True)]
+    if op.name == "stablehlo.convolution":
+        numbers = stablehlo.ConvDimensionNumbers(op.attributes["dimension_numbers"])
+        kernel = value_shape(op.operands[1])
+        sizes, names = [kernel[dim] for dim in numbers.kernel_spatial_dimensions], ("lhs_dilation", "rhs_dilation")
+    else:
+        sizes, names = _ints(op, "window_dimensions", count), ("base_dilations", "window_dilations")
+    strides, *dilations = (_ints(op, name, len(sizes)) for name in ("window_strides", *names))
+    lows = [low for low, _ in paddings(op, len(sizes))]
+    return [Window(*each) for each in zip(sizes, strides, lows, *dilations, strict=True)]
 
 
-class PaddingValues:
-    """What images are padded with, for ops whose windows are the same.
-
-    XLA exchanges the halo of an image once for all windows that are the same, and fills up what is beyond the image
-    with what the first of them wants: a convolution and a maximum with windows of 3 can't both be sharded. Here this
-    goes for all images of one shape, since equal ops are one to XLA; convolutions come first.
-
-    Args:
-        ops: of a program.
-    """
-
-    def __init__(self, ops: Iterable[ir.Operation]) -> None:
-        named = ((op.name, op) for op in ops)
-        windowed = [(name != "stablehlo.convolution", op) for name, op in named if name in _WITH_WINDOWS]
-        self._known = dict[object, object]()
-        for _, op in sorted(windowed, key=lambda pair: pair[0]):
-            windows = _padded_windows(op)
-            if windows is not None:
-                self._known.setdefault(windows, _padding_value(op))
-
-    def agreed(self, op: ir.Operation, rule: Rule) -> Rule:
-        """The rule, with windowed dims replicated if another op pads the same windows with something else."""
-        windows = _padded_windows(op)
-        if windows is None or self._known[windows] == _padding_value(op):
-            return rule
-        whole = {rule.factor_of(halo) for halo in rule.halos}
-        return replace(rule, replicated=rule.replicated | whole, halos=())
-
-
-def _padded_windows(op: ir.Operation) -> object:
-    """Equal for ops with the same windows on images of one shape; None where these end with the image.
-
-    Not of which dim of the result they are, nor in which order: images are exchanged alike for all.
-    """
-    halos = [halo for halo in halos_of(op) if halo.partner is None]
-    if not any(halo.is_padded for halo in halos):
-        return None
-    windows = sorted((each.dim, each.advance, each.overlap, each.padding, each.dilation) for each in halos)
-    return halos[0].shape, halos[0].element_bytes, tuple(windows)
-
-
-def _padding_value(op: ir.Operation) -> object:
-    """The padding value of an op, where it is known."""
-    if op.name not in ("stablehlo.reduce_window", "stablehlo.pad"):
-        return 0.0
-    number = splat_of(op.operands[1])
-    if number is None:
-        return object()  # like no other
-    return ir.FloatAttr(number).value if isinstance(number, ir.FloatAttr) else str(number)
+def paddings(op: ir.Operation, count: int) -> list[tuple[int, int]]:
+    """The ``padding`` of an op, in front of and behind each of ``count`` dims."""
+    if "padding" not in op.attributes:
+        return [(0, 0)] * count
+    values = [int(value) for value in ir.DenseIntElementsAttr(op.attributes["padding"])]
+    values = values if len(values) == 2 * count else values * count
+    return list(zip(values[::2], values[1::2], strict=True))
 
 
 def halos_of(op: ir.Operation) -> tuple[Halo, ...]:
-    """The halos of an op that XLA exchanges, operand by operand and dim by dim; none for an op without windows.
+    """The halos of an op, operand by operand and dim by dim; none for an op without windows.
 
-    A dim may be sharded with one of the result or with one of the kernel: then there is a halo for each. Left out are
-    windows of one row, and those of which XLA makes something else: of convolutions with groups it gathers the image
-    for some.
+    A dim is sharded with one of the result or, in a convolution whose kernel is larger than its result, with one of the
+    kernel.
     """
     match op.name:
         case "stablehlo.convolution":
-            return tuple(_of_convolution(op)) if not _has_groups(op) else ()
-        case "stablehlo.reduce_window":
-            return tuple(_of_reduce_window(op)) if len(op.results) == 1 else ()
-        case "stablehlo.pad":
-            low, interior = (_ints(op, name, 0) for name in ("edge_padding_low", "interior_padding"))
-            return tuple(_of_rows(op, [1] * len(low), [1 + each for each in interior], low))
-        case "stablehlo.slice":
-            starts, strides = (_ints(op, name, 0) for name in ("start_indices", "strides"))
-            return tuple(_of_rows(op, strides, [1] * len(starts), [-start for start in starts]))
+            return tuple(_of_convolution(op))
+        case "stablehlo.slice" | "stablehlo.pad" | "stablehlo.reduce_window":
+            return tuple(_of_rows(op))
         case _:
             return ()
 
 
-def product_dims(op: ir.Operation) -> frozenset[int]:
-    """The spatial dims of a convolution's image that are as those of a product."""
-    if op.name != "stablehlo.convolution":
-        return frozenset()
+def rows_rule(op: ir.Operation, rule: Rule) -> Rule:
+    """The rule of a slice, a pad or a ``reduce_window``: a dim of the result belongs to the same dim of the operands.
+
+    A factor has the size that divides both.
+    """
+    count = len(op.results) if op.name == "stablehlo.reduce_window" else 1
+    shapes = [value_shape(op.operands[0]), value_shape(op.results[0])]
+    sizes = tuple(math.gcd(*pair) for pair in zip(*shapes, strict=True))
+    dims = tuple((factor,) for factor in range(len(sizes)))
+    scalars = ((),) * (len(op.operands) - count)
+    return Rule(sizes, (*((dims,) * count), *scalars), (dims,) * count, replicated=_ones(sizes), halos=halos_of(op))
+
+
+def scatter_rule(op: ir.Operation, rule: Rule) -> Rule:
+    """The rule of a ``select_and_scatter``: dims whose windows lie one behind the other, without padding, so that those of
+    a shard lie in it."""
+    shape, made = (value_shape(value) for value in list(op.operands)[:2])
+    dims = tuple((factor,) for factor in range(len(shape)))
+    count = len(shape)
+    high = [each for _, each in paddings(op, count)]
+    whole = {
+        dim
+        for dim, window in enumerate(windows_of(op))
+        if (window.low, high[dim]) != (0, 0) or window.size > window.stride or made[dim] * window.stride != shape[dim]
+    }
+    return Rule(made, (dims, dims, ()), (dims,), replicated=frozenset(whole) | _ones(made))
+
+
+def concatenation_rule(op: ir.Operation, rule: Rule) -> Rule:
+    """The rule of a concatenation: the dim along which it goes is whole."""
+    shape = value_shape(op.results[0])
+    dims = tuple((factor,) for factor in range(len(shape)))
+    along = ir.IntegerAttr(op.attributes["dimension"]).value
+    return Rule(shape, (dims,) * len(op.operands), (dims,), replicated=frozenset({along}) | _ones(shape))
+
+
+def reversal_rule(op: ir.Operation, rule: Rule) -> Rule:
+    """The rule of a reversal: the reversed dims are whole."""
+    shape = value_shape(op.results[0])
+    dims = tuple((factor,) for factor in range(len(shape)))
+    along = _ints(op, "dimensions", 0)
+    return Rule(shape, (dims,), (dims,), replicated=frozenset(along) | _ones(shape))
+
+
+def convolution_rule(op: ir.Operation, rule: Rule) -> Rule:
+    """The rule of a convolution.
+
+    Its factors are the groups of features, those of the batch, the rest of the batch, input features and output
+    features of a group, then one for each spatial dim. Groups are the major part of the dims that they are in. Input
+    features are summed over, and spatial dims that are sharded with the kernel.
+    """
     numbers = stablehlo.ConvDimensionNumbers(op.attributes["dimension_numbers"])
-    dims = numbers.input_spatial_dimensions
-    return frozenset(dim for at, dim in enumerate(dims) if _is_product_dim(op, numbers, at))
+    image, kernel, made = (value_shape(value) for value in (*op.operands, op.results[0]))
+    features, batches = (group_count(op, name) for name in ("feature_group_count", "batch_group_count"))
+    outputs = kernel[numbers.kernel_output_feature_dimension] // (features * batches)
+    inputs, rows = kernel[numbers.kernel_input_feature_dimension], made[numbers.output_batch_dimension]
+    sizes = [features, batches, rows, inputs, outputs]
+    tensors: list[list[tuple[int, ...]]] = [[()] * len(image) for _ in range(3)]
+    left, right, result = tensors
+    left[numbers.input_batch_dimension] = (BATCH_GROUPS, _BATCH)
+    left[numbers.input_feature_dimension] = (FEATURE_GROUPS, _INPUTS)
+    right[numbers.kernel_input_feature_dimension] = (_INPUTS,)
+    right[numbers.kernel_output_feature_dimension] = (FEATURE_GROUPS, BATCH_GROUPS, _OUTPUTS)
+    result[numbers.output_batch_dimension] = (_BATCH,)
+    result[numbers.output_feature_dimension] = (FEATURE_GROUPS, BATCH_GROUPS, _OUTPUTS)
+    reduction, whole = {_INPUTS}, set[int]()
+    for at, (dim, inside, out) in enumerate(_spatial_dims(numbers)):
+        together, alone = len(sizes), len(sizes) + 1
+        by_kernel = _is_by_kernel(op, inside, out)
+        left[dim] = (together,)
+        right[inside], result[out] = ((together,), (alone,)) if by_kernel else ((alone,), (together,))
+        sizes += [math.gcd(image[dim], max(kernel[inside], made[out])), min(kernel[inside], made[out])]
+        whole.add(alone)
+        if by_kernel:
+            reduction.add(together)
+            whole |= {together} if _reversals(op)[at] else set()
+    return Rule(
+        tuple(sizes),
+        (tuple(left), tuple(right)),
+        (tuple(result),),
+        reduction=frozenset(reduction),
+        replicated=frozenset(whole) | _ones(sizes),
+        halos=halos_of(op),
+    )
 
 
-def windowed_dims(op: ir.Operation) -> frozenset[int]:
-    """Dims of the first operand that are read through a window or with an offset."""
-    if op.name == "stablehlo.convolution":
-        numbers = stablehlo.ConvDimensionNumbers(op.attributes["dimension_numbers"])
-        return frozenset(numbers.input_spatial_dimensions) - product_dims(op)
-    if op.name not in _ROW_BY_ROW:
-        return frozenset()
-    shape, made = value_shape(op.operands[0]), value_shape(op.results[0])
-    sizes, strides = (_ints(op, name, len(shape)) for name in ("window_dimensions", "window_strides"))
-    low = _ints(op, "edge_padding_low", 0) if op.name == "stablehlo.pad" else _padding(op, len(shape))
-    windows = zip(sizes, strides, low, made, shape, strict=True)
-    return frozenset(dim for dim, (*window, size) in enumerate(windows) if window != [1, 1, 0, size])
-
-
-def non_overlapping_dims(op: ir.Operation) -> frozenset[int]:
-    """The dims with non-overlapping windows of a ``select_and_scatter``, without gaps or padding."""
-    if op.name != "stablehlo.select_and_scatter":
-        return frozenset()
-    shape, windows = value_shape(op.operands[0]), value_shape(op.operands[1])
-    sizes, strides = (_ints(op, name, len(shape)) for name in ("window_dimensions", "window_strides"))
-    padding = _padding(op, len(shape))
-    return frozenset(
-        dim for dim, size in enumerate(shape)
-        if padding[dim] == 0 and sizes[dim] == strides[dim] and windows[dim] * sizes[dim] == size
-    )  # fmt: skip
+def group_count(op: ir.Operation, name: str) -> int:
+    """``feature_group_count`` or ``batch_group_count`` of a convolution."""
+    return ir.IntegerAttr(op.attributes[name]).value
 
 
 def _of_convolution(op: ir.Operation) -> Iterator[Halo]:
     numbers = stablehlo.ConvDimensionNumbers(op.attributes["dimension_numbers"])
     image, kernel, made = (value_shape(value) for value in (*op.operands, op.results[0]))
-    nbytes, count = _element_bytes(op.operands[0]), len(numbers.input_spatial_dimensions)
-    strides, dilations, windows = (
-        _ints(op, name, count) for name in ("window_strides", "lhs_dilation", "rhs_dilation")
-    )
-    padding = _padding(op, count)
-    kinds = numbers.input_spatial_dimensions, numbers.kernel_spatial_dimensions, numbers.output_spatial_dimensions
-    dims = zip(*kinds, strict=True)
-    for at, (dim, inside, out) in enumerate(dims):
-        if _is_product_dim(op, numbers, at):
-            continue
+    for window, (dim, inside, out) in zip(windows_of(op), _spatial_dims(numbers), strict=True):
+        by_kernel = _is_by_kernel(op, inside, out)
+        if by_kernel:
+            advance = kernel[inside] * window.window_dilation
+            overlap = (made[out] - 1) * window.stride + 1 - window.window_dilation
+        else:
+            advance, overlap = made[out] * window.stride, window.reach - window.stride
         yield Halo(
-            operand=0, dim=dim, partner=None, partner_dim=out, shape=image, element_bytes=nbytes,
-            advance=strides[at] * made[out], overlap=1 + (kernel[inside] - 1) * windows[at] - strides[at],
-            padding=padding[at], dilation=dilations[at],
+            operand=0, dim=dim, partner=1 if by_kernel else None, partner_dim=inside if by_kernel else out, shape=image,
+            element_bytes=_element_bytes(op.operands[0]), advance=advance, overlap=overlap, padding=window.low,
+            dilation=window.base_dilation,
         )  # fmt: skip
-        if dilations[at] == 1 and not _reverses(op):
+
+
+def _of_rows(op: ir.Operation) -> Iterator[Halo]:
+    made = value_shape(op.results[0])
+    for operand in range(len(op.results)):
+        shape = value_shape(op.operands[operand])
+        for dim, window in enumerate(windows_of(op)):
             yield Halo(
-                operand=0, dim=dim, partner=1, partner_dim=inside, shape=image, element_bytes=nbytes,
-                advance=kernel[inside] * windows[at], overlap=(made[out] - 1) * strides[at] - (windows[at] - 1),
-                padding=padding[at],
+                operand=operand, dim=dim, partner=None, partner_dim=dim, shape=shape,
+                element_bytes=_element_bytes(op.operands[operand]), advance=made[dim] * window.stride,
+                overlap=window.reach - window.stride, padding=window.low, dilation=window.base_dilation,
             )  # fmt: skip
 
 
-def _is_product_dim(op: ir.Operation, numbers: stablehlo.ConvDimensionNumbers, at: int) -> bool:
-    """Whether a spatial dim is one of a product: windows of one row, or one window of all."""
-    image, kernel = (value_shape(value) for value in op.operands)
-    size, inside = image[numbers.input_spatial_dimensions[at]], kernel[numbers.kernel_spatial_dimensions[at]]
-    made = value_shape(op.results[0])[numbers.output_spatial_dimensions[at]]
-    count = len(numbers.input_spatial_dimensions)
-    names = ("window_strides", "lhs_dilation", "rhs_dilation")
-    if _padding(op, count)[at] or _reverses(op) or any(_ints(op, name, count)[at] != 1 for name in names):
-        return False
-    return (inside, made) in ((1, size), (size, 1))
+def _spatial_dims(numbers: stablehlo.ConvDimensionNumbers) -> Iterator[tuple[int, int, int]]:
+    """The spatial dims of a convolution: of the image, the kernel and the result."""
+    return zip(
+        numbers.input_spatial_dimensions,
+        numbers.kernel_spatial_dimensions,
+        numbers.output_spatial_dimensions,
+        strict=True,
+    )
 
 
-def _of_reduce_window(op: ir.Operation) -> Iterator[Halo]:
-    count = len(value_shape(op.results[0]))
-    names = ("window_dimensions", "window_strides", "base_dilations", "window_dilations")
-    sizes, strides, dilations, windows = (_ints(op, name, count) for name in names)
-    overlaps = [1 + (size - 1) * window - stride for size, window, stride in zip(sizes, windows, strides, strict=True)]
-    return _of_rows(op, strides, dilations, _padding(op, count), overlaps)
+def _is_by_kernel(op: ir.Operation, inside: int, out: int) -> bool:
+    """Whether a spatial dim of the image is sharded with that of the kernel, as in a kernel's gradient."""
+    return value_shape(op.operands[1])[inside] > value_shape(op.results[0])[out]
 
 
-def _of_rows(
-    op: ir.Operation,
-    strides: Sequence[int],
-    dilations: Sequence[int],
-    padding: Sequence[int],
-    overlaps: Sequence[int] | None = None,
-) -> Iterator[Halo]:
-    """The halos of an op that makes each dim of the result of the same dim of its first operand."""
-    shape, made = value_shape(op.operands[0]), value_shape(op.results[0])
-    for dim in sorted(windowed_dims(op)):
-        yield Halo(
-            operand=0, dim=dim, partner=None, partner_dim=dim, shape=shape, element_bytes=_element_bytes(op.operands[0]),
-            advance=strides[dim] * made[dim], overlap=overlaps[dim] if overlaps is not None else 1 - strides[dim],
-            padding=padding[dim], dilation=dilations[dim],
-        )  # fmt: skip
+def _reversals(op: ir.Operation) -> list[bool]:
+    """For each spatial dim of a convolution whether the kernel is read from its end."""
+    count = len(windows_of(op))
+    return (
+        list(ir.DenseBoolArrayAttr(op.attributes["window_reversal"]))
+        if "window_reversal" in op.attributes
+        else [False] * count
+    )
 
 
 def _element_bytes(value: ir.Value) -> int:
@@ -253,21 +244,10 @@ def _element_bytes(value: ir.Value) -> int:
 
 
 def _ints(op: ir.Operation, name: str, count: int) -> list[int]:
+    """An array of an op; ones where it is left out."""
     return list(ir.DenseI64ArrayAttr(op.attributes[name])) if name in op.attributes else [1] * count
 
 
-def _padding(op: ir.Operation, count: int) -> list[int]:
-    """In front of each dim."""
-    if "padding" not in op.attributes:
-        return [0] * count
-    values = [int(value) for value in ir.DenseIntElementsAttr(op.attributes["padding"])]
-    return values[::2] if len(values) == 2 * count else values * count
-
-
-def _reverses(op: ir.Operation) -> bool:
-    return "window_reversal" in op.attributes and any(ir.DenseBoolArrayAttr(op.attributes["window_reversal"]))
-
-
-def _has_groups(op: ir.Operation) -> bool:
-    names = ("feature_group_count", "batch_group_count")
-    return any(ir.IntegerAttr(op.attributes[name]).value != 1 for name in names)
+def _ones(sizes: Sequence[int]) -> frozenset[int]:
+    """Factors that no axis can shard."""
+    return frozenset(factor for factor, size in enumerate(sizes) if size <= 1)
