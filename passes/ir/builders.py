@@ -27,6 +27,9 @@ def splat(type_: ir.Type, value: int, attributes: Attributes | None = None) -> i
 def identity_of(fold: str, type_: ir.Type) -> ir.Value:
     """A constant that changes nothing when ``fold``, an op of two operands, takes it."""
     element = ir.RankedTensorType(type_).element_type
+    if fold == "stablehlo.add" and isinstance(element, ir.FloatType):  # -0.0 + 0.0 is 0.0, so 0.0 changes something
+        zero: ir.Attribute = ir.DenseElementsAttr.get_splat(ir.RankedTensorType(type_), ir.FloatAttr.get(element, -0.0))
+        return _one("stablehlo.constant", type_, [], {"value": zero})
     if fold in ("stablehlo.add", "stablehlo.or", "stablehlo.xor"):
         return splat(type_, 0)
     if fold == "stablehlo.multiply":

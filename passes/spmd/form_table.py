@@ -13,7 +13,7 @@ from bactrian.passes.spmd.forms.elementwise import same_op
 from bactrian.passes.spmd.forms.products import product
 from bactrian.passes.spmd.forms.reductions import narrow_reduction, reduction
 from bactrian.passes.spmd.forms.sources import constant, iota
-from bactrian.passes.spmd.forms.windows import pad, slice_of_rows, windowed_reduction
+from bactrian.passes.spmd.forms.windows import pad, slice_of_rows, windowed_reduction, windowed_reduction_rule
 from bactrian.passes.spmd.halo_rules import (
     concatenation_rule,
     convolution_rule,
@@ -57,7 +57,7 @@ FORMS: dict[str, Form] = {
     **_named("iota", Form(iota)),
     **_named("pad", Form(pad, rows_rule)),
     **_named("reduce", Form(reduction, narrow_reduction)),
-    **_named("reduce_window", Form(windowed_reduction, rows_rule)),
+    **_named("reduce_window", Form(windowed_reduction, windowed_reduction_rule)),
     **_named("reverse", Form(same_op, reversal_rule)),
     **_named("select_and_scatter", Form(same_op, scatter_rule)),
     **_named("slice", Form(slice_of_rows, rows_rule)),
