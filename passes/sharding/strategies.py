@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import ClassVar
 
 from bactrian.passes.machine.mesh import Mesh
 from bactrian.passes.machine.spec import Spec
@@ -26,14 +27,14 @@ class Defers(enum.Enum):
 
 @dataclass(frozen=True)
 class HaloExchange:
-    """A halo that all devices send to a neighbour, before the work: one collective permute.
+    """A halo that devices send to a neighbour, before the work: one collective permute.
 
     Attributes:
         halo: how they are read.
         rows: of the dim.
         axes: of the mesh that shard it.
         seconds: what it takes.
-        nbytes: what each device sends.
+        nbytes: what a device with a neighbour there sends.
     """
 
     halo: Halo
@@ -41,6 +42,7 @@ class HaloExchange:
     axes: tuple[str, ...]
     seconds: float
     nbytes: float
+    kind: ClassVar[str] = "collective_permute"
 
 
 @dataclass(frozen=True)

@@ -8,18 +8,19 @@ from dataclasses import dataclass
 from jaxlib.mlir import ir
 
 from bactrian.passes.ir.op_traits import ELEMENTWISE
-from bactrian.passes.spmd.forms.convolutions import convolution
+from bactrian.passes.spmd.forms.convolutions import convolution, convolution_rule
 from bactrian.passes.spmd.forms.elementwise import same_op
 from bactrian.passes.spmd.forms.products import product
 from bactrian.passes.spmd.forms.reductions import narrow_reduction, reduction
+from bactrian.passes.spmd.forms.rows import concatenation_rule, reversal_rule
 from bactrian.passes.spmd.forms.sources import constant, iota
-from bactrian.passes.spmd.forms.windows import pad, slice_of_rows, windowed_reduction, windowed_reduction_rule
-from bactrian.passes.spmd.halo_rules import (
-    concatenation_rule,
-    convolution_rule,
-    reversal_rule,
+from bactrian.passes.spmd.forms.windows import (
+    pad,
     rows_rule,
     scatter_rule,
+    slice_of_rows,
+    windowed_reduction,
+    windowed_reduction_rule,
 )
 from bactrian.passes.spmd.local_op import LocalOp
 from bactrian.passes.spmd.sharding_rules import Rule

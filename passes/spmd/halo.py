@@ -6,9 +6,6 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-HALO = "halo"
-"""The kind of communication that a halo exchange is."""
-
 
 @dataclass(frozen=True)
 class Halo:
@@ -22,7 +19,6 @@ class Halo:
 
     Attributes:
         operand, dim: what is read.
-        partner, partner_dim: the tensor that is sharded with it: None for the result, else the number of an operand.
         shape: of the whole operand.
         element_bytes: of an element of it.
         advance: the windows of all shards together, times their stride; or the size of the kernel, with its dilation.
@@ -33,8 +29,6 @@ class Halo:
 
     operand: int
     dim: int
-    partner: int | None
-    partner_dim: int
     shape: tuple[int, ...]
     element_bytes: int
     advance: int

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from jaxlib.mlir import ir
 
@@ -145,6 +145,6 @@ def _with_rows(value: ir.Value, dim: int, rows: int) -> ir.RankedTensorType:
 
 
 def _one(
-    name: str, type_: ir.Type, operands: Sequence[ir.Value], attributes: dict[str, ir.Attribute] | None = None
+    name: str, type_: ir.Type, operands: Sequence[ir.Value], attributes: Mapping[str, ir.Attribute] | None = None
 ) -> ir.Value:
-    return ir.Operation.create(name, results=[type_], operands=operands, attributes=attributes or {}).results[0]
+    return ir.Operation.create(name, results=[type_], operands=operands, attributes=dict(attributes or {})).results[0]
