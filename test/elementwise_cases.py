@@ -206,9 +206,7 @@ def _broadcast_in_dim(random: np.random.Generator) -> Case:
 def _broadcast(random: np.random.Generator) -> Case:
     element, source, front = pick(random, _EVERY), shape(random, 0, 2), shape(random, 0, 2)
     operand = any_numbers(random, source, element)
-    return Case(
-        "broadcast", (operand,), (Type((*front, *source), element),), f"broadcast_sizes = {i64_array(front)}"
-    )
+    return Case("broadcast", (operand,), (Type((*front, *source), element),), f"broadcast_sizes = {i64_array(front)}")
 
 
 def _factors(random: np.random.Generator, size: int) -> list[int]:

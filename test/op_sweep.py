@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,7 @@ import numpy as np
 from jaxlib.mlir import ir
 from op_cases import Array, Case, Generator, Type, one_device_module
 
-from bactrian.driver.xla.compile_stage import compile_function, compile_functions, signature_shardings
+from bactrian.driver.xla.compile_stage import compile_functions, signature_shardings
 from bactrian.passes.frame.context import make_context
 from bactrian.passes.ir.op_costs import tensor_size
 from bactrian.passes.ir.regions import body, main_function

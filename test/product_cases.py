@@ -8,7 +8,6 @@ import numpy as np
 from op_cases import (
     BITS,
     FLOATS,
-    INTEGERS,
     NUMBERS,
     Case,
     Generator,
@@ -143,9 +142,7 @@ def _reduce_pairs(random: np.random.Generator) -> Case:
       "stablehlo.return"(%v, %k) : ({pair}) -> ()"""
     initial = np.asarray(-9 if direction == "GT" else 9).astype(values.dtype), np.int32(0).reshape(())
     attributes = f"dimensions = {i64_array(reduced)}"
-    return Case(
-        "reduce", (values, numbers, *initial), (Type(made, element), Type(made, "i32")), attributes, (body,)
-    )
+    return Case("reduce", (values, numbers, *initial), (Type(made, element), Type(made, "i32")), attributes, (body,))
 
 
 def _reduce_separately(random: np.random.Generator) -> Case:

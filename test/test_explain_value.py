@@ -353,6 +353,6 @@ def test_borders_are_said() -> None:
     )
     chosen = found.alternatives[0]
     assert chosen.is_chosen
-    assert dict(chosen.sent_bytes) == {"halo": 2 * 64 * 8 * 4}
+    assert dict(chosen.sent_bytes) == {"collective_permute": 2 * 64 * 8 * 4}
     columns = next(row for row in found.alternatives if row.sharding == "-,-,x,-")
-    assert dict(columns.sent_bytes)["halo"] == 2 * 512 * 8 * 4
+    assert dict(columns.sent_bytes)["collective_permute"] == 2 * 512 * 8 * 4

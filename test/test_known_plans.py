@@ -19,8 +19,8 @@ from bactrian.passes.ir.regions import main_function
 from bactrian.passes.machine.cluster import cluster_of
 from bactrian.passes.machine.spec import MeshAxes, Spec
 from bactrian.passes.network.solver import Solution, solve
-from bactrian.passes.sharding.collective_bytes import Collective, count_collectives
 from bactrian.passes.sharding.sharding_model import ShardingModel
+from bactrian.passes.spmd.collective_bytes import Collective, count_collectives
 
 HOST = cluster_of(
     {
@@ -69,7 +69,9 @@ def plan(
     solution = solve(model.network, 60.0)
     assert solution.optimal
     sharded.write(module, reading, model, solution.choice)
-    sent = [collective for collective in count_collectives(module) if collective.nbytes]
+    sent = [
+        collective for collective in count_collectives(sharded.partitioned(module, axes).operation) if collective.nbytes
+    ]
     arguments = model.shardings(solution.choice).arguments
     return solution, tuple(arguments[number] for number in range(count)), sent
 

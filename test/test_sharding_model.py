@@ -197,9 +197,7 @@ def programs(seed: int) -> ShardingProblem:
 
 
 DOT8 = Rule((8, 8, 8), (((0,), (1,)), ((1,), (2,))), (((0,), (2,)),), frozenset({1}))
-ROWS8 = Halo(
-    operand=0, dim=0, partner=None, partner_dim=0, shape=(8, 8), element_bytes=4, advance=8, overlap=2, padding=1
-)
+ROWS8 = Halo(operand=0, dim=0, shape=(8, 8), element_bytes=4, advance=8, overlap=2, padding=1)
 WINDOWS8 = Rule((8, 8), (((0,), (1,)),), (((0,), (1,)),), halos=(ROWS8,))
 LINE = Mesh((Axis("x", 4, 1e-7, 1e-8),))
 

@@ -12,7 +12,6 @@ from bactrian.passes.machine.spec import Spec
 from bactrian.passes.sharding.baselines import Roles
 from bactrian.passes.sharding.sharding_model import ShardingModel, Shardings
 from bactrian.passes.sharding.work_from_ir import Reading
-from bactrian.passes.spmd.halo import HALO
 
 _OF_PHASE = {FORWARD: "activations", BACKWARD: "gradients", UPDATE: "update"}
 
@@ -103,7 +102,7 @@ def bytes_sent(
         for number, spec in zip(entry.reads, strategy.operands, strict=True):
             read(number, spec, flow.phases[entry.index])
         for exchange in strategy.exchanges:
-            count(HALO, exchange.nbytes, entry.op.runs_per_step)
+            count(exchange.kind, exchange.nbytes, entry.op.runs_per_step)
         for reduction in strategy.reductions:
             count(reduction.kind, reduction.nbytes, entry.op.runs_per_step)
         home.update(zip(entry.op.results, strategy.results, strict=True))

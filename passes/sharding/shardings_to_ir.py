@@ -27,7 +27,6 @@ from bactrian.passes.sharding.sharding_model import ShardingModel, Shardings
 from bactrian.passes.sharding.strategies import Strategy, strategies
 from bactrian.passes.sharding.user_shardings import CONSTRAINT
 from bactrian.passes.sharding.work_from_ir import Reading, first_arguments
-from bactrian.passes.spmd.halo import HALO
 from bactrian.passes.spmd.op_rules import drop_rules
 
 
@@ -146,7 +145,7 @@ class Writer:
                 continue
             self._annotate(op, strategy.partial)
             for exchange in strategy.exchanges:
-                self._count(HALO, exchange.nbytes, flow.iterations[index], entry.op.runs_per_step)
+                self._count(exchange.kind, exchange.nbytes, flow.iterations[index], entry.op.runs_per_step)
             for reduction in strategy.reductions:
                 self._count(reduction.kind, reduction.nbytes, flow.iterations[index], entry.op.runs_per_step)
             self._home.update(zip(flow.results[index], strategy.results, strict=True))

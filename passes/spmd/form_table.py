@@ -8,13 +8,23 @@ from dataclasses import dataclass
 from jaxlib.mlir import ir
 
 from bactrian.passes.ir.op_traits import ELEMENTWISE
+from bactrian.passes.spmd.forms.convolutions import convolution, convolution_rule
 from bactrian.passes.spmd.forms.dynamic_slices import dynamic_slice, dynamic_update_slice, narrow_dynamic_slice
 from bactrian.passes.spmd.forms.elementwise import same_op
 from bactrian.passes.spmd.forms.indexing import gather, narrow_gather, narrow_scatter, scatter
 from bactrian.passes.spmd.forms.linear_algebra import narrow_cholesky, narrow_fft, narrow_triangular_solve
 from bactrian.passes.spmd.forms.products import product
 from bactrian.passes.spmd.forms.reductions import narrow_reduction, reduction
+from bactrian.passes.spmd.forms.rows import concatenation_rule, reversal_rule
 from bactrian.passes.spmd.forms.sources import constant, iota
+from bactrian.passes.spmd.forms.windows import (
+    pad,
+    rows_rule,
+    scatter_rule,
+    slice_of_rows,
+    windowed_reduction,
+    windowed_reduction_rule,
+)
 from bactrian.passes.spmd.local_op import LocalOp
 from bactrian.passes.spmd.sharding_rules import Rule
 
@@ -52,8 +62,15 @@ FORMS: dict[str, Form] = {
     **_named("dynamic_slice", Form(dynamic_slice, narrow_dynamic_slice)),
     **_named("dynamic_update_slice", Form(dynamic_update_slice)),
     **_named("bitcast_convert broadcast_in_dim map reduce_precision reshape transpose", Form(same_op)),
+    **_named("concatenate", Form(same_op, concatenation_rule)),
     **_named("constant", Form(constant)),
+    **_named("convolution", Form(convolution, convolution_rule)),
     **_named("dot_general", Form(product)),
     **_named("iota", Form(iota)),
+    **_named("pad", Form(pad, rows_rule)),
     **_named("reduce", Form(reduction, narrow_reduction)),
+    **_named("reduce_window", Form(windowed_reduction, windowed_reduction_rule)),
+    **_named("reverse", Form(same_op, reversal_rule)),
+    **_named("select_and_scatter", Form(same_op, scatter_rule)),
+    **_named("slice", Form(slice_of_rows, rows_rule)),
 }

@@ -228,6 +228,9 @@ class _FunctionPartitioner:
         if axes_of is None or any(axes_of.get(factor) for factor in whole):
             raise self._error(op, reads, makes, f"no form of {op.name} reads and makes these shardings")
         self._check_unreduced(op, reads, makes)
+        parts = [self._collectives.devices.group_size(axes_of.get(rule.factor_of(halo), ())) for halo in rule.halos]
+        if any(count > 1 and not halo.is_near(count) for halo, count in zip(rule.halos, parts, strict=True)):
+            raise self._error(op, reads, makes, f"{op.name} reads rows of shards that are not next to a device's own")
         target = self._scatter_target(op)
         local = LocalOp(
             op,

@@ -6,34 +6,29 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-HALO = "halo"
-"""The kind of communication that a halo exchange is."""
-
 
 @dataclass(frozen=True)
 class Halo:
     """How an op reads a dim of an operand that is sharded like a dim of its result, or of its kernel.
 
-    Of ``n`` shards, device *i* reads the rows from ``(i * advance / n - padding) / dilation`` up to ``((i + 1) *
-    advance / n + overlap - padding) / dilation``, both rounded up; its own are ``i * size / n`` to ``(i + 1) * size /
-    n``. A convolution of 32 rows with windows of 3 and one row of padding has ``advance = 32``, ``overlap = 2`` and
-    ``padding = 1``: of 8 shards, device 2 has the rows 8 to 12, reads 7 to 13, and gets one from each neighbour.
+    Windows move over the positions of a dim: its rows, ``dilation`` apart, with padding in front, behind and in between.
+    Of ``n`` shards, device *i* reads the positions from ``i * advance / n - padding`` up to ``(i + 1) * advance / n +
+    overlap - padding``; its own rows are ``i * size / n`` to ``(i + 1) * size / n``. A convolution of 32 rows with windows
+    of 3 and one row of padding has ``advance = 32``, ``overlap = 2`` and ``padding = 1``: of 8 shards, device 2 has the
+    rows 8 to 12, reads 7 to 13, and gets one from each neighbour.
 
     Attributes:
         operand, dim: what is read.
-        partner, partner_dim: the tensor that is sharded with it: None for the result, else the number of an operand.
         shape: of the whole operand.
         element_bytes: of an element of it.
         advance: the windows of all shards together, times their stride; or the size of the kernel, with its dilation.
-        overlap: rows that the last window of a shard reads beyond the beginning of the next shard's first.
-        padding: rows in front of the dim, negative where some of the dim are left out.
+        overlap: positions that the last window of a shard reads beyond the beginning of the next shard's first.
+        padding: positions in front of the dim, negative where some of the dim are left out.
         dilation: of the dim.
     """
 
     operand: int
     dim: int
-    partner: int | None
-    partner_dim: int
     shape: tuple[int, ...]
     element_bytes: int
     advance: int
@@ -41,44 +36,50 @@ class Halo:
     padding: int
     dilation: int = 1
 
-    @property
-    def is_padded(self) -> bool:
-        """Whether windows reach beyond the dim."""
-        first, last = self._reads(0, 1)
-        return first < 0 or last > self.shape[self.dim]
-
     def rows(self, parts: int) -> tuple[int, int]:
-        """The most rows that a device gets of the shards before and after its own.
-
-        XLA sends as many to all that have a neighbour there.
-        """
-        held = self.shape[self.dim] // parts
-        reads = [self._reads(i, parts) for i in range(parts)]
-        before = max((i * held - reads[i][0] for i in range(1, parts)), default=0)
-        after = max((reads[i][1] - (i + 1) * held for i in range(parts - 1)), default=0)
-        return max(0, before), max(0, after)
+        """The rows that a device gets of the shards before and after its own: as many as the device that needs most."""
+        before, after = self.before(parts), self.after(parts)
+        return max(0, *before[1:]), max(0, *after[:-1])
 
     def is_near(self, parts: int) -> bool:
-        """Whether devices get rows of the adjacent shards only, each side in one collective."""
-        held, reads = self.shape[self.dim] // parts, [self._reads(i, parts) for i in range(parts)]
-        # For wide halos, padding included, XLA makes other collectives.
-        widest = max(max(i * held - reads[i][0], reads[i][1] - (i + 1) * held) for i in range(parts))
-        return max(self.rows(parts)) <= held and widest <= 2 * self.span(parts)
+        """Whether the halo can be exchanged: devices read something, need rows of the adjacent shards only, and their
+        windows begin at the same distance from a row."""
+        same = self.advance // parts % self.dilation == 0
+        return same and self.span(parts) > 0 and max(self.rows(parts)) <= self.shape[self.dim] // parts
 
     def span(self, parts: int) -> int:
-        """The most rows that a device reads, padding with them."""
-        return max(last - first for first, last in (self._reads(i, parts) for i in range(parts)))
+        """The rows that a device reads, those beyond the dim with them."""
+        first, last = self._reads(0, parts)
+        return last - first
+
+    def before(self, parts: int) -> list[int]:
+        """For each shard the rows that are read in front of it; negative where its first ones are not read."""
+        held = self.shape[self.dim] // parts
+        return [index * held - self._reads(index, parts)[0] for index in range(parts)]
+
+    def after(self, parts: int) -> list[int]:
+        """For each shard the rows that are read behind it; negative where its last ones are not read."""
+        held = self.shape[self.dim] // parts
+        return [self._reads(index, parts)[1] - (index + 1) * held for index in range(parts)]
+
+    def local_padding(self, parts: int) -> tuple[int, int]:
+        """The positions without a row in front of the first row that a device reads, and behind the last."""
+        low = self._reads(0, parts)[0] * self.dilation + self.padding
+        rows = (self.span(parts) - 1) * self.dilation + 1
+        return low, self.advance // parts + self.overlap - low - rows
 
     def _reads(self, index: int, parts: int) -> tuple[int, int]:
+        """The rows of a shard's positions, both rounded up."""
         step = self.advance // parts
         first, last = index * step - self.padding, (index + 1) * step + self.overlap - self.padding
         return -(-first // self.dilation), -(-last // self.dilation)
 
 
 def halo_sends(halos: Sequence[Halo], parts: Callable[[int, int], int]) -> Iterator[tuple[Halo, int, float]]:
-    """What each device sends to one neighbour: the halo, its rows, and bytes; one collective each.
+    """What is sent to one neighbour: the halo, its rows, and bytes; one collective each.
 
-    XLA exchanges dim after dim: the halos of the second one are as wide as what the first one has made.
+    They are those of a device that has both neighbours. Dims are exchanged one after another: what is sent of the second
+    one has the rows that the first has brought.
 
     Args:
         halos: of one op, operand by operand and dim by dim.
