@@ -225,7 +225,7 @@ def chosen(case: Case, name: str, axes: MeshAxes, pick: Callable[[int], list[int
         choice = [0] * len(model.network.costs)
         choice[node] = at
         sharded.write(module, reading, model, choice)
-        predicted = sum(exchange.nbytes for exchange in choices[at].exchanges)
+        predicted = sum(exchange.send.nbytes for exchange in choices[at].exchanges)
         assert sharded.counted_bytes(module, axes).get("collective_permute", 0) == predicted
         for got, right in zip(sharded.run(module, axes, case.arguments), expected, strict=True):
             np.testing.assert_array_equal(got, right, err_msg=f"{choices[at]}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -67,7 +67,7 @@ def bytes_sent(
 ) -> dict[str, int]:
     """What each device sends in a step, by kind of collective: as `Writer` counts it, without writing anything.
 
-    Readers in one function share the reshards of a value; values that are free send nothing.
+    Readers in one function share the reshards of a value, and in one loop its halos; values that are free send nothing.
 
     Args:
         model: its tables.
@@ -79,6 +79,7 @@ def bytes_sent(
     """
     flow = reading.flow
     home, copied, total = dict(shardings.arguments), set[tuple[int, str, Spec]](), dict[str, float]()
+    exchanged = set[tuple[Hashable, ...]]()
 
     def count(kind: str, nbytes: float, weight: float) -> None:
         if nbytes:
@@ -102,7 +103,11 @@ def bytes_sent(
         for number, spec in zip(entry.reads, strategy.operands, strict=True):
             read(number, spec, flow.phases[entry.index])
         for exchange in strategy.exchanges:
-            count(exchange.kind, exchange.nbytes, entry.op.runs_per_step)
+            operand = exchange.send.halo.operand
+            key = *reading.block_of(entry.index), entry.reads[operand], strategy.operands[operand], exchange.send.key
+            if exchange.send.key is None or key not in exchanged:
+                exchanged.add(key)
+                count(exchange.kind, exchange.send.nbytes, entry.op.runs_per_step)
         for reduction in strategy.reductions:
             count(reduction.kind, reduction.nbytes, entry.op.runs_per_step)
         home.update(zip(entry.op.results, strategy.results, strict=True))

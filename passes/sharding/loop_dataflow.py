@@ -122,6 +122,10 @@ class LoopFlow(MainDataflow):
         """The loops by their last entries."""
         return {loop.end: loop for loop in self.loops}
 
+    def loop_of(self, index: int) -> int | None:
+        """The position in ``loops`` of the innermost loop that an entry is in; None outside of all."""
+        return next((at for at, loop in enumerate(self.loops) if loop.first <= index <= loop.end), None)
+
     def lasting(self) -> list[tuple[int, int]]:
         """Values and the entries that they must be there for, though nobody reads them so late: what a loop carries,
         and what it reads from outside, is there until its end."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Hashable, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 from jaxlib.mlir import ir
@@ -83,6 +83,7 @@ class Writer:
         self._scattered: Mapping[int, ir.Value] = {}
         # What other stages have made, as this one has it: by value, and whether it is received below the boundary.
         self._received: dict[tuple[int, bool], ir.Value] = {}
+        self._exchanged = set[tuple[Hashable, ...]]()  # halos that are counted already
         self._copies: dict[
             tuple[int, str, Spec], ir.Value
         ] = {}  # (value of the flow, function, spec) -> with that spec
@@ -145,7 +146,12 @@ class Writer:
                 continue
             self._annotate(op, strategy.partial)
             for exchange in strategy.exchanges:
-                self._count(exchange.kind, exchange.nbytes, flow.iterations[index], entry.op.runs_per_step)
+                operand = exchange.send.halo.operand
+                read = entry.reads[operand], strategy.operands[operand]
+                key = *self.reading.block_of(index), *read, exchange.send.key
+                if exchange.send.key is None or key not in self._exchanged:
+                    self._exchanged.add(key)
+                    self._count(exchange.kind, exchange.send.nbytes, flow.iterations[index], entry.op.runs_per_step)
             for reduction in strategy.reductions:
                 self._count(reduction.kind, reduction.nbytes, flow.iterations[index], entry.op.runs_per_step)
             self._home.update(zip(flow.results[index], strategy.results, strict=True))

@@ -12,7 +12,7 @@ from typing import ClassVar
 
 from bactrian.passes.machine.mesh import Mesh
 from bactrian.passes.machine.spec import Spec
-from bactrian.passes.spmd.halo import Halo, halo_sends
+from bactrian.passes.spmd.halo import HaloSend, halo_sends
 from bactrian.passes.spmd.reshard_paths import Reduction, all_gathered, all_reduced, local_bytes, scatters_over
 from bactrian.passes.spmd.sharding_rules import Combining, Dims, Rule
 
@@ -30,18 +30,14 @@ class HaloExchange:
     """A halo that devices send to a neighbour, before the work: one collective permute.
 
     Attributes:
-        halo: how they are read.
-        rows: of the dim.
-        axes: of the mesh that shard it.
+        send: the rows and bytes.
+        axes: of the mesh that shard their dim.
         seconds: what it takes.
-        nbytes: what a device with a neighbour there sends.
     """
 
-    halo: Halo
-    rows: int
+    send: HaloSend
     axes: tuple[str, ...]
     seconds: float
-    nbytes: float
     kind: ClassVar[str] = "collective_permute"
 
 
@@ -165,9 +161,9 @@ def _exchanges(
     if not all(halo.is_near(mesh.group_size(axes_of[rule.factor_of(halo)])) for halo in cut):
         return None
     found = list[HaloExchange]()
-    for halo, rows, nbytes in halo_sends(cut, lambda operand, dim: mesh.group_size(operands[operand].dims[dim])):
-        axes = operands[halo.operand].dims[halo.dim]
-        found.append(HaloExchange(halo, rows, axes, max(mesh.by_name[axis].permute(nbytes) for axis in axes), nbytes))
+    for send in halo_sends(cut, lambda operand, dim: mesh.group_size(operands[operand].dims[dim])):
+        axes = operands[send.halo.operand].dims[send.halo.dim]
+        found.append(HaloExchange(send, axes, max(mesh.by_name[axis].permute(send.nbytes) for axis in axes)))
     return tuple(found)
 
 

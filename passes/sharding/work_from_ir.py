@@ -61,6 +61,10 @@ class Reading:
         phase = phase or UPDATE
         return "fused" if phase in self.fused else phase
 
+    def block_of(self, index: int) -> tuple[str, int | None]:
+        """A name for the block that an entry of the flow is in: its function, and the loop in it."""
+        return self.function_of(self.flow.phases[index]), self.flow.loop_of(index)
+
 
 def read_program(
     main: ir.Operation,

@@ -20,7 +20,7 @@ class Collective:
 
     Attributes:
         kind: StableHLO's name of it, as ``all_gather``.
-        group: devices that take part together; of a permute all.
+        group: devices that take part together; of a permute those that send or receive.
         nbytes: what each of them sends when the function runs once, in all turns of the loops around it.
         times: how often it runs then; None where the IR does not say: in a loop without a known trip count, or a branch.
         where: location of the op.
@@ -79,7 +79,7 @@ def _collective(op: ir.Operation, times: int | None) -> Collective:
     kind, held = op.name.removeprefix("stablehlo."), tensor_size(op.operands[0].type).bytes
     if kind == "collective_permute":
         pairs = np.array(ir.DenseElementsAttr(op.attributes["source_target_pairs"]))
-        group, share = len(pairs), float(any(source != target for source, target in pairs))
+        group, share = np.unique(pairs).size, float(any(source != target for source, target in pairs))
     else:
         group = np.array(ir.DenseElementsAttr(op.attributes["replica_groups"])).shape[1]
         if group == 0:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -27,6 +27,7 @@ class Collectives:
 
     def __init__(self, devices: Devices) -> None:
         self.devices, self._channels = devices, 0
+        self._written: dict[tuple[Hashable, ...], ir.Value] = {}
 
     def all_gather(self, value: ir.Value, dim: int, axes: Sequence[str]) -> ir.Value:
         """The shards of a group one behind the other along a dim."""
@@ -79,6 +80,18 @@ class Collectives:
             "channel_handle": self._channel(),
         }
         return self._one("stablehlo.collective_permute", value, ir.RankedTensorType(value.type).shape, attributes)
+
+    def once(self, key: tuple[Hashable, ...], write: Callable[[], ir.Value]) -> ir.Value:
+        """What has been written in this block with the same key, or is written now.
+
+        Args:
+            key: equal for what is equal.
+            write: writes it at the current insertion point.
+        """
+        place = (cast(Any, ir.InsertionPoint.current).block, *key)
+        if place not in self._written:
+            self._written[place] = write()
+        return self._written[place]
 
     def _groups(self, axes: Sequence[str]) -> dict[str, ir.Attribute]:
         return {

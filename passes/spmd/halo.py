@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 
 
@@ -25,6 +25,7 @@ class Halo:
         overlap: positions that the last window of a shard reads beyond the beginning of the next shard's first.
         padding: positions in front of the dim, negative where some of the dim are left out.
         dilation: of the dim.
+        fill: a word for what is beyond the ends of the dim; None where no other op has the same there.
     """
 
     operand: int
@@ -35,6 +36,7 @@ class Halo:
     overlap: int
     padding: int
     dilation: int = 1
+    fill: str | None = "zeros"
 
     def rows(self, parts: int) -> tuple[int, int]:
         """The rows that a device gets of the shards before and after its own: as many as the device that needs most."""
@@ -62,6 +64,10 @@ class Halo:
         held = self.shape[self.dim] // parts
         return [self._reads(index, parts)[1] - (index + 1) * held for index in range(parts)]
 
+    def read_key(self, parts: int) -> tuple[Hashable, ...]:
+        """Equal for two halos of one value for which devices read the same; no two have it without a `fill`."""
+        return self.dim, tuple(self.before(parts)), tuple(self.after(parts)), self.fill
+
     def local_padding(self, parts: int) -> tuple[int, int]:
         """The positions without a row in front of the first row that a device reads, and behind the last."""
         low = self._reads(0, parts)[0] * self.dilation + self.padding
@@ -75,11 +81,29 @@ class Halo:
         return -(-first // self.dilation), -(-last // self.dilation)
 
 
-def halo_sends(halos: Sequence[Halo], parts: Callable[[int, int], int]) -> Iterator[tuple[Halo, int, float]]:
-    """What is sent to one neighbour: the halo, its rows, and bytes; one collective each.
+@dataclass(frozen=True)
+class HaloSend:
+    """What is sent to one neighbour: one collective permute.
 
-    They are those of a device that has both neighbours. Dims are exchanged one after another: what is sent of the second
-    one has the rows that the first has brought.
+    Attributes:
+        halo: how it is read.
+        side: -1 for what comes from the shard before, 1 for what comes from that behind.
+        rows: of the dim.
+        nbytes: what a device sends that has a neighbour there.
+        key: equal for sends of one value that are the same, and are written once; None for one like no other.
+    """
+
+    halo: Halo
+    side: int
+    rows: int
+    nbytes: float
+    key: tuple[Hashable, ...] | None
+
+
+def halo_sends(halos: Sequence[Halo], parts: Callable[[int, int], int]) -> Iterator[HaloSend]:
+    """What is sent for an op.
+
+    Dims are exchanged one after another: what is sent of the second one has the rows that the first has brought.
 
     Args:
         halos: of one op, operand by operand and dim by dim.
@@ -87,15 +111,18 @@ def halo_sends(halos: Sequence[Halo], parts: Callable[[int, int], int]) -> Itera
     """
     shape = list[int]()
     operand: int | None = None
+    before: tuple[Hashable, ...] | None = ()
     for halo in halos:
         if halo.operand != operand:
-            operand = halo.operand
+            operand, before = halo.operand, ()
             shape = [size // parts(operand, dim) for dim, size in enumerate(halo.shape)]
         count = parts(halo.operand, halo.dim)
         if count == 1:
             continue
         row = math.prod(size for dim, size in enumerate(shape) if dim != halo.dim) * halo.element_bytes
-        for rows in halo.rows(count):
+        for side, rows in zip((-1, 1), halo.rows(count), strict=True):
             if rows:
-                yield halo, rows, float(rows * row)
+                key = None if before is None else (*before, halo.dim, side, rows)
+                yield HaloSend(halo, side, rows, float(rows * row), key)
         shape[halo.dim] = halo.span(count)
+        before = None if before is None or halo.fill is None else (*before, halo.read_key(count))

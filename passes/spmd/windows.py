@@ -10,6 +10,7 @@ import numpy as np
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import stablehlo
 
+from bactrian.passes.ir.constants import splat_text
 from bactrian.passes.ir.op_costs import element_bytes
 from bactrian.passes.ir.tensor_sizes import value_shape
 from bactrian.passes.spmd.halo import Halo
@@ -25,6 +26,7 @@ class Window:
         low, high: padding in front of and behind the dim.
         base_dilation: of the dim: one more than the gap between two rows.
         window_dilation: of the window.
+        fill: as in `Halo`.
     """
 
     size: int = 1
@@ -33,6 +35,7 @@ class Window:
     high: int = 0
     base_dilation: int = 1
     window_dilation: int = 1
+    fill: str | None = "zeros"
 
     @property
     def is_padded(self) -> bool:
@@ -58,7 +61,7 @@ class Window:
 
     def _halo(self, value: ir.Value, operand: int, dim: int, advance: int, overlap: int) -> Halo:
         nbytes = element_bytes(ir.RankedTensorType(value.type).element_type)
-        return Halo(operand, dim, value_shape(value), nbytes, advance, overlap, self.low, self.base_dilation)
+        return Halo(operand, dim, value_shape(value), nbytes, advance, overlap, self.low, self.base_dilation, self.fill)
 
 
 def windows_of(op: ir.Operation) -> list[Window]:
@@ -73,7 +76,8 @@ def windows_of(op: ir.Operation) -> list[Window]:
         return [Window(stride=stride, low=-start) for start, stride in zip(starts, strides, strict=True)]
     if op.name == "stablehlo.pad":
         edges = [ints(op, name, count) for name in ("edge_padding_low", "edge_padding_high", "interior_padding")]
-        return [Window(low=low, high=high, base_dilation=1 + gap) for low, high, gap in zip(*edges, strict=True)]
+        fill = splat_text(op.operands[1])
+        return [Window(1, 1, low, high, 1 + gap, fill=fill) for low, high, gap in zip(*edges, strict=True)]
     if op.name == "stablehlo.convolution":
         numbers = stablehlo.ConvDimensionNumbers(op.attributes["dimension_numbers"])
         kernel = value_shape(op.operands[1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 from jaxlib.mlir import ir
 
@@ -31,11 +32,15 @@ def read_rows(local: LocalOp, operand: int, fill: ir.Value | None = None) -> ir.
     """
     value = local.operands[operand]
     for halo, axes in halos_of_operand(local, operand):
-        value = _read_along(local, value, halo, axes, fill)
+        if halo.fill is None:
+            value = _read_along(local, value, halo, axes, fill)
+        else:
+            key = "rows", value, axes, *halo.read_key(local.devices.group_size(axes))
+            value = local.collectives.once(key, partial(_read_along, local, value, halo, axes, fill))
     return value
 
 
-def _read_along(local: LocalOp, value: ir.Value, halo: Halo, axes: Sequence[str], fill: ir.Value | None) -> ir.Value:
+def _read_along(local: LocalOp, value: ir.Value, halo: Halo, axes: tuple[str, ...], fill: ir.Value | None) -> ir.Value:
     """Three steps: the shard with the halos beside it; what is beyond the dim, at its ends; the rows that are read."""
     parts = local.devices.group_size(axes)
     before, after = halo.before(parts), halo.after(parts)
@@ -60,7 +65,7 @@ def _read_along(local: LocalOp, value: ir.Value, halo: Halo, axes: Sequence[str]
 
 
 def _from_neighbour(
-    local: LocalOp, value: ir.Value, dim: int, axes: Sequence[str], rows: int, side: int, fill: ir.Value | None
+    local: LocalOp, value: ir.Value, dim: int, axes: tuple[str, ...], rows: int, side: int, fill: ir.Value | None
 ) -> ir.Value | None:
     """The last rows of the shard before a device's own, or the first ones of that behind it; None for no rows.
 
@@ -72,18 +77,11 @@ def _from_neighbour(
     """
     if rows == 0:
         return None
-    shape = ir.RankedTensorType(value.type).shape
-    first = shape[dim] - rows if side < 0 else 0
-    piece = _sliced(value, dim, first, first + rows)
-    groups = local.devices.groups(axes).tolist()
-    count = len(groups[0])
-    sources = {
-        group[place]: group[place + side] for group in groups for place in range(count) if 0 <= place + side < count
-    }
-    piece = local.collectives.permute(piece, sources)
+    key = "halo", value, dim, axes, rows, side
+    piece = local.collectives.once(key, partial(_sent, local, value, dim, axes, rows, side))
     if fill is None:
         return piece
-    end = splat(scalar_i32(), 0 if side < 0 else count - 1)
+    end = splat(scalar_i32(), 0 if side < 0 else local.devices.group_size(axes) - 1)
     is_end = ir.Operation.create(
         "stablehlo.compare",
         results=[ir.RankedTensorType.get([], ir.IntegerType.get_signless(1))],
@@ -91,6 +89,17 @@ def _from_neighbour(
         attributes={"comparison_direction": ir.Attribute.parse("#stablehlo<comparison_direction EQ>")},
     ).results[0]
     return _one("stablehlo.select", piece.type, [is_end, _spread(fill, piece.type), piece])
+
+
+def _sent(local: LocalOp, value: ir.Value, dim: int, axes: Sequence[str], rows: int, side: int) -> ir.Value:
+    """The rows, sent along; zeros for a device without a neighbour."""
+    first = ir.RankedTensorType(value.type).shape[dim] - rows if side < 0 else 0
+    groups = local.devices.groups(axes).tolist()
+    count = len(groups[0])
+    sources = {
+        group[place]: group[place + side] for group in groups for place in range(count) if 0 <= place + side < count
+    }
+    return local.collectives.permute(_sliced(value, dim, first, first + rows), sources)
 
 
 def _spread(scalar: ir.Value, type_: ir.Type) -> ir.Value:

@@ -73,8 +73,9 @@ def rows_rule(op: ir.Operation, rule: Rule) -> Rule:
 def windowed_reduction_rule(op: ir.Operation, rule: Rule) -> Rule:
     """Dims whose windows reach beyond their ends are whole where nobody knows what changes nothing."""
     rule = rows_rule(op, rule)
-    if fold_of(op.regions[0]) is not None:
-        return rule
+    fold = fold_of(op.regions[0])
+    if fold is not None:
+        return replace(rule, halos=tuple(replace(halo, fill=fold) for halo in rule.halos))
     padded = {dim for dim, window in enumerate(windows_of(op)) if window.is_padded}
     return replace(rule, replicated=rule.replicated | padded)
 
