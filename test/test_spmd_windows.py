@@ -126,7 +126,8 @@ def _reduce_window(random: np.random.Generator) -> Case:
 def _reduce_pairs(random: np.random.Generator) -> Case:
     """The largest number of a window, and where it is."""
     shape = [24, int(random.choice(SIZES))]
-    windows = (*_windows(random, shape)[:2], picked(random, "VALID", "SAME"))
+    sizes, strides, *_ = _windows(random, shape)
+    padding = picked(random, "VALID", "SAME")
     x = numbers(random, *shape)
 
     def larger(a: Any, b: Any) -> Any:
@@ -135,7 +136,7 @@ def _reduce_pairs(random: np.random.Generator) -> Case:
 
     def function(x: jax.Array) -> Any:
         places = jnp.arange(x.size, dtype=jnp.int32).reshape(x.shape)
-        return lax.reduce_window((x, places), (jnp.float32(-9), jnp.int32(99)), larger, *windows)
+        return lax.reduce_window((x, places), (jnp.float32(-9), jnp.int32(99)), larger, sizes, strides, padding)
 
     return Case(function, (x,))
 
