@@ -141,14 +141,15 @@ class AssignStages(Pass):
         num_layers = required_integer(module.operation, NUM_LAYERS, "run group-layers first")
         flow = MainDataflow.kept_or_read(module, ctx)
         layers = [layer_of(op) for op in flow.ops]
-        flops, crossing = _layer_costs(flow, argument_roles(main_function(module)), layers, num_layers)
+        main = main_function(module)
+        flops, crossing = _layer_costs(flow, argument_roles(main), layers, num_layers)
         given = self._given()
-        starts = given if given is not None else self._balanced(flops, crossing, module, ctx)
+        starts = given if given is not None else self._balanced(flops, crossing, main, ctx)
         if starts is None:
             return
         if starts[-1] >= num_layers:
             ctx.error(
-                module.operation,
+                main,
                 f"cannot begin a stage at layer {starts[-1]}: the program has {num_layers} layers",
                 fix="boundaries name the first layer of each stage, layers count from 0",
             )
@@ -164,12 +165,12 @@ class AssignStages(Pass):
         ctx.count("cut-bytes", sum(crossing[start] for start in starts[1:]))
 
     def _balanced(
-        self, flops: list[float], crossing: list[int], module: ir.Module, ctx: PassContext
+        self, flops: list[float], crossing: list[int], main: ir.Operation, ctx: PassContext
     ) -> list[int] | None:
         if self.num_stages > len(flops):
             ctx.error(
-                module.operation,
-                f"cannot make {self.num_stages} stages of {len(flops)} layers",
+                main,
+                f"cannot make {self.num_stages} stages of {len(flops)} layer{'s' * (len(flops) > 1)}",
                 why="a stage has at least one layer",
                 fix=f"group-layers with num-layers={self.num_stages} or more, or ask for at most {len(flops)} stages",
             )
