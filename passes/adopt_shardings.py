@@ -131,10 +131,9 @@ class _Axes:
 
     def __init__(self, stages: Sequence[MeshAxes], meshes: dict[str, MeshAxes], ctx: PassContext) -> None:
         self._stages, self._meshes, self._ctx = tuple(dict.fromkeys(stages)), meshes, ctx
-        self._sizes: dict[str, list[int]] = {}  # of each axis, the first stage's size first
+        self._sizes: dict[str, set[int]] = {}
         for name, size in chain.from_iterable(self._stages):
-            if size not in self._sizes.setdefault(name, []):
-                self._sizes[name].append(size)
+            self._sizes.setdefault(name, set()).add(size)
         self._refused = set[MeshAxes]()
 
     def adopted(self, sharding: ir.Attribute, where: Locatable, what: str) -> ir.Attribute | None:
@@ -185,16 +184,16 @@ class _Axes:
 
     def _difference(self, mesh: MeshAxes) -> str:
         for name, size in mesh:
-            own = self._sizes.get(name, [])
+            own = self._sizes.get(name, set())
             if not own and size > 1:
                 return f"no axis of a stage's mesh is called {name}"
-            if other := next((each for each in own if each != size), None):
-                return f"axis {name} has size {size} there, and {other} in a stage's mesh"
+            if others := sorted(own - {size}):
+                return f"axis {name} has size {size} there, and {others[0]} in a stage's mesh"
         return ""
 
     def _dim(self, dim: sdy.DimensionShardingAttr) -> ir.Attribute:
         names = [sdy.AxisRefAttr(axis).name for axis in dim.axes]
-        kept = [sdy.AxisRefAttr.get(name) for name in names if self._sizes.get(name, [1]) != [1]]
+        kept = [sdy.AxisRefAttr.get(name) for name in names if self._sizes.get(name, {1}) != {1}]
         return sdy.DimensionShardingAttr.get(kept, is_closed=dim.is_closed)
 
 
