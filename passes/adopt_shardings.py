@@ -119,8 +119,18 @@ class AdoptShardings(Pass):
         if is_wide and program.is_any:
             make_user_mesh(module, stages)
 
-    def _check_known(self, stages: Sequence[MeshAxes], known: Mapping[str, MeshAxes]) -> None:
-        for number, axes in enumerate(stages):
+    def _check_known(self, stages: tuple[MeshAxes, ...], known: Mapping[str, MeshAxes]) -> None:
+        """Refuse other meshes than those of the module's stages, where it has them already.
+
+        Raises:
+            ConfigError: they are more or fewer, or differ.
+        """
+        if known and len(stages) not in (1, len(known)):
+            raise ConfigError(
+                f"mesh is {self.mesh}, but the module has {len(known)} stage{'s' * (len(known) > 1)}",
+                fix="give one mesh for all stages, or one for each",
+            )
+        for number, axes in enumerate(stages if len(stages) > 1 else stages * len(known)):
             own = known.get(f"stage{number}", axes)
             if own != axes:
                 raise ConfigError(f"mesh is {self.mesh}, but the module has @stage{number} = {axes_text(own)}")

@@ -10,12 +10,16 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AbstractMesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxlib.mlir import ir
 
 import bactrian
 from bactrian.driver.planning.decisions import Decisions
 from bactrian.driver.planning.plan_program import plan_program
 from bactrian.driver.planning.staged_plan import StagedPlan
+from bactrian.passes.adopt_shardings import AdoptShardings
+from bactrian.passes.frame.context import make_context
 from bactrian.passes.frame.errors import ConfigError, ProgramError
+from bactrian.passes.frame.pipeline import run_pipeline
 from bactrian.passes.machine.spec import MeshAxes
 from bactrian.passes.plan.schema import Plan, StagePlan
 
@@ -136,6 +140,25 @@ def test_an_axis_that_stages_have_in_two_sizes_cannot_be_named() -> None:
         staged_on(((("data", 2), ("model", 2)), (("data", 4), ("model", 2))))
     assert "stages have the meshes data=2,model=2; data=4,model=2" in raised.value.message
     assert __file__ in raised.value.where
+
+
+@pytest.mark.parametrize(
+    ("mesh", "message"),
+    [
+        ("data=2;data=4;data=2", "mesh is data=2;data=4;data=2, but the module has 2 stages"),
+        ("data=2;data=8", "mesh is data=2;data=8, but the module has @stage1 = data=4"),
+        ("data=2", "mesh is data=2, but the module has @stage1 = data=4"),
+    ],
+)
+def test_meshes_differ_from_those_of_the_module(mesh: str, message: str) -> None:
+    with make_context(), ir.Location.unknown():
+        module = ir.Module.parse("""
+            sdy.mesh @users = <["data"=2]>
+            sdy.mesh @stage0 = <["data"=2]>
+            sdy.mesh @stage1 = <["data"=4]>
+            func.func public @main() { return }""")
+        with pytest.raises(ConfigError, match=message):
+            run_pipeline(module, (AdoptShardings(mesh=mesh),), verify_contracts=False)
 
 
 def test_an_axis_in_two_sizes_that_nobody_names_is_planned_and_applied() -> None:
