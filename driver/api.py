@@ -27,7 +27,7 @@ from bactrian.driver.run.compiled_step import Compiled
 from bactrian.driver.run.session import num_groups
 from bactrian.driver.source import line_here
 from bactrian.passes.frame.errors import ConfigError
-from bactrian.passes.machine.spec import MeshAxes, axes_text, num_devices
+from bactrian.passes.machine.spec import MeshAxes, axes_text, meshes_text, num_devices
 from bactrian.passes.plan.schema import Plan
 from bactrian.runtime import faults
 
@@ -218,7 +218,7 @@ class Parallelized:
 
     def _capture(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Captured:
         o = self.options
-        if num_devices(o.mesh or ()) > 1:
+        if any(num_devices(mesh) > 1 for mesh in o.meshes):
             refuse_explicit_axes()
         call = flatten_call(self._parameters, args, kwargs)
         signature = call.signature, requested_shardings(call.leaves)
@@ -322,17 +322,17 @@ class Traced:
 
     def _decisions(self, num_stages: int | None, num_layers: int | None, cluster: str) -> Decisions:
         """What the options decide; as many stages as the step that placed the state has, or one per rank, by default."""
+        (mesh,) = self._meshes()  # without a plan, all stages have the same
         if num_stages is not None:
             self._check_placed(num_stages)
         elif self.placed is not None:
             num_stages = self.placed.num_stages
         else:
-            num_stages = num_groups(self._mesh())
+            num_stages = num_groups(mesh)
         return Decisions(
-            num_stages,
             num_layers or num_stages,
+            (mesh,) * num_stages,
             donate=self.options.donate,
-            mesh=self._mesh(),
             cluster=cluster,
             strategy=self._strategy(),
         )
@@ -343,23 +343,24 @@ class Traced:
         Raises:
             BactrianError: as `plan` does, on every rank; or ranks have other programs or options.
         """
-        world, mesh = World.current(), self._mesh()
-        if world.num_ranks == 1 or num_devices(mesh) == 1:
+        world, meshes = World.current(), self._meshes()
+        if world.num_ranks == 1 or all(num_devices(mesh) == 1 for mesh in meshes):
             return self.plan()
-        staged = staged_together(lambda: self.plan().staged, self.fingerprint, self.options, mesh, world)
+        staged = staged_together(lambda: self.plan().staged, self.fingerprint, self.options, meshes, world)
         return Planned(self.captured, staged, is_shared=True)
 
-    def _mesh(self) -> MeshAxes:
-        """The mesh of every stage: the one that was asked for, or that on which the arguments are."""
-        asked, placed = self.options.mesh, None if self.placed is None else self.placed.mesh
-        if asked is not None and placed is not None and asked != placed:
+    def _meshes(self) -> tuple[MeshAxes, ...]:
+        """The mesh of each of the plan's stages, or one for all stages: that which was asked for, or on which the arguments
+        are."""
+        asked, placed = self.options.meshes, None if self.placed is None else self.placed.mesh
+        if placed is not None and any(mesh != placed for mesh in asked):
             raise ConfigError(
-                f"mesh is {axes_text(asked)}, but the arguments were placed on {axes_text(placed)}",
+                f"mesh is {meshes_text(asked)}, but the arguments were placed on {axes_text(placed)}",
                 where=line_here(),
                 why="steps that share state share its mesh",
                 fix="leave mesh out, or pass bactrian.gather(...) of the state",
             )
-        return asked or placed or (("data", 1),)
+        return asked or (placed or (("data", 1),),)
 
     def _strategy(self) -> str:
         """How shardings are chosen; arguments that are placed already leave a baseline nothing to say."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import os
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -67,6 +68,18 @@ def line_of_error(error: BaseException) -> str:
     """The user's line that raised ``error``."""
     frames = list(_traceback(error.__traceback__))
     return user_line(reversed(frames))
+
+
+def line_of_function(function: Callable[..., Any]) -> Frame | None:
+    """Where a function begins, below what wraps it; None for one that is not written in Python."""
+    function = inspect.unwrap(function)
+    while isinstance(function, functools.partial):
+        function = inspect.unwrap(function.func)
+    for each in (function, type(function).__call__):  # of an object that can be called, its class has the code
+        code = getattr(each, "__code__", None)
+        if code is not None:
+            return Frame(code.co_filename, code.co_firstlineno, code.co_name)
+    return None
 
 
 def line_of_equation(equation: Any, callers: Iterable[Any] = ()) -> str:

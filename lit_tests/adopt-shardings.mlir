@@ -4,10 +4,10 @@
 // An argument that is read through one constraint has its sharding; axes of one device are left out, the mesh goes.
 // CHECK-NOT: @users
 // CHECK-LABEL: func.func public @main
-// CHECK-SAME: sdy.sharding = #sdy.sharding<@stage0, [{"model"}, {"data"}]>
+// CHECK-SAME: sdy.sharding = #sdy.sharding<@user, [{"model"}, {"data"}]>
 // CHECK-NEXT: stablehlo.negate %arg0
-// ORDER: sdy.mesh @stage0 = <["model"=4, "data"=2]>
-// ORDER: sdy.sharding = #sdy.sharding<@stage0, [{"model"}, {"data"}]>
+// ORDER: sdy.mesh @user = <["model"=4, "data"=2]>
+// ORDER: sdy.sharding = #sdy.sharding<@user, [{"model"}, {"data"}]>
 sdy.mesh @users = <["model"=4, "replica"=1, "data"=2]>
 sdy.mesh @stage0 = <["model"=4, "data"=2]>
 func.func public @main(%arg0: tensor<8x8xf32>) -> tensor<8x8xf32> {
@@ -22,9 +22,9 @@ func.func public @main(%arg0: tensor<8x8xf32>) -> tensor<8x8xf32> {
 // A mesh with some of the axes is enough. What is read in two ways keeps its constraints, and so do open dims.
 // CHECK-LABEL: func.func public @main
 // CHECK-NOT: sdy.sharding =
-// CHECK: [[A:%.*]] = sdy.sharding_constraint %arg0 <@stage0, [{"data"}, {?}]>
+// CHECK: [[A:%.*]] = sdy.sharding_constraint %arg0 <@user, [{"data"}, {?}]>
 // CHECK-NEXT: stablehlo.add [[A]], %arg0
-// CHECK-NEXT: sdy.sharding_constraint {{.*}} <@stage0, [{"data"}, {}]>
+// CHECK-NEXT: sdy.sharding_constraint {{.*}} <@user, [{"data"}, {}]>
 // CHECK-NEXT: return
 // ORDER: func.func
 sdy.mesh @users = <["data"=2]>
@@ -41,9 +41,9 @@ func.func public @main(%arg0: tensor<8x8xf32>) -> tensor<8x8xf32> {
 
 // State has the sharding in which its next value is asked for.
 // CHECK-LABEL: func.func public @main
-// CHECK-SAME: %arg0: tensor<8xf32> {bactrian.role = "state", sdy.sharding = #sdy.sharding<@stage0, [{"data"}]>}
+// CHECK-SAME: %arg0: tensor<8xf32> {bactrian.role = "state", sdy.sharding = #sdy.sharding<@user, [{"data"}]>}
 // CHECK-SAME: bactrian.updates = 0
-// CHECK: sdy.sharding_constraint {{.*}} <@stage0, [{"data"}]>
+// CHECK: sdy.sharding_constraint {{.*}} <@user, [{"data"}]>
 // ORDER: func.func
 sdy.mesh @users = <["data"=2]>
 sdy.mesh @stage0 = <["model"=4, "data"=2]>
@@ -57,7 +57,7 @@ func.func public @main(%arg0: tensor<8xf32> {bactrian.role = "state"}) -> (tenso
 // Constraints inside of a loop are renamed, too.
 // CHECK-LABEL: func.func public @main
 // CHECK: stablehlo.while
-// CHECK: sdy.sharding_constraint {{.*}} <@stage0, [{"model"}]>
+// CHECK: sdy.sharding_constraint {{.*}} <@user, [{"model"}]>
 // ORDER: func.func
 sdy.mesh @users = <["model"=4]>
 sdy.mesh @stage0 = <["model"=4, "data"=2]>

@@ -2,10 +2,13 @@
 // RUN: bactrian-opt %s --assign-stages=boundaries=0,1 | FileCheck %s --check-prefix=GIVEN
 // RUN: bactrian-opt %s --assign-stages | FileCheck %s --check-prefix=EACH
 // RUN: bactrian-opt %s --assign-stages='num-stages=2 mesh=data=2,model=4' | FileCheck %s --check-prefix=MESH
+// RUN: bactrian-opt %s --assign-stages='num-stages=2 mesh=data=2,model=4;data=8' | FileCheck %s --check-prefix=MESHES
 
 // Every stage has the mesh that is asked for.
 // MESH: sdy.mesh @stage0 = <["data"=2, "model"=4]>
 // MESH-NEXT: sdy.mesh @stage1 = <["data"=2, "model"=4]>
+// MESHES: sdy.mesh @stage0 = <["data"=2, "model"=4]>
+// MESHES-NEXT: sdy.mesh @stage1 = <["data"=8]>
 
 // Layers of 1, 1 and 2 products: the largest stage is smallest with two layers first. Update ops go with their layer.
 // CHECK: bactrian.num_stages = 2

@@ -1,9 +1,11 @@
-"""``adopt-shardings``: put user-specified shardings onto the mesh of the stages."""
+"""``adopt-shardings``: put user-specified shardings onto one mesh with the axes of the stages' meshes."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import ClassVar
 
 from jaxlib.mlir import ir
@@ -12,7 +14,7 @@ from jaxlib.mlir.dialects import sdy
 from bactrian.passes.frame.base import Locatable, Pass, PassContext, Statistic, option
 from bactrian.passes.frame.errors import ConfigError
 from bactrian.passes.ir.attributes import argument_attributes, result_attributes, result_updates
-from bactrian.passes.ir.meshes import SHARDING, mesh_attribute, mesh_axes
+from bactrian.passes.ir.meshes import SHARDING, USER_MESH, erase_meshes, make_user_mesh, mesh_axes
 from bactrian.passes.ir.regions import (
     body,
     custom_call_target,
@@ -21,29 +23,29 @@ from bactrian.passes.ir.regions import (
     set_operand,
     terminator,
 )
-from bactrian.passes.machine.spec import MeshAxes, axes_text, num_devices, parse_axes
+from bactrian.passes.machine.spec import MeshAxes, axes_text, num_devices, parse_meshes
 from bactrian.passes.sharding.user_shardings import CONSTRAINT
 
-_STAGE = "stage"
-_FIRST = "stage0"
+_STAGE = re.compile(r"stage\d+")
 
 
 @dataclass(frozen=True)
 class AdoptShardings(Pass):
-    """Put user-specified shardings onto the mesh of the stages, by the names of its axes.
+    """Put user-specified shardings onto one mesh ``@user``, by the names of the axes of the stages' meshes.
 
     ``with_sharding_constraint``, ``in_shardings``, ``out_shardings`` and arguments that are sharded name the axes of
-    the user's own mesh. Those of more than one device must be axes of the stages' mesh, of the same sizes; it may have
-    others. The shardings then name ``@stage0``: which stage a value belongs to is not known yet. A dim that is left
-    open stays open.
+    the user's own mesh. Those of more than one device must be axes of the stages' meshes, of the same sizes; these may
+    have others. The shardings then name ``@user``, which has all axes of the stages' meshes: which stage a value
+    belongs to is not known yet. ``solve-shardings`` reads the axes by name on the mesh of each stage, where an axis
+    that this mesh does not have shards nothing. A dim that is left open stays open.
 
     An argument that is only read through a constraint has that sharding itself, in every stage that reads it, and so
     has state whose next value is constrained, unless it is asked for in another one. Every other constraint stays where
     it is. On stages of one device a constraint means nothing, and is dropped with a remark.
 
     Requires: one flat function `@main`.
-    Ensures: every ``sdy.sharding`` of an argument and every ``sdy.sharding_constraint`` is over ``@stage0``; no other
-    mesh.
+    Ensures: every ``sdy.sharding`` of an argument and every ``sdy.sharding_constraint`` is over ``@user``; no meshes
+    but this one and those of stages.
 
     Input:
 
@@ -60,8 +62,9 @@ class AdoptShardings(Pass):
     Output:
 
     ```mlir
+    sdy.mesh @user = <["data"=2, "model"=4]>
     sdy.mesh @stage0 = <["data"=2, "model"=4]>
-    func.func public @main(%arg0: tensor<8x8xf32> {sdy.sharding = #sdy.sharding<@stage0, [{"model"}, {}]>})
+    func.func public @main(%arg0: tensor<8x8xf32> {sdy.sharding = #sdy.sharding<@user, [{"model"}, {}]>})
         -> tensor<8x8xf32> {
       %0 = stablehlo.negate %arg0 : tensor<8x8xf32>
       return %0 : tensor<8x8xf32>
@@ -72,7 +75,7 @@ class AdoptShardings(Pass):
     """
 
     name: ClassVar[str] = "adopt-shardings"
-    summary: ClassVar[str] = "put user-specified shardings onto the mesh of the stages"
+    summary: ClassVar[str] = "put user-specified shardings onto one mesh, by the axes of the stages' meshes"
     ensures: ClassVar[tuple[str, ...]] = ("adopted",)
     statistics: ClassVar[tuple[Statistic, ...]] = (
         Statistic("arguments", "arguments with a specified sharding"),
@@ -80,49 +83,71 @@ class AdoptShardings(Pass):
         Statistic("dropped", "constraints that mean nothing here, or say again what is given"),
     )
 
-    mesh: str = option("", help='the axes of the stages\' meshes, as in "data=2,model=4"; by default those of @stage0')
+    mesh: str = option(
+        "",
+        help='the mesh of all stages, as in "data=2,model=4", or of each, as in "data=2;data=4"; '
+        "by default those in the module",
+    )
 
     def check_options(self) -> None:
         """Axes must have names and sizes."""
         if self.mesh.strip():
-            parse_axes(self.mesh)
+            parse_meshes(self.mesh)
 
     def apply(self, module: ir.Module, ctx: PassContext) -> None:
         """Rename, refuse or drop; then arguments."""
         main = main_function(module)
         meshes = mesh_axes(module)
-        axes = parse_axes(self.mesh) if self.mesh.strip() else meshes.get(_FIRST, ())
-        if not meshes and num_devices(axes) <= 1:  # without a mesh there are no shardings: most programs need no look
+        known = {name: axes for name, axes in meshes.items() if _STAGE.fullmatch(name)}
+        stages = parse_meshes(self.mesh) if self.mesh.strip() else tuple(known.values())
+        is_wide = any(num_devices(axes) > 1 for axes in stages)
+        if not meshes and not is_wide:  # without a mesh there are no shardings: most programs need no look
             return
-        foreign = {name: own for name, own in meshes.items() if not name.startswith(_STAGE)}
+        foreign = meshes.keys() - known.keys()
         program = _Program(main, ctx)
         if not program.is_any and not foreign:
             return
-        if num_devices(axes) <= 1:
-            program.drop()
-        else:
-            if meshes.get(_FIRST, axes) != axes:
-                raise ConfigError(f"mesh is {self.mesh}, but the module has @{_FIRST} = {axes_text(meshes[_FIRST])}")
-            if program.is_any and _FIRST not in meshes:
-                with ir.InsertionPoint.at_block_begin(module.body), ir.Location.unknown():
-                    sdy.MeshOp(_FIRST, mesh_attribute(axes))
-            program.adopt(_Axes(axes, meshes, ctx))
+        if is_wide:
+            if self.mesh.strip():
+                self._check_known(stages, known)
+            program.adopt(_Axes(stages, meshes, ctx))
             ctx.fail_if_errors()
             program.give_arguments()
-        for op in [view.operation for view in module.body.operations if view.operation.name == "sdy.mesh"]:
-            if ir.StringAttr(op.attributes["sym_name"]).value in foreign:
-                op.erase()
+        else:
+            program.drop()
+        erase_meshes(module, foreign)
+        if is_wide and program.is_any:
+            make_user_mesh(module, stages)
+
+    def _check_known(self, stages: tuple[MeshAxes, ...], known: Mapping[str, MeshAxes]) -> None:
+        """Refuse other meshes than those of the module's stages, where it has them already.
+
+        Raises:
+            ConfigError: they are more or fewer, or differ.
+        """
+        if known and len(stages) not in (1, len(known)):
+            raise ConfigError(
+                f"mesh is {self.mesh}, but the module has {len(known)} stage{'s' * (len(known) > 1)}",
+                fix="give one mesh for all stages, or one for each",
+            )
+        for number, axes in enumerate(stages if len(stages) > 1 else stages * len(known)):
+            own = known.get(f"stage{number}", axes)
+            if own != axes:
+                raise ConfigError(f"mesh is {self.mesh}, but the module has @stage{number} = {axes_text(own)}")
 
 
 class _Axes:
     """Translates shardings to the axes of the stages."""
 
-    def __init__(self, axes: MeshAxes, meshes: dict[str, MeshAxes], ctx: PassContext) -> None:
-        self._axes, self._meshes, self._ctx = dict(axes), meshes, ctx
-        self._text, self._refused = axes_text(axes), set[MeshAxes]()
+    def __init__(self, stages: Sequence[MeshAxes], meshes: dict[str, MeshAxes], ctx: PassContext) -> None:
+        self._stages, self._meshes, self._ctx = tuple(dict.fromkeys(stages)), meshes, ctx
+        self._sizes: dict[str, set[int]] = {}
+        for name, size in chain.from_iterable(self._stages):
+            self._sizes.setdefault(name, set()).add(size)
+        self._refused = set[MeshAxes]()
 
     def adopted(self, sharding: ir.Attribute, where: Locatable, what: str) -> ir.Attribute | None:
-        """The same sharding over ``@stage0``; None where it means nothing, and where there was an error.
+        """The same sharding over ``@user``; None where it means nothing, and where there was an error.
 
         Args:
             sharding: ``#sdy.sharding``.
@@ -141,7 +166,7 @@ class _Axes:
             self._refused.add(mesh)
             self._ctx.error(
                 where,
-                f"{what} is over a mesh {axes_text(mesh)}, but each stage has the mesh {self._text}",
+                f"{what} is over a mesh {axes_text(mesh)}, but {self._stages_text()}",
                 why=reason,
                 fix="call and size the axes of both alike (parallelize's mesh may have more), or take the sharding out",
             )
@@ -159,20 +184,26 @@ class _Axes:
         if any(sdy.AxisRefAttr(axis).sub_axis_info is not None for dim in dims for axis in dim.axes):
             self._ctx.error(where, f"{what} is over a part of an axis: {sharding}", fix="make that an axis of the mesh")
             return None
-        return sdy.TensorShardingAttr.get(_FIRST, [self._dim(dim) for dim in dims])
+        return sdy.TensorShardingAttr.get(USER_MESH, [self._dim(dim) for dim in dims])
+
+    def _stages_text(self) -> str:
+        texts = [axes_text(axes) for axes in self._stages]
+        return (
+            f"each stage has the mesh {texts[0]}" if len(texts) == 1 else f"stages have the meshes {'; '.join(texts)}"
+        )
 
     def _difference(self, mesh: MeshAxes) -> str:
         for name, size in mesh:
-            own = self._axes.get(name)
-            if own is None and size > 1:
+            own = self._sizes.get(name, set())
+            if not own and size > 1:
                 return f"no axis of a stage's mesh is called {name}"
-            if own is not None and own != size:
-                return f"axis {name} has size {size} there, and {own} in a stage's mesh"
+            if others := sorted(own - {size}):
+                return f"axis {name} has size {size} there, and {others[0]} in a stage's mesh"
         return ""
 
     def _dim(self, dim: sdy.DimensionShardingAttr) -> ir.Attribute:
         names = [sdy.AxisRefAttr(axis).name for axis in dim.axes]
-        kept = [sdy.AxisRefAttr.get(name) for name in names if self._axes.get(name, 1) > 1]
+        kept = [sdy.AxisRefAttr.get(name) for name in names if self._sizes.get(name, {1}) != {1}]
         return sdy.DimensionShardingAttr.get(kept, is_closed=dim.is_closed)
 
 
@@ -211,7 +242,7 @@ class _Program:
         self._write()
 
     def adopt(self, axes: _Axes) -> None:
-        """Put every sharding onto ``@stage0``; constraints that say nothing are dropped."""
+        """Put every sharding onto ``@user``; constraints that say nothing are dropped."""
         self._refuse("sdy.manual_computation", "stablehlo.custom_call")
         for number, entry in enumerate(self._results):
             if SHARDING in entry:  # of the value that is returned
@@ -258,6 +289,7 @@ class _Program:
                 self._erase(op)
             else:
                 kept.append(op)
+        self._constraints = kept
         self._ctx.count("constraints", len(kept))
         self._ctx.count("arguments", sum(SHARDING in entry for entry in self._arguments))
         self._write()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -27,7 +28,7 @@ from bactrian.passes.ir.main_dataflow import MainDataflow
 from bactrian.passes.ir.meshes import mesh_attribute
 from bactrian.passes.ir.op_costs import CostModel
 from bactrian.passes.ir.regions import main_function
-from bactrian.passes.machine.spec import MeshAxes, parse_axes
+from bactrian.passes.machine.spec import MeshAxes, parse_meshes
 from bactrian.passes.stages import layer_partitioning
 
 
@@ -37,7 +38,8 @@ class AssignStages(Pass):
 
     The slowest stage sets the pace of a pipeline, so the largest sum of forward and backward flops of a stage is made
     as small as it can be; among equals, the fewest bytes cross between stages. Or the first layer of each stage is
-    given with ``boundaries``. Every stage gets a mesh: of one device, or with the axes of ``mesh``.
+    given with ``boundaries``. Every stage gets a mesh: of one device, or with the axes of ``mesh``, which names one mesh
+    for all stages or one for each.
 
     Requires: ``bactrian.num_layers`` and ``bactrian.layer`` (``group-layers``).
     Ensures: ``bactrian.num_stages``; ``bactrian.stage`` on every op that has a layer, growing with the layer; meshes
@@ -83,13 +85,18 @@ class AssignStages(Pass):
 
     num_stages: int = option(0, help="how many stages to make; 0: one per layer")
     boundaries: str = option("", help='the first layer of each stage, as in "0,3,5"; found if not given')
-    mesh: str = option("", help='the axes of every stage\'s mesh, as in "data=2,model=4"; one device if not given')
+    mesh: str = option(
+        "",
+        help='the mesh of all stages, as in "data=2,model=4", or of each, as in "data=2;data=4"; '
+        "one device if not given",
+    )
 
     def check_options(self) -> None:
         """Boundaries begin with 0, grow, and are as many as the stages."""
         if self.num_stages < 0:
             raise ConfigError(f"option num-stages of {self.name} is {self.num_stages}, must not be negative")
-        self._axes()
+        if self.mesh.strip():
+            parse_meshes(self.mesh)
         starts = self._given()
         if starts is None:
             return
@@ -104,8 +111,20 @@ class AssignStages(Pass):
                 f"num-stages is {self.num_stages}"
             )
 
-    def _axes(self) -> MeshAxes:
-        return parse_axes(self.mesh) if self.mesh.strip() else (("data", 1),)
+    def _meshes(self, num_stages: int) -> tuple[MeshAxes, ...]:
+        """The mesh of each stage.
+
+        Raises:
+            ConfigError: there are more or fewer meshes than stages.
+        """
+        meshes = parse_meshes(self.mesh) if self.mesh.strip() else ((("data", 1),),)
+        if len(meshes) not in (1, num_stages):
+            raise ConfigError(
+                f"option mesh of {self.name} is {self.mesh!r}: {len(meshes)} meshes for "
+                f"{num_stages} stage{'s' * (num_stages > 1)}",
+                fix="give one mesh for all stages, or one for each",
+            )
+        return meshes if len(meshes) == num_stages else meshes * num_stages
 
     def _given(self) -> list[int] | None:
         if not self.boundaries.strip():
@@ -122,34 +141,36 @@ class AssignStages(Pass):
         num_layers = required_integer(module.operation, NUM_LAYERS, "run group-layers first")
         flow = MainDataflow.kept_or_read(module, ctx)
         layers = [layer_of(op) for op in flow.ops]
-        flops, crossing = _layer_costs(flow, argument_roles(main_function(module)), layers, num_layers)
+        main = main_function(module)
+        flops, crossing = _layer_costs(flow, argument_roles(main), layers, num_layers)
         given = self._given()
-        starts = given if given is not None else self._balanced(flops, crossing, module, ctx)
+        starts = given if given is not None else self._balanced(flops, crossing, main, ctx)
         if starts is None:
             return
         if starts[-1] >= num_layers:
             ctx.error(
-                module.operation,
+                main,
                 f"cannot begin a stage at layer {starts[-1]}: the program has {num_layers} layers",
                 fix="boundaries name the first layer of each stage, layers count from 0",
             )
             return
+        meshes = self._meshes(len(starts))
         stages = [integer(bisect.bisect_right(starts, layer) - 1) for layer in range(num_layers)]
         for op, layer in zip(flow.ops, layers, strict=True):
             if layer is not None:
                 op.attributes[STAGE] = stages[layer]
         module.operation.attributes[NUM_STAGES] = integer(len(starts))
-        _make_meshes(module, len(starts), self._axes())
+        _make_meshes(module, meshes)
         ctx.keep(flow)
         ctx.count("cut-bytes", sum(crossing[start] for start in starts[1:]))
 
     def _balanced(
-        self, flops: list[float], crossing: list[int], module: ir.Module, ctx: PassContext
+        self, flops: list[float], crossing: list[int], main: ir.Operation, ctx: PassContext
     ) -> list[int] | None:
         if self.num_stages > len(flops):
             ctx.error(
-                module.operation,
-                f"cannot make {self.num_stages} stages of {len(flops)} layers",
+                main,
+                f"cannot make {self.num_stages} stages of {len(flops)} layer{'s' * (len(flops) > 1)}",
                 why="a stage has at least one layer",
                 fix=f"group-layers with num-layers={self.num_stages} or more, or ask for at most {len(flops)} stages",
             )
@@ -186,7 +207,7 @@ def _layer_costs(
     return flops, list(itertools.accumulate(change[:num_layers]))
 
 
-def _make_meshes(module: ir.Module, num_stages: int, axes: MeshAxes) -> None:
+def _make_meshes(module: ir.Module, meshes: Sequence[MeshAxes]) -> None:
     """One mesh per stage, at the top of the module; meshes that are there already stay."""
     present = {
         ir.StringAttr(op.operation.attributes["sym_name"]).value
@@ -194,6 +215,6 @@ def _make_meshes(module: ir.Module, num_stages: int, axes: MeshAxes) -> None:
         if op.operation.name == "sdy.mesh"
     }
     with ir.InsertionPoint.at_block_begin(module.body), ir.Location.unknown():
-        for stage in range(num_stages):
+        for stage, axes in enumerate(meshes):
             if f"stage{stage}" not in present:
                 sdy.MeshOp(f"stage{stage}", mesh_attribute(axes))

@@ -23,6 +23,7 @@ from bactrian.passes.sharding.reduce_scatter_choice import prefer_reduce_scatter
 from bactrian.passes.sharding.sharding_model import ShardingModel, Shardings
 from bactrian.passes.sharding.shardings_to_ir import Writer, write_stages
 from bactrian.passes.sharding.stage_programs import StageProgram, read_stages, stage_meshes
+from bactrian.passes.sharding.user_shardings import drop_user_mesh
 from bactrian.passes.sharding.work_from_ir import Reading
 from bactrian.passes.spmd.op_rules import drop_rules
 
@@ -48,7 +49,8 @@ class SolveShardings(Pass):
     A dim that is read through windows (of convolutions, poolings, pads, slices) may be sharded too: neighbours exchange
     halos, which takes latency and bytes. XLA does so when it partitions the op; nothing is written for it.
 
-    Shardings that are there already (``sdy.sharding`` on arguments, ``sdy.sharding_constraint``) stay. With
+    Shardings that are there already (``sdy.sharding`` on arguments, ``sdy.sharding_constraint``) stay. Those over the
+    mesh ``@user`` are read by the names of their axes on the mesh of each stage, and ``@user`` is erased. With
     ``strategy``, the arguments have the shardings of a baseline, and the rest is chosen. Ops without a rule are
     replicated on every device, with a remark; barriers and the gradient boundary forward shardings.
 
@@ -131,6 +133,7 @@ class SolveShardings(Pass):
         ctx.count("strategies", sum(stage.model.network.num_strategies for stage in solved))
         writers = [stage.writer(main) for stage in solved]
         write_stages(writers)
+        drop_user_mesh(module, meshes)
         ctx.count("reshards", sum(writer.num_reshards for writer in writers))
         estimates = [
             self._estimate(main, stage, writer, limit, roles, ctx)

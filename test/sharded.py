@@ -73,9 +73,10 @@ def partitioned(module: ir.Module, axes: MeshAxes) -> ir.Module:
                 for result, operand in zip(list(op.results), list(op.operands), strict=True):
                     result.replace_all_uses_with(operand)
                 op.erase()
-        annotate_rules(clone)
-        partition_function(main, "stage0", axes)
         count = int(np.prod([size for _, size in axes]))
+        if count > 1:
+            annotate_rules(clone)
+            partition_function(main, "stage0", axes)
         number = ir.IntegerAttr.get(ir.IntegerType.get_signless(32), count)
         clone.operation.attributes["mhlo.num_partitions"] = number
         clone.operation.attributes["mhlo.num_replicas"] = ir.IntegerAttr.get(number.type, 1)

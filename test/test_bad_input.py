@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import signal
 import sys
 import sysconfig
@@ -22,7 +23,7 @@ from training_script import SCRIPT, TRAIN
 import bactrian
 from bactrian import BactrianError, ConfigError, ProgramError
 from bactrian.driver import cli
-from bactrian.driver.source import Frame, user_line
+from bactrian.driver.source import Frame, line_of_function, user_line
 
 W = [np.eye(4, dtype=np.float32) for _ in range(2)]
 X = np.ones((8, 4), np.float32)
@@ -170,6 +171,32 @@ def test_state_whose_next_value_cannot_be_told() -> None:
 def test_more_stages_than_layers() -> None:
     error = refused(sgd, W, X, num_stages=5, error=ProgramError, message="5 stages need at least 5 layers")
     assert error.fix == "num_stages <= 2"
+    assert error.where == f"{__file__}:{sgd.__code__.co_firstlineno} (sgd)"
+
+
+def test_an_error_about_the_whole_step_names_its_first_line() -> None:
+    class Stepper:
+        def __call__(self, params: Any, x: Any) -> Any:
+            return sgd(params, x)
+
+    @functools.wraps(sgd)
+    def wrapped(params: Any, x: Any) -> Any:
+        return sgd(params, x)
+
+    begin = sgd.__code__.co_firstlineno
+    for function in (sgd, wrapped, functools.partial(sgd, loss=loss), jax.jit(sgd), functools.partial(wrapped)):
+        assert line_of_function(function) == Frame(__file__, begin, "sgd")
+    called = Stepper.__call__.__code__
+    assert line_of_function(Stepper()) == Frame(__file__, called.co_firstlineno, "__call__")
+    assert line_of_function(Stepper().__call__) == Frame(__file__, called.co_firstlineno, "__call__")
+    assert line_of_function(max) is None
+
+
+def test_a_plan_with_fewer_layers_than_stages() -> None:
+    traced = bactrian.parallelize(num_stages=2, num_microbatches=2)(sgd).trace(W, X)
+    with pytest.raises(ProgramError, match="cannot make 2 stages of 1 layer") as caught:
+        traced.plan(num_layers=1)
+    assert caught.value.where == f"{__file__}:{sgd.__code__.co_firstlineno} (sgd)"
 
 
 def test_state_used_again_after_a_step() -> None:

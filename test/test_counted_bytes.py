@@ -1,4 +1,4 @@
-"""What a plan predicts to be sent is what Shardy's explicit collectives of the stage functions send, also over stages."""
+"""What a plan predicts to be sent is what the collectives of the stage functions send, also over stages."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ import bactrian
 from bactrian.driver.planning.staged_plan import StagedPlan
 from bactrian.driver.xla.compile_stage import function_texts
 from bactrian.passes.frame.context import make_context
-from bactrian.passes.sharding.collective_bytes import count_collectives
+from bactrian.passes.spmd.collective_bytes import count_collectives, sent_bytes
 
 # An all-reduce is measured to take less than a reduce-scatter, as it may on CPUs.
 ALIKE = """
@@ -64,14 +64,13 @@ def counted(staged: StagedPlan) -> list[dict[str, int]]:
     """Bytes that each device sends in a step, by stage and kind."""
     program = staged.program
     totals = [dict[str, float]() for _ in range(program.num_stages)]
-    for symbol, text in function_texts(staged.module, None).items():
+    for symbol, text in function_texts(staged.module).items():
         stage, _, phase = symbol.removeprefix("stage").partition(".")
         runs = program.num_microbatches if phase.startswith(("forward", "backward")) else 1
         with make_context():
-            for collective in count_collectives(ir.Module.parse(text)):
-                if collective.nbytes:
-                    total = totals[int(stage)]
-                    total[collective.kind] = total.get(collective.kind, 0.0) + runs * collective.nbytes
+            total = totals[int(stage)]
+            for kind, nbytes in sent_bytes(count_collectives(ir.Module.parse(text).operation)).items():
+                total[kind] = total.get(kind, 0.0) + runs * nbytes
     return [{kind: round(nbytes) for kind, nbytes in sorted(total.items())} for total in totals]
 
 
@@ -79,7 +78,7 @@ def counted(staged: StagedPlan) -> list[dict[str, int]]:
 @pytest.mark.parametrize(
     ("name", "strategy"), [("linear", "auto"), ("linear", "zero3"), ("constrained", "auto"), ("chain", "megatron")]
 )
-def test_bytes_of_stages_are_those_of_shardy(name: str, strategy: str, tables: str, tmp_path: Path) -> None:
+def test_bytes_of_stages_are_those_of_their_collectives(name: str, strategy: str, tables: str, tmp_path: Path) -> None:
     (tmp_path / "cluster.toml").write_text(SLOW + tables)
     for options in (
         {"num_stages": 1},

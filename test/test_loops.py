@@ -213,7 +213,7 @@ def test_stages_with_loops_equal_one_device(slow: Path) -> None:
         for stage in (0, 1):
             own = [f for f in functions if str(f.attributes["sym_name"]).startswith(f'"stage{stage}.')]
             ops = [op for function in own for op in nested_operations(function) if op.name == "stablehlo.while"]
-            assert any('"data"' in str(op.attributes["sdy.sharding"]) for op in ops)
+            assert any("tensor<8x64xf32>" in map(str, (r.type for r in op.results)) for op in ops)  # of 16 rows half
     assert cut(check(built, **options))
 
 
@@ -232,10 +232,8 @@ def test_xla_sends_in_loops_what_is_planned(slow: Path) -> None:
     )
     planned = parallel.trace(weights, x).plan()
     comparison = compare(planned.staged)
-    assert not comparison.unexplained and "in-loop" not in comparison.classes
+    assert not comparison.differences
     (stage,) = planned.plan.stages
     assert stage.sharding is not None
-    assert comparison.planned == pytest.approx(dict(stage.sharding.sent_bytes))
-    total, more = sum(comparison.planned.values()), sum(comparison.classes.values())
-    assert total > 0
-    assert sum(comparison.compiled.values()) == pytest.approx(total + more, rel=0.01)
+    assert comparison.compiled == comparison.planned == pytest.approx(dict(stage.sharding.sent_bytes))
+    assert sum(comparison.planned.values()) > 0

@@ -15,6 +15,7 @@ from bactrian.passes import pipelines
 from bactrian.passes.frame.pipeline import run_pipeline
 from bactrian.passes.ir.attributes import GRADIENT_BOUNDARY, phase_of, stage_of
 from bactrian.passes.ir.main_dataflow import MainDataflow
+from bactrian.passes.ir.meshes import value_shardings
 from bactrian.passes.ir.regions import body, custom_call_target, main_function
 from bactrian.passes.machine.cluster import CPU_HOST
 from bactrian.passes.sharding.sharding_model import ShardingModel
@@ -67,8 +68,11 @@ def test_what_comes_out_has_a_place() -> None:
         flow = MainDataflow.of(main)
         below = range(flow.boundary + 1, len(flow.ops) - 1)
         assert all(flow.phases[i] == "update" for i in below)
-        added_up = [op for i, op in enumerate(flow.ops) if i in below and op.name == "stablehlo.reduce"]
-        assert len(added_up) == 4  # the parts of the loss and of each gradient
+        reshards = [op for i, op in enumerate(flow.ops) if i in below and op.name == "sdy.reshard"]
+        sources = value_shardings(main, [op.operands[0] for op in reshards])
+        assert (
+            sum("unreduced" in str(sharding) for sharding in sources) == 4
+        )  # partial sums of the loss and each gradient
     run_pipeline(module, pipelines.emit_stages())
 
 

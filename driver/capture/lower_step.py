@@ -26,7 +26,7 @@ from bactrian.driver.capture.captured_step import Captured
 from bactrian.driver.capture.module_attributes import annotated
 from bactrian.driver.capture.state_matching import StepPart, match_state
 from bactrian.driver.capture.trace_errors import explain_trace_error
-from bactrian.driver.source import line_here
+from bactrian.driver.source import line_here, line_of_function
 from bactrian.passes.frame.errors import BactrianError, ConfigError, ProgramError
 from bactrian.passes.schedules.by_name import DEFAULT_SCHEDULE
 
@@ -165,7 +165,8 @@ def _lower(
     call = step.call
     module = traced.lower(lowering_platforms=(platform,)).compiler_ir("stablehlo")
     options = {"num_microbatches": step.num_microbatches, "schedule": schedule}
-    bytecode, digest = annotated(module, arguments, results, options, requested_shardings(call.leaves))
+    shardings, line = requested_shardings(call.leaves), line_of_function(step.fun)
+    bytecode, digest = annotated(module, arguments, results, options, shardings, line)
     statics = _static_text((call.tree, call.statics, step.out_tree, step.out_statics, step.forward_only, platform))
     return bytecode, hashlib.sha256(f"{digest}\n{statics}".encode()).hexdigest()
 

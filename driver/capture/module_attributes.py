@@ -14,6 +14,7 @@ from bactrian.driver.arrays.placed_arguments import PlacedArguments
 from bactrian.driver.capture import gradient_boundary
 from bactrian.driver.capture.argument_info import ArgumentInfo, ResultInfo
 from bactrian.driver.capture.argument_shardings import Requested, write_requested
+from bactrian.driver.source import Frame
 from bactrian.passes.frame.context import make_context
 from bactrian.passes.frame.errors import ConfigError
 from bactrian.passes.ir.attributes import (
@@ -36,8 +37,12 @@ def annotated(
     results: Sequence[ResultInfo],
     options: Mapping[str, int | str],
     requested: Sequence[tuple[int, Requested]],
+    line: Frame | None,
 ) -> tuple[bytes, str]:
-    """Bytecode of the module with our attributes, and the digest of its text without locations."""
+    """Bytecode of the module with our attributes, and the digest of its text without locations.
+
+    ``@main`` gets the line where the user's function begins: errors about the whole step name it.
+    """
     jax_bytecode = io.BytesIO()
     module.operation.write_bytecode(jax_bytecode)
     with make_context(), ir.Location.unknown():
@@ -48,6 +53,9 @@ def annotated(
             )
         main = main_function(ours)
         block = body(main)
+        if line is not None:
+            begin = ir.Location.file(line.file, line.line, 1)
+            main.location = ir.Location.name(line.function, childLoc=begin)
         if len(block.arguments) != len(arguments):
             raise ConfigError(
                 f"JAX lowered {len(arguments)} arguments to {len(block.arguments)}",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from bactrian.passes import pipelines
-from bactrian.passes.machine.spec import MeshAxes, axes_text, num_devices
+from bactrian.passes.machine.spec import MeshAxes, meshes_text, num_devices
 from bactrian.passes.pipelines import Passes
 from bactrian.passes.plan.schema import Plan
 
@@ -15,22 +15,20 @@ class Decisions:
     """What is decided before any pass runs.
 
     Attributes:
-        num_stages: pipeline stages to make.
         num_layers: groups of forward ops to make, of which every stage has one or more.
+        meshes: of each pipeline stage to make, names and sizes of the axes of its mesh.
         first_layers: the first layer of every stage, if given.
         donate: whether the update reuses the buffers of the old state.
-        mesh: names and sizes of the axes of every stage's mesh.
         cluster: the file that describes the machines, "" for the cores of this host.
         strategy: how shardings are chosen, as ``solve-shardings`` knows it.
         compare: whether the baselines are solved too.
         time_limit: seconds for the choice of shardings.
     """
 
-    num_stages: int
     num_layers: int
+    meshes: tuple[MeshAxes, ...]
     first_layers: tuple[int, ...] = ()
     donate: bool = True
-    mesh: MeshAxes = (("data", 1),)
     cluster: str = ""
     strategy: str = "auto"
     compare: bool = False
@@ -40,19 +38,24 @@ class Decisions:
     def of_plan(cls, plan: Plan, donate: bool, cluster: str = "") -> Decisions:
         """The decisions of an existing plan."""
         firsts = tuple(stage.first_layer for stage in plan.stages)
-        sharding = plan.stages[0].sharding
-        strategy = "auto" if sharding is None else sharding.strategy
-        return cls(plan.num_stages, plan.num_layers, firsts, donate, plan.stages[0].mesh, cluster, strategy)
+        meshes = tuple(stage.mesh for stage in plan.stages)
+        strategy = next((stage.sharding.strategy for stage in plan.stages if stage.sharding is not None), "auto")
+        return cls(plan.num_layers, meshes, firsts, donate, cluster, strategy)
+
+    @property
+    def num_stages(self) -> int:
+        """Pipeline stages to make."""
+        return len(self.meshes)
 
     @property
     def is_wide(self) -> bool:
         """Whether stages have several devices."""
-        return num_devices(self.mesh) > 1
+        return any(num_devices(mesh) > 1 for mesh in self.meshes)
 
     @property
     def mesh_text(self) -> str:
-        """The mesh as passes take it; nothing where stages have one device."""
-        return axes_text(self.mesh) if self.is_wide else ""
+        """The meshes as passes take them; nothing where stages have one device."""
+        return meshes_text(self.meshes) if self.is_wide else ""
 
     def forming(self) -> Passes:
         """The passes up to ``assign-stages``."""

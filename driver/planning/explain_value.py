@@ -47,11 +47,12 @@ def explain_saved(directory: str | Path, text: str, stage: int | None = None, ti
     try:
         saved = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
-        mesh = axes_text(plan.stages[0].mesh)
+        meshes = {stage.mesh for stage in plan.stages}
+        mesh = f"--mesh {axes_text(meshes.pop())} " if len(meshes) == 1 else ""
         raise ConfigError(
             f"cannot explain a value: {folder} has no {UNSOLVED_FILE}",
             why="it is the program before shardings were chosen, from which each choice is made again",
-            fix=f"save the plan once more: `bactrian plan script.py:step --mesh {mesh} --save {folder}`",
+            fix=f"save the plan once more: `bactrian plan script.py:step {mesh}--save {folder}`",
         ) from None
     with make_context():
         unsolved = read_unsolved(saved, str(path))

@@ -11,7 +11,7 @@ from typing import Any
 
 from bactrian.passes.frame.errors import ConfigError
 from bactrian.passes.machine.cluster import read_cluster
-from bactrian.passes.machine.spec import MeshAxes, axes_text, num_devices, parse_axes
+from bactrian.passes.machine.spec import MeshAxes, axes_text, meshes_text, num_devices, parse_axes
 from bactrian.passes.plan.schema import Plan
 from bactrian.passes.schedules.by_name import DEFAULT_SCHEDULE, schedule_named
 from bactrian.passes.sharding.baselines import check_strategy
@@ -24,6 +24,7 @@ class Options:
     """The options of ``parallelize``, checked. Where a plan is given, what it decides stands in ``num_stages`` and so on.
 
     Attributes:
+        mesh: of all stages, as it was given; `meshes` has those of a plan.
         given: what `of` was told, without what is None.
     """
 
@@ -56,7 +57,6 @@ class Options:
         mesh, strategy = mesh_axes(given.get("mesh")), given.get("strategy", "auto")
         if plan is not None:
             _check_against_plan(plan, given, mesh, strategy)
-            mesh = plan.stages[0].mesh
         return cls(
             num_stages=given.get("num_stages") if plan is None else plan.num_stages,
             num_microbatches=given.get("num_microbatches", 1) if plan is None else plan.num_microbatches,
@@ -76,6 +76,13 @@ class Options:
     def changed(self, **user_options: Any) -> Options:
         """These options with some given anew, as `of` takes them."""
         return Options.of(**{**self.given, **user_options})
+
+    @property
+    def meshes(self) -> tuple[MeshAxes, ...]:
+        """The mesh of each of the plan's stages, or the one that was given for all stages; none without either."""
+        if self.plan is not None:
+            return tuple(stage.mesh for stage in self.plan.stages)
+        return () if self.mesh is None else (self.mesh,)
 
     def __post_init__(self) -> None:
         for name in ("num_stages", "num_microbatches"):
@@ -109,10 +116,9 @@ def _check_against_plan(plan: Plan, given: Mapping[str, Any], mesh: MeshAxes | N
         raise ConfigError(
             f"strategy is {strategy}, but a plan is given", fix="leave out one of the two: a plan decides the shardings"
         )
-    if mesh not in (None, plan.stages[0].mesh):
-        raise ConfigError(
-            f"mesh is {axes_text(mesh)}, but the plan has {axes_text(plan.stages[0].mesh)}", fix=_LEAVE_OUT
-        )
+    meshes = [stage.mesh for stage in plan.stages]
+    if mesh is not None and any(each != mesh for each in meshes):
+        raise ConfigError(f"mesh is {axes_text(mesh)}, but the plan has {meshes_text(meshes)}", fix=_LEAVE_OUT)
 
 
 def check_stages(plan: Plan, num_stages: int | None, num_layers: int | None = None) -> None:

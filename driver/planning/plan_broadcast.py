@@ -7,7 +7,7 @@ other.
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,13 +18,13 @@ from bactrian.driver.planning.staged_plan import StagedPlan
 from bactrian.driver.ranks import World
 from bactrian.passes.frame.context import make_context
 from bactrian.passes.frame.diagnostics import Diagnostic
-from bactrian.passes.machine.spec import MeshAxes, axes_text, num_devices
+from bactrian.passes.machine.spec import MeshAxes, meshes_text, num_devices
 from bactrian.passes.plan.schema import Plan, fingerprint_text
 from bactrian.passes.plan.stage_sharding import ShardingPlan
 
 
 def staged_together(
-    make: Callable[[], StagedPlan], fingerprint: str, options: Options, mesh: MeshAxes, world: World
+    make: Callable[[], StagedPlan], fingerprint: str, options: Options, meshes: Sequence[MeshAxes], world: World
 ) -> StagedPlan:
     """What ``make`` gives on rank 0, on every rank (collective).
 
@@ -32,7 +32,7 @@ def staged_together(
         make: plans the program; called on rank 0 alone.
         fingerprint: of the program, which every rank has captured.
         options: what every rank was told.
-        mesh: of every stage.
+        meshes: of the stages, or one for all of them.
         world: the ranks.
 
     Raises:
@@ -43,7 +43,7 @@ def staged_together(
         {
             "the program": fingerprint,
             "num_stages": str(options.num_stages),
-            "the mesh": axes_text(mesh),
+            "the mesh": meshes_text(meshes),
             "the strategy": options.strategy,
             "donate": str(options.donate),
             "the cluster file": fingerprint_text(Path(options.cluster).read_text()) if options.cluster else "none",

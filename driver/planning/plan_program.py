@@ -14,6 +14,7 @@ from bactrian.driver.planning.infeasible_core import with_conflict
 from bactrian.driver.planning.layer_names import name_layers
 from bactrian.driver.planning.memory_refinement import MemoryRefinementResult, clone_unsolved, is_fitting, refine_memory
 from bactrian.driver.planning.plan_shardings import (
+    GivenSpec,
     as_before,
     plan_specs,
     refuse_moved,
@@ -57,13 +58,13 @@ def plan_program(
     Args:
         plan: an existing plan to apply; its predictions are replaced by those of this run.
         paths: of the arguments, for people.
-        specs: of arguments on the stages' mesh, where they are given.
+        specs: of arguments that another step has placed, on the mesh that all stages have.
         reproducer_dir: where a failing pass writes its reproducer.
     """
     formed = run_pipeline(module, decisions.forming(), reproducer_dir=reproducer_dir)
     # What is known by layers is read now: split-stages keeps only stages.
     layered = _layered(module, decisions, formed.kept.get(MainDataflow))
-    sources = _give_shardings(module, plan, specs or {}, paths) if decisions.is_wide else {}
+    sources = _give_shardings(module, decisions, plan, specs or {}, paths) if decisions.is_wide else {}
     localized = run_pipeline(module, decisions.localizing(), reproducer_dir=reproducer_dir, kept=formed.kept)
     unsolved = None
     if decisions.is_wide:
@@ -108,15 +109,17 @@ def _layered(module: ir.Module, decisions: Decisions, flow: MainDataflow | None)
 
 
 def _give_shardings(
-    module: ir.Module, plan: Plan | None, placed: Mapping[int, Spec], paths: Sequence[str]
+    module: ir.Module, decisions: Decisions, plan: Plan | None, specs: Mapping[int, Spec], paths: Sequence[str]
 ) -> dict[int, str]:
     """Write the shardings of arguments from a plan or another step; returns who gave each, by the argument's number."""
     with module.context:
         ranks = [len(ir.RankedTensorType(value.type).shape) for value in body(main_function(module)).arguments]
         given = {} if plan is None else plan_specs(plan, paths, ranks)
+        # A step whose stages have different meshes does not run, so it has placed nothing.
+        placed = {number: GivenSpec(spec, decisions.meshes[0]) for number, spec in specs.items()}
         refuse_moved(given, placed, paths)
         refuse_overruled(module, {**given, **placed}, paths)
-        write_specs(module, {**given, **placed})
+        write_specs(module, {**given, **placed}, decisions.meshes)
     return dict.fromkeys(given, "the plan that was applied") | dict.fromkeys(placed, "another step")
 
 

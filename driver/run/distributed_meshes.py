@@ -11,7 +11,7 @@ import jax
 
 from bactrian.driver.xla.compile_stage import JaxDevice
 from bactrian.passes.frame.errors import ConfigError
-from bactrian.passes.machine.spec import MeshAxes
+from bactrian.passes.machine.spec import MeshAxes, axes_text
 from bactrian.runtime.control import Control
 from bactrian.runtime.staged_program import StagedProgram
 
@@ -40,7 +40,7 @@ def join_ranks(control: Control) -> None:
     )
 
 
-def ranks_per_mesh(meshes: Sequence[Sequence[tuple[str, int]]], world: Any, local: Sequence[JaxDevice]) -> int:
+def ranks_per_mesh(meshes: Sequence[MeshAxes], world: Any, local: Sequence[JaxDevice]) -> int:
     """How many ranks' devices a mesh is made of; 1 where a rank has enough by itself.
 
     Args:
@@ -49,8 +49,10 @@ def ranks_per_mesh(meshes: Sequence[Sequence[tuple[str, int]]], world: Any, loca
         local: this rank's devices.
 
     Raises:
-        ConfigError: there are not the devices, or the ranks are not joined, or can't be divided so.
+        ConfigError: stages have different meshes; there are not the devices, or the ranks are not joined, or can't be
+            divided so.
     """
+    _refuse_different(meshes)
     sizes = [math.prod(size for _, size in mesh) for mesh in meshes]
     needed, each = max(sizes), len(local)
     if needed <= each:
@@ -79,13 +81,6 @@ def ranks_per_mesh(meshes: Sequence[Sequence[tuple[str, int]]], world: Any, loca
             why="a mesh has all devices of some ranks, or some of one",
             fix=f"take a mesh of a multiple of {each} devices, or ranks with another number of them",
         )
-    if min(sizes) != needed:
-        other = sizes.index(min(sizes))
-        raise ConfigError(
-            f"{mesh}, stage {other} one of {sizes[other]}",
-            why=f"meshes over several ranks are of one size, {each} devices a rank",
-            fix="give all stages meshes of the same size, or every rank enough devices for the largest",
-        )
     ranks = needed // each
     if world.num_ranks % ranks:
         raise ConfigError(
@@ -94,6 +89,18 @@ def ranks_per_mesh(meshes: Sequence[Sequence[tuple[str, int]]], world: Any, loca
             fix=f"start {world.num_ranks // ranks * ranks or ranks} or {(world.num_ranks // ranks + 1) * ranks} ranks",
         )
     return ranks
+
+
+def _refuse_different(meshes: Sequence[MeshAxes]) -> None:
+    """The one place that refuses stages whose meshes differ: they are planned, but not run yet."""
+    other = next((stage for stage, mesh in enumerate(meshes) if mesh != meshes[0]), None)
+    if other is not None:
+        raise ConfigError(
+            "running stages on different meshes is not supported yet: "
+            f"stage 0 has {axes_text(meshes[0])}, stage {other} has {axes_text(meshes[other])}",
+            why="devices are dealt to stages in groups of one size",
+            fix="make a plan in which all stages have the same mesh",
+        )
 
 
 def _check_joined(world: Any) -> None:

@@ -11,10 +11,9 @@ from bactrian.passes.contracts.module_view import ModuleView
 from bactrian.passes.frame.diagnostics import error_at
 from bactrian.passes.frame.errors import PassError
 from bactrian.passes.ir.attributes import argument_attributes, result_attributes
-from bactrian.passes.ir.meshes import SHARDING, mesh_axes, mesh_name
+from bactrian.passes.ir.meshes import SHARDING, USER_MESH, mesh_axes, mesh_name
 from bactrian.passes.ir.regions import body, custom_call_target, terminator
 
-_MESH = "stage0"
 _STAGE = re.compile(r"stage\d+")
 
 
@@ -22,7 +21,7 @@ def verify(view: ModuleView) -> None:
     """``docs/ir.md``, section 1a."""
     main = view.main
     for name in mesh_axes(view.module):
-        if not _STAGE.fullmatch(name):
+        if name != USER_MESH and not _STAGE.fullmatch(name):
             raise error_at(PassError, view.root, f"a mesh of the user's is left: @{name}")
     for value, entry in zip(body(main).arguments, argument_attributes(main), strict=True):
         if SHARDING not in entry:
@@ -42,5 +41,5 @@ def verify(view: ModuleView) -> None:
 
 
 def _verify_mesh(sharding: ir.Attribute, where: ir.Operation | ir.Value) -> None:
-    if mesh_name(sharding) != _MESH:
-        raise error_at(PassError, where, f"sharding {sharding} is not over @{_MESH}")
+    if mesh_name(sharding) != USER_MESH:
+        raise error_at(PassError, where, f"sharding {sharding} is not over @{USER_MESH}")

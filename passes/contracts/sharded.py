@@ -18,7 +18,7 @@ from bactrian.passes.ir.attributes import (
     result_updates,
     stage_of,
 )
-from bactrian.passes.ir.meshes import SHARDING, mesh_axes, mesh_name, stage_axes
+from bactrian.passes.ir.meshes import SHARDING, USER_MESH, mesh_axes, mesh_name, stage_axes
 from bactrian.passes.ir.regions import body, custom_call_target, terminator
 from bactrian.passes.machine.spec import MeshAxes, num_devices
 
@@ -37,7 +37,10 @@ def verify(view: ModuleView) -> None:
     figures = view.root.attributes.get(SHARDING_ESTIMATES)
     if not isinstance(figures, ir.ArrayAttr) or len(figures) != stages:
         raise error_at(PassError, view.root, f"bactrian.sharding has not one entry for each of {stages} stages")
-    checker = _Checker(mesh_axes(view.module))
+    meshes = mesh_axes(view.module)
+    if USER_MESH in meshes:
+        raise error_at(PassError, view.root, f"the mesh @{USER_MESH} is left")
+    checker = _Checker(meshes)
     _verify_signature(main, checker)
     for each in body(main).operations:
         op = each.operation

@@ -3,7 +3,7 @@ accessors in Python."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import sdy
@@ -11,6 +11,8 @@ from jaxlib.mlir.dialects import sdy
 from bactrian.passes.machine.spec import MeshAxes, Spec
 
 SHARDING = "sdy.sharding"
+USER_MESH = "user"
+"""The symbol of the mesh that user-specified shardings are over until ``solve-shardings``."""
 
 _PREFIX = '!mpmd.mesh_tensor<"stage'
 
@@ -35,6 +37,29 @@ def stage_axes(module: ir.Module, num_stages: int) -> tuple[MeshAxes, ...]:
 def mesh_attribute(axes: MeshAxes) -> ir.Attribute:
     """``#sdy.mesh`` of axes."""
     return sdy.MeshAttr.get([sdy.MeshAxisAttr.get(name, size) for name, size in axes])
+
+
+def make_user_mesh(module: ir.Module, meshes: Iterable[MeshAxes]) -> None:
+    """Make the mesh `USER_MESH`, if it is not there, with each axis of the stages' meshes. Its context is entered.
+
+    Axes are read by name; of one that stages have in several sizes, it has the first.
+    """
+    if USER_MESH in mesh_axes(module):
+        return
+    axes: dict[str, int] = {}
+    for mesh in meshes:
+        for name, size in mesh:
+            axes.setdefault(name, size)
+    with ir.InsertionPoint.at_block_begin(module.body), ir.Location.unknown():
+        sdy.MeshOp(USER_MESH, mesh_attribute(tuple(axes.items())))
+
+
+def erase_meshes(module: ir.Module, names: Collection[str]) -> None:
+    """Erase the meshes with these symbols."""
+    for view in list(module.body.operations):
+        op = view.operation
+        if op.name == "sdy.mesh" and ir.StringAttr(op.attributes["sym_name"]).value in names:
+            op.erase()
 
 
 def mesh_tensor(stage: int, tensor: ir.Type, sharding: ir.Attribute | None = None) -> ir.Type:
@@ -78,6 +103,17 @@ def sharding_attribute(spec: Spec, mesh_name: str) -> ir.Attribute:
 
     dims = [sdy.DimensionShardingAttr.get(references(axes), is_closed=True) for axes in spec.dims]
     return sdy.TensorShardingAttr.get(mesh_name, dims, unreduced_axes=references(spec.unreduced))
+
+
+def moved_to_mesh(sharding: ir.Attribute, name: str, axes: MeshAxes) -> ir.Attribute:
+    """A sharding over another mesh, by the names of its axes. Axes that this one has not are left out."""
+    sizes = dict(axes)
+    dims = list[ir.Attribute]()
+    for attribute in sdy.TensorShardingAttr(sharding).dimension_shardings:
+        dim = sdy.DimensionShardingAttr(attribute)
+        kept = [axis for axis in dim.axes if sizes.get(sdy.AxisRefAttr(axis).name, 1) > 1]
+        dims.append(sdy.DimensionShardingAttr.get(kept, is_closed=dim.is_closed))
+    return sdy.TensorShardingAttr.get(name, dims)
 
 
 def mesh_name(sharding: ir.Attribute) -> str:

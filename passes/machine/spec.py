@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from bactrian.passes.frame.errors import ConfigError
@@ -42,6 +42,21 @@ def parse_axes(text: str) -> MeshAxes:
 def axes_text(axes: MeshAxes) -> str:
     """``data=2,model=4``: what `parse_axes` reads."""
     return ",".join(f"{name}={size}" for name, size in axes)
+
+
+def parse_meshes(text: str) -> tuple[MeshAxes, ...]:
+    """``"data=2,model=4;data=8"`` as the meshes of all stages, in their order; a single one stands for all of them.
+
+    Raises:
+        ConfigError: as `parse_axes`.
+    """
+    return tuple(parse_axes(part) for part in text.split(";"))
+
+
+def meshes_text(meshes: Sequence[MeshAxes]) -> str:
+    """What `parse_meshes` reads: one mesh where all are equal."""
+    several = meshes if len(set(meshes)) > 1 else meshes[:1]
+    return ";".join(axes_text(axes) for axes in several)
 
 
 def num_devices(axes: MeshAxes) -> int:

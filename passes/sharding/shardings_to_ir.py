@@ -134,12 +134,6 @@ class Writer:
                 if value != present and len(op.regions):
                     for nested in nested_operations(op):
                         nested.replace_uses_of_with(present, value)
-            for nested in nested_operations(op) if len(op.regions) else ():
-                if nested.name == CONSTRAINT:  # in a loop: XLA keeps it
-                    asked = sdy.TensorShardingAttr(nested.attributes["sharding"])
-                    nested.attributes["sharding"] = sdy.TensorShardingAttr.get(
-                        self.mesh_name, asked.dimension_shardings
-                    )
             if op.name == CONSTRAINT:
                 op.attributes["sharding"] = self._attribute(strategy.results[0])
                 self._home[flow.results[index][0]] = strategy.results[0]

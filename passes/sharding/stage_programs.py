@@ -9,7 +9,7 @@ from jaxlib.mlir import ir
 
 from bactrian.passes.frame.errors import ConfigError, PassError
 from bactrian.passes.ir.attributes import NUM_MICROBATCHES, NUM_STAGES, integer_attribute
-from bactrian.passes.ir.meshes import mesh_axes
+from bactrian.passes.ir.meshes import USER_MESH, mesh_axes
 from bactrian.passes.ir.module_schedule import fused_phases, schedule_of
 from bactrian.passes.ir.regions import main_function
 from bactrian.passes.machine.cluster import Cluster
@@ -53,7 +53,7 @@ def stage_meshes(module: ir.Module) -> dict[str, MeshAxes]:
     """
     stages = integer_attribute(module.operation, NUM_STAGES) or 1
     meshes = mesh_axes(module)
-    wide = [name for name, axes in meshes.items() if num_devices(axes) > 1]
+    wide = [name for name, axes in meshes.items() if num_devices(axes) > 1 and name != USER_MESH]
     if not wide:
         return {}
     names = [f"stage{stage}" for stage in range(stages)]

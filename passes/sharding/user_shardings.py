@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
+
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import sdy
 
 from bactrian.passes.frame.diagnostics import error_at
 from bactrian.passes.frame.errors import PassError, ProgramError
-from bactrian.passes.ir.attributes import argument_attributes, result_attributes
+from bactrian.passes.ir.attributes import argument_attributes, result_attributes, stage_of
 from bactrian.passes.ir.main_dataflow import MainDataflow
-from bactrian.passes.ir.meshes import SHARDING
-from bactrian.passes.ir.regions import terminator
+from bactrian.passes.ir.meshes import SHARDING, USER_MESH, erase_meshes, mesh_name, moved_to_mesh
+from bactrian.passes.ir.regions import body, main_function, nested_operations, terminator, top_level
 from bactrian.passes.ir.tensor_sizes import value_shape
 from bactrian.passes.machine.mesh import Mesh
-from bactrian.passes.machine.spec import Spec
+from bactrian.passes.machine.spec import MeshAxes, Spec
 from bactrian.passes.spmd.reshard_paths import all_specs
 
 CONSTRAINT = "sdy.sharding_constraint"
@@ -36,8 +38,10 @@ def refuse_result_shardings(main: ir.Operation) -> None:
             )
 
 
-def fixed_arguments(main: ir.Operation, flow: MainDataflow, mesh: Mesh) -> list[tuple[int, Spec]]:
-    """Arguments that have a sharding.
+def fixed_arguments(
+    main: ir.Operation, flow: MainDataflow, mesh: Mesh, inputs: Collection[int]
+) -> list[tuple[int, Spec]]:
+    """Those of some arguments that have a sharding.
 
     Raises:
         PassError: one leaves a dim open.
@@ -45,7 +49,7 @@ def fixed_arguments(main: ir.Operation, flow: MainDataflow, mesh: Mesh) -> list[
     """
     found = list[tuple[int, Spec]]()
     for number, entry in enumerate(argument_attributes(main)):
-        if SHARDING in entry:
+        if SHARDING in entry and number in inputs:
             spec, open_ = _checked(entry[SHARDING], flow.values[number], mesh)
             if open_:
                 raise error_at(
@@ -58,11 +62,11 @@ def fixed_arguments(main: ir.Operation, flow: MainDataflow, mesh: Mesh) -> list[
     return found
 
 
-def constrained_values(main: ir.Operation, flow: MainDataflow, mesh: Mesh) -> list[tuple[int, Spec]]:
-    """Values that a constraint makes, with the sharding that they have in every stage."""
+def constrained_values(flow: MainDataflow, mesh: Mesh, inputs: Collection[int]) -> list[tuple[int, Spec]]:
+    """Those of some values that a constraint makes, with the sharding that they have in every stage."""
     found = list[tuple[int, Spec]]()
     for results, op in zip(flow.results, flow.ops, strict=True):
-        if op.name == CONSTRAINT:
+        if op.name == CONSTRAINT and results[0] in inputs:
             spec, open_ = _checked(op.attributes["sharding"], op.results[0], mesh)
             found += [(results[0], spec)] if not open_ else []
     return found
@@ -109,7 +113,7 @@ def _checked(sharding: ir.Attribute, value: ir.Value, mesh: Mesh) -> tuple[Spec,
 def _spec_of(sharding: ir.Attribute, value: ir.Value, mesh: Mesh) -> tuple[Spec, tuple[int, ...]]:
     """An ``sdy.sharding`` as a spec, and the dims that it leaves open: other axes may shard these further.
 
-    Axes of size 1 are left out.
+    Axes of size 1 are left out, and of a sharding over ``@user`` those that only meshes of other stages have.
 
     Raises:
         PassError: it names axes that the mesh doesn't have, or parts of axes.
@@ -122,6 +126,8 @@ def _spec_of(sharding: ir.Attribute, value: ir.Value, mesh: Mesh) -> tuple[Spec,
         axes = list[str]()
         for reference in dim.axes:
             axis = sdy.AxisRefAttr(reference)
+            if axis.name not in mesh.sizes and mesh_name(sharding) == USER_MESH:
+                continue
             if axis.name not in mesh.sizes or axis.sub_axis_info is not None:
                 raise error_at(
                     PassError,
@@ -132,3 +138,29 @@ def _spec_of(sharding: ir.Attribute, value: ir.Value, mesh: Mesh) -> tuple[Spec,
             axes.append(axis.name)
         dims.append(tuple(axis for axis in axes if axis in mesh.wide))
     return Spec(tuple(dims)), tuple(open_)
+
+
+def drop_user_mesh(module: ir.Module, meshes: Mapping[str, MeshAxes]) -> None:
+    """Erase the mesh ``@user``, once the shardings of stages are written: what is still over it moves to a stage's mesh.
+
+    That is the sharding of an argument that no op reads, which stays on the first stage, and of a constraint in the
+    regions of an op, which XLA sees.
+
+    Args:
+        module: whose shardings are chosen.
+        meshes: of the stages, by their symbols, in their order.
+    """
+    main, names = main_function(module), list(meshes)
+    entries = argument_attributes(main)
+    for entry in entries:
+        if SHARDING in entry and mesh_name(entry[SHARDING]) == USER_MESH:
+            entry[SHARDING] = moved_to_mesh(entry[SHARDING], names[0], meshes[names[0]])
+    if entries:
+        main.attributes["arg_attrs"] = ir.ArrayAttr.get([ir.DictAttr.get(entry) for entry in entries])
+    for op in nested_operations(main):
+        if op.name != CONSTRAINT:
+            continue
+        name = names[stage_of(top_level(op, body(main))) or 0]
+        if mesh_name(op.attributes["sharding"]) != name:
+            op.attributes["sharding"] = moved_to_mesh(op.attributes["sharding"], name, meshes[name])
+    erase_meshes(module, (USER_MESH,))

@@ -61,7 +61,7 @@ class NamedValue:
 
 def named_values(stages: Sequence[StageProgram]) -> list[NamedValue]:
     """The values of all stages, in program order; one that several stages hold once for each."""
-    flow = stages[0].reading.flow
+    flow = stages[0].reading.flow  # of all of @main, as every stage reads it
     readers = flow.users()
     inside = {value for made, kind in zip(flow.results, flow.kinds, strict=True) if kind == INSIDE for value in made}
     names = ["" if number in inside else _name(value, number) for number, value in enumerate(flow.values)]

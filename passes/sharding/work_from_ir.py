@@ -224,9 +224,10 @@ def _fixed(
     main: ir.Operation, flow: LoopFlow, mesh: Mesh, inputs: tuple[int, ...], counted: dict[int, int]
 ) -> list[tuple[int, Spec]]:
     """The shardings of inputs that users gave; a counter is replicated."""
-    fixed = dict(fixed_arguments(main, flow, mesh) + constrained_values(main, flow, mesh))
-    fixed |= {argument: _whole(flow, argument) for argument in counted.values()}
-    return [(number, spec) for number, spec in sorted(fixed.items()) if number in inputs]
+    own = frozenset(inputs)
+    fixed = dict(fixed_arguments(main, flow, mesh, own) + constrained_values(flow, mesh, own))
+    fixed |= {argument: _whole(flow, argument) for argument in counted.values() if argument in own}
+    return sorted(fixed.items())
 
 
 def _whole(flow: LoopFlow, value: int) -> Spec:
