@@ -213,7 +213,7 @@ def test_stages_with_loops_equal_one_device(slow: Path) -> None:
         for stage in (0, 1):
             own = [f for f in functions if str(f.attributes["sym_name"]).startswith(f'"stage{stage}.')]
             ops = [op for function in own for op in nested_operations(function) if op.name == "stablehlo.while"]
-            assert any("tensor<8x64xf32>" in map(str, (r.type for r in op.results)) for op in ops)  # of 16 rows half
+            assert any("tensor<8x" in str(result.type) for op in ops for result in op.results)  # half of 16 rows
     assert cut(check(built, **options))
 
 

@@ -1,4 +1,4 @@
-"""Sums that are scattered: one reduce-scatter in what XLA runs, and the numbers of one device."""
+"""Sums that are scattered: reduce-scatters in what runs, small ones together, and the numbers of one device."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ import sharded
 from jax import lax
 from jaxlib.mlir import ir
 
-from bactrian.driver.xla.compile_stage import compile_function, function_texts
-from bactrian.driver.xla.written_reduce_scatters import device_groups
+from bactrian.driver.xla.compile_stage import compile_function
 from bactrian.passes.frame.context import make_context
-from bactrian.passes.ir.regions import main_function
-from bactrian.passes.sharding.scattered_sums import bundles, scattered_sums
+from bactrian.passes.spmd.collective_bytes import count_collectives, sent_bytes
+from bactrian.passes.spmd.devices import device_groups
 
 AXES = (("x", 2), ("y", 4))
 
@@ -76,8 +75,8 @@ CASES: dict[str, tuple[Callable[..., Any], list[Any]]] = {
 }
 
 
-def scattering(module: ir.Module, seed: int | None) -> int:
-    """Write shardings in which every op that can scatters its result, over as many axes as it can or at random; how many do."""
+def scatter(module: ir.Module, seed: int | None) -> None:
+    """Write shardings in which every op that can scatters its result, over as many axes as it can or at random."""
     random = np.random.default_rng(seed)
     reading, model = sharded.read(module, AXES)
     choice = [0] * len(model.problem.inputs)
@@ -88,14 +87,16 @@ def scattering(module: ir.Module, seed: int | None) -> int:
             most = max(best, key=[len(one.reductions) for one in choices].__getitem__, default=0)
             choice.append(int(random.choice(best)) if best and seed is not None else most)
     sharded.write(module, reading, model, choice)
-    with module.context:
-        return len(list(scattered_sums(main_function(module))))
 
 
 def collectives(module: ir.Module) -> dict[str, int]:
-    """How many of XLA's there are."""
-    hlo = compile_function(sharded.text_for_xla(module, AXES), jax.devices()[:8]).hlo_modules()[0].to_string()
-    return {kind: hlo.count(f" {kind}(") for kind in ("reduce-scatter", "all-reduce")}
+    """How many there are, in the program of one device and as XLA compiles it."""
+    local = sharded.partitioned(module, AXES)
+    written = [collective.kind for collective in count_collectives(local.operation)]
+    hlo = compile_function(str(local), jax.devices()[:8]).hlo_modules()[0].to_string()
+    found = {kind: written.count(kind) for kind in ("reduce_scatter", "all_reduce")}
+    assert found["reduce_scatter"] == hlo.count(" reduce-scatter(")
+    return found
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -103,12 +104,11 @@ def test_numbers_are_those_of_one_device(name: str) -> None:
     function, arguments = CASES[name]
     expected = jax.tree.leaves(jax.jit(function)(*arguments))
     slack = 2e-2 if name == "bfloat16" else 1e-5
-    # With other seeds an image is cut: its borders are sent, and an all-reduce stays.
-    for seed in (0, 2) if name == "image" else (None, 0, 2):
+    for seed in (None, 0, 2):
         module = sharded.lowered(function, arguments, AXES)
-        assert scattering(module, seed) >= 1
+        scatter(module, seed)
         made = collectives(module)
-        assert made["reduce-scatter"] >= 1 and not made["all-reduce"]
+        assert made["reduce_scatter"] >= 1 and not made["all_reduce"]
         for one, other in zip(sharded.run(module, AXES, arguments), expected, strict=True):
             other = np.asarray(other, np.float64)
             np.testing.assert_allclose(one.astype(np.float64), other, rtol=slack, atol=slack * np.abs(other).max())
@@ -136,50 +136,34 @@ module @products {
 """
 
 
+WHOLE = "    %whole = sdy.reshard %a <@stage0, [{TARGET}, {}]> : tensor<16x16xf32>\n"
+
+
 @pytest.mark.parametrize(
-    ("target", "number", "fold", "read", "found", "together"),
+    ("target", "number", "fold", "read", "scatters", "reduces"),
     [
-        ('"x", "y"', "0.0", "add", "%u", 2, 1),
-        ('"y", "x"', "0.0", "add", "%u", 2, 1),
-        ('"y"', "0.0", "add", "%u", 0, 0),  # only a part of what is added up over both axes is cut
-        ('"x", "y"', "1.0", "add", "%u", 1, 1),  # every device would add it
+        ('"x", "y"', "0.0", "add", "%u", 1, 0),  # both sums in one
+        ('"y", "x"', "0.0", "add", "%u", 1, 0),
+        ('"y"', "0.0", "add", "%u", 0, 2),  # only a part of what is added up over both axes is sharded
+        ('"x", "y"', "1.0", "add", "%u", 1, 0),  # and 1 is added once
         ('"x", "y"', "0.0", "maximum", "%u", 1, 1),
         ('"x", "y"', "0.0", "add", "%a", 1, 1),  # somebody reads the whole
     ],
 )
-def test_what_is_a_reduce_scatter(target: str, number: str, fold: str, read: str, found: int, together: int) -> None:
+def test_what_is_a_reduce_scatter(target: str, number: str, fold: str, read: str, scatters: int, reduces: int) -> None:
     text = PRODUCT.replace("TARGET", target).replace("NUMBER", number).replace("FOLD", fold).replace("READ", read)
+    if read == "%a":
+        text = text.replace("%c, %a {", "%c, %whole {").replace(
+            "    %d =", WHOLE.replace("TARGET", target) + "    %d ="
+        )
     with make_context():
         module = ir.Module.parse(text)
-        sums = list(scattered_sums(main_function(module)))
-        assert len(sums) == found and len(bundles(main_function(module), sums, dict(AXES))) == together
-        made = collectives(module)
-        assert made["reduce-scatter"] == together and bool(made["all-reduce"]) == (found < 2)
+        assert collectives(module) == {"reduce_scatter": scatters, "all_reduce": reduces}
         x = arrays((32, 16))[0]
         (result,) = sharded.run(module, AXES, [x])
-    if number != "0.0":
-        return  # an all-reduce of XLA's adds it eight times, too
-    s = (x.max(0, initial=0) if fold == "maximum" else x.sum(0))[:, None]
+    s = (x.max(0, initial=float(number)) if fold == "maximum" else x.sum(0) + float(number))[:, None]
     expected = x.T @ x + s + (x.T @ x if read == "%a" else s)
     np.testing.assert_allclose(result, expected, rtol=1e-5, atol=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("platform", "scatters", "constraints"),
-    [("cpu", 1, 2), ("gpu", 0, 4), ("tpu", 0, 4), (None, 0, 0)],
-)
-def test_they_are_written_for_cpus_only(platform: str | None, scatters: int, constraints: int) -> None:
-    """XLA for others gets what Shardy gets, a sum and a move: there it makes reduce-scatters, and combines them."""
-    text = PRODUCT.replace("TARGET", '"x", "y"').replace("NUMBER", "0.0").replace("FOLD", "add").replace("READ", "%u")
-    text = text.replace("public @main", "@stage0.products")
-    text = text.replace("}) {\n    %zero", "}) attributes {mesh_shape = #sdy.mesh<[]>} {\n    %zero")
-    with make_context():
-        (written,) = function_texts(ir.Module.parse(text), platform).values()
-    assert written.count("stablehlo.reduce_scatter") == scatters
-    assert ("sdy.manual_computation" in written) == bool(scatters)
-    # Each of the two sums has a sharding of its own before the one that the move gives it.
-    assert written.count("sdy.sharding_constraint") == constraints
-    assert written.count("sdy.reshard") == (2 if platform is None else 0)
 
 
 def test_large_ones_stay_alone() -> None:
@@ -187,11 +171,10 @@ def test_large_ones_stay_alone() -> None:
     for width, count in ((16, 2), (1024, 3)):  # 1 KiB and 4 MiB; the third product needs the others
         shapes = [jax.ShapeDtypeStruct((width, width), np.float32)] * 3
         module = sharded.lowered(function, shapes, AXES)
-        assert scattering(module, None) == 3
-        with module.context:
-            main = main_function(module)
-            held = [len(bundle) for bundle in bundles(main, list(scattered_sums(main)), dict(AXES))]
-        assert len(held) == count and sum(held) == 3
+        scatter(module, None)
+        found = count_collectives(sharded.partitioned(module, AXES).operation)
+        assert [collective.kind for collective in found if collective.nbytes].count("reduce_scatter") == count
+        assert sent_bytes(found)["reduce_scatter"] == 3 * 7 / 8 * width * width * 4  # together or not
 
 
 def test_groups_of_devices() -> None:

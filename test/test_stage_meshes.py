@@ -103,18 +103,16 @@ def test_an_axis_that_only_another_stage_has_shards_nothing() -> None:
     assert [shardings(stage) for stage in applied.plan.stages] == [shardings(first), shardings(second)]
 
 
-def test_a_constraint_in_a_branch_is_over_the_mesh_of_its_stage() -> None:
+def test_a_constraint_in_a_branch_of_a_stage_with_fewer_axes() -> None:
     def branching(state: State, batch: jax.Array) -> jax.Array:
         hidden = jnp.tanh(batch @ state[0])
         out = hidden @ state[1]
         out = jax.lax.cond(out[0, 0] > 0, lambda x: constrained(x, "data", "model"), lambda x: -x, out)
         return jnp.square(out).mean()
 
-    text = staged_on(MESHES, branching).text
-    assert "@user" not in text
-    assert (
-        'sdy.sharding_constraint %0 <@stage1, [{"data"}, {}]> : tensor<4x16xf32>' in text.partition("stablehlo.case")[2]
-    )
+    staged = staged_on(MESHES, branching)
+    assert "@user" not in staged.text and "stablehlo.case" in staged.text
+    assert "sdy.sharding_constraint" not in staged.text  # every device takes the whole branch
 
 
 def test_a_plan_with_several_meshes_is_applied_and_refused_where_it_would_run() -> None:

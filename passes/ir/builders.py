@@ -114,5 +114,20 @@ def rows_from(whole: ir.Value, start: ir.Value, piece: ir.Type) -> ir.Value:
     return _one("stablehlo.dynamic_slice", piece, [whole, start, *zero], sizes)
 
 
+def reshaped(value: ir.Value, shape: Sequence[int]) -> ir.Value:
+    """A value with another shape of as many elements."""
+    tensor = ir.RankedTensorType(value.type)
+    if list(tensor.shape) == list(shape):
+        return value
+    return _one("stablehlo.reshape", ir.RankedTensorType.get(shape, tensor.element_type), [value], None)
+
+
+def transposed(value: ir.Value, order: Sequence[int]) -> ir.Value:
+    """A value whose dim ``i`` is its dim ``order[i]``."""
+    tensor = ir.RankedTensorType(value.type)
+    type_ = ir.RankedTensorType.get([tensor.shape[dim] for dim in order], tensor.element_type)
+    return _one("stablehlo.transpose", type_, [value], {"permutation": ir.DenseI64ArrayAttr.get(order)})
+
+
 def _one(name: str, type_: ir.Type, operands: list[ir.Value], attributes: Attributes | None) -> ir.Value:
     return ir.Operation.create(name, results=[type_], operands=operands, attributes=dict(attributes or {})).results[0]

@@ -50,6 +50,12 @@ class Collectives:
         attributes = {"scatter_dimension": _i64(dim), **self._groups(axes)}
         return self._one("stablehlo.reduce_scatter", value, shape, attributes, "stablehlo.add")
 
+    def scatter_rows(self, value: ir.Value, groups: ir.Attribute) -> ir.Value:
+        """The sum of what the devices of each of ``groups`` hold, of which each keeps the row of its place in the group."""
+        shape = [1, *ir.RankedTensorType(value.type).shape[1:]]
+        attributes = {"scatter_dimension": _i64(0), **self._groups(()), "replica_groups": groups}
+        return self._one("stablehlo.reduce_scatter", value, shape, attributes, "stablehlo.add")
+
     def all_to_all(self, value: ir.Value, split: int, concatenate: int, axes: Sequence[str]) -> ir.Value:
         """Split along one dim, send each part to a device of the group, and put what comes together along another."""
         tensor, count = ir.RankedTensorType(value.type), self.devices.group_size(axes)

@@ -16,6 +16,7 @@ from bactrian.passes.ir.op_traits import LINEAR, SCALING
 from bactrian.passes.ir.regions import body, nested_operands, nested_operations
 from bactrian.passes.ir.tensor_sizes import value_shape
 from bactrian.passes.machine.spec import MeshAxes, Spec
+from bactrian.passes.spmd.bundling import bundle_reduce_scatters
 from bactrian.passes.spmd.collectives import Collectives
 from bactrian.passes.spmd.devices import Devices
 from bactrian.passes.spmd.form_table import FORMS
@@ -81,6 +82,7 @@ class _FunctionPartitioner:
         with ir.InsertionPoint(inner), end.location:
             returned = [self._as(value, spec) for value, spec in zip(end.operands, makes, strict=True)]
             ir.Operation.create("sdy.return", operands=returned)
+        bundle_reduce_scatters(inner, collectives)
         for number, result in enumerate(manual.results):
             end.operands[number] = result
         for op in reversed(operations):
@@ -176,6 +178,7 @@ class _FunctionPartitioner:
             made.operands[number] = self._shards[value].value
         self._read_inside(made)
         _drop_shardings(made)
+        _drop_constraints(made)
         for old, new in zip(op.results, made.results, strict=True):
             self._shards[old] = Shard(new, Spec.replicated(_rank(new)))
 
@@ -287,6 +290,14 @@ def _drop_shardings(op: ir.Operation) -> None:
     for each in (op, *nested_operations(op)):
         if SHARDING in each.attributes:
             del each.attributes[SHARDING]
+
+
+def _drop_constraints(op: ir.Operation) -> None:
+    """In an op that every device does whole, nothing is sharded."""
+    for nested in nested_operations(op):
+        if nested.name == _CONSTRAINT:
+            nested.results[0].replace_all_uses_with(nested.operands[0])
+            nested.erase()
 
 
 def _rank(value: ir.Value) -> int:

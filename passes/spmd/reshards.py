@@ -37,6 +37,10 @@ class Resharder:
         """
         if source == target:
             return value
+        key = "reshard", value, source, target
+        return self._collectives.once(key, lambda: self._resharded(value, source, target))
+
+    def _resharded(self, value: ir.Value, source: Spec, target: Spec) -> ir.Value:
         made = self._one_step(value, source, target)
         if made is not None:
             return made
