@@ -152,15 +152,15 @@ def scatter(draw: Draw) -> Case:
         scatter_indices_batching_dims=tuple(batching),
     )
     dtype = draw.one_of(draw.numbers)
-    kinds = [lax.scatter, lax.scatter, lax.scatter_add, lax.scatter_add]
-    if not np.issubdtype(dtype, np.complexfloating) and dtype != np.bool_:
+    kinds = [lax.scatter] if dtype == np.bool_ else [lax.scatter, lax.scatter_add]
+    if dtype != np.bool_ and not np.issubdtype(dtype, np.complexfloating):
         kinds += [lax.scatter_max, lax.scatter_min, lax.scatter_mul]
     kind = draw.one_of(kinds)
 
     def function(x: jax.Array, rows: jax.Array, update: jax.Array) -> jax.Array:
         return kind(x, rows, update, numbers, mode=lax.GatherScatterMode.PROMISE_IN_BOUNDS)
 
-    adds = kind in (lax.scatter_add, lax.scatter_mul) and np.issubdtype(dtype, np.inexact)
+    adds = kind in (lax.scatter_add, lax.scatter_mul) and jnp.issubdtype(dtype, jnp.inexact)
     arguments = [draw.array(shape, dtype), rows, draw.array(update, dtype)]
     return Case("stablehlo.scatter", function, arguments, nearly if adds else same_bits)
 

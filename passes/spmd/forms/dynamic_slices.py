@@ -155,7 +155,9 @@ def _are_written(windows: Sequence[_Window], shape: Sequence[int]) -> ir.Value:
     for window in windows:
         element = ir.RankedTensorType(window.ahead.type).element_type
         numbers = ir.RankedTensorType.get(shape, element)
-        attributes = {"iota_dimension": ir.IntegerAttr.get(ir.IntegerType.get_signless(64), window.dim)}
+        attributes: dict[str, ir.Attribute] = {
+            "iota_dimension": ir.IntegerAttr.get(ir.IntegerType.get_signless(64), window.dim)
+        }
         rows = ir.Operation.create("stablehlo.iota", results=[numbers], attributes=attributes).results[0]
         rows = binary("stablehlo.subtract", rows, spread(window.ahead, numbers))
         flags += [compared(rows, "GE", splat(numbers, 0)), compared(rows, "LT", splat(numbers, window.size))]

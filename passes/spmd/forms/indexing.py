@@ -15,7 +15,7 @@ from jaxlib.mlir.dialects import stablehlo
 
 from bactrian.passes.ir.builders import binary, chosen, compared, empty_sum, identity_of, splat, spread
 from bactrian.passes.ir.tensor_sizes import value_shape
-from bactrian.passes.spmd.forms.reductions import IDEMPOTENT, fold_of, folded
+from bactrian.passes.spmd.forms.reductions import IDEMPOTENT, combining_of, fold_of, over_devices
 from bactrian.passes.spmd.forms.starts import from_its_device, row_of_shard, widened, within
 from bactrian.passes.spmd.local_op import LocalOp
 from bactrian.passes.spmd.sharding_rules import Dims, Rule
@@ -117,6 +117,7 @@ def narrow_scatter(op: ir.Operation, rule: Rule) -> Rule:
     kept = rule.replicated - cut - foldable
     return replace(
         rule,
+        combining=combining_of(op),
         reduction=foldable,
         replicated=kept | _factors(rule.operands[0], set(range(len(shape))) - able) | (updates - foldable),
     )
@@ -150,7 +151,7 @@ def scatter(local: LocalOp) -> Sequence[ir.Value]:
         index = local.devices.index(local.reduced)
         operand = chosen(compared(index, "EQ", splat(index.type, 0)), operand, nothing)
     (made,) = local.clone([operand, indices, *updates])
-    return [local.add_up(made) if fold == "stablehlo.add" else folded(local, made, fold)]
+    return [over_devices(local, made, fold)]
 
 
 def _factors(tensor: Dims, dims: Iterable[int]) -> frozenset[int]:

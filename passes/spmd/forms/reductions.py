@@ -47,9 +47,9 @@ def reduction(local: LocalOp) -> Sequence[ir.Value]:
     initial = local.operands[1]
     if _counts_once(local, fold):
         (value,) = local.clone()
-        return [_over_devices(local, value, fold)]
+        return [over_devices(local, value, fold)]
     (value,) = local.clone([local.operands[0], identity_of(fold, initial.type)])
-    return [_folded_in(local, _over_devices(local, value, fold), initial, fold)]
+    return [_folded_in(local, over_devices(local, value, fold), initial, fold)]
 
 
 def _picks(region: ir.Region) -> bool:
@@ -78,7 +78,8 @@ def _counts_once(local: LocalOp, fold: str) -> bool:
     return fold in IDEMPOTENT or is_identity(local.op.operands[1], fold)
 
 
-def _over_devices(local: LocalOp, value: ir.Value, fold: str) -> ir.Value:
+def over_devices(local: LocalOp, value: ir.Value, fold: str) -> ir.Value:
+    """What the devices of the reduced axes hold, folded in the way that the rule says."""
     return local.add_up(value) if local.rule.combining is Combining.SUM else folded(local, value, fold)
 
 
