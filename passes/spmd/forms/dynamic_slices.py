@@ -8,7 +8,7 @@ from functools import reduce
 
 from jaxlib.mlir import ir
 
-from bactrian.passes.ir.builders import binary, chosen, compared, empty_sum, splat, spread
+from bactrian.passes.ir.builders import binary, chosen, compared, splat, spread
 from bactrian.passes.ir.tensor_sizes import value_shape
 from bactrian.passes.spmd.forms.starts import from_its_device, row_of_shard, widened, within
 from bactrian.passes.spmd.local_op import LocalOp
@@ -58,7 +58,7 @@ class _Window:
 
 def dynamic_slice(local: LocalOp) -> Sequence[ir.Value]:
     """Each device reads as many rows of its shard as may be wanted and moves them to their places in the result; the rows of
-    others it leaves empty."""
+    others are zeros."""
     (type_,) = local.result_types()
     shape, starts = list(ir.RankedTensorType(type_).shape), _starts(local, local.operands[1:])
     windows = _windows(local, starts, value_shape(local.op.results[0]))
@@ -70,7 +70,8 @@ def dynamic_slice(local: LocalOp) -> Sequence[ir.Value]:
         held[window.dim], starts[window.dim] = window.rows, window.first
     value = _sliced(local.operands[0], starts, held)
     moves = {w.dim: binary("stablehlo.add", w.ahead, splat(w.ahead.type, w.size)) for w in windows}
-    return [from_its_device(local, _moved(value, {w.dim: w.size for w in windows}, moves, shape))]
+    margins = {w.dim: w.size for w in windows}
+    return [from_its_device(local, value, lambda bits: _moved(bits, margins, moves, shape))]
 
 
 def dynamic_update_slice(local: LocalOp) -> Sequence[ir.Value]:
@@ -123,7 +124,7 @@ def _windows(local: LocalOp, starts: Sequence[ir.Value], sizes: Sequence[int]) -
 def _moved(
     value: ir.Value, margins: Mapping[int, int], starts: Mapping[int, ir.Value], shape: Sequence[int]
 ) -> ir.Value:
-    """A part of a value with empty margins around it; one that would reach beyond them lies in them.
+    """A part of a value with zeros as margins around it; one that would reach beyond them lies in them.
 
     Args:
         value: from which.
@@ -138,7 +139,7 @@ def _moved(
     padded = ir.Operation.create(
         "stablehlo.pad",
         results=[ir.RankedTensorType.get(wide, tensor.element_type)],
-        operands=[value, empty_sum(scalar)],
+        operands=[value, splat(scalar, 0)],
         attributes={
             "edge_padding_low": ir.DenseI64ArrayAttr.get(around),
             "edge_padding_high": ir.DenseI64ArrayAttr.get(around),

@@ -101,7 +101,8 @@ def gather(local: LocalOp) -> Sequence[ir.Value]:
     (made,) = local.clone([operand, _together(starts, indexing.vector_dim)], attributes)
     if not flags:
         return [made]
-    return [from_its_device(local, chosen(_per_window(local, flags, indexing, made), made, empty_sum(made.type)))]
+    is_own = _per_window(local, flags, indexing, made)
+    return [from_its_device(local, made, lambda bits: chosen(is_own, bits, splat(bits.type, 0)))]
 
 
 def narrow_scatter(op: ir.Operation, rule: Rule) -> Rule:
