@@ -106,8 +106,14 @@ def gather(local: LocalOp) -> Sequence[ir.Value]:
 
 
 def narrow_scatter(op: ir.Operation, rule: Rule) -> Rule:
-    """Updates can be sharded where devices can fold what each has made of its own."""
+    """Updates can be sharded where devices can fold what each has made of its own.
+
+    Where nothing is indexed, all is whole: XLA makes only the last update of an operand of one element, as a shard may be
+    (seen in jaxlib 0.10.2).
+    """
     indexing, shape = scatter_indexing(op), value_shape(op.operands[0])
+    if not indexing.indexed:
+        return replace(rule, replicated=frozenset(range(len(rule.sizes))), reduction=frozenset())
     count = len(op.operands) // 2
     able = indexing.shardable(shape)
     cut = _factors(rule.operands[0], able)
