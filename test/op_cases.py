@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import ml_dtypes
 import numpy as np
-from jaxlib.mlir import ir
 
 Array = np.ndarray  # of any element type
 Shape = tuple[int, ...]
@@ -24,6 +23,7 @@ DTYPES: dict[str, np.dtype] = {
     "i64": np.dtype(np.int64),
     "ui8": np.dtype(np.uint8),
     "ui32": np.dtype(np.uint32),
+    "ui64": np.dtype(np.uint64),
     "i1": np.dtype(np.bool_),
     "complex<f32>": np.dtype(np.complex64),
     "complex<f64>": np.dtype(np.complex128),
@@ -60,7 +60,8 @@ class Case:
         operands: what the op reads.
         results: the types of what it makes.
         attributes: in MLIR's generic form, without braces.
-        regions: the text between the braces of each.
+        regions: the text between the braces of each; ``$2`` is the operand number 2.
+        captured: how many of the last operands only regions read.
         tolerance: 0 where shards give the same bits as the whole; else how far a result may be off, relative to its
             largest element.
         unreduced: whether the result may stay unreduced: the op is a sum.
@@ -73,6 +74,7 @@ class Case:
     regions: tuple[str, ...] = ()
     tolerance: float = 0.0
     unreduced: bool = False
+    captured: int = 0
 
     @property
     def reads(self) -> list[Type]:
@@ -89,12 +91,15 @@ class Case:
         """
         count = f":{len(self.results)}" if len(self.results) > 1 else ""
         regions = ", ".join(f"{{{text}}}" for text in self.regions)
+        for number, name in enumerate(operands):
+            regions = regions.replace(f"${number}", name)
+        direct = len(operands) - self.captured
         return (
-            f'{result}{count} = "stablehlo.{self.name}"({", ".join(operands)})'
+            f'{result}{count} = "stablehlo.{self.name}"({", ".join(operands[:direct])})'
             + (f" <{{{self.attributes}}}>" if self.attributes else "")
             + (f" ({regions})" if regions else "")
             + (f" {{{more}}}" if more else "")
-            + f" : ({', '.join(map(str, self.reads))}) -> ({', '.join(map(str, self.results))})"
+            + f" : ({', '.join(map(str, self.reads[:direct]))}) -> ({', '.join(map(str, self.results))})"
         )
 
     def names(self, result: str) -> list[str]:
@@ -208,12 +213,6 @@ def fold_region(fold: str, element: str) -> str:
         f'^bb0(%x: {scalar}, %y: {scalar}): %z = "stablehlo.{fold}"(%x, %y) : ({scalar}, {scalar}) -> {scalar} '
         f'"stablehlo.return"(%z) : ({scalar}) -> ()'
     )
-
-
-def parsed(context: ir.Context, text: str) -> ir.Module:
-    """A module's text, read."""
-    with context:
-        return ir.Module.parse(text)
 
 
 Generator = Callable[[np.random.Generator], Case]

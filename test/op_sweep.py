@@ -28,7 +28,7 @@ from bactrian.passes.sharding.strategies import Defers, Strategy, strategies
 from bactrian.passes.spmd.function_partitioner import partition_function
 from bactrian.passes.spmd.op_rules import annotate_rules, rule_of
 from bactrian.passes.spmd.reshard_paths import all_specs
-from bactrian.passes.spmd.sharding_rules import Rule, replicated_rule
+from bactrian.passes.spmd.sharding_rules import replicated_rule
 
 MESHES: tuple[MeshAxes, ...] = (
     (("x", 2),),
@@ -151,24 +151,14 @@ def bundle(seed: int, axes: MeshAxes, generators: Sequence[Generator], most: int
 
 def choices_of(case: Case, op: ir.Operation, mesh: Mesh) -> tuple[Strategy, ...]:
     """What the solver may choose for an op with a rule."""
-    rule = padded_rule(op)
+    rule = rule_of(op)
+    if rule is None:  # all of it is whole
+        rule = replicated_rule(tuple(each.shape for each in case.reads), tuple(each.shape for each in case.results))
     sizes = tuple(float(tensor_size(value.type).bytes) for value in op.results)
     shapes = tuple(value_shape(value) for value in op.results)
     found = strategies(rule, sizes, mesh, shapes, Defers.STARTS if case.unreduced else Defers.NOT)
-    short = len(op.operands) - len(rule.operands)
-    if not short:
-        return found
-    rest = tuple(Spec.replicated(len(value_shape(value))) for value in list(op.operands)[-short:])
+    rest = tuple(Spec.replicated(len(each.shape)) for each in case.reads[len(rule.operands) :])
     return tuple(dataclasses.replace(each, operands=(*each.operands, *rest)) for each in found)
-
-
-def padded_rule(op: ir.Operation) -> Rule:
-    """The rule of an op; of one without, that all of it is whole."""
-    rule = rule_of(op)
-    if rule is not None:
-        return rule
-    operands, results = ([value_shape(value) for value in each] for each in (op.operands, op.results))
-    return replicated_rule(tuple(operands), tuple(results))
 
 
 def _any_spec(random: np.random.Generator, type_: Type, mesh: Mesh) -> Spec:

@@ -21,7 +21,7 @@ from bactrian.passes.spmd.collectives import Collectives
 from bactrian.passes.spmd.devices import Devices
 from bactrian.passes.spmd.form_table import FORMS
 from bactrian.passes.spmd.local_op import LocalOp, factor_axes, shards
-from bactrian.passes.spmd.op_rules import rule_of
+from bactrian.passes.spmd.op_rules import drop_rules, rule_of
 from bactrian.passes.spmd.reshards import Resharder
 
 _RESHARD = "sdy.reshard"
@@ -87,6 +87,7 @@ class _FunctionPartitioner:
             end.operands[number] = result
         for op in reversed(operations):
             op.erase()
+        drop_rules(self._function)
 
     def _manual(
         self, end: ir.Operation, arguments: Sequence[ir.Value], reads: Sequence[Spec], makes: Sequence[Spec]
