@@ -277,7 +277,7 @@ def _constant(random: np.random.Generator) -> Case:
 
 def _complex_text(numbers: np.ndarray) -> str:
     if numbers.ndim == 0:
-        return f"({float(numbers.real)}, {float(numbers.imag)})"
+        return f"({float(np.real(numbers))}, {float(np.imag(numbers))})"
     return f"[{', '.join(_complex_text(each) for each in numbers)}]"
 
 

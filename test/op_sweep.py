@@ -217,8 +217,8 @@ def difference(case: Case, wanted: Array, index: Any, shard: Array) -> str:
 def same_bits(one: Array, other: Array) -> bool:
     """Whether two arrays are equal, signs of zeros included; NaN is NaN."""
     if one.dtype.kind == "c":
-        return same_bits(one.real, other.real) and same_bits(one.imag, other.imag)
-    if one.dtype.kind in "?biu":
+        return same_bits(np.real(one), np.real(other)) and same_bits(np.imag(one), np.imag(other))
+    if one.dtype.kind in "biu":
         return bool(np.array_equal(one, other))
     both = np.isnan(one) & np.isnan(other)
     bits = f"u{one.dtype.itemsize}"

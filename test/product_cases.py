@@ -140,7 +140,7 @@ def _reduce_pairs(random: np.random.Generator) -> Case:
       %v = "stablehlo.select"(%o, %x, %y) : (tensor<i1>, {scalar}, {scalar}) -> {scalar}
       %k = "stablehlo.select"(%o, %i, %j) : (tensor<i1>, {index}, {index}) -> {index}
       "stablehlo.return"(%v, %k) : ({pair}) -> ()"""
-    initial = np.asarray(-9 if direction == "GT" else 9).astype(values.dtype), np.int32(0).reshape(())
+    initial = np.asarray(-9 if direction == "GT" else 9).astype(values.dtype), np.zeros((), np.int32)
     attributes = f"dimensions = {i64_array(reduced)}"
     return Case("reduce", (values, numbers, *initial), (Type(made, element), Type(made, "i32")), attributes, (body,))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from jaxlib.mlir.dialects import _stablehlo_ops_gen as stablehlo_ops
 from op_generators import GENERATORS
 
 _SHORT = range(5)
+_MOST_TOLD = 20
 _BLOCKS, _BUNDLES = 12, 10  # of the long form
 
 
@@ -28,7 +30,9 @@ def _sweep(seed: int, most: int) -> tuple[Counter[str], list[op_sweep.Wrong]]:
     """One case of every op on the mesh of a seed."""
     axes = op_sweep.MESHES[seed % len(op_sweep.MESHES)]
     made = op_sweep.bundle(seed, axes, list(GENERATORS.values()), most)
-    return Counter(made.cases[cut.case].name for cut in made.cuts), list(op_sweep.check(made))
+    return Counter(made.cases[cut.case].name for cut in made.cuts), list(
+        itertools.islice(op_sweep.check(made), _MOST_TOLD)
+    )
 
 
 @pytest.mark.parametrize("seed", _SHORT)

@@ -19,7 +19,7 @@ def splat_text(value: ir.Value) -> str | None:
     constant = _constant(value)
     if constant is None:
         return None
-    text = constant.get_asm(large_elements_limit=1) if _is_complex(value) else str(constant.attributes["value"])
+    text = str(constant.get_asm(large_elements_limit=1) if _is_complex(value) else constant.attributes["value"])
     number = text.partition("dense<")[2].partition("> : ")[0]
     return None if number.startswith(("[", '"')) or not number else number
 

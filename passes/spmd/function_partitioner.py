@@ -26,6 +26,8 @@ from bactrian.passes.spmd.reshards import Resharder
 
 _RESHARD = "sdy.reshard"
 _CONSTRAINT = "sdy.sharding_constraint"
+_WRITTEN_ANEW = frozenset({"stablehlo.dynamic_slice", "stablehlo.fft"})
+"""Ops that XLA does wrong beside the slices and collectives of a device's program; their forms say how."""
 FORWARDING = ("stablehlo.optimization_barrier",)
 
 
@@ -159,7 +161,7 @@ class _FunctionPartitioner:
             self._loop(op, makes)
         elif op.name in FORWARDING:
             self._forward(op, makes)
-        elif all(spec.is_replicated for spec in (*makes, *self._specs_read(op))):
+        elif op.name not in _WRITTEN_ANEW and all(spec.is_replicated for spec in (*makes, *self._specs_read(op))):
             self._whole(op)
         else:
             self._sharded(op, makes)

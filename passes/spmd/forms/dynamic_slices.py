@@ -92,13 +92,14 @@ def dynamic_update_slice(local: LocalOp) -> Sequence[ir.Value]:
 
 
 def _starts(local: LocalOp, starts: Sequence[ir.Value]) -> list[ir.Value]:
-    """Where the window begins, as signed integers. That is ``0`` along a sharded dim of which it is all: XLA does not always
-    clamp in the slice of a slice, as a shard may be one (seen in jaxlib 0.10.2)."""
+    """Where the window begins, as signed integers, clamped to the whole dim: XLA makes one of a slice of a slice, and does
+    not clamp the inner one then (jaxlib 0.10.2), as a shard may be one."""
     sizes = value_shape(local.op.results[0] if local.op.name == "stablehlo.dynamic_slice" else local.op.operands[1])
-    whole, found = value_shape(local.op.operands[0]), list[ir.Value]()
-    for size, dim, axes, start in zip(sizes, whole, local.reads[0].dims, map(widened, starts), strict=True):
-        found.append(splat(start.type, 0) if size == dim and local.devices.group_size(axes) > 1 else start)
-    return found
+    whole = value_shape(local.op.operands[0])
+    return [
+        splat(start.type, 0) if size == dim else within(start, 0, dim - size)
+        for size, dim, start in zip(sizes, whole, map(widened, starts), strict=True)
+    ]
 
 
 def _windows(local: LocalOp, starts: Sequence[ir.Value], sizes: Sequence[int]) -> list[_Window]:
@@ -106,7 +107,7 @@ def _windows(local: LocalOp, starts: Sequence[ir.Value], sizes: Sequence[int]) -
 
     Args:
         local: the op.
-        starts: for each dim of the operand.
+        starts: for each dim of the operand, clamped.
         sizes: of the window.
     """
     found, whole = list[_Window](), value_shape(local.op.operands[0])
@@ -115,7 +116,7 @@ def _windows(local: LocalOp, starts: Sequence[ir.Value], sizes: Sequence[int]) -
             continue
         shard = value_shape(local.operands[0])[dim]
         rows = min(size, shard)
-        begins = row_of_shard(local, within(start, 0, whole[dim] - size), axes, shard)
+        begins = row_of_shard(local, start, axes, shard)
         first = within(begins, 0, shard - rows)
         found.append(_Window(dim, size, rows, first, binary("stablehlo.subtract", begins, first)))
     return found
