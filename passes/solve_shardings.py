@@ -43,11 +43,11 @@ class SolveShardings(Pass):
     state.
 
     What is accumulated over microbatches may stay unreduced, a partial sum on each device, until the update reads it:
-    then the accumulator and what leads to it has one dim more in front for each unreduced axis, and the update adds the
-    partial sums up. Between the two a gradient may also be reduced in every microbatch, which takes less memory.
+    then the shardings of the accumulator and of what leads to it have unreduced axes, and the update adds the partial
+    sums up. Between the two a gradient may also be reduced in every microbatch, which takes less memory.
 
     A dim that is read through windows (of convolutions, poolings, pads, slices) may be sharded too: neighbours exchange
-    halos, which takes latency and bytes. XLA does so when it partitions the op; nothing is written for it.
+    halos, which takes latency and bytes.
 
     Shardings that are there already (``sdy.sharding`` on arguments, ``sdy.sharding_constraint``) stay. Those over the
     mesh ``@user`` are read by the names of their axes on the mesh of each stage, and ``@user`` is erased. With
