@@ -47,7 +47,7 @@ class SolveShardings(Pass):
     partial sums up. Between the two a gradient may also be reduced in every microbatch, which takes less memory.
 
     A dim that is read through windows (of convolutions, poolings, pads, slices) may be sharded too: neighbours exchange
-    halos, which takes latency and bytes. XLA does so when it partitions the op; nothing is written for it.
+    halos, which takes latency and bytes.
 
     Shardings that are there already (``sdy.sharding`` on arguments, ``sdy.sharding_constraint``) stay. Those over the
     mesh ``@user`` are read by the names of their axes on the mesh of each stage, and ``@user`` is erased. With

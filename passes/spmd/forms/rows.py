@@ -6,7 +6,7 @@ from jaxlib.mlir import ir
 
 from bactrian.passes.ir.tensor_sizes import value_shape
 from bactrian.passes.spmd.sharding_rules import Rule
-from bactrian.passes.spmd.windows import ints, ones
+from bactrian.passes.spmd.window_dims import ints, ones
 
 
 def concatenation_rule(op: ir.Operation, rule: Rule) -> Rule:
