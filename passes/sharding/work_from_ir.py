@@ -25,7 +25,7 @@ from bactrian.passes.machine.spec import Spec
 from bactrian.passes.sharding.loop_dataflow import END, OP, LoopFlow
 from bactrian.passes.sharding.operations_from_ir import FlowOp, OperationReader, forwards
 from bactrian.passes.sharding.sharding_model import ShardingProblem, Tensor
-from bactrian.passes.sharding.strategies import HaloExchange, Strategy
+from bactrian.passes.sharding.strategies import Exchange, Strategy
 from bactrian.passes.sharding.user_shardings import (
     constrained_values,
     fixed_arguments,
@@ -62,9 +62,7 @@ class Reading:
         phase = phase or UPDATE
         return "fused" if phase in self.fused else phase
 
-    def new_exchanges(
-        self, entry: FlowOp, strategy: Strategy, known: set[tuple[Hashable, ...]]
-    ) -> Iterator[HaloExchange]:
+    def new_exchanges(self, entry: FlowOp, strategy: Strategy, known: set[tuple[Hashable, ...]]) -> Iterator[Exchange]:
         """The halo exchanges of an op that no op before has made: of one value under one spec, in one function, and one
         loop in it.
 
@@ -73,10 +71,9 @@ class Reading:
             known: those of the ops before; what is new is added.
         """
         block = self.function_of(self.flow.phases[entry.index]), self.flow.loop_of(entry.index)
-        for exchange in strategy.exchanges:
-            operand, send = exchange.send.halo.operand, exchange.send
-            like_no_other = entry.index, operand, send.halo.dim, send.side
-            key = *block, entry.reads[operand], strategy.operands[operand], send.key or like_no_other
+        for number, exchange in enumerate(strategy.exchanges):
+            operand, own = exchange.send.operand, exchange.send.key or (entry.index, number)
+            key = *block, entry.reads[operand], strategy.operands[operand], own
             if key not in known:
                 known.add(key)
                 yield exchange
