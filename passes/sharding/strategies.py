@@ -12,7 +12,7 @@ from typing import ClassVar
 
 from bactrian.passes.machine.mesh import Mesh
 from bactrian.passes.machine.spec import Spec
-from bactrian.passes.spmd.halo import Send, halo_sends
+from bactrian.passes.spmd.halo import RowsSent, halo_sends
 from bactrian.passes.spmd.reshard_paths import Reduction, all_gathered, all_reduced, local_bytes, scatters_over
 from bactrian.passes.spmd.sharding_rules import Combining, Dims, Rule
 
@@ -35,7 +35,7 @@ class Exchange:
         seconds: what it takes.
     """
 
-    send: Send
+    send: RowsSent
     axes: tuple[str, ...]
     seconds: float
     kind: ClassVar[str] = "collective_permute"
@@ -173,7 +173,7 @@ def _exchanges(
         axes = tuple(axis for each in mirrored for axis in each)
         dim = next(at for at, each in enumerate(operands[0].dims) if each == mirrored[0])
         nbytes = local_bytes(result_bytes[0], operands[0], mesh)
-        send = Send(0, dim, rule.sizes[dim] // mesh.group_size(mirrored[0]), nbytes, key=None)
+        send = RowsSent(0, dim, rule.sizes[dim] // mesh.group_size(mirrored[0]), nbytes, key=None)
         found.append(Exchange(send, axes, _permute_seconds(nbytes, axes, mesh)))
     return tuple(found)
 

@@ -82,7 +82,7 @@ class Halo:
 
 
 @dataclass(frozen=True)
-class Send:
+class RowsSent:
     """What is sent from shard to shard: one collective permute.
 
     Attributes:
@@ -99,7 +99,7 @@ class Send:
     key: tuple[Hashable, ...] | None
 
 
-def halo_sends(halos: Sequence[Halo], parts: Callable[[int, int], int]) -> Iterator[Send]:
+def halo_sends(halos: Sequence[Halo], parts: Callable[[int, int], int]) -> Iterator[RowsSent]:
     """What is sent for an op.
 
     Dims are exchanged one after another: what is sent of the second one has the rows that the first has brought.
@@ -122,6 +122,6 @@ def halo_sends(halos: Sequence[Halo], parts: Callable[[int, int], int]) -> Itera
         for side, rows in zip((-1, 1), halo.rows(count), strict=True):
             if rows:
                 key = None if before is None else (*before, halo.dim, side, rows)
-                yield Send(halo.operand, halo.dim, rows, float(rows * row), key)
+                yield RowsSent(halo.operand, halo.dim, rows, float(rows * row), key)
         shape[halo.dim] = halo.span(count)
         before = None if before is None or halo.fill is None else (*before, halo.read_key(count))
