@@ -249,7 +249,7 @@ def test_the_next_value_of_a_state_says_so() -> None:
 
 UNEVEN = """
 func.func public @main(%a: tensor<6x8xf32> {bactrian.role = "state"} loc("a")) -> (tensor<6x8xf32> {jax.result_info = ""}) {
-  %r = stablehlo.reverse %a, dims = [1] : tensor<6x8xf32> loc("net/reverse")
+  %r = stablehlo.concatenate %a, dim = 1 : (tensor<6x8xf32>) -> tensor<6x8xf32> loc("net/concatenate")
   return %r : tensor<6x8xf32>
 }"""
 
@@ -261,13 +261,13 @@ def test_dims_that_are_not_divided_are_impossible() -> None:
     (cut,) = found.impossible
     assert (cut.dim, cut.size, cut.axes, cut.num_devices, cut.op) == (0, 6, ("y",), 4, "")
     assert "dim 0 of size 6 over y: 4 devices don't divide it" in RichView(render_value(found)).text()
-    made_by_op = explained(made, "net/reverse")
+    made_by_op = explained(made, "net/concatenate")
     assert [(cut.dim, cut.axes, cut.op) for cut in made_by_op.impossible] == [
         (0, ("y",), ""),
-        (1, ("x",), "stablehlo.reverse"),
-        (1, ("y",), "stablehlo.reverse"),
+        (1, ("x",), "stablehlo.concatenate"),
+        (1, ("y",), "stablehlo.concatenate"),
     ]
-    assert "stablehlo.reverse needs it replicated" in RichView(render_value(made_by_op)).text()
+    assert "stablehlo.concatenate needs it replicated" in RichView(render_value(made_by_op)).text()
 
 
 SOURCES = """

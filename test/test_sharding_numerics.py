@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -12,6 +12,8 @@ import pytest
 import sharded
 from jax import lax
 from looped import LOOPS
+
+from bactrian.passes.machine.spec import MeshAxes
 
 MESHES = ((("x", 8),), (("x", 2), ("y", 4)), (("x", 2), ("y", 2), ("z", 2)))
 
@@ -190,9 +192,12 @@ def test_random_shardings_of_many_programs_change_nothing(kind: str, block: int)
 
 
 def check_numbers(seed: int, ops: tuple[Callable[..., jax.Array], ...], most: int) -> None:
-    """One program, one choice of shardings; where windows can be cut, they are."""
-    function, arguments = program(seed, ops, most)
-    axes = MESHES[seed % len(MESHES)]
+    """One program, one choice of shardings."""
+    check_program(*program(seed, ops, most), MESHES[seed % len(MESHES)], seed)
+
+
+def check_program(function: Callable[..., Any], arguments: Sequence[Any], axes: MeshAxes, seed: int) -> None:
+    """A random choice of shardings; where windows can be cut, they are."""
     module = sharded.lowered(function, arguments, axes)
     reading, model = sharded.read(module, axes)
     random = np.random.default_rng(seed)

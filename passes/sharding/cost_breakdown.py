@@ -78,8 +78,7 @@ def bytes_sent(
         first: the arguments that no stage before reads.
     """
     flow = reading.flow
-    home, copied, total = dict(shardings.arguments), set[tuple[int, str, Spec]](), dict[str, float]()
-    exchanged = set[tuple[Hashable, ...]]()
+    home, copied, total = dict(shardings.arguments), set[tuple[Hashable, ...]](), dict[str, float]()
 
     def count(kind: str, nbytes: float, weight: float) -> None:
         if nbytes:
@@ -102,12 +101,8 @@ def bytes_sent(
             continue
         for number, spec in zip(entry.reads, strategy.operands, strict=True):
             read(number, spec, flow.phases[entry.index])
-        for exchange in strategy.exchanges:
-            operand = exchange.send.halo.operand
-            key = *reading.block_of(entry.index), entry.reads[operand], strategy.operands[operand], exchange.send.key
-            if exchange.send.key is None or key not in exchanged:
-                exchanged.add(key)
-                count(exchange.kind, exchange.send.nbytes, entry.op.runs_per_step)
+        for exchange in reading.new_exchanges(entry, strategy, copied):
+            count(exchange.kind, exchange.send.nbytes, entry.op.runs_per_step)
         for reduction in strategy.reductions:
             count(reduction.kind, reduction.nbytes, entry.op.runs_per_step)
         home.update(zip(entry.op.results, strategy.results, strict=True))

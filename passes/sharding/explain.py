@@ -333,9 +333,9 @@ class StageExplainer:
         chosen = self.model.shardings(self.solution.choice).chosen
         for op, strategy in zip(problem.ops, chosen, strict=True):
             exchanges = strategy.exchanges if strategy is not None else ()
-            own = [each for each in exchanges if op.operands[each.send.halo.operand] == value]
+            own = [each for each in exchanges if op.operands[each.send.operand] == value]
             if own:
-                rows = " and ".join(f"{e.send.rows} of dim {e.send.halo.dim} ({'+'.join(e.axes)})" for e in own)
+                rows = " and ".join(f"{e.send.rows} of dim {e.send.dim} ({'+'.join(e.axes)})" for e in own)
                 nbytes, seconds = sum(each.send.nbytes for each in own), sum(each.seconds for each in own)
                 names.append(
                     f"{self._named[op.results[0]].label} exchanges a halo, rows: {rows}; "

@@ -139,13 +139,8 @@ class Writer:
                 self._home[flow.results[index][0]] = strategy.results[0]
                 continue
             self._annotate(op, strategy.partial)
-            for exchange in strategy.exchanges:
-                operand = exchange.send.halo.operand
-                read = entry.reads[operand], strategy.operands[operand]
-                key = *self.reading.block_of(index), *read, exchange.send.key
-                if exchange.send.key is None or key not in self._exchanged:
-                    self._exchanged.add(key)
-                    self._count(exchange.kind, exchange.send.nbytes, flow.iterations[index], entry.op.runs_per_step)
+            for exchange in self.reading.new_exchanges(entry, strategy, self._exchanged):
+                self._count(exchange.kind, exchange.send.nbytes, flow.iterations[index], entry.op.runs_per_step)
             for reduction in strategy.reductions:
                 self._count(reduction.kind, reduction.nbytes, flow.iterations[index], entry.op.runs_per_step)
             self._home.update(zip(flow.results[index], strategy.results, strict=True))

@@ -12,7 +12,7 @@ from typing import ClassVar
 
 from bactrian.passes.machine.mesh import Mesh
 from bactrian.passes.machine.spec import Spec
-from bactrian.passes.spmd.halo import HaloSend, halo_sends
+from bactrian.passes.spmd.halo import RowsSent, halo_sends
 from bactrian.passes.spmd.reshard_paths import Reduction, all_gathered, all_reduced, local_bytes, scatters_over
 from bactrian.passes.spmd.sharding_rules import Combining, Dims, Rule
 
@@ -26,16 +26,16 @@ class Defers(enum.Enum):
 
 
 @dataclass(frozen=True)
-class HaloExchange:
-    """A halo that devices send to a neighbour, before the work: one collective permute.
+class Exchange:
+    """What devices send each other for an op besides its reductions: one collective permute.
 
     Attributes:
         send: the rows and bytes.
-        axes: of the mesh that shard their dim.
+        axes: of the mesh along which they are sent.
         seconds: what it takes.
     """
 
-    send: HaloSend
+    send: RowsSent
     axes: tuple[str, ...]
     seconds: float
     kind: ClassVar[str] = "collective_permute"
@@ -52,7 +52,7 @@ class Strategy:
         results: how they are sharded in the end.
         reductions: in their order.
         num_shards: how many devices share the work.
-        exchanges: of halos, before the work.
+        exchanges: of halos before the work, or of shards after it.
     """
 
     factors: tuple[int | None, ...]
@@ -61,7 +61,7 @@ class Strategy:
     results: tuple[Spec, ...]
     reductions: tuple[Reduction, ...]
     num_shards: int
-    exchanges: tuple[HaloExchange, ...] = ()
+    exchanges: tuple[Exchange, ...] = ()
 
     @property
     def reduction_seconds(self) -> float:
@@ -111,7 +111,7 @@ def strategies(
         partial = _specs(rule.results, rule, axes_of, mesh)
         if operands is None or partial is None:
             continue
-        exchanges = _exchanges(rule, operands, axes_of, mesh)
+        exchanges = _exchanges(rule, operands, axes_of, result_bytes, mesh)
         if exchanges is None:
             continue
         num_shards = mesh.group_size(axis for axes in axes_of.values() for axis in axes)
@@ -154,17 +154,32 @@ def _specs(
 
 
 def _exchanges(
-    rule: Rule, operands: tuple[Spec, ...], axes_of: dict[int, tuple[str, ...]], mesh: Mesh
-) -> tuple[HaloExchange, ...] | None:
-    """The halo exchanges; None where they would need rows of shards that are no neighbours."""
+    rule: Rule,
+    operands: tuple[Spec, ...],
+    axes_of: dict[int, tuple[str, ...]],
+    result_bytes: tuple[float, ...],
+    mesh: Mesh,
+) -> tuple[Exchange, ...] | None:
+    """What devices exchange; None where they would need rows of shards that are no neighbours."""
     cut = [halo for halo in rule.halos if rule.factor_of(halo) in axes_of]
     if not all(halo.is_near(mesh.group_size(axes_of[rule.factor_of(halo)])) for halo in cut):
         return None
-    found = list[HaloExchange]()
+    found = list[Exchange]()
     for send in halo_sends(cut, lambda operand, dim: mesh.group_size(operands[operand].dims[dim])):
-        axes = operands[send.halo.operand].dims[send.halo.dim]
-        found.append(HaloExchange(send, axes, max(mesh.by_name[axis].permute(send.nbytes) for axis in axes)))
+        axes = operands[send.operand].dims[send.dim]
+        found.append(Exchange(send, axes, _permute_seconds(send.nbytes, axes, mesh)))
+    mirrored = [axes_of[factor] for factor in sorted(rule.mirrored) if factor in axes_of]
+    if mirrored:
+        axes = tuple(axis for each in mirrored for axis in each)
+        dim = next(at for at, each in enumerate(operands[0].dims) if each == mirrored[0])
+        nbytes = local_bytes(result_bytes[0], operands[0], mesh)
+        send = RowsSent(0, dim, rule.sizes[dim] // mesh.group_size(mirrored[0]), nbytes, key=None)
+        found.append(Exchange(send, axes, _permute_seconds(nbytes, axes, mesh)))
     return tuple(found)
+
+
+def _permute_seconds(nbytes: float, axes: Sequence[str], mesh: Mesh) -> float:
+    return max(mesh.by_name[axis].permute(nbytes) for axis in axes)
 
 
 def _reductions(

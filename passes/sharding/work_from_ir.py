@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass
 
 from jaxlib.mlir import ir
@@ -25,6 +25,7 @@ from bactrian.passes.machine.spec import Spec
 from bactrian.passes.sharding.loop_dataflow import END, OP, LoopFlow
 from bactrian.passes.sharding.operations_from_ir import FlowOp, OperationReader, forwards
 from bactrian.passes.sharding.sharding_model import ShardingProblem, Tensor
+from bactrian.passes.sharding.strategies import Exchange, Strategy
 from bactrian.passes.sharding.user_shardings import (
     constrained_values,
     fixed_arguments,
@@ -61,9 +62,21 @@ class Reading:
         phase = phase or UPDATE
         return "fused" if phase in self.fused else phase
 
-    def block_of(self, index: int) -> tuple[str, int | None]:
-        """A name for the block that an entry of the flow is in: its function, and the loop in it."""
-        return self.function_of(self.flow.phases[index]), self.flow.loop_of(index)
+    def new_exchanges(self, entry: FlowOp, strategy: Strategy, known: set[tuple[Hashable, ...]]) -> Iterator[Exchange]:
+        """The halo exchanges of an op that no op before has made: of one value under one spec, in one function, and one
+        loop in it.
+
+        Args:
+            entry, strategy: the op.
+            known: those of the ops before; what is new is added.
+        """
+        block = self.function_of(self.flow.phases[entry.index]), self.flow.loop_of(entry.index)
+        for number, exchange in enumerate(strategy.exchanges):
+            operand, own = exchange.send.operand, exchange.send.key or (entry.index, number)
+            key = *block, entry.reads[operand], strategy.operands[operand], own
+            if key not in known:
+                known.add(key)
+                yield exchange
 
 
 def read_program(

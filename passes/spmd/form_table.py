@@ -15,7 +15,7 @@ from bactrian.passes.spmd.forms.indexing import gather, narrow_gather, narrow_sc
 from bactrian.passes.spmd.forms.linear_algebra import narrow_cholesky, narrow_fft, narrow_triangular_solve, transform
 from bactrian.passes.spmd.forms.products import product
 from bactrian.passes.spmd.forms.reductions import narrow_reduction, reduction
-from bactrian.passes.spmd.forms.rows import concatenation_rule, reversal_rule
+from bactrian.passes.spmd.forms.rows import concatenation_rule, reversal, reversal_rule
 from bactrian.passes.spmd.forms.sources import constant, iota
 from bactrian.passes.spmd.forms.windows import (
     pad,
@@ -71,7 +71,7 @@ FORMS: dict[str, Form] = {
     **_named("pad", Form(pad, rows_rule)),
     **_named("reduce", Form(reduction, narrow_reduction)),
     **_named("reduce_window", Form(windowed_reduction, windowed_reduction_rule)),
-    **_named("reverse", Form(same_op, reversal_rule)),
+    **_named("reverse", Form(reversal, reversal_rule)),
     **_named("select_and_scatter", Form(same_op, scatter_rule)),
     **_named("slice", Form(slice_of_rows, rows_rule)),
 }

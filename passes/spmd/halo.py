@@ -82,25 +82,24 @@ class Halo:
 
 
 @dataclass(frozen=True)
-class HaloSend:
-    """What is sent to one neighbour: one collective permute.
+class RowsSent:
+    """What is sent from shard to shard: one collective permute.
 
     Attributes:
-        halo: how it is read.
-        side: -1 for what comes from the shard before, 1 for what comes from that behind.
+        operand, dim: of what.
         rows: of the dim.
-        nbytes: what a device sends that has a neighbour there.
+        nbytes: what a device sends that has somebody to send to.
         key: equal for sends of one value that are the same, and are written once; None for one like no other.
     """
 
-    halo: Halo
-    side: int
+    operand: int
+    dim: int
     rows: int
     nbytes: float
     key: tuple[Hashable, ...] | None
 
 
-def halo_sends(halos: Sequence[Halo], parts: Callable[[int, int], int]) -> Iterator[HaloSend]:
+def halo_sends(halos: Sequence[Halo], parts: Callable[[int, int], int]) -> Iterator[RowsSent]:
     """What is sent for an op.
 
     Dims are exchanged one after another: what is sent of the second one has the rows that the first has brought.
@@ -123,6 +122,6 @@ def halo_sends(halos: Sequence[Halo], parts: Callable[[int, int], int]) -> Itera
         for side, rows in zip((-1, 1), halo.rows(count), strict=True):
             if rows:
                 key = None if before is None else (*before, halo.dim, side, rows)
-                yield HaloSend(halo, side, rows, float(rows * row), key)
+                yield RowsSent(halo.operand, halo.dim, rows, float(rows * row), key)
         shape[halo.dim] = halo.span(count)
         before = None if before is None or halo.fill is None else (*before, halo.read_key(count))

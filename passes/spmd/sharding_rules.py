@@ -34,6 +34,7 @@ class Rule:
         permuted: factors of which a device needs some of its neighbours' part, nobody knows how much.
         combining: how devices combine what they have reduced.
         halos: how operands are read along factors with windows, of which a device needs its neighbours' rows.
+        mirrored: factors of which a device makes the part that lies as far from the other end as its own.
     """
 
     sizes: tuple[int, ...]
@@ -44,6 +45,7 @@ class Rule:
     permuted: frozenset[int] = frozenset()
     combining: Combining = Combining.SUM
     halos: tuple[Halo, ...] = ()
+    mirrored: frozenset[int] = frozenset()
 
     def factor_of(self, halo: Halo) -> int:
         """The factor of the dim that a halo is read along."""

@@ -13,7 +13,7 @@ from bactrian.passes.spmd.forms.halo_exchange import halos_of_operand, read_rows
 from bactrian.passes.spmd.halo import Halo
 from bactrian.passes.spmd.local_op import LocalOp
 from bactrian.passes.spmd.sharding_rules import Rule
-from bactrian.passes.spmd.windows import ones, padding_attribute, paddings, windows_of
+from bactrian.passes.spmd.window_dims import ones, padding_attribute, paddings, windows_of
 
 _FEATURE_GROUPS, _BATCH_GROUPS, _BATCH, _INPUTS, _OUTPUTS = range(5)  # factors, before those of the spatial dims
 

@@ -14,7 +14,7 @@ from bactrian.passes.spmd.forms.halo_exchange import halos_of_operand, read_rows
 from bactrian.passes.spmd.forms.reductions import fold_of
 from bactrian.passes.spmd.local_op import LocalOp
 from bactrian.passes.spmd.sharding_rules import Rule
-from bactrian.passes.spmd.windows import ints, ones, padding_attribute, paddings, windows_of
+from bactrian.passes.spmd.window_dims import ints, ones, padding_attribute, paddings, windows_of
 
 
 def slice_of_rows(local: LocalOp) -> Sequence[ir.Value]:
