@@ -246,11 +246,10 @@ class _FunctionPartitioner:
             rule,
             axes_of,
             self._collectives,
+            self._read_inside,
             scatter_to=None if target is None else spec_of(target.attributes["sharding"]),
         )
         made = list(form.write(local))
-        for value in made:
-            self._read_inside(value.owner.operation)
         if local.scattered:
             assert target is not None and local.scatter_to is not None
             self._check(target.results[0], local.scatter_to, target)

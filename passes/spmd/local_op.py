@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from jaxlib.mlir import ir
@@ -29,6 +29,7 @@ class LocalOp:
         axes_of: the axes that shard each factor of the rule; none for those that are not there.
         devices: the mesh.
         collectives, resharder: write these.
+        read_inside: lets the regions of a copy of the op read shards of what they read from outside.
         scatter_to: where the only result is read only with a spec that a reduce-scatter gives, that spec.
     """
 
@@ -39,6 +40,7 @@ class LocalOp:
     rule: Rule
     axes_of: Mapping[int, tuple[str, ...]]
     collectives: Collectives
+    read_inside: Callable[[ir.Operation], None]
     scatter_to: Spec | None = None
     scattered: bool = field(default=False, init=False)
 
@@ -85,6 +87,7 @@ class LocalOp:
             made.operands[number] = value
         for name, attribute in (attributes or {}).items():
             made.attributes[name] = attribute
+        self.read_inside(made)
         if "sdy.sharding" in made.attributes:
             del made.attributes["sdy.sharding"]
         for result, type_ in zip(made.results, self.result_types() if types is None else types, strict=True):
