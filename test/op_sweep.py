@@ -87,7 +87,7 @@ class Bundle:
                 name = f"%a{number}_{at}"
                 arguments.append(f"{name}: {type_} {{sdy.sharding = {_sharding(spec)}}}")
                 read.append(_reshard(lines, name, f"%b{number}_{at}", spec, wanted, type_))
-            made = ", ".join(_bare(spec) for spec in cut.strategy.partial)
+            made = ", ".join(bare(spec) for spec in cut.strategy.partial)
             lines.append(case.line(f"%r{number}", read, f"sdy.sharding = #sdy.sharding_per_value<[{made}]>"))
             for at, (name, type_) in enumerate(zip(case.names(f"%r{number}"), case.results, strict=True)):
                 partial, result, target = cut.strategy.partial[at], cut.strategy.results[at], cut.targets[at]
@@ -102,7 +102,9 @@ class Bundle:
         )
 
 
-def _bare(spec: Spec) -> str:
+def bare(spec: Spec) -> str:
+    """The text of a sharding, without its dialect."""
+
     def names(axes: Sequence[str]) -> str:
         return "{" + ", ".join(f'"{axis}"' for axis in axes) + "}"
 
@@ -111,14 +113,14 @@ def _bare(spec: Spec) -> str:
 
 
 def _sharding(spec: Spec) -> str:
-    return f"#sdy.sharding{_bare(spec)}"
+    return f"#sdy.sharding{bare(spec)}"
 
 
 def _reshard(lines: list[str], name: str, made: str, source: Spec, target: Spec, type_: Type) -> str:
     """Write a reshard where there is one to do; the name of what comes of it."""
     if source == target:
         return name
-    lines.append(f"{made} = sdy.reshard {name} {_bare(target)} : {type_}")
+    lines.append(f"{made} = sdy.reshard {name} {bare(target)} : {type_}")
     return made
 
 
