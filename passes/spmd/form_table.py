@@ -14,8 +14,8 @@ from bactrian.passes.spmd.forms.elementwise import narrow_reshape, same_op
 from bactrian.passes.spmd.forms.indexing import gather, narrow_gather, narrow_scatter, scatter
 from bactrian.passes.spmd.forms.linear_algebra import narrow_cholesky, narrow_fft, narrow_triangular_solve, transform
 from bactrian.passes.spmd.forms.products import product
-from bactrian.passes.spmd.forms.reductions import narrow_reduction, reduction
 from bactrian.passes.spmd.forms.rows import concatenation_rule, reversal, reversal_rule
+from bactrian.passes.spmd.forms.shard_reductions import narrow_reduction, reduction
 from bactrian.passes.spmd.forms.sources import constant, iota
 from bactrian.passes.spmd.forms.windows import (
     pad,

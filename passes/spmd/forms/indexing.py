@@ -15,7 +15,7 @@ from jaxlib.mlir.dialects import stablehlo
 
 from bactrian.passes.ir.builders import binary, chosen, compared, empty_sum, identity_of, splat, spread
 from bactrian.passes.ir.tensor_sizes import value_shape
-from bactrian.passes.spmd.forms.reductions import IDEMPOTENT, combining_of, fold_of, over_devices
+from bactrian.passes.spmd.forms.shard_reductions import IDEMPOTENT, combining_of, fold_of, over_devices
 from bactrian.passes.spmd.forms.starts import from_its_device, row_of_shard, widened, within
 from bactrian.passes.spmd.local_op import LocalOp
 from bactrian.passes.spmd.sharding_rules import Dims, Rule

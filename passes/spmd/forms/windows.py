@@ -11,7 +11,7 @@ from jaxlib.mlir import ir
 from bactrian.passes.ir.builders import identity_of
 from bactrian.passes.ir.tensor_sizes import value_shape
 from bactrian.passes.spmd.forms.halo_exchange import halos_of_operand, read_rows
-from bactrian.passes.spmd.forms.reductions import fold_of
+from bactrian.passes.spmd.forms.shard_reductions import fold_of
 from bactrian.passes.spmd.local_op import LocalOp
 from bactrian.passes.spmd.sharding_rules import Rule
 from bactrian.passes.spmd.window_dims import ints, ones, padding_attribute, paddings, windows_of
