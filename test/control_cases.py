@@ -26,7 +26,7 @@ WITHOUT_CASES: dict[str, str] = {
     **dict.fromkeys(("uniform_dequantize", "uniform_quantize"), "of quantized types, which XLA doesn't take"),
     **dict.fromkeys(("composite", "custom_call"), "whole: what they call says nothing of its dims"),
     **dict.fromkeys(("einsum", "unary_einsum"), "whole; deprecated"),
-    "rng": "whole; its numbers are different in every run, so that nothing can be compared",
+    "rng": "whole; its numbers are different in every run: test_spmd_programs.py compares devices",
     "return": "ends regions",
 }  # fmt: skip
 """Ops of StableHLO's dialect that no case is drawn of, and why."""

@@ -15,6 +15,7 @@ import pytest
 import sharded
 from jax import lax
 
+from bactrian.driver.xla.compile_stage import compile_functions, signature_shardings
 from bactrian.passes.machine.spec import MeshAxes
 
 MESHES: tuple[MeshAxes, ...] = ((("x", 4),), (("x", 2), ("y", 2)), (("x", 8),), (("x", 2), ("y", 4)))
@@ -211,6 +212,24 @@ def test_shardings_change_nothing(name: str) -> None:
 def test_many_shardings_change_nothing(name: str) -> None:
     for seed in range(1, 17):
         check(name, seed)
+
+
+def test_all_devices_have_the_numbers_that_one_has_drawn() -> None:
+    def step(x: jax.Array) -> jax.Array:
+        return x + lax.rng_uniform(jnp.float32(1), jnp.float32(2), (N, N))
+
+    axes = (("x", 2), ("y", 4))
+    module = sharded.lowered(step, [_floats(N, N)], axes)
+    reading, model = sharded.read(module, axes)
+    sharded.write(module, reading, model, [0] * len(model.network.costs))  # all of it on every device
+    text = str(sharded.partitioned(module, axes))
+    (where,), _ = signature_shardings(text, jax.devices())
+    function = compile_functions({"main": text}, {"main": jax.devices()})["main"]
+    (made,) = function([jax.device_put(_floats(N, N), where)])
+    first, *others = (np.asarray(shard.data) for shard in made.addressable_shards)
+    assert len(others) == 7 and len(np.unique(first)) > N
+    for other in others:
+        np.testing.assert_array_equal(first, other)
 
 
 def check(name: str, seed: int) -> None:

@@ -11,11 +11,13 @@ from jaxlib.mlir.dialects import sdy
 from bactrian.passes.frame.diagnostics import error_at
 from bactrian.passes.frame.errors import PassError
 from bactrian.passes.ir.attributes import argument_attributes, result_attributes
+from bactrian.passes.ir.builders import chosen, compared, splat
 from bactrian.passes.ir.meshes import SHARDING, sharding_attribute, spec_of, spec_or_replicated, value_shardings
 from bactrian.passes.ir.op_traits import LINEAR, SCALING
 from bactrian.passes.ir.regions import body, nested_operands, nested_operations
 from bactrian.passes.ir.tensor_sizes import value_shape
 from bactrian.passes.machine.spec import MeshAxes, Spec
+from bactrian.passes.spmd.bit_sums import sum_of_bits
 from bactrian.passes.spmd.bundling import bundle_reduce_scatters
 from bactrian.passes.spmd.collectives import Collectives
 from bactrian.passes.spmd.devices import Devices
@@ -163,6 +165,8 @@ class _FunctionPartitioner:
             self._forward(op, makes)
         elif op.name not in _WRITTEN_ANEW and all(spec.is_replicated for spec in (*makes, *self._specs_read(op))):
             self._whole(op)
+            if op.name == "stablehlo.rng":
+                self._drawn(op)
         else:
             self._sharded(op, makes)
 
@@ -184,6 +188,21 @@ class _FunctionPartitioner:
         _drop_constraints(made)
         for old, new in zip(op.results, made.results, strict=True):
             self._shards[old] = Shard(new, Spec.replicated(_rank(new)))
+
+    def _drawn(self, op: ir.Operation) -> None:
+        """Let all devices have the numbers that the first one has drawn: each draws others."""
+        index = self._collectives.devices.index(tuple(self._sizes))
+        is_first = compared(index, "EQ", splat(index.type, 0))
+
+        def own(bits: ir.Value) -> ir.Value:
+            return chosen(is_first, bits, splat(bits.type, 0))
+
+        def add_up(bits: ir.Value) -> ir.Value:
+            return self._collectives.all_reduce(bits, tuple(self._sizes), "stablehlo.add")
+
+        (result,) = op.results
+        shard = self._shards[result]
+        self._shards[result] = Shard(sum_of_bits(shard.value, own, add_up), shard.spec)
 
     def _read_inside(self, made: ir.Operation) -> None:
         """Let regions read shards."""

@@ -10,7 +10,8 @@ from jaxlib.mlir import ir
 
 from bactrian.passes.ir.builders import binary, chosen, compared, splat, spread
 from bactrian.passes.ir.tensor_sizes import value_shape
-from bactrian.passes.spmd.forms.starts import from_its_device, row_of_shard, widened, within
+from bactrian.passes.spmd.bit_sums import sum_of_bits
+from bactrian.passes.spmd.forms.starts import row_of_shard, widened, within
 from bactrian.passes.spmd.local_op import LocalOp
 from bactrian.passes.spmd.sharding_rules import Rule
 
@@ -71,7 +72,7 @@ def dynamic_slice(local: LocalOp) -> Sequence[ir.Value]:
     value = _sliced(local.operands[0], starts, held)
     moves = {w.dim: binary("stablehlo.add", w.ahead, splat(w.ahead.type, w.size)) for w in windows}
     margins = {w.dim: w.size for w in windows}
-    return [from_its_device(local, value, lambda bits: _moved(bits, margins, moves, shape))]
+    return [sum_of_bits(value, lambda bits: _moved(bits, margins, moves, shape), local.add_up)]
 
 
 def dynamic_update_slice(local: LocalOp) -> Sequence[ir.Value]:

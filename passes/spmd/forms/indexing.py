@@ -15,8 +15,9 @@ from jaxlib.mlir.dialects import stablehlo
 
 from bactrian.passes.ir.builders import binary, chosen, compared, empty_sum, identity_of, splat, spread
 from bactrian.passes.ir.tensor_sizes import value_shape
+from bactrian.passes.spmd.bit_sums import sum_of_bits
 from bactrian.passes.spmd.forms.shard_reductions import IDEMPOTENT, combining_of, fold_of, over_devices
-from bactrian.passes.spmd.forms.starts import from_its_device, row_of_shard, widened, within
+from bactrian.passes.spmd.forms.starts import row_of_shard, widened, within
 from bactrian.passes.spmd.local_op import LocalOp
 from bactrian.passes.spmd.sharding_rules import Dims, Rule
 
@@ -102,7 +103,7 @@ def gather(local: LocalOp) -> Sequence[ir.Value]:
     if not flags:
         return [made]
     is_own = _per_window(local, flags, indexing, made)
-    return [from_its_device(local, made, lambda bits: chosen(is_own, bits, splat(bits.type, 0)))]
+    return [sum_of_bits(made, lambda bits: chosen(is_own, bits, splat(bits.type, 0)), local.add_up)]
 
 
 def narrow_scatter(op: ir.Operation, rule: Rule) -> Rule:
