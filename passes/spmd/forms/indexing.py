@@ -99,7 +99,7 @@ def gather(local: LocalOp) -> Sequence[ir.Value]:
         start = row_of_shard(local, within(starts[component], 0, shape[dim] - 1), dims[dim], rows)
         starts[component] = start
         flags += [compared(start, "GE", splat(start.type, 0)), compared(start, "LT", splat(start.type, rows))]
-    (made,) = local.clone([operand, _together(starts, indexing.vector_dim)], attributes)
+    (made,) = local.clone([operand, _together(starts, indexing.vector_dim)], attributes | _unsorted())
     if not flags:
         return [made]
     is_own = _per_window(local, flags, indexing, made)
@@ -134,7 +134,7 @@ def narrow_scatter(op: ir.Operation, rule: Rule) -> Rule:
 def scatter(local: LocalOp) -> Sequence[ir.Value]:
     """A device drops the updates of rows that are others', since they lie beyond its shard; each makes the updates that it has,
     and what they make of the operand is folded."""
-    indexing, count = scatter_indexing(local.op), len(local.operands) // 2
+    indexing, count, attributes = scatter_indexing(local.op), len(local.operands) // 2, dict[str, ir.Attribute]()
     inputs, indices, updates = local.operands[:count], local.operands[count], local.operands[count + 1 :]
     cut = _sharded_components(local, indexing)
     if cut:
@@ -146,11 +146,11 @@ def scatter(local: LocalOp) -> Sequence[ir.Value]:
             # Far beyond the dim is as good as beside it, and the subtraction can't overflow.
             start = within(starts[component], -1, shape[dim])
             starts[component] = row_of_shard(local, start, dims[dim], value_shape(inputs[0])[dim])
-        indices = _together(starts, indexing.vector_dim)
+        indices, attributes = _together(starts, indexing.vector_dim), _unsorted()
         if all(size == 1 for size in value_shape(starts[0])):
             inputs = [_kept_apart(value) for value in inputs]
     if not local.reduced:
-        return local.clone([*inputs, indices, *updates])
+        return local.clone([*inputs, indices, *updates], attributes)
     fold = fold_of(local.op.regions[0])
     assert fold is not None
     (operand,) = inputs
@@ -158,7 +158,7 @@ def scatter(local: LocalOp) -> Sequence[ir.Value]:
         nothing = empty_sum(operand.type) if fold == "stablehlo.add" else identity_of(fold, operand.type)
         index = local.devices.index(local.reduced)
         operand = chosen(compared(index, "EQ", splat(index.type, 0)), operand, nothing)
-    (made,) = local.clone([operand, indices, *updates])
+    (made,) = local.clone([operand, indices, *updates], attributes)
     return [over_devices(local, made, fold)]
 
 
@@ -170,6 +170,11 @@ def _sharded_components(local: LocalOp, indexing: Indexing) -> list[int]:
     """Components of an index that are rows of a sharded dim."""
     dims, group_size = local.reads[0].dims, local.devices.group_size
     return [component for component, dim in enumerate(indexing.indexed) if group_size(dims[dim]) > 1]
+
+
+def _unsorted() -> dict[str, ir.Attribute]:
+    """Clamped indices of several components may be in another order."""
+    return {"indices_are_sorted": ir.BoolAttr.get(False)}
 
 
 def _kept_apart(value: ir.Value) -> ir.Value:
