@@ -96,6 +96,56 @@ module @loop {
 
 // -----
 
+// A row that is looked up is its device's, as bits that are zeros on the others. Updates beyond a shard are dropped.
+// CHECK-LABEL: module @rows
+module @rows {
+  sdy.mesh @stage0 = <["data"=4]>
+  func.func private @stage0.forward(%x: tensor<8x3xf32> {sdy.sharding = #sdy.sharding<@stage0, [{"data"}, {}]>}, %i: tensor<5x1xi32> {sdy.sharding = #sdy.sharding<@stage0, [{}, {}]>}, %u: tensor<5x3xf32> {sdy.sharding = #sdy.sharding<@stage0, [{}, {}]>})
+      -> (tensor<5x3xf32> {sdy.sharding = #sdy.sharding<@stage0, [{}, {}]>}, tensor<8x3xf32> {sdy.sharding = #sdy.sharding<@stage0, [{"data"}, {}]>}) {
+    // CHECK: %[[LAST:.*]] = stablehlo.constant dense<7> : tensor<i32>
+    // CHECK-NEXT: %[[WHOLE:.*]] = stablehlo.clamp %{{.*}}, %{{.*}}, %[[LAST]]
+    // CHECK: %[[ROW:.*]] = stablehlo.subtract %[[WHOLE]], %{{.*}} : tensor<5x1xi32>
+    // CHECK: %[[MADE:.*]] = "stablehlo.gather"(%{{.*}}, %[[ROW]]) {{.*}} : (tensor<2x3xf32>, tensor<5x1xi32>) -> tensor<5x3xf32>
+    // CHECK: %[[BITS:.*]] = stablehlo.bitcast_convert %[[MADE]] : (tensor<5x3xf32>) -> tensor<5x3xi32>
+    // CHECK: %[[OWN:.*]] = stablehlo.select %{{.*}}, %[[BITS]], %{{.*}}
+    // CHECK-NEXT: "stablehlo.all_reduce"(%[[OWN]])
+    %g = "stablehlo.gather"(%x, %i) <{dimension_numbers = #stablehlo.gather<offset_dims = [1], collapsed_slice_dims = [0], start_index_map = [0], index_vector_dim = 1>, slice_sizes = array<i64: 1, 3>}> {sdy.sharding = #sdy.sharding_per_value<[<@stage0, [{}, {}]>]>} : (tensor<8x3xf32>, tensor<5x1xi32>) -> tensor<5x3xf32>
+    // CHECK: %[[SIDE:.*]] = stablehlo.constant dense<8> : tensor<i32>
+    // CHECK-NEXT: stablehlo.clamp %{{.*}}, %{{.*}}, %[[SIDE]]
+    // CHECK-NOT: all_reduce
+    // CHECK: "stablehlo.scatter"(%{{.*}}) {{.*}}
+    // CHECK: }) : (tensor<2x3xf32>, tensor<5x1xi32>, tensor<5x3xf32>) -> tensor<2x3xf32>
+    %s = "stablehlo.scatter"(%x, %i, %u) <{scatter_dimension_numbers = #stablehlo.scatter<update_window_dims = [1], inserted_window_dims = [0], scatter_dims_to_operand_dims = [0], index_vector_dim = 1>}> ({
+    ^bb0(%a: tensor<f32>, %b: tensor<f32>):
+      stablehlo.return %b : tensor<f32>
+    }) {sdy.sharding = #sdy.sharding_per_value<[<@stage0, [{"data"}, {}]>]>} : (tensor<8x3xf32>, tensor<5x1xi32>, tensor<5x3xf32>) -> tensor<8x3xf32>
+    return %g, %s : tensor<5x3xf32>, tensor<8x3xf32>
+  }
+}
+
+// -----
+
+// A slice that would reach beyond the whole dim is moved to its end before its rows are looked for in the shards.
+// CHECK-LABEL: module @slices
+module @slices {
+  sdy.mesh @stage0 = <["data"=4]>
+  func.func private @stage0.forward(%x: tensor<16xf32> {sdy.sharding = #sdy.sharding<@stage0, [{"data"}]>}, %i: tensor<i32> {sdy.sharding = #sdy.sharding<@stage0, []>})
+      -> (tensor<3xf32> {sdy.sharding = #sdy.sharding<@stage0, [{}]>}, tensor<16xf32> {sdy.sharding = #sdy.sharding<@stage0, [{"data"}]>}) {
+    // CHECK: %[[END:.*]] = stablehlo.constant dense<13> : tensor<i32>
+    // CHECK-NEXT: stablehlo.clamp %{{.*}}, %{{.*}}, %[[END]]
+    // CHECK: stablehlo.dynamic_slice {{.*}} sizes = [3] : (tensor<4xf32>, tensor<i32>) -> tensor<3xf32>
+    // CHECK: stablehlo.pad {{.*}} -> tensor<9xi32>
+    // CHECK: "stablehlo.all_reduce"
+    %s = stablehlo.dynamic_slice %x, %i, sizes = [3] {sdy.sharding = #sdy.sharding_per_value<[<@stage0, [{}]>]>} : (tensor<16xf32>, tensor<i32>) -> tensor<3xf32>
+    // CHECK: stablehlo.select
+    // CHECK-NEXT: stablehlo.dynamic_update_slice {{.*}} : (tensor<4xf32>, tensor<3xf32>, tensor<i32>) -> tensor<4xf32>
+    %u = stablehlo.dynamic_update_slice %x, %s, %i {sdy.sharding = #sdy.sharding_per_value<[<@stage0, [{"data"}]>]>} : (tensor<16xf32>, tensor<3xf32>, tensor<i32>) -> tensor<16xf32>
+    return %s, %u : tensor<3xf32>, tensor<16xf32>
+  }
+}
+
+// -----
+
 // A stage of one device stays as it is.
 // CHECK-LABEL: module @one_device
 module @one_device {
