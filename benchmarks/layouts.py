@@ -6,7 +6,7 @@
 A model is a process of its own; its plans run step by step in turn. ``cluster.toml`` comes from ``bactrian profile-cluster``. The
 memory of a function is what XLA says of it (``get_compiled_memory_stats``), with what else lies on a device while it runs;
 with ``--rounds 0`` plans are compiled and not run. ``--bytes`` runs nothing either: it compares the bytes that plans say to send
-with those that XLA's collectives send, by kind and by the names of the differences (``docs/semantics.md``).
+with those of the collectives in the stage functions and in XLA's HLO, by kind.
 """
 
 from __future__ import annotations
@@ -47,16 +47,18 @@ def compiled_memory(planned: Any, devices: Any) -> int:
 
 
 def sent_bytes(planned: Any) -> Row:
-    """What a device of each stage sends in a step: predicted, counted from explicit collectives, and of XLA's HLO."""
+    """What a device of each stage sends in a step: predicted, counted in its functions, and of XLA's HLO."""
     predicted = dict[str, int]()
     for stage in planned.plan.stages:
         for kind, nbytes in stage.sharding.sent_bytes:
             predicted[kind] = predicted.get(kind, 0) + nbytes
     comparison = planned.compare_xla()
     return {
-        "predicted": predicted, "counted": comparison.planned, "xla": comparison.compiled, "names": comparison.classes,
-        "unexplained": len(comparison.unexplained),
-    }  # fmt: skip
+        "predicted": predicted,
+        "counted": comparison.planned,
+        "xla": comparison.compiled,
+        "differences": len(comparison.differences),
+    }
 
 
 def run_model(args: argparse.Namespace) -> Row:
@@ -154,7 +156,7 @@ def table_of_model(found: Row) -> Any:
 
 
 def table_of_bytes(found: Row) -> Any:
-    """Predicted and compiled communication of each plan, by kind, and what explains the difference."""
+    """Predicted and compiled communication of each plan, by kind."""
     from rich.table import Table
 
     table = Table(title=found["model"], title_justify="left")
@@ -164,12 +166,12 @@ def table_of_bytes(found: Row) -> Any:
         columns = [row[key] for key in ("predicted", "counted", "xla")]
         sums = [sum(column.values()) for column in columns]
         kinds = sorted({kind for column in columns for kind in column})
-        names = [f"{key} {nbytes / sums[0]:+.1%}" for key, nbytes in sorted(row["names"].items())]
-        names.append(f"{row['unexplained']} unexplained")
         for kind in kinds:
             table.add_row("", kind.replace("_", "-"), *(f"{column.get(kind, 0):,.0f}" for column in columns), "", "")
         ratio = f"{sums[2] / sums[0]:.3f}" if sums[0] else ""
-        table.add_row(name, "all", *(f"{nbytes:,.0f}" for nbytes in sums), ratio, "\n".join(names), end_section=True)
+        table.add_row(
+            name, "all", *(f"{nbytes:,.0f}" for nbytes in sums), ratio, str(row["differences"]), end_section=True
+        )
     return table
 
 

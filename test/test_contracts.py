@@ -189,6 +189,47 @@ def call_the_host(module: ir.Module) -> None:
         )
 
 
+def manual_computations(module: ir.Module) -> list[ir.Operation]:
+    """The bodies of the stage functions."""
+    found = [
+        each.operation.regions[0].blocks[0].operations[0].operation
+        for each in module.body.operations
+        if each.operation.name == "func.func"
+    ]
+    return [op for op in found if op.name == "sdy.manual_computation" and len(op.operands)]
+
+
+def shard_inside(module: ir.Module) -> None:
+    """Gives an op of the program of one device a sharding."""
+    op = manual_computations(module)[0].regions[0].blocks[0].operations[0].operation
+    op.attributes["sdy.sharding"] = ir.Attribute.parse("#sdy.sharding_per_value<[<@stage0, []>]>")
+
+
+def constrain_inside(module: ir.Module) -> None:
+    """Leaves a constraint in the program of one device."""
+    block = manual_computations(module)[0].regions[0].blocks[0]
+    sharding = ir.Attribute.parse("#sdy.sharding<@stage0, [{}, {}]>")
+    argument = next(value for value in block.arguments if ir.RankedTensorType(value.type).rank == 2)
+    with ir.InsertionPoint.at_block_begin(block):
+        ir.Operation.create("sdy.sharding_constraint", [argument.type], [argument], {"sharding": sharding})
+
+
+def replicate_inputs(module: ir.Module) -> None:
+    """Says that the inputs of a program of one device are sharded otherwise than the function's."""
+    for manual in manual_computations(module):
+        text = str(manual.attributes["in_shardings"])
+        if '"data"' in text:
+            manual.attributes["in_shardings"] = ir.Attribute.parse(text.replace('{"data"}', "{}"))
+            return
+
+
+def work_outside(module: ir.Module) -> None:
+    """Puts an op beside the program of one device."""
+    manual = manual_computations(module)[0]
+    with ir.InsertionPoint(manual):
+        ir.Operation.create("stablehlo.negate", [manual.operands[0].type], [manual.operands[0]])
+
+
 REFUSED: list[tuple[str, str, Breaks, str]] = [
     ("captured", "verify-program", set_attribute("bactrian.num_microbatches", None), "num_microbatches is None"),
     ("captured", "verify-program", set_attribute("bactrian.schedule", '"fifo"'), "'fifo', which is unknown"),
@@ -281,6 +322,15 @@ REFUSED: list[tuple[str, str, Breaks, str]] = [
     ("split", "split-stages", set_attribute("bactrian.phase", '"later"', "mpmd.fragment_call"), "must be one of"),
     ("split", "split-stages", set_attribute("bactrian.stage", "1 : i64", "mpmd.fragment_call"), "stage and phase say"),
     ("split", "split-stages", insert("func.func private @stage9.forward() { return }"), "is called by nobody"),
+    (
+        "partitioned",
+        "partition",
+        shard_inside,
+        "an op of the program of one device has sdy.sharding",
+    ),
+    ("partitioned", "partition", constrain_inside, "sdy.sharding_constraint is left in the program of one device"),
+    ("partitioned", "partition", replicate_inputs, "in_shardings has"),
+    ("partitioned", "partition", work_outside, "is not one sdy.manual_computation"),
     ("scheduled", "schedule-microbatches", set_attribute("bactrian.order", '[["F0"]]'), "one list for each of 2"),
     (
         "scheduled",
