@@ -24,6 +24,14 @@ def splat_text(value: ir.Value) -> str | None:
     return None if number.startswith(("[", '"')) or not number else number
 
 
+def elements_text(constant: ir.Operation) -> str:
+    """All elements of a constant and their type: equal constants have equal ones."""
+    (result,) = constant.results
+    if not _is_complex(result):  # else the bindings can't read them
+        return str(constant.attributes["value"])
+    return str(constant.get_asm()).partition("dense<")[2]
+
+
 def _is_complex(value: ir.Value) -> bool:
     return isinstance(ir.RankedTensorType(value.type).element_type, ir.ComplexType)
 

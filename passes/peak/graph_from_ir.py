@@ -10,6 +10,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import stablehlo
 
 from bactrian.passes.ir.attributes import argument_attributes
+from bactrian.passes.ir.constants import elements_text, splat_text
 from bactrian.passes.ir.meshes import SHARDING
 from bactrian.passes.ir.op_traits import HAS_OWN_BUFFER, without_dialect
 from bactrian.passes.ir.regions import body, nested_operations
@@ -93,7 +94,7 @@ class _Reader:
         shape, nbytes = _local(result)
         key = _key(op)
         if name == "constant":
-            loose = math.prod(shape) <= 1 or _is_splat(op.attributes["value"])
+            loose = math.prod(shape) <= 1 or splat_text(result) is not None
             return graph.add(name, Kind.LOOSE if loose else Kind.CONSTANT, (), shape, nbytes, key=key)
         if name == "transpose":
             return graph.transpose(reads[0], list(ir.DenseI64ArrayAttr(op.attributes["permutation"])))
@@ -173,14 +174,12 @@ def _is_one(op: ir.Operation, shape: tuple[int, ...]) -> bool:
     return all(shape[dim] == 1 for dim in ir.DenseI64ArrayAttr(op.attributes["dimensions"]))
 
 
-def _is_splat(attribute: ir.Attribute) -> bool:
-    return isinstance(attribute, ir.DenseElementsAttr) and attribute.is_splat
-
-
 def _key(op: ir.Operation) -> object:
     """What ops of one name with the same operands must share to be equal; None where regions would have to be compared."""
     if len(op.regions):
         return None
+    if op.name == "stablehlo.constant":
+        return elements_text(op)
     attributes = op.attributes
     return tuple((name, str(attributes[name])) for name in attributes if name != SHARDING and name[:8] != "bactrian")
 

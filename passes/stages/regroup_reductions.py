@@ -19,6 +19,7 @@ from bactrian.passes.ir.attributes import (
     stage_of,
 )
 from bactrian.passes.ir.cloning import PARTIAL
+from bactrian.passes.ir.constants import splat_of
 from bactrian.passes.ir.main_dataflow import MainDataflow
 from bactrian.passes.ir.op_traits import ASSOCIATIVE, NEVER_CLONED
 from bactrian.passes.ir.regions import custom_call_target, erase_dead, nested_operands
@@ -152,10 +153,7 @@ def _concatenated_fold(op: ir.Operation, small_bytes: int) -> _Fold | None:
 
 def _is_identity(kind: str, init: ir.Value) -> bool:
     """Whether folding ``init`` in changes nothing. In doubt it is one more value to fold."""
-    owner = init.owner
-    if isinstance(owner, ir.Block) or owner.operation.name != "stablehlo.constant":
-        return False
-    number = getattr(ir.DenseElementsAttr(owner.operation.attributes["value"]).get_splat_value(), "value", None)
+    number = getattr(splat_of(init), "value", None)
     is_bool = str(ir.RankedTensorType(init.type).element_type) == "i1"
     expected: dict[str, tuple[object, ...]] = {
         "stablehlo.add": (0, 0.0),
