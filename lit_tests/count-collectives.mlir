@@ -65,7 +65,7 @@ module @loops {
 // Borders of a cut image, which Shardy leaves to XLA: with windows of 5 every second row of 4 x 4 numbers, 1 row of 4-byte
 // numbers from before and 2 from behind. The pooling that follows has windows of 2 apart from each other, and none; so has
 // its gradient, whose other operand is not gathered.
-// CHECK: module @borders attributes {bactrian.sent_bytes = {halo = 192 : i64}}
+// CHECK: module @borders attributes {bactrian.sent_bytes = {collective_permute = 192 : i64}}
 module @borders {
   sdy.mesh @stage0 = <["rows"=2]>
   func.func private @stage0.forward(%x: tensor<16x4x4xf32> {sdy.sharding = #sdy.sharding<@stage0, [{"rows"}, {}, {}]>}, %k: tensor<5x4x4xf32> {sdy.sharding = #sdy.sharding<@stage0, [{}, {}, {}]>}, %g: tensor<4x4x4xf32> {sdy.sharding = #sdy.sharding<@stage0, [{"rows"}, {}, {}]>}) -> (tensor<8x4x4xf32> {sdy.sharding = #sdy.sharding<@stage0, [{"rows"}, {}, {}]>}) {

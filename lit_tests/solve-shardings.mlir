@@ -193,7 +193,7 @@ module @loop_of_a_stage attributes {bactrian.num_stages = 2 : i64} {
 // One image: its rows are cut, also where a maximum is taken of each two, and the kernel is everywhere. A device sends one
 // row of 512 x 8 numbers to the neighbour before it and one to that behind.
 // CHECK-LABEL: module @one_image
-// CHECK-SAME: sent_bytes = {halo = 32768 : i64}
+// CHECK-SAME: sent_bytes = {collective_permute = 32768 : i64}
 module @one_image {
   sdy.mesh @stage0 = <["rows"=4]>
   // CHECK: tensor<1x512x512x8xf32> {bactrian.role = "batch", sdy.sharding = #sdy.sharding<@stage0, [{}, {"rows"}, {}, {}]>}
