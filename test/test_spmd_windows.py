@@ -142,15 +142,24 @@ def _reduce_pairs(random: np.random.Generator) -> Case:
 
 
 def _pool_gradient(random: np.random.Generator) -> Case:
-    rows, features = int(random.choice((8, 12, 24))), int(random.choice((1, 4, 6)))
-    size, stride, padding = picked(
-        random, (2, 2, "VALID"), (1, 2, "VALID"), (2, 3, "VALID"), (3, 1, "SAME"), (3, 2, "SAME")
+    """Many equal numbers, and some that are the least there is."""
+    shape = [int(random.choice((1, 4, 6, 8, 12, 24))) for _ in range(2)]
+    kinds = (
+        (2, 2, (0, 0)),
+        (1, 2, (0, 0)),
+        (3, 1, (1, 1)),
+        (3, 2, (0, 1)),
+        (3, 2, (1, 0)),
+        (5, 2, (2, 1)),
+        (2, 1, (1, 0)),
     )
+    sizes, strides, padding = zip(*(picked(random, *kinds) for _ in shape), strict=True)
 
     def pool(x: jax.Array) -> jax.Array:
-        return lax.reduce_window(x, -jnp.inf, lax.max, (1, size, 1), (1, stride, 1), padding)
+        return lax.reduce_window(x, -jnp.inf, lax.max, (*sizes, 1), (*strides, 1), (*padding, (0, 0)))
 
-    x = numbers(random, 4, rows, features)
+    x = numbers(random, *shape, 2)
+    x[random.random(x.shape) < 0.3] = -np.inf
     ct = numbers(random, *jax.eval_shape(pool, x).shape)
     return Case(lambda x, ct: jax.vjp(pool, x)[1](ct)[0], (x, ct))
 
