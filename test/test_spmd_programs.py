@@ -6,6 +6,7 @@ Each stands for a kind of program that went wrong while XLA's partitioner execut
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ import pytest
 import sharded
 from jax import lax
 
+import bactrian
 from bactrian.driver.xla.compile_stage import compile_functions, signature_shardings
 from bactrian.passes.machine.spec import MeshAxes
 
@@ -212,6 +214,21 @@ def test_shardings_change_nothing(name: str) -> None:
 def test_many_shardings_change_nothing(name: str) -> None:
     for seed in range(1, 17):
         check(name, seed)
+
+
+def test_complex_weights_train_on_a_mesh(slow: Path) -> None:
+    """From the trace to numbers, with the prediction of memory."""
+    loss = fourier()[0]
+
+    def step(weights: jax.Array, x: jax.Array) -> Any:
+        value, gradient = bactrian.value_and_grad(lambda w: loss(w, x)[0])(weights)
+        return weights - 0.1 * jnp.conj(gradient), value
+
+    arguments = fourier()[1]
+    planned = bactrian.parallelize(step, num_stages=1, num_microbatches=1, mesh="a=4", cluster=slow)
+    got = bactrian.gather(planned(*arguments))
+    for one, other in zip(got, planned.reference(*arguments), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
 
 
 def test_all_devices_have_the_numbers_that_one_has_drawn() -> None:
