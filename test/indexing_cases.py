@@ -136,6 +136,8 @@ def _gather(random: np.random.Generator) -> Case:
 def _scatter(random: np.random.Generator) -> Case:
     """Sums of whole numbers, maxima, or, at places that differ, new values."""
     numbers = _Indexing(random)
+    if random.integers(6) == 0:
+        return _scatter_of_two(random, numbers)
     indices, kind = numbers.indices(random), int(random.integers(4))
     folds = {"add": (*NUMBERS,), "maximum": ("f32", "i32", "bf16"), "minimum": ("f32", "i32"), "multiply": ("i32",), "or": ("i1", "i32")}  # fmt: skip
     fold = pick(random, ("add", "add", *folds))
@@ -149,14 +151,35 @@ def _scatter(random: np.random.Generator) -> Case:
             scalar = f"tensor<{element}>"
             body = f'^bb0(%x: {scalar}, %y: {scalar}): "stablehlo.return"(%y) : ({scalar}) -> ()'
             attributes = f"indices_are_sorted = false, unique_indices = {pick(random, ('true', 'false'))}"
-    attributes += (
-        f", scatter_dimension_numbers = #stablehlo.scatter<update_window_dims = {numbers.offsets}, "
+    attributes += f", {_scatter_numbers(numbers)}"
+    operands = whole_numbers(random, numbers.dims, element, 1), indices, whole_numbers(random, numbers.made, element, 1)
+    return Case("scatter", operands, (Type(numbers.dims, element),), attributes, (body,))
+
+
+def _scatter_numbers(numbers: _Indexing) -> str:
+    return (
+        f"scatter_dimension_numbers = #stablehlo.scatter<update_window_dims = {numbers.offsets}, "
         f"inserted_window_dims = {numbers.collapsed}, input_batching_dims = {numbers.batching}, "
         f"scatter_indices_batching_dims = {numbers.index_batching}, "
         f"scatter_dims_to_operand_dims = {numbers.index_map}, index_vector_dim = {numbers.vector}>"
     )
-    operands = whole_numbers(random, numbers.dims, element, 1), indices, whole_numbers(random, numbers.made, element, 1)
-    return Case("scatter", operands, (Type(numbers.dims, element),), attributes, (body,))
+
+
+def _scatter_of_two(random: np.random.Generator, numbers: _Indexing) -> Case:
+    """Two operands whose updates go to the same places: a maximum, and a sum with it."""
+    one, two = "tensor<f32>", "tensor<i32>"
+    body = f"""^bb0(%x: {one}, %i: {two}, %y: {one}, %j: {two}):
+      %m = "stablehlo.maximum"(%x, %y) : ({one}, {one}) -> {one}
+      %c = "stablehlo.convert"(%m) : ({one}) -> {two}
+      %s = "stablehlo.add"(%i, %j) : ({two}, {two}) -> {two}
+      %t = "stablehlo.add"(%s, %c) : ({two}, {two}) -> {two}
+      "stablehlo.return"(%m, %t) : ({one}, {two}) -> ()"""
+    inputs, updates = (
+        [whole_numbers(random, dims, each, 9) for each in ("f32", "i32")] for dims in (numbers.dims, numbers.made)
+    )
+    attributes = f"indices_are_sorted = false, unique_indices = false, {_scatter_numbers(numbers)}"
+    results = tuple(Type(numbers.dims, each) for each in ("f32", "i32"))
+    return Case("scatter", (*inputs, numbers.indices(random), *updates), results, attributes, (body,))
 
 
 def _torch_index_select(random: np.random.Generator) -> Case:
