@@ -132,7 +132,7 @@ class OperationReader:
         if rule is None:
             shapes = [tuple(value_shape(self._flow.values[value]) for value in each) for each in (read, results)]
             if not is_free and any(shapes[0] + shapes[1]):
-                self._remark(op, f"no sharding rule for {op.name}: it is replicated on every device")
+                self._remark(op, f"{op.name} can't be sharded: every device does all of it")
             rule = replicated_rule(*shapes)
         separate = is_separate(self._flow, index)
         keeps = separate or any(self._from_memory[value] for value in results)

@@ -144,7 +144,7 @@ def drop_user_mesh(module: ir.Module, meshes: Mapping[str, MeshAxes]) -> None:
     """Erase the mesh ``@user``, once the shardings of stages are written: what is still over it moves to a stage's mesh.
 
     That is the sharding of an argument that no op reads, which stays on the first stage, and of a constraint in the
-    regions of an op, which XLA sees.
+    regions of an op that every device does whole.
 
     Args:
         module: whose shardings are chosen.
