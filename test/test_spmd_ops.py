@@ -6,9 +6,11 @@ import itertools
 import time
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 
 import jax
 import op_sweep
+import op_table
 import pytest
 from control_cases import WITHOUT_CASES
 from jaxlib.mlir.dialects import _stablehlo_ops_gen as stablehlo_ops
@@ -66,3 +68,10 @@ def test_every_op_has_cases_or_a_reason() -> None:
     }
     assert dialect == set(GENERATORS) | set(WITHOUT_CASES)
     assert not set(GENERATORS) & set(WITHOUT_CASES)
+
+
+def test_the_table_is_up_to_date() -> None:
+    page = Path(__file__).resolve().parent.parent / "docs" / "op-forms.md"
+    assert page.read_text() == op_table.markdown(), (
+        "docs/op-forms.md is stale: python test/op_table.py > docs/op-forms.md"
+    )
