@@ -153,7 +153,8 @@ def _scatter(random: np.random.Generator) -> Case:
             attributes = f"indices_are_sorted = false, unique_indices = {pick(random, ('true', 'false'))}"
     attributes += f", {_scatter_numbers(numbers)}"
     operands = whole_numbers(random, numbers.dims, element, 1), indices, whole_numbers(random, numbers.made, element, 1)
-    return Case("scatter", operands, (Type(numbers.dims, element),), attributes, (body,))
+    adds = "stablehlo.add" in body
+    return Case("scatter", operands, (Type(numbers.dims, element),), attributes, (body,), adds=adds)
 
 
 def _scatter_numbers(numbers: _Indexing) -> str:

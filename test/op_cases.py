@@ -64,7 +64,8 @@ class Case:
         captured: how many of the last operands only regions read.
         tolerance: 0 where shards give the same bits as the whole; else how far a result may be off, relative to its
             largest element.
-        unreduced: whether the result may stay unreduced: the op is a sum.
+        adds: whether results are sums: over devices these may lose the sign of a zero.
+        unreduced: whether the result may stay unreduced.
     """
 
     name: str
@@ -73,6 +74,7 @@ class Case:
     attributes: str = ""
     regions: tuple[str, ...] = ()
     tolerance: float = 0.0
+    adds: bool = False
     unreduced: bool = False
     captured: int = 0
 

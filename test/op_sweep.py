@@ -25,10 +25,10 @@ from bactrian.passes.ir.tensor_sizes import value_shape
 from bactrian.passes.machine.mesh import Axis, Mesh
 from bactrian.passes.machine.spec import MeshAxes, Spec, num_devices
 from bactrian.passes.sharding.strategies import Defers, Strategy, strategies
-from bactrian.passes.spmd.function_partitioner import partition_function
+from bactrian.passes.spmd.function_partitioner import FORWARDING, partition_function
 from bactrian.passes.spmd.op_rules import annotate_rules, rule_of
 from bactrian.passes.spmd.reshard_paths import all_specs
-from bactrian.passes.spmd.sharding_rules import replicated_rule
+from bactrian.passes.spmd.sharding_rules import Rule, replicated_rule
 
 MESHES: tuple[MeshAxes, ...] = (
     (("x", 2),),
@@ -153,7 +153,7 @@ def bundle(seed: int, axes: MeshAxes, generators: Sequence[Generator], most: int
 
 def choices_of(case: Case, op: ir.Operation, mesh: Mesh) -> tuple[Strategy, ...]:
     """What the solver may choose for an op with a rule."""
-    rule = rule_of(op)
+    rule = forwarding_rule(case) if op.name in FORWARDING else rule_of(op)
     if rule is None:  # all of it is whole
         rule = replicated_rule(tuple(each.shape for each in case.reads), tuple(each.shape for each in case.results))
     sizes = tuple(float(tensor_size(value.type).bytes) for value in op.results)
@@ -161,6 +161,13 @@ def choices_of(case: Case, op: ir.Operation, mesh: Mesh) -> tuple[Strategy, ...]
     found = strategies(rule, sizes, mesh, shapes, Defers.STARTS if case.unreduced else Defers.NOT)
     rest = tuple(Spec.replicated(len(each.shape)) for each in case.reads[len(rule.operands) :])
     return tuple(dataclasses.replace(each, operands=(*each.operands, *rest)) for each in found)
+
+
+def forwarding_rule(case: Case) -> Rule:
+    """Every result as its operand, each sharded on its own."""
+    whole = replicated_rule(tuple(each.shape for each in case.reads), ())
+    empty = frozenset(factor for factor, size in enumerate(whole.sizes) if size == 0)
+    return dataclasses.replace(whole, results=whole.operands, replicated=empty)
 
 
 def _any_spec(random: np.random.Generator, type_: Type, mesh: Mesh) -> Spec:
@@ -204,7 +211,7 @@ def difference(case: Case, wanted: Array, index: Any, shard: Array) -> str:
     part = wanted[index]
     if part.shape != shard.shape or part.dtype != shard.dtype:
         return f"{shard.dtype}{shard.shape} instead of {part.dtype}{part.shape}"
-    if same_bits(part, shard) or (case.unreduced and np.array_equal(part, shard, equal_nan=True)):
+    if same_bits(part, shard) or (case.adds and np.array_equal(part, shard, equal_nan=True)):
         return ""  # XLA's all-reduces on CPUs make 0.0 of the sum of -0.0 and -0.0
     if case.tolerance:
         wide = np.complex128 if part.dtype.kind == "c" else np.float64

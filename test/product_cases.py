@@ -68,7 +68,7 @@ def _dot_general(random: np.random.Generator) -> Case:
         made = "i32"
     operands, off = _summands(random, (sides[0], sides[1]), element, math.prod(contracting))
     result = Type((*batch, *kept), made)
-    return Case("dot_general", operands, (result,), attributes, tolerance=off, unreduced=True)
+    return Case("dot_general", operands, (result,), attributes, tolerance=off, adds=True, unreduced=True)
 
 
 def _dot(random: np.random.Generator) -> Case:
@@ -79,7 +79,7 @@ def _dot(random: np.random.Generator) -> Case:
     if random.integers(2):
         right = right[:1]
     operands, off = _summands(random, (left, right), element, inner)
-    return Case("dot", operands, (Type((*left[:-1], *right[1:]), element),), tolerance=off, unreduced=True)
+    return Case("dot", operands, (Type((*left[:-1], *right[1:]), element),), tolerance=off, adds=True, unreduced=True)
 
 
 _FOLDS = {
@@ -118,7 +118,8 @@ def _reduce(random: np.random.Generator) -> Case:
         operand, initial, off = any_numbers(random, dims, element), any_numbers(random, (), element), 0.0
     return Case(
         "reduce", (operand, initial), (Type(made, element),), f"dimensions = {i64_array(reduced)}",
-        (fold_region(fold, element),), off, unreduced=fold == "add" and element != "i1",
+        (fold_region(fold, element),), off, adds=fold == "add",
+        unreduced=fold == "add" and element in FLOATS,
     )  # fmt: skip
 
 

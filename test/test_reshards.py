@@ -35,7 +35,8 @@ SHAPES = ((8,), (8, 8), (12, 4), (2, 6), (4, 2, 8))
 
 
 def _pairs(shape: tuple[int, ...], axes: MeshAxes) -> list[_Pair]:
-    return list(itertools.product(all_specs(shape, mesh_of(axes)), repeat=2))
+    specs = all_specs(shape, mesh_of(axes))
+    return list(itertools.product(specs, specs))
 
 
 def _module(shape: tuple[int, ...], axes: MeshAxes, pairs: Sequence[_Pair], table: ReshardTable) -> str:

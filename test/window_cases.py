@@ -209,7 +209,9 @@ def _convolution(random: np.random.Generator) -> Case:
         operands, off = tuple(plain_numbers(random, each, element) for each in shapes[:2]), 8 * terms * epsilon(element)
     else:
         operands = tuple(whole_numbers(random, each, element) for each in shapes[:2])
-    return Case("convolution", operands, (Type(shapes[2], element),), attributes, tolerance=off, unreduced=True)
+    return Case(
+        "convolution", operands, (Type(shapes[2], element),), attributes, tolerance=off, adds=True, unreduced=True
+    )
 
 
 def _batch_norm(name: str, random: np.random.Generator) -> Case:

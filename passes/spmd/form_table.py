@@ -66,7 +66,7 @@ FORMS: dict[str, Form] = {
     **_named("bitcast_convert reshape", Form(same_op, narrow_reshape)),
     **_named("constant", Form(constant)),
     **_named("convolution", Form(convolution, convolution_rule)),
-    **_named("dot_general", Form(product)),
+    **_named("dot dot_general", Form(product)),
     **_named("iota", Form(iota)),
     **_named("pad", Form(pad, rows_rule)),
     **_named("reduce", Form(reduction, narrow_reduction)),

@@ -43,6 +43,8 @@ def rule_of(op: ir.Operation) -> Rule | None:
         return None
     if op.name in _SOURCES:  # every device makes its own shard
         return _without_empty(elementwise(value_shape(op.results[0]), 0))
+    if op.name == "stablehlo.map":  # Shardy has no rule for it
+        return _without_empty(elementwise(value_shape(op.results[0]), len(op.operands)))
     if RULE not in op.attributes:
         return None
     rule = sdy.OpShardingRuleAttr(op.attributes[RULE])
