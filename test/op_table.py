@@ -25,11 +25,13 @@ _CASES = 30  # of each op
 
 _HEAD = """# What each op is on shards
 
-Made by `python test/op_table.py`; do not edit. `partition` writes an op whose dims are sharded in its local form; an op
-without one is whole: every device does all of it. `rule_of` says for one op of a program which of its dims can be
-sharded: the choice of shardings offers just these. Here they are counted over {cases} random cases of each op, of dims
-of more than one element: *operands* and *results* say how many of their dims can be sharded, *reduced* in how many cases
-a dim can be that is in operands only, of which devices combine their results.
+Made by `python test/op_table.py`; do not edit. `partition` writes an op whose dims are sharded in its local form; an
+op without one is whole: every device does all of it. `rule_of` says for one op of a program which of its dims can be
+sharded: the choice of shardings offers just these.
+
+Here they are counted over {cases} random cases of each op, of dims of more than one element. *Operands* and *results*
+say how many of their dims can be sharded; *reduced*, in how many cases a dim can be that is in operands only, of which
+devices combine their results.
 
 | op | on shards | whole dims | operands | results | reduced |
 |---|---|---|---|---|---|"""
@@ -54,7 +56,7 @@ def markdown() -> str:
 
 
 def _whole_dims(form: Form) -> str:
-    return _first_sentence(form.narrow) if inspect.getdoc(form.narrow) else ""
+    return _first_sentence(form.narrow) if inspect.getdoc(form.narrow) else "none for its form's sake"
 
 
 def _first_sentence(function: Callable[..., Any]) -> str:

@@ -9,12 +9,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import jax
+import numpy as np
 import op_sweep
 import op_table
 import pytest
 from control_cases import WITHOUT_CASES
 from jaxlib.mlir.dialects import _stablehlo_ops_gen as stablehlo_ops
 from op_generators import GENERATORS
+from stablehlo_interpreter import interpreted, is_interpreted
+
+from bactrian.passes.spmd.form_table import FORMS, Form
+from bactrian.passes.spmd.forms.elementwise import same_op
 
 _SHORT = range(5)
 _MOST_TOLD = 20
@@ -58,6 +63,29 @@ def test_shards_give_what_the_whole_gives_in_many_cases(block: int) -> None:
     print(f"seeds {seeds}: {counts.total()} cases of {len(counts)} ops, {len(wrong)} wrong, {seconds:.0f} s")
     print(", ".join(f"{name} {count}" for name, count in sorted(counts.items())))
     assert not wrong, "\n".join(map(str, wrong))
+
+
+def test_a_wrong_form_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products whose partial sums nobody adds up."""
+    made = op_sweep.bundle(5, op_sweep.MESHES[0], [GENERATORS["dot_general"]] * 8, 4)
+    monkeypatch.setitem(FORMS, "stablehlo.dot_general", Form(same_op))
+    wrong = list(op_sweep.check(made))
+    summed = [cut for cut in made.cuts if cut.strategy.reductions]
+    assert len(wrong) >= len(summed) / 2 > 0
+    assert "sdy.mesh" in str(wrong[0]) and "seed 5" in str(wrong[0])
+
+
+def test_one_device_gives_what_the_interpreter_gives() -> None:
+    """The judge of the sweep is XLA on one device; here it is judged."""
+    random = [np.random.default_rng(seed) for seed in range(4)]
+    cases = [generator(each) for generator in GENERATORS.values() for each in random]
+    cases = [case for case in cases if is_interpreted(case)]
+    assert len({case.name for case in cases}) > 50
+    for case, wholes in zip(cases, op_sweep.expected(cases), strict=True):
+        for whole, other in zip(wholes, interpreted(case), strict=True):
+            message = op_sweep.difference(case, other.astype(whole.dtype), (), whole)
+            # Of 0.0 and -0.0 either is the larger one to XLA.
+            assert not message or np.array_equal(whole, other, equal_nan=True), f"{message}\n{case.module()}"
 
 
 def test_every_op_has_cases_or_a_reason() -> None:
