@@ -77,7 +77,11 @@ def narrow_gather(op: ir.Operation, rule: Rule) -> Rule:
 
 
 def gather(local: LocalOp) -> Sequence[ir.Value]:
-    """A device that has not the row of an index adds nothing to the result."""
+    """A device that has not the row of an index adds nothing to the result.
+
+    XLA makes a slice of a gather of one window, merges it with slices of the result, and does not clamp it then (seen in
+    jaxlib 0.10.2): here it is clamped.
+    """
     indexing, (operand, indices) = gather_indexing(local.op), local.operands
     shape, dims = value_shape(local.op.operands[0]), local.reads[0].dims
     sizes = list(indexing.windows)
@@ -86,19 +90,17 @@ def gather(local: LocalOp) -> Sequence[ir.Value]:
             sizes[dim] //= local.devices.group_size(axes)
     attributes: dict[str, ir.Attribute] = {"slice_sizes": ir.DenseI64ArrayAttr.get(sizes)}
     cut = _sharded_components(local, indexing)
-    if not cut:
+    if not indexing.indexed or not (cut or _is_one_window(indices, indexing)):
         return local.clone(attributes=attributes)
     starts, flags = _columns(indices, indexing), list[ir.Value]()
-    for component in cut:
-        dim = indexing.indexed[component]
-        if indexing.windows[dim] == shape[dim]:
-            starts[component] = splat(starts[component].type, 0)
-            continue
-        rows = value_shape(operand)[dim]
-        # StableHLO moves indices beyond the dim to its ends.
-        start = row_of_shard(local, within(starts[component], 0, shape[dim] - 1), dims[dim], rows)
+    for component, dim in enumerate(indexing.indexed):
+        # StableHLO moves windows that reach beyond the dim to its end.
+        start = within(starts[component], 0, shape[dim] - indexing.windows[dim])
+        if component in cut and indexing.windows[dim] < shape[dim]:
+            rows = value_shape(operand)[dim]
+            start = row_of_shard(local, start, dims[dim], rows)
+            flags += [compared(start, "GE", splat(start.type, 0)), compared(start, "LT", splat(start.type, rows))]
         starts[component] = start
-        flags += [compared(start, "GE", splat(start.type, 0)), compared(start, "LT", splat(start.type, rows))]
     (made,) = local.clone([operand, _together(starts, indexing.vector_dim)], attributes | _unsorted())
     if not flags:
         return [made]
@@ -147,7 +149,7 @@ def scatter(local: LocalOp) -> Sequence[ir.Value]:
             start = within(starts[component], -1, shape[dim])
             starts[component] = row_of_shard(local, start, dims[dim], value_shape(inputs[0])[dim])
         indices, attributes = _together(starts, indexing.vector_dim), _unsorted()
-        if all(size == 1 for size in value_shape(starts[0])):
+        if _is_one_window(indices, indexing):
             inputs = [_kept_apart(value) for value in inputs]
     if not local.reduced:
         return local.clone([*inputs, indices, *updates], attributes)
@@ -170,6 +172,10 @@ def _sharded_components(local: LocalOp, indexing: Indexing) -> list[int]:
     """Components of an index that are rows of a sharded dim."""
     dims, group_size = local.reads[0].dims, local.devices.group_size
     return [component for component, dim in enumerate(indexing.indexed) if group_size(dims[dim]) > 1]
+
+
+def _is_one_window(indices: ir.Value, indexing: Indexing) -> bool:
+    return all(size == 1 for dim, size in enumerate(value_shape(indices)) if dim != indexing.vector_dim)
 
 
 def _unsorted() -> dict[str, ir.Attribute]:
