@@ -149,7 +149,8 @@ def _moved(
         },
     ).results[0]
     zero = splat(next(iter(starts.values())).type, 0)
-    return _sliced(padded, [starts.get(dim, zero) for dim in range(tensor.rank)], shape)
+    places = [within(starts[dim], 0, wide[dim] - shape[dim]) if dim in starts else zero for dim in range(tensor.rank)]
+    return _sliced(padded, places, shape)
 
 
 def _are_written(windows: Sequence[_Window], shape: Sequence[int]) -> ir.Value:
