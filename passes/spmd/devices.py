@@ -84,7 +84,7 @@ class Devices:
                         value = binary("stablehlo.multiply", value, splat(scalar_i32(), self.sizes[axis]))
                         value = binary("stablehlo.add", value, coordinate)
                 self._indices[key] = splat(scalar_i32(), 0) if value is None else value
-                self._last = self._indices[key].owner.operation
+                self._last = ir.OpResult(self._indices[key]).owner.operation
         return self._indices[key]
 
     def _coordinate(self, axis: str) -> ir.Value:

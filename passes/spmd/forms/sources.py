@@ -24,7 +24,7 @@ def constant(local: LocalOp) -> Sequence[ir.Value]:
 def iota(local: LocalOp) -> Sequence[ir.Value]:
     """Numbers of the whole dim. They are counted as integers: sums of rounded numbers would differ."""
     dim = ir.IntegerAttr(local.op.attributes["iota_dimension"]).value
-    (type_,) = local.result_types()
+    type_ = local.local_type(local.op.results[0].type, local.makes[0])
     axes = local.makes[0].dims[dim]
     if not axes:
         return local.clone()
