@@ -25,6 +25,7 @@ from bactrian.passes.ir.tensor_sizes import value_shape
 from bactrian.passes.machine.mesh import Axis, Mesh
 from bactrian.passes.machine.spec import MeshAxes, Spec, num_devices
 from bactrian.passes.sharding.strategies import Defers, Strategy, strategies
+from bactrian.passes.spmd.collective_bytes import count_collectives, sent_bytes
 from bactrian.passes.spmd.function_partitioner import FORWARDING, partition_function
 from bactrian.passes.spmd.op_rules import annotate_rules, rule_of
 from bactrian.passes.spmd.reshard_paths import all_specs
@@ -185,13 +186,36 @@ def expected(cases: Sequence[Case]) -> list[list[Array]]:
     return [list(itertools.islice(rest, len(case.results))) for case in cases]
 
 
+def partitioned(made: Bundle) -> ir.Module:
+    """The program of one device. A context has to be entered."""
+    module = ir.Module.parse(made.text())
+    annotate_rules(module)
+    partition_function(main_function(module), "stage0", made.axes)
+    return module
+
+
+def bytes_of_ops(made: Bundle) -> tuple[dict[str, float], dict[str, float]]:
+    """What devices send for the ops of a bundle by kind of collective: predicted, and in the module; reshards before and
+    after are left out."""
+    cuts = [
+        dataclasses.replace(cut, arguments=cut.strategy.operands, targets=cut.strategy.results) for cut in made.cuts
+    ]
+    predicted = dict[str, float]()
+    for cut in cuts:
+        for kind, nbytes in [(each.kind, each.nbytes) for each in cut.strategy.reductions] + [
+            (each.kind, each.send.nbytes) for each in cut.strategy.exchanges
+        ]:
+            predicted[kind] = predicted.get(kind, 0.0) + nbytes
+    with make_context():
+        module = partitioned(dataclasses.replace(made, cuts=cuts))
+        return predicted, sent_bytes(count_collectives(module.operation))
+
+
 def shards_made(made: Bundle) -> list[list[list[tuple[Any, Array]]]]:
     """Of every cut and each of its results what every device has: where it is in the whole, and the shard."""
     devices = jax.devices()[: num_devices(made.axes)]
     with make_context():
-        module = ir.Module.parse(made.text())
-        annotate_rules(module)
-        partition_function(main_function(module), "stage0", made.axes)
+        module = partitioned(made)
         i32 = ir.IntegerType.get_signless(32)
         root = module.operation.attributes
         root["mhlo.num_partitions"], root["mhlo.num_replicas"] = (

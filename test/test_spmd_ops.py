@@ -49,6 +49,13 @@ def test_shards_give_what_the_whole_gives(seed: int) -> None:
     assert not wrong, "\n".join(map(str, wrong))
 
 
+@pytest.mark.parametrize("seed", range(20, 30))
+def test_ops_send_what_is_predicted(seed: int) -> None:
+    axes = op_sweep.MESHES[seed % len(op_sweep.MESHES)]
+    predicted, sent = op_sweep.bytes_of_ops(op_sweep.bundle(seed, axes, list(GENERATORS.values()), 8))
+    assert sent == pytest.approx({kind: nbytes for kind, nbytes in predicted.items() if nbytes})
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("block", range(_BLOCKS))
 def test_shards_give_what_the_whole_gives_in_many_cases(block: int) -> None:
