@@ -152,7 +152,11 @@ def _scatter(random: np.random.Generator) -> Case:
             body = f'^bb0(%x: {scalar}, %y: {scalar}): "stablehlo.return"(%y) : ({scalar}) -> ()'
             attributes = f"indices_are_sorted = false, unique_indices = {pick(random, ('true', 'false'))}"
     attributes += f", {_scatter_numbers(numbers)}"
-    operands = whole_numbers(random, numbers.dims, element, 1), indices, whole_numbers(random, numbers.made, element, 1)
+    if fold in ("maximum", "minimum"):
+        inputs, updates = (any_numbers(random, dims, element) for dims in (numbers.dims, numbers.made))
+    else:
+        inputs, updates = (whole_numbers(random, dims, element, 1) for dims in (numbers.dims, numbers.made))
+    operands = inputs, indices, updates
     adds = "stablehlo.add" in body
     return Case("scatter", operands, (Type(numbers.dims, element),), attributes, (body,), adds=adds)
 

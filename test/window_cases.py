@@ -119,6 +119,8 @@ def _reduce_window(random: np.random.Generator) -> Case:
     element = pick(random, {"or": ("i1", "i32"), "multiply": ("f32", "i32")}.get(fold, (*FLOATS, "i32", "ui8")))
     neutral = {"add": 0, "or": 0, "multiply": 1, "maximum": -1000, "minimum": 1000}[fold]
     operand = whole_numbers(random, dims, element, 1 if fold == "multiply" else 2)
+    if fold in ("maximum", "minimum"):
+        operand = any_numbers(random, dims, element)
     initial = whole_numbers(random, (), element, 3)
     if random.integers(3):
         initial = np.asarray(max(neutral, 0) if element == "ui8" else neutral).astype(initial.dtype)
