@@ -62,7 +62,9 @@ def localize_stages() -> Passes:
 
 def prepare_shardings() -> Passes:
     """Annotate every op with its sharding rule."""
-    return ("func.func(sdy-populate-op-sharding-rules)",)
+    from bactrian.passes.fold_reversals import FoldReversals
+
+    return (FoldReversals(), "func.func(sdy-populate-op-sharding-rules)")
 
 
 def shard_stages(

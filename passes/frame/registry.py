@@ -27,6 +27,7 @@ PASSES: dict[str, str] = {
     "clone-cheap-ops": "bactrian.passes.clone_cheap_ops:CloneCheapOps",
     "select-residuals": "bactrian.passes.select_residuals:SelectResiduals",
     "accumulate-gradients": "bactrian.passes.accumulate_gradients:AccumulateGradients",
+    "fold-reversals": "bactrian.passes.fold_reversals:FoldReversals",
     "solve-shardings": "bactrian.passes.solve_shardings:SolveShardings",
     "split-stages": "bactrian.passes.split_stages:SplitStages",
     "loop-microbatches": "bactrian.passes.loop_microbatches:LoopMicrobatches",
