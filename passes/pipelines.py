@@ -85,7 +85,7 @@ def shard_stages(
 
 
 def emit_stages(donate: bool = True) -> Passes:
-    """Make one function per stage and phase, for one device, and schedule the microbatches."""
+    """Make one device's function per stage and phase, and schedule the microbatches."""
     from bactrian.passes.loop_microbatches import LoopMicrobatches
     from bactrian.passes.partition import Partition
     from bactrian.passes.schedule_microbatches import ScheduleMicrobatches
