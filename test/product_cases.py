@@ -7,6 +7,7 @@ import math
 import numpy as np
 from op_cases import (
     BITS,
+    COMPLEX,
     FLOATS,
     NUMBERS,
     Case,
@@ -118,7 +119,7 @@ def _reduce(random: np.random.Generator) -> Case:
         operand, initial, off = any_numbers(random, dims, element), any_numbers(random, (), element), 0.0
     return Case(
         "reduce", (operand, initial), (Type(made, element),), f"dimensions = {i64_array(reduced)}",
-        (fold_region(fold, element),), off, adds=fold == "add",
+        (fold_region(fold, element),), off, adds=fold == "add" or element in COMPLEX,
         unreduced=fold == "add" and element in FLOATS,
     )  # fmt: skip
 
