@@ -222,7 +222,8 @@ def chosen(case: Case, name: str, axes: MeshAxes, pick: Callable[[int], list[int
         pick: of so many strategies some.
     """
     expected = [np.asarray(each) for each in jax.tree.leaves(jax.jit(case.reference)(*case.arguments))]
-    reading, model = sharded.read(lowered(case, axes), axes)
+    module = lowered(case, axes)
+    reading, model = sharded.read(module, axes)  # the reading's ops live as long as the module
     ((node, choices),) = [
         (node, choices)
         for node, number, choices in model.op_nodes()

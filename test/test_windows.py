@@ -14,6 +14,7 @@ import pytest
 import sharded
 from jax import ShapeDtypeStruct as Shape
 from jax import lax
+from jaxlib.mlir import ir
 from test_known_plans import f32, plan
 
 import bactrian
@@ -83,13 +84,15 @@ def test_the_second_halo_is_as_wide_as_the_first_has_made_it() -> None:
     assert sent == [8 * 8 * 4, 8 * 8 * 4, 10 * 8 * 4, 10 * 8 * 4]
 
 
-def read(function: Callable[..., Any], *shapes: Shape) -> tuple[Reading, ShardingModel]:
-    return sharded.read(sharded.lowered(function, shapes, GRID), GRID)
+def read(function: Callable[..., Any], *shapes: Shape) -> tuple[ir.Module, Reading, ShardingModel]:
+    """The module, whose ops the reading holds, and what is read of it."""
+    module = sharded.lowered(function, shapes, GRID)
+    return module, *sharded.read(module, GRID)
 
 
-def of_op(made: tuple[Reading, ShardingModel], name: str) -> list[Strategy]:
+def of_op(made: tuple[ir.Module, Reading, ShardingModel], name: str) -> list[Strategy]:
     """All strategies of the last op with this name."""
-    reading, model = made
+    _, reading, model = made
     found = [
         choices
         for entry, choices in zip(reading.ops, model.strategies, strict=True)
