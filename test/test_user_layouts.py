@@ -17,7 +17,11 @@ from jax.sharding import PartitionSpec as P
 
 import bactrian
 from bactrian.driver.api import Parallelized
+from bactrian.driver.planning.memory_refinement import clone_unsolved
+from bactrian.passes import pipelines
 from bactrian.passes.frame.errors import ConfigError, ProgramError
+from bactrian.passes.frame.pipeline import run_pipeline
+from bactrian.passes.split_stages import SplitStages
 
 MESH = "data=2,model=4"
 RANDOM = np.random.default_rng(0)
@@ -54,12 +58,17 @@ def scanned(x: Any) -> Any:
 
 
 def text_of(step: Any, state: Any = STATE, batch: Any = BATCH, **options: Any) -> str:
-    """The staged module."""
-    return bactrian.parallelize(step, **{"mesh": MESH, **options}).trace(state, batch).plan().staged_text
+    """The module in stages with its shardings, before ``partition``."""
+    staged = bactrian.parallelize(step, **{"mesh": MESH, **options}).trace(state, batch).plan().staged
+    assert staged.unsolved is not None
+    with staged.unsolved.context:
+        module = clone_unsolved(staged.unsolved)
+    run_pipeline(module, [*pipelines.shard_stages(), SplitStages()])
+    return str(module)
 
 
 def constraints(text: str) -> set[tuple[str, str, str]]:
-    """Mesh, sharding and type of all constraints of a staged module."""
+    """Mesh, sharding and type of all constraints of a module."""
     return set(re.findall(r"sdy\.sharding_constraint %\S+ <@(\w+), (\[.*?\])> : tensor<(\w+)>", text))
 
 
