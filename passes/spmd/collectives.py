@@ -9,7 +9,6 @@ import numpy as np
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import stablehlo
 
-from bactrian.passes.ir.builders import splat
 from bactrian.passes.spmd.devices import Devices
 
 _DEVICE_TO_DEVICE = 1  # StableHLO's type of a channel
@@ -116,7 +115,8 @@ class Collectives:
         """One collective. Nothing is sent of a value without elements: StableHLO allows no collectives of these."""
         element = ir.RankedTensorType(value.type).element_type
         if 0 in shape:
-            return splat(ir.RankedTensorType.get(shape, element), 0)
+            empty = ir.RankedTensorType.get(shape, element)
+            return ir.Operation.create("stablehlo.reshape", results=[empty], operands=[value]).results[0]
         op = ir.Operation.create(
             name,
             results=[ir.RankedTensorType.get(shape, element)],
