@@ -97,9 +97,26 @@ def schedule(graph: Graph, fused: Fused, flip: bool = False) -> list[list[int]]:
     return order
 
 
+def _post_order(fused: Fused) -> list[int]:
+    """The nodes in the order in which XLA's combiners see them: operands first, from the first result on."""
+    order, seen = list[int](), set[int]()
+    for result in fused.results:
+        stack = [(result, False)]
+        while stack:
+            number, is_done = stack.pop()
+            if is_done:
+                order.append(number)
+            elif number not in seen:
+                seen.add(number)
+                stack.append((number, True))
+                stack += [(operand, False) for operand in reversed(fused.reads[number]) if operand not in seen]
+    return order + [number for number in fused.made if number not in seen]
+
+
 def _groups(graph: Graph, fused: Fused) -> list[list[int]]:
-    """Collectives of one group, none of which depends on another, together; every other node alone."""
-    groups, combined = list[list[int]](), dict[object, list[int]]()
+    """Collectives of one group that follow each other, and do not depend on each other, together; every other node
+    alone."""
+    groups, last = list[list[int]](), dict[object, int]()
     before = dict[int, int]()  # bits of the steps with collectives that a node depends on
     step_of = dict[int, int]()
     needs = dict[int, int]()  # the same for such a step
@@ -113,18 +130,17 @@ def _groups(graph: Graph, fused: Fused) -> list[list[int]]:
             todo = (todo | needs[step.bit_length() - 1]) & ~known
         return known
 
-    for number in fused.made:
+    for number in _post_order(fused):
         bits = 0
         for operand in fused.reads[number]:
             bits |= before[operand] | (1 << step_of[operand] if operand in step_of else 0)
         group = graph.nodes[number].group
         if group is not None:
             bits = closed(bits)
-            step = next((each for each in combined.get(group, ()) if not bits >> each & 1), None)
-            if step is None:
-                step = len(groups)
+            step = last.get(group)
+            if step is None or bits >> step & 1:
+                step = last[group] = len(groups)
                 groups.append([])
-                combined.setdefault(group, []).append(step)
             groups[step].append(number)
             step_of[number] = step
             needs[step] = needs.get(step, 0) | bits

@@ -27,6 +27,7 @@ from bactrian.passes.spmd.op_rules import drop_rules, rule_of
 from bactrian.passes.spmd.reshards import Resharder
 
 _RESHARD = "sdy.reshard"
+_EASILY_SMALLER = ("stablehlo.broadcast_in_dim", "stablehlo.constant")
 _CONSTRAINT = "sdy.sharding_constraint"
 _WRITTEN_ANEW = frozenset({"stablehlo.dynamic_slice", "stablehlo.fft", "stablehlo.gather"})
 """Ops that XLA does wrong beside the slices and collectives of a device's program; their forms say how."""
@@ -87,6 +88,7 @@ class _FunctionPartitioner:
             returned = [self._as(value, spec) for value, spec in zip(end.operands, makes, strict=True)]
             ir.Operation.create("sdy.return", operands=returned)
         bundle_reduce_scatters(inner, collectives)
+        _erase_unread(manual)
         for number, result in enumerate(manual.results):
             end.operands[number] = result
         for op in reversed(operations):
@@ -305,6 +307,13 @@ class _FunctionPartitioner:
             why=f"operands are sharded as ({operands}), results as ({results})",
             fix="reshard the operands to what the op's sharding rule says, or replicate them",
         )
+
+
+def _erase_unread(manual: ir.Operation) -> None:
+    """Whole values of which devices made smaller ones."""
+    for op in reversed(nested_operations(manual)):
+        if op.name in _EASILY_SMALLER and next(iter(op.results[0].uses), None) is None:
+            op.erase()
 
 
 def _drop_shardings(op: ir.Operation) -> None:

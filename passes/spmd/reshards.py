@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from jaxlib.mlir import ir
 
 from bactrian.passes.ir.builders import binary, scalar_i32, splat
+from bactrian.passes.ir.constants import splat_text
 from bactrian.passes.machine.mesh import Axis, Mesh
 from bactrian.passes.machine.spec import Spec
 from bactrian.passes.spmd.collectives import Collectives
@@ -56,11 +57,14 @@ class Resharder:
     def slice(self, value: ir.Value, dims: Sequence[Sequence[str]]) -> ir.Value:
         """The device's shard of a value, along further axes of each dim."""
         tensor = ir.RankedTensorType(value.type)
-        shape, starts = list[int](), list[ir.Value]()
-        for size, axes in zip(tensor.shape, dims, strict=True):
-            shape.append(size // self._devices.group_size(axes))
+        shape = [size // self._devices.group_size(axes) for size, axes in zip(tensor.shape, dims, strict=True)]
+        smaller = _smaller(value, ir.RankedTensorType.get(shape, tensor.element_type))
+        if smaller is not None:
+            return smaller
+        starts = list[ir.Value]()
+        for size, axes in zip(shape, dims, strict=True):
             if axes:
-                starts.append(binary("stablehlo.multiply", self._devices.index(axes), splat(scalar_i32(), shape[-1])))
+                starts.append(binary("stablehlo.multiply", self._devices.index(axes), splat(scalar_i32(), size)))
             else:
                 starts.append(splat(scalar_i32(), 0))
         return ir.Operation.create(
@@ -127,6 +131,31 @@ class Resharder:
     def _whole_shape(self, value: ir.Value, spec: Spec) -> tuple[int, ...]:
         shape = ir.RankedTensorType(value.type).shape
         return tuple(size * self._devices.group_size(axes) for size, axes in zip(shape, spec.dims, strict=True))
+
+
+def _smaller(value: ir.Value, type_: ir.RankedTensorType) -> ir.Value | None:
+    """Another op for a shard whose elements are those of the whole: a constant of one number, or a broadcast along the
+    sharded dims. None for all other values."""
+    if isinstance(value.owner, ir.Block):
+        return None
+    op, shape = value.owner.operation, ir.RankedTensorType(value.type).shape
+    if op.name == "stablehlo.constant":
+        number = splat_text(value)
+        if number is None or number.startswith("("):  # the bindings can't write complex elements
+            return None
+        attributes = {"value": ir.Attribute.parse(f"dense<{number}> : {type_}")}
+    elif op.name == "stablehlo.broadcast_in_dim":
+        attributes = {"broadcast_dimensions": op.attributes["broadcast_dimensions"]}
+        read = zip(
+            ir.DenseI64ArrayAttr(op.attributes["broadcast_dimensions"]),
+            ir.RankedTensorType(op.operands[0].type).shape,
+            strict=True,
+        )
+        if any(size != 1 and shape[dim] != type_.shape[dim] for dim, size in read):
+            return None
+    else:
+        return None
+    return ir.Operation.create(op.name, results=[type_], operands=list(op.operands), attributes=attributes).results[0]
 
 
 def scattered_dims(source: Spec, target: Spec) -> list[tuple[int, tuple[str, ...]]] | None:

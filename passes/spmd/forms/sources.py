@@ -7,16 +7,11 @@ from collections.abc import Sequence
 from jaxlib.mlir import ir
 
 from bactrian.passes.ir.builders import binary
-from bactrian.passes.ir.constants import splat_text
 from bactrian.passes.spmd.local_op import LocalOp
 
 
 def constant(local: LocalOp) -> Sequence[ir.Value]:
-    """One number in all elements is so in a shard too; of others each device takes its shard from the whole."""
-    (type_,) = local.result_types()
-    number = splat_text(local.op.results[0])
-    if number is not None and not number.startswith("("):  # the bindings can't write complex elements
-        return local.clone(attributes={"value": ir.Attribute.parse(f"dense<{number}> : {type_}")})
+    """Each device takes its shard from the whole; of a constant of one number that is another one."""
     (whole,) = local.clone(types=[local.op.results[0].type])
     return [local.resharder.slice(whole, local.makes[0].dims)]
 
