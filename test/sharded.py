@@ -32,8 +32,9 @@ def lowered(function: Callable[..., Any], arguments: Sequence[Any], axes: MeshAx
     return prepared(text, axes)
 
 
-def prepared(text: str, axes: MeshAxes) -> ir.Module:
-    """A module's text with a mesh and rules; the mesh that is there is replaced."""
+def prepared(text: str, axes: MeshAxes, *, is_step: bool = False) -> ir.Module:
+    """A module's text with a mesh and rules; the mesh that is there is replaced. In a step no ops are merged: each
+    accumulator begins with a zero of its own."""
     with make_context():
         module = ir.Module.parse(text)
         for view in list(module.body.operations):
@@ -43,7 +44,7 @@ def prepared(text: str, axes: MeshAxes) -> ir.Module:
         mesh = ir.Module.parse(f"sdy.mesh @stage0 = <[{sizes}]>").body.operations[0].operation
         clone = mesh.clone(ip=ir.InsertionPoint.at_block_begin(module.body))
         assert clone.operation.name == "sdy.mesh"
-    run_pipeline(module, pipelines.prepare_function())
+    run_pipeline(module, pipelines.prepare_shardings() if is_step else pipelines.prepare_function())
     return module
 
 
