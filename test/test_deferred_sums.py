@@ -89,7 +89,7 @@ def step_of(seed: int) -> tuple[ir.Module, list[np.ndarray[Any, Any]], list[np.n
         value, gradients = bactrian.value_and_grad(loss)(state, batch)
         return jax.tree.map(lambda p, g: p - g, state, gradients), value
 
-    parallel = bactrian.parallelize(step, num_stages=1, num_microbatches=MICROBATCHES)
+    parallel = bactrian.parallelize(step, num_stages=1, num_microbatches=MICROBATCHES, schedule="gpipe")
     module = parallel.trace(state, (x, tokens)).captured.module(None)
     run_pipeline(module, BEFORE)
     one = x[:ROWS], tokens[:ROWS]
