@@ -98,9 +98,11 @@ def step_of(seed: int) -> tuple[ir.Module, list[np.ndarray[Any, Any]], list[np.n
     return module, jax.tree.leaves((state, one)), [np.asarray(leaf) for leaf in jax.tree.leaves(expected)]
 
 
-def read(module: ir.Module, axes: MeshAxes, memory: int | None = None) -> tuple[ir.Module, Any, ShardingModel]:
-    """A step on another mesh."""
-    module = sharded.prepared(str(module.operation.get_asm()), axes, is_step=True)
+def read(
+    module: ir.Module, axes: MeshAxes, memory: int | None = None, *, is_step: bool = False
+) -> tuple[ir.Module, Any, ShardingModel]:
+    """A step on another mesh; as a function, or as a step that can be split into functions."""
+    module = sharded.prepared(str(module.operation.get_asm()), axes, is_step=is_step)
     mesh = FAST.mesh(axes)
     with module.context:
         reading = read_program(main_function(module), mesh, FAST, MICROBATCHES, lambda op, text: None)
@@ -179,7 +181,7 @@ def test_parts_of_many_programs_added_up_later_give_the_same_numbers(block: int)
 def test_gradients_are_reduced_once_per_step(seed: int) -> None:
     """The best choice, its bytes counted in the stage functions, and its cost."""
     module, _, _ = step_of(seed)
-    module, reading, model = read(module, AXES[seed % 2])  # of two axes, and of one
+    module, reading, model = read(module, AXES[seed % 2], is_step=True)  # of two axes, and of one
     choice = solve(model.network, 30.0).choice
     assert waiting(model, choice)
     shardings = model.shardings(choice)
