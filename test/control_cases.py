@@ -8,7 +8,8 @@ from op_cases import Case, Generator, Type, any_numbers, pick, shape, type_of, w
 WITHOUT_CASES: dict[str, str] = {
     **dict.fromkeys(
         (
-            "all_gather", "all_reduce", "all_to_all", "collective_broadcast", "collective_permute", "cross-replica-sum",
+            "all_gather", "all_reduce", "all_to_all", "collective_broadcast", "collective_permute",
+            "collective_reduce", "cross-replica-sum",
             "partition_id", "reduce_scatter", "replica_id",
         ),
         "`partition` itself writes them; in a program of whole tensors there are none",

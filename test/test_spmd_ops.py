@@ -101,7 +101,9 @@ def test_every_op_has_cases_or_a_reason() -> None:
         for each in vars(stablehlo_ops).values()
         if hasattr(each, "OPERATION_NAME")
     }
-    assert dialect == set(GENERATORS) | set(WITHOUT_CASES)
+    known = set(GENERATORS) | set(WITHOUT_CASES)
+    assert dialect <= known
+    assert known - dialect <= {"collective_reduce"}  # jaxlib 0.11 has it
     assert not set(GENERATORS) & set(WITHOUT_CASES)
 
 

@@ -9,7 +9,12 @@ from jaxlib.mlir import ir
 
 from bactrian.passes.ir.op_traits import ELEMENTWISE
 from bactrian.passes.spmd.forms.convolutions import convolution, convolution_rule
-from bactrian.passes.spmd.forms.dynamic_slices import dynamic_slice, dynamic_update_slice, narrow_dynamic_slice
+from bactrian.passes.spmd.forms.dynamic_slices import (
+    dynamic_slice,
+    dynamic_update_slice,
+    narrow_dynamic_slice,
+    narrow_dynamic_update_slice,
+)
 from bactrian.passes.spmd.forms.elementwise import narrow_reshape, same_op
 from bactrian.passes.spmd.forms.indexing import gather, narrow_gather, narrow_scatter, scatter
 from bactrian.passes.spmd.forms.linear_algebra import narrow_cholesky, narrow_fft, narrow_triangular_solve, transform
@@ -60,7 +65,7 @@ FORMS: dict[str, Form] = {
     **_named("gather", Form(gather, narrow_gather)),
     **_named("scatter", Form(scatter, narrow_scatter)),
     **_named("dynamic_slice", Form(dynamic_slice, narrow_dynamic_slice)),
-    **_named("dynamic_update_slice", Form(dynamic_update_slice)),
+    **_named("dynamic_update_slice", Form(dynamic_update_slice, narrow_dynamic_update_slice)),
     **_named("concatenate", Form(same_op, concatenation_rule)),
     **_named("broadcast_in_dim map reduce_precision transpose", Form(same_op)),
     **_named("bitcast_convert reshape", Form(same_op, narrow_reshape)),

@@ -38,6 +38,16 @@ def narrow_dynamic_slice(op: ir.Operation, rule: Rule) -> Rule:
     )
 
 
+def narrow_dynamic_update_slice(op: ir.Operation, rule: Rule) -> Rule:
+    """Every device reads all rows that are written of a dim, where they are a part of it; the operand can be sharded along
+    all dims."""
+    operand, update = rule.operands[:2]
+    shapes = zip(value_shape(op.operands[0]), value_shape(op.operands[1]), strict=True)
+    parts = {factor for dim, (whole, part) in enumerate(shapes) if part != whole for factor in update[dim]}
+    free = {factor for factors in operand for factor in factors} - parts
+    return replace(rule, replicated=(rule.replicated | parts) - free, permuted=rule.permuted - parts - free)
+
+
 @dataclass(frozen=True)
 class _Window:
     """What a device's shard has to do with a window of a sharded dim, of which a part is read or written.
