@@ -47,6 +47,8 @@ def replicate(module: ir.Module) -> None:
             entry.pop(SHARDING, None)
         main.attributes[name] = ir.ArrayAttr.get([ir.DictAttr.get(entry) for entry in entries])
     for op in nested_operations(main):
+        if op.name == "stablehlo.fft":
+            _keep_row_major(op)
         _without_partitions(op)
     for view in list(module.body.operations):
         if view.operation.name == "sdy.mesh":
@@ -65,3 +67,33 @@ def _without_partitions(op: ir.Operation) -> None:
             number = ir.Operation.create("stablehlo.replica_id", results=[op.results[0].type]).results[0]
         op.results[0].replace_all_uses_with(number)
         op.erase()
+
+
+def _keep_row_major(op: ir.Operation) -> None:
+    """Let XLA lay out what an op reads and makes row by row.
+
+    On CPUs XLA gives values that are gathered another layout, and ops beside them too; its Fourier transforms then fail
+    when they run (RET_CHECK in ``fft_thunk.cc``, jaxlib 0.10.2), and the other devices wait for ever.
+    """
+    (operand,), (result,) = op.operands, op.results
+    with op.location:
+        with ir.InsertionPoint(op):
+            op.operands[0] = _row_major(operand)
+        with ir.InsertionPoint.after(op):
+            made = _row_major(result)
+    result.replace_all_uses_except(made, ir.OpResult(made).owner.operation)
+
+
+def _row_major(value: ir.Value) -> ir.Value:
+    rank = ir.RankedTensorType(value.type).rank
+    layout = ir.Attribute.parse(f"dense<{list(reversed(range(rank)))}> : tensor<{rank}xindex>")
+    return ir.Operation.create(
+        "stablehlo.custom_call",
+        results=[value.type],
+        operands=[value],
+        attributes={
+            "call_target_name": ir.StringAttr.get("LayoutConstraint"),
+            "operand_layouts": ir.ArrayAttr.get([layout]),
+            "result_layouts": ir.ArrayAttr.get([layout]),
+        },
+    ).results[0]

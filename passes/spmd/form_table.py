@@ -17,7 +17,7 @@ from bactrian.passes.spmd.forms.dynamic_slices import (
 )
 from bactrian.passes.spmd.forms.elementwise import narrow_reshape, same_op
 from bactrian.passes.spmd.forms.indexing import gather, narrow_gather, narrow_scatter, scatter
-from bactrian.passes.spmd.forms.linear_algebra import narrow_cholesky, narrow_fft, narrow_triangular_solve, transform
+from bactrian.passes.spmd.forms.linear_algebra import narrow_cholesky, narrow_fft, narrow_triangular_solve
 from bactrian.passes.spmd.forms.products import product
 from bactrian.passes.spmd.forms.rows import concatenation_rule, reversal, reversal_rule
 from bactrian.passes.spmd.forms.shard_reductions import narrow_reduction, reduction
@@ -60,7 +60,7 @@ FORMS: dict[str, Form] = {
     **dict.fromkeys(ELEMENTWISE, Form(same_op)),
     **_named("sort", Form(same_op)),
     **_named("cholesky", Form(same_op, narrow_cholesky)),
-    **_named("fft", Form(transform, narrow_fft)),
+    **_named("fft", Form(same_op, narrow_fft)),
     **_named("triangular_solve", Form(same_op, narrow_triangular_solve)),
     **_named("gather", Form(gather, narrow_gather)),
     **_named("scatter", Form(scatter, narrow_scatter)),

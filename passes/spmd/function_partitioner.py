@@ -29,7 +29,7 @@ from bactrian.passes.spmd.reshards import Resharder
 _RESHARD = "sdy.reshard"
 _EASILY_SMALLER = ("stablehlo.broadcast_in_dim", "stablehlo.constant")
 _CONSTRAINT = "sdy.sharding_constraint"
-_WRITTEN_ANEW = frozenset({"stablehlo.dynamic_slice", "stablehlo.fft", "stablehlo.gather"})
+_WRITTEN_ANEW = frozenset({"stablehlo.dynamic_slice", "stablehlo.gather"})
 """Ops that XLA does wrong beside the slices and collectives of a device's program; their forms say how."""
 FORWARDING = ("stablehlo.optimization_barrier",)
 

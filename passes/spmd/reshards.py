@@ -67,12 +67,14 @@ class Resharder:
                 starts.append(binary("stablehlo.multiply", self._devices.index(axes), splat(scalar_i32(), size)))
             else:
                 starts.append(splat(scalar_i32(), 0))
-        return ir.Operation.create(
+        is_integer = isinstance(tensor.element_type, ir.IntegerType)
+        made = ir.Operation.create(
             "stablehlo.dynamic_slice",
             results=[ir.RankedTensorType.get(shape, tensor.element_type)],
-            operands=[value, *starts],
+            operands=[_apart(value) if is_integer else value, *starts],
             attributes={"slice_sizes": ir.DenseI64ArrayAttr.get(shape)},
         ).results[0]
+        return _apart(made) if is_integer else made
 
     def _one_step(self, value: ir.Value, source: Spec, target: Spec) -> ir.Value | None:
         if source.unreduced:
@@ -131,6 +133,12 @@ class Resharder:
     def _whole_shape(self, value: ir.Value, spec: Spec) -> tuple[int, ...]:
         shape = ir.RankedTensorType(value.type).shape
         return tuple(size * self._devices.group_size(axes) for size, axes in zip(shape, spec.dims, strict=True))
+
+
+def _apart(value: ir.Value) -> ir.Value:
+    """A value that XLA sees no slice behind: it loses a product of integers with a constant between two dynamic slices
+    (``(x[i:i+2] * 3)[j:j+1]`` is ``x[i+j:i+j+1]``; jaxlib 0.10.2 and 0.11.2, on one device too)."""
+    return ir.Operation.create("stablehlo.optimization_barrier", results=[value.type], operands=[value]).results[0]
 
 
 def _smaller(value: ir.Value, type_: ir.RankedTensorType) -> ir.Value | None:

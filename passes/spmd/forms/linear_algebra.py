@@ -2,29 +2,11 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from dataclasses import replace
 
 from jaxlib.mlir import ir
 
-from bactrian.passes.spmd.local_op import LocalOp
 from bactrian.passes.spmd.sharding_rules import Rule
-
-
-def transform(local: LocalOp) -> Sequence[ir.Value]:
-    """The transform of shards, between barriers: XLA for CPUs gives it any layout that a collective beside it has, and then
-    fails at run time (jaxlib 0.10.2). A flat value has one layout."""
-    (made,) = local.clone([_in_row_major_order(local.operands[0])])
-    return [_in_row_major_order(made)]
-
-
-def _in_row_major_order(value: ir.Value) -> ir.Value:
-    tensor = ir.RankedTensorType(value.type)
-    flat = ir.RankedTensorType.get([math.prod(tensor.shape)], tensor.element_type)
-    for name, type_ in (("reshape", flat), ("optimization_barrier", flat), ("reshape", tensor)):
-        value = ir.Operation.create(f"stablehlo.{name}", results=[type_], operands=[value]).results[0]
-    return value
 
 
 def narrow_fft(op: ir.Operation, rule: Rule) -> Rule:
