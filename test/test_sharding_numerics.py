@@ -190,6 +190,11 @@ def test_random_shardings_change_nothing(kind: str, seed: int) -> None:
     check_numbers(seed, *KINDS[kind])
 
 
+def test_collectives_that_do_not_depend_on_each_other_meet_their_own() -> None:
+    """All-to-alls in a loop, without an order between them: compiled for replicas they ended the process."""
+    check_numbers(711, *KINDS["loops"])
+
+
 @pytest.mark.long
 @pytest.mark.parametrize(("kind", "block"), [(kind, block) for kind in KINDS for block in range(40)])
 def test_random_shardings_of_many_programs_change_nothing(kind: str, block: int) -> None:

@@ -21,7 +21,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import sdy
 
 from bactrian.driver.planning.extract import numpy_dtype
-from bactrian.driver.xla.replicated_program import replicate
+from bactrian.driver.xla.local_program import prepare_for_xla
 from bactrian.passes.ir.attributes import argument_attributes
 from bactrian.passes.ir.meshes import SHARDING, mesh_attribute, mesh_axes, spec_of
 from bactrian.passes.ir.regions import main_function
@@ -83,15 +83,17 @@ def compile_function(text: str, devices: Sequence[JaxDevice]) -> Any:
     """
     client = devices[0].client
     options = compiler.get_compile_options(
-        num_replicas=len(devices),
-        num_partitions=1,
-        device_assignment=np.array([[device.id] for device in devices]),
+        num_replicas=1,
+        num_partitions=len(devices),
+        device_assignment=np.array([[device.id for device in devices]]),
         backend=client,
     )
+    if len(devices) > 1:  # the partitioner has a manual computation over all axes to take out, and nothing to partition
+        options.executable_build_options.use_spmd_partitioning = True
+        options.executable_build_options.use_shardy_partitioner = True
     with jax_mlir.make_ir_context():
         module = ir.Module.parse(text)
-        if len(devices) > 1:
-            replicate(module)
+        prepare_for_xla(module)
         return compiler.compile_or_get_cached(
             client, module, np.array(devices), options, [], xla_client.DeviceList(tuple(devices))
         )
