@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import sdy
+from jaxlib.mlir.dialects import sdy, stablehlo
 
 from bactrian.passes.ir.attributes import argument_attributes, result_attributes
 from bactrian.passes.ir.meshes import SHARDING, mesh_name, sharding_attribute, spec_of
@@ -23,6 +23,8 @@ def prepare_for_xla(module: ir.Module) -> None:
     for op in nested_operations(main):
         if op.name == "stablehlo.fft":
             _keep_row_major(op)
+        if op.name == "stablehlo.rng_bit_generator":
+            _draw_unsigned(op)
     first = body(main).operations[0].operation
     if first.name != "sdy.manual_computation":
         return
@@ -39,6 +41,24 @@ def prepare_for_xla(module: ir.Module) -> None:
 
 def _reduced(sharding: ir.Attribute) -> ir.Attribute:
     return sharding_attribute(Spec(spec_of(sharding).dims), mesh_name(sharding))
+
+
+def _draw_unsigned(op: ir.Operation) -> None:
+    """Draw signed integers as the unsigned ones of the same bits.
+
+    XLA's import makes them unsigned itself, and doesn't say so to what encloses them: a manual computation then has
+    results of another type than it declares (RET_CHECK in ``custom_call_handler.cc``, jaxlib 0.10.2).
+    """
+    drawn = op.results[1]
+    declared = ir.RankedTensorType(drawn.type)
+    if not (isinstance(declared.element_type, ir.IntegerType) and declared.element_type.is_signless):
+        return
+    with op.location:
+        unsigned = ir.IntegerType.get_unsigned(declared.element_type.width)
+        drawn.set_type(ir.RankedTensorType.get(declared.shape, unsigned))
+        with ir.InsertionPoint.after(op):
+            signed = stablehlo.bitcast_convert(declared, drawn)
+    drawn.replace_all_uses_except(signed, ir.OpResult(signed).owner.operation)
 
 
 def _keep_row_major(op: ir.Operation) -> None:
