@@ -157,3 +157,22 @@ module @one_device {
     return %y : tensor<8xf32>
   }
 }
+
+// -----
+
+// A kernel is read backwards by a reversal on each device, behind what gathers it.
+// CHECK-LABEL: module @reversed
+module @reversed {
+  sdy.mesh @stage0 = <["data"=2]>
+  // CHECK: sdy.manual_computation{{.*}} (%[[X:.*]]: tensor<1x8x2xf32>, %[[K:.*]]: tensor<3x2x1xf32>)
+  // CHECK-NEXT: %[[WHOLE:.*]] = "stablehlo.all_gather"(%[[K]])
+  // CHECK: %[[R:.*]] = stablehlo.reverse %[[WHOLE]], dims = [0] : tensor<3x2x2xf32>
+  // CHECK-NEXT: stablehlo.convolution(%[[X]], %[[R]])
+  // CHECK-NOT: reverse = [true]
+  func.func private @stage0.forward(%x: tensor<2x8x2xf32> {sdy.sharding = #sdy.sharding<@stage0, [{"data"}, {}, {}]>}, %k: tensor<3x2x2xf32> {sdy.sharding = #sdy.sharding<@stage0, [{}, {}, {"data"}]>})
+      -> (tensor<2x6x2xf32> {sdy.sharding = #sdy.sharding<@stage0, [{"data"}, {}, {}]>}) {
+    %w = sdy.reshard %k <@stage0, [{}, {}, {}]> : tensor<3x2x2xf32>
+    %y = stablehlo.convolution(%x, %w) dim_numbers = [b, 0, f]x[0, i, o]->[b, 0, f], window = {reverse = [true]} {batch_group_count = 1 : i64, feature_group_count = 1 : i64, sdy.sharding = #sdy.sharding_per_value<[<@stage0, [{"data"}, {}, {}]>]>} : (tensor<2x8x2xf32>, tensor<3x2x2xf32>) -> tensor<2x6x2xf32>
+    return %y : tensor<2x6x2xf32>
+  }
+}

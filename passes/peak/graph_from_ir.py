@@ -146,18 +146,13 @@ class _Reader:
         return self.graph.add("reshape", Kind.VIEW, (read,), (math.prod(node.shape),), node.nbytes, key="merged")
 
     def _convolution(self, op: ir.Operation, reads: list[int]) -> int:
-        """Of operands with the batch first and features last, and of kernels with features last. XLA for CPUs reverses
-        kernels, not windows."""
+        """Of operands with the batch first and features last, and of kernels with features last."""
         graph, result = self.graph, op.results[0]
         dims = [
             [dim.strip() for dim in each.split(",")] for each in _DIMS.findall(str(op.attributes["dimension_numbers"]))
         ]
         left, right, made = dims[:3]
         space = sorted(dim for dim in left if dim.isdigit())
-        if "window_reversal" in op.attributes and any(ir.DenseBoolArrayAttr(op.attributes["window_reversal"])):
-            kernel = graph.nodes[reads[1]]
-            key = str(op.attributes["window_reversal"])
-            reads = [reads[0], graph.add("reverse", Kind.LOOSE, reads[1:], kernel.shape, kernel.nbytes, key=key)]
         operands = [
             graph.transpose(reads[0], [left.index(dim) for dim in ("b", *space, "f")]),
             graph.transpose(reads[1], [right.index(dim) for dim in (*space, "i", "o")]),

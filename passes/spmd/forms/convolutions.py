@@ -30,7 +30,12 @@ def convolution(local: LocalOp) -> Sequence[ir.Value]:
     for factor, name in ((_FEATURE_GROUPS, "feature_group_count"), (_BATCH_GROUPS, "batch_group_count")):
         count = _groups(local.op, name) // local.devices.group_size(local.axes_of.get(factor, ()))
         attributes[name] = ir.IntegerAttr.get(ir.IntegerType.get_signless(64), count)
-    (made,) = local.clone([read_rows(local, 0), local.operands[1]], attributes)
+    kernel, reversals = local.operands[1], _reversals(local.op)
+    if any(reversals):  # XLA for CPUs has fast convolutions for windows that are not reversed
+        dims = [dim for dim, turned in zip(numbers.kernel_spatial_dimensions, reversals, strict=True) if turned]
+        kernel = stablehlo.reverse(kernel, ir.DenseI64ArrayAttr.get(dims))
+        attributes["window_reversal"] = ir.DenseBoolArrayAttr.get([False] * len(reversals))
+    (made,) = local.clone([read_rows(local, 0), kernel], attributes)
     return [local.add_up(made)]
 
 
