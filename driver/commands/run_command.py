@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import shutil
 import sys
 
-from bactrian.driver.commands.argument_types import count
+from bactrian.driver.commands.argument_types import count, seconds
 from bactrian.driver.launch import user_script
 from bactrian.passes.frame.errors import ConfigError
 
@@ -31,6 +32,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="join the devices of all ranks (jax.distributed), so that a stage's mesh can have those of several",
     )
+    parser.add_argument(
+        "--grace",
+        type=seconds,
+        metavar="S",
+        help="seconds that ranks may go on after a signal to stop, which is passed on to them (default: 30)",
+    )
     parser.add_argument("script", help="the Python script, run as __main__")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="args", help="the script's own arguments")
 
@@ -45,15 +52,25 @@ def run(options: argparse.Namespace) -> int:
             "--distributed joins the devices of several ranks, but there is one process",
             fix="also pass -n N, or give this process as many devices as a mesh needs (--devices)",
         )
+    if options.grace is not None and options.n is None:
+        raise ConfigError(
+            "--grace is for several ranks, but there is one process, which gets signals itself",
+            fix="leave it out, or pass -n N",
+        )
     user_script.use_virtual_devices(options.devices or (8 if options.n is None else 1))
     if options.n is not None:
-        from bactrian.driver.launch.launcher import launch
+        from bactrian.driver.launch.launcher import GRACE_SECONDS, launch
         from bactrian.driver.progress import TERMINAL_VARIABLE
 
         if sys.stderr.isatty():
             os.environ[TERMINAL_VARIABLE] = str(shutil.get_terminal_size().columns)
         return launch(
-            options.n, options.script, options.arguments, full=options.traceback, distributed=options.distributed
+            options.n,
+            options.script,
+            options.arguments,
+            full=options.traceback,
+            distributed=options.distributed,
+            grace_seconds=GRACE_SECONDS if options.grace is None else options.grace,
         )
     from bactrian.runtime.rank_lifecycle import exit_code_of
 
@@ -62,7 +79,8 @@ def run(options: argparse.Namespace) -> int:
     except (SystemExit, KeyboardInterrupt):
         raise
     except BaseException as error:
-        sys.stdout.flush()
+        with contextlib.suppress(OSError, ValueError):  # its reader is gone, or it is closed
+            sys.stdout.flush()
         sys.stderr.write(user_script.describe_failure(error, options.script, full=options.traceback))
         return exit_code_of(error)
     return 0

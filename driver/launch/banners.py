@@ -35,6 +35,7 @@ class BannerFilter:
 
     def feed(self, data: bytes) -> bytes:
         """What may be printed now."""
+        data = data.replace(b"\0", b"")  # mpirun ends its banners with one
         if self._ending:
             self.dropped += data
             return b""

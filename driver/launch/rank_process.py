@@ -1,13 +1,15 @@
 """One rank of ``bactrian run -n N``: takes its cores, runs the script, and tells the launcher how it ended.
 
-The launcher starts ``python -m bactrian.driver.launch.rank_process script.py args...`` under mpirun. A rank talks to it over one TCP
-connection, one JSON record per line: ``started``, now and then ``step``, then ``failed`` or ``done``. A connection that
-closes without one of the last two is a lost rank.
+The launcher starts ``python -m bactrian.driver.launch.rank_process`` under mpirun, with the script and its arguments in a
+variable. A rank talks to it over one TCP connection: first the job's token, then one JSON record per line: ``started``,
+now and then ``step``, then ``failed``, ``exited`` (by `os._exit`) or ``done``. A connection that closes without one of
+those is a lost rank. What comes back are bytes: the numbers of signals for the script's own handlers, and `RELEASE`.
 """
 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import ctypes
 import faulthandler
 import json
@@ -17,17 +19,27 @@ import socket
 import sys
 import threading
 import time
-from typing import Any
+from typing import Any, NoReturn
 
 from bactrian.driver.launch.user_script import describe_failure, exit_status, run_script
 from bactrian.runtime import rank_lifecycle
 from bactrian.runtime.rank_lifecycle import STOPPED, abort, exit_code_of, prepare, rank_environment
 
+COMMAND_VARIABLE = "BACTRIAN_COMMAND"  # JSON: the script and its arguments
 REPORT_VARIABLE = "BACTRIAN_REPORT"  # host:port:token of the launcher
+TOKEN_BYTES = 32
 DISTRIBUTED_VARIABLE = "BACTRIAN_DISTRIBUTED"  # "1": jax.distributed joins the ranks before the script runs
 TRACEBACK_VARIABLE = "BACTRIAN_TRACEBACK"  # "1": tracebacks for users' errors too
+UNHEARD = b"cannot report to bactrian run at "  # the launcher looks for it
+RELEASE = 0  # comes where signals do: the launcher knows of the failure, and the job may be aborted
+_RELEASE_SECONDS = 1.0  # to wait for that at most
+_MOST_CHARACTERS = 100_000  # of a failure's text
+_CONNECT_SECONDS = 5.0
 _PR_SET_PDEATHSIG = 1
 _LOST_SECONDS = 3.0  # in which mpirun ends a job that has lost a rank
+
+
+_leave = os._exit
 
 
 class Reporter:
@@ -35,16 +47,51 @@ class Reporter:
 
     def __init__(self) -> None:
         self._socket: socket.socket | None = None
+        self._released = threading.Event()
         self.closed = False
-        address = os.environ.get(REPORT_VARIABLE)
-        if address:
-            host, port, token = address.rsplit(":", 2)
+        host, port, token = os.environ[REPORT_VARIABLE].rsplit(":", 2)
+        place, name = rank_environment(), socket.gethostname()
+        try:
+            connection = socket.create_connection((host, int(port)), timeout=_CONNECT_SECONDS)
+            connection.sendall(token.encode())
+        except OSError as error:
+            who = f"bactrian: rank {place.rank} on {name} (process {os.getpid()})"
+            text = f"{who} {UNHEARD.decode()}{host}:{port} ({error}); it runs all the same\n"
+            sys.stderr.write(text)
+            return
+        self._socket = connection
+        os.register_at_fork(after_in_child=connection.close)  # a child is not this rank, and may outlive it
+        self.send(kind="started", rank=place.rank, host=name, pid=os.getpid())
+        threading.Thread(target=self._listen, args=(connection,), daemon=True).start()
+        os._exit = self._exit
+
+    @property
+    def connected(self) -> bool:
+        """Whether the launcher could be reached."""
+        return self._socket is not None
+
+    def _listen(self, connection: socket.socket) -> None:
+        """Give the main thread the signals that the launcher was sent, and note its leave to abort."""
+        main = threading.main_thread().ident
+        assert main is not None
+        while True:
             try:
-                self._socket = socket.create_connection((host, int(port)), timeout=5)
+                number = connection.recv(1)
+            except TimeoutError:
+                continue
             except OSError:
                 return
-            place = rank_environment()
-            self.send(kind="started", token=token, rank=place.rank, host=socket.gethostname(), pid=os.getpid())
+            if not number:
+                return
+            if number[0] == RELEASE:
+                self._released.set()
+            else:
+                signal.pthread_kill(main, number[0])
+
+    def _exit(self, status: int) -> NoReturn:
+        """`os._exit` that tells the launcher first, which can't know it from a kill otherwise."""
+        self.send(kind="exited", code=status & 0xFF)
+        _leave(status)
 
     def send(self, **record: Any) -> bool:
         """Send one record; false if it could not be sent."""
@@ -60,8 +107,13 @@ class Reporter:
         """Tell why this rank ends the job, and end it."""
         self.closed = True
         for stream in (sys.stdout, sys.stderr):
-            stream.flush()
-        if not self.send(kind="failed", code=code, text=text):
+            with contextlib.suppress(OSError, ValueError, AttributeError):  # its reader is gone, closed, or absent
+                stream.flush()
+        if len(text) > _MOST_CHARACTERS:
+            text = f"... ({len(text) - _MOST_CHARACTERS} characters before)\n{text[-_MOST_CHARACTERS:]}"
+        if self.send(kind="failed", code=code, text=text):
+            self._released.wait(_RELEASE_SECONDS)
+        else:
             sys.stderr.write(text)
         abort(code)
 
@@ -72,8 +124,9 @@ class Reporter:
 
 
 def main() -> None:
-    """Run ``sys.argv[1]`` with the arguments after it."""
-    script, arguments = sys.argv[1], sys.argv[2:]
+    """Run the script that the launcher names."""
+    script, *arguments = json.loads(os.environ.pop(COMMAND_VARIABLE))
+    os.environ.setdefault("JAX_ENABLE_PREEMPTION_SERVICE", "false")  # else jax.distributed takes SIGTERM for itself
     _die_with_launcher()
     faulthandler.enable()
     reporter = Reporter()
@@ -93,7 +146,9 @@ def main() -> None:
         codes[0], text = exit_status(error)
         if codes[0] not in (0, STOPPED):
             reporter.fail(codes[0], text)
-        raise
+        if codes[0] == 0 or not reporter.connected:
+            raise
+        # The launcher is told of the code. To mpirun it would be a failure, for which it ends ranks that still save.
     except BaseException as error:
         _leave_it_to_the_lost(error)
         reporter.fail(exit_code_of(error), describe_failure(error, script, full=_full()))
