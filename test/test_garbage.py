@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import bactrian
-from bactrian.driver import api
+from bactrian.driver import traced_step
 from bactrian.driver.gc_pause import paused_collection
 
 
@@ -33,13 +33,13 @@ def test_collection_is_as_it_was_afterwards() -> None:
 
 def test_tracing_and_planning_pause_it(monkeypatch: pytest.MonkeyPatch) -> None:
     traced, planned = list[bool](), list[bool]()
-    plain = api.plan_program
+    plain = traced_step.plan_program
 
     def plan_program(*args: Any, **kwargs: Any) -> Any:
         planned.append(gc.isenabled())
         return plain(*args, **kwargs)
 
-    monkeypatch.setattr(api, "plan_program", plan_program)
+    monkeypatch.setattr(traced_step, "plan_program", plan_program)
 
     def step(w: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         traced.append(gc.isenabled())

@@ -41,6 +41,7 @@ ORDER = {
         ["launch"],
         ["profile"],
         ["planned_step"],
+        ["traced_step"],
         ["api"],
         ["commands"],
         ["cli", "opt"],

@@ -77,12 +77,12 @@ import jax.numpy as jnp
 import numpy as np
 
 import bactrian
-import bactrian.driver.api as api
+import bactrian.driver.traced_step as traced_step
 from bactrian.driver.ranks import World
 
 world, planned = World.current(), []
-plan_program = api.plan_program
-api.plan_program = lambda *args, **options: planned.append(options) or plan_program(*args, **options)
+plan_program = traced_step.plan_program
+traced_step.plan_program = lambda *args, **options: planned.append(options) or plan_program(*args, **options)
 
 
 def make(**options):

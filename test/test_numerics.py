@@ -21,7 +21,8 @@ from cases import BATCH, WIDTH, Built, Case, batches, chain_loss, matrices, vect
 from traps import TRAPS
 
 import bactrian
-from bactrian.driver.api import Parallelized, Traced
+from bactrian.driver.api import Parallelized
+from bactrian.driver.traced_step import Traced
 
 FACTORS: dict[str, tuple[Any, ...]] = {
     "model": tuple(models.MODELS),

@@ -1,0 +1,174 @@
+"""A traced step: its program, and the way to a plan."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from bactrian.driver.arrays.placed_arguments import PlacedArguments
+from bactrian.driver.capture.captured_step import Captured
+from bactrian.driver.gc_pause import paused_collection
+from bactrian.driver.planned_step import Planned
+from bactrian.driver.planning.decisions import Decisions
+from bactrian.driver.planning.options import Options, check_stages, cluster_file
+from bactrian.driver.planning.plan_broadcast import staged_together
+from bactrian.driver.planning.plan_program import plan_program
+from bactrian.driver.ranks import World
+from bactrian.driver.run.session import num_groups
+from bactrian.driver.source import line_here
+from bactrian.passes.frame.errors import ConfigError
+from bactrian.passes.machine.spec import MeshAxes, axes_text, meshes_text, num_devices
+from bactrian.passes.plan.schema import Plan
+from bactrian.runtime import faults
+
+
+class Traced:
+    """A traced step. `plan` cuts it into stages."""
+
+    def __init__(self, captured: Captured, options: Options, placed: PlacedArguments | None = None) -> None:
+        self.captured, self.options, self.placed = captured, options, placed
+
+    @property
+    def text(self) -> str:
+        """The captured module, with locations."""
+        return self.captured.text_with(self.placed)
+
+    @property
+    def fingerprint(self) -> str:
+        """What identifies the program: equal for equal programs, whatever the process."""
+        return self.captured.fingerprint
+
+    def __str__(self) -> str:
+        return self.text
+
+    def plan(
+        self,
+        cluster: str | Path | None = None,
+        *,
+        num_stages: int | None = None,
+        num_layers: int | None = None,
+        plan: Plan | None = None,
+        compare: bool = False,
+    ) -> Planned:
+        """Cut the program into stages; needs no device.
+
+        Args:
+            cluster: the file that describes the machines, in the place of what ``parallelize`` was told.
+            num_stages: overrides what ``parallelize`` was told; by default that of the step that placed the state,
+                or one per rank.
+            num_layers: groups of forward ops that stages are made of; as many as stages by default.
+            plan: decisions to apply, in the place of those that ``parallelize`` was told.
+            compare: on a mesh, predict what the baselines would take too.
+
+        Raises:
+            ProgramError: the program can't be cut so; the plan was made for another program.
+            ConfigError: the state was placed by a step with another number of stages; the plan has other numbers than
+                those that were given.
+        """
+        faults.at("plan")
+        cluster = self.options.cluster if cluster is None else cluster_file(cluster)
+        plan = plan or self.options.plan
+        if plan is not None:
+            check_stages(plan, num_stages or self.options.given.get("num_stages"), num_layers)
+            decisions = self._decisions_of(plan, cluster)
+        else:
+            decisions = self._decisions(num_stages or self.options.num_stages, num_layers, cluster)
+        decisions = replace(decisions, compare=compare)
+        if decisions.is_wide and not cluster and self.captured.platform != "cpu":
+            raise ConfigError(
+                f"a mesh of {self.captured.platform} devices needs a cluster file",
+                why="shardings depend on what the devices and their links can do, and only the cores of this host are known",
+                fix="parallelize(cluster='cluster.toml')",
+            )
+        with paused_collection():
+            staged = plan_program(
+                self.captured.module(self.placed),
+                decisions,
+                fingerprint=self.captured.fingerprint,
+                platform=self.captured.platform,
+                schedule=self.captured.schedule,
+                num_microbatches=self.captured.num_microbatches,
+                plan=plan,
+                paths=[argument.path for argument in self.captured.arguments],
+                specs=dict(self.placed.specs) if self.placed is not None else None,
+            )
+        return Planned(self.captured, staged)
+
+    def _decisions_of(self, plan: Plan, cluster: str) -> Decisions:
+        """The decisions of a plan, once it is seen that it fits this program and its options."""
+        plan.check_program(self.captured.fingerprint)
+        self._check_plan(plan)
+        self._check_placed(plan.num_stages)
+        return Decisions.of_plan(plan, self.options.donate, cluster)
+
+    def _decisions(self, num_stages: int | None, num_layers: int | None, cluster: str) -> Decisions:
+        """What the options decide; as many stages as the step that placed the state has, or one per rank, by default."""
+        (mesh,) = self._meshes()  # without a plan, all stages have the same
+        if num_stages is not None:
+            self._check_placed(num_stages)
+        elif self.placed is not None:
+            num_stages = self.placed.num_stages
+        else:
+            num_stages = num_groups(mesh)
+        return Decisions(
+            num_layers or num_stages,
+            (mesh,) * num_stages,
+            donate=self.options.donate,
+            cluster=cluster,
+            strategy=self._strategy(),
+        )
+
+    def plan_with_all(self) -> Planned:
+        """Cut the program into stages; on a mesh, rank 0 chooses shardings for all ranks (collective).
+
+        Raises:
+            BactrianError: as `plan` does, on every rank; or ranks have other programs or options.
+        """
+        world, meshes = World.current(), self._meshes()
+        if world.num_ranks == 1 or all(num_devices(mesh) == 1 for mesh in meshes):
+            return self.plan()
+        staged = staged_together(lambda: self.plan().staged, self.fingerprint, self.options, meshes, world)
+        return Planned(self.captured, staged, is_shared=True)
+
+    def _meshes(self) -> tuple[MeshAxes, ...]:
+        """The mesh of each of the plan's stages, or one for all stages: that which was asked for, or on which the arguments
+        are."""
+        asked, placed = self.options.meshes, None if self.placed is None else self.placed.mesh
+        if placed is not None and any(mesh != placed for mesh in asked):
+            raise ConfigError(
+                f"mesh is {meshes_text(asked)}, but the arguments were placed on {axes_text(placed)}",
+                where=line_here(),
+                why="steps that share state share its mesh",
+                fix="leave mesh out, or pass bactrian.gather(...) of the state",
+            )
+        return asked or (placed or (("data", 1),),)
+
+    def _strategy(self) -> str:
+        """How shardings are chosen; arguments that are placed already leave a baseline nothing to say."""
+        if self.options.strategy != "auto" and self.placed is not None and self.placed.specs:
+            raise ConfigError(
+                f"strategy is {self.options.strategy}, but another step has placed the arguments",
+                where=line_here(),
+                why="arguments that are placed stay where they are",
+                fix="pass bactrian.gather(...) of the state, or leave strategy out",
+            )
+        return self.options.strategy
+
+    def _check_placed(self, num_stages: int) -> None:
+        placed = num_stages if self.placed is None else self.placed.num_stages
+        if placed != num_stages:
+            raise ConfigError(
+                f"num_stages is {num_stages}, but the arguments were placed by a step of {placed} stages",
+                where=line_here(),
+                why="steps that share state share its stages",
+                fix=f"say num_stages={placed} or leave it out, or pass bactrian.gather(...) of the state",
+            )
+
+    def _check_plan(self, plan: Plan) -> None:
+        mine = (self.captured.num_microbatches, self.captured.schedule)
+        if (plan.num_microbatches, plan.schedule) != mine:
+            raise ConfigError(
+                f"the plan has {plan.num_microbatches} microbatches and schedule {plan.schedule}, "
+                f"the step was traced with {mine[0]} and {mine[1]}",
+                fix="give the plan to parallelize(plan=...)",
+            )
