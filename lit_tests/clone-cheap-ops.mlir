@@ -172,3 +172,27 @@ module @each_stage_counts attributes {bactrian.num_stages = 2 : i64} {
     return %next, %next_scale, %next_good, %f0, %i1 : tensor<i32>, tensor<f32>, tensor<i32>, tensor<f32>, tensor<f32>
   }
 }
+
+// -----
+
+// A scalar counter is on every stage, also on those that do not read it; one of several elements only where it is read.
+// The scalar that depends on such a one is where both are.
+// CHECK-LABEL: module @every_stage_has_the_number_of_the_step
+module @every_stage_has_the_number_of_the_step attributes {bactrian.num_stages = 2 : i64} {
+  // CHECK: func.func public @main(%[[STEP:[^:]*]]: tensor<i32> {{{.*}}}, %[[KEY:[^:]*]]: tensor<2xui32> {{{.*}}}, %[[LAST:[^:]*]]: tensor<ui32>
+  func.func public @main(%step: tensor<i32> {bactrian.role = "state"}, %key: tensor<2xui32> {bactrian.role = "state"}, %last: tensor<ui32> {bactrian.role = "state"}, %x: tensor<4xf32> {bactrian.role = "batch"}) -> (tensor<i32> {bactrian.updates = 0 : i64}, tensor<2xui32> {bactrian.updates = 1 : i64}, tensor<ui32> {bactrian.updates = 2 : i64}, tensor<4xf32>) {
+    // CHECK: stablehlo.custom_call @bactrian.gradient_boundary
+    %b = stablehlo.custom_call @bactrian.gradient_boundary(%x) {mhlo.backend_config =
+      {kinds = "gradient", reductions = "accumulated"}} : (tensor<4xf32>) -> tensor<4xf32>
+    // CHECK-DAG: stablehlo.add %[[STEP]], %[[STEP]] {bactrian.phase = "update", bactrian.stage = 0 : i64}
+    // CHECK-DAG: stablehlo.add %[[STEP]], %[[STEP]] {bactrian.counter = [0], bactrian.phase = "update", bactrian.stage = 1 : i64}
+    %next = stablehlo.add %step, %step {bactrian.phase = "update", bactrian.stage = 0 : i64} : tensor<i32>
+    // CHECK-NOT: bactrian.counter
+    %next_key = stablehlo.add %key, %key {bactrian.phase = "update", bactrian.stage = 0 : i64} : tensor<2xui32>
+    %row = stablehlo.slice %key [0:1] {bactrian.phase = "update", bactrian.stage = 0 : i64} : (tensor<2xui32>) -> tensor<1xui32>
+    %word = stablehlo.reshape %row {bactrian.phase = "update", bactrian.stage = 0 : i64} : (tensor<1xui32>) -> tensor<ui32>
+    %next_last = stablehlo.add %last, %word {bactrian.phase = "update", bactrian.stage = 0 : i64} : tensor<ui32>
+    %y = stablehlo.negate %b {bactrian.phase = "update", bactrian.stage = 1 : i64} : tensor<4xf32>
+    return %next, %next_key, %next_last, %y : tensor<i32>, tensor<2xui32>, tensor<ui32>, tensor<4xf32>
+  }
+}

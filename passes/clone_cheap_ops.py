@@ -24,7 +24,7 @@ class CloneCheapOps(Pass):
     that reads it. A small value of the update that is computed from small values only (a learning rate, a bias
     correction, the factor of a global-norm clip) is cloned likewise. A counter of the state (small integers whose next
     value depends on such state alone: a step count, the words of a key) is brought up to date by every stage that reads it
-    and all that it depends on.
+    and all that it depends on; a scalar one by every stage there is, so that every rank knows it.
 
     Requires: ``bactrian.phase`` and ``bactrian.stage`` on every op (``assign-stages``).
     Ensures: no value of these kinds crosses stages; ``bactrian.counter`` names the results of ``@main`` that an op computes

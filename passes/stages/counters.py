@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 from jaxlib.mlir import ir
 
 from bactrian.passes.ir.attributes import COUNTER, UPDATE, argument_roles, integer, result_updates, set_stage
@@ -10,42 +13,44 @@ from bactrian.passes.ir.op_traits import NEVER_CLONED
 from bactrian.passes.ir.regions import custom_call_target, nested_operations, replace_reads
 
 
+@dataclass(frozen=True)
+class _Counter:
+    """How result ``result`` counts: the ops ``needed`` make it of the arguments ``read``, its old value among them."""
+
+    result: int
+    needed: list[int]
+    read: frozenset[int]
+
+
 def clone_counters(main: ir.Operation, small_bytes: int) -> int:
-    """Let every stage that reads a counter bring it up to date itself, in the place of a message per step.
+    """Let stages bring counters up to date themselves, in the place of a message per step.
 
     A counter is a small integer state (a step count, the words of a random key) whose next value depends on such state
     and constants only. Integers, since a compiler may round a floating expression differently in each function that it
-    stands in, and the stages' copies must stay equal. The ops that end such a computation are marked with ``COUNTER``.
+    stands in, and the stages' copies must stay equal. Every stage has the scalars among them, so that every rank can say
+    which step it is; others are where they are read. The ops that end such a computation are marked with ``COUNTER``.
 
     Returns:
         How many clones were made.
     """
     flow = MainDataflow.of(main)
-    exact = [_is_exact(value) and size <= small_bytes for value, size in zip(flow.values, flow.sizes, strict=True)]
-    roles = argument_roles(main)
-    known = [exact[i] and roles[i] != "batch" for i in range(flow.num_arguments)]
-    known += [False] * (len(flow.values) - flow.num_arguments)
-    for index, op in enumerate(flow.ops):
-        if flow.phases[index] == UPDATE and op.name not in NEVER_CLONED and custom_call_target(op) is None:
-            computable = all(known[value] for value in flow.operands[index]) and _is_exact_inside(op)
-            for result in flow.results[index]:
-                known[result] = computable and exact[result]
+    found = _find_counters(flow, main, small_bytes)
+    numbers = _numbers(flow, main, found)
+    all_stages = {stage for stage in flow.stages if stage is not None}
     readers: dict[int, set[int]] = {}
     for index, stage in enumerate(flow.stages):
         for value in flow.operands[index]:
             if value < flow.num_arguments and stage is not None:
                 readers.setdefault(value, set()).add(stage)
     made = 0
-    for result, (value, updated) in enumerate(zip(flow.operands[-1], result_updates(main), strict=True)):
-        producer = flow.producer[value]
-        if updated is None or producer < 0 or not known[value] or len(flow.results[producer]) != 1:
-            continue
-        needed = _computation(flow, producer)
-        read = {operand for index in needed for operand in flow.operands[index] if operand < flow.num_arguments}
-        stages = set[int].intersection(*(readers.get(argument, set[int]()) for argument in {updated, *read}))
-        for stage in sorted(stages - {flow.stages[producer]}):
-            _copy(flow, needed, stage, result)
-            made += len(needed)
+    for counter in found:
+        if counter.read <= numbers:
+            stages = all_stages
+        else:
+            stages = set[int].intersection(*(readers.get(argument, set[int]()) for argument in counter.read))
+        for stage in sorted(stages - {flow.stages[counter.needed[-1]]}):
+            _copy(flow, counter.needed, stage, counter.result)
+            made += len(counter.needed)
     return made
 
 
@@ -58,6 +63,43 @@ def counters(flow: MainDataflow) -> dict[tuple[int, int], int]:
             for result in ir.ArrayAttr(op.attributes[COUNTER]):
                 found.setdefault((ir.IntegerAttr(result).value, stage), flow.results[index][0])
     return found
+
+
+def _find_counters(flow: MainDataflow, main: ir.Operation, small_bytes: int) -> list[_Counter]:
+    exact = [_is_exact(value) and size <= small_bytes for value, size in zip(flow.values, flow.sizes, strict=True)]
+    roles = argument_roles(main)
+    known = [exact[i] and roles[i] != "batch" for i in range(flow.num_arguments)]
+    known += [False] * (len(flow.values) - flow.num_arguments)
+    for index, op in enumerate(flow.ops):
+        if flow.phases[index] == UPDATE and op.name not in NEVER_CLONED and custom_call_target(op) is None:
+            computable = all(known[value] for value in flow.operands[index]) and _is_exact_inside(op)
+            for result in flow.results[index]:
+                known[result] = computable and exact[result]
+    found: list[_Counter] = []
+    for result, (value, updated) in enumerate(zip(flow.operands[-1], result_updates(main), strict=True)):
+        producer = flow.producer[value]
+        if updated is None or producer < 0 or not known[value] or len(flow.results[producer]) != 1:
+            continue
+        needed = _computation(flow, producer)
+        read = {operand for index in needed for operand in flow.operands[index] if operand < flow.num_arguments}
+        found.append(_Counter(result, needed, frozenset({updated, *read})))
+    return found
+
+
+def _numbers(flow: MainDataflow, main: ir.Operation, found: Sequence[_Counter]) -> set[int]:
+    """The scalar counters, by argument, that are computed from such and from scalars that are only read."""
+    updates = result_updates(main)
+    counter_of = {updates[counter.result]: counter for counter in found}
+    state = {argument for argument in updates if argument is not None}
+    numbers = {
+        argument
+        for argument in range(flow.num_arguments)
+        if (argument not in state or argument in counter_of)
+        and not ir.RankedTensorType(flow.values[argument].type).shape
+    }
+    while lost := {a for a in numbers if a in counter_of and not counter_of[a].read <= numbers}:
+        numbers -= lost
+    return numbers
 
 
 def _computation(flow: MainDataflow, producer: int) -> list[int]:
