@@ -184,7 +184,8 @@ class _Axes:
         if any(sdy.AxisRefAttr(axis).sub_axis_info is not None for dim in dims for axis in dim.axes):
             self._ctx.error(where, f"{what} is over a part of an axis: {sharding}", fix="make that an axis of the mesh")
             return None
-        return sdy.TensorShardingAttr.get(USER_MESH, [self._dim(dim) for dim in dims])
+        sizes = dict(mesh)
+        return sdy.TensorShardingAttr.get(USER_MESH, [self._dim(dim, sizes) for dim in dims])
 
     def _stages_text(self) -> str:
         texts = [axes_text(axes) for axes in self._stages]
@@ -194,16 +195,18 @@ class _Axes:
 
     def _difference(self, mesh: MeshAxes) -> str:
         for name, size in mesh:
-            own = self._sizes.get(name, set())
-            if not own and size > 1:
+            if size == 1:
+                continue
+            own = self._sizes.get(name)
+            if not own:
                 return f"no axis of a stage's mesh is called {name}"
             if others := sorted(own - {size}):
                 return f"axis {name} has size {size} there, and {others[0]} in a stage's mesh"
         return ""
 
-    def _dim(self, dim: sdy.DimensionShardingAttr) -> ir.Attribute:
+    def _dim(self, dim: sdy.DimensionShardingAttr, sizes: Mapping[str, int]) -> ir.Attribute:
         names = [sdy.AxisRefAttr(axis).name for axis in dim.axes]
-        kept = [sdy.AxisRefAttr.get(name) for name in names if self._sizes.get(name, {1}) != {1}]
+        kept = [sdy.AxisRefAttr.get(name) for name in names if sizes[name] > 1]  # one device shards nothing
         return sdy.DimensionShardingAttr.get(kept, is_closed=dim.is_closed)
 
 
