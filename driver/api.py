@@ -6,24 +6,35 @@ import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, NoReturn, overload
+
+from jax.core import Tracer
 
 from bactrian.driver.arrays.host_values import gather
 from bactrian.driver.arrays.placed_arguments import PlacedArguments
+from bactrian.driver.arrays.placement import ArgumentPlacement
 from bactrian.driver.capture.argument_shardings import refuse_explicit_axes, requested_shardings
-from bactrian.driver.capture.call_signature import flatten_call, parameters_of
+from bactrian.driver.capture.call_signature import Parameters, flatten_call
 from bactrian.driver.capture.captured_step import Captured
 from bactrian.driver.capture.lower_step import capture
-from bactrian.driver.capture.reference_step import reference
+from bactrian.driver.capture.reference_step import reference, reference_function
 from bactrian.driver.gc_pause import paused_collection
 from bactrian.driver.planning.options import Options
 from bactrian.driver.run.compiled_step import Compiled
+from bactrian.driver.source import line_here
 from bactrian.driver.traced_step import Traced
 from bactrian.passes.frame.errors import ConfigError
 from bactrian.passes.machine.spec import num_devices
 from bactrian.passes.plan.schema import Plan
+from bactrian.runtime.control import Control
 
 _log = logging.getLogger("bactrian")
+
+_INSTEAD = {  # of what jitted functions have
+    "lower": "trace(*args), whose text is the StableHLO; trace(*args).plan().compile() compiles it",
+    "eval_shape": "jax.eval_shape(step, *args)",
+    "clear_cache": "with_options(), which makes a step that has compiled nothing yet",
+}
 
 
 @overload
@@ -40,6 +51,8 @@ def parallelize(
     donate: bool = True,
     forward_only: bool = False,
     out_reduction: Any = "concat",
+    static_argnums: int | Sequence[int] = (),
+    static_argnames: str | Sequence[str] = (),
     mesh: str | Mapping[str, int] | None = None,
     strategy: str = "auto",
 ) -> Parallelized: ...
@@ -57,6 +70,8 @@ def parallelize(
     donate: bool = True,
     forward_only: bool = False,
     out_reduction: Any = "concat",
+    static_argnums: int | Sequence[int] = (),
+    static_argnames: str | Sequence[str] = (),
     mesh: str | Mapping[str, int] | None = None,
     strategy: str = "auto",
 ) -> Callable[[Callable[..., Any]], Parallelized]: ...
@@ -73,6 +88,8 @@ def parallelize(
     donate: bool = True,
     forward_only: bool = False,
     out_reduction: Any = "concat",
+    static_argnums: int | Sequence[int] = (),
+    static_argnames: str | Sequence[str] = (),
     mesh: str | Mapping[str, int] | None = None,
     strategy: str = "auto",
 ) -> Parallelized | Callable[[Callable[..., Any]], Parallelized]:
@@ -95,6 +112,8 @@ def parallelize(
         forward_only: ``fun`` takes no gradient and is run as a forward pipeline.
         out_reduction: for ``forward_only``, how results are put together over the microbatches: one word or a prefix
             tree of ``concat``, ``mean``, ``sum``, ``last``.
+        static_argnums, static_argnames: arguments that the step sees as the Python values that they are, by position or
+            by name, as for ``jax.jit``. They must be hashable; for each new value the step is traced again.
         mesh: the axes of the devices of a stage, as in ``{"data": 2, "model": 4}`` or ``"data=2,model=4"``; each value
             of the step is sharded over them so that a step takes the least time. One device by default.
         strategy: ``auto``, or a baseline: ``data``, ``zero1``, ``zero2``, ``zero3``, ``megatron``; it leaves some open.
@@ -105,27 +124,15 @@ def parallelize(
     Raises:
         ConfigError: an option is wrong.
     """
-    options = Options.of(
-        num_stages=num_stages,
-        num_microbatches=num_microbatches,
-        schedule=schedule,
-        batch_argnums=batch_argnums,
-        state=state,
-        cluster=cluster,
-        plan=plan,
-        donate=donate,
-        forward_only=forward_only,
-        out_reduction=out_reduction,
-        mesh=mesh,
-        strategy=strategy,
-    )
+    options = Options.of(**{name: value for name, value in locals().items() if name != "fun"})
     return Parallelized(fun, options) if fun is not None else lambda function: Parallelized(function, options)
 
 
 class Parallelized:
     """A train step that runs as a pipeline. Call it like the step itself.
 
-    The first call with new shapes traces, plans and compiles; `trace` does the same one step at a time.
+    The first call with new shapes traces, plans and compiles; `trace` does the same one step at a time. Inside of a
+    function that JAX traces (`jax.eval_shape`, `jax.make_jaxpr`) the step is that of `reference`, on one device.
     """
 
     __name__: str
@@ -134,12 +141,13 @@ class Parallelized:
         functools.update_wrapper(self, fun)
         self.__name__ = getattr(fun, "__name__", type(fun).__name__)
         self.fun, self.options = fun, options
-        self._parameters = parameters_of(fun)
+        self._parameters = Parameters.of(fun, options.static_argnums, options.static_argnames)
         self._compiled: dict[
             Any, dict[PlacedArguments | None, Compiled]
         ] = {}  # by signature, then by where state came from
         self._captured: dict[Any, Captured] = {}
         self._last: Compiled | None = None
+        self._told_of_jax = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """One step."""
@@ -147,9 +155,18 @@ class Parallelized:
         if last is not None and not kwargs and (leaves := last.leaves_if_placed(args)) is not None:
             return last.call_placed(leaves)
         call = flatten_call(self._parameters, args, kwargs)
+        if any(isinstance(leaf, Tracer) for leaf in call.leaves):
+            return self._in_jax(args, kwargs)
         if last is None or call.signature != last.captured.call_signature or not last.has_all(call.leaves):
             last = self._last = self._compiled_for(call.signature, call.leaves, args, kwargs)
         return last.call_leaves(call.leaves)
+
+    def _in_jax(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """What a transformation of JAX (``eval_shape``, ``make_jaxpr``, ``jit``) sees: the reference."""
+        if not self._told_of_jax:
+            self._told_of_jax = True
+            _log.warning("%s is traced by JAX: there it is a function of one device, and has no stages", self.__name__)
+        return reference_function(self._capture(args, kwargs))(*args, **kwargs)
 
     def _compiled_for(
         self, signature: Any, leaves: Sequence[Any], args: Sequence[Any], kwargs: Mapping[str, Any]
@@ -200,8 +217,29 @@ class Parallelized:
             ConfigError: it was not called yet.
         """
         if self._last is None:
-            raise ConfigError(f"{self.__name__} was not called yet", fix="call it, or trace(...).plan().compile()")
+            raise ConfigError(
+                f"{self.__name__} was not called yet",
+                where=line_here(),
+                why="a step is planned and compiled for its first arguments; these may be on the host",
+                fix="call it, or use trace(...).plan().compile()",
+            )
         return self._last
+
+    @property
+    def placements(self) -> Sequence[ArgumentPlacement]:
+        """Where the compiled step of the last call keeps each argument that is not batch, for ``bactrian.put``."""
+        return self.compiled.placements
+
+    @property
+    def control(self) -> Control:
+        """The ranks that the compiled step of the last call runs on, for ``bactrian.put``."""
+        return self.compiled.control
+
+    if not TYPE_CHECKING:  # type checkers would take every name for an attribute
+
+        def __getattr__(self, name: str) -> NoReturn:
+            use = f": use {_INSTEAD[name]}" if name in _INSTEAD else ""
+            raise AttributeError(f"a step of bactrian.parallelize has no attribute {name!r}{use}")
 
     def __repr__(self) -> str:
         o = self.options
@@ -226,6 +264,7 @@ class Parallelized:
                     state=o.state,
                     forward_only=o.forward_only,
                     out_reduction=o.out_reduction,
+                    parameters=self._parameters,
                 )
             for remark in captured.remarks:
                 _log.warning("%s", remark)

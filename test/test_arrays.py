@@ -1,18 +1,25 @@
 """Distributed arrays: what they say, what they refuse, and the way to the host and back."""
 
+import copy
+import dataclasses
+import io
 import operator
+import pickle
 from types import SimpleNamespace
 
+import equinox as eqx
+import flax.serialization
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import SingleDeviceSharding
 
 import bactrian
 from bactrian.driver.arrays.distributed_array import DistributedArray
 from bactrian.driver.arrays.placement import ArgumentPlacement
-from bactrian.passes.frame.errors import BactrianError, ProgramError
+from bactrian.passes.frame.errors import BactrianError, ConfigError, ProgramError
 from bactrian.runtime.control import SingleProcess
 
 
@@ -33,35 +40,154 @@ def test_it_says_what_it_is():
     array = distributed()
     assert repr(array) == "DistributedArray(state['w'], float32[2,3], stages 0, 1, on one device)"
     assert (array.shape, array.dtype, array.ndim, array.size, array.stages) == ((2, 3), np.float32, 2, 6, (0, 1))
+    assert (array.itemsize, array.nbytes, len(array), array.is_fully_addressable) == (4, 24, 2, True)
+    assert array.is_fully_replicated and array.sharding == array.piece(0).sharding
+    assert jax.block_until_ready(array) is array
     assert jax.tree.leaves({"a": array})[0] is array
 
 
+def elsewhere(**options):
+    """An array of which this process holds nothing."""
+    place = dataclasses.replace(placement(**options), shardings={})
+    return DistributedArray(place, {})
+
+
+def scalar(value, make=jnp.asarray):
+    value = make(value)
+    place = placement(path="state.step", value=value, stages=(0,))
+    return DistributedArray(place, {0: value})
+
+
+NEVER = [
+    lambda a: a + 1,
+    lambda a: 1 - a,
+    lambda a: np.ones((2, 3)) * a,
+    lambda a: jnp.ones((2, 3)) * a,
+    lambda a: a @ a,
+    operator.neg,
+    lambda a: a == 1,
+    lambda a: a < 1,
+    lambda a: a[0],
+    list,
+    bool,
+    float,
+    int,
+    jnp.asarray,
+    jnp.mean,
+    jnp.sum,
+    jax.device_put,
+    lambda a: jax.jit(lambda w: w.sum())(a),
+    lambda a: jax.vmap(jnp.sin)(a),
+    lambda a: jax.grad(lambda w: w.sum())(a),
+    lambda a: optax.tree.norm({"w": a}),
+    lambda a: a.astype(jnp.bfloat16),
+    lambda a: a.at[0].set(1),
+    lambda a: a.addressable_shards,
+    lambda a: a.T,
+]
+ELSEWHERE = [
+    np.asarray,
+    np.sin,
+    np.mean,
+    lambda a: jax.device_get({"w": a}),
+    pickle.dumps,
+    lambda a: a.tolist(),
+    lambda a: a.sharding,
+]
+
+
 @pytest.mark.parametrize(
-    "use",
-    [
-        lambda a: a + 1,
-        lambda a: 1 - a,
-        lambda a: a @ a,
-        operator.neg,
-        lambda a: a == 1,
-        lambda a: a < 1,
-        lambda a: a[0],
-        len,
-        list,
-        bool,
-        float,
-        int,
-        np.asarray,
-        jnp.asarray,
-        np.sin,
-        lambda a: np.ones((2, 3)) * a,
-        lambda a: jnp.ones((2, 3)) * a,
-    ],
+    ("use", "make"), [(use, distributed) for use in NEVER] + [(use, elsewhere) for use in ELSEWHERE]
 )
-def test_it_refuses_to_be_an_array(use):
+def test_what_it_refuses_names_gather(use, make):
     with pytest.raises(BactrianError, match=r"bactrian\.gather") as error:
-        use(distributed())
-    assert "state['w']" in str(error.value)
+        use(make())
+    assert "state['w']" in str(error.value) and "test_arrays.py" in error.value.where
+
+
+@pytest.mark.parametrize("name", [name for name in dir(jax.Array) if not name.startswith("_")])
+def test_every_attribute_of_an_array_is_there_or_names_gather(name):
+    try:
+        getattr(distributed(), name)
+    except AttributeError as error:
+        assert isinstance(error, BactrianError) and "bactrian.gather" in error.fix
+
+
+def test_libraries_take_it_for_an_array():
+    array = distributed()
+    assert isinstance(array, jax.Array) and eqx.is_inexact_array(array)
+    file = io.BytesIO()
+    eqx.tree_serialise_leaves(file, {"w": array})
+    file.seek(0)
+    restored = eqx.tree_deserialise_leaves(file, {"w": np.zeros((2, 3), np.float32)})
+    np.testing.assert_array_equal(restored["w"], np.arange(6.0).reshape(2, 3))
+    read = flax.serialization.msgpack_restore(flax.serialization.to_bytes({"w": array}))
+    np.testing.assert_array_equal(read["w"], restored["w"])
+
+
+def test_it_converts_where_its_values_are():
+    array = distributed()
+    expected = np.arange(6, dtype=np.float32).reshape(2, 3)
+    for convert in (
+        np.asarray,
+        jax.device_get,
+        lambda a: pickle.loads(pickle.dumps(a)),
+        lambda a: np.array(a.tolist()),
+    ):
+        values = convert(array)
+        assert isinstance(values, np.ndarray)
+        np.testing.assert_array_equal(values, expected)
+    np.testing.assert_array_equal(np.asarray(array, np.float16), expected.astype(np.float16))
+    assert np.mean(array) == 2.5
+    array.donate("train.py:3")
+    with pytest.raises(ProgramError, match="donated value"):
+        np.asarray(array)
+
+
+def test_a_typed_key_is_gathered():
+    key = jax.random.key(3)
+    words = DistributedArray(placement(value=key, stages=(0,), key_impl="threefry2x32"), {0: jax.random.key_data(key)})
+    for use in (np.asarray, jax.device_get, pickle.dumps):
+        with pytest.raises(BactrianError, match=r"bactrian\.gather"):
+            use(words)
+    assert words.nbytes == key.nbytes == 8
+
+
+def test_rows_of_several_stages_are_put_together():
+    place = placement(rows={0: (0, 1), 1: (1, 2)})
+    values = np.arange(6, dtype=np.float32).reshape(2, 3)
+    array = DistributedArray(place, {0: jnp.asarray(values[:1]), 1: jnp.asarray(values[1:])})
+    np.testing.assert_array_equal(np.asarray(array), values)
+    half = DistributedArray(dataclasses.replace(place, shardings={0: place.shardings[0]}), {0: jnp.asarray(values[:1])})
+    assert not half.is_fully_addressable and array.is_fully_addressable and not array.is_fully_replicated
+
+
+def test_a_scalar_is_a_number():
+    step = scalar(7)
+    assert (int(step), float(step), complex(step), step.item(), step.tolist(), bool(step)) == (7, 7.0, 7, 7, 7, True)
+    assert (step % 4, 10 - step, divmod(step, 4), -step, round(step), [*range(9)][step]) == (3, 3, (1, 3), -7, 7, 7)
+    assert step + jnp.int32(1) == 8 and np.float32(2) * step == 14
+    assert step == 7 and step < 8 and step in (6, 7) and step - step == 0 and np.int32(1) + step == 8
+    assert (f"{step}", f"{step:03d}", str(step)) == ("7", "007", "7")
+    assert f"{scalar(0.5):.2f}" == "0.50"
+    assert float(scalar(2, lambda x: jnp.asarray(x, jnp.bfloat16)) * 1.5) == 3.0
+    with pytest.raises(TypeError, match="unhashable"):
+        hash(step)
+    for use in (int, lambda a: a % 4, lambda a: f"{a:d}"):
+        with pytest.raises(BactrianError, match=r"bactrian\.gather"):
+            use(elsewhere(value=jnp.asarray(7)))
+    assert str(elsewhere(value=jnp.asarray(7))).startswith("DistributedArray(")
+
+
+def test_a_copy_outlives_a_donation():
+    array = distributed()
+    for copied in (array.copy(), copy.copy(array), copy.deepcopy({"w": array})["w"]):
+        assert isinstance(copied, DistributedArray) and copied.placement is array.placement
+        assert all(copied.piece(stage) is not array.piece(stage) for stage in (0, 1))
+    for piece in array.donate("here").values():
+        piece.delete()
+    assert array.is_deleted() and not copied.is_deleted()
+    np.testing.assert_array_equal(bactrian.gather(copied), np.arange(6.0).reshape(2, 3))
 
 
 def test_a_donated_value_is_refused_with_both_lines():
@@ -160,3 +286,35 @@ def test_a_stage_that_spans_ranks_is_assembled():
     comm = FakeRank(1, 2, [[((slice(2, 4), slice(None)), rest)]])
     out = bactrian.gather(DistributedArray(place, {0: piece}, comm))
     np.testing.assert_array_equal(out, np.concatenate([np.ones((2, 3), np.float32), rest]))
+
+
+def test_put_where_a_step_keeps_its_state():
+    @bactrian.parallelize(num_stages=1)
+    def step(w, x):
+        loss, g = bactrian.value_and_grad(lambda w: jnp.mean((x @ w) ** 2))(w)
+        return w - g, loss
+
+    w, x = np.ones((4, 3), np.float32), np.ones((2, 4), np.float32)
+    with pytest.raises(ConfigError, match="step was not called yet") as error:
+        bactrian.put(w, step)
+    assert "test_arrays.py" in error.value.where and "on the host" in error.value.why
+    step(w, x)
+    there = bactrian.put(w, step)
+    assert isinstance(there, DistributedArray) and there.path == "w"
+    np.testing.assert_array_equal(bactrian.gather(step(there, x)[0]), bactrian.gather(step(w, x)[0]))
+
+
+@pytest.mark.parametrize("read", [np.asarray, bactrian.gather, jax.device_get])
+def test_what_was_read_stays_after_the_next_step(read):
+    @bactrian.parallelize(num_stages=1)
+    def step(w, x):
+        loss, g = bactrian.value_and_grad(lambda w: jnp.mean((x @ w) ** 2))(w)
+        return w - g, loss
+
+    x = np.ones((2, 4), np.float32)
+    w, _ = step(np.ones((4, 3), np.float32), x)
+    values = read(w)
+    before = np.array(values)
+    for _ in range(3):
+        w, _ = step(w, x)
+    np.testing.assert_array_equal(values, before)

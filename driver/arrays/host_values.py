@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bactrian.driver.arrays.distributed_array import DistributedArray
-from bactrian.driver.arrays.leaf_types import is_array, is_key, physical
+from bactrian.driver.arrays.leaf_types import array_positions, is_key, physical
 from bactrian.driver.arrays.placement import ArgumentPlacement
 from bactrian.driver.source import line_here
 from bactrian.driver.xla.compile_stage import device_array
@@ -19,7 +19,7 @@ from bactrian.runtime.control import Control
 
 
 class PlacedStep(Protocol):
-    """A compiled step, as ``put`` needs it."""
+    """A step that was called, or compiled, as ``put`` needs it."""
 
     @property
     def placements(self) -> Sequence[ArgumentPlacement]:
@@ -41,18 +41,19 @@ def gather(tree: Any) -> Any:
 
 
 def put(tree: Any, step: PlacedStep, *, argnum: int | None = None) -> Any:
-    """Host values to where a compiled step wants them; the inverse of ``gather``.
+    """Host values to where a step keeps them; the inverse of ``gather``.
 
     Args:
         tree: the whole argument of the step, every rank with the same values.
-        step: the compiled step.
+        step: a step that was called, or the result of ``compile()``.
         argnum: which positional argument it is; found by its shapes and dtypes when not given.
 
     Raises:
         ProgramError: the tree fits no argument of the step, or several.
+        ConfigError: the step was not called yet. Its first call takes host values as they are.
     """
     leaves, treedef = jax.tree.flatten(tree)
-    positions = [i for i, leaf in enumerate(leaves) if is_array(leaf)]
+    positions = array_positions(leaves, treedef)
     placements = _placements_of([leaves[i] for i in positions], step, argnum)
     for i, placement in zip(positions, placements, strict=True):
         if not isinstance(leaves[i], DistributedArray):
@@ -75,13 +76,7 @@ def _to_host(leaf: Any) -> Any:
 def physical_values(array: DistributedArray) -> np.ndarray[Any, Any]:
     """The values of the whole array, on every rank: the first stage's copy, or the rows of several stages."""
     placement = array.placement
-    if not all(stage in placement.rows for stage in placement.sources):
-        return _stage_values(array, placement.sources[0])
-    whole = physical(placement.shape, placement.dtype)
-    values = np.empty(whole.shape, whole.dtype)
-    for stage in placement.sources:
-        placement.part(stage, values)[...] = _stage_values(array, stage)
-    return values
+    return placement.whole((stage, _stage_values(array, stage)) for stage in placement.sources)
 
 
 def _stage_values(array: DistributedArray, stage: int) -> np.ndarray[Any, Any]:

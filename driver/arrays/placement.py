@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import jax
+import numpy as np
 
+from bactrian.driver.arrays.leaf_types import physical
 from bactrian.passes.frame.errors import PassError
 from bactrian.passes.machine.spec import MeshAxes, Spec, axes_text, num_devices
 
@@ -73,6 +75,38 @@ class ArgumentPlacement:
         if self.stages and covered < self.shape[0]:
             raise PassError(f"row {covered} of {self.path} is on no stage")
         return tuple(found)
+
+    @cached_property
+    def stages_here(self) -> tuple[int, ...]:
+        """The stages whose pieces are the whole array and are in this process; none if it has not all."""
+        own = [
+            stage
+            for stage, sharding in self.shardings.items()
+            if sharding.is_fully_addressable or sharding.is_fully_replicated
+        ]
+        whole = [stage for stage in own if stage not in self.rows]
+        if whole:
+            return (whole[0],)
+        return self.sources if set(own).issuperset(self.sources) else ()
+
+    def whole(self, pieces: Iterable[tuple[int, np.ndarray[Any, Any]]]) -> np.ndarray[Any, Any]:
+        """The whole array, as it is carried, from what one stage has of it, or from the rows of several."""
+        values: np.ndarray[Any, Any] | None = None
+        for stage, piece in pieces:
+            if stage not in self.rows:
+                return piece
+            if values is None:
+                values = np.empty(physical(self.shape, self.dtype).shape, piece.dtype)
+            self.part(stage, values)[...] = piece
+        assert values is not None, f"{self.path} is on no stage"
+        return values
+
+    @property
+    def is_replicated(self) -> bool:
+        """Whether each device of its stages has all of it."""
+        return not self.rows and all(
+            spec.num_shards(dict(self.meshes[stage])) == 1 for stage, spec in self.specs.items()
+        )
 
     @property
     def sharding_text(self) -> str:

@@ -20,6 +20,10 @@ Requested = tuple[MeshAxes, Spec]
 """A mesh, and how it shards an argument; dims at the end may be left out."""
 
 
+MAKE_AUTO = "make it with jax.make_mesh(..., axis_types=(jax.sharding.AxisType.Auto,) * number of axes)"
+"""What to do about a mesh of type Explicit."""
+
+
 def requested_shardings(leaves: Sequence[Any]) -> tuple[tuple[int, Requested], ...]:
     """The shardings of those arguments that come with one, by number; hashable.
 
@@ -61,7 +65,7 @@ def refuse_explicit_axes() -> None:
             f"the step is traced under a mesh with axes of type Explicit: {', '.join(map(str, names))}",
             where=line_here(),
             why="every value then has its sharding in its type, and nothing is left to choose",
-            fix="make it with jax.make_mesh(..., axis_types=(jax.sharding.AxisType.Auto,) * number of axes)",
+            fix=MAKE_AUTO,
         )
 
 

@@ -6,15 +6,89 @@ import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
 
 from bactrian.driver.arrays.distributed_array import DistributedArray
-from bactrian.driver.arrays.leaf_types import is_array, is_key
+from bactrian.driver.arrays.leaf_types import array_positions, is_key
 from bactrian.driver.source import line_here
-from bactrian.passes.frame.errors import ProgramError
+from bactrian.passes.frame.errors import ConfigError, ProgramError
+
+
+@dataclass(frozen=True)
+class StaticArgument:
+    """A static argument as a leaf, told apart by value and type (``1`` is not ``True``)."""
+
+    value: Any
+    kind: type[Any]
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """The parameters of a step.
+
+    Attributes:
+        signature: of the function, where it has one.
+        static_argnums, static_argnames: of static arguments, by position and by name.
+    """
+
+    signature: inspect.Signature | None
+    static_argnums: frozenset[int] = frozenset()
+    static_argnames: frozenset[str] = frozenset()
+
+    @classmethod
+    def of(
+        cls, fun: Callable[..., Any], static_argnums: Sequence[int] = (), static_argnames: Sequence[str] = ()
+    ) -> Parameters:
+        """The parameters of ``fun``; what is given by position is static by name too, and the other way round.
+
+        Raises:
+            ConfigError: ``fun`` has no such parameter.
+        """
+        try:
+            signature = inspect.signature(fun)
+        except (TypeError, ValueError):
+            return cls(None, frozenset(static_argnums), frozenset(static_argnames))
+        kinds = {name: parameter.kind for name, parameter in signature.parameters.items()}
+        positional = [name for name, kind in kinds.items() if kind in _POSITIONAL]
+        for argnum in static_argnums:
+            if (
+                not -len(positional) <= argnum < len(positional)
+                and inspect.Parameter.VAR_POSITIONAL not in kinds.values()
+            ):
+                _refuse_static("static_argnums", argnum, f"{len(positional)} positional parameters")
+        for name in static_argnames:
+            if name not in kinds and inspect.Parameter.VAR_KEYWORD not in kinds.values():
+                _refuse_static("static_argnames", name, f"the parameters {', '.join(kinds)}")
+        numbers = {argnum + len(positional) if argnum < 0 else argnum for argnum in static_argnums}
+        names = {positional[argnum] for argnum in numbers if argnum < len(positional)}.union(static_argnames)
+        numbers.update(argnum for argnum, name in enumerate(positional) if name in names)
+        return cls(signature, frozenset(numbers), frozenset(names))
+
+    def bound(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """A call's arguments, positional ones by position, static ones as `StaticArgument`."""
+        args, kwargs = tuple(args), dict(kwargs)
+        if kwargs and self.signature is not None:
+            call = self.signature.bind(*args, **kwargs)
+            args, kwargs = call.args, call.kwargs
+        if self.static_argnums:
+            args = tuple(_static(arg) if argnum in self.static_argnums else arg for argnum, arg in enumerate(args))
+        if self.static_argnames:
+            kwargs = {name: _static(arg) if name in self.static_argnames else arg for name, arg in kwargs.items()}
+        return args, kwargs
+
+
+_POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+
+
+def _static(value: Any) -> StaticArgument:
+    return StaticArgument(value, type(value))
+
+
+def _refuse_static(option: str, given: int | str, has: str) -> NoReturn:
+    raise ConfigError(f"{option} has {given!r}, but the step has {has}", where=line_here(), fix="name one of these")
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,42 +106,47 @@ class FlatCall:
         """Equal for calls that the same captured program serves; hashable."""
         return self.tree, tuple(map(aval_key, self.leaves)), self.statics
 
+    def arguments(self, leaves: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The call's ``args`` and ``kwargs`` with other data."""
+        statics = [(i, value.value if isinstance(value, StaticArgument) else value) for i, value in self.statics]
+        return jax.tree.unflatten(self.tree, merged(list(leaves), statics))
 
-def flatten_call(parameters: inspect.Signature | None, args: Sequence[Any], kwargs: Mapping[str, Any]) -> FlatCall:
+
+def flatten_call(parameters: Parameters, args: Sequence[Any], kwargs: Mapping[str, Any]) -> FlatCall:
     """Flattens a call; an argument given by keyword that could be positional is positional.
 
     Raises:
         ProgramError: a static leaf can't be hashed.
     """
-    args, kwargs = tuple(args), dict(kwargs)
-    if kwargs and parameters is not None:
-        bound = parameters.bind(*args, **kwargs)
-        args, kwargs = bound.args, bound.kwargs
+    args, kwargs = parameters.bound(args, kwargs)
     flat, tree = jax.tree.flatten((args, kwargs))
-    statics = tuple(
-        (i, leaf) for i, leaf in enumerate(flat) if not isinstance(leaf, DistributedArray) and not is_array(leaf)
-    )
+    data = array_positions(flat, tree)
+    if len(data) == len(flat):
+        return FlatCall(args, kwargs, tree, flat, ())
+    static = set(range(len(flat))).difference(data)
+    statics = tuple((i, flat[i]) for i in sorted(static))
     for i, leaf in statics:
         try:
             hash(leaf)
         except TypeError:
             path = jax.tree_util.keystr(jax.tree_util.tree_leaves_with_path((args, kwargs))[i][0])
-            raise ProgramError(
-                f"the argument leaf {path} is neither an array nor hashable: {type(leaf).__qualname__}",
-                where=line_here(),
-                fix="convert it to an array, or keep it out of the arguments",
-            ) from None
-    static = {i for i, _ in statics}
-    leaves = [leaf for i, leaf in enumerate(flat) if i not in static] if static else flat
-    return FlatCall(args, kwargs, tree, leaves, statics)
+            _refuse_unhashable(path, leaf)
+    return FlatCall(args, kwargs, tree, [flat[i] for i in data], statics)
 
 
-def parameters_of(fun: Callable[..., Any]) -> inspect.Signature | None:
-    """The signature of ``fun``, where it has one."""
-    try:
-        return inspect.signature(fun)
-    except (TypeError, ValueError):
-        return None
+def _refuse_unhashable(path: str, leaf: Any) -> NoReturn:
+    if isinstance(leaf, StaticArgument):
+        raise ProgramError(
+            f"the static argument {path} can't be hashed: {leaf.kind.__qualname__}",
+            where=line_here(),
+            why="a step is traced anew for each value of a static argument, and remembers it by hash and equality",
+            fix="use a frozen dataclass or a tuple; arrays are no static arguments",
+        )
+    raise ProgramError(
+        f"the argument leaf {path} is neither an array nor hashable: {type(leaf).__qualname__}",
+        where=line_here(),
+        fix="convert it to an array, or keep it out of the arguments",
+    )
 
 
 def abstract(leaf: Any) -> jax.ShapeDtypeStruct:

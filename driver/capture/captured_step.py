@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +11,7 @@ from jaxlib.mlir import ir
 
 from bactrian.driver.arrays.placed_arguments import PlacedArguments
 from bactrian.driver.capture.argument_info import ArgumentInfo, ResultInfo
-from bactrian.driver.capture.call_signature import FlatCall, flatten_call, merged
+from bactrian.driver.capture.call_signature import FlatCall, Parameters, flatten_call, merged
 from bactrian.driver.capture.jaxpr_dataflow import JaxprDataflow
 from bactrian.driver.capture.module_attributes import write_placed
 from bactrian.driver.source import line_here
@@ -37,7 +36,7 @@ class Captured:
     out_tree: Any = field(repr=False)
     out_statics: tuple[tuple[int, Any], ...] = field(repr=False)
     dataflow: JaxprDataflow = field(repr=False)
-    parameters: inspect.Signature | None = field(repr=False)
+    parameters: Parameters = field(repr=False)
     remarks: tuple[str, ...] = ()
 
     def module(self, placed: PlacedArguments | None = None) -> ir.Module:

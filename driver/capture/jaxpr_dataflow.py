@@ -14,7 +14,8 @@ import jax
 from jax.extend import core
 
 from bactrian.driver.capture.gradient_boundary import GRADIENT_BOUNDARY, MICROBATCH_INDEX, STAGE_BOUNDARY
-from bactrian.driver.source import line_here, line_of_equation
+from bactrian.driver.capture.missing_boundary import missing_boundary
+from bactrian.driver.source import line_of_equation
 from bactrian.passes.frame.errors import ProgramError
 
 _MAX_LINES_REPORTED = 5
@@ -114,13 +115,7 @@ def flatten(closed: core.ClosedJaxpr) -> JaxprDataflow:
     boundaries = [op for op in inliner.operations if is_call(op.equation, GRADIENT_BOUNDARY)]
     _refuse_hidden_boundaries(inliner.operations)
     if not boundaries:
-        raise ProgramError(
-            "the step has no gradient boundary",
-            where=line_here(),
-            why="bactrian.value_and_grad or bactrian.grad says which part of a step runs once per microbatch",
-            fix="use bactrian.value_and_grad in place of jax.value_and_grad, or forward_only=True to run a function"
-            " without gradients",
-        )
+        raise missing_boundary((op.equation, op.callers) for op in inliner.operations)
     if len(boundaries) > 1:
         lines = sorted({op.line for op in boundaries})
         raise ProgramError(

@@ -7,7 +7,6 @@ reference) is kept in ``Captured``.
 from __future__ import annotations
 
 import hashlib
-import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -17,11 +16,11 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
-from bactrian.driver.arrays.leaf_types import is_array, is_key
+from bactrian.driver.arrays.leaf_types import array_positions, is_array, is_key
 from bactrian.driver.capture import gradient_boundary, jaxpr_dataflow
 from bactrian.driver.capture.argument_info import ArgumentInfo, ResultInfo
 from bactrian.driver.capture.argument_shardings import requested_shardings
-from bactrian.driver.capture.call_signature import FlatCall, abstract, flatten_call, merged, parameters_of
+from bactrian.driver.capture.call_signature import FlatCall, Parameters, StaticArgument, abstract, flatten_call
 from bactrian.driver.capture.captured_step import Captured
 from bactrian.driver.capture.module_attributes import annotated
 from bactrian.driver.capture.state_matching import StepPart, match_state
@@ -44,6 +43,7 @@ def capture(
     state: Mapping[int, int | None] | None = None,
     forward_only: bool = False,
     out_reduction: Any = "concat",
+    parameters: Parameters | None = None,
     platform: str | None = None,
 ) -> Captured:
     """Traces ``fun`` at microbatch size and lowers it; no device is used.
@@ -57,6 +57,7 @@ def capture(
             the others are matched by tree, shapes and dtypes.
         forward_only: ``fun`` takes no gradient; its results are reduced as ``out_reduction`` says, one word or a prefix
             tree of ``mean``, ``sum``, ``last``, ``concat``.
+        parameters: those of ``fun``, where some are static.
         platform: lower for ``cpu``, ``cuda``, …; JAX's default backend when not given.
 
     Raises:
@@ -64,13 +65,18 @@ def capture(
         ConfigError: the options do not fit the arguments.
     """
     _check_count(num_microbatches)
-    parameters = parameters_of(fun)
+    parameters = parameters or Parameters.of(fun)
     call = flatten_call(parameters, args, kwargs or {})
-    batch = _batch_argnums(batch_argnums, len(call.args))
+    batch = _batch_argnums(batch_argnums, call.args)
     arguments = _arguments(call, batch, parameters)
     avals = [_microbatch_aval(info, leaf, num_microbatches) for info, leaf in zip(arguments, call.leaves, strict=True)]
     step = _Step(fun, parameters, call, num_microbatches, forward_only, out_reduction)
-    traced = step.trace(avals)
+    numbers = {
+        info.number: (info.path, type(leaf))
+        for info, leaf in zip(arguments, call.leaves, strict=True)
+        if isinstance(leaf, (bool, int, float, complex))
+    }
+    traced = step.trace(avals, numbers)
     flow, results = _dataflow(step, traced, arguments)
     if not forward_only:
         arguments, results = _pair_state(step, flow, call, arguments, results, batch, state)
@@ -107,7 +113,7 @@ class _Step:
     def __init__(
         self,
         fun: Callable[..., Any],
-        parameters: inspect.Signature | None,
+        parameters: Parameters,
         call: FlatCall,
         num_microbatches: int,
         forward_only: bool,
@@ -117,8 +123,13 @@ class _Step:
         self.forward_only, self.out_reduction = forward_only, out_reduction
         self.name: str = getattr(fun, "__name__", type(fun).__name__)
 
-    def trace(self, avals: Sequence[jax.ShapeDtypeStruct]) -> Any:
-        """Traces to a jaxpr; errors of JAX that mean "not traceable" get the user's line."""
+    def trace(self, avals: Sequence[jax.ShapeDtypeStruct], numbers: Mapping[int, tuple[str, type[Any]]]) -> Any:
+        """Traces to a jaxpr; errors of JAX that mean "not traceable" get the user's line.
+
+        Args:
+            avals: of the array leaves.
+            numbers: the path and type of those that are Python numbers.
+        """
         with gradient_boundary.capturing(self.num_microbatches, self.forward_only) as mode:
 
             def flat(*leaves: Any) -> list[Any]:
@@ -130,7 +141,7 @@ class _Step:
             except BactrianError:
                 raise
             except Exception as error:
-                explained = explain_trace_error(error, self.name, self.num_microbatches)
+                explained = explain_trace_error(error, self.name, self.num_microbatches, numbers)
                 if explained is None:
                     raise
                 raise explained from error
@@ -139,11 +150,12 @@ class _Step:
 
     def _run(self, mode: gradient_boundary.CaptureMode, leaves: Sequence[Any]) -> list[Any]:
         gradient_boundary.trace_index(mode)
-        args, kwargs = jax.tree.unflatten(self.call.tree, merged(list(leaves), self.call.statics))
+        args, kwargs = self.call.arguments(leaves)
         result = self.fun(*args, **kwargs)
         with_paths, self.out_tree = jax.tree_util.tree_flatten_with_path(result)
-        arrays = [(path, leaf) for path, leaf in with_paths if is_array(leaf)]
-        self.out_statics = tuple((i, x) for i, (_, x) in enumerate(with_paths) if not is_array(x))
+        data = array_positions([leaf for _, leaf in with_paths], self.out_tree)
+        arrays = [with_paths[i] for i in data]
+        self.out_statics = tuple((i, x) for i, (_, x) in enumerate(with_paths) if i not in set(data))
         self.out_paths = tuple("result" + jax.tree_util.keystr(path) for path, _ in arrays)
         outputs = [leaf for _, leaf in arrays]
         if self.forward_only:
@@ -176,7 +188,8 @@ def _check_count(num_microbatches: int) -> None:
         raise ConfigError(f"num_microbatches is {num_microbatches}", fix="give a number of 1 or more")
 
 
-def _batch_argnums(batch_argnums: Sequence[int], num_args: int) -> set[int]:
+def _batch_argnums(batch_argnums: Sequence[int], args: Sequence[Any]) -> set[int]:
+    num_args = len(args)
     for argnum in batch_argnums:
         if not -num_args <= argnum < num_args:
             raise ConfigError(
@@ -184,14 +197,21 @@ def _batch_argnums(batch_argnums: Sequence[int], num_args: int) -> set[int]:
                 where=line_here(),
                 fix="say with batch_argnums which arguments carry the batch; () for none",
             )
+        if isinstance(args[argnum], StaticArgument):
+            raise ConfigError(
+                f"argument {argnum % num_args} is static, and in batch_argnums",
+                where=line_here(),
+                fix="say with batch_argnums which arguments carry the batch; it is 1 by default",
+            )
     return {argnum % num_args for argnum in batch_argnums}
 
 
-def _arguments(call: FlatCall, batch: set[int], parameters: inspect.Signature | None) -> list[ArgumentInfo]:
+def _arguments(call: FlatCall, batch: set[int], parameters: Parameters) -> list[ArgumentInfo]:
     names = _argument_names(len(call.args), parameters)
     infos: list[ArgumentInfo] = []
-    for path, leaf in jax.tree_util.tree_leaves_with_path((call.args, call.kwargs)):
-        if not is_array(leaf):
+    static = {i for i, _ in call.statics}
+    for i, (path, leaf) in enumerate(jax.tree_util.tree_leaves_with_path((call.args, call.kwargs))):
+        if i in static:
             continue
         aval = abstract(leaf)
         positional = path[0].idx == 0
@@ -207,9 +227,10 @@ def _arguments(call: FlatCall, batch: set[int], parameters: inspect.Signature | 
     return infos
 
 
-def _argument_names(count: int, parameters: inspect.Signature | None) -> list[str]:
+def _argument_names(count: int, parameters: Parameters) -> list[str]:
     names: list[str] = []
-    for parameter in parameters.parameters.values() if parameters else ():
+    signature = parameters.signature
+    for parameter in signature.parameters.values() if signature else ():
         if parameter.kind is parameter.VAR_POSITIONAL:
             names += [f"{parameter.name}[{i}]" for i in range(count - len(names))]
         elif parameter.kind is not parameter.KEYWORD_ONLY and parameter.kind is not parameter.VAR_KEYWORD:
@@ -363,6 +384,8 @@ def _remarks(step: _Step, flow: jaxpr_dataflow.JaxprDataflow, num_microbatches: 
 
 def _static_text(value: Any) -> str:
     """A description that is the same in every process: functions by name, objects without their addresses."""
+    if isinstance(value, StaticArgument):
+        return _static_text(value.value)
     if isinstance(value, tuple):
         return f"({', '.join(_static_text(item) for item in value)})"
     if callable(value) and hasattr(value, "__qualname__"):

@@ -2,30 +2,51 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import jax
 
+from bactrian.driver.capture.argument_shardings import MAKE_AUTO
 from bactrian.driver.capture.gradient_boundary import GRADIENT_BOUNDARY
 from bactrian.driver.source import line_here, line_of_error
 from bactrian.passes.frame.errors import ProgramError
 
 _NOT_TRACEABLE = (jax.errors.JAXTypeError, jax.errors.JAXIndexError, jax.errors.UnexpectedTracerError)
 
+_ARGUMENT = re.compile(r"\bleaves\[(\d+)\]")  # JAX's name for an argument of the function on leaves that is traced
+_NO_SHAPE = "Shapes must be 1D sequences of concrete values"
 
-def explain_trace_error(error: Exception, name: str, num_microbatches: int) -> ProgramError | None:
+
+def explain_trace_error(
+    error: Exception, name: str, num_microbatches: int, numbers: Mapping[int, tuple[str, type[Any]]]
+) -> ProgramError | None:
     """The error to raise in the place of another; None where that says enough.
 
     Args:
         error: what was raised.
         name: of the step.
         num_microbatches: that the batch is cut into.
+        numbers: the arguments that are Python numbers, with path and type, by number.
     """
     text = str(error)
-    if isinstance(error, _NOT_TRACEABLE):
+    if isinstance(error, _NOT_TRACEABLE) or (isinstance(error, TypeError) and _NO_SHAPE in text):
+        blamed = [numbers[i] for i in map(int, _ARGUMENT.findall(text)) if i in numbers]
+        if blamed:
+            return _should_be_static(error, name, blamed)
         return ProgramError(
             f"{name} can't be traced with abstract values: {text.splitlines()[0]}",
             where=line_of_error(error),
             why=type(error).__name__ + ": shapes and Python control flow may not depend on array values",
-            fix="use jnp.where, lax.cond or a mask of fixed size",
+            fix="use jnp.where, lax.cond or a mask of fixed size; settings are given as static_argnames=... of parallelize",
+        )
+    if "with_sharding_constraint" in text and ("Auto axes" in text or "`Explicit`" in text):
+        return ProgramError(
+            f"a sharding constraint is over a mesh with axes of type Explicit: {text.splitlines()[0]}",
+            where=line_of_error(error),
+            why="values have the shardings of such a mesh in their types, and a constraint can't change them",
+            fix=MAKE_AUTO,
         )
     if not isinstance(error, ValueError):
         return None
@@ -46,3 +67,16 @@ def explain_trace_error(error: Exception, name: str, num_microbatches: int) -> P
             fix="use jax.grad for the inner gradient, and bactrian.grad for the outermost one only",
         )
     return None
+
+
+def _should_be_static(error: Exception, name: str, blamed: Sequence[tuple[str, type[Any]]]) -> ProgramError:
+    """The error about Python numbers that are arguments, and whose values Python asks for."""
+    what = " and ".join(f"{path}, a Python {kind.__name__}," for path, kind in dict(blamed).items())
+    names = list(dict.fromkeys(re.split(r"\W", path, maxsplit=1)[0] for path, _ in blamed))
+    given = repr(names[0]) if len(names) == 1 else f"({', '.join(map(repr, names))})"
+    return ProgramError(
+        f"{name} can't be traced with an abstract value of {what.removesuffix(',')}",
+        where=line_of_error(error),
+        why="numbers are arrays inside of a step, and shapes and Python control flow may not depend on array values",
+        fix=f"parallelize(..., static_argnames={given}) gives the step its value; or use jnp.where or lax.cond",
+    )

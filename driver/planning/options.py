@@ -37,6 +37,8 @@ class Options:
     donate: bool
     forward_only: bool
     out_reduction: Any
+    static_argnums: tuple[int, ...]
+    static_argnames: tuple[str, ...]
     mesh: MeshAxes | None
     cluster: str
     strategy: str
@@ -61,12 +63,14 @@ class Options:
             num_stages=given.get("num_stages") if plan is None else plan.num_stages,
             num_microbatches=given.get("num_microbatches", 1) if plan is None else plan.num_microbatches,
             schedule=given.get("schedule", DEFAULT_SCHEDULE) if plan is None else plan.schedule,
-            batch_argnums=_argnums(given.get("batch_argnums", 1)),
+            batch_argnums=_argnums("batch_argnums", given.get("batch_argnums", 1)),
             state=given.get("state"),
             plan=plan,
             donate=given.get("donate", True),
             forward_only=given.get("forward_only", False),
             out_reduction=given.get("out_reduction", "concat"),
+            static_argnums=_argnums("static_argnums", given.get("static_argnums", ())),
+            static_argnames=_argnames(given.get("static_argnames", ())),
             mesh=mesh,
             cluster=cluster_file(given["cluster"]) if "cluster" in given else "",
             strategy=strategy,
@@ -131,11 +135,18 @@ def check_stages(plan: Plan, num_stages: int | None, num_layers: int | None = No
             raise ConfigError(f"num_{name} is {asked}, but the plan has {has} {name}", fix=_LEAVE_OUT)
 
 
-def _argnums(argnums: Any) -> tuple[int, ...]:
+def _argnums(option: str, argnums: Any) -> tuple[int, ...]:
     numbers = (argnums,) if isinstance(argnums, Integral) else argnums
     if not isinstance(numbers, Sequence) or not all(isinstance(each, Integral) for each in numbers):
-        raise ConfigError(f"batch_argnums is {argnums!r}", fix="give the position of an argument, or several")
+        raise ConfigError(f"{option} is {argnums!r}", fix="give the position of an argument, or several")
     return tuple(numbers)
+
+
+def _argnames(argnames: Any) -> tuple[str, ...]:
+    names = (argnames,) if isinstance(argnames, str) else argnames
+    if not isinstance(names, Sequence) or not all(isinstance(each, str) for each in names):
+        raise ConfigError(f"static_argnames is {argnames!r}", fix="give the name of an argument, or several")
+    return tuple(names)
 
 
 def mesh_axes(mesh: Any) -> MeshAxes | None:

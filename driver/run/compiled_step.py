@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from bactrian.driver.arrays.distributed_array import DistributedArray, of_pieces
 from bactrian.driver.arrays.host_values import physical_values, whole_value
@@ -104,7 +105,7 @@ class Compiled:
                 return None
         for number, aval in self._batch_avals:
             leaf = leaves[number]
-            if isinstance(leaf, DistributedArray) or not is_array(leaf) or aval_key(leaf) != aval:
+            if isinstance(leaf, (DistributedArray, Tracer)) or not is_array(leaf) or aval_key(leaf) != aval:
                 return None
         return leaves
 
