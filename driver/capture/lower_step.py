@@ -69,15 +69,8 @@ def capture(
     call = flatten_call(parameters, args, kwargs or {})
     batch = _batch_argnums(batch_argnums, call.args)
     arguments = _arguments(call, batch, parameters)
-    avals = [_microbatch_aval(info, leaf, num_microbatches) for info, leaf in zip(arguments, call.leaves, strict=True)]
     step = _Step(fun, parameters, call, num_microbatches, forward_only, out_reduction)
-    numbers = {
-        info.number: (info.path, type(leaf))
-        for info, leaf in zip(arguments, call.leaves, strict=True)
-        if isinstance(leaf, (bool, int, float, complex))
-    }
-    traced = step.trace(avals, numbers)
-    flow, results = _dataflow(step, traced, arguments)
+    traced, flow, results = _trace(step, arguments)
     if not forward_only:
         arguments, results = _pair_state(step, flow, call, arguments, results, batch, state)
     platform = platform or jax.default_backend()
@@ -123,13 +116,10 @@ class _Step:
         self.forward_only, self.out_reduction = forward_only, out_reduction
         self.name: str = getattr(fun, "__name__", type(fun).__name__)
 
-    def trace(self, avals: Sequence[jax.ShapeDtypeStruct], numbers: Mapping[int, tuple[str, type[Any]]]) -> Any:
-        """Traces to a jaxpr; errors of JAX that mean "not traceable" get the user's line.
-
-        Args:
-            avals: of the array leaves.
-            numbers: the path and type of those that are Python numbers.
-        """
+    def trace(self, arguments: Sequence[ArgumentInfo]) -> Any:
+        """Traces to a jaxpr; errors of JAX that mean "not traceable" get the user's line."""
+        leaves = list(zip(arguments, self.call.leaves, strict=True))
+        avals = [_microbatch_aval(info, leaf, self.num_microbatches) for info, leaf in leaves]
         with gradient_boundary.capturing(self.num_microbatches, self.forward_only) as mode:
 
             def flat(*leaves: Any) -> list[Any]:
@@ -141,6 +131,11 @@ class _Step:
             except BactrianError:
                 raise
             except Exception as error:
+                numbers = {
+                    info.number: (info.path, type(leaf))
+                    for info, leaf in leaves
+                    if isinstance(leaf, (bool, int, float, complex))
+                }
                 explained = explain_trace_error(error, self.name, self.num_microbatches, numbers)
                 if explained is None:
                     raise
@@ -265,19 +260,20 @@ def _microbatch_aval(info: ArgumentInfo, leaf: Any, num_microbatches: int) -> ja
     )
 
 
-def _dataflow(
-    step: _Step, traced: Any, arguments: Sequence[ArgumentInfo]
-) -> tuple[jaxpr_dataflow.JaxprDataflow, list[ResultInfo]]:
-    """What the traced step computes from what, and its results.
+def _trace(
+    step: _Step, arguments: Sequence[ArgumentInfo]
+) -> tuple[Any, jaxpr_dataflow.JaxprDataflow, list[ResultInfo]]:
+    """The step traced at the size of a microbatch, what it computes from what, and its results.
 
     Raises:
         ProgramError: a result depends on the batch other than through the gradient boundary.
     """
+    traced = step.trace(arguments)
     closed = traced.jaxpr.replace(jaxpr=jaxpr_dataflow.without_hints(traced.jaxpr.jaxpr))
     flow = jaxpr_dataflow.flatten(closed)
     results = _results(step, flow, closed)
     _refuse_unreduced(flow, arguments, results)
-    return flow, results
+    return traced, flow, results
 
 
 def _results(step: _Step, flow: jaxpr_dataflow.JaxprDataflow, closed: core.ClosedJaxpr) -> list[ResultInfo]:
