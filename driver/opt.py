@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -14,8 +15,9 @@ from jaxlib.mlir import ir
 
 from bactrian.passes.frame import documentation, pipeline, pipeline_text, reproducer, verify_diagnostics
 from bactrian.passes.frame.context import make_context
-from bactrian.passes.frame.diagnostics import Diagnostic, from_mlir, sort_key
+from bactrian.passes.frame.diagnostics import Diagnostic, diagnostic_of, from_mlir, sort_key
 from bactrian.passes.frame.errors import BactrianError, ConfigError, PassError, ProgramError
+from bactrian.passes.frame.module_text import check_strings
 
 _SPLIT = re.compile(r"^// -----.*\n?", re.MULTILINE)
 _BUFFER = "-"  # what MLIR calls a text that was parsed from memory
@@ -113,7 +115,12 @@ def _run_part(text: str, steps: list[pipeline.PassOrText], args: argparse.Namesp
     with make_context() as context:
         context.allow_unregistered_dialects = args.allow_unregistered_dialect
         try:
+            check_strings(text, _BUFFER)
             module = ir.Module.parse(text)
+        except ProgramError as error:
+            result.report.diagnostics.append(diagnostic_of(error))
+            result.error = error
+            return result
         except ir.MLIRError as error:
             result.report.diagnostics += from_mlir(error)
             result.error = ProgramError("input is not valid MLIR")
@@ -130,6 +137,7 @@ def _run_part(text: str, steps: list[pipeline.PassOrText], args: argparse.Namesp
                 reproducer_dir=args.reproducer_dir if not args.verify_diagnostics else None,
                 report=result.report,
                 verify_contracts=args.verify_contracts,
+                from_outside=True,
             )
         except BactrianError as error:
             result.error = error
@@ -149,7 +157,7 @@ def _print_diagnostics(result: _Result, name: str) -> None:
     error, shown = result.error, sorted(result.report.diagnostics, key=sort_key)
     if isinstance(error, PassError):  # says what its diagnostic says, and more
         shown = [diagnostic for diagnostic in shown if diagnostic.severity != "error"]
-        shown.append(Diagnostic("error", error.message, error.where, error.place, error.why, error.fix))
+        shown.append(diagnostic_of(error))
     for diagnostic in shown:
         print(_with_name(diagnostic, name), file=sys.stderr)
     if isinstance(error, PassError) and error.reproducer:
@@ -195,21 +203,39 @@ def _run(args: argparse.Namespace, elements: list[pipeline_text.Element]) -> int
 
 
 def _read(path: str) -> str:
-    if path == "-":
-        return sys.stdin.read()
+    name = "standard input" if path == "-" else path
     try:
-        with open(path, encoding="utf-8") as file:
-            return file.read()
+        if path == "-":
+            return sys.stdin.buffer.read().decode()
+        with open(path, "rb") as file:
+            return file.read().decode()
     except OSError as error:
-        raise ConfigError(f"cannot read {path}", why=error.strerror or str(error)) from None
+        raise ConfigError(f"cannot read {name}", why=error.strerror or str(error)) from None
+    except UnicodeDecodeError as error:
+        why = f"byte {error.start} is 0x{error.object[error.start]:02X}, which is not UTF-8"
+        raise ConfigError(f"cannot read {name}", why=why, fix="give a module as text, not as bytecode") from None
 
 
 def _write(path: str, text: str) -> None:
-    if path == "-":
-        sys.stdout.write(text)
-        return
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(text)
+    name = "standard output" if path == "-" else path
+    try:
+        if path == "-":
+            sys.stdout.write(text)
+            sys.stdout.flush()
+            return
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(text)
+    except BrokenPipeError:  # the reader of our output has gone, as `| head` does
+        _drop_output()
+    except OSError as error:
+        if path == "-":
+            _drop_output()
+        raise ConfigError(f"cannot write {name}", why=error.strerror or str(error)) from None
+
+
+def _drop_output() -> None:
+    """Let what is still buffered go nowhere: Python writes it at its end, and would fail again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _list_passes(form: str) -> str:
@@ -228,10 +254,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         rest, elements = split_pass_flags(words, list(parser._option_string_actions))  # pyright: ignore[reportPrivateUsage]
         args = parser.parse_args(rest)
         if args.list_passes:
-            sys.stdout.write(_list_passes(args.list_passes))
+            _write("-", _list_passes(args.list_passes))
             return 0
         if args.list_pipelines:
-            sys.stdout.write(f"{documentation.pipelines_text()}\n")
+            _write("-", f"{documentation.pipelines_text()}\n")
             return 0
         return _run(args, elements)
     except BactrianError as error:

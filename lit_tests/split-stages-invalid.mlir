@@ -64,7 +64,7 @@ module @no_stage attributes {bactrian.num_stages = 2 : i64, bactrian.schedule = 
 
 module @stage_out_of_range attributes {bactrian.num_stages = 2 : i64, bactrian.schedule = "gpipe"} {
   func.func public @main(%x: tensor<4xf32> {bactrian.role = "batch"}) -> tensor<4xf32> {
-    // expected-error@+1 {{stablehlo.sine has bactrian.stage = 5, the module has 2 stages}}
+    // expected-error@+1 {{bactrian.stage is 5 : i64, must be the number of one of 2 stages}}
     %y = stablehlo.sine %x {bactrian.phase = "forward", bactrian.stage = 5 : i64} : tensor<4xf32>
     %b = stablehlo.custom_call @bactrian.gradient_boundary(%y) {mhlo.backend_config =
       {kinds = "loss", reductions = "accumulated"}} : (tensor<4xf32>) -> tensor<4xf32>

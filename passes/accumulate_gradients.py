@@ -27,7 +27,13 @@ from bactrian.passes.ir.attributes import (
 )
 from bactrian.passes.ir.builders import binary, scalar_i32, splat
 from bactrian.passes.ir.cloning import StageRule, clone_into_readers, copy_stage, stage_key, stage_keys
-from bactrian.passes.ir.gradient_boundary_op import boundary_words, find_boundary, make_boundary, set_boundary_words
+from bactrian.passes.ir.gradient_boundary_op import (
+    ACCUMULATED,
+    boundary_words,
+    find_boundary,
+    make_boundary,
+    set_boundary_words,
+)
 from bactrian.passes.ir.main_dataflow import MainDataflow
 from bactrian.passes.ir.op_traits import LAYOUT_CHANGES
 from bactrian.passes.ir.regions import body, erase_dead, main_function, top_level
@@ -84,6 +90,16 @@ class AccumulateGradients(Pass):
 
     name: ClassVar[str] = "accumulate-gradients"
     summary: ClassVar[str] = "accumulate over microbatches; move sums that can wait below the boundary"
+    requires: ClassVar[tuple[str, ...]] = (
+        "formed",
+        "flat",
+        "typed",
+        "marked",
+        "phased",
+        "with-stages",
+        "with-num-microbatches",
+        "with-boundary",
+    )
     ensures: ClassVar[tuple[str, ...]] = (
         "flat",
         "adopted",
@@ -113,7 +129,7 @@ class AccumulateGradients(Pass):
             ctx.count("accumulators", _accumulate(main, boundary, count))
         else:
             kinds = boundary_words(boundary, "kinds")
-            set_boundary_words(boundary, kinds, ["accumulated"] * len(kinds))
+            set_boundary_words(boundary, kinds, [ACCUMULATED] * len(kinds))
         ctx.count("regrouped", regroup_scalar_reductions(main, self.small_bytes))
         flow = MainDataflow.of(main)
         rule = StageRule(flow, argument_roles(main), self.small_bytes)
@@ -264,7 +280,7 @@ def _accumulate(main: ir.Operation, boundary: ir.Operation, count: int) -> int:
     after = _next_op(main, boundary)
     made = 0
     for number, reduction in enumerate(reductions):
-        if reduction in ("last", "accumulated"):
+        if reduction in ("last", ACCUMULATED):
             continue
         value, result = boundary.operands[number], boundary.results[number]
         phase, stage = _phase_and_stage_of(value, main)
@@ -276,7 +292,7 @@ def _accumulate(main: ir.Operation, boundary: ir.Operation, count: int) -> int:
             with ir.InsertionPoint(after), boundary.location:
                 _divide(result, count, _reader_stage(result, main, stage))
         made += 1
-    set_boundary_words(boundary, kinds, ["accumulated"] * len(kinds))
+    set_boundary_words(boundary, kinds, [ACCUMULATED] * len(kinds))
     return made
 
 

@@ -76,6 +76,7 @@ class AdoptShardings(Pass):
 
     name: ClassVar[str] = "adopt-shardings"
     summary: ClassVar[str] = "put user-specified shardings onto one mesh, by the axes of the stages' meshes"
+    requires: ClassVar[tuple[str, ...]] = ("formed", "flat")
     ensures: ClassVar[tuple[str, ...]] = ("adopted",)
     statistics: ClassVar[tuple[Statistic, ...]] = (
         Statistic("arguments", "arguments with a specified sharding"),

@@ -78,6 +78,7 @@ class AssignStages(Pass):
 
     name: ClassVar[str] = "assign-stages"
     summary: ClassVar[str] = "put consecutive layers together into balanced stages"
+    requires: ClassVar[tuple[str, ...]] = ("formed", "flat", "typed", "marked", "phased", "with-layers")
     ensures: ClassVar[tuple[str, ...]] = ("layered", "assigned")
     statistics: ClassVar[tuple[Statistic, ...]] = (
         Statistic("cut-bytes", "bytes of forward and backward values, summed over the stage boundaries they cross"),

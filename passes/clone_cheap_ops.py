@@ -62,6 +62,7 @@ class CloneCheapOps(Pass):
 
     name: ClassVar[str] = "clone-cheap-ops"
     summary: ClassVar[str] = "compute constants, masks and random bits on every stage that reads them"
+    requires: ClassVar[tuple[str, ...]] = ("formed", "flat", "typed", "marked", "phased", "with-stages")
     ensures: ClassVar[tuple[str, ...]] = ("phased", "assigned", "localized")
     statistics: ClassVar[tuple[Statistic, ...]] = (Statistic("clones", "ops computed on one more stage"),)
 

@@ -59,6 +59,7 @@ class CountCollectives(Pass):
 
     name: ClassVar[str] = "count-collectives"
     summary: ClassVar[str] = "count the bytes that a partitioned module sends"
+    requires: ClassVar[tuple[str, ...]] = ("formed", "typed")
     statistics: ClassVar[tuple[Statistic, ...]] = (
         Statistic("collectives", "that send something"),
         Statistic("bytes", "that each device sends"),

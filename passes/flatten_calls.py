@@ -57,6 +57,7 @@ class FlattenCalls(Pass):
 
     name: ClassVar[str] = "flatten-calls"
     summary: ClassVar[str] = "turn every call into straight-line code and leave one function"
+    requires: ClassVar[tuple[str, ...]] = ("formed",)
     ensures: ClassVar[tuple[str, ...]] = ("flat",)
     statistics: ClassVar[tuple[Statistic, ...]] = (
         Statistic("inlined", "calls replaced by their function's ops"),

@@ -47,6 +47,7 @@ class FoldReversals(Pass):
 
     name: ClassVar[str] = "fold-reversals"
     summary: ClassVar[str] = "let convolutions reverse their windows instead of their kernels"
+    requires: ClassVar[tuple[str, ...]] = ("formed", "flat")
     statistics: ClassVar[tuple[Statistic, ...]] = (Statistic("folded", "kernels that are read as they are"),)
 
     def apply(self, module: ir.Module, ctx: PassContext) -> None:

@@ -87,6 +87,7 @@ class GroupLayers(Pass):
 
     name: ClassVar[str] = "group-layers"
     summary: ClassVar[str] = "group the ops into layers of equal weight with small cuts"
+    requires: ClassVar[tuple[str, ...]] = ("formed", "flat", "typed", "marked", "with-phases")
     ensures: ClassVar[tuple[str, ...]] = ("phased", "layered")
     statistics: ClassVar[tuple[Statistic, ...]] = (
         Statistic("cut-bytes", "bytes of forward values, summed over the cuts that each crosses"),

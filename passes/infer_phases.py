@@ -63,6 +63,7 @@ class InferPhases(Pass):
 
     name: ClassVar[str] = "infer-phases"
     summary: ClassVar[str] = "mark every op as forward, backward or update"
+    requires: ClassVar[tuple[str, ...]] = ("formed", "flat", "typed", "marked", "with-boundary")
     ensures: ClassVar[tuple[str, ...]] = ("verified", "phased")
     statistics: ClassVar[tuple[Statistic, ...]] = (
         Statistic("forward", "ops of the forward phase"),

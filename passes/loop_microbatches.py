@@ -12,6 +12,8 @@ from jaxlib.mlir.dialects import func
 from bactrian.passes.frame.base import Pass, PassContext, Statistic
 from bactrian.passes.ir.attributes import (
     ACCUMULATOR,
+    ALIAS,
+    FUSED,
     INITIALIZE,
     LOOPED_MICROBATCHES,
     NUM_MICROBATCHES,
@@ -26,9 +28,6 @@ from bactrian.passes.ir.builders import binary, less, rows_from, scalar_i32, spl
 from bactrian.passes.ir.meshes import mesh_tensor_parts, stage_axes
 from bactrian.passes.ir.regions import body, main_function, terminator
 from bactrian.passes.machine.spec import num_devices
-from bactrian.passes.stages.stage_functions import FUSED
-
-_ALIAS = "tf.aliasing_output"
 
 
 @dataclass(frozen=True)
@@ -99,6 +98,7 @@ class LoopMicrobatches(Pass):
 
     name: ClassVar[str] = "loop-microbatches"
     summary: ClassVar[str] = "with one stage, loop over the microbatches inside one function"
+    requires: ClassVar[tuple[str, ...]] = ("formed", "typed", "called")
     ensures: ClassVar[tuple[str, ...]] = ("split",)
     statistics: ClassVar[tuple[Statistic, ...]] = (Statistic("turns", "microbatches that the loop goes through"),)
 
@@ -185,15 +185,15 @@ class _Merger:
             return
         for operand, entry in zip(call.operands, ir.ArrayAttr(function.attributes["arg_attrs"]), strict=True):
             attributes = ir.DictAttr(entry)
-            if _ALIAS in attributes and isinstance(operand.owner, ir.Block):
-                self._aliases[operand] = call.results[ir.IntegerAttr(attributes[_ALIAS]).value]
+            if ALIAS in attributes and isinstance(operand.owner, ir.Block):
+                self._aliases[operand] = call.results[ir.IntegerAttr(attributes[ALIAS]).value]
 
     def _argument_attributes(self, argument: ir.Value, results: list[ir.Value]) -> ir.DictAttr:
         alias = self._aliases.get(argument)
         if alias is None or alias not in results:
             return ir.DictAttr.get({})
         place = ir.IntegerAttr.get(ir.IntegerType.get_signless(32), results.index(alias))
-        return ir.DictAttr.get({_ALIAS: place})
+        return ir.DictAttr.get({ALIAS: place})
 
     def _inline(self, call: ir.Operation, function: ir.Operation, block: ir.Block) -> None:
         with ir.InsertionPoint(block), call.location:
@@ -303,7 +303,7 @@ def _carries(function: ir.Operation) -> dict[int, int]:
     for position, entry in enumerate(ir.ArrayAttr(function.attributes["arg_attrs"])):
         attributes = ir.DictAttr(entry)
         if ACCUMULATOR in attributes:
-            carries[position] = ir.IntegerAttr(attributes[_ALIAS]).value
+            carries[position] = ir.IntegerAttr(attributes[ALIAS]).value
     return carries
 
 

@@ -69,6 +69,7 @@ class Partition(Pass):
 
     name: ClassVar[str] = "partition"
     summary: ClassVar[str] = "write the program of one device, with its collectives"
+    requires: ClassVar[tuple[str, ...]] = ("formed", "typed")
     ensures: ClassVar[tuple[str, ...]] = ("split", "partitioned")
     statistics: ClassVar[tuple[Statistic, ...]] = (
         Statistic("functions", "that are partitioned"),

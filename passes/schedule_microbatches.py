@@ -12,6 +12,7 @@ from bactrian.passes.frame.errors import ConfigError
 from bactrian.passes.ir.attributes import (
     BACKWARD,
     FORWARD,
+    FUSED,
     ORDER,
     phase_of,
     read_num_microbatches,
@@ -22,7 +23,6 @@ from bactrian.passes.ir.attributes import (
 from bactrian.passes.ir.regions import body, main_function
 from bactrian.passes.schedules.by_name import schedule_named
 from bactrian.passes.schedules.schedule import fused, parse_token
-from bactrian.passes.stages.stage_functions import FUSED
 
 _TOKEN_PHASE = {"F": FORWARD, "B": BACKWARD, "FB": FUSED}
 
@@ -71,6 +71,7 @@ class ScheduleMicrobatches(Pass):
 
     name: ClassVar[str] = "schedule-microbatches"
     summary: ClassVar[str] = "write the order of work of every stage"
+    requires: ClassVar[tuple[str, ...]] = ("formed", "called")
     ensures: ClassVar[tuple[str, ...]] = ("scheduled",)
     statistics: ClassVar[tuple[Statistic, ...]] = (Statistic("tasks", "stage functions run in one step"),)
 

@@ -80,6 +80,15 @@ class SelectResiduals(Pass):
 
     name: ClassVar[str] = "select-residuals"
     summary: ClassVar[str] = "keep the cheapest set of values from forward to backward, compute the rest again"
+    requires: ClassVar[tuple[str, ...]] = (
+        "formed",
+        "flat",
+        "typed",
+        "marked",
+        "phased",
+        "with-stages",
+        "with-num-stages",
+    )
     ensures: ClassVar[tuple[str, ...]] = ("phased", "assigned", "localized")
     statistics: ClassVar[tuple[Statistic, ...]] = (
         Statistic("recomputed", "ops that the backward phase computes again"),

@@ -94,6 +94,7 @@ class SolveShardings(Pass):
 
     name: ClassVar[str] = "solve-shardings"
     summary: ClassVar[str] = "choose the sharding of every value over the mesh of its stage"
+    requires: ClassVar[tuple[str, ...]] = ("formed", "flat", "typed", "marked", "with-phases")
     ensures: ClassVar[tuple[str, ...]] = ("flat", "verified", "phased", "assigned", "accumulated", "sharded")
     statistics: ClassVar[tuple[Statistic, ...]] = (
         Statistic("strategies", "choices of all ops and arguments"),

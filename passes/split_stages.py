@@ -14,8 +14,10 @@ from bactrian.passes.frame.errors import PassError
 from bactrian.passes.ir.attributes import (
     ACCUMULATE,
     ACCUMULATOR,
+    ALIAS,
     ARGUMENT,
     COUNTER,
+    FUSED,
     INITIALIZE,
     LAYER,
     MICROBATCH_INDEX,
@@ -32,7 +34,7 @@ from bactrian.passes.ir.attributes import (
     result_updates,
 )
 from bactrian.passes.ir.builders import scalar_i32
-from bactrian.passes.ir.gradient_boundary_op import boundary_words, find_boundary
+from bactrian.passes.ir.gradient_boundary_op import ACCUMULATED, boundary_words, find_boundary
 from bactrian.passes.ir.meshes import (
     SHARDING,
     mesh_attribute,
@@ -45,7 +47,7 @@ from bactrian.passes.ir.meshes import (
 from bactrian.passes.ir.module_schedule import fused_phases
 from bactrian.passes.ir.regions import main_function, replace_reads
 from bactrian.passes.machine.spec import Spec, num_devices
-from bactrian.passes.stages.stage_functions import FUSED, Crossing, FunctionPartition, StageFunction, analyze
+from bactrian.passes.stages.stage_functions import Crossing, FunctionPartition, StageFunction, analyze
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,16 @@ class SplitStages(Pass):
 
     name: ClassVar[str] = "split-stages"
     summary: ClassVar[str] = "cut @main into one function per stage and phase, with explicit transfers"
+    requires: ClassVar[tuple[str, ...]] = (
+        "formed",
+        "flat",
+        "typed",
+        "marked",
+        "with-phases",
+        "with-stages",
+        "with-num-stages",
+        "with-boundary",
+    )
     ensures: ClassVar[tuple[str, ...]] = ("split",)
     statistics: ClassVar[tuple[Statistic, ...]] = (
         Statistic("functions", "stage functions"),
@@ -127,7 +139,7 @@ class SplitStages(Pass):
 
     def _check(self, module: ir.Module, main: ir.Operation, ctx: PassContext) -> bool:
         boundary = find_boundary(main)
-        pending = [word for word in boundary_words(boundary, "reductions") if word != "accumulated"]
+        pending = [word for word in boundary_words(boundary, "reductions") if word != ACCUMULATED]
         if pending:
             ctx.error(
                 boundary,
@@ -339,7 +351,7 @@ class _Emitter:
         if alias is None:
             return ir.DictAttr.get(attributes)
         place = ir.IntegerAttr.get(ir.IntegerType.get_signless(32), function.outputs.index(alias))
-        attributes["tf.aliasing_output"] = place
+        attributes[ALIAS] = place
         if value >= self._flow.num_arguments:
             attributes[ACCUMULATOR] = ir.UnitAttr.get()
         return ir.DictAttr.get(attributes)

@@ -17,17 +17,16 @@ from bactrian.passes.ir.attributes import (
     GRADIENT_BOUNDARY,
     NUM_MICROBATCHES,
     ROLE,
+    ROLES,
     UPDATES,
     argument_attributes,
     result_attributes,
 )
 from bactrian.passes.ir.boundary_leaks import argument_name, report_leaks
+from bactrian.passes.ir.gradient_boundary_op import KINDS, REDUCTIONS
 from bactrian.passes.ir.main_dataflow import MainDataflow
 from bactrian.passes.ir.regions import custom_call_target
 
-KINDS = ("loss", "aux", "gradient", "output")
-REDUCTIONS = ("mean", "sum", "last", "concat")
-ROLES = ("state", "batch", "constant")
 # Custom calls that say they have side effects and have none that matters here.
 PURE_TARGETS = frozenset({"Sharding", "SPMDFullToShardShape", "SPMDShardToFullShape", "annotate_device_placement"})
 _HOST_OPS = {
@@ -82,6 +81,7 @@ class VerifyProgram(Pass):
 
     name: ClassVar[str] = "verify-program"
     summary: ClassVar[str] = "refuse what can't be run as a pipeline, with the user's lines"
+    requires: ClassVar[tuple[str, ...]] = ("formed",)
     ensures: ClassVar[tuple[str, ...]] = ("captured", "flat", "adopted", "verified")
     statistics: ClassVar[tuple[Statistic, ...]] = (Statistic("num-ops", "Number of ops looked at"),)
 

@@ -117,7 +117,7 @@ def test_all_reduces_take_the_table_of_as_many_devices() -> None:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (3, r"measured of cluster small must be a table"),
+        (3, r"measured of cluster small is 3, must be a table"),
         ({"all_scatter": {"4": TABLE}}, r"measured\.all_scatter .* no such collective"),
         ({"all_gather": [TABLE]}, r"measured\.all_gather .* must be a table by size"),
         ({"all_gather": TABLE}, r"measured\.all_gather\.bytes .* 'bytes' is not a number of devices"),

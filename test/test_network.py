@@ -360,7 +360,10 @@ def _change(*path: Any, value: Any) -> Any:
         (_change("problem", "nodes", "costs", 0, value=[1.0, float("nan")]), "costs of node 0 are not all numbers"),
         (_change("problem", "nodes", "intervals", value=[[0, 1]]), "2 nodes have costs, 2 have usages, 1 have"),
         (_change("problem", "usage_limit", value=-1), "memory limit is -1"),
-        (_change("problem", "usage_limit", value="12"), "usage_limit is '12', not a number"),
+        (
+            _change("problem", "usage_limit", value="12"),
+            "not a problem in the contest's format\n  why: problem.usage_limit is '12', must be a number",
+        ),
     ],
 )
 def test_bad_problems(tmp_path: Path, data: Any, message: str) -> None:

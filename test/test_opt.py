@@ -109,17 +109,66 @@ def test_errors_name_the_file_and_the_line(tmp_path, capfd) -> None:
     assert f"{path}:1:14: error: " in capfd.readouterr().err
 
 
-def test_an_error_of_a_pass_that_is_our_bug_is_printed_once(tmp_path, capfd) -> None:
+def test_what_a_pass_says_of_a_module_from_outside_is_no_bug_of_ours(tmp_path, capfd) -> None:
     path = tmp_path / "bad.mlir"
     path.write_text(f"\n{BAD}")
-    assert opt.main([str(path), "--split-stages", f"--reproducer-dir={tmp_path / 'failed'}"]) == 5
-    err = capfd.readouterr().err
-    (reproducer,) = (tmp_path / "failed").iterdir()
-    assert err == (
-        f"{path}:2:1: error: pass split-stages failed: @main has no gradient boundary\n"
-        f"  where: {path}:2\n  fix: run verify-program first\n"
-        f"  reproducer: bactrian-opt --run-reproducer {reproducer}\n"
+    assert opt.main([str(path), "--fold-reversals", "--group-layers"]) == 3
+    assert capfd.readouterr().err == (
+        f"{path}:2:24: error: cannot run group-layers: bactrian.role is None, must be one of state, batch, constant\n"
+        f"  where: {path}:2\n  why: group-layers relies on what docs/ir.md says: contract 'marked'\n"
     )
+
+
+@pytest.mark.parametrize(
+    ("data", "text"),
+    [
+        (b"module {\xff\xfe}", "cannot read {path}\n  why: byte 8 is 0xFF, which is not UTF-8"),
+        (b"ML\xefR\x01", "  fix: give a module as text, not as bytecode"),
+        (
+            b'\n // "\\FF"\n  module @"a\\FF" {}',
+            'error: the string "a\\FF" is not UTF-8: byte 1 is 0xFF\n  where: {path}:3',
+        ),
+    ],
+)
+def test_input_that_is_not_utf8(tmp_path, capfd, data: bytes, text: str) -> None:
+    path = tmp_path / "in.mlir"
+    path.write_bytes(data)
+    assert opt.main([str(path), "--flatten-calls"]) == 3
+    assert text.format(path=path) in capfd.readouterr().err
+
+
+def test_bytes_that_a_backend_reads_stay(tmp_path, capfd) -> None:
+    path = tmp_path / "in.mlir"
+    call = '%0 = stablehlo.custom_call @"f\\C3\\A9"(%arg0) {backend_config = "\\FF\\00"} : (tensor<f32>) -> tensor<f32>'
+    path.write_text(BAD.replace("{\n", f"{{\n{call}\n"))
+    assert opt.main([str(path), "--flatten-calls"]) == 0
+    assert 'backend_config = "\\FF\\00"' in capfd.readouterr().out
+
+
+def test_output_that_cannot_be_written(source, tmp_path, capfd) -> None:
+    assert opt.main([source, "-o", str(tmp_path / "no" / "out.mlir")]) == 3
+    assert f"cannot write {tmp_path}/no/out.mlir\n  why: No such file or directory" in capfd.readouterr().err
+    assert opt.main([source, "-o", "/dev/full"]) == 3
+    assert "cannot write /dev/full\n  why: No space left on device" in capfd.readouterr().err
+    assert opt.main([source, "-o", str(tmp_path)]) == 3
+    assert "Is a directory" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "code"), [("{source} > /dev/full", 3), ("{source} | true", 0), ("--list-passes > /dev/full", 3)]
+)
+def test_standard_output_that_cannot_be_written(source, words: str, code: int) -> None:
+    command = f"{sys.executable} -m bactrian.driver.opt {words.format(source=source)}; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
+    assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
+    assert done.stdout == f"{code}\n"
+    assert code == 0 or "cannot write standard output\n  why: No space left on device" in done.stderr
+
+
+def test_a_reproducer_that_cannot_be_written(source, tmp_path, capfd, monkeypatch) -> None:
+    monkeypatch.setitem(registry.PASSES, "crash", f"{__name__}:Crash")
+    assert opt.main([source, "--crash", f"--reproducer-dir={source}/x"]) == 5
+    assert f"  reproducer: none, since {source}/x can't be written: Not a directory\n" in capfd.readouterr().err
 
 
 def test_verify_diagnostics_complains_about_both_sides(tmp_path, capfd) -> None:

@@ -6,7 +6,7 @@ from bactrian.passes.contracts.module_view import ModuleView
 from bactrian.passes.frame.diagnostics import error_at
 from bactrian.passes.frame.errors import PassError
 from bactrian.passes.ir.attributes import ACCUMULATE, INITIALIZE, NUM_MICROBATCHES, integer_attribute
-from bactrian.passes.ir.gradient_boundary_op import boundary_words, find_boundary
+from bactrian.passes.ir.gradient_boundary_op import ACCUMULATED, boundary_words, find_boundary
 
 _ACCUMULATING = ("stablehlo.add", "stablehlo.dynamic_update_slice")
 
@@ -15,7 +15,7 @@ def verify(view: ModuleView) -> None:
     """``docs/ir.md``, section 7."""
     main = view.main
     boundary = find_boundary(main)
-    if pending := [word for word in boundary_words(boundary, "reductions") if word != "accumulated"]:
+    if pending := [word for word in boundary_words(boundary, "reductions") if word != ACCUMULATED]:
         raise error_at(PassError, boundary, f"the reduction {pending[0]} has no accumulator")
     for operand, result in zip(boundary.operands, boundary.results, strict=True):
         if operand.type != result.type:

@@ -13,6 +13,7 @@ from bactrian.passes.ir.attributes import (
     NUM_MICROBATCHES,
     NUM_STAGES,
     ROLE,
+    ROLES,
     SCHEDULE,
     STAGE_BOUNDARY,
     argument_attributes,
@@ -21,13 +22,9 @@ from bactrian.passes.ir.attributes import (
     result_updates,
     string_attribute,
 )
-from bactrian.passes.ir.gradient_boundary_op import boundary_words
+from bactrian.passes.ir.gradient_boundary_op import KINDS, REDUCTIONS, boundary_words
 from bactrian.passes.ir.regions import body, custom_call_target, terminator
 from bactrian.passes.schedules.by_name import SCHEDULES
-
-_ROLES = ("state", "batch", "constant")
-_KINDS = ("loss", "aux", "gradient", "output")
-_REDUCTIONS = ("mean", "sum", "last", "concat")
 
 
 def verify(view: ModuleView) -> None:
@@ -56,8 +53,8 @@ def _verify_signature(view: ModuleView) -> None:
     arguments = list(body(main).arguments)
     roles = [ir.StringAttr(entry[ROLE]).value if ROLE in entry else None for entry in argument_attributes(main)]
     for value, role in zip(arguments, roles, strict=True):
-        if role not in _ROLES:
-            raise error_at(PassError, value, f"bactrian.role is {role!r}, must be one of {', '.join(_ROLES)}")
+        if role not in ROLES:
+            raise error_at(PassError, value, f"bactrian.role is {role!r}, must be one of {', '.join(ROLES)}")
     updated = [argument for argument in result_updates(main) if argument is not None]
     for argument in updated:
         if not 0 <= argument < len(arguments) or roles[argument] != "state":
@@ -87,7 +84,7 @@ def _verify_boundary(boundary: ir.Operation, count: int) -> None:
             PassError, boundary, "the boundary has not one kind, one reduction and one result for each operand"
         )
     for kind, reduction, value, result in zip(kinds, reductions, boundary.operands, boundary.results, strict=True):
-        if kind not in _KINDS or reduction not in _REDUCTIONS:
+        if kind not in KINDS or reduction not in REDUCTIONS:
             raise error_at(PassError, boundary, f"kind {kind!r} or reduction {reduction!r} of the boundary is unknown")
         wanted = list(ir.RankedTensorType(value.type).shape)
         if reduction == "concat":

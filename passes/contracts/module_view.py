@@ -42,5 +42,5 @@ def verify_contracts(module: ir.Module, contracts: Mapping[str, Callable[[Module
             verify(view)
         except PassError as error:
             raise PassError(
-                f"contract {name!r} is broken: {error.message}", where=error.where, place=error.place
+                f"contract {name!r} is broken: {error.message}", where=error.where, fix=error.fix, place=error.place
             ) from error

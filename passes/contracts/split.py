@@ -9,12 +9,18 @@ from bactrian.passes.frame.diagnostics import error_at
 from bactrian.passes.frame.errors import PassError
 from bactrian.passes.ir.attributes import (
     ACCUMULATOR,
+    ALIAS,
     ARGUMENT,
+    BACKWARD,
+    FORWARD,
+    FUSED,
+    INITIALIZE,
     PHASE,
     RESULT,
     ROLE,
     ROUND,
     STAGE,
+    UPDATE,
     argument_attributes,
     integer_attribute,
     result_attributes,
@@ -23,9 +29,8 @@ from bactrian.passes.ir.attributes import (
 from bactrian.passes.ir.meshes import SHARDING, mesh_tensor_parts
 from bactrian.passes.ir.regions import body, nested_operations, terminator
 
-_PHASES = ("initialize", "forward", "backward", "forward_backward", "update")
+_PHASES = (INITIALIZE, FORWARD, BACKWARD, FUSED, UPDATE)
 _ROLES = ("state", "batch", "constant", "microbatch_index")
-_ALIAS = "tf.aliasing_output"
 
 
 def verify(view: ModuleView) -> None:
@@ -89,9 +94,9 @@ def _verify_call(call: ir.Operation, symbol: str, function: ir.Operation) -> Non
 def _verify_function(function: ir.Operation) -> None:
     results = list(terminator(function).operands)
     for value, entry in zip(body(function).arguments, argument_attributes(function), strict=True):
-        if _ALIAS in entry and results[ir.IntegerAttr(entry[_ALIAS]).value].type != value.type:
+        if ALIAS in entry and results[ir.IntegerAttr(entry[ALIAS]).value].type != value.type:
             raise error_at(PassError, value, "an argument gives its buffer to a result of another type")
-        if ACCUMULATOR in entry and _ALIAS not in entry:
+        if ACCUMULATOR in entry and ALIAS not in entry:
             raise error_at(PassError, value, "an accumulator does not give its buffer to the result that replaces it")
     for op in nested_operations(function):
         if PHASE in op.attributes or STAGE in op.attributes:

@@ -6,12 +6,12 @@ import dataclasses
 import types
 import typing
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, TypeVar
 
 from jaxlib.mlir import ir
 
-from bactrian.passes.frame.diagnostics import Diagnostic, Severity, merge_errors
+from bactrian.passes.frame.diagnostics import Diagnostic, Severity, diagnostic_of, merge_errors
 from bactrian.passes.frame.errors import BactrianError, ConfigError, ProgramError
 from bactrian.passes.frame.location import Locatable, location_of, user_place, where_text
 
@@ -87,8 +87,7 @@ class PassContext:
 
     def report(self, error: BactrianError, module: ir.Operation) -> None:
         """Report an exception that ended the pass: at its own place, else at the module."""
-        place = error.place or user_place(module.location)
-        self.diagnostics.append(Diagnostic("error", error.message, error.where, place, error.why, error.fix))
+        self.diagnostics.append(replace(diagnostic_of(error), place=error.place or user_place(module.location)))
 
     def _add(self, severity: Severity, where: Locatable, message: str, why: str = "", fix: str = "") -> None:
         place = user_place(location_of(where))
@@ -108,7 +107,8 @@ class Pass:
     name: ClassVar[str] = ""
     summary: ClassVar[str] = ""
     statistics: ClassVar[tuple[Statistic, ...]] = ()
-    ensures: ClassVar[tuple[str, ...]] = ()  # the contracts that hold after it, as `registry.CONTRACTS` calls them
+    requires: ClassVar[tuple[str, ...]] = ()  # the contracts that it relies on, as `registry.CONTRACTS` calls them
+    ensures: ClassVar[tuple[str, ...]] = ()  # the contracts that hold after it
 
     def apply(self, module: ir.Module, ctx: PassContext) -> None:
         """Rewrite ``module`` in place. Must leave it valid."""

@@ -71,6 +71,11 @@ def error_at(kind: type[E], where: Locatable, message: str, *, why: str = "", fi
     return kind(message, where=where_text(where), why=why, fix=fix, place=user_place(location_of(where)))
 
 
+def diagnostic_of(error: BactrianError) -> Diagnostic:
+    """What an exception says, as an error at its place."""
+    return Diagnostic("error", error.message, error.where, error.place, error.why, error.fix)
+
+
 def from_mlir(error: ir.MLIRError) -> list[Diagnostic]:
     """What MLIR itself reported (its parser, its verifier, its passes), with its notes as the why."""
     found: list[Diagnostic] = []

@@ -18,7 +18,7 @@ from bactrian.passes.frame import registry, reproducer
 from bactrian.passes.frame.base import Pass, PassContext, parse_options
 from bactrian.passes.frame.context import make_context
 from bactrian.passes.frame.diagnostics import Diagnostic, from_mlir
-from bactrian.passes.frame.errors import BactrianError, ConfigError, PassError
+from bactrian.passes.frame.errors import BactrianError, ConfigError, PassError, ProgramError
 from bactrian.passes.frame.location import user_place
 from bactrian.passes.frame.pipeline_text import ANCHOR, Element, parse_pipeline, print_pipeline
 
@@ -146,6 +146,7 @@ def run_pipeline(
     report: PipelineReport | None = None,
     kept: Mapping[type, Any] | None = None,
     verify_contracts: bool | None = None,
+    from_outside: bool = False,
 ) -> PipelineReport:
     """Run passes on a module, in place, verified before the first and after each.
 
@@ -160,13 +161,15 @@ def run_pipeline(
         report: filled while running, so that it can be read after an exception; made when not given.
         kept: analyses that hold for the module, as the report of an earlier run has them.
         verify_contracts: after each pass, also what it ensures; None for what `verify_contracts_by_default` said.
+        from_outside: the module is no output of ours: before each pass, also what it requires.
 
     Raises:
-        ProgramError, ConfigError, InfeasiblePlanError: what a pass says about the user's input.
+        ProgramError, ConfigError, InfeasiblePlanError: what a pass says about the user's input, and what a module from
+            outside lacks for a pass.
         PassError: a pass failed or left invalid IR, or a contract does not hold after it; its text names the reproducer.
     """
     contracts = _contracts_by_default if verify_contracts is None else verify_contracts
-    runner = _Runner(module, resolve(pipeline), report or PipelineReport(), contracts)
+    runner = _Runner(module, resolve(pipeline), report or PipelineReport(), contracts, from_outside)
     runner.report.kept = dict(kept or {})
     with module.context:
         manager = passmanager.PassManager(ANCHOR)
@@ -194,10 +197,15 @@ class _Runner:
     """
 
     def __init__(
-        self, module: ir.Module, steps: list[PassOrText], report: PipelineReport, verify_contracts: bool = False
+        self,
+        module: ir.Module,
+        steps: list[PassOrText],
+        report: PipelineReport,
+        verify_contracts: bool = False,
+        from_outside: bool = False,
     ) -> None:
         self.report = report
-        self._verify_contracts = verify_contracts
+        self._verify_contracts, self._from_outside = verify_contracts, from_outside
         self._module, self._steps = module, steps
         self._exception: BaseException | None = None
         self._last_started = 0
@@ -239,7 +247,7 @@ class _Runner:
             start = time.perf_counter()
             try:
                 with ir.Location.unknown():
-                    step.apply(self._module, context)
+                    self._apply(step, context)
                 context.fail_if_errors()
                 if self._verify_contracts:
                     registry.load_contracts(step.ensures)(self._module)
@@ -253,6 +261,24 @@ class _Runner:
             self.report.diagnostics += context.diagnostics
 
         return apply
+
+    def _apply(self, step: Pass, context: PassContext) -> None:
+        """Run a pass. What it says is wrong with a module from outside is no fault of its own."""
+        try:
+            if self._from_outside:
+                registry.load_contracts(step.requires)(self._module)
+            step.apply(self._module, context)
+        except PassError as error:
+            if not self._from_outside:
+                raise
+            broken, why = error, error.why
+            if isinstance(error.__cause__, PassError):  # a contract, whose name stands in front of what is wrong
+                broken = error.__cause__
+                why = f"{step.name} relies on what docs/ir.md says: {error.message.partition(' is broken')[0]}"
+            place = broken.place or user_place(self._module.operation.location)
+            raise ProgramError(
+                f"cannot run {step.name}: {broken.message}", where=broken.where, why=why, fix=broken.fix, place=place
+            ) from error
 
     def _keep(self, error: ir.MLIRError) -> str:
         """Keep MLIR's diagnostics in the report; return their text."""
@@ -276,11 +302,14 @@ class _Runner:
             before = _replay(self._snapshot, done)
             if before is None:
                 before, rest = self._snapshot, self._steps
-            path = reproducer.write(
-                before, pipeline_text(rest), f"{message}: {why}" if why else message, reproducer_dir
-            )
-            contracts = " --verify-contracts" if self._verify_contracts else ""
-            command = f"bactrian-opt --run-reproducer{contracts} {path}"
+            try:
+                path = reproducer.write(
+                    before, pipeline_text(rest), f"{message}: {why}" if why else message, reproducer_dir
+                )
+                contracts = " --verify-contracts" if self._verify_contracts else ""
+                command = f"bactrian-opt --run-reproducer{contracts} {path}"
+            except OSError as unwritten:
+                command = f"none, since {unwritten.filename or reproducer_dir} can't be written: {unwritten.strerror}"
         return PassError(message, where=where, why=why, fix=fix, place=place, reproducer=command)
 
 

@@ -55,6 +55,10 @@ PIPELINES: dict[str, str] = {
 CONTRACTS: dict[str, str] = {
     name: f"bactrian.passes.contracts.{name}:verify"
     for name in (
+        "formed",
+        "typed",
+        "marked",
+        "called",
         "captured",
         "flat",
         "adopted",
@@ -69,6 +73,9 @@ CONTRACTS: dict[str, str] = {
         "partitioned",
         "scheduled",
     )
+} | {
+    f"with-{what.replace('_', '-')}": f"bactrian.passes.contracts.placed:verify_{what}"
+    for what in ("boundary", "num_microbatches", "phases", "layers", "stages", "num_stages")
 }
 
 # MLIR's pass registry can't be listed from Python; these are offered when a name is not known.

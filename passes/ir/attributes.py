@@ -34,6 +34,7 @@ ARGUMENT = "bactrian.argument"
 RESULT = "bactrian.result"
 ROWS = "bactrian.rows"  # of the argument or result, beside `ARGUMENT` or `RESULT`: first and behind the last
 ACCUMULATOR = "bactrian.accumulator"
+ALIAS = "tf.aliasing_output"  # XLA's: the result that takes over the argument's buffer
 
 # Of ops.
 PHASE = "bactrian.phase"
@@ -45,8 +46,12 @@ COUNTER = "bactrian.counter"  # the results of `@main` that the op computes for 
 PARTIAL = "bactrian.partial"  # the op ends one stage's part of a regrouped reduction
 PLACEMENT = (PHASE, STAGE, LAYER)
 
+# Roles.
+ROLES = ("state", "batch", "constant")
+
 # Phases.
 FORWARD, BACKWARD, UPDATE, INITIALIZE = "forward", "backward", "update", "initialize"
+FUSED = "forward_backward"  # of a call of a stage function only
 
 AttributeDict = dict[str, ir.Attribute]
 

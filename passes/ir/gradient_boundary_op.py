@@ -10,6 +10,11 @@ from bactrian.passes.frame.errors import PassError
 from bactrian.passes.ir.attributes import GRADIENT_BOUNDARY
 from bactrian.passes.ir.regions import body, custom_call_target
 
+KINDS = ("loss", "aux", "gradient", "output")
+REDUCTIONS = ("mean", "sum", "last", "concat")
+ACCUMULATED = "accumulated"
+"""The reduction of what `accumulate-gradients` has given an accumulator."""
+
 
 def find_boundary(main: ir.Operation) -> ir.Operation:
     """The gradient boundary of ``@main`` (``verify-program`` has checked that there is exactly one)."""

@@ -3,6 +3,7 @@ accessors in Python."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable
 
 from jaxlib.mlir import ir
@@ -15,6 +16,7 @@ USER_MESH = "user"
 """The symbol of the mesh that user-specified shardings are over until ``solve-shardings``."""
 
 _PREFIX = '!mpmd.mesh_tensor<"stage'
+_MESH_TENSOR = re.compile(rf'{_PREFIX}(0|[1-9]\d{{0,5}})", tensor<.*>', re.DOTALL)
 
 
 def mesh_axes(module: ir.Module) -> dict[str, MeshAxes]:
@@ -66,6 +68,11 @@ def mesh_tensor(stage: int, tensor: ir.Type, sharding: ir.Attribute | None = Non
     """A tensor on a stage's mesh, with a sharding if one is chosen."""
     suffix = "" if sharding is None else f", sharding={str(sharding).removeprefix('#sdy.sharding')}"
     return ir.Type.parse(f'{_PREFIX}{stage}", {tensor}{suffix}>')
+
+
+def is_mesh_tensor(type_: ir.Type) -> bool:
+    """Whether a type is a tensor on a stage's mesh, which `mesh_tensor_parts` takes apart."""
+    return _MESH_TENSOR.fullmatch(str(type_)) is not None
 
 
 def mesh_tensor_parts(type_: ir.Type) -> tuple[int, ir.RankedTensorType, ir.Attribute | None]:

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from bactrian.passes.frame.errors import ConfigError
-from bactrian.passes.machine.collective_times import Curve, curves_of, positive
+from bactrian.passes.frame.fields import brief, integer_between, number_between
+from bactrian.passes.machine.collective_times import Curve, curves_of
 from bactrian.passes.machine.device import CPU_CORE, Device
 from bactrian.passes.machine.mesh import Axis, Mesh
 from bactrian.passes.machine.spec import MeshAxes, axes_text, num_devices
 
 _GIGA = 1e9
-_KEYS = {
+_KEYS = {  # and whether they are needed
     "hosts": True,
     "devices_per_host": True,
     "memory_gib": True,
@@ -31,7 +32,17 @@ _KEYS = {
     "name": False,
     "measured": False,
 }
-_NOT_NUMBERS = ("peak_tflops", "name", "measured")
+_COUNTS = {"hosts": (1, 1 << 20), "devices_per_host": (1, 1 << 20)}
+_RATE, _TIME = (1e-9, 1e9), (1e-6, 1e9)
+_NUMBERS = {  # from the least to the most
+    "memory_gib": (1e-6, 1e9),
+    "memory_gb_per_s": _RATE,
+    "repack_gb_per_s": _RATE,
+    "intra_host_gb_per_s": _RATE,
+    "inter_host_gb_per_s": _RATE,
+    "intra_host_latency_us": _TIME,
+    "inter_host_latency_us": _TIME,
+}
 
 
 @dataclass(frozen=True)
@@ -158,21 +169,26 @@ def cluster_of(data: Mapping[str, Any], *, name: str, where: str = "") -> Cluste
         missing.append("inter_host_gb_per_s")
     if missing:
         raise ConfigError(f"cluster {name} lacks {', '.join(missing)}", where=where)
-    number = {key: positive(data[key], f"{key} of cluster {name}", where) for key in data if key not in _NOT_NUMBERS}
+    count = {key: integer_between(data[key], *_COUNTS[key], f"{key} of cluster {name}", where) for key in _COUNTS}
+    number = {
+        key: number_between(data[key], *bounds, f"{key} of cluster {name}", where)
+        for key, bounds in _NUMBERS.items()
+        if key in data
+    }
     rates = data["peak_tflops"]
     if not isinstance(rates, dict) or not rates:
-        raise ConfigError(f"peak_tflops of cluster {name} must be a table of rates by element type", where=where)
+        raise ConfigError(
+            f"peak_tflops of cluster {name} is {brief(rates)}, must be a table of rates by element type", where=where
+        )
     flops = {
-        dtype: 1e12 * positive(rate, f"peak_tflops.{dtype} of cluster {name}", where) for dtype, rate in rates.items()
+        dtype: 1e12 * number_between(rate, *_RATE, f"peak_tflops.{dtype} of cluster {name}", where)
+        for dtype, rate in rates.items()
     }
     flops.setdefault("default", min(flops.values()))
-    for key in ("hosts", "devices_per_host"):
-        if number[key] != int(number[key]):
-            raise ConfigError(f"{key} of cluster {name} is {data[key]}, must be an integer", where=where)
     return Cluster(
         name=name,
-        hosts=int(number["hosts"]),
-        devices_per_host=int(number["devices_per_host"]),
+        hosts=count["hosts"],
+        devices_per_host=count["devices_per_host"],
         memory_bytes=int(number["memory_gib"] * 2**30),
         device=Device(
             name,
@@ -184,7 +200,7 @@ def cluster_of(data: Mapping[str, Any], *, name: str, where: str = "") -> Cluste
         inter_host_bytes_per_second=_GIGA * number.get("inter_host_gb_per_s", number["intra_host_gb_per_s"]),
         intra_host_latency=1e-6 * number.get("intra_host_latency_us", 5.0),
         inter_host_latency=1e-6 * number.get("inter_host_latency_us", 20.0),
-        measured=_measured(data, number["devices_per_host"], name, where),
+        measured=_measured(data, count["devices_per_host"], name, where),
     )
 
 
@@ -195,13 +211,13 @@ def _name(data: Mapping[str, Any], name: str, where: str) -> str:
     return given
 
 
-def _measured(data: Mapping[str, Any], devices_per_host: float, name: str, where: str) -> tuple[Curve, ...]:
+def _measured(data: Mapping[str, Any], devices_per_host: int, name: str, where: str) -> tuple[Curve, ...]:
     curves = curves_of(data.get("measured", {}), name=name, where=where)
     for curve in curves:
         if curve.group > devices_per_host:
             raise ConfigError(
                 f"measured.{curve.kind}.{curve.group} of cluster {name} is of {curve.group} devices, "
-                f"a host has {devices_per_host:g}",
+                f"a host has {devices_per_host}",
                 where=where,
                 why="measured collectives are those inside a host",
             )

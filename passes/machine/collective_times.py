@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_right
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any
 
 from bactrian.passes.frame.errors import ConfigError
+from bactrian.passes.frame.fields import brief, number_between
 
 KINDS = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all", "collective_permute")
+_BYTES, _SECONDS = (1e-3, 1e18), (1e-12, 1e18)  # the least and the most of a point
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def curves_of(data: Any, *, name: str, where: str = "") -> tuple[Curve, ...]:
         ConfigError: another form, an unknown kind, numbers that can't be times; the key is named.
     """
     if not isinstance(data, dict):
-        raise ConfigError(f"measured of cluster {name} must be a table of collectives", where=where)
+        raise ConfigError(f"measured of cluster {name} is {brief(data)}, must be a table of collectives", where=where)
     found = list[Curve]()
     for kind, groups in data.items():
         if kind not in KINDS:
@@ -77,8 +78,8 @@ def _curve(kind: str, group: str, lists: Any, key: str, name: str, where: str) -
         raise ConfigError(f"{key} of cluster {name}: {group!r} is not a number of devices, 2 or more", where=where)
     if not isinstance(lists, dict) or set(lists) != {"bytes", "seconds"}:
         raise ConfigError(f"{key} of cluster {name} must have the keys bytes and seconds, and no others", where=where)
-    nbytes = _numbers(lists["bytes"], f"{key}.bytes of cluster {name}", where)
-    seconds = _numbers(lists["seconds"], f"{key}.seconds of cluster {name}", where)
+    nbytes = _numbers(lists["bytes"], _BYTES, f"{key}.bytes of cluster {name}", where)
+    seconds = _numbers(lists["seconds"], _SECONDS, f"{key}.seconds of cluster {name}", where)
     if len(nbytes) != len(seconds):
         raise ConfigError(
             f"{key} of cluster {name} has {len(nbytes)} bytes and {len(seconds)} seconds",
@@ -103,18 +104,7 @@ def _curve(kind: str, group: str, lists: Any, key: str, name: str, where: str) -
     return Curve(kind, int(group), nbytes, rising)
 
 
-def _numbers(values: Any, key: str, where: str) -> tuple[float, ...]:
+def _numbers(values: Any, bounds: tuple[float, float], key: str, where: str) -> tuple[float, ...]:
     if not isinstance(values, list):
-        raise ConfigError(f"{key} must be a list", where=where)
-    return tuple(positive(value, f"entry {at} of {key}", where) for at, value in enumerate(values))
-
-
-def positive(value: Any, what: str, where: str) -> float:
-    """The value as a number.
-
-    Raises:
-        ConfigError: it is no number, or not above 0 and finite.
-    """
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise ConfigError(f"{what} is {value!r}, must be a positive number", where=where)
-    return float(value)
+        raise ConfigError(f"{key} is {brief(values)}, must be a list", where=where)
+    return tuple(number_between(value, *bounds, f"entry {at} of {key}", where) for at, value in enumerate(values))

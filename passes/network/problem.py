@@ -12,13 +12,15 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from bactrian.passes.frame.errors import ConfigError
+from bactrian.passes.frame.fields import brief
 
 FORBIDDEN = 10**18  # in files: a cost from here on forbids the choice
+_MAX_TIME = 1 << 62  # of intervals
 
 Costs = np.ndarray[Any, np.dtype[Any]]
 
@@ -142,36 +144,93 @@ def read_problem(path: str | Path) -> CostNetwork:
     try:
         raw = Path(path).read_bytes()
         data: Any = json.loads(gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw)
+    except RecursionError:
+        raise ConfigError(f"cannot read {path}", why="its lists are nested too deeply") from None
     except (OSError, EOFError, ValueError, zlib.error) as error:
         raise ConfigError(f"cannot read {path}", why=str(error)) from None
     try:
-        problem = data["problem"]
-        nodes, edges = problem["nodes"], problem["edges"]
-        costs = tuple(_numbers(row, "node") for row in nodes["costs"])
-        usages = tuple(_numbers(row, "usage") for row in nodes["usages"])
-        intervals = tuple((int(first), int(end)) for first, end in nodes["intervals"])
-        pairs = tuple((int(i), int(j)) for i, j in edges["nodes"])
-        matrices = tuple(
-            _numbers(row, "edge").reshape(len(costs[i]), len(costs[j]))
-            for (i, j), row in zip(pairs, edges["costs"], strict=True)
-        )
-        limit: Any = problem.get("usage_limit")
-        if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int | float)):
-            raise ValueError(f"usage_limit is {limit!r}, not a number")
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        return _problem_of(data)
+    except _WrongField as error:
         raise ConfigError(
             f"{path} is not a problem in the contest's format",
-            why=f"{type(error).__name__}: {error}",
+            why=str(error),
             fix='it needs {"problem": {"nodes": {"costs", "usages", "intervals"}, "edges": {"nodes", "costs"}, '
             '"usage_limit"}}',
         ) from None
-    return CostNetwork(costs, usages, intervals, pairs, matrices, limit)
 
 
-def _numbers(row: Any, what: str) -> Costs:
-    values = np.array(row)
-    if values.dtype.kind in "uO" or (values.dtype.kind == "f" and all(isinstance(value, int) for value in row)):
-        values = np.array([min(value, FORBIDDEN) for value in row])  # integers that 64 bits don't hold are forbidden
-    if values.dtype.kind not in "if" or (values.dtype.kind == "i" and values.dtype.itemsize < 8):
-        raise ValueError(f"{what} costs are no numbers of 64 bits: {str(row)[:60]}")
+class _WrongField(ValueError):
+    """A field of a problem is missing, or is not what it must be."""
+
+    def __init__(self, field: str, value: Any, allowed: str) -> None:
+        super().__init__(f"{field} is {brief(value)}, must be {allowed}")
+
+
+def _problem_of(data: Any) -> CostNetwork:
+    """The problem of what JSON has, field by field."""
+    nodes, edges = ("problem", "nodes"), ("problem", "edges")
+    costs, usages = (
+        tuple(_numbers(row, f"problem.nodes.{name}[{i}]") for i, row in enumerate(_list(data, *nodes, name)))
+        for name in ("costs", "usages")
+    )
+    intervals = _pairs(data, *nodes, "intervals", least=-_MAX_TIME, most=_MAX_TIME)
+    pairs = _pairs(data, *edges, "nodes", least=0, most=len(costs) - 1)
+    rows = _list(data, *edges, "costs")
+    if len(rows) != len(pairs):
+        raise _WrongField("problem.edges.costs", rows, f"a list for each of {len(pairs)} edges")
+    matrices = list[Costs]()
+    for number, ((i, j), row) in enumerate(zip(pairs, rows, strict=True)):
+        field, shape = f"problem.edges.costs[{number}]", (len(costs[i]), len(costs[j]))
+        values = _numbers(row, field)
+        if values.size != math.prod(shape):
+            raise _WrongField(field, row, f"{shape[0]} times {shape[1]} numbers, as many as pairs of strategies")
+        matrices.append(values.reshape(shape))
+    limit = _object(data, "problem").get("usage_limit")
+    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int | float)):
+        raise _WrongField("problem.usage_limit", limit, "a number")
+    return CostNetwork(costs, usages, intervals, pairs, tuple(matrices), limit)
+
+
+def _object(data: Any, *path: str) -> dict[str, Any]:
+    """The object at a path of keys."""
+    for depth in range(len(path) + 1):
+        if not isinstance(data, dict):
+            raise _WrongField(".".join(path[:depth]) or "the file", data, "an object")
+        if depth < len(path):
+            data = cast(dict[str, Any], data).get(path[depth])
+    return cast(dict[str, Any], data)
+
+
+def _list(data: Any, *path: str) -> list[Any]:
+    value = _object(data, *path[:-1]).get(path[-1])
+    if not isinstance(value, list):
+        raise _WrongField(".".join(path), value, "a list")
+    return cast(list[Any], value)
+
+
+def _pairs(data: Any, *path: str, least: int, most: int) -> tuple[tuple[int, int], ...]:
+    """A list of pairs of integers."""
+    found = list[tuple[int, int]]()
+    for number, row in enumerate(_list(data, *path)):
+        pair = tuple(cast(list[Any], row)) if isinstance(row, list) else ()
+        if len(pair) != 2 or not all(type(value) is int and least <= value <= most for value in pair):
+            raise _WrongField(f"{'.'.join(path)}[{number}]", row, f"two integers from {least} to {most}")
+        found.append(pair)
+    return tuple(found)
+
+
+def _numbers(row: Any, field: str) -> Costs:
+    """A list of numbers. Integers beyond `FORBIDDEN`, which 64 bits may not hold, are that one."""
+    allowed = f"numbers, integers from {-FORBIDDEN} on"
+    if not isinstance(row, list):
+        raise _WrongField(field, row, allowed)
+    try:
+        values = np.array(row)
+        if values.dtype.kind in "uO" or (values.dtype.kind == "f" and all(isinstance(value, int) for value in row)):
+            values = np.array([min(value, FORBIDDEN) for value in row])
+    except (TypeError, ValueError, OverflowError):  # lists of lists, texts, integers beside numbers beyond floats
+        raise _WrongField(field, row, allowed) from None
+    sound = values.ndim == 1 and values.size > 0 and values.dtype.kind in "if" and values.dtype.itemsize == 8
+    if not sound or (values.dtype.kind == "i" and values.min() < -FORBIDDEN):
+        raise _WrongField(field, row, allowed)
     return values

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import stablehlo
 
-from bactrian.passes.ir.attributes import argument_attributes
+from bactrian.passes.ir.attributes import ALIAS, argument_attributes
 from bactrian.passes.ir.constants import elements_text, splat_text
 from bactrian.passes.ir.meshes import SHARDING
 from bactrian.passes.ir.op_traits import HAS_OWN_BUFFER, without_dialect
@@ -31,8 +31,8 @@ def read_function(main: ir.Operation) -> Graph:
     first = body(main).operations[0].operation
     graph = _Reader(first.regions[0].blocks[0] if first.name == "sdy.manual_computation" else body(main)).graph
     for number, entry in enumerate(argument_attributes(main)):
-        if "tf.aliasing_output" in entry:
-            graph.aliases[ir.IntegerAttr(entry["tf.aliasing_output"]).value] = number
+        if ALIAS in entry:
+            graph.aliases[ir.IntegerAttr(entry[ALIAS]).value] = number
     return graph
 
 

@@ -9,6 +9,7 @@ from dataclasses import MISSING, fields, is_dataclass
 from typing import Any, cast
 
 from bactrian.passes.frame.errors import ConfigError
+from bactrian.passes.frame.fields import MAX_INTEGER, brief
 
 Option = str | int | float | bool | None
 
@@ -19,7 +20,7 @@ _Check = Callable[[Any], Any]
 
 
 def _integer(value: Any) -> int:
-    if isinstance(value, bool) or (number := operator.index(value)) < 0:
+    if isinstance(value, bool) or not 0 <= (number := operator.index(value)) <= MAX_INTEGER:
         raise TypeError
     return number
 
@@ -76,7 +77,7 @@ def _record(kind: type) -> _Check:
 
 # Field type as it is written above -> (what it should be, check).
 _KINDS: dict[str, tuple[str, _Check]] = {
-    "int": ("an integer >= 0", _integer),
+    "int": (f"an integer from 0 to {MAX_INTEGER}", _integer),
     "float": ("a finite number >= 0", _number),
     "str": ("a string", _string),
     "tuple[str, ...]": ("a list of strings", lambda value: _items(value, _string)),
@@ -187,9 +188,3 @@ def as_mapping(value: Any, where: str, source: str) -> dict[str, Any]:
 
 def _wrong(source: str, where: str, expected: str, value: Any) -> Any:
     raise ConfigError(f"cannot read plan {source}: {where} should be {expected}, got {brief(value)}")
-
-
-def brief(value: Any) -> str:
-    """A value for a message."""
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from bactrian.passes.frame.errors import ConfigError, ProgramError
+from bactrian.passes.frame.fields import MAX_COUNT
 from bactrian.passes.frame.views import Viewable, view
 from bactrian.passes.machine.spec import axes_text
 from bactrian.passes.plan.json_fields import Option, add_record, as_mapping, check_types, decode, encode
@@ -237,13 +238,14 @@ def add_known(*values: int | None) -> int | None:
 def _check_decisions(plan: Plan) -> None:
     problems: list[str] = []
     for name in ("num_stages", "num_microbatches", "num_layers"):
-        if getattr(plan, name) < 1:
-            problems.append(f"{name} is {getattr(plan, name)}, should be at least 1")
+        if not 1 <= getattr(plan, name) <= MAX_COUNT:
+            problems.append(f"{name} is {getattr(plan, name)}, should be from 1 to {MAX_COUNT}")
     if plan.version != VERSION:
         problems.append(f"version is {plan.version}, should be {VERSION}")
     if len(plan.stages) != plan.num_stages:
         problems.append(f"num_stages is {plan.num_stages}, but {len(plan.stages)} stages are listed")
-    if plan.layers and [layer.layer for layer in plan.layers] != list(range(plan.num_layers)):
+    numbers = [layer.layer for layer in plan.layers]
+    if numbers and (len(numbers) != plan.num_layers or numbers != list(range(len(numbers)))):
         problems.append(f"layers should be numbered 0 to {plan.num_layers - 1} in order, or be left out")
     following = 0
     for position, stage in enumerate(plan.stages):

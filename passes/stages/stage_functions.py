@@ -15,6 +15,7 @@ from bactrian.passes.frame.errors import PassError
 from bactrian.passes.ir.attributes import (
     BACKWARD,
     FORWARD,
+    FUSED,
     INITIALIZE,
     MICROBATCH_INDEX,
     NUM_STAGES,
@@ -36,8 +37,6 @@ from bactrian.passes.ir.main_dataflow import MainDataflow
 from bactrian.passes.ir.meshes import mesh_name, value_shardings
 from bactrian.passes.ir.regions import custom_call_target
 from bactrian.passes.stages.counters import counters
-
-FUSED = "forward_backward"
 
 
 @dataclass(frozen=True, order=True)

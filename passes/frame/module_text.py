@@ -1,0 +1,41 @@
+"""The text of modules, as it comes from outside."""
+
+from __future__ import annotations
+
+import re
+
+from bactrian.passes.frame.errors import ProgramError, SourcePlace
+
+# A comment, the bytes that a backend reads, or a string with its escapes.
+_TOKEN = re.compile(r'//[^\n]*|\bbackend_config = "(?:[^"\\\n]|\\.)*"|"(?P<string>(?:[^"\\\n]|\\.)*)"')
+_ESCAPED = re.compile(rb"\\([0-9A-Fa-f]{2})")
+
+
+def check_strings(text: str, file: str) -> None:
+    """Refuse a module whose strings are no text: MLIR keeps any bytes, and its Python bindings end the process there.
+
+    The ``backend_config`` of a custom call is no text, and nothing reads it as one.
+
+    Args:
+        text: of the module.
+        file: what the place is said to be in.
+
+    Raises:
+        ProgramError: a string has bytes that are not UTF-8.
+    """
+    for token in _TOKEN.finditer(text):
+        string = token["string"]
+        if not string or "\\" not in string:
+            continue
+        value = _ESCAPED.sub(lambda match: bytes([int(match[1], 16)]), string.encode(errors="surrogatepass"))
+        try:
+            value.decode()
+        except UnicodeDecodeError as error:
+            line = text.count("\n", 0, token.start()) + 1
+            place = SourcePlace(file, line, token.start() - text.rfind("\n", 0, token.start()))
+            raise ProgramError(
+                f'the string "{string}" is not UTF-8: byte {error.start} is 0x{value[error.start]:02X}',
+                where=str(place),
+                fix="write names and texts in UTF-8",
+                place=place,
+            ) from None
