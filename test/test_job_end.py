@@ -10,7 +10,7 @@ import pytest
 from bactrian.driver.launch.job_end import Failure, JobEnd, Loss, told
 
 FAILED = Failure("rank 0 on a (process 7)", 1, "ValueError: boom\n")
-LOST = Loss("rank 1 on b (process 8), in step 3 or soon after")
+LOST = Loss(1, "rank 1 on b (process 8), in step 3 or soon after")
 END = JobEnd(num_ranks=2, num_reported=2, code=1)
 KILLED = 128 + signal.SIGKILL
 
@@ -49,8 +49,8 @@ def test_the_first_end_is_the_cause() -> None:
         (replace(END, ends=[LOST], code=0), 6, "its process ended without a word; the other ranks were ended"),
         (replace(END, ends=[LOST], code=143, forced=True), 6, "without a word; the other ranks were ended"),
         (replace(END, ends=[LOST], code=KILLED, num_reported=1), 6, "ended; 1 of 2 ranks reported"),
-        (replace(END, ends=[Loss(LOST.place, 3)], code=14), 3, f"{LOST.place}, called os._exit(3)"),
-        (replace(END, ends=[Loss(LOST.place, 0)], code=1), 6, f"{LOST.place}, called os._exit(0)"),
+        (replace(END, ends=[Loss(1, LOST.place, 3)], code=14), 3, f"{LOST.place}, called os._exit(3)"),
+        (replace(END, ends=[Loss(1, LOST.place, 0)], code=1), 6, f"{LOST.place}, called os._exit(0)"),
         (replace(END, codes=[0, 0], code=139), 139, "mpirun ended with exit code 139, 2 of 2 ranks reported"),
         (replace(END, num_reported=0), 3, "mpirun could not start the ranks; what it printed stands above"),
         (replace(END, num_reported=0, code=5, unheard=True), 5, "its ranks did run, but could not report here"),
@@ -58,6 +58,30 @@ def test_the_first_end_is_the_cause() -> None:
 )
 def test_other_causes(end: JobEnd, code: int, cause: str) -> None:
     assert (end.told()[0], cause in end.told()[1]) == (code, True), end.told()
+
+
+SIGNALLED = "process rank 1 with PID 8 on node b exited on\nsignal 9 (Killed).\n"
+GAVE_UP = 'process rank 0 with PID 7 on node a calling\n"abort". This may have caused\n'
+OPEN_MPI = "MPI_ABORT was invoked on rank 1 in communicator MPI_COMM_WORLD\n  Proc: [[7,1],1]\n  Errorcode: 7\n"
+MPICH = "Abort(7) on node 1 (rank 1 in comm 0): application called MPI_Abort(MPI_COMM_WORLD, 7) - process 1\n"
+
+
+@pytest.mark.parametrize(("code", "banners"), [(KILLED, SIGNALLED), (14, GAVE_UP)])
+def test_mpirun_knows_better_which_of_several_was_lost_first(code: int, banners: str) -> None:
+    echo = Loss(0, "rank 0 on a (process 7), in step 3 or soon after")
+    for ends in ([echo, LOST], [LOST, echo]):
+        told = replace(END, ends=ends, code=code, banners=banners).told()
+        assert (told[0], LOST.place in told[1]) == (6, True), told
+    assert echo.place in replace(END, ends=[echo], code=14, banners=GAVE_UP).told()[1]
+
+
+@pytest.mark.parametrize("banners", [OPEN_MPI, MPICH, OPEN_MPI + GAVE_UP])
+def test_a_script_that_aborts_gives_its_code(banners: str) -> None:
+    aborted = replace(END, ends=[LOST], code=7, banners=banners)
+    assert aborted.told() == (7, f"bactrian: {LOST.place}, called MPI_Abort with 7\n")
+    ended = Loss(0, "rank 0")  # by mpirun for that, and heard of first
+    assert replace(aborted, ends=[ended, LOST]).told() == aborted.told()
+    assert replace(aborted, code=KILLED, banners=f"{banners}{SIGNALLED}").told()[0] == 6
 
 
 def test_why_a_process_ended_itself_is_not_kept_back() -> None:

@@ -69,6 +69,9 @@ for step in range(3):
                 time.sleep(600)  # it has the rank's files, and outlives it
             print("failed at", time.time(), flush=True)
             os.kill(os.getpid(), signal.SIGKILL)
+        if me == rank and point == "abort":
+            print("failed at", time.time(), flush=True)
+            world.Abort(9)
         if point == "hang":
             print("ready", flush=True)
             time.sleep(600)
@@ -202,6 +205,7 @@ def check_exception(tmp_path: Path, rank: int, point: str, n: int = 2) -> None:
         ("message", 1, "no data"),
         ("os_exit", 3, "called os._exit(3)"),
         ("os_exit0", 6, "called os._exit(0)"),
+        ("abort", 9, "called MPI_Abort with 9"),
         ("config", 4, "  where: "),
         ("thread", 1, "IndexError: pop from empty list"),
         ("stop", 75, ""),

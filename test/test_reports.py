@@ -91,7 +91,7 @@ def test_ranks_report(port: Port) -> None:
     port.until(lambda: port.num_connected == 0)
     assert port.server.codes == [75]
     assert port.server.ends == [
-        Loss("rank 1 on a (process 8), in step 4 or soon after"),
+        Loss(1, "rank 1 on a (process 8), in step 4 or soon after"),
         Failure("rank 2 on a (process 9)", 3, "error: no\n"),
     ]
 
@@ -99,7 +99,7 @@ def test_ranks_report(port: Port) -> None:
 def test_an_exit_that_was_told_is_known(port: Port) -> None:
     port.rank(0, {"kind": "exited", "code": 9}).close()
     port.until(lambda: bool(port.server.ends))
-    assert port.server.ends == [Loss("rank 0 on a (process 7), before the first step", 9)]
+    assert port.server.ends == [Loss(0, "rank 0 on a (process 7), before the first step", 9)]
 
 
 def test_a_loss_comes_before_its_echoes(port: Port) -> None:

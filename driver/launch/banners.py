@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 
 _RULE = re.compile(rb"^(-{60,}|={60,})\s*$")
 _PHRASES = (b"MPI_ABORT was invoked", b"prterun", b"mpirun", b"PRTE", b"mpiexec", b"BAD TERMINATION", b"Primary job")
@@ -17,6 +18,40 @@ _SINGLE = re.compile(
 _COORDINATION = re.compile(rb"^[EF]\d{4} [\d:.]+ +\d+ (coordination_service_agent\.cc|client\.h):\d+\]")
 _MOST_LINES = 40
 _FIRST_LINES = 4  # of a block, the rule included: here a banner says whose it is
+
+
+_KILLED = re.compile(r"process rank (\d+) with PID \d+ on node \S+ exited on\s+signal \d")
+_GAVE_UP = re.compile(r'process rank (\d+) with PID \d+ on node \S+ calling\s+"abort"')
+_ABORTED = re.compile(
+    r"MPI_ABORT was invoked on rank (?P<rank>\d+)[^-]*?Errorcode: (?P<code>\d+)"
+    r"|^Abort\((?P<code_>\d+)\) on node \d+ \(rank (?P<rank_>\d+) in comm \d+\): application called MPI_Abort",
+    re.M,
+)
+
+
+@dataclass(frozen=True)
+class Blamed:
+    """What mpirun says of a rank for which it has ended the job.
+
+    Attributes:
+        killed: the rank that a signal has ended.
+        gave_up: the rank that MPI ended by itself, since it has lost another; not the cause.
+        aborted: the rank that called ``MPI_Abort``, with what code.
+    """
+
+    killed: int | None = None
+    gave_up: int | None = None
+    aborted: tuple[int, int] | None = None
+
+
+def blamed(banners: str) -> Blamed:
+    """Read it in what was dropped."""
+    if found := _KILLED.search(banners):
+        return Blamed(killed=int(found[1]))
+    if found := _ABORTED.search(banners):
+        return Blamed(aborted=(int(found["rank"] or found["rank_"]), int(found["code"] or found["code_"])))
+    found = _GAVE_UP.search(banners)
+    return Blamed(gave_up=int(found[1]) if found else None)
 
 
 class BannerFilter:

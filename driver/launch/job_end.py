@@ -6,6 +6,7 @@ import signal
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from bactrian.driver.launch.banners import blamed
 from bactrian.passes.frame.errors import ConfigError, RuntimeFault
 
 PEER_LOST = RuntimeFault.exit_code
@@ -32,10 +33,12 @@ class Loss:
     """A rank that was gone before its script had ended.
 
     Attributes:
+        rank: its number.
         place: its name, and where it was last heard of.
         code: what it gave to `os._exit`; None if it did not call that.
     """
 
+    rank: int
     place: str
     code: int | None = None
 
@@ -79,7 +82,7 @@ class JobEnd:
             failures = [end for end in self.ends if isinstance(end, Failure)]
             return cause.code, "".join(f"bactrian: {heading}\n{text}" for heading, text in told(failures))
         if cause is not None:
-            return self._of_loss(cause)
+            return self._of_loss()
         return self._of_mpirun()
 
     def _stop_signal(self, cause: Failure | Loss | None) -> int:
@@ -90,7 +93,15 @@ class JobEnd:
             return self.stopped if cause or self.code else 0
         return self.code - 128 if isinstance(cause, Loss) and self.code - 128 in self.passed else 0
 
-    def _of_loss(self, loss: Loss) -> tuple[int, str]:
+    def _of_loss(self) -> tuple[int, str]:
+        says, losses = blamed(self.banners), [end for end in self.ends if isinstance(end, Loss)]
+        if says.aborted:
+            rank, code = says.aborted
+            if place := next((loss.place for loss in losses if loss.rank == rank), ""):
+                return code or PEER_LOST, f"bactrian: {place}, called MPI_Abort with {code}\n"
+        # Losses on several hosts may be heard of in another order.
+        losses = [loss for loss in losses if loss.rank != says.gave_up] or losses
+        loss = next((loss for loss in losses if loss.rank == says.killed), losses[0])
         if loss.code is not None:
             return loss.code or PEER_LOST, f"bactrian: {loss.place}, called os._exit({loss.code})\n"
         number = self.code - 128 if self.code > 128 else -self.code

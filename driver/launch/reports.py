@@ -205,7 +205,7 @@ class ReportServer:
         if peer.rank is not None and not peer.rank.ended:
             held = [id(failure) for _, _, failure in self._held]
             place = next((i for i, end in enumerate(self.ends) if id(end) in held), len(self.ends))
-            self.ends.insert(place, Loss(peer.rank.place, peer.rank.code))
+            self.ends.insert(place, Loss(peer.rank.number, peer.rank.place, peer.rank.code))
 
 
 def _send(peer: _Peer, number: int) -> None:
