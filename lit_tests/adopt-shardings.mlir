@@ -83,3 +83,17 @@ func.func public @main(%arg0: tensor<8xf32> {sdy.sharding = #sdy.sharding<@users
   %0 = sdy.sharding_constraint %arg0 <@users, [{}]> : tensor<8xf32>
   return %0 : tensor<8xf32>
 }
+
+// -----
+
+// An axis of one device shards nothing, also where the stages' axis of that name has two.
+// CHECK-LABEL: func.func public @main
+// CHECK-SAME: sdy.sharding = #sdy.sharding<@user, [{}, {"model"}]>
+// ORDER: sdy.sharding = #sdy.sharding<@user, [{}, {"model"}]>
+sdy.mesh @users = <["data"=1, "model"=4]>
+sdy.mesh @stage0 = <["model"=4, "data"=2]>
+func.func public @main(%arg0: tensor<8x8xf32> {sdy.sharding = #sdy.sharding<@users, [{"data"}, {"model"}]>})
+    -> tensor<8x8xf32> {
+  %0 = stablehlo.negate %arg0 : tensor<8x8xf32>
+  return %0 : tensor<8x8xf32>
+}

@@ -186,7 +186,6 @@ def line_of(function: Callable[..., Any], text: str) -> str:
     [
         (AbstractMesh((4, 2), ("data", "model")), P("data"), "axis data has size 4 there, and 2 in a stage's mesh"),
         (AbstractMesh((2, 4), ("data", "tensor")), P("data"), "no axis of a stage's mesh is called tensor"),
-        (AbstractMesh((1, 4), ("data", "model")), P("model"), "axis data has size 1 there, and 2 in a stage's mesh"),
     ],
 )
 def test_a_mesh_that_does_not_fit(mesh: AbstractMesh, spec: P, reason: str) -> None:
@@ -203,6 +202,18 @@ def test_a_mesh_that_does_not_fit(mesh: AbstractMesh, spec: P, reason: str) -> N
     assert text.count("where:") == 1  # the cotangent's is not said again
 
 
+def test_an_axis_of_one_device_shards_nothing() -> None:
+    mesh = AbstractMesh((1, 4), ("data", "model"))
+
+    def between(h: jax.Array) -> jax.Array:
+        return jax.lax.with_sharding_constraint(h, NamedSharding(mesh, P("data", "model")))
+
+    found = constraints(text_of(step_of(between)))
+    assert {sharding for _, sharding, _ in found} == {'[{}, {"model"}]'}
+    step = bactrian.parallelize(step_of(between), mesh=MESH)
+    numerics.assert_equal_step(bactrian.gather(step(STATE, BATCH)), step.reference(STATE, BATCH))
+
+
 def test_bad_shardings() -> None:
     step = jax.jit(step_of(), in_shardings=(None, NamedSharding(ABSTRACT, P(("data", "model")))))
     with pytest.raises(ProgramError, match=r"(?s)does not split a value into equal shards.*8 times.*size is 4.*1 of 4"):
@@ -216,6 +227,20 @@ def test_bad_shardings() -> None:
     explicit = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
     with jax.set_mesh(explicit), pytest.raises(ProgramError, match="axes of type Explicit: data, model"):
         text_of(step_of())
+
+
+@pytest.mark.parametrize("options", [{}, {"mesh": "data=1"}])
+def test_a_constraint_on_explicit_axes_says_how_to_make_the_mesh(options: dict[str, Any]) -> None:
+    mesh = jax.make_mesh((2, 4), ("data", "model"))  # JAX's default
+
+    def between(h: jax.Array) -> jax.Array:
+        return jax.lax.with_sharding_constraint(h, NamedSharding(mesh, P("data")))
+
+    with pytest.raises(ProgramError, match="a sharding constraint is over a mesh with axes of type Explicit") as error:
+        text_of(step_of(between), **options)
+    assert line_of(between, "return jax") in error.value.where and "AxisType.Auto" in error.value.fix
+    with jax.set_mesh(mesh), pytest.raises(ProgramError, match="axes of type Explicit"):
+        text_of(step_of(between), **options)
 
 
 def test_a_plan_that_says_otherwise_is_refused() -> None:
