@@ -14,11 +14,14 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from selectors import BaseSelector
 from types import SimpleNamespace
 
 import pytest
 
+from bactrian.driver.launch import launcher
 from bactrian.driver.launch.banners import BannerFilter
+from bactrian.driver.launch.reports import ReportServer
 from bactrian.driver.ranks import World
 from bactrian.passes.frame.errors import ConfigError
 from bactrian.runtime import rank_lifecycle
@@ -297,6 +300,43 @@ def test_ranks_that_outlast_their_grace_are_ended(tmp_path: Path) -> None:
 
 
 @pytest.mark.mpi
+@pytest.mark.long
+def test_jax_leaves_the_signal_alone_that_ends_ranks(tmp_path: Path) -> None:
+    script = "import time; print('ready', flush=True); time.sleep(600)"
+    command = Command(tmp_path, script=script, options=["--distributed"])
+    command.wait_ready(2)
+    since = time.time()
+    command.process.send_signal(signal.SIGTERM)
+    job = command.ended(since)
+    assert (job.code, job.last) == (143, "bactrian: stopped by SIGTERM: all 2 ranks were ended")
+    assert job.seconds <= END_SECONDS
+    assert job.survivors == []
+
+
+class Unreachable(ReportServer):
+    """A port of which ranks are told another number."""
+
+    def __init__(self, host: str, token: str, num_ranks: int, selector: BaseSelector) -> None:
+        super().__init__(host, token, num_ranks, selector)
+        self.address = f"{host}:1"
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("code", [0, 5])
+def test_ranks_that_cannot_report_run_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], code: int
+) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(f"import sys; print('trained', flush=True); sys.exit({code})")
+    monkeypatch.setattr(launcher, "ReportServer", Unreachable)
+    assert launcher.launch(2, str(script), []) == code
+    out, err = capfd.readouterr()
+    assert "trained" in out and "cannot report to bactrian run at 127.0.0.1:1 (" in err
+    said = f"error: mpirun ended with exit code {code}; its ranks did run, but could not report here."
+    assert (said in err) == (code != 0)
+
+
+@pytest.mark.mpi
 def test_an_ignored_signal_stays_ignored(tmp_path: Path) -> None:
     script = "import time; print('ready', flush=True); time.sleep(0.5); print('done')"
     command = Command(tmp_path, script=script, prefix=["nohup"])
@@ -321,10 +361,11 @@ def test_a_job_goes_on_without_a_reader_of_its_errors(tmp_path: Path, end: str, 
 @pytest.mark.mpi
 def test_arguments_are_the_scripts_alone(tmp_path: Path) -> None:
     arguments = ["a", ":", "-n", "1", "/bin/echo", "injected", "--", "", "$x;y=1", 'é"q', "two\nlines", "@file", "-x"]
-    script = "import json, os, sys; print(json.dumps([sys.argv[1:], 'BACTRIAN_COMMAND' in os.environ]), flush=True)"
+    names = ["BACTRIAN_COMMAND", "JAX_ENABLE_PREEMPTION_SERVICE"]
+    script = f"import json, os, sys; print(json.dumps([sys.argv[1:], *map(os.environ.get, {names})]), flush=True)"
     job = Command(tmp_path, *arguments, n=1, script=script).ended()
     assert (job.code, job.err) == (0, "")
-    assert json.loads(job.out) == [arguments, False]
+    assert json.loads(job.out) == [arguments, None, "false"]
 
 
 @pytest.mark.mpi

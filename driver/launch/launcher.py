@@ -142,6 +142,7 @@ class Job:
             self._reports.close()
         for relay in self._relays:
             relay.finish()
+        self._selector.close()
         code, text = self._end().told()
         write(2, text.encode(errors="backslashreplace"))
         return code

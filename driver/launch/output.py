@@ -63,5 +63,6 @@ class Relay:
         write(self._target, self._passing.feed(data))
 
     def finish(self) -> None:
-        """Print what was held back."""
+        """Print what was held back, and close the pipe."""
         write(self._target, self._passing.finish())
+        self._source.close()
