@@ -14,7 +14,7 @@ from bactrian.driver.arrays.host_values import gather
 from bactrian.driver.arrays.placed_arguments import PlacedArguments
 from bactrian.driver.arrays.placement import ArgumentPlacement
 from bactrian.driver.capture.argument_shardings import refuse_explicit_axes, requested_shardings
-from bactrian.driver.capture.call_signature import Parameters, flatten_call
+from bactrian.driver.capture.call_signature import FlatCall, Parameters, collective_call, flatten_call, named_leaves
 from bactrian.driver.capture.captured_step import Captured
 from bactrian.driver.capture.lower_step import capture
 from bactrian.driver.capture.reference_step import reference, reference_function
@@ -26,7 +26,9 @@ from bactrian.driver.traced_step import Traced
 from bactrian.passes.frame.errors import ConfigError
 from bactrian.passes.machine.spec import num_devices
 from bactrian.passes.plan.schema import Plan
+from bactrian.runtime import lockstep
 from bactrian.runtime.control import Control
+from bactrian.runtime.lockstep import CollectiveCall
 
 _log = logging.getLogger("bactrian")
 
@@ -55,6 +57,7 @@ def parallelize(
     static_argnames: str | Sequence[str] = (),
     mesh: str | Mapping[str, int] | None = None,
     strategy: str = "auto",
+    check_inputs: bool = True,
 ) -> Parallelized: ...
 @overload
 def parallelize(
@@ -74,6 +77,7 @@ def parallelize(
     static_argnames: str | Sequence[str] = (),
     mesh: str | Mapping[str, int] | None = None,
     strategy: str = "auto",
+    check_inputs: bool = True,
 ) -> Callable[[Callable[..., Any]], Parallelized]: ...
 def parallelize(
     fun: Callable[..., Any] | None = None,
@@ -92,6 +96,7 @@ def parallelize(
     static_argnames: str | Sequence[str] = (),
     mesh: str | Mapping[str, int] | None = None,
     strategy: str = "auto",
+    check_inputs: bool = True,
 ) -> Parallelized | Callable[[Callable[..., Any]], Parallelized]:
     """Run a train step as a pipeline over the ranks of this job.
 
@@ -117,6 +122,7 @@ def parallelize(
         mesh: the axes of the devices of a stage, as in ``{"data": 2, "model": 4}`` or ``"data=2,model=4"``; each value
             of the step is sharded over them so that a step takes the least time. One device by default.
         strategy: ``auto``, or a baseline: ``data``, ``zero1``, ``zero2``, ``zero3``, ``megatron``; it leaves some open.
+        check_inputs: compare batch and state between ranks; False for a loader that gives each rank its own part only.
 
     Returns:
         A `Parallelized`, to be called like ``fun``.
@@ -153,12 +159,14 @@ class Parallelized:
         """One step."""
         last = self._last
         if last is not None and not kwargs and (leaves := last.leaves_if_placed(args)) is not None:
+            lockstep.note(last.step_call)
             return last.call_placed(leaves)
         call = flatten_call(self._parameters, args, kwargs)
         if any(isinstance(leaf, Tracer) for leaf in call.leaves):
             return self._in_jax(args, kwargs)
         if last is None or call.signature != last.captured.call_signature or not last.has_all(call.leaves):
-            last = self._last = self._compiled_for(call.signature, call.leaves, args, kwargs)
+            last = self._last = self._compiled_for(call, args, kwargs)
+        lockstep.note(last.step_call)
         return last.call_leaves(call.leaves)
 
     def _in_jax(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -168,10 +176,9 @@ class Parallelized:
             _log.warning("%s is traced by JAX: there it is a function of one device, and has no stages", self.__name__)
         return reference_function(self._capture(args, kwargs))(*args, **kwargs)
 
-    def _compiled_for(
-        self, signature: Any, leaves: Sequence[Any], args: Sequence[Any], kwargs: Mapping[str, Any]
-    ) -> Compiled:
+    def _compiled_for(self, call: FlatCall, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Compiled:
         """The step compiled for such arguments at such places; one that has all it needs there serves as well."""
+        signature, leaves = call.signature, call.leaves
         placed = PlacedArguments.of(leaves)
         known = self._compiled.get(signature, {})
         if placed not in known:
@@ -181,9 +188,16 @@ class Parallelized:
                     _log.warning("%s is planned again: its state is where another step placed it", self.__name__)
                 elif self._compiled:
                     _log.warning("%s is traced again for new shapes, dtypes or static arguments", self.__name__)
-                fitting = self.trace(*args, **kwargs).plan_with_all().compile()
+                lockstep.note(self._compilation(call))
+                fitting = self.trace(*args, **kwargs).plan_with_all().compile_as_noted()
             self._compiled[signature] = known | {placed: fitting}
         return self._compiled[signature][placed]
+
+    def _compilation(self, call: FlatCall) -> CollectiveCall:
+        """How ranks compare the compilation for such arguments, before any of them traces for others."""
+        leaves = named_leaves(call, self._parameters)
+        batch = [f"{leaf.path} {leaf.aval}" for leaf in leaves if leaf.argnum in self.options.batch_argnums]
+        return collective_call("compile", self.__name__, call.signature, batch)
 
     def with_options(self, **changes: Any) -> Parallelized:
         """The same step with some options of ``parallelize`` changed, as in ``num_microbatches=8``; None is the default.

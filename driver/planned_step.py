@@ -19,6 +19,7 @@ from bactrian.passes.frame.reproducer import versions
 from bactrian.passes.frame.views import view
 from bactrian.passes.plan.schema import Plan
 from bactrian.passes.sharding.explain import Explanation
+from bactrian.runtime import lockstep
 
 view.register(Explanation, lambda found: RichView(render_value(found)))  # `Planned.explain` gives them to users
 
@@ -26,9 +27,11 @@ view.register(Explanation, lambda found: RichView(render_value(found)))  # `Plan
 class Planned:
     """A step cut into stages: the plan and the staged module."""
 
-    def __init__(self, captured: Captured, staged: StagedPlan, *, is_shared: bool = False) -> None:
-        """``is_shared``: every rank has it from rank 0."""
-        self.captured, self.staged, self._is_shared = captured, staged, is_shared
+    def __init__(
+        self, captured: Captured, staged: StagedPlan, *, is_shared: bool = False, check_inputs: bool = True
+    ) -> None:
+        """``is_shared``: every rank has it from rank 0. ``check_inputs``: as in `parallelize`."""
+        self.captured, self.staged, self._is_shared, self._check_inputs = captured, staged, is_shared, check_inputs
 
     @property
     def plan(self) -> Plan:
@@ -77,6 +80,7 @@ class Planned:
         Raises:
             ConfigError: the ranks do not fit the plan, or run different programs.
         """
+        lockstep.note(self.captured.collective_call("compile"))
         world = World.current()
         shared = check_ranks([stage.mesh for stage in self.plan.stages], world)
         own = {
@@ -87,4 +91,4 @@ class Planned:
         }
         world.check_equal(own)
         staged = self.staged if self._is_shared else with_shardings_of_rank_0(self.staged, world)
-        return Compiled(self.captured, open_session(staged, world))
+        return Compiled(self.captured, open_session(staged, world), check_inputs=self._check_inputs)

@@ -6,7 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+from bactrian.driver.source import line_of_main_thread
 from bactrian.passes.frame.errors import BactrianError, ConfigError
+from bactrian.runtime import lockstep
 from bactrian.runtime.control import Control, MpiControl, SingleProcess
 
 T = TypeVar("T")
@@ -63,7 +65,8 @@ class World:
         """
         if self.num_ranks == 1:
             return
-        everyone: list[dict[str, str]] = self.control.allgather(dict(what))
+        lockstep.watch(self.control, line_of_main_thread)
+        everyone = lockstep.exchange(self.control, dict(what))
         for name in dict.fromkeys(name for entry in everyone for name in entry):  # one may be elsewhere in its script
             values = [entry.get(name, "none") for entry in everyone]
             odd = [rank for rank, value in enumerate(values) if value != values[0]]

@@ -5,9 +5,11 @@ from __future__ import annotations
 import functools
 import inspect
 import os
+import sys
 import sysconfig
+import threading
 from collections.abc import Callable, Iterable, Iterator
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any, NamedTuple
 
 import jax
@@ -61,7 +63,14 @@ def user_line(frames: Iterable[Frame]) -> str:
 
 def line_here() -> str:
     """The user's line that is calling us now."""
-    return user_line(_stack())
+    own = inspect.currentframe()
+    return user_line(_stack(own and own.f_back))
+
+
+def line_of_main_thread() -> str:
+    """The user's line that the main thread is at, for other threads to ask."""
+    frames = sys._current_frames()  # pyright: ignore[reportPrivateUsage]
+    return user_line(_stack(frames.get(threading.main_thread().ident or 0)))
 
 
 def line_of_error(error: BaseException) -> str:
@@ -96,9 +105,7 @@ def line_of_equation(equation: Any, callers: Iterable[Any] = ()) -> str:
     return f"{line}, in {names}" if names else line
 
 
-def _stack() -> Iterator[Frame]:
-    own = inspect.currentframe()
-    frame = own and own.f_back
+def _stack(frame: FrameType | None) -> Iterator[Frame]:
     while frame is not None:
         yield Frame(frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name)
         frame = frame.f_back

@@ -92,7 +92,7 @@ class Traced:
                 paths=[argument.path for argument in self.captured.arguments],
                 specs=dict(self.placed.specs) if self.placed is not None else None,
             )
-        return Planned(self.captured, staged)
+        return Planned(self.captured, staged, check_inputs=self.options.check_inputs)
 
     def _decisions_of(self, plan: Plan, cluster: str) -> Decisions:
         """The decisions of a plan, once it is seen that it fits this program and its options."""
@@ -128,7 +128,7 @@ class Traced:
         if world.num_ranks == 1 or all(num_devices(mesh) == 1 for mesh in meshes):
             return self.plan()
         staged = staged_together(lambda: self.plan().staged, self.fingerprint, self.options, meshes, world)
-        return Planned(self.captured, staged, is_shared=True)
+        return Planned(self.captured, staged, is_shared=True, check_inputs=self.options.check_inputs)
 
     def _meshes(self) -> tuple[MeshAxes, ...]:
         """The mesh of each of the plan's stages, or one for all stages: that which was asked for, or on which the arguments

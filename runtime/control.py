@@ -22,6 +22,11 @@ class Control(Protocol):
     rank: int
     size: int
 
+    @property
+    def serves_threads(self) -> bool:
+        """Whether several threads may use it, and others of their own, at once."""
+        ...
+
     def barrier(self) -> None:
         """Wait until every rank has come here. Collective; who waits sleeps, and leaves the cores to who works."""
         ...
@@ -46,6 +51,14 @@ class Control(Protocol):
         """The value that a rank sends."""
         ...
 
+    def poll(self) -> Any:
+        """A value that some rank has sent here; None, and at once, if there is none."""
+        ...
+
+    def duplicate(self) -> Control:
+        """Another one for the same ranks, whose messages are its own. Collective; who waits sleeps."""
+        ...
+
     def split(self, group: int) -> Control:
         """The ranks that give the same number, numbered in the order that they have here. Collective."""
         ...
@@ -56,6 +69,7 @@ class SingleProcess:
 
     rank = 0
     size = 1
+    serves_threads = True
 
     def barrier(self) -> None:
         """Does nothing."""
@@ -79,6 +93,13 @@ class SingleProcess:
         """There is nobody to receive from."""
         raise ValueError(f"rank {rank} of a job of one process")
 
+    def poll(self) -> Any:
+        """There is nobody who sends."""
+
+    def duplicate(self) -> SingleProcess:
+        """Itself."""
+        return self
+
     def split(self, group: int) -> SingleProcess:
         """Itself."""
         return self
@@ -92,11 +113,16 @@ class MpiControl:
         self.rank: int = comm.Get_rank()
         self.size: int = comm.Get_size()
 
+    @property
+    def serves_threads(self) -> bool:
+        """Whether MPI has started so."""
+        from mpi4py import MPI
+
+        return MPI.Query_thread() == MPI.THREAD_MULTIPLE
+
     def barrier(self) -> None:
         """Asks now and then whether all have come."""
-        arrived = self.comm.Ibarrier()
-        while not arrived.Test():
-            time.sleep(_NAP_SECONDS)
+        _nap_until_done(self.comm.Ibarrier())
 
     def broadcast(self, value: Any, root: int = 0) -> Any:
         """Broadcasts the pickled value."""
@@ -120,6 +146,22 @@ class MpiControl:
         """Receives a pickled value."""
         return self.comm.recv(source=rank)
 
+    def poll(self) -> Any:
+        """Receives what was sent with `send`."""
+        message = self.comm.improbe()
+        return None if message is None else message.recv()
+
+    def duplicate(self) -> MpiControl:
+        """A duplicate of the communicator."""
+        comm, made = self.comm.Idup()
+        _nap_until_done(made)
+        return MpiControl(comm)
+
     def split(self, group: int) -> MpiControl:
         """A new communicator."""
         return MpiControl(self.comm.Split(group, self.rank))
+
+
+def _nap_until_done(request: Any) -> None:
+    while not request.Test():
+        time.sleep(_NAP_SECONDS)

@@ -20,7 +20,7 @@ from types import TracebackType
 from typing import Any
 
 from bactrian.passes.frame.errors import BactrianError
-from bactrian.runtime import faults
+from bactrian.runtime import faults, lockstep
 
 JOB_VARIABLE = "BACTRIAN_JOB"  # set by `bactrian run`, which leaves binding to the ranks
 STOPPED = 75  # a checkpoint was made after a stop signal: every rank leaves by itself
@@ -188,6 +188,7 @@ def start_mpi() -> Any:
 
 
 _installed = False
+_own_process = os.getpid()  # exit handlers run in forks as well
 _exit_code: int | None = None
 
 
@@ -213,7 +214,14 @@ def exit_code_of(error: BaseException) -> int:
     return error.exit_code if isinstance(error, BactrianError) else 1
 
 
+def drop_note_of_jax(error: BaseException) -> None:
+    """Take out of an error what JAX says behind it, that its own frames are left out: the error has to be last."""
+    notes = getattr(error, "__notes__", [])
+    notes[:] = [note for note in notes if "JAX_TRACEBACK_FILTERING" not in note]
+
+
 def _on_exception(kind: type[BaseException], error: BaseException, where: TracebackType | None) -> None:
+    drop_note_of_jax(error)
     traceback.print_exception(kind, error, where)
     abort(exit_code_of(error))
 
@@ -236,6 +244,24 @@ def _on_exit() -> None:
     faults.at("exit")
     if failing():
         abort(_exit_code or 1)
+    if os.getpid() == _own_process and (JOB_VARIABLE in os.environ or _mpi_is_up()) and rank_environment().size > 1:
+        from bactrian.runtime.control import MpiControl  # imports numpy, which takes the cores that it finds
+
+        lockstep.leave(MpiControl(start_mpi()))
+
+
+def note_end_first() -> None:
+    """From now on, the end of the program is noted before any exit handler runs that there is by now.
+
+    One of them may wait for the other ranks.
+    """
+    atexit.unregister(_note_end)
+    atexit.register(_note_end)
+
+
+def _note_end() -> None:
+    if not failing():
+        lockstep.note(lockstep.ENDED)
 
 
 def failing() -> bool:
@@ -248,7 +274,11 @@ def abort(code: int) -> None:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, absent, or its reader is gone
             stream.flush()
-    module = sys.modules.get("mpi4py.MPI")
-    if module is not None and module.Is_initialized() and not module.Is_finalized() and module.COMM_WORLD.size > 1:
-        module.COMM_WORLD.Abort(code)
+    if _mpi_is_up() and (world := sys.modules["mpi4py.MPI"].COMM_WORLD).size > 1:
+        world.Abort(code)
     os._exit(code)
+
+
+def _mpi_is_up() -> bool:
+    module = sys.modules.get("mpi4py.MPI")
+    return module is not None and module.Is_initialized() and not module.Is_finalized()

@@ -10,6 +10,9 @@ from typing import Any
 
 import jax
 
+from bactrian.passes.frame.errors import ConfigError
+from bactrian.passes.frame.files import write_whole
+from bactrian.passes.frame.units import human_bytes
 from bactrian.runtime.control import Control
 from bactrian.runtime.instructions import Arrive, Forward, Instruction, InstructionStream, Recv, Run, Send
 
@@ -103,7 +106,11 @@ def _clock_offset(control: Control, rounds: int = 20) -> float:
 
 
 def write_trace(path: str | Path, events: list[Event]) -> None:
-    """Write the file that chrome://tracing and Perfetto read; the first event is at time 0."""
+    """Write the file that chrome://tracing and Perfetto read; the first event is at time 0.
+
+    Raises:
+        ConfigError: the file can't be written; what was there before is still there.
+    """
     first = min((event["ts"] for event in events), default=0.0)
     rows = sorted({(event["pid"], event["tid"]) for event in events})
     names: list[Event] = [
@@ -115,4 +122,12 @@ def write_trace(path: str | Path, events: list[Event]) -> None:
         for rank, stage in rows
     ]
     shown = [{**event, "ts": event["ts"] - first} for event in events]
-    Path(path).write_text(json.dumps({"traceEvents": names + sorted(shown, key=lambda e: e["ts"])}))
+    text = json.dumps({"traceEvents": names + sorted(shown, key=lambda e: e["ts"])})
+    try:
+        write_whole(path, text)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot write the trace {path}: {error.strerror}",
+            why=f"it has {human_bytes(len(text))}",
+            fix="name a file in a folder that is there and has the space",
+        ) from None

@@ -34,8 +34,9 @@ def main() -> None:
     lists = build_streams(program, tuple(s % comm.Get_size() for s in range(stages)))
     check_streams(lists)
     faults.at("compile")
-    transport = MpiTransport(comm, helper="--poll" not in sys.argv)
-    sys.argv = [a for a in sys.argv if a != "--poll"]
+    part_bytes = 20 if "--parts" in sys.argv else 1 << 30  # 20 do not divide the messages, nor their elements
+    transport = MpiTransport(comm, helper="--poll" not in sys.argv, part_bytes=part_bytes)
+    sys.argv = [a for a in sys.argv if a not in ("--poll", "--parts")]
     tracer = Tracer() if len(sys.argv) > 4 else None
     run = Executor(
         lists[comm.Get_rank()],

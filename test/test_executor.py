@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import pytest
 from jax.sharding import SingleDeviceSharding
 from staged_programs import chain, chain_arguments, chain_functions, run_serially
 
-from bactrian.passes.frame.errors import RuntimeFault
+from bactrian.passes.frame.errors import ConfigError, RuntimeFault
 from bactrian.runtime.control import SingleProcess
 from bactrian.runtime.executor import Executor, Meter, run_together
 from bactrian.runtime.instruction_builder import build_streams
@@ -144,6 +146,26 @@ def test_the_wrong_number_of_pieces_is_refused() -> None:
     (run,) = executors(chain(1, 1), (0,))
     with pytest.raises(RuntimeFault, match="got 0 argument pieces, the instruction stream has 2"):
         run.step([], {2: chain_arguments(1, 1)[-1]})
+
+
+@pytest.mark.parametrize("place", ["missing/trace.json", "full"])
+def test_a_trace_that_cannot_be_written_leaves_nothing(
+    tmp_path: Path, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = tmp_path / "full"
+    old.write_text("before")
+
+    def write(self: Path, text: str, encoding: str) -> int:
+        with open(self, "w", encoding=encoding) as file:
+            file.write(text[:10])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    if place == "full":
+        monkeypatch.setattr(Path, "write_text", write)
+    with pytest.raises(ConfigError, match=r"cannot write the trace .*: No (such file|space left)"):
+        write_trace(tmp_path / place, [])
+    monkeypatch.undo()
+    assert [path.name for path in tmp_path.iterdir()] == ["full"] and old.read_text() == "before"
 
 
 def test_trace(tmp_path: Path) -> None:

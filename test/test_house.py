@@ -31,7 +31,8 @@ ORDER = {
         ["pipelines"],
     ],
     "driver": [
-        ["source", "progress", "ranks", "gc_pause"],
+        ["source", "progress", "gc_pause"],
+        ["ranks"],
         ["planning"],
         ["xla"],
         ["arrays"],

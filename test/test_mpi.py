@@ -41,7 +41,7 @@ def survivors(marker: str) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("stages, ranks, options", [(2, 2, ()), (4, 2, ()), (3, 3, ("--poll",))])
+@pytest.mark.parametrize("stages, ranks, options", [(2, 2, ("--parts",)), (4, 2, ()), (3, 3, ("--poll",))])
 def test_steps_over_mpi_equal_the_serial_ones(stages: int, ranks: int, options: tuple[str, ...]) -> None:
     done = mpirun(stages, 4, 3, *options, ranks=ranks)
     assert done.returncode == 0, done.stderr

@@ -21,7 +21,8 @@ def test_the_control_plane_of_one_process() -> None:
     assert (control.rank, control.size, control.broadcast("plan"), control.allgather(3)) == (0, 1, "plan", [3])
     values = np.arange(3)
     control.broadcast_array(values, 0)
-    assert values.tolist() == [0, 1, 2] and control.split(7).size == 1
+    assert values.tolist() == [0, 1, 2] and control.split(7).size == control.duplicate().size == 1
+    assert control.poll() is None
     with pytest.raises(ValueError, match="rank 1 of a job of one process"):
         control.send("x", 1)
     with pytest.raises(ValueError, match="rank 1 of a job of one process"):
@@ -65,3 +66,10 @@ def test_ranks_of_an_mpi_job_get_one_transport(monkeypatch: pytest.MonkeyPatch) 
     assert isinstance(transport, OneThread) and transport.comm is comm
     with pytest.raises(ConfigError, match="a mesh takes 2 ranks, but this MPI lets one thread at a time use it"):
         choose(MpiControl(comm), [0], device_array, ranks_per_mesh=2)
+
+
+def test_all_steps_of_a_job_share_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mpi, "MpiTransport", OneThread)
+    control = MpiControl(Comm())
+    assert choose(control, [0], device_array) == choose(MpiControl(control.comm), [0], device_array)
+    assert choose(control, [0], device_array) != choose(MpiControl(Comm()), [0], device_array)

@@ -15,7 +15,9 @@ from bactrian.driver.arrays.placement import ArgumentPlacement
 from bactrian.driver.source import line_here
 from bactrian.driver.xla.compile_stage import device_array
 from bactrian.passes.frame.errors import ProgramError
+from bactrian.runtime import lockstep
 from bactrian.runtime.control import Control
+from bactrian.runtime.lockstep import CollectiveCall
 
 
 class PlacedStep(Protocol):
@@ -37,6 +39,11 @@ def gather(tree: Any) -> Any:
 
     Collective: all ranks call it with the same tree, and all get the values.
     """
+    distributed = [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, DistributedArray) and _is_elsewhere(leaf)]
+    if distributed:
+        more = f" and {len(distributed) - 1} more" if len(distributed) > 1 else ""
+        lockstep.note(CollectiveCall("call", f"bactrian.gather of {distributed[0].path}{more}"))
+        lockstep.exchange(distributed[0].control, None)
     return jax.tree.map(_to_host, tree)
 
 
@@ -73,6 +80,19 @@ def _to_host(leaf: Any) -> Any:
     return leaf
 
 
+def _is_elsewhere(array: DistributedArray) -> bool:
+    """Whether ranks have to send each other some of it."""
+    return not all(_is_here(array, stage) for stage in array.placement.sources)
+
+
+def _is_here(array: DistributedArray, stage: int) -> bool:
+    """Whether every rank holds all of one stage's piece."""
+    if array.control.size == 1:
+        return True
+    ranks, piece = array.placement.ranks.get(stage, (0,)), array.pieces.get(stage)
+    return len(ranks) == array.control.size and piece is not None and piece.is_fully_replicated
+
+
 def physical_values(array: DistributedArray) -> np.ndarray[Any, Any]:
     """The values of the whole array, on every rank: the first stage's copy, or the rows of several stages."""
     placement = array.placement
@@ -84,7 +104,7 @@ def _stage_values(array: DistributedArray, stage: int) -> np.ndarray[Any, Any]:
     control = array.control
     ranks = array.placement.ranks.get(stage, (0,))
     piece = array.pieces.get(stage)
-    if control.size == 1 or (len(ranks) == control.size and piece is not None and piece.is_fully_replicated):
+    if _is_here(array, stage):
         assert piece is not None
         return np.asarray(piece)
     whole = physical(array.placement.shape, array.placement.dtype)
@@ -108,10 +128,14 @@ def whole_value(array: jax.Array, control: Control) -> np.ndarray[Any, Any]:
 def _gathered(values: np.ndarray[Any, Any], piece: jax.Array | None, control: Control) -> np.ndarray[Any, Any]:
     """Fill ``values`` with what the mesh's ranks hold: each sends the shards that it is the first to hold."""
     held = piece.addressable_shards if piece is not None else []
-    shards = [(shard.index, np.asarray(shard.data)) for shard in held if shard.replica_id == 0]
-    for part in control.allgather(shards):
-        for index, data in part:
-            values[index] = data
+    own = [shard for shard in held if shard.replica_id == 0]
+    for rank, boxes in enumerate(control.allgather([shard.index for shard in own])):
+        for number, box in enumerate(boxes):
+            # Not pickled: a shard may have more bytes than one message of MPI.
+            mine = rank == control.rank
+            data = np.array(own[number].data, order="C") if mine else np.empty(values[box].shape, values.dtype)
+            control.broadcast_array(data, rank)
+            values[box] = data
     return values
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import inspect
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from bactrian.driver.arrays.distributed_array import DistributedArray
 from bactrian.driver.arrays.leaf_types import array_positions, is_key
 from bactrian.driver.source import line_here
 from bactrian.passes.frame.errors import ConfigError, ProgramError
+from bactrian.runtime.lockstep import CollectiveCall
 
 
 @dataclass(frozen=True)
@@ -147,6 +149,62 @@ def _refuse_unhashable(path: str, leaf: Any) -> NoReturn:
         where=line_here(),
         fix="convert it to an array, or keep it out of the arguments",
     )
+
+
+class NamedLeaf(NamedTuple):
+    """A data leaf of a call, the user's path of it, and its argument's position; None for one given by keyword."""
+
+    path: str
+    argnum: int | None
+    leaf: Any
+
+    @property
+    def aval(self) -> str:
+        """Dtype and shape in words, ``float32[8,6]``."""
+        return aval_text(*aval_key(self.leaf)[:2])
+
+
+def named_leaves(call: FlatCall, parameters: Parameters) -> list[NamedLeaf]:
+    """The data leaves of a call, in order."""
+    names = argument_names(len(call.args), parameters)
+    static = {i for i, _ in call.statics}
+    found = list[NamedLeaf]()
+    for i, (path, leaf) in enumerate(jax.tree_util.tree_leaves_with_path((call.args, call.kwargs))):
+        if i not in static:
+            argnum = path[1].idx if path[0].idx == 0 else None
+            name = names[argnum] if argnum is not None else path[1].key
+            found.append(NamedLeaf(name + jax.tree_util.keystr(path[2:]), argnum, leaf))
+    return found
+
+
+def argument_names(count: int, parameters: Parameters) -> list[str]:
+    """The names of so many positional arguments."""
+    names: list[str] = []
+    signature = parameters.signature
+    for parameter in signature.parameters.values() if signature else ():
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            names += [f"{parameter.name}[{i}]" for i in range(count - len(names))]
+        elif parameter.kind is not parameter.KEYWORD_ONLY and parameter.kind is not parameter.VAR_KEYWORD:
+            names.append(parameter.name)
+    return (names + [f"args[{i}]" for i in range(len(names), count)])[:count]
+
+
+def aval_text(shape: Sequence[int], dtype: Any) -> str:
+    """Dtype and shape in words, ``float32[8,6]``."""
+    return f"{dtype}[{','.join(map(str, shape))}]"
+
+
+def collective_call(kind: str, name: str, signature: tuple[Any, ...], batch: Sequence[str]) -> CollectiveCall:
+    """The call of a step, as ranks compare it.
+
+    Args:
+        kind: of the call.
+        name: of the step.
+        signature: of the call.
+        batch: paths, dtypes and shapes of its batch, in words.
+    """
+    more = f" and {len(batch) - 2} more" if len(batch) > 2 else ""
+    return CollectiveCall(kind, name, ", ".join(batch[:2]) + more, zlib.crc32(repr(signature[1]).encode()))
 
 
 def abstract(leaf: Any) -> jax.ShapeDtypeStruct:

@@ -11,12 +11,20 @@ from jaxlib.mlir import ir
 
 from bactrian.driver.arrays.placed_arguments import PlacedArguments
 from bactrian.driver.capture.argument_info import ArgumentInfo, ResultInfo
-from bactrian.driver.capture.call_signature import FlatCall, Parameters, flatten_call, merged
+from bactrian.driver.capture.call_signature import (
+    FlatCall,
+    Parameters,
+    aval_text,
+    collective_call,
+    flatten_call,
+    merged,
+)
 from bactrian.driver.capture.jaxpr_dataflow import JaxprDataflow
 from bactrian.driver.capture.module_attributes import write_placed
 from bactrian.driver.source import line_here
 from bactrian.passes.frame.context import make_context
 from bactrian.passes.frame.errors import ProgramError
+from bactrian.runtime.lockstep import CollectiveCall
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,6 +78,11 @@ class Captured:
                 why=_difference(self, call),
             )
         return call.leaves
+
+    def collective_call(self, kind: str) -> CollectiveCall:
+        """A call of the step, or its compilation, as ranks compare it."""
+        batch = [f"{info.path} {aval_text(info.shape, info.dtype)}" for info in self.arguments if info.role == "batch"]
+        return collective_call(kind, self.name, self.call_signature, batch)
 
     def unflatten(self, results: Sequence[Any]) -> Any:
         """The step's result from its array leaves; static leaves are put back."""

@@ -20,7 +20,15 @@ from bactrian.driver.arrays.leaf_types import array_positions, is_array, is_key
 from bactrian.driver.capture import gradient_boundary, jaxpr_dataflow
 from bactrian.driver.capture.argument_info import ArgumentInfo, ResultInfo
 from bactrian.driver.capture.argument_shardings import requested_shardings
-from bactrian.driver.capture.call_signature import FlatCall, Parameters, StaticArgument, abstract, flatten_call
+from bactrian.driver.capture.call_signature import (
+    FlatCall,
+    Parameters,
+    StaticArgument,
+    abstract,
+    argument_names,
+    flatten_call,
+    named_leaves,
+)
 from bactrian.driver.capture.captured_step import Captured
 from bactrian.driver.capture.module_attributes import annotated
 from bactrian.driver.capture.state_matching import StepPart, match_state
@@ -28,6 +36,7 @@ from bactrian.driver.capture.trace_errors import explain_trace_error
 from bactrian.driver.source import line_here, line_of_function
 from bactrian.passes.frame.errors import BactrianError, ConfigError, ProgramError
 from bactrian.passes.schedules.by_name import DEFAULT_SCHEDULE
+from bactrian.runtime.rank_lifecycle import drop_note_of_jax
 
 _RANDOM = re.compile("random_bits|threefry|rng_")
 
@@ -128,9 +137,10 @@ class _Step:
             flat.__name__ = flat.__qualname__ = self.name
             try:
                 traced = jax.jit(flat, keep_unused=True).trace(*avals)
-            except BactrianError:
-                raise
             except Exception as error:
+                drop_note_of_jax(error)
+                if isinstance(error, BactrianError):
+                    raise
                 numbers = {
                     info.number: (info.path, type(leaf))
                     for info, leaf in leaves
@@ -202,35 +212,16 @@ def _batch_argnums(batch_argnums: Sequence[int], args: Sequence[Any]) -> set[int
 
 
 def _arguments(call: FlatCall, batch: set[int], parameters: Parameters) -> list[ArgumentInfo]:
-    names = _argument_names(len(call.args), parameters)
     infos: list[ArgumentInfo] = []
-    static = {i for i, _ in call.statics}
-    for i, (path, leaf) in enumerate(jax.tree_util.tree_leaves_with_path((call.args, call.kwargs))):
-        if i in static:
-            continue
+    for path, argnum, leaf in named_leaves(call, parameters):
         aval = abstract(leaf)
-        positional = path[0].idx == 0
-        argnum = path[1].idx if positional else None
-        name = names[argnum] if argnum is not None else path[1].key
         role = "batch" if argnum in batch else "constant"
         key_impl = jax.random.key_impl(_example_key(aval.dtype)) if is_key(aval.dtype) else None
-        text = name + jax.tree_util.keystr(path[2:])
         weak_type = bool(aval.weak_type)
         infos.append(
-            ArgumentInfo(len(infos), text, aval.shape, aval.dtype, role, argnum, key_impl, weak_type=weak_type)
+            ArgumentInfo(len(infos), path, aval.shape, aval.dtype, role, argnum, key_impl, weak_type=weak_type)
         )
     return infos
-
-
-def _argument_names(count: int, parameters: Parameters) -> list[str]:
-    names: list[str] = []
-    signature = parameters.signature
-    for parameter in signature.parameters.values() if signature else ():
-        if parameter.kind is parameter.VAR_POSITIONAL:
-            names += [f"{parameter.name}[{i}]" for i in range(count - len(names))]
-        elif parameter.kind is not parameter.KEYWORD_ONLY and parameter.kind is not parameter.VAR_KEYWORD:
-            names.append(parameter.name)
-    return (names + [f"args[{i}]" for i in range(len(names), count)])[:count]
 
 
 def _example_key(dtype: Any) -> Any:
@@ -321,7 +312,7 @@ def _pair_state(
     batch: set[int],
     state: Mapping[int, int | None] | None,
 ) -> tuple[list[ArgumentInfo], list[ResultInfo]]:
-    names = _argument_names(len(call.args), step.parameters)
+    names = argument_names(len(call.args), step.parameters)
     argument_parts = [
         replace(part, pythonic=_all_numbers(arg))
         for part, arg in zip(_parts(names, call.tree.children()[0], arguments, call.statics), call.args, strict=True)

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import TracebackType
 
 from bactrian.passes.frame.errors import BactrianError, ConfigError, PassError
+from bactrian.runtime.rank_lifecycle import drop_note_of_jax
 
 
 def check_script(script: str, fix: str) -> None:
@@ -40,6 +41,7 @@ def describe_failure(error: BaseException, script: str, *, full: bool = False) -
     The traceback begins at the script if that is in it (an exit handler's is not); ``full`` gives all of it for every
     error.
     """
+    drop_note_of_jax(error)
     frames = _from_script(error.__traceback__, script)
     if full or not is_user_error(error):
         if frames is None and not isinstance(error, SyntaxError):

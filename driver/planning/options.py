@@ -42,6 +42,7 @@ class Options:
     mesh: MeshAxes | None
     cluster: str
     strategy: str
+    check_inputs: bool
     given: Mapping[str, Any] = field(compare=False, repr=False)
 
     @classmethod
@@ -74,6 +75,7 @@ class Options:
             mesh=mesh,
             cluster=cluster_file(given["cluster"]) if "cluster" in given else "",
             strategy=strategy,
+            check_inputs=given.get("check_inputs", True),
             given=given,
         )
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from bactrian import __version__
 from bactrian.passes.frame.errors import ConfigError
+from bactrian.passes.frame.files import write_whole
 from bactrian.passes.frame.units import human_bytes, human_count, human_seconds
 from bactrian.passes.machine.cluster import cluster_of
 from bactrian.passes.machine.collective_times import KINDS
@@ -212,6 +213,6 @@ def write_cluster(path: Path, text: str) -> None:
         ConfigError: it can't be written.
     """
     try:
-        path.write_text(text, encoding="utf-8")
+        write_whole(path, text)
     except OSError as error:
         raise ConfigError(f"cannot write {path}: {error.strerror}", fix="name another file with --output") from None

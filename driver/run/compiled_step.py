@@ -20,12 +20,14 @@ from bactrian.driver.arrays.placement import ArgumentPlacement
 from bactrian.driver.capture.argument_info import ArgumentInfo, ResultInfo
 from bactrian.driver.capture.call_signature import aval_key
 from bactrian.driver.capture.captured_step import Captured
+from bactrian.driver.run.input_check import refuse_different_inputs
 from bactrian.driver.run.session import Session
 from bactrian.driver.source import line_here
 from bactrian.driver.xla.compile_stage import device_array
 from bactrian.passes.frame.errors import ProgramError
 from bactrian.passes.frame.units import human_bytes
 from bactrian.passes.plan.schema import Plan
+from bactrian.runtime import lockstep
 from bactrian.runtime.staged_program import ArgumentPiece, ResultPiece
 
 _log = logging.getLogger("bactrian")
@@ -34,9 +36,12 @@ _log = logging.getLogger("bactrian")
 class Compiled:
     """A step ready to run. Call it like the step that it was made from."""
 
-    def __init__(self, captured: Captured, session: Session) -> None:
+    def __init__(self, captured: Captured, session: Session, *, check_inputs: bool = True) -> None:
+        """``check_inputs``: as in `parallelize`."""
         self.captured, self.session = captured, session
         self.control = session.world.control
+        self._check_inputs = check_inputs and self.control.size > 1
+        self._num_calls = 0
         program = session.staged.program
         arguments: dict[int, dict[int, ArgumentPiece | ResultPiece]] = {}  # argument -> stage -> its piece
         for piece in program.arguments:
@@ -70,6 +75,7 @@ class Compiled:
         self._tree, avals, statics = captured.call_signature
         self._quick = not statics
         self._batch_avals = [(number, avals[number]) for number in self._batch]
+        self.step_call = captured.collective_call("step")
 
     @property
     def plan(self) -> Plan:
@@ -87,7 +93,9 @@ class Compiled:
         Raises:
             ProgramError: the arguments are not those that it was traced with, or a donated one is used again.
         """
-        return self.call_leaves(self.captured.flatten(args, kwargs))
+        leaves = self.captured.flatten(args, kwargs)
+        lockstep.note(self.step_call)
+        return self.call_leaves(leaves)
 
     def leaves_if_placed(self, args: tuple[Any, ...]) -> list[Any] | None:
         """The array leaves of a positional call that goes on where this step placed its state; None for all others.
@@ -128,6 +136,7 @@ class Compiled:
 
     def call_placed(self, leaves: Sequence[Any]) -> Any:
         """One step on what `leaves_if_placed` gave."""
+        self._compare_inputs(leaves)
         pieces = [leaves[number].pieces[stage] for number, stage in self.session.arguments]
         if any(map(_is_deleted, pieces)):
             for number in self._held:
@@ -136,6 +145,7 @@ class Compiled:
 
     def call_leaves(self, leaves: Sequence[Any]) -> Any:
         """One step on the array leaves of its arguments."""
+        self._compare_inputs(leaves)
         pieces: dict[tuple[int, int], jax.Array] = {}
         donated: list[DistributedArray] = []
         moved: dict[str, int] = {}
@@ -153,6 +163,21 @@ class Compiled:
             _log.warning("%s", _moves_text(self.captured.name, moved))
         return self._run([pieces[key] for key in self.session.arguments], leaves, donated)
 
+    def _compare_inputs(self, leaves: Sequence[Any]) -> None:
+        """Refuse batches and states that are not the same on all ranks (collective).
+
+        Compared are those of the first call, the second, the 4th, the 8th and so on: ranks may also begin alike, and draw
+        a different number of batches later. A state that comes from the host is compared whenever it does.
+        """
+        self._num_calls += 1
+        if not self._check_inputs:
+            return
+        fresh = {number for number, leaf in enumerate(leaves) if not isinstance(leaf, DistributedArray)}
+        if self._num_calls & (self._num_calls - 1) == 0 or self._state & fresh:
+            paths = {number: self.captured.arguments[number].path for number in sorted(fresh)}
+            values = {path: _addressable(leaves[number], path) for number, path in paths.items()}
+            refuse_different_inputs(self.control, values, self.captured.name)
+
     def _run(self, pieces: Sequence[jax.Array], leaves: Sequence[Any], donated: Sequence[DistributedArray]) -> Any:
         batch = {number: _physical(leaves[number]) for number in self._batch}
         if self.session.mesh_control is not None:
@@ -169,7 +194,12 @@ class Compiled:
         self.session.observe(trace=trace, meter=meter)
 
     def write_trace(self, path: str | Path) -> None:
-        """Write the recorded steps as one Chrome trace: one row per rank, arrows from send to receive (collective)."""
+        """Write the recorded steps as one Chrome trace: one row per rank, arrows from send to receive (collective).
+
+        Where it can't be written, that is logged as an error, and training goes on.
+        """
+        lockstep.note(lockstep.CollectiveCall("call", "write_trace"))
+        lockstep.exchange(self.control, None)
         self.session.write_trace(path)
 
     def _placement(self, info: ArgumentInfo, pieces: Mapping[int, ArgumentPiece | ResultPiece]) -> ArgumentPlacement:

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 
 from bactrian.driver.xla.compile_stage import JaxDevice
+from bactrian.driver.xla.loopback import LOOPBACK, use_loopback
 from bactrian.passes.frame.errors import ConfigError
 from bactrian.passes.machine.spec import MeshAxes, axes_text
 from bactrian.runtime.control import Control
@@ -25,7 +26,9 @@ def join_ranks(control: Control) -> None:
     they can't.
     """
     host = socket.gethostname()
-    local = "127.0.0.1" if len(set(control.allgather(host))) == 1 else None
+    local = LOOPBACK if len(set(control.allgather(host))) == 1 else None
+    if local:
+        use_loopback()
     port = 0
     if control.rank == 0:
         with socket.create_server((local or "", 0)) as server:

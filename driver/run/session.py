@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -37,6 +38,8 @@ from bactrian.runtime.rank_lifecycle import pin_cores
 from bactrian.runtime.staged_program import StagedProgram
 from bactrian.runtime.timeline import Tracer, gather_traces, write_trace
 from bactrian.runtime.transports.choose import choose
+
+_log = logging.getLogger("bactrian")
 
 
 class Places:
@@ -110,12 +113,16 @@ class Session:
         self.executors = self._make(self.tracer, self.meter)
 
     def write_trace(self, path: str | Path) -> None:
-        """Write what was recorded as one Chrome trace (collective; rank 0 writes)."""
+        """Write what was recorded as one Chrome trace (collective; rank 0 writes). What can't be written is logged as
+        an error: training goes on."""
         if self.tracer is None:
             raise ConfigError("nothing was traced", fix="call observe(trace=True) before the steps to be traced")
         events = gather_traces(self.tracer, self.world.control)
         if self.world.rank == 0:
-            write_trace(path, events)
+            try:
+                write_trace(path, events)
+            except ConfigError as error:
+                _log.error("%s", error)
 
 
 def num_groups(mesh: MeshAxes) -> int:

@@ -11,6 +11,7 @@ from typing import Any, cast
 
 from bactrian.passes.frame.errors import ConfigError, ProgramError
 from bactrian.passes.frame.fields import MAX_COUNT
+from bactrian.passes.frame.files import write_whole
 from bactrian.passes.frame.views import Viewable, view
 from bactrian.passes.machine.spec import axes_text
 from bactrian.passes.plan.json_fields import Option, add_record, as_mapping, check_types, decode, encode
@@ -205,8 +206,8 @@ class Plan(Viewable):
                 if text is None:
                     (folder / name).unlink(missing_ok=True)  # it would belong to another plan
                 else:
-                    _write(folder / name, text)
-            _write(folder / PLAN_FILE, self.to_json())
+                    write_whole(folder / name, text)
+            write_whole(folder / PLAN_FILE, self.to_json())
         except OSError as error:
             raise ConfigError(
                 f"cannot save the plan in {folder}: {error.strerror}", fix="name a folder that can be written"
@@ -295,10 +296,3 @@ def _read(path: Path) -> str:
         raise ConfigError(
             f"cannot read plan {path}: {reason}", fix="name a folder that `bactrian plan --save` wrote"
         ) from error
-
-
-def _write(path: Path, text: str) -> None:
-    """Write the whole file or leave the old one."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)

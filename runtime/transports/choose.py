@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from bactrian.passes.frame.errors import ConfigError
 from bactrian.runtime.control import Control, MpiControl
 from bactrian.runtime.rank_lifecycle import has_own_cores
 from bactrian.runtime.transports.in_process import LocalNetwork
 from bactrian.runtime.transports.interface import DeviceArray, Transport
+
+if TYPE_CHECKING:
+    from bactrian.runtime.transports.mpi import MpiTransport
 
 
 def choose(
@@ -30,9 +34,7 @@ def choose(
     if not isinstance(control, MpiControl):
         network = LocalNetwork()
         return [network.transport(rank) for rank in ranks]
-    from bactrian.runtime.transports.mpi import MpiTransport
-
-    transport = MpiTransport(control.comm, own_cores=has_own_cores(), device_array=device_array)
+    transport = _of_job(control.comm, device_array)
     if ranks_per_mesh > 1 and not transport.has_helper:
         raise ConfigError(
             f"a mesh takes {ranks_per_mesh} ranks, but this MPI lets one thread at a time use it",
@@ -40,3 +42,17 @@ def choose(
             fix="use an MPI with MPI_THREAD_MULTIPLE, as Open MPI and MPICH from `pip` have it",
         )
     return [transport]
+
+
+_started: list[tuple[Any, MpiTransport]] = []  # of this process, with the communicator that each was made of
+
+
+def _of_job(comm: Any, device_array: DeviceArray) -> MpiTransport:
+    """One for all steps of a job, with one communicator and one helper thread: steps run one after another."""
+    from bactrian.runtime.transports.mpi import MpiTransport
+
+    for known, transport in _started:
+        if known is comm:
+            return transport
+    _started.append((comm, MpiTransport(comm, own_cores=has_own_cores(), device_array=device_array)))
+    return _started[-1][1]

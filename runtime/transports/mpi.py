@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections import defaultdict, deque
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -29,6 +30,7 @@ _IDLE_NAP_SECONDS = 20e-6, 100e-6  # while nothing is computed on this rank: the
 _EAGER_SECONDS = 2e-3  # where others may want the core
 _ALONE_SECONDS = 50e-3  # on cores of its own
 _BUSY_NAP_SECONDS = 0.5e-3, 4e-3  # while XLA may need the core: a wake-up costs it tens of microseconds
+_PART_BYTES = 1 << 30  # of which a larger message is sent in several: MPI counts are 32 bits
 _LOCAL_NAP_SECONDS = 20e-3  # where all that is under way are receives from ranks of this host
 
 
@@ -85,27 +87,50 @@ class ArrayPool:
         return array, buffer
 
 
-class _Send(Handle):
-    __slots__ = ("boxes", "source", "started", "tag")
+class _Message(Handle):
+    """``left`` of the parts that it is sent in are under way."""
 
-    def __init__(self, source: jax.Array, tag: int, boxes: tuple[Box, ...] = ()) -> None:
+    __slots__ = ("left",)
+
+    def __init__(self) -> None:
         super().__init__()
-        self.source: jax.Array | None = source
+        self.left = 0
+
+
+class _Send(_Message):
+    """Of an array, which may not be made yet, or of bytes."""
+
+    __slots__ = ("boxes", "data", "source", "started", "tag")
+
+    def __init__(
+        self,
+        tag: int,
+        source: jax.Array | None = None,
+        boxes: tuple[Box, ...] = (),
+        data: np.ndarray[Any, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.source, self.data = source, data
         self.tag, self.boxes = tag, boxes
         self.started = False
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether it can start."""
+        return self.source is None or _is_ready(self.source)
 
-class _Bytes(Handle):
-    """Bytes on their way, into ``buffer`` or, ``leaving``, out of it."""
 
-    __slots__ = ("buffer", "leaving")
+class _Bytes(_Message):
+    """Bytes on their way into ``buffer``."""
 
-    def __init__(self, buffer: np.ndarray[Any, Any], *, leaving: bool) -> None:
+    __slots__ = ("buffer",)
+
+    def __init__(self, buffer: np.ndarray[Any, Any]) -> None:
         super().__init__()
-        self.buffer, self.leaving = buffer, leaving
+        self.buffer = buffer
 
 
-class _Receive(Handle):
+class _Receive(_Message):
     """``over`` is the array over the buffer, if there is one already."""
 
     __slots__ = ("buffer", "dtype", "over", "place", "shape")
@@ -142,6 +167,7 @@ class MpiTransport:
         nap_seconds: tuple[float, float] = _BUSY_NAP_SECONDS,
         own_cores: bool = False,
         device_array: DeviceArray = device_array,
+        part_bytes: int = _PART_BYTES,
     ) -> None:
         from mpi4py import MPI
 
@@ -151,7 +177,7 @@ class MpiTransport:
         here = self.comm.Split_type(MPI.COMM_TYPE_SHARED)
         self._all_local = here.Get_size() == self.comm.Get_size()
         here.Free()
-        self._naps = nap_seconds
+        self._naps, self._part_bytes = nap_seconds, part_bytes
         self._eager_seconds = _ALONE_SECONDS if own_cores else _EAGER_SECONDS
         self._device_array = device_array
         self._pool, self._arrays = BufferPool(), ArrayPool(device_array)
@@ -159,7 +185,7 @@ class MpiTransport:
         self._unsent: list[deque[_Send]] = [deque() for _ in range(self.comm.Get_size())]
         self._order: deque[_Send] = deque()  # all of them
         self._requests: list[Any] = []
-        self._handles: list[Any] = []
+        self._handles: list[_Message] = []  # of each request
         self._lock = threading.Lock()
         self._work = threading.Event()
         self._idle = False  # the helper has nothing to do and waits for `_work`
@@ -171,21 +197,22 @@ class MpiTransport:
         if self._helper:
             self._helper.start()
         atexit.register(self._finish)
+        rank_lifecycle.note_end_first()
 
     def send(self, array: jax.Array, destination: int, tag: int, *, move: bool = False) -> Handle:
         """Send the array, or queue it: it leaves when it is ready and what was queued before it has left."""
         del move  # the message is a copy
-        return self._queue(_Send(array, tag), destination)
+        return self._queue(_Send(tag, array), destination)
 
     def send_boxes(self, array: jax.Array, boxes: tuple[Box, ...], destination: int, tag: int) -> Handle:
         """Send parts of the array, as `send` does the whole."""
-        return self._queue(_Send(array, tag, boxes), destination)
+        return self._queue(_Send(tag, array, boxes), destination)
 
     def _queue(self, handle: _Send, destination: int) -> Handle:
         self._between_steps = False
-        queue, array = self._unsent[destination], handle.source
+        queue = self._unsent[destination]
         with self._lock:
-            if not queue and _is_ready(array):
+            if not queue and handle.is_ready:
                 self._start(handle, destination)
             else:
                 queue.append(handle)
@@ -207,26 +234,20 @@ class MpiTransport:
         return self._post(handle, source, tag)
 
     def _post(self, handle: _Receive | _Bytes, source: int, tag: int) -> Handle:
+        assert handle.buffer is not None
         with self._lock:
-            self._requests.append(self.comm.Irecv([handle.buffer, self._mpi.BYTE], source=source, tag=tag))
-            self._handles.append(handle)
+            self._begin(handle, handle.buffer, lambda part: self.comm.Irecv(part, source=source, tag=tag))
         if self._idle:
             self._work.set()
         return handle
 
     def send_bytes(self, data: np.ndarray[Any, Any], destination: int, tag: int) -> Handle:
-        """Send bytes now: tags, and not the order, say which message is which."""
-        handle = _Bytes(data, leaving=True)
-        with self._lock:
-            self._requests.append(self.comm.Isend([data, self._mpi.BYTE], dest=destination, tag=tag))
-            self._handles.append(handle)
-        if self._idle:
-            self._work.set()
-        return handle
+        """Send bytes, after what was queued before: another step's message may have the same tag."""
+        return self._queue(_Send(tag, data=data), destination)
 
     def post_bytes(self, source: int, tag: int, nbytes: int) -> Handle:
         """Post the receive into a buffer that XLA can take without a copy."""
-        handle = _Bytes(self._pool.take(nbytes), leaving=False)
+        handle = _Bytes(self._pool.take(nbytes))
         return self._post(handle, source, tag)
 
     def test(self, handle: Handle) -> bool:
@@ -273,7 +294,7 @@ class MpiTransport:
             raise self._error
         with self._lock:
             for destination, queue in enumerate(self._unsent):
-                while queue and (source := queue[0].source) is not None and _is_ready(source):
+                while queue and queue[0].is_ready:
                     self._start(queue.popleft(), destination)
             while self._order and self._order[0].started:
                 self._order.popleft()
@@ -283,30 +304,25 @@ class MpiTransport:
             if done:
                 for i in done:
                     handle = self._handles[i]
-                    if isinstance(handle, _Send):
-                        handle.source = None
-                    handle.done = True
+                    handle.left -= 1
+                    handle.done = not handle.left
+                    if handle.done and isinstance(handle, _Send):
+                        handle.source = handle.data = None
                 finished = set(done)
                 self._requests = [r for i, r in enumerate(self._requests) if i not in finished]
                 self._handles = [h for i, h in enumerate(self._handles) if i not in finished]
 
     def _start(self, send: _Send, destination: int) -> None:
         """Hand a made value to MPI; the lock is held."""
-        assert send.source is not None
         send.started = True
-        self._requests.append(self.comm.Isend(self._message(send), dest=destination, tag=send.tag))
-        self._handles.append(send)
+        self._begin(send, _bytes_of(send), lambda part: self.comm.Isend(part, dest=destination, tag=send.tag))
 
-    def _message(self, send: _Send) -> list[Any]:
-        """A ready array as MPI reads it.
-
-        numpy's view keeps XLA from using the memory again, whoever donates the array, and raises if the computation
-        failed; the bare pointer would do neither.
-        """
-        assert send.source is not None
-        if send.boxes:
-            return [packed(send.source, send.boxes), self._mpi.BYTE]
-        return [np.ascontiguousarray(np.asarray(send.source)).reshape(-1).view(np.uint8), self._mpi.BYTE]
+    def _begin(self, handle: _Message, data: np.ndarray[Any, Any], start: Callable[[list[Any]], Any]) -> None:
+        """Start the parts of a message, the same ones at both ends; MPI keeps their order. The lock is held."""
+        for at in range(0, max(data.size, 1), self._part_bytes):
+            self._requests.append(start([data[at : at + self._part_bytes], self._mpi.BYTE]))
+            self._handles.append(handle)
+            handle.left += 1
 
     @property
     def has_helper(self) -> bool:
@@ -334,7 +350,7 @@ class MpiTransport:
                     nap = shortest
                     continue
                 if not (self._between_steps and _sleep_until(self._next_source())):
-                    sends = any(self._unsent) or any(map(_leaves, self._handles))
+                    sends = any(self._unsent) or any(isinstance(handle, _Send) for handle in self._handles)
                     receives = self._all_local and not sends
                     self._work.wait(max(nap, _LOCAL_NAP_SECONDS) if receives else nap)
                     self._work.clear()
@@ -389,8 +405,18 @@ def _numpy_dtype(name: str) -> np.dtype[Any]:
     return np.dtype(getattr(ml_dtypes, name, name))
 
 
-def _leaves(handle: Handle) -> bool:
-    return isinstance(handle, _Send) or (isinstance(handle, _Bytes) and handle.leaving)
+def _bytes_of(send: _Send) -> np.ndarray[Any, Any]:
+    """A ready array, or what is to be sent of it, as bytes.
+
+    numpy's view keeps XLA from using the memory again, whoever donates the array, and raises if the computation failed;
+    the bare pointer would do neither.
+    """
+    if send.source is None:
+        assert send.data is not None
+        return send.data
+    if send.boxes:
+        return packed(send.source, send.boxes)
+    return np.ascontiguousarray(np.asarray(send.source)).reshape(-1).view(np.uint8)
 
 
 def _is_made(array: jax.Array) -> bool:
