@@ -81,6 +81,10 @@ class Planned:
             ConfigError: the ranks do not fit the plan, or run different programs.
         """
         lockstep.note(self.captured.collective_call("compile"))
+        return self.compile_as_noted()
+
+    def compile_as_noted(self) -> Compiled:
+        """`compile`, once the call is noted for the other ranks to compare."""
         world = World.current()
         shared = check_ranks([stage.mesh for stage in self.plan.stages], world)
         own = {

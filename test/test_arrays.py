@@ -5,6 +5,8 @@ import dataclasses
 import io
 import operator
 import pickle
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import equinox as eqx
@@ -252,40 +254,50 @@ def test_put_of_what_fits_nothing():
     assert bactrian.put(w, step, argnum=2).path == "other"
 
 
-class FakeRank:
-    """One rank of several that run in this process: the others' part of a collective is given."""
+class ThreadRank(SingleProcess):
+    """One of several ranks that are threads of this process."""
 
-    def __init__(self, rank, size, sent):
-        self.rank, self.size, self._sent = rank, size, sent
-
-    def broadcast_array(self, array, root):
-        if self.rank == root:
-            self._sent.append(array.copy())
-        else:
-            array[...] = self._sent[-1]
+    def __init__(self, rank, size, meet, told):
+        self.rank, self.size, self._meet, self._told = rank, size, meet, told
 
     def allgather(self, value):
-        return [*self._sent, value]
+        self._told[self.rank] = value
+        self._meet.wait(10)
+        everyone = list(self._told)
+        self._meet.wait(10)
+        return everyone
+
+    def broadcast_array(self, array, root):
+        array[...] = self.allgather(array.copy())[root]
+
+
+def on_ranks(size, function):
+    """What the function gives on each of so many ranks, which it is called with."""
+    meet, told = threading.Barrier(size), [None] * size
+    with ThreadPoolExecutor(size) as pool:
+        return list(pool.map(lambda rank: function(ThreadRank(rank, size, meet, told)), range(size)))
 
 
 def test_the_owner_broadcasts():
-    sent = []
     place = ArgumentPlacement(0, 0, "w", (2, 3), np.dtype("float32"), (1,), {}, {1: (1,)})
     piece = jnp.arange(6.0).reshape(2, 3)
-    owner = bactrian.gather(DistributedArray(place, {1: piece}, FakeRank(1, 2, sent)))
-    other = bactrian.gather(DistributedArray(place, {}, FakeRank(0, 2, sent)))
-    np.testing.assert_array_equal(owner, other)
-    np.testing.assert_array_equal(owner, piece)
+    pieces = [{}, {1: piece}]
+    for values in on_ranks(2, lambda rank: bactrian.gather(DistributedArray(place, pieces[rank.rank], rank))):
+        np.testing.assert_array_equal(values, piece)
 
 
 def test_a_stage_that_spans_ranks_is_assembled():
-    place = ArgumentPlacement(0, 0, "w", (4, 3), np.dtype("float32"), (0,), {}, {0: (0, 1)})
-    rest = np.full((2, 3), 7, np.float32)
-    shard = SimpleNamespace(index=(slice(0, 2), slice(None)), data=jnp.ones((2, 3)), replica_id=0)
-    piece = SimpleNamespace(is_fully_replicated=False, is_deleted=lambda: False, addressable_shards=[shard])
-    comm = FakeRank(1, 2, [[((slice(2, 4), slice(None)), rest)]])
-    out = bactrian.gather(DistributedArray(place, {0: piece}, comm))
-    np.testing.assert_array_equal(out, np.concatenate([np.ones((2, 3), np.float32), rest]))
+    place = ArgumentPlacement(0, 0, "w", (5, 3), np.dtype("float32"), (0,), {}, {0: (0, 1)})
+    whole = np.arange(15, dtype=np.float32).reshape(5, 3)
+
+    def piece_of(rank):
+        """Rank 0 holds the first rows, rank 1 the others in two shards, of which one is a copy of rank 0's."""
+        rows = [(slice(0, 2), 0)] if rank == 0 else [(slice(2, 3), 0), (slice(0, 2), 1), (slice(3, 5), 0)]
+        shards = [SimpleNamespace(index=(r, slice(None)), data=jnp.asarray(whole[r]), replica_id=i) for r, i in rows]
+        return SimpleNamespace(is_fully_replicated=False, is_deleted=lambda: False, addressable_shards=shards)
+
+    for values in on_ranks(2, lambda rank: bactrian.gather(DistributedArray(place, {0: piece_of(rank.rank)}, rank))):
+        np.testing.assert_array_equal(values, whole)
 
 
 def test_put_where_a_step_keeps_its_state():
