@@ -214,6 +214,27 @@ def test_the_command_starts_without_jax_mpi_or_rich() -> None:
     assert run.stdout == "set()\n"
 
 
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (
+            ["-n", "2", "--hosts", "a,b"],
+            "there is no option for hosts yet\n  why: mpirun finds them: those of the batch job",
+        ),
+        (["--hostfile=hosts"], "PRTE_MCA_prte_default_hostfile for Open MPI and HYDRA_HOST_FILE for MPICH"),
+        (["--grace", "60"], "--grace is for several ranks, but there is one process"),
+        (["--distributed"], "--distributed joins the devices of several ranks, but there is one process"),
+    ],
+)
+def test_options_of_run_that_cannot_be(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], text: str
+) -> None:
+    script = tmp_path / "train.py"
+    script.write_text("raise SystemExit('must not run')")
+    assert cli.main(["run", *options, str(script)]) == 3
+    assert text in capsys.readouterr().err
+
+
 def test_no_mpirun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     monkeypatch.setenv("PATH", str(tmp_path))

@@ -15,9 +15,16 @@ from bactrian.passes.frame.errors import ConfigError
 SUMMARY = "run a training script, on several ranks or in this process"
 
 
+_HOSTS = (
+    "those of the batch job (as Slurm's), or of a file that a variable names, PRTE_MCA_prte_default_hostfile for "
+    "Open MPI and HYDRA_HOST_FILE for MPICH, else this one"
+)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Say what the command takes."""
     parser.usage = "%(prog)s [-n N] [options] script.py [args ...]"
+    parser.epilog = f"Ranks run on the hosts that mpirun finds: {_HOSTS}."
     parser.add_argument(
         "-n", type=count, metavar="N", help="start N ranks with mpirun; without it, all stages run in this process"
     )
@@ -38,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="seconds that ranks may go on after a signal to stop, which is passed on to them (default: 30)",
     )
+    parser.add_argument("--hosts", "--hostfile", metavar="HOSTS", help=argparse.SUPPRESS)
     parser.add_argument("script", help="the Python script, run as __main__")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="args", help="the script's own arguments")
 
@@ -47,6 +55,10 @@ def run(options: argparse.Namespace) -> int:
     user_script.check_script(
         options.script, "name a Python file; options of `bactrian run` stand before it, its own after it"
     )
+    if options.hosts is not None:
+        raise ConfigError(
+            "there is no option for hosts yet", why=f"mpirun finds them: {_HOSTS}", fix="leave it out, and name them so"
+        )
     if options.distributed and options.n is None:
         raise ConfigError(
             "--distributed joins the devices of several ranks, but there is one process",
