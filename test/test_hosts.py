@@ -41,10 +41,12 @@ def test_hosts_of_slurm() -> None:
     assert hosts_of_job({}) == []
 
 
-def test_this_host_is_known_by_name_and_address() -> None:
+def test_this_host_is_known_by_name_and_address(monkeypatch: pytest.MonkeyPatch) -> None:
     assert is_this_host(socket.gethostname()) and is_this_host("localhost") and is_this_host(LOOPBACK)
     assert not is_this_host("no-such-host.invalid")
     assert not is_this_host("198.51.100.7")  # kept free for documents
+    monkeypatch.setenv("SLURMD_NODENAME", "no-such-host.invalid")
+    assert is_this_host("no-such-host.invalid")
 
 
 def test_without_other_hosts_only_this_one_is_listened_to() -> None:

@@ -66,8 +66,9 @@ def _numbers(part: str) -> list[str]:
 
 
 def is_this_host(name: str) -> bool:
-    """Whether a name, or an address, is this host's."""
-    if name.partition(".")[0] == socket.gethostname().partition(".")[0]:
+    """Whether a name, or an address, is this host's. Slurm may have a name of its own for it."""
+    own = socket.gethostname().partition(".")[0], os.environ.get("SLURMD_NODENAME", "")
+    if name.partition(".")[0] == own[0] or name == own[1]:
         return True
     try:
         family, kind, _, _, address = socket.getaddrinfo(name, 0, type=socket.SOCK_DGRAM)[0]
