@@ -46,7 +46,7 @@ def parallelize(
     num_stages: int | None = None,
     num_microbatches: int | None = None,
     schedule: str | None = None,
-    batch_argnums: int | Sequence[int] = (1,),
+    batch_argnums: int | Sequence[int] | None = None,
     state: Mapping[int, int | None] | None = None,
     cluster: str | Path | None = None,
     plan: Plan | str | Path | None = None,
@@ -55,6 +55,7 @@ def parallelize(
     out_reduction: Any = "concat",
     static_argnums: int | Sequence[int] = (),
     static_argnames: str | Sequence[str] = (),
+    axis_name: str | None = None,
     mesh: str | Mapping[str, int] | None = None,
     strategy: str = "auto",
     check_inputs: bool = True,
@@ -66,7 +67,7 @@ def parallelize(
     num_stages: int | None = None,
     num_microbatches: int | None = None,
     schedule: str | None = None,
-    batch_argnums: int | Sequence[int] = (1,),
+    batch_argnums: int | Sequence[int] | None = None,
     state: Mapping[int, int | None] | None = None,
     cluster: str | Path | None = None,
     plan: Plan | str | Path | None = None,
@@ -75,6 +76,7 @@ def parallelize(
     out_reduction: Any = "concat",
     static_argnums: int | Sequence[int] = (),
     static_argnames: str | Sequence[str] = (),
+    axis_name: str | None = None,
     mesh: str | Mapping[str, int] | None = None,
     strategy: str = "auto",
     check_inputs: bool = True,
@@ -85,7 +87,7 @@ def parallelize(
     num_stages: int | None = None,
     num_microbatches: int | None = None,
     schedule: str | None = None,
-    batch_argnums: int | Sequence[int] = (1,),
+    batch_argnums: int | Sequence[int] | None = None,
     state: Mapping[int, int | None] | None = None,
     cluster: str | Path | None = None,
     plan: Plan | str | Path | None = None,
@@ -94,6 +96,7 @@ def parallelize(
     out_reduction: Any = "concat",
     static_argnums: int | Sequence[int] = (),
     static_argnames: str | Sequence[str] = (),
+    axis_name: str | None = None,
     mesh: str | Mapping[str, int] | None = None,
     strategy: str = "auto",
     check_inputs: bool = True,
@@ -108,7 +111,7 @@ def parallelize(
         num_stages: pipeline stages; by default one per rank, or one in a single process.
         num_microbatches: the batch is split into so many along dim 0; 1 by default.
         schedule: ``1f1b``, the default, or ``gpipe``.
-        batch_argnums: positional arguments whose leaves have the batch as dim 0.
+        batch_argnums: positional arguments whose leaves have the batch as dim 0; argument 1 by default.
         state: the result that is an argument's next value, by index; others are matched by tree, shapes and dtypes.
         cluster: the TOML file that describes the machines (`bactrian.passes.machine.cluster.read_cluster` says how); by
             default the cores of this host.
@@ -119,6 +122,8 @@ def parallelize(
             tree of ``concat``, ``mean``, ``sum``, ``last``.
         static_argnums, static_argnames: arguments that the step sees as the Python values that they are, by position or
             by name, as for ``jax.jit``. They must be hashable; for each new value the step is traced again.
+        axis_name: the axis of a step that was written for ``jax.pmap``, over which it calls ``pmean`` and its kin. The step
+            then is that of the only device, which has the whole batch.
         mesh: the axes of the devices of a stage, as in ``{"data": 2, "model": 4}`` or ``"data=2,model=4"``; each value
             of the step is sharded over them so that a step takes the least time. One device by default.
         strategy: ``auto``, or a baseline: ``data``, ``zero1``, ``zero2``, ``zero3``, ``megatron``; it leaves some open.
@@ -160,14 +165,14 @@ class Parallelized:
         last = self._last
         if last is not None and not kwargs and (leaves := last.leaves_if_placed(args)) is not None:
             lockstep.note(last.step_call)
-            return last.call_placed(leaves)
+            return last.captured.returned(last.call_placed(leaves), args, kwargs)
         call = flatten_call(self._parameters, args, kwargs)
         if any(isinstance(leaf, Tracer) for leaf in call.leaves):
             return self._in_jax(args, kwargs)
         if last is None or call.signature != last.captured.call_signature or not last.has_all(call.leaves):
             last = self._last = self._compiled_for(call, args, kwargs)
         lockstep.note(last.step_call)
-        return last.call_leaves(call.leaves)
+        return last.captured.returned(last.call_leaves(call.leaves), args, kwargs)
 
     def _in_jax(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """What a transformation of JAX (``eval_shape``, ``make_jaxpr``, ``jit``) sees: the reference."""
@@ -279,6 +284,7 @@ class Parallelized:
                     forward_only=o.forward_only,
                     out_reduction=o.out_reduction,
                     parameters=self._parameters,
+                    axis_name=o.axis_name,
                 )
             for remark in captured.remarks:
                 _log.warning("%s", remark)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import os
+import re
 import sys
 import sysconfig
 import threading
@@ -39,7 +40,8 @@ _OURS = tuple(
 )
 _COMMANDS = sysconfig.get_path("scripts") + os.sep  # where the file of the command `bactrian` is
 _NEVER_THE_USER = (*_OURS, _COMMANDS, _package_directory(jax.__file__), _package_directory(jaxlib.__file__))
-_LIBRARIES = (sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), sysconfig.get_path("stdlib"))
+_STDLIB = (sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib"))
+_PACKAGES = re.compile(r"[\\/](site|dist)-packages[\\/]")  # of this interpreter, the user or the system
 
 # JAX then blames the user's call of `bactrian.grad`, not our frame inside it, in every MLIR location.
 jax.extend.source_info_util.register_exclusion(_package_directory(__file__))
@@ -55,7 +57,7 @@ def user_line(frames: Iterable[Frame]) -> str:
     for frame in frames:
         if frame.file.startswith(_NEVER_THE_USER) or frame.file.startswith("<"):
             continue
-        if not frame.file.startswith(_LIBRARIES):
+        if not frame.file.startswith(_STDLIB) and not _PACKAGES.search(frame.file):
             return str(frame)
         fallback = fallback or str(frame)
     return fallback

@@ -170,3 +170,46 @@ module @forward_without_a_loss {
     return %b#1 : tensor<4xf32>
   }
 }
+
+// -----
+
+// With one microbatch, what the update reads of the batch goes through the boundary; what it is computed by is forward.
+// CHECK-LABEL: module @one_microbatch
+module @one_microbatch attributes {bactrian.num_microbatches = 1 : i64} {
+  // CHECK: func.func public @main(%[[W:.*]]: tensor<f32> {{.*}}, %[[X:.*]]: tensor<f32> {{.*}})
+  func.func public @main(%w: tensor<f32> {bactrian.role = "state"}, %x: tensor<f32> {bactrian.role = "batch"})
+      -> (tensor<f32> {bactrian.updates = 0 : i64}, tensor<f32>, tensor<f32>) {
+    // CHECK: %[[G:.*]] = stablehlo.sine %[[X]] {bactrian.phase = "backward"}
+    %g = stablehlo.sine %x : tensor<f32>
+    %b = stablehlo.custom_call @bactrian.gradient_boundary(%g) {mhlo.backend_config =
+      {kinds = "gradient", reductions = "mean"}} : (tensor<f32>) -> tensor<f32>
+    %n = stablehlo.subtract %w, %b : tensor<f32>
+    // CHECK: %[[C:.*]] = stablehlo.cosine %[[X]] {bactrian.phase = "forward"}
+    %c = stablehlo.cosine %x : tensor<f32>
+    // CHECK: %[[B:.*]]:3 = stablehlo.custom_call @bactrian.gradient_boundary(%[[G]], %[[C]], %[[X]]) {{.*}}kinds = "gradient,aux,aux", reductions = "mean,last,last"
+    // CHECK: %[[N:.*]] = stablehlo.subtract %[[W]], %[[B]]#0 {bactrian.phase = "update"}
+    // CHECK: %[[D:.*]] = stablehlo.add %[[N]], %[[B]]#1 {bactrian.phase = "update"}
+    %d = stablehlo.add %n, %c : tensor<f32>
+    // CHECK: return %[[N]], %[[D]], %[[B]]#2
+    return %n, %d, %x : tensor<f32>, tensor<f32>, tensor<f32>
+  }
+}
+
+// -----
+
+// A branch below the boundary that captures a batch value reads it, too.
+// CHECK-LABEL: module @one_microbatch_in_a_branch
+module @one_microbatch_in_a_branch attributes {bactrian.num_microbatches = 1 : i64} {
+  func.func public @main(%i: tensor<i32> {bactrian.role = "state"}, %x: tensor<i32> {bactrian.role = "batch"})
+      -> (tensor<i32>, tensor<i32>) {
+    // CHECK: %[[B:.*]]:2 = stablehlo.custom_call @bactrian.gradient_boundary(
+    %b = stablehlo.custom_call @bactrian.gradient_boundary(%x) {mhlo.backend_config =
+      {kinds = "aux", reductions = "last"}} : (tensor<i32>) -> tensor<i32>
+    // CHECK: "stablehlo.case"(%[[B]]#0)
+    %c = "stablehlo.case"(%b) ({
+      // CHECK-NEXT: stablehlo.return %[[B]]#1
+      stablehlo.return %x : tensor<i32>
+    }) : (tensor<i32>) -> tensor<i32>
+    return %b, %c : tensor<i32>, tensor<i32>
+  }
+}

@@ -8,8 +8,17 @@ from typing import ClassVar
 from jaxlib.mlir import ir
 
 from bactrian.passes.frame.base import Pass, PassContext, Statistic
-from bactrian.passes.ir.attributes import BACKWARD, FORWARD, MICROBATCH_INDEX, UPDATE, argument_roles, set_phase
-from bactrian.passes.ir.boundary_leaks import report_leaks
+from bactrian.passes.ir.attributes import (
+    BACKWARD,
+    FORWARD,
+    MICROBATCH_INDEX,
+    NUM_MICROBATCHES,
+    UPDATE,
+    argument_roles,
+    integer_attribute,
+    set_phase,
+)
+from bactrian.passes.ir.boundary_leaks import pass_leaks_through, report_leaks
 from bactrian.passes.ir.gradient_boundary_op import boundary_words, find_boundary, make_boundary
 from bactrian.passes.ir.main_dataflow import MainDataflow
 from bactrian.passes.ir.regions import body, custom_call_target, main_function, replace_reads, top_level
@@ -24,7 +33,8 @@ class InferPhases(Pass):
     The forward phase is what the loss, the aux values and a forward pipeline's outputs depend on. The backward phase is
     everything else above the gradient boundary. The update phase is what the results need apart from the boundary's
     operands; ops that both sides need (a learning rate, a cast parameter) exist twice afterwards, so that the update
-    reads nothing of a microbatch but what went through the boundary. Ops that nothing needs are dropped, and so are operands of
+    reads nothing of a microbatch but what went through the boundary. With one microbatch, what the update reads of the
+    batch is made to go through it. Ops that nothing needs are dropped, and so are operands of
     the boundary whose result nothing needs (the gradient of a frozen parameter).
 
     Requires: one straight-line ``@main`` with one gradient boundary (``verify-program``).
@@ -79,6 +89,9 @@ class InferPhases(Pass):
         boundary = find_boundary(main)
         _hoist_microbatch_index(main)
         flow = MainDataflow.of(main)
+        if integer_attribute(module.operation, NUM_MICROBATCHES) == 1:
+            flow = pass_leaks_through(main, flow, argument_roles(main))
+            boundary = flow.ops[flow.boundary]
         forward = _forward_ops(flow, boundary)  # before the loss goes: nothing may need it but the gradients
         flow = _drop_unused_results(main, flow, ctx)
         # Again after `verify-program`: a microbatch's number that was inside of a loop is an op of @main only now.

@@ -20,6 +20,7 @@ from bactrian.passes.ir.attributes import (
     ROLES,
     UPDATES,
     argument_attributes,
+    integer_attribute,
     result_attributes,
 )
 from bactrian.passes.ir.boundary_leaks import argument_name, report_leaks
@@ -43,12 +44,13 @@ class VerifyProgram(Pass):
     """Refuse what can't be run as a pipeline, with the user's lines.
 
     A step can be split into microbatches and stages only if it has one gradient boundary at its top level, if its ops
-    have no effect but their results, if all shapes are known, and if what comes after the boundary depends on the batch
-    through the boundary only: the boundary is where the microbatches' values become one. All problems are reported
+    have no effect but their results, if all shapes are known, and, with several microbatches, if what comes after the
+    boundary depends on the batch through the boundary only: that is where the microbatches' values become one. All problems are reported
     together. The module is not changed.
 
     Requires: one flat function `@main` whose arguments have a `bactrian.role`.
-    Ensures: exactly one well-formed boundary, no effects, no dynamic shapes, no batch value used below the boundary.
+    Ensures: exactly one well-formed boundary, no effects, no dynamic shapes; with several microbatches, no batch value
+    used below the boundary.
 
     Input:
 
@@ -99,7 +101,8 @@ class VerifyProgram(Pass):
         boundary = _check_boundaries(main, boundaries, ctx)
         if boundary is not None:
             _check_segments(module, boundary, ctx)
-            report_leaks(MainDataflow.of(main), _roles(main), ctx)
+            if integer_attribute(module.operation, NUM_MICROBATCHES) != 1:
+                report_leaks(MainDataflow.of(main), _roles(main), ctx)
 
 
 def _main(module: ir.Module) -> ir.Operation:

@@ -313,6 +313,7 @@ def test_changed_options_are_read_as_those_that_were_given_first(tmp_path: Path)
         ({"plan": "/no/such/plan"}, "cannot read plan"),
         ({"mesh": "data"}, "is not a list of axes"),
         ({"batch_argnums": "x"}, "batch_argnums is 'x'"),
+        ({"axis_name": ("batch",)}, "axis_name is .'batch',."),
     ],
 )
 def test_bad_options(options: dict[str, Any], message: str) -> None:

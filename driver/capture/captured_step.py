@@ -21,6 +21,7 @@ from bactrian.driver.capture.call_signature import (
 )
 from bactrian.driver.capture.jaxpr_dataflow import JaxprDataflow
 from bactrian.driver.capture.module_attributes import write_placed
+from bactrian.driver.capture.updated_in_place import write_back
 from bactrian.driver.source import line_here
 from bactrian.passes.frame.context import make_context
 from bactrian.passes.frame.errors import ProgramError
@@ -29,7 +30,10 @@ from bactrian.runtime.lockstep import CollectiveCall
 
 @dataclass(frozen=True, eq=False)
 class Captured:
-    """A captured step. ``module()`` makes a fresh MLIR module of it in a context of its own."""
+    """A captured step. ``module()`` makes a fresh MLIR module of it in a context of its own.
+
+    ``updated`` are the positional arguments that it updates in place; they are then part of the result's tree.
+    """
 
     name: str
     bytecode: bytes = field(repr=False)
@@ -45,6 +49,7 @@ class Captured:
     out_statics: tuple[tuple[int, Any], ...] = field(repr=False)
     dataflow: JaxprDataflow = field(repr=False)
     parameters: Parameters = field(repr=False)
+    updated: tuple[int, ...] = ()
     remarks: tuple[str, ...] = ()
 
     def module(self, placed: PlacedArguments | None = None) -> ir.Module:
@@ -85,8 +90,18 @@ class Captured:
         return collective_call(kind, self.name, self.call_signature, batch)
 
     def unflatten(self, results: Sequence[Any]) -> Any:
-        """The step's result from its array leaves; static leaves are put back."""
+        """The tree of the step's result from its array leaves; static leaves are put back."""
         return jax.tree.unflatten(self.out_tree, merged(list(results), self.out_statics))
+
+    def returned(self, tree: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """What the step returns, once the arguments of the call that it updates in place have their new values."""
+        if not self.updated:
+            return tree
+        result, objects = tree
+        args = flatten_call(self.parameters, args, kwargs).args
+        for argnum, new in zip(self.updated, objects, strict=True):
+            write_back(args[argnum], new)
+        return result
 
 
 def _difference(captured: Captured, call: FlatCall) -> str:
@@ -97,5 +112,10 @@ def _difference(captured: Captured, call: FlatCall) -> str:
         return "static leaves (functions, strings, settings) changed"
     for info, old, new in zip(captured.arguments, avals, call.signature[1], strict=True):
         if old != new:
-            return f"{info.path} was {old[1]}{list(old[0])} and is {new[1]}{list(new[0])}"
+            return f"{info.path} was {_aval_text(old)} and is {_aval_text(new)}"
     return "a static leaf compares unequal to itself"
+
+
+def _aval_text(aval: tuple[tuple[int, ...], Any, bool]) -> str:
+    shape, dtype, weak_type = aval
+    return f"{dtype}{list(shape)}" + (" of weak type (as a Python number)" if weak_type else "")

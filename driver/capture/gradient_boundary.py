@@ -21,18 +21,36 @@ from bactrian.driver.source import line_here
 from bactrian.passes.frame.errors import ConfigError, ProgramError
 from bactrian.passes.ir.attributes import GRADIENT_BOUNDARY, MICROBATCH_INDEX, STAGE_BOUNDARY
 
+DIFFERENTIATED = "bactrian.differentiated"
+"""Custom call that reads what a gradient is taken of and is no leaf of an argument; capture takes it out again."""
 GRADIENT_REDUCTIONS = ("mean", "sum")
 REDUCTIONS = ("mean", "sum", "last", "concat")
 
 
 @dataclass(eq=False)
 class CaptureMode:
-    """One capture under way. ``index`` is the traced number of the microbatch."""
+    """One capture under way.
+
+    Attributes:
+        index: the traced number of the microbatch.
+        arguments: the traced array leaves of the step's arguments by their `id`, each with whether it belongs to the
+            batch.
+    """
 
     num_microbatches: int
     forward_only: bool = False
     index: jax.Array | None = None
     index_used: bool = field(default=False, init=False)
+    arguments: dict[int, tuple[Any, bool]] = field(default_factory=dict[int, tuple[Any, bool]], init=False)
+
+    def is_batch(self, leaf: Any) -> bool | None:
+        """Whether an array leaf of the step's arguments belongs to the batch; None for anything else."""
+        return self.arguments.get(id(leaf), (leaf, None))[1]
+
+    @property
+    def rows(self) -> set[int]:
+        """Dim 0 of the leaves of the batch, which are those of a microbatch."""
+        return {argument.shape[0] for argument, is_batch in self.arguments.values() if is_batch}
 
 
 # Part of JAX's tracing cache key: a function jitted inside the step is traced anew for each capture, and a trace made
@@ -48,7 +66,7 @@ def capturing(num_microbatches: int, forward_only: bool = False) -> Generator[Ca
         try:
             yield mode
         finally:
-            mode.index = None  # no tracer outlives its trace
+            mode.index, mode.arguments = None, {}  # no tracer outlives its trace
 
 
 def trace_index(mode: CaptureMode) -> None:
@@ -64,10 +82,12 @@ def value_and_grad(
     allow_int: bool = False,
     *,
     reduction: str = "mean",
-    aux_reduction: Any = "mean",
+    aux_reduction: Any = None,
     **options: Any,
 ) -> Callable[..., tuple[Any, Any]]:
     """``jax.value_and_grad``, whose results are reduced over the microbatches of a parallelized step.
+
+    The gradient of a leaf of the batch has a row for each row of the batch: those of the microbatches one after another.
 
     Args:
         fun: a scalar function, as for JAX.
@@ -78,7 +98,8 @@ def value_and_grad(
         reduction: ``mean`` or ``sum`` over microbatches, of the loss and the gradients alike. A mean of masked means
             over unequal masks is a mean of means.
         aux_reduction: one word or a prefix tree of ``mean``, ``sum``, ``last``, ``concat`` (along dim 0, in the order
-            of the microbatches). Leaves that are not floating point need one of the last three.
+            of the microbatches). ``mean`` by default, but leaves that are not floating point need one of the last
+            three, and those with as many rows as a microbatch any of the four.
         options: JAX's other options, refused by name.
 
     Raises:
@@ -92,7 +113,8 @@ def value_and_grad(
             where=line_here(),
             fix=f"use one of {', '.join(GRADIENT_REDUCTIONS)}",
         )
-    _check_words(aux_reduction)
+    if aux_reduction is not None:
+        _check_words(aux_reduction)
     differentiated = jax.value_and_grad(fun, argnums=argnums, has_aux=has_aux, allow_int=allow_int)
 
     @functools.wraps(fun)
@@ -102,7 +124,8 @@ def value_and_grad(
         if mode is None:
             return value, gradients
         loss, aux = value if has_aux else (value, None)
-        loss, aux, gradients = _mark_gradients(mode, loss, aux, gradients, reduction, aux_reduction)
+        primals = tuple(args[i] for i in argnums) if isinstance(argnums, Sequence) else args[argnums]
+        loss, aux, gradients = _mark_gradients(mode, loss, aux, gradients, primals, reduction, aux_reduction)
         return ((loss, aux) if has_aux else loss), gradients
 
     return value_and_grad_fun
@@ -116,7 +139,7 @@ def grad(
     allow_int: bool = False,
     *,
     reduction: str = "mean",
-    aux_reduction: Any = "mean",
+    aux_reduction: Any = None,
     **options: Any,
 ) -> Callable[..., Any]:
     """``jax.grad``, whose results are reduced over the microbatches; see ``value_and_grad``."""
@@ -201,7 +224,7 @@ def tree_reductions(tree: Any, words: Any, option: str) -> list[str]:
 
 
 def _mark_gradients(
-    mode: CaptureMode, loss: Any, aux: Any, gradients: Any, reduction: str, aux_reduction: Any
+    mode: CaptureMode, loss: Any, aux: Any, gradients: Any, primals: Any, reduction: str, aux_reduction: Any
 ) -> tuple[Any, Any, Any]:
     if mode.forward_only:
         raise ProgramError(
@@ -209,15 +232,48 @@ def _mark_gradients(
             where=line_here(),
             fix="drop forward_only=True, or return the loss without bactrian.value_and_grad",
         )
-    aux_reductions = tree_reductions(aux, aux_reduction, "aux_reduction")
+    if aux_reduction is None and mode.num_microbatches > 1:
+        _refuse_rows(mode, aux)
+    aux_reductions = tree_reductions(aux, aux_reduction or "mean", "aux_reduction")
+    of_batch = _of_batch(mode, gradients, primals)
     leaves, tree = jax.tree.flatten((loss, aux, gradients))
     positions = [i for i, leaf in enumerate(leaves) if is_array(leaf)]
-    num_gradients = len(positions) - 1 - len(aux_reductions)
-    kinds = ["loss", *["aux"] * len(aux_reductions), *["gradient"] * num_gradients]
-    reductions = [reduction, *aux_reductions, *[reduction] * num_gradients]
-    for i, marked in zip(positions, mark(mode, [leaves[i] for i in positions], kinds, reductions), strict=True):
-        leaves[i] = marked
+    kinds = ["loss", *["aux"] * len(aux_reductions), *["gradient"] * len(of_batch)]
+    words = [reduction, *aux_reductions, *("concat" if each else reduction for each in of_batch)]
+    rows = [False] * (1 + len(aux_reductions)) + of_batch
+    marked = mark(mode, [leaves[i] for i in positions], kinds, words)
+    for i, value, is_rows in zip(positions, marked, rows, strict=True):
+        # A microbatch's mean loss is num_microbatches times as sensitive to one of its rows as the mean of all is.
+        leaves[i] = value / mode.num_microbatches if is_rows and reduction == "mean" else value
     return jax.tree.unflatten(tree, leaves)
+
+
+def _of_batch(mode: CaptureMode, gradients: Any, primals: Any) -> list[bool]:
+    """For each array leaf of the gradients, whether it is that of a leaf of the batch.
+
+    What is no leaf of an argument goes into a call that capture looks at: it knows what such values are computed from.
+    """
+    pairs = zip(jax.tree.leaves(gradients), jax.tree.leaves(primals), strict=True)
+    found = [(mode.is_batch(primal), primal) for gradient, primal in pairs if is_array(gradient)]
+    others = [jnp.asarray(primal) for is_batch, primal in found if is_batch is None]
+    if others and mode.num_microbatches > 1:
+        jax.ffi.ffi_call(DIFFERENTIATED, jax.ShapeDtypeStruct((), jnp.int32))(*others)
+    return [bool(is_batch) for is_batch, _ in found]
+
+
+def _refuse_rows(mode: CaptureMode, aux: Any) -> None:
+    """Refuse to take the mean over microbatches, unless it is asked for, of what may have a row for each example."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(aux):
+        if is_array(leaf) and _is_inexact(leaf) and leaf.shape[:1] and leaf.shape[0] in mode.rows:
+            name = jax.tree_util.keystr(path) or "the aux value"
+            raise ProgramError(
+                f"{name} may have a row for each example: it is {leaf.dtype}[{','.join(map(str, leaf.shape))}], and a "
+                f"microbatch has {leaf.shape[0]} rows",
+                where=line_here(),
+                why="aux_reduction is not given, and the mean over microbatches would mix the rows of different examples",
+                fix="compute metrics of it in the loss function and return these as aux, of which the mean is taken; or say "
+                "aux_reduction='concat' to put rows together, 'mean' if they are not those of examples",
+            )
 
 
 def _refuse_options(holomorphic: bool, options: dict[str, Any]) -> None:

@@ -5,21 +5,18 @@ Calls of jitted functions are opened; every other equation stays one operation.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import jax
 from jax.extend import core
 
-from bactrian.driver.capture.gradient_boundary import GRADIENT_BOUNDARY, MICROBATCH_INDEX, STAGE_BOUNDARY
+from bactrian.driver.capture.gradient_boundary import GRADIENT_BOUNDARY, MICROBATCH_INDEX
 from bactrian.driver.capture.missing_boundary import missing_boundary
 from bactrian.driver.source import line_of_equation
 from bactrian.passes.frame.errors import ProgramError
 
 _MAX_LINES_REPORTED = 5
-_SHARDINGS = ("in_shardings", "out_shardings")
 
 
 @dataclass(frozen=True)
@@ -63,13 +60,14 @@ class JaxprDataflow:
 
     def above(self) -> list[JaxprOperation]:
         """What a microbatch does: the ancestors of the boundary's operands."""
-        return self._ancestors(self.boundary.inputs)
+        return self.ancestors(self.boundary.inputs)
 
     def below(self) -> list[JaxprOperation]:
         """What is done once: the ancestors of the results, down to the boundary."""
-        return self._ancestors(self.outputs)
+        return self.ancestors(self.outputs)
 
-    def _ancestors(self, values: Iterable[int]) -> list[JaxprOperation]:
+    def ancestors(self, values: Iterable[int]) -> list[JaxprOperation]:
+        """What computes some values, not looking through the boundary."""
         needed, kept = set(values), list[JaxprOperation]()
         for operation in reversed(self.operations):
             if operation is not self.boundary and needed.intersection(operation.outputs):
@@ -151,55 +149,6 @@ def equations(jaxpr: core.Jaxpr, callers: tuple[Any, ...] = ()) -> Iterator[tupl
         yield equation, callers
         for inner in nested_jaxprs(equation):
             yield from equations(inner, (equation, *callers))
-
-
-def without_hints(jaxpr: core.Jaxpr) -> core.Jaxpr:
-    """The same function with every ``bactrian.stage_boundary`` and sharding constraint replaced by its operand, and no
-    shardings on inner jitted functions: what one device computes."""
-    if not any(_is_hint(equation) or _has_shardings(equation) for equation, _ in equations(jaxpr)):
-        return jaxpr
-    renamed: dict[Any, Any] = {}
-
-    def now(atom: Any) -> Any:
-        return atom if isinstance(atom, core.Literal) else renamed.get(atom, atom)
-
-    kept: list[Any] = []
-    for equation in jaxpr.eqns:
-        if _is_hint(equation):
-            renamed[equation.outvars[0]] = now(equation.invars[0])
-            continue
-        params = {name: _without_hints_in(value) for name, value in equation.params.items()}
-        if _has_shardings(equation):
-            params |= {name: (_unspecified(),) * len(params[name]) for name in _SHARDINGS}
-        kept.append(equation.replace(invars=[now(v) for v in equation.invars], params=params))
-    return jaxpr.replace(eqns=kept, outvars=[now(v) for v in jaxpr.outvars])
-
-
-def _is_hint(equation: Any) -> bool:
-    return is_call(equation, STAGE_BOUNDARY) or equation.primitive.name == "sharding_constraint"
-
-
-def _has_shardings(equation: Any) -> bool:
-    return is_jit(equation) and any(
-        sharding is not _unspecified() for name in _SHARDINGS for sharding in equation.params[name]
-    )
-
-
-@functools.cache
-def _unspecified() -> Any:
-    """What JAX writes where a jitted function was given no sharding."""
-    return jax.make_jaxpr(jax.jit(lambda x: x))(0).jaxpr.eqns[0].params["in_shardings"][0]
-
-
-def _without_hints_in(value: Any) -> Any:
-    if isinstance(value, core.ClosedJaxpr):
-        jaxpr = without_hints(value.jaxpr)
-        return value if jaxpr is value.jaxpr else value.replace(jaxpr=jaxpr)
-    if isinstance(value, core.Jaxpr):
-        return without_hints(value)
-    if type(value) is tuple:
-        return tuple(_without_hints_in(item) for item in value)
-    return value
 
 
 class _Inliner:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +21,8 @@ from bactrian.driver.arrays.leaf_types import array_positions, is_array, is_key
 from bactrian.driver.capture import gradient_boundary, jaxpr_dataflow
 from bactrian.driver.capture.argument_info import ArgumentInfo, ResultInfo
 from bactrian.driver.capture.argument_shardings import requested_shardings
+from bactrian.driver.capture.batch_hint import DEFAULT_BATCH, BatchHint
+from bactrian.driver.capture.boundary_checks import refuse_gradients_of_rows, refuse_unreduced, refuse_unused_gradients
 from bactrian.driver.capture.call_signature import (
     FlatCall,
     Parameters,
@@ -30,9 +33,11 @@ from bactrian.driver.capture.call_signature import (
     named_leaves,
 )
 from bactrian.driver.capture.captured_step import Captured
+from bactrian.driver.capture.jaxpr_rewriting import without_axis, without_hints
 from bactrian.driver.capture.module_attributes import annotated
-from bactrian.driver.capture.state_matching import StepPart, match_state
+from bactrian.driver.capture.state_matching import StepPart, check_unchanged, match_state
 from bactrian.driver.capture.trace_errors import explain_trace_error
+from bactrian.driver.capture.updated_in_place import Snapshot
 from bactrian.driver.source import line_here, line_of_function
 from bactrian.passes.frame.errors import BactrianError, ConfigError, ProgramError
 from bactrian.passes.schedules.by_name import DEFAULT_SCHEDULE
@@ -46,13 +51,14 @@ def capture(
     args: Sequence[Any],
     kwargs: Mapping[str, Any] | None = None,
     *,
-    batch_argnums: Sequence[int] = (1,),
+    batch_argnums: Sequence[int] | None = None,
     num_microbatches: int = 1,
     schedule: str = DEFAULT_SCHEDULE,
     state: Mapping[int, int | None] | None = None,
     forward_only: bool = False,
     out_reduction: Any = "concat",
     parameters: Parameters | None = None,
+    axis_name: str | None = None,
     platform: str | None = None,
 ) -> Captured:
     """Traces ``fun`` at microbatch size and lowers it; no device is used.
@@ -60,28 +66,28 @@ def capture(
     Args:
         fun: the train step.
         args, kwargs: its arguments; any leaf with a shape and a dtype is data, abstract ones included.
-        batch_argnums: positional arguments whose leaves all have the batch as dim 0.
+        batch_argnums: positional arguments whose leaves all have the batch as dim 0; argument 1 by default.
         num_microbatches, schedule: how many microbatches every batch leaf is split into, and the order they run in.
         state: for some arguments, the index of the result element that is the next value (``None``: read only);
             the others are matched by tree, shapes and dtypes.
         forward_only: ``fun`` takes no gradient; its results are reduced as ``out_reduction`` says, one word or a prefix
             tree of ``mean``, ``sum``, ``last``, ``concat``.
         parameters: those of ``fun``, where some are static.
+        axis_name: an axis that ``fun`` uses as ``jax.pmap`` binds it; it gets one device, with the whole batch.
         platform: lower for ``cpu``, ``cuda``, …; JAX's default backend when not given.
 
     Raises:
         ProgramError: the step can't be run as a pipeline; names the user's line.
         ConfigError: the options do not fit the arguments.
     """
-    _check_count(num_microbatches)
     parameters = parameters or Parameters.of(fun)
     call = flatten_call(parameters, args, kwargs or {})
-    batch = _batch_argnums(batch_argnums, call.args)
+    batch = _batch_argnums((DEFAULT_BATCH,) if batch_argnums is None else batch_argnums, call.args)
     arguments = _arguments(call, batch, parameters)
-    step = _Step(fun, parameters, call, num_microbatches, forward_only, out_reduction)
-    traced, flow, results = _trace(step, arguments)
-    if not forward_only:
-        arguments, results = _pair_state(step, flow, call, arguments, results, batch, state)
+    step = _Step(fun, parameters, call, num_microbatches, forward_only, out_reduction, axis_name)
+    hint = BatchHint.of(call.args, argument_names(len(call.args), parameters)) if batch_argnums is None else None
+    traced, flow, results = _trace(step, arguments, hint)
+    arguments, results = _pair_state(step, flow, call, arguments, results, batch, state, hint)
     platform = platform or jax.default_backend()
     bytecode, fingerprint = _lower(step, traced, arguments, results, schedule, platform)
     return Captured(
@@ -99,13 +105,18 @@ def capture(
         out_statics=step.out_statics,
         dataflow=flow,
         parameters=parameters,
+        updated=step.updated,
         remarks=_remarks(step, flow, num_microbatches),
     )
 
 
 class _Step:
-    """The user's function on array leaves; what it returns beside arrays is kept here."""
+    """The user's function on array leaves; what it returns beside arrays is kept here.
 
+    With arguments that are updated in place, the result is a pair: what the function returns, and these arguments.
+    """
+
+    updated: tuple[int, ...]
     out_tree: Any
     out_statics: tuple[tuple[int, Any], ...]
     out_paths: tuple[str, ...]
@@ -120,9 +131,11 @@ class _Step:
         num_microbatches: int,
         forward_only: bool,
         out_reduction: Any,
+        axis_name: str | None,
     ) -> None:
+        _check_count(num_microbatches)
         self.fun, self.parameters, self.call, self.num_microbatches = fun, parameters, call, num_microbatches
-        self.forward_only, self.out_reduction = forward_only, out_reduction
+        self.forward_only, self.out_reduction, self.axis_name = forward_only, out_reduction, axis_name
         self.name: str = getattr(fun, "__name__", type(fun).__name__)
 
     def trace(self, arguments: Sequence[ArgumentInfo]) -> Any:
@@ -132,11 +145,12 @@ class _Step:
         with gradient_boundary.capturing(self.num_microbatches, self.forward_only) as mode:
 
             def flat(*leaves: Any) -> list[Any]:
+                pairs = zip(arguments, leaves, strict=True)
+                mode.arguments = {id(leaf): (leaf, info.role == "batch") for info, leaf in pairs}
                 return self._run(mode, leaves)
 
-            flat.__name__ = flat.__qualname__ = self.name
             try:
-                traced = jax.jit(flat, keep_unused=True).trace(*avals)
+                traced = self._jitted(flat, avals).trace(*avals)
             except Exception as error:
                 drop_note_of_jax(error)
                 if isinstance(error, BactrianError):
@@ -153,21 +167,46 @@ class _Step:
             self.index_used = mode.index_used
         return traced
 
+    def _jitted(self, flat: Callable[..., list[Any]], avals: Sequence[jax.ShapeDtypeStruct]) -> Any:
+        """``flat`` as a jitted function with the step's name, and without the axis that it is mapped over."""
+        if self.axis_name is not None:
+            mapped = jax.make_jaxpr(flat, axis_env=[(self.axis_name, 1)])(*avals)
+            flat = core.jaxpr_as_fun(without_axis(mapped, self.axis_name))
+
+        def step(*leaves: Any) -> list[Any]:
+            return flat(*leaves)
+
+        step.__name__ = step.__qualname__ = self.name
+        return jax.jit(step, keep_unused=True)
+
     def _run(self, mode: gradient_boundary.CaptureMode, leaves: Sequence[Any]) -> list[Any]:
         gradient_boundary.trace_index(mode)
         args, kwargs = self.call.arguments(leaves)
+        before = Snapshot(args)
         result = self.fun(*args, **kwargs)
+        self.updated = () if self.forward_only else before.updated(result)
+        if self.updated:
+            result = result, tuple(args[argnum] for argnum in self.updated)
         with_paths, self.out_tree = jax.tree_util.tree_flatten_with_path(result)
         data = array_positions([leaf for _, leaf in with_paths], self.out_tree)
         arrays = [with_paths[i] for i in data]
         self.out_statics = tuple((i, x) for i, (_, x) in enumerate(with_paths) if i not in set(data))
-        self.out_paths = tuple("result" + jax.tree_util.keystr(path) for path, _ in arrays)
+        self.out_paths = tuple(self._path(path) for path, _ in arrays)
         outputs = [leaf for _, leaf in arrays]
         if self.forward_only:
             words = gradient_boundary.tree_reductions(result, self.out_reduction, "out_reduction")
             outputs = gradient_boundary.mark(mode, outputs, ["output"] * len(outputs), words)
         self.key_impls = tuple(jax.random.key_impl(x) if is_key(getattr(x, "dtype", None)) else None for x in outputs)
         return outputs
+
+    def _path(self, path: Sequence[Any]) -> str:
+        """The user's name of a leaf of the result."""
+        if not self.updated:
+            return "result" + jax.tree_util.keystr(tuple(path))
+        if path[0].idx == 0:
+            return "result" + jax.tree_util.keystr(tuple(path[1:]))
+        names = argument_names(len(self.call.args), self.parameters)
+        return names[self.updated[path[1].idx]] + jax.tree_util.keystr(tuple(path[2:]))
 
 
 def _lower(
@@ -252,18 +291,22 @@ def _microbatch_aval(info: ArgumentInfo, leaf: Any, num_microbatches: int) -> ja
 
 
 def _trace(
-    step: _Step, arguments: Sequence[ArgumentInfo]
+    step: _Step, arguments: Sequence[ArgumentInfo], hint: BatchHint | None
 ) -> tuple[Any, jaxpr_dataflow.JaxprDataflow, list[ResultInfo]]:
     """The step traced at the size of a microbatch, what it computes from what, and its results.
 
     Raises:
-        ProgramError: a result depends on the batch other than through the gradient boundary.
+        ProgramError: there is no gradient boundary, or something goes around it, or nothing comes of the gradients.
     """
-    traced = step.trace(arguments)
-    closed = traced.jaxpr.replace(jaxpr=jaxpr_dataflow.without_hints(traced.jaxpr.jaxpr))
-    flow = jaxpr_dataflow.flatten(closed)
-    results = _results(step, flow, closed)
-    _refuse_unreduced(flow, arguments, results)
+    with hint.added(step.name) if hint is not None else nullcontext():
+        traced = step.trace(arguments)
+        closed = traced.jaxpr.replace(jaxpr=without_hints(traced.jaxpr.jaxpr))
+        flow = jaxpr_dataflow.flatten(closed)
+        results = _results(step, flow, closed)
+        if step.num_microbatches > 1:
+            refuse_unreduced(flow, arguments, results, str(line_of_function(step.fun) or ""))
+            refuse_gradients_of_rows(flow, arguments, step.num_microbatches)
+        refuse_unused_gradients(flow)
     return traced, flow, results
 
 
@@ -276,33 +319,6 @@ def _results(step: _Step, flow: jaxpr_dataflow.JaxprDataflow, closed: core.Close
     return infos
 
 
-def _refuse_unreduced(
-    flow: jaxpr_dataflow.JaxprDataflow, arguments: Sequence[ArgumentInfo], results: Sequence[ResultInfo]
-) -> None:
-    """Nothing below the boundary may depend on one microbatch other than through the boundary."""
-    batch = [info.number for info in arguments if info.role == "batch"]
-    tainted, by = flow.tainted(batch)
-    for info, value in zip(results, flow.outputs, strict=True):
-        if value not in tainted:
-            continue
-        below = {i for op in flow.operations if op is flow.boundary for i in op.outputs}
-        line = ""
-        for operation in flow.operations:  # the first that mixes both sides, else what made the result
-            if below.intersection(operation.inputs):
-                below.update(operation.outputs)
-                if tainted.intersection(operation.inputs):
-                    line = operation.line
-                    break
-        if not line and value in by:
-            line = by[value].line
-        raise ProgramError(
-            f"{info.path} depends on the batch other than through the gradient boundary",
-            where=line,
-            why="what is below the boundary runs once per step, and each microbatch has a value of its own",
-            fix="return it from the loss function as aux (has_aux=True) with an aux_reduction",
-        )
-
-
 def _pair_state(
     step: _Step,
     flow: jaxpr_dataflow.JaxprDataflow,
@@ -311,26 +327,38 @@ def _pair_state(
     results: list[ResultInfo],
     batch: set[int],
     state: Mapping[int, int | None] | None,
+    hint: BatchHint | None,
 ) -> tuple[list[ArgumentInfo], list[ResultInfo]]:
+    if step.forward_only:
+        return arguments, results
     names = argument_names(len(call.args), step.parameters)
     argument_parts = [
         replace(part, pythonic=_all_numbers(arg))
         for part, arg in zip(_parts(names, call.tree.children()[0], arguments, call.statics), call.args, strict=True)
     ]
     whole = StepPart.of("result", 0, step.out_tree, results, dict(step.out_statics))
+    in_place = list[StepPart]()
+    if step.updated:
+        whole, objects = _parts(["result", "updated"], whole.tree, whole.leaves, whole.statics)
+        in_place = _parts([names[argnum] for argnum in step.updated], objects.tree, objects.leaves, objects.statics)
     elements = [whole]
-    root = step.out_tree.node_data()
+    root = whole.tree.node_data()
     is_state = any(part.signature == whole.signature for i, part in enumerate(argument_parts) if i not in batch)
     if root is not None and root[0] in (tuple, list) and not is_state:
-        names = [f"result[{i}]" for i in range(len(step.out_tree.children()))]
-        elements = _parts(names, step.out_tree, results, step.out_statics)
+        names = [f"result[{i}]" for i in range(len(whole.tree.children()))]
+        elements = _parts(names, whole.tree, whole.leaves, whole.statics)
+    if hint is not None:
+        hint.refuse_returned(argument_parts, elements, flow.dependencies())
     losses = {out for out, kind in zip(flow.boundary.outputs, flow.kinds, strict=True) if kind == "loss"}
     loss_results = {i for i, value in enumerate(flow.outputs) if value in losses}
-    candidates = {i: part for i, part in enumerate(argument_parts) if i not in batch}
+    candidates = {i: part for i, part in enumerate(argument_parts) if i not in {*batch, *step.updated}}
     pairs = match_state(candidates, elements, loss_results, flow.dependencies(), state)
+    nexts = {argnum: elements[index] for argnum, index in pairs.items()}
+    nexts.update(zip(step.updated, in_place, strict=True))
     updates: dict[int, int] = {}
-    for argnum, index in pairs.items():
-        for argument, result in zip(argument_parts[argnum].leaves, elements[index].leaves, strict=True):
+    for argnum, element in nexts.items():
+        check_unchanged(argument_parts[argnum], element)
+        for argument, result in zip(argument_parts[argnum].leaves, element.leaves, strict=True):
             updates[argument.number] = result.number
     updated = {result: argument for argument, result in updates.items()}
     return (

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import sdy
+from jaxlib.mlir.dialects import sdy, stablehlo
 
 from bactrian.driver.arrays.placed_arguments import PlacedArguments
 from bactrian.driver.capture import gradient_boundary
@@ -92,7 +92,8 @@ def write_placed(module: ir.Module, placed: PlacedArguments) -> None:
 
 
 def _drop_noise(module: ir.Module, main: ir.Block) -> None:
-    """Removes the microbatch index when nothing reads it, and JAX's constraints of keys to no mesh at all."""
+    """Removes what nothing reads of our own calls, and JAX's constraints of keys to no mesh at all."""
+    _erase_calls(module, gradient_boundary.DIFFERENTIATED)
     index = next(op for op in main.operations if custom_call_target(op.operation) == gradient_boundary.MICROBATCH_INDEX)
     if not any(True for _ in index.results[0].uses):
         index.erase()
@@ -100,14 +101,7 @@ def _drop_noise(module: ir.Module, main: ir.Block) -> None:
     if not meshes:
         return
     prefixes = tuple(f"#sdy.sharding<@{ir.StringAttr(op.attributes['sym_name']).value}," for op in meshes)
-    constraints: list[ir.Operation] = []
-
-    def visit(op: Any) -> ir.WalkResult:
-        constraints.append(op.operation)
-        return ir.WalkResult.ADVANCE
-
-    module.operation.walk(visit, ir.WalkOrder.PRE_ORDER, sdy.ShardingConstraintOp)
-    for op in constraints:
+    for op in _found(module, sdy.ShardingConstraintOp):
         if not str(op.attributes["sharding"]).startswith(prefixes):
             continue
         op.results[0].replace_all_uses_with(op.operands[0])
@@ -116,3 +110,21 @@ def _drop_noise(module: ir.Module, main: ir.Block) -> None:
     for op, prefix in zip(meshes, prefixes, strict=True):
         if text.count(prefix.removeprefix("#sdy.sharding<").removesuffix(",")) == 1:
             op.erase()
+
+
+def _erase_calls(module: ir.Module, target: str) -> None:
+    for op in _found(module, stablehlo.CustomCallOp):
+        if custom_call_target(op) == target:
+            op.erase()
+
+
+def _found(module: ir.Module, kind: type[ir.OpView]) -> list[ir.Operation]:
+    """All ops of a kind, wherever they are."""
+    found: list[ir.Operation] = []
+
+    def visit(op: Any) -> ir.WalkResult:
+        found.append(op.operation)
+        return ir.WalkResult.ADVANCE
+
+    module.operation.walk(visit, ir.WalkOrder.PRE_ORDER, kind)
+    return found

@@ -41,7 +41,8 @@ def reference_function(captured: Captured, *, donate_state: bool = False, unroll
     jitted = jax.jit(run, donate_argnums=donated)
 
     def step(*args: Any, **kwargs: Any) -> Any:
-        return captured.unflatten(jitted(*captured.flatten(args, kwargs)))
+        tree = captured.unflatten(jitted(*captured.flatten(args, kwargs)))
+        return captured.returned(tree, args, kwargs)
 
     return step
 
@@ -55,13 +56,14 @@ def _step(captured: Captured, leaves: list[Any], unroll: int) -> list[Any]:
         inputs = dict(enumerate(leaves)) | dict(zip(batch, parts, strict=True)) | {flow.index: index}
         return _evaluate(flow, above, inputs, flow.boundary.inputs)
 
+    inputs = dict(enumerate(leaves))
     if count == 1:
-        reduced = microbatch(jnp.int32(0), [leaves[i] for i in batch])
+        inputs[flow.index] = jnp.int32(0)  # what is below the boundary may read it, as it may read the batch
+        reduced = microbatch(inputs[flow.index], [leaves[i] for i in batch])
     else:
         cut = [leaves[i].reshape(count, leaves[i].shape[0] // count, *leaves[i].shape[1:]) for i in batch]
         reduced = _reduce_over_microbatches(microbatch, cut, flow.reductions, count, unroll)
-    inputs = dict(enumerate(leaves)) | dict(zip(flow.boundary.outputs, reduced, strict=True))
-    return _evaluate(flow, below, inputs, flow.outputs)
+    return _evaluate(flow, below, inputs | dict(zip(flow.boundary.outputs, reduced, strict=True)), flow.outputs)
 
 
 def _reduce_over_microbatches(

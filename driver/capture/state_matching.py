@@ -33,6 +33,11 @@ class StepPart:
         return cls(name, index, tree, tuple(leaves), (tree, avals, static))
 
     @property
+    def statics(self) -> tuple[tuple[int, Any], ...]:
+        """Its leaves that are no arrays, with their positions."""
+        return self.signature[2]
+
+    @property
     def bare(self) -> bool:
         """Whether it is a single array rather than a tree."""
         return self.tree.node_data() is None and bool(self.leaves)
@@ -124,6 +129,16 @@ def _given_element(
             fix="return state with the structure, shapes and dtypes that it came with",
         )
     return index
+
+
+def check_unchanged(argument: StepPart, element: StepPart) -> None:
+    """Raises a ProgramError if an argument that is updated in place has other shapes or dtypes afterwards."""
+    if argument.signature != element.signature:
+        raise ProgramError(
+            f"the step changes a shape or a dtype of {argument.name} in place: {difference(argument, element)}",
+            where=line_here(),
+            fix="convert it back in the step",
+        )
 
 
 def _refuse_ambiguous(argnums: Sequence[int], nexts: Sequence[StepPart], arguments: Mapping[int, StepPart]) -> None:

@@ -14,6 +14,7 @@ from bactrian.driver.source import line_here, line_of_error
 from bactrian.passes.frame.errors import ProgramError
 
 _NOT_TRACEABLE = (jax.errors.JAXTypeError, jax.errors.JAXIndexError, jax.errors.UnexpectedTracerError)
+_UNBOUND_AXIS = re.compile(r"unbound axis name: ([\w-]+)")
 
 _ARGUMENT = re.compile(r"\bleaves\[(\d+)\]")  # JAX's name for an argument of the function on leaves that is traced
 _NO_SHAPE = "Shapes must be 1D sequences of concrete values"
@@ -47,6 +48,14 @@ def explain_trace_error(
             where=line_of_error(error),
             why="values have the shardings of such a mesh in their types, and a constraint can't change them",
             fix=MAKE_AUTO,
+        )
+    if isinstance(error, NameError) and (axis := _UNBOUND_AXIS.search(text)):
+        return ProgramError(
+            f"{name} uses the axis {axis[1]!r}, which nothing binds",
+            where=line_of_error(error),
+            why="jax.pmap binds an axis of devices; a parallelized step is one program on the whole batch",
+            fix=f"say parallelize(axis_name={axis[1]!r}): it has one device then, on which a mean over devices is the "
+            "value itself; or take pmean and its kin out",
         )
     if not isinstance(error, ValueError):
         return None

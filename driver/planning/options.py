@@ -31,7 +31,7 @@ class Options:
     num_stages: int | None
     num_microbatches: int
     schedule: str
-    batch_argnums: tuple[int, ...]
+    batch_argnums: tuple[int, ...] | None
     state: Mapping[int, int | None] | None
     plan: Plan | None
     donate: bool
@@ -39,6 +39,7 @@ class Options:
     out_reduction: Any
     static_argnums: tuple[int, ...]
     static_argnames: tuple[str, ...]
+    axis_name: str | None
     mesh: MeshAxes | None
     cluster: str
     strategy: str
@@ -64,7 +65,7 @@ class Options:
             num_stages=given.get("num_stages") if plan is None else plan.num_stages,
             num_microbatches=given.get("num_microbatches", 1) if plan is None else plan.num_microbatches,
             schedule=given.get("schedule", DEFAULT_SCHEDULE) if plan is None else plan.schedule,
-            batch_argnums=_argnums("batch_argnums", given.get("batch_argnums", 1)),
+            batch_argnums=_argnums("batch_argnums", given["batch_argnums"]) if "batch_argnums" in given else None,
             state=given.get("state"),
             plan=plan,
             donate=given.get("donate", True),
@@ -72,6 +73,7 @@ class Options:
             out_reduction=given.get("out_reduction", "concat"),
             static_argnums=_argnums("static_argnums", given.get("static_argnums", ())),
             static_argnames=_argnames(given.get("static_argnames", ())),
+            axis_name=_axis_name(given.get("axis_name")),
             mesh=mesh,
             cluster=cluster_file(given["cluster"]) if "cluster" in given else "",
             strategy=strategy,
@@ -149,6 +151,12 @@ def _argnames(argnames: Any) -> tuple[str, ...]:
     if not isinstance(names, Sequence) or not all(isinstance(each, str) for each in names):
         raise ConfigError(f"static_argnames is {argnames!r}", fix="give the name of an argument, or several")
     return tuple(names)
+
+
+def _axis_name(name: Any) -> str | None:
+    if name is not None and not isinstance(name, str):
+        raise ConfigError(f"axis_name is {name!r}", fix="give the name of one axis, as jax.pmap has it")
+    return name
 
 
 def mesh_axes(mesh: Any) -> MeshAxes | None:

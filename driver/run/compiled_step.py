@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import operator
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,8 @@ class Compiled:
         for info in captured.results:
             if info.updates is not None:
                 held = self._held[info.updates]
-                kept = self._placement(captured.arguments[info.updates], results.get(info.number, {}))
+                argument = replace(captured.arguments[info.updates], weak_type=info.weak_type)
+                kept = self._placement(argument, results.get(info.number, {}))
                 # One object if it is the same, so that the next call sees at a glance that it fits.
                 self._kept[info.number] = held if kept == held else kept
         self._home = jax.local_devices()[0]
@@ -95,7 +97,7 @@ class Compiled:
         """
         leaves = self.captured.flatten(args, kwargs)
         lockstep.note(self.step_call)
-        return self.call_leaves(leaves)
+        return self.captured.returned(self.call_leaves(leaves), args, kwargs)
 
     def leaves_if_placed(self, args: tuple[Any, ...]) -> list[Any] | None:
         """The array leaves of a positional call that goes on where this step placed its state; None for all others.
@@ -135,7 +137,7 @@ class Compiled:
         return True
 
     def call_placed(self, leaves: Sequence[Any]) -> Any:
-        """One step on what `leaves_if_placed` gave."""
+        """One step on what `leaves_if_placed` gave; returns the tree of the result."""
         self._compare_inputs(leaves)
         pieces = [leaves[number].pieces[stage] for number, stage in self.session.arguments]
         if any(map(_is_deleted, pieces)):
@@ -144,7 +146,7 @@ class Compiled:
         return self._run(pieces, leaves, [leaves[number] for number in self._held if number in self._state])
 
     def call_leaves(self, leaves: Sequence[Any]) -> Any:
-        """One step on the array leaves of its arguments."""
+        """One step on the array leaves of its arguments; returns the tree of the result."""
         self._compare_inputs(leaves)
         pieces: dict[tuple[int, int], jax.Array] = {}
         donated: list[DistributedArray] = []
@@ -224,6 +226,7 @@ class Compiled:
             meshes={stage: program.mesh(stage) for stage in stages},
             key_impl=info.key_impl,
             num_stages=self.plan.num_stages,
+            weak_type=info.weak_type,
             rows={stage: piece.rows for stage, piece in pieces.items() if piece.rows is not None},
         )
 

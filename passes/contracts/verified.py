@@ -7,7 +7,13 @@ from jaxlib.mlir import ir
 from bactrian.passes.contracts.module_view import ModuleView
 from bactrian.passes.frame.diagnostics import error_at
 from bactrian.passes.frame.errors import PassError
-from bactrian.passes.ir.attributes import GRADIENT_BOUNDARY, MICROBATCH_INDEX, argument_roles
+from bactrian.passes.ir.attributes import (
+    GRADIENT_BOUNDARY,
+    MICROBATCH_INDEX,
+    NUM_MICROBATCHES,
+    argument_roles,
+    integer_attribute,
+)
 from bactrian.passes.ir.main_dataflow import MainDataflow
 from bactrian.passes.ir.regions import custom_call_target
 
@@ -32,7 +38,8 @@ def verify(view: ModuleView) -> None:
         for result in op.results:
             if isinstance(result.type, ir.RankedTensorType) and not result.type.has_static_shape:
                 raise error_at(PassError, op, f"the shape of {result.type} is dynamic")
-    _verify_update(main, flow)
+    if integer_attribute(view.root, NUM_MICROBATCHES) != 1:
+        _verify_update(main, flow)
 
 
 def _verify_update(main: ir.Operation, flow: MainDataflow) -> None:
