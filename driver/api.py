@@ -277,7 +277,7 @@ class Parallelized:
                     self.fun,
                     args,
                     kwargs,
-                    batch_argnums=o.batch_argnums,
+                    batch_argnums=o.batch_argnums if "batch_argnums" in o.given else None,
                     num_microbatches=o.num_microbatches,
                     schedule=o.schedule,
                     state=o.state,

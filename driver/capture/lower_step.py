@@ -83,11 +83,9 @@ def capture(
     parameters = parameters or Parameters.of(fun)
     call = flatten_call(parameters, args, kwargs or {})
     batch = _batch_argnums((DEFAULT_BATCH,) if batch_argnums is None else batch_argnums, call.args)
-    arguments = _arguments(call, batch, parameters)
     step = _Step(fun, parameters, call, num_microbatches, forward_only, out_reduction, axis_name)
     hint = BatchHint.of(call.args, argument_names(len(call.args), parameters)) if batch_argnums is None else None
-    traced, flow, results = _trace(step, arguments, hint)
-    arguments, results = _pair_state(step, flow, call, arguments, results, batch, state, hint)
+    traced, flow, arguments, results = _trace(step, _arguments(call, batch, parameters), batch, state, hint)
     platform = platform or jax.default_backend()
     bytecode, fingerprint = _lower(step, traced, arguments, results, schedule, platform)
     return Captured(
@@ -291,9 +289,13 @@ def _microbatch_aval(info: ArgumentInfo, leaf: Any, num_microbatches: int) -> ja
 
 
 def _trace(
-    step: _Step, arguments: Sequence[ArgumentInfo], hint: BatchHint | None
-) -> tuple[Any, jaxpr_dataflow.JaxprDataflow, list[ResultInfo]]:
-    """The step traced at the size of a microbatch, what it computes from what, and its results.
+    step: _Step,
+    arguments: list[ArgumentInfo],
+    batch: set[int],
+    state: Mapping[int, int | None] | None,
+    hint: BatchHint | None,
+) -> tuple[Any, jaxpr_dataflow.JaxprDataflow, list[ArgumentInfo], list[ResultInfo]]:
+    """The step traced at the size of a microbatch, what it computes from what, its arguments with roles, and its results.
 
     Raises:
         ProgramError: there is no gradient boundary, or something goes around it, or nothing comes of the gradients.
@@ -307,7 +309,9 @@ def _trace(
             refuse_unreduced(flow, arguments, results, str(line_of_function(step.fun) or ""))
             refuse_gradients_of_rows(flow, arguments, step.num_microbatches)
         refuse_unused_gradients(flow)
-    return traced, flow, results
+    if not step.forward_only:
+        arguments, results = _pair_state(step, flow, arguments, results, batch, state, hint)
+    return traced, flow, arguments, results
 
 
 def _results(step: _Step, flow: jaxpr_dataflow.JaxprDataflow, closed: core.ClosedJaxpr) -> list[ResultInfo]:
@@ -322,15 +326,13 @@ def _results(step: _Step, flow: jaxpr_dataflow.JaxprDataflow, closed: core.Close
 def _pair_state(
     step: _Step,
     flow: jaxpr_dataflow.JaxprDataflow,
-    call: FlatCall,
     arguments: list[ArgumentInfo],
     results: list[ResultInfo],
     batch: set[int],
     state: Mapping[int, int | None] | None,
     hint: BatchHint | None,
 ) -> tuple[list[ArgumentInfo], list[ResultInfo]]:
-    if step.forward_only:
-        return arguments, results
+    call = step.call
     names = argument_names(len(call.args), step.parameters)
     argument_parts = [
         replace(part, pythonic=_all_numbers(arg))

@@ -31,7 +31,7 @@ class Options:
     num_stages: int | None
     num_microbatches: int
     schedule: str
-    batch_argnums: tuple[int, ...] | None
+    batch_argnums: tuple[int, ...]
     state: Mapping[int, int | None] | None
     plan: Plan | None
     donate: bool
@@ -65,7 +65,7 @@ class Options:
             num_stages=given.get("num_stages") if plan is None else plan.num_stages,
             num_microbatches=given.get("num_microbatches", 1) if plan is None else plan.num_microbatches,
             schedule=given.get("schedule", DEFAULT_SCHEDULE) if plan is None else plan.schedule,
-            batch_argnums=_argnums("batch_argnums", given["batch_argnums"]) if "batch_argnums" in given else None,
+            batch_argnums=_argnums("batch_argnums", given.get("batch_argnums", 1)),
             state=given.get("state"),
             plan=plan,
             donate=given.get("donate", True),
