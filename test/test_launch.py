@@ -360,7 +360,22 @@ def test_a_job_goes_on_without_a_reader_of_its_errors(tmp_path: Path, end: str, 
 
 @pytest.mark.mpi
 def test_arguments_are_the_scripts_alone(tmp_path: Path) -> None:
-    arguments = ["a", ":", "-n", "1", "/bin/echo", "injected", "--", "", "$x;y=1", 'é"q', "two\nlines", "@file", "-x"]
+    arguments = [
+        "--",
+        "a",
+        ":",
+        "-n",
+        "1",
+        "/bin/echo",
+        "injected",
+        "--",
+        "",
+        "$x;y=1",
+        'é"q',
+        "two\nlines",
+        "@file",
+        "-x",
+    ]
     names = ["BACTRIAN_COMMAND", "JAX_ENABLE_PREEMPTION_SERVICE"]
     script = f"import json, os, sys; print(json.dumps([sys.argv[1:], *map(os.environ.get, {names})]), flush=True)"
     job = Command(tmp_path, *arguments, n=1, script=script).ended()
@@ -532,20 +547,34 @@ def test_a_prompt_passes_at_once() -> None:
     assert banners.finish() == b""
 
 
-def test_one_process_without_n(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dashes", [[], ["--"]])
+def test_one_process_without_n(tmp_path: Path, dashes: list[str]) -> None:
     script = "import json, os, sys\nprint(json.dumps([__name__, sys.argv[1:], os.environ['XLA_FLAGS'], sys.path[0]]))"
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     path = tmp_path / "train.py"
     path.write_text(script)
     run = subprocess.run(
-        [sys.executable, "-m", "bactrian.driver.cli", "run", "--devices", "3", str(path), "-n", "x"],
+        [
+            sys.executable,
+            "-m",
+            "bactrian.driver.cli",
+            "run",
+            "--devices",
+            "3",
+            *dashes,
+            str(path),
+            "--",
+            "-n",
+            "x",
+            "--",
+        ],
         env=environment | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         check=True,
     )
     flags = "--xla_force_host_platform_device_count=3"
-    assert json.loads(run.stdout) == ["__main__", ["-n", "x"], flags, str(tmp_path)]
+    assert json.loads(run.stdout) == ["__main__", ["--", "-n", "x", "--"], flags, str(tmp_path)]
 
 
 def test_malloc_is_left_alone_where_the_user_sets_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,15 +46,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="seconds that ranks may go on after a signal to stop, which is passed on to them (default: 30)",
     )
     parser.add_argument("--hosts", "--hostfile", metavar="HOSTS", help=argparse.SUPPRESS)
-    parser.add_argument("script", help="the Python script, run as __main__")
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="args", help="the script's own arguments")
+    # One argument: of two, argparse would take a `--` between script and arguments away.
+    parser.add_argument(
+        "script",
+        nargs=argparse.PARSER,
+        metavar="script.py",
+        help="the Python script, run as __main__, and its own arguments",
+    )
 
 
 def run(options: argparse.Namespace) -> int:
     """Carry the command out; returns its exit code."""
-    user_script.check_script(
-        options.script, "name a Python file; options of `bactrian run` stand before it, its own after it"
-    )
+    script, *arguments = options.script[options.script[0] == "--" :]
+    user_script.check_script(script, "name a Python file; options of `bactrian run` stand before it, its own after it")
     if options.hosts is not None:
         raise ConfigError(
             "there is no option for hosts yet", why=f"mpirun finds them: {_HOSTS}", fix="leave it out, and name them so"
@@ -78,8 +82,8 @@ def run(options: argparse.Namespace) -> int:
             os.environ[TERMINAL_VARIABLE] = str(shutil.get_terminal_size().columns)
         return launch(
             options.n,
-            options.script,
-            options.arguments,
+            script,
+            arguments,
             full=options.traceback,
             distributed=options.distributed,
             grace_seconds=GRACE_SECONDS if options.grace is None else options.grace,
@@ -87,12 +91,12 @@ def run(options: argparse.Namespace) -> int:
     from bactrian.runtime.rank_lifecycle import exit_code_of
 
     try:
-        user_script.run_script(options.script, options.arguments)
+        user_script.run_script(script, arguments)
     except (SystemExit, KeyboardInterrupt):
         raise
     except BaseException as error:
         with contextlib.suppress(OSError, ValueError):  # its reader is gone, or it is closed
             sys.stdout.flush()
-        sys.stderr.write(user_script.describe_failure(error, options.script, full=options.traceback))
+        sys.stderr.write(user_script.describe_failure(error, script, full=options.traceback))
         return exit_code_of(error)
     return 0
