@@ -108,6 +108,31 @@ module @update_scalars_are_cloned_large_values_not {
 
 // -----
 
+// A mask of positions is larger than the positions, which the other stage loads for itself.
+// CHECK-LABEL: module @mask_of_the_batch_goes_to_each_stage
+module @mask_of_the_batch_goes_to_each_stage {
+  // CHECK: func.func public @main(%[[P:[^:]*]]:
+  func.func public @main(%p: tensor<8xi32> {bactrian.role = "batch"}, %x: tensor<8x8xf32> {bactrian.role = "batch"}, %w: tensor<8x8xf32> {bactrian.role = "state"}) -> tensor<8x8xf32> {
+    // CHECK-DAG: %[[R0:.*]] = stablehlo.broadcast_in_dim %[[P]], dims = [0] {{.*}}bactrian.stage = 0 : i64
+    // CHECK-DAG: %[[R1:.*]] = stablehlo.broadcast_in_dim %[[P]], dims = [0] {{.*}}bactrian.stage = 1 : i64
+    %r = stablehlo.broadcast_in_dim %p, dims = [0] {bactrian.phase = "forward", bactrian.stage = 0 : i64} : (tensor<8xi32>) -> tensor<8x8xi32>
+    %c = stablehlo.broadcast_in_dim %p, dims = [1] {bactrian.phase = "forward", bactrian.stage = 0 : i64} : (tensor<8xi32>) -> tensor<8x8xi32>
+    // CHECK-DAG: %[[M0:.*]] = stablehlo.compare GE, %[[R0]], {{.*}}bactrian.stage = 0 : i64
+    // CHECK-DAG: %[[M1:.*]] = stablehlo.compare GE, %[[R1]], {{.*}}bactrian.stage = 1 : i64
+    %m = stablehlo.compare GE, %r, %c {bactrian.phase = "forward", bactrian.stage = 0 : i64} : (tensor<8x8xi32>, tensor<8x8xi32>) -> tensor<8x8xi1>
+    // CHECK: %[[H:.*]] = stablehlo.dot_general
+    %h = stablehlo.dot_general %x, %w, contracting_dims = [1] x [0] {bactrian.phase = "forward", bactrian.stage = 0 : i64} : (tensor<8x8xf32>, tensor<8x8xf32>) -> tensor<8x8xf32>
+    // CHECK: %[[Y:.*]] = stablehlo.select %[[M0]], %[[H]]
+    %y = stablehlo.select %m, %h, %h {bactrian.phase = "forward", bactrian.stage = 0 : i64} : tensor<8x8xi1>, tensor<8x8xf32>
+    // CHECK: stablehlo.select %[[M1]], %[[Y]]
+    %z = stablehlo.select %m, %y, %y {bactrian.phase = "forward", bactrian.stage = 1 : i64} : tensor<8x8xi1>, tensor<8x8xf32>
+    return %z : tensor<8x8xf32>
+  }
+}
+
+// -----
+
+// Without a product, elementwise ops on the batch are all the work: they stay on their stage.
 // CHECK-LABEL: module @batch_value_is_sent
 module @batch_value_is_sent {
   func.func public @main(%x: tensor<f32> {bactrian.role = "batch"}) -> (tensor<f32>, tensor<f32>) {
@@ -118,6 +143,28 @@ module @batch_value_is_sent {
     // CHECK-NEXT: stablehlo.tanh %[[S]]
     %z = stablehlo.tanh %s {bactrian.phase = "forward", bactrian.stage = 1 : i64} : tensor<f32>
     return %y, %z : tensor<f32>, tensor<f32>
+  }
+}
+
+// -----
+
+// What is made of more bytes of the batch than it has, or by more than elementwise ops, is sent.
+// CHECK-LABEL: module @small_values_of_the_batch_are_sent
+module @small_values_of_the_batch_are_sent {
+  func.func public @main(%x: tensor<8x64xf32> {bactrian.role = "batch"}, %w: tensor<64x64xf32> {bactrian.role = "state"}) -> (tensor<8xf32>, tensor<8x64xf32>) {
+    %zero = stablehlo.constant {bactrian.phase = "forward", bactrian.stage = 0 : i64} dense<0.0> : tensor<f32>
+    // CHECK: %[[S:.*]] = stablehlo.slice
+    // CHECK-NOT: stablehlo.slice
+    %s = stablehlo.slice %x [0:8, 0:1] {bactrian.phase = "forward", bactrian.stage = 0 : i64} : (tensor<8x64xf32>) -> tensor<8x1xf32>
+    // CHECK: %[[N:.*]] = stablehlo.reduce
+    // CHECK-NOT: stablehlo.reduce
+    %n = stablehlo.reduce(%x init: %zero) applies stablehlo.add across dimensions = [1] {bactrian.phase = "forward", bactrian.stage = 0 : i64} : (tensor<8x64xf32>, tensor<f32>) -> tensor<8xf32>
+    // CHECK: stablehlo.reshape %[[S]] {{.*}}bactrian.stage = 1 : i64
+    %t = stablehlo.reshape %s {bactrian.phase = "forward", bactrian.stage = 1 : i64} : (tensor<8x1xf32>) -> tensor<8xf32>
+    // CHECK: stablehlo.add {{.*}}%[[N]] {{.*}}bactrian.stage = 1 : i64
+    %y = stablehlo.add %t, %n {bactrian.phase = "forward", bactrian.stage = 1 : i64} : tensor<8xf32>
+    %z = stablehlo.dot_general %x, %w, contracting_dims = [1] x [0] {bactrian.phase = "forward", bactrian.stage = 0 : i64} : (tensor<8x64xf32>, tensor<64x64xf32>) -> tensor<8x64xf32>
+    return %y, %z : tensor<8xf32>, tensor<8x64xf32>
   }
 }
 

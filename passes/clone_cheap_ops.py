@@ -19,9 +19,11 @@ from bactrian.passes.stages.counters import clone_counters
 class CloneCheapOps(Pass):
     """Give each stage its own copy of what is cheaper to compute than to send.
 
-    Three rules, each a statement about data flow, none about names. An op of the forward or backward phase that depends
+    Four rules, each a statement about data flow, none about names. An op of the forward or backward phase that depends
     on no batch value and on no large argument (constants, iota, masks, bits drawn from a key) is cloned to each stage
-    that reads it. A small value of the update that is computed from small values only (a learning rate, a bias
+    that reads it. So is an elementwise op on batch arguments, small arguments and constants, if the batch arguments have
+    no more bytes than its result (masks and rotary tables of positions): each stage can load the batch. In a program
+    without products, where such ops are all the work, it is sent. A small value of the update that is computed from small values only (a learning rate, a bias
     correction, the factor of a global-norm clip) is cloned likewise. A counter of the state (small integers whose next
     value depends on such state alone: a step count, the words of a key) is brought up to date by every stage that reads it
     and all that it depends on; a scalar one by every stage there is, so that every rank knows it.

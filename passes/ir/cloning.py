@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 
 from jaxlib.mlir import ir
 
@@ -16,7 +16,7 @@ from bactrian.passes.ir.attributes import (
 )
 from bactrian.passes.ir.main_dataflow import MainDataflow
 from bactrian.passes.ir.op_traits import DATA_MOVEMENT, ELEMENTWISE, NEVER_CLONED
-from bactrian.passes.ir.regions import replace_reads, top_level
+from bactrian.passes.ir.regions import has_product, replace_reads, top_level
 
 
 def is_elementwise(op: ir.Operation) -> bool:
@@ -129,27 +129,48 @@ def copy_stage(clone: ir.Operation, reader: ir.Operation) -> None:
 class StageRule:
     """Which ops may be computed again on another stage.
 
-    ``free`` forward and backward ops depend on small arguments and constants only. ``shared`` values of the update are
-    computed from small arguments, constants and the partial results of regrouped folds (``PARTIAL``), which are sent
-    once and end there; large ones only by elementwise ops.
+    ``free`` forward and backward ops depend on small arguments and constants only. Elementwise ones may read batch
+    arguments too, which every stage can load, where these have no more bytes than the result, which would be sent: masks
+    and rotary tables of positions. Not so in a program without products, where elementwise ops are all there is to do.
+    ``shared`` values of the update are computed from small arguments, constants and the partial results of regrouped
+    folds (``PARTIAL``), which are sent once and end there; large ones only by elementwise ops.
     """
 
     def __init__(self, flow: MainDataflow, roles: list[str], small_bytes: int) -> None:
         sizes = flow.sizes
-        known = [roles[i] != "batch" and sizes[i] <= small_bytes for i in range(flow.num_arguments)]
-        known += [False] * (len(flow.values) - flow.num_arguments)
+        # Of each value the batch arguments that a stage has to load to compute it; None where it can't be computed again.
+        loads: list[frozenset[int] | None] = [None] * len(flow.values)
+        has_products = any(map(has_product, flow.ops))
+        for number in range(flow.num_arguments):
+            if roles[number] == "batch" and has_products:
+                loads[number] = frozenset([number])
+            elif roles[number] != "batch" and sizes[number] <= small_bytes:
+                loads[number] = frozenset()
         self._allowed = [False] * len(flow.ops)
         last = len(flow.ops) - 1
         for index, op in enumerate(flow.ops):
             if index in (flow.boundary, last) or op.name in NEVER_CLONED:
                 continue
             partial = PARTIAL in op.attributes
-            again = not partial and all(known[value] for value in flow.operands[index])
+            loaded = frozenset[int]() if partial else _union(loads[value] for value in flow.operands[index])
+            if loaded is None or (loaded and not is_elementwise(op)):
+                continue
             cheap = flow.phases[index] != UPDATE or is_elementwise(op)
             for result in flow.results[index]:
-                known[result] = (again or partial) and (cheap or sizes[result] <= small_bytes)
-            self._allowed[index] = again
+                loads[result] = loaded if cheap or sizes[result] <= small_bytes else None
+            made = sum(sizes[result] for result in flow.results[index])
+            self._allowed[index] = not partial and sum(sizes[number] for number in loaded) <= made
 
     def __call__(self, index: int, key: Hashable) -> bool:
         """Whether a reader in group ``key`` may have its own copy."""
         return self._allowed[index]
+
+
+def _union(sets: Iterable[frozenset[int] | None]) -> frozenset[int] | None:
+    """All members; None where a set is."""
+    found = frozenset[int]()
+    for each in sets:
+        if each is None:
+            return None
+        found |= each
+    return found

@@ -9,6 +9,7 @@ from jaxlib.mlir import ir
 from bactrian.passes.frame.diagnostics import error_at
 from bactrian.passes.frame.errors import PassError
 from bactrian.passes.ir.attributes import phase_of
+from bactrian.passes.ir.op_traits import MATRIX_PRODUCTS
 
 
 def main_function(module: ir.Module) -> ir.Operation:
@@ -58,6 +59,13 @@ def nested_operations(op: ir.Operation) -> list[ir.Operation]:
             if len(operation.regions):
                 blocks.extend(inner for region in operation.regions for inner in region.blocks)
     return found
+
+
+def has_product(op: ir.Operation) -> bool:
+    """Whether an op is a matrix product or convolution, or one runs in its regions: the loop of a scan over layers."""
+    if op.name in MATRIX_PRODUCTS:
+        return True
+    return len(op.regions) > 0 and any(nested.name in MATRIX_PRODUCTS for nested in nested_operations(op))
 
 
 def nested_operands(op: ir.Operation) -> Iterator[tuple[ir.Operation, int, ir.Value]]:
