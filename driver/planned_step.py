@@ -7,6 +7,7 @@ from pathlib import Path
 from bactrian.driver.capture.captured_step import Captured
 from bactrian.driver.planning.explain_value import explain
 from bactrian.driver.planning.plan_broadcast import outline, with_shardings_of_rank_0
+from bactrian.driver.planning.plan_remarks import log_once
 from bactrian.driver.planning.staged_plan import StagedPlan
 from bactrian.driver.ranks import World
 from bactrian.driver.report.explanation_table import render_value
@@ -77,6 +78,8 @@ class Planned:
     def compile(self) -> Compiled:
         """Compile this process's stages (collective: all ranks call it). Shardings are those that rank 0 found.
 
+        Rank 0 logs the plan's remarks, each once.
+
         Raises:
             ConfigError: the ranks do not fit the plan, or run different programs.
         """
@@ -94,5 +97,8 @@ class Planned:
             "the number of ranks of a mesh": str(shared),
         }
         world.check_equal(own)
+        if world.rank == 0:
+            for remark in self.plan.remarks:
+                log_once(remark)
         staged = self.staged if self._is_shared else with_shardings_of_rank_0(self.staged, world)
         return Compiled(self.captured, open_session(staged, world), check_inputs=self._check_inputs)

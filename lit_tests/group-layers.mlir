@@ -118,3 +118,39 @@ module attributes {bactrian.num_stages = 2 : i64} {
     return %e, %n : tensor<4x16xf32>, tensor<16x16xf32>
   }
 }
+
+// -----
+
+// Both halves compute their mask of the positions again; forward there is one for both. It forbids no cut between them,
+// and is not counted: each stage will make its own.
+// CHECK-LABEL: module @mask_of_the_batch
+// CHECK: stablehlo.compare {{.*}}bactrian.layer = 0
+// CHECK: stablehlo.dot_general %arg1, %arg2, {{.*}}bactrian.layer = 0
+// CHECK-NEXT: stablehlo.select {{.*}}bactrian.layer = 0
+// CHECK-NEXT: stablehlo.dot_general {{.*}}bactrian.layer = 1
+// CHECK-NEXT: stablehlo.select {{.*}}bactrian.layer = 1
+// CHECK-NEXT: stablehlo.dot_general {{.*}}bactrian.layer = 1
+module @mask_of_the_batch {
+  func.func public @main(%p: tensor<16xi32> {bactrian.role = "batch"}, %x: tensor<16x16xf32> {bactrian.role = "batch"}, %v: tensor<16x16xf32> {bactrian.role = "state"}, %w: tensor<16x16xf32> {bactrian.role = "state"}, %h: tensor<16x1xf32> {bactrian.role = "state"}) -> (tensor<16x1xf32>, tensor<16x16xf32>, tensor<16x16xf32>) {
+    %r = stablehlo.broadcast_in_dim %p, dims = [0] {bactrian.phase = "forward"} : (tensor<16xi32>) -> tensor<16x16xi32>
+    %c = stablehlo.broadcast_in_dim %p, dims = [1] {bactrian.phase = "forward"} : (tensor<16xi32>) -> tensor<16x16xi32>
+    %m = stablehlo.compare GE, %r, %c {bactrian.phase = "forward"} : (tensor<16x16xi32>, tensor<16x16xi32>) -> tensor<16x16xi1>
+    %a = stablehlo.dot_general %x, %v, contracting_dims = [1] x [0] {bactrian.phase = "forward"} : (tensor<16x16xf32>, tensor<16x16xf32>) -> tensor<16x16xf32>
+    %am = stablehlo.select %m, %a, %x {bactrian.phase = "forward"} : tensor<16x16xi1>, tensor<16x16xf32>
+    %b = stablehlo.dot_general %am, %w, contracting_dims = [1] x [0] {bactrian.phase = "forward"} : (tensor<16x16xf32>, tensor<16x16xf32>) -> tensor<16x16xf32>
+    %bm = stablehlo.select %m, %b, %am {bactrian.phase = "forward"} : tensor<16x16xi1>, tensor<16x16xf32>
+    %o = stablehlo.dot_general %bm, %h, contracting_dims = [1] x [0] {bactrian.phase = "forward"} : (tensor<16x16xf32>, tensor<16x1xf32>) -> tensor<16x1xf32>
+    %k:2 = stablehlo.optimization_barrier {bactrian.phase = "backward"} %p, %am : tensor<16xi32>, tensor<16x16xf32>
+    %kr = stablehlo.broadcast_in_dim %k#0, dims = [0] {bactrian.phase = "backward"} : (tensor<16xi32>) -> tensor<16x16xi32>
+    %kc = stablehlo.broadcast_in_dim %k#0, dims = [1] {bactrian.phase = "backward"} : (tensor<16xi32>) -> tensor<16x16xi32>
+    %km = stablehlo.compare GE, %kr, %kc {bactrian.phase = "backward"} : (tensor<16x16xi32>, tensor<16x16xi32>) -> tensor<16x16xi1>
+    %dw = stablehlo.select %km, %k#1, %bm {bactrian.phase = "backward"} : tensor<16x16xi1>, tensor<16x16xf32>
+    %l:2 = stablehlo.optimization_barrier {bactrian.phase = "backward"} %p, %x : tensor<16xi32>, tensor<16x16xf32>
+    %lr = stablehlo.broadcast_in_dim %l#0, dims = [0] {bactrian.phase = "backward"} : (tensor<16xi32>) -> tensor<16x16xi32>
+    %lc = stablehlo.broadcast_in_dim %l#0, dims = [1] {bactrian.phase = "backward"} : (tensor<16xi32>) -> tensor<16x16xi32>
+    %lm = stablehlo.compare GE, %lr, %lc {bactrian.phase = "backward"} : (tensor<16x16xi32>, tensor<16x16xi32>) -> tensor<16x16xi1>
+    %dv = stablehlo.select %lm, %l#1, %dw {bactrian.phase = "backward"} : tensor<16x16xi1>, tensor<16x16xf32>
+    %e:3 = stablehlo.custom_call @bactrian.gradient_boundary(%o, %dv, %dw) {mhlo.backend_config = {kinds = "aux,gradient,gradient", reductions = "last,mean,mean"}} : (tensor<16x1xf32>, tensor<16x16xf32>, tensor<16x16xf32>) -> (tensor<16x1xf32>, tensor<16x16xf32>, tensor<16x16xf32>)
+    return %e#0, %e#1, %e#2 : tensor<16x1xf32>, tensor<16x16xf32>, tensor<16x16xf32>
+  }
+}

@@ -14,30 +14,33 @@ from jaxlib.mlir.dialects import sdy
 from bactrian.passes.frame.base import Pass, PassContext, Statistic, option
 from bactrian.passes.frame.errors import ConfigError
 from bactrian.passes.ir.attributes import (
-    BACKWARD,
-    FORWARD,
     NUM_LAYERS,
+    NUM_MICROBATCHES,
     NUM_STAGES,
     STAGE,
+    UPDATE,
+    argument_pinned_stages,
     argument_roles,
     integer,
+    integer_attribute,
     layer_of,
     required_integer,
 )
 from bactrian.passes.ir.main_dataflow import MainDataflow
 from bactrian.passes.ir.meshes import mesh_attribute
-from bactrian.passes.ir.op_costs import CostModel
 from bactrian.passes.ir.regions import main_function
 from bactrian.passes.machine.spec import MeshAxes, parse_meshes
 from bactrian.passes.stages import layer_partitioning
+from bactrian.passes.stages.op_times import OpTimes
+from bactrian.passes.stages.uneven_stages import warn_of_uneven_stages
 
 
 @dataclass(frozen=True)
 class AssignStages(Pass):
     """Put consecutive layers together into stages.
 
-    The slowest stage sets the pace of a pipeline, so the largest sum of forward and backward flops of a stage is made
-    as small as it can be; among equals, the fewest bytes cross between stages. Or the first layer of each stage is
+    The slowest stage sets the pace of a pipeline, so the longest time that a stage takes of a step, as it is predicted for
+    a device of ``cluster``, is made as short as it can be; among equals, the fewest bytes cross between stages. Or the first layer of each stage is
     given with ``boundaries``. Every stage gets a mesh: of one device, or with the axes of ``mesh``, which names one mesh
     for all stages or one for each.
 
@@ -91,6 +94,9 @@ class AssignStages(Pass):
         help='the mesh of all stages, as in "data=2,model=4", or of each, as in "data=2;data=4"; '
         "one device if not given",
     )
+    cluster: str = option(
+        "", help="TOML file of the devices that time is predicted for; the cores of this host if empty"
+    )
 
     def check_options(self) -> None:
         """Boundaries begin with 0, grow, and are as many as the stages."""
@@ -143,9 +149,15 @@ class AssignStages(Pass):
         flow = MainDataflow.kept_or_read(module, ctx)
         layers = [layer_of(op) for op in flow.ops]
         main = main_function(module)
-        flops, crossing = _layer_costs(flow, argument_roles(main), layers, num_layers)
+        times = OpTimes.kept_or_predicted(module, self.cluster, ctx)
+        microbatches = integer_attribute(module.operation, NUM_MICROBATCHES) or 1
+        op_seconds = [
+            once if phase == UPDATE else microbatches * once
+            for phase, once in zip(flow.phases, times.seconds, strict=True)
+        ]
+        seconds, crossing = _layer_costs(flow, op_seconds, argument_roles(main), layers, num_layers)
         given = self._given()
-        starts = given if given is not None else self._balanced(flops, crossing, main, ctx)
+        starts = given if given is not None else self._balanced(seconds, crossing, main, ctx)
         if starts is None:
             return
         if starts[-1] >= num_layers:
@@ -156,56 +168,57 @@ class AssignStages(Pass):
             )
             return
         meshes = self._meshes(len(starts))
-        stages = [integer(bisect.bisect_right(starts, layer) - 1) for layer in range(num_layers)]
+        stages = [bisect.bisect_right(starts, layer) - 1 for layer in range(num_layers)]
+        attributes = [integer(stage) for stage in stages]
         for op, layer in zip(flow.ops, layers, strict=True):
             if layer is not None:
-                op.attributes[STAGE] = stages[layer]
+                op.attributes[STAGE] = attributes[layer]
+        of_ops = [None if layer is None else stages[layer] for layer in layers]
+        warn_of_uneven_stages(flow, op_seconds, of_ops, len(starts), bool(argument_pinned_stages(main)), ctx)
         module.operation.attributes[NUM_STAGES] = integer(len(starts))
         _make_meshes(module, meshes)
         ctx.keep(flow)
+        ctx.keep(times)
         ctx.count("cut-bytes", sum(crossing[start] for start in starts[1:]))
 
     def _balanced(
-        self, flops: list[float], crossing: list[int], main: ir.Operation, ctx: PassContext
+        self, seconds: list[float], crossing: list[int], main: ir.Operation, ctx: PassContext
     ) -> list[int] | None:
-        if self.num_stages > len(flops):
+        if self.num_stages > len(seconds):
             ctx.error(
                 main,
-                f"cannot make {self.num_stages} stages of {len(flops)} layer{'s' * (len(flops) > 1)}",
+                f"cannot make {self.num_stages} stages of {len(seconds)} layer{'s' * (len(seconds) > 1)}",
                 why="a stage has at least one layer",
-                fix=f"group-layers with num-layers={self.num_stages} or more, or ask for at most {len(flops)} stages",
+                fix=f"group-layers with num-layers={self.num_stages} or more, or ask for at most {len(seconds)} stages",
             )
             return None
-        return list(layer_partitioning.balance(flops, crossing, self.num_stages or len(flops)))
+        return list(layer_partitioning.balance(seconds, crossing, self.num_stages or len(seconds)))
 
 
 def _layer_costs(
-    flow: MainDataflow, roles: list[str], layers: list[int | None], num_layers: int
+    flow: MainDataflow, seconds: Sequence[float], roles: list[str], layers: list[int | None], num_layers: int
 ) -> tuple[list[float], list[int]]:
-    """Forward and backward flops of each layer, and the bytes across each layer's start.
+    """Seconds of each layer in a step, and the bytes across each layer's start in the forward and backward phase.
 
-    Only what depends on the batch counts: the rest is cloned, or computed once.
+    Of the values that cross only those count that depend on the batch: the others are cloned, or sent once.
     """
-    model = CostModel()
-    flops = [0.0] * num_layers
+    total = [0.0] * num_layers
     change = [0] * (num_layers + 1)
     tainted = [role == "batch" for role in roles] + [False] * (len(flow.values) - flow.num_arguments)
-    phases = flow.phases
-    users = flow.users()
-    for index, op in enumerate(flow.ops):
-        own = layers[index]
-        if own is None or phases[index] not in (FORWARD, BACKWARD):
+    phases, sizes, users = flow.phases, flow.sizes, flow.users()
+    for index, own in enumerate(layers):
+        if own is None:
             continue
-        if not any(tainted[value] for value in flow.operands[index]):
+        total[own] += seconds[index]
+        if phases[index] == UPDATE or not any(tainted[value] for value in flow.operands[index]):
             continue
-        flops[own] += model.flops(op)
-        for value, size in zip(flow.results[index], model.result_bytes(op), strict=True):
+        for value in flow.results[index]:
             tainted[value] = True
             readers = [layers[user] for user in users[value] if phases[user] == phases[index]]
             ends = [own, *(layer for layer in readers if layer is not None)]
-            change[min(ends) + 1] += size
-            change[max(ends) + 1] -= size
-    return flops, list(itertools.accumulate(change[:num_layers]))
+            change[min(ends) + 1] += sizes[value]
+            change[max(ends) + 1] -= sizes[value]
+    return total, list(itertools.accumulate(change[:num_layers]))
 
 
 def _make_meshes(module: ir.Module, meshes: Sequence[MeshAxes]) -> None:

@@ -14,24 +14,25 @@ from bactrian.passes.ir.attributes import (
     FORWARD,
     LAYER,
     NUM_LAYERS,
-    NUM_MICROBATCHES,
     UPDATE,
     integer,
-    integer_attribute,
 )
 from bactrian.passes.ir.main_dataflow import MainDataflow
 from bactrian.passes.ir.regions import main_function
 from bactrian.passes.stages.forward_cut import cut_forward
 from bactrian.passes.stages.layer_graph import LayeredProgram
-from bactrian.passes.stages.layer_placement import LayerPlacement
-from bactrian.passes.stages.pinned_arguments import PinnedArguments
+from bactrian.passes.stages.op_times import OpTimes
+from bactrian.passes.stages.placement_by_forward import place_by_forward
 
 
 @dataclass(frozen=True)
 class GroupLayers(Pass):
-    """Group the program into layers: forward by weight and cut bytes, the rest to what it reads.
+    """Group the program into layers: forward by predicted time and cut bytes, the rest to what it reads.
 
-    The forward ops are cut into ``num-layers`` contiguous groups of about equal flops, where the fewest bytes cross. If
+    The forward ops are cut into ``num-layers`` contiguous groups, where the fewest bytes cross, so that a step takes
+    about equally long on each: the roofline time of its forward ops, and of the backward and update ops that go with
+    them, on a device of ``cluster``. What every stage will compute for itself (a mask of positions in the batch) crosses
+    no cut. A part that `jax.checkpoint` computes again is cut only if that makes the slowest layer much faster. If
     the program has stage boundaries, cuts are made only there; the boundaries are removed. Backward and update ops may
     stand anywhere, so they go where the bytes times the layers that they travel are least: a residual is free
     from the layer that makes it to the last that reads it in the forward phase, an argument is free where the forward
@@ -86,7 +87,7 @@ class GroupLayers(Pass):
     """
 
     name: ClassVar[str] = "group-layers"
-    summary: ClassVar[str] = "group the ops into layers of equal weight with small cuts"
+    summary: ClassVar[str] = "group the ops into layers of equal predicted time with small cuts"
     requires: ClassVar[tuple[str, ...]] = ("formed", "flat", "typed", "marked", "with-phases")
     ensures: ClassVar[tuple[str, ...]] = ("phased", "layered")
     statistics: ClassVar[tuple[Statistic, ...]] = (
@@ -98,7 +99,10 @@ class GroupLayers(Pass):
 
     num_layers: int = option(0, help="how many layers to make; 0: one more than there are stage boundaries")
     num_stages: int = option(0, help="stages that will be made of the layers, for errors to name; 0: not known")
-    epsilon: float = option(0.1, help="by how much a layer's flops may exceed an even share")
+    epsilon: float = option(0.1, help="by how much a layer's predicted time may exceed an even share")
+    cluster: str = option(
+        "", help="TOML file of the devices that time is predicted for; the cores of this host if empty"
+    )
     small_bytes: int = option(256, help="an argument of at most this many bytes is read anywhere for free")
 
     def check_options(self) -> None:
@@ -111,14 +115,15 @@ class GroupLayers(Pass):
     def apply(self, module: ir.Module, ctx: PassContext) -> None:
         """Cut the forward ops, place all others, write the layers."""
         program = LayeredProgram.of(module, MainDataflow.kept_or_read(module, ctx), self.small_bytes)
-        layers = cut_forward(program, self.num_layers, self.num_stages, self.epsilon, main_function(module), ctx)
+        times = OpTimes.of(module, self.cluster)
+        main = main_function(module)
+        layers = cut_forward(program, times.seconds, self.num_layers, self.num_stages, self.epsilon, main, ctx)
         if layers is None:
             return
         num_layers = 1 + max((layer for layer in layers if layer is not None), default=0)
         _place_free(program, layers, FORWARD)
-        microbatches = integer_attribute(module.operation, NUM_MICROBATCHES) or 1
         pinned = program.pinned if program.pinned is not None and program.pinned.num_stages == num_layers else None
-        placed = _place(program, pinned, layers, num_layers, microbatches)
+        placed = place_by_forward(program, pinned, layers, num_layers)
         for phase in (UPDATE, BACKWARD):
             _place_free(program, layers, phase)
         attributes = [integer(layer) for layer in range(num_layers)]
@@ -130,6 +135,7 @@ class GroupLayers(Pass):
         _remove_markers(program)
         if not any(program.marker):
             ctx.keep(program.flow)
+            ctx.keep(times)
         ctx.count("free", sum(program.free))
         ctx.count("placed", placed)
         ctx.count("markers", sum(program.marker))
@@ -145,102 +151,6 @@ def _place_free(program: LayeredProgram, layers: list[int | None], phase: str) -
         own = [layer for r in readers if program.phases[r] == phase and (layer := layers[r]) is not None]
         others = [layer for r in readers if (layer := layers[r]) is not None]
         layers[index] = choose(own) if own else min(others, default=0)
-
-
-def _place(
-    program: LayeredProgram,
-    pinned: PinnedArguments | None,
-    layers: list[int | None],
-    num_layers: int,
-    microbatches: int,
-) -> int:
-    """Place backward and update ops that are not free; returns how many there are.
-
-    What happens once per microbatch counts ``microbatches`` times what happens once per step.
-    """
-    problem = LayerPlacement(num_layers)
-    nodes: dict[int, int] = {}
-    for index, phase in enumerate(program.phases):
-        if phase in (BACKWARD, UPDATE) and not program.free[index] and not program.marker[index]:
-            nodes[index] = problem.node()
-    ends = _argument_ends(program, pinned, layers, problem)
-    for value in range(len(program.flow.values)):
-        _pay_for_value(program, layers, problem, nodes, ends, value, microbatches)
-    solution = problem.solve()
-    for op, node in nodes.items():
-        layers[op] = solution[node]
-    return len(nodes)
-
-
-def _argument_ends(
-    program: LayeredProgram, pinned: PinnedArguments | None, layers: list[int | None], problem: LayerPlacement
-) -> dict[int, list[int]]:
-    """The layers that have each argument: the lowest and highest that hold it or read it forward, else a variable.
-
-    A batch argument stands there as well: other stages could load it, too, but then the gradient of the first layer's
-    weight would be computed on the second whenever it is smaller than the cotangent.
-    """
-    ends: dict[int, list[int]] = {}
-    for argument in range(len(program.roles)):
-        forward = [
-            layer
-            for reader in program.readers[argument]
-            if program.phases[reader] == FORWARD and (layer := layers[reader]) is not None
-        ]
-        forward.extend(pinned.of.get(argument, ()) if pinned is not None else ())
-        ends[argument] = [problem.at(min(forward)), problem.at(max(forward))] if forward else [problem.node()]
-    return ends
-
-
-def _pay_for_value(
-    program: LayeredProgram,
-    layers: list[int | None],
-    problem: LayerPlacement,
-    nodes: dict[int, int],
-    ends: dict[int, list[int]],
-    value: int,
-    microbatches: int,
-) -> None:
-    """Add one value's travels to the problem."""
-    if program.same[value] != value:
-        return
-    op = program.flow.producer[value]
-    if op >= 0 and (op == program.boundary or program.free[op]):
-        return
-    size = program.bytes[value]
-    backward = [nodes[r] for r in program.readers[value] if program.phases[r] == BACKWARD and r in nodes]
-    update = _update_ends(program, nodes, ends, value)
-    if op < 0:
-        problem.pay_span([*ends[value], *backward], size * microbatches)
-        problem.pay_span([*ends[value], *update], size)
-    elif program.phases[op] == FORWARD:
-        own = layers[op]
-        assert own is not None
-        last = max((layers[r] or 0 for r in program.readers[value] if program.phases[r] == FORWARD), default=own)
-        problem.pay_span([problem.at(own), problem.at(max(own, last)), *backward], size * microbatches)
-        problem.pay_span([problem.at(own), *update], size)
-    elif program.phases[op] == BACKWARD:
-        for reader in backward:
-            problem.require(nodes[op], reader)
-        if backward:
-            problem.pay(nodes[op], problem.lowest(backward), size * microbatches)
-        problem.pay_span([nodes[op], *update], size)
-    else:
-        problem.pay_span([nodes[op], *update], size)
-
-
-def _update_ends(program: LayeredProgram, nodes: dict[int, int], ends: dict[int, list[int]], value: int) -> list[int]:
-    """What a value travels to once per step: update ops, and the layers of the argument that it is the next value of.
-
-    A value that passes the boundary is the same value behind it.
-    """
-    same = [value]
-    boundary = program.boundary
-    if boundary is not None and boundary in program.readers[value]:
-        passed = zip(program.flow.operands[boundary], program.flow.results[boundary], strict=True)
-        same.extend(result for operand, result in passed if program.same[operand] == value)
-    readers = [nodes[r] for v in same for r in program.readers[v] if program.phases[r] == UPDATE and r in nodes]
-    return readers + [end for v in same for argument in program.next_of.get(v, ()) for end in ends.get(argument, ())]
 
 
 def _remove_markers(program: LayeredProgram) -> None:

@@ -33,14 +33,16 @@ def import_step(mesh: str = "") -> Passes:
     )
 
 
-def form_stages(num_stages: int = 0, num_layers: int = 0, boundaries: str = "", mesh: str = "") -> Passes:
+def form_stages(
+    num_stages: int = 0, num_layers: int = 0, boundaries: str = "", mesh: str = "", cluster: str = ""
+) -> Passes:
     """Group ops into layers, and layers into pipeline stages, each with a mesh."""
     from bactrian.passes.assign_stages import AssignStages
     from bactrian.passes.group_layers import GroupLayers
 
     return (
-        GroupLayers(num_layers=num_layers, num_stages=num_stages),
-        AssignStages(num_stages=num_stages, boundaries=boundaries, mesh=mesh),
+        GroupLayers(num_layers=num_layers, num_stages=num_stages, cluster=cluster),
+        AssignStages(num_stages=num_stages, boundaries=boundaries, mesh=mesh, cluster=cluster),
     )
 
 
@@ -102,9 +104,9 @@ def emit_stages(donate: bool = True) -> Passes:
     )
 
 
-def up_to_stages(num_stages: int, num_layers: int, boundaries: str, mesh: str) -> Passes:
+def up_to_stages(num_stages: int, num_layers: int, boundaries: str, mesh: str, cluster: str) -> Passes:
     """The part of `stage_step` after which the planner measures ops and names layers, while ops still have layers."""
-    return (*import_step(mesh), *form_stages(num_stages, num_layers, boundaries, mesh))
+    return (*import_step(mesh), *form_stages(num_stages, num_layers, boundaries, mesh, cluster))
 
 
 def up_to_shardings(mesh: str) -> Passes:
@@ -138,7 +140,7 @@ def stage_step(
 ) -> Passes:
     """Turn a captured step into scheduled stages: everything here, in order."""
     return (
-        *up_to_stages(num_stages, num_layers or num_stages, boundaries, mesh),
+        *up_to_stages(num_stages, num_layers or num_stages, boundaries, mesh, cluster),
         *up_to_shardings(mesh),
         *up_to_schedule(mesh, cluster, strategy, donate),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -12,14 +13,15 @@ from bactrian.passes.frame.base import Pass, PassContext, Statistic, option
 from bactrian.passes.frame.errors import ConfigError, InfeasiblePlanError
 from bactrian.passes.ir.attributes import SHARDING_ESTIMATES, argument_roles, integer
 from bactrian.passes.ir.regions import main_function
-from bactrian.passes.machine.cluster import CPU_HOST, read_cluster
+from bactrian.passes.machine.cluster import cluster_or_cores
 from bactrian.passes.network.solver import Solution, solve
 from bactrian.passes.sharding.baseline_costs import BaselinePlan, no_worse_than_baselines, solve_baseline
 from bactrian.passes.sharding.baselines import AUTO, BASELINES, check_strategy, pin_baseline
-from bactrian.passes.sharding.cost_breakdown import cost_breakdown
+from bactrian.passes.sharding.cost_breakdown import CostBreakdown, cost_breakdown
 from bactrian.passes.sharding.infeasible import out_of_memory
 from bactrian.passes.sharding.loop_dataflow import capture_unchanged
 from bactrian.passes.sharding.reduce_scatter_choice import prefer_reduce_scatters
+from bactrian.passes.sharding.repeated_work import is_repeated, what_would_pay
 from bactrian.passes.sharding.sharding_model import ShardingModel, Shardings
 from bactrian.passes.sharding.shardings_to_ir import Writer, write_stages
 from bactrian.passes.sharding.stage_programs import StageProgram, read_stages, stage_meshes
@@ -125,7 +127,7 @@ class SolveShardings(Pass):
         if not meshes:
             drop_rules(main)
             return
-        cluster = read_cluster(self.cluster) if self.cluster else CPU_HOST
+        cluster = cluster_or_cores(self.cluster)
         limit = self.memory_bytes or cluster.memory_bytes
         roles = argument_roles(main)
         capture_unchanged(main)
@@ -175,6 +177,21 @@ class SolveShardings(Pass):
             raise failure
         return solution
 
+    def _warn_of_repeated_work(
+        self, main: ir.Operation, stage: _SolvedStage, taken: CostBreakdown, roles: Sequence[str], ctx: PassContext
+    ) -> None:
+        program = stage.program
+        devices = math.prod(program.mesh.sizes.values())
+        message = f"each of the {devices} devices of stage {program.stage} repeats all of its work"
+        if self.strategy != AUTO:
+            ctx.warning(main, message, why=f"strategy {self.strategy} shards none of it", fix='use strategy="auto"')
+            return
+        rows = stage.baselines.get("data") or solve_baseline(
+            program.reading, program.mesh, roles, "data", None, self.time_limit
+        )
+        why, fix = what_would_pay(devices, taken, rows)
+        ctx.warning(main, message, why=why, fix=fix)
+
     def _estimate(
         self,
         main: ir.Operation,
@@ -187,11 +204,13 @@ class SolveShardings(Pass):
         """What is predicted of one stage."""
         solution, program = stage.solution, stage.program
         gap = "optimal" if solution.optimal else f"at least {solution.lower_bound:.4g} s"
-        ctx.remark(
+        ctx.note(
             main,
             f"{'a step' if program.only is None else f'stage {program.only}'} takes {solution.cost:.4g} s ({gap}), a device holds {solution.memory / 2**20:.1f} MiB",
         )
         taken = cost_breakdown(stage.model, stage.reading, roles, solution.choice, stage.shardings)
+        if is_repeated(program.reading, taken):
+            self._warn_of_repeated_work(main, stage, taken, roles, ctx)
         given = sum(number < program.reading.flow.num_arguments for number, _ in program.reading.problem.pinned)
         sent = {kind: round(nbytes) for kind, nbytes in sorted(writer.sent_in_step.items())}
         fields: dict[str, ir.Attribute] = {

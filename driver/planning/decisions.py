@@ -60,7 +60,7 @@ class Decisions:
     def forming(self) -> Passes:
         """The passes up to ``assign-stages``."""
         boundaries = ",".join(map(str, self.first_layers))
-        return pipelines.up_to_stages(self.num_stages, self.num_layers, boundaries, self.mesh_text)
+        return pipelines.up_to_stages(self.num_stages, self.num_layers, boundaries, self.mesh_text, self.cluster)
 
     def localizing(self) -> Passes:
         """The passes from there to what ``solve-shardings`` reads."""

@@ -35,7 +35,7 @@ def name_layers(ops: Sequence[PlacedOp], num_layers: int) -> tuple[LayerPlan, ..
     first: dict[int, str] = {}
     modules: dict[int, dict[str, None]] = {layer: {} for layer in range(num_layers)}
     for placed in ops:
-        if placed.phase != "forward" or placed.cost.flops == 0:
+        if placed.phase != "forward" or placed.flops == 0:
             continue
         op, layer = placed.op, placed.layer or 0
         if layer not in first:

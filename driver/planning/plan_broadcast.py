@@ -17,7 +17,6 @@ from bactrian.driver.planning.options import Options
 from bactrian.driver.planning.staged_plan import StagedPlan
 from bactrian.driver.ranks import World
 from bactrian.passes.frame.context import make_context
-from bactrian.passes.frame.diagnostics import Diagnostic
 from bactrian.passes.machine.spec import MeshAxes, meshes_text, num_devices
 from bactrian.passes.plan.schema import Plan, fingerprint_text
 from bactrian.passes.plan.stage_sharding import ShardingPlan
@@ -72,11 +71,12 @@ def with_shardings_of_rank_0(staged: StagedPlan, world: World) -> StagedPlan:
 
 
 def outline(plan: Plan) -> Plan:
-    """A plan without what a search that ends by the clock may find otherwise: shardings, and what follows of them."""
+    """A plan without what a search that ends by the clock may find otherwise: shardings, and what follows of them and is
+    said of them."""
     if all(num_devices(stage.mesh) == 1 for stage in plan.stages):
         return plan
     stages = tuple(replace(stage, sharding=_asked(stage.sharding), predicted_seconds=None) for stage in plan.stages)
-    return replace(plan, stages=stages, predicted_step_seconds=None, peak_memory_bytes=None)
+    return replace(plan, stages=stages, predicted_step_seconds=None, peak_memory_bytes=None, remarks=())
 
 
 def _asked(sharding: ShardingPlan | None) -> ShardingPlan | None:
@@ -91,14 +91,11 @@ class _Packed:
     module: bytes
     unsolved: bytes | None
     donate: bool
-    diagnostics: tuple[Diagnostic, ...]
 
 
 def _pack(staged: StagedPlan) -> _Packed:
     unsolved = None if staged.unsolved is None else _bytecode(staged.unsolved)
-    return _Packed(
-        staged.plan.to_json(), _bytecode(staged.module.operation), unsolved, staged.donate, staged.diagnostics
-    )
+    return _Packed(staged.plan.to_json(), _bytecode(staged.module.operation), unsolved, staged.donate)
 
 
 def _unpack(packed: _Packed) -> StagedPlan:
@@ -106,7 +103,7 @@ def _unpack(packed: _Packed) -> StagedPlan:
         module = ir.Module.parse(packed.module)
         unsolved = None if packed.unsolved is None else ir.Module.parse(packed.unsolved).operation
     plan = Plan.from_json(packed.plan, source="the plan of rank 0")
-    return StagedPlan(plan, module, packed.donate, packed.diagnostics, unsolved)
+    return StagedPlan(plan, module, packed.donate, unsolved)
 
 
 def _bytecode(op: ir.Operation) -> bytes:

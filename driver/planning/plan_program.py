@@ -13,6 +13,7 @@ from bactrian.driver.planning.decisions import Decisions
 from bactrian.driver.planning.infeasible_core import with_conflict
 from bactrian.driver.planning.layer_names import name_layers
 from bactrian.driver.planning.memory_refinement import MemoryRefinementResult, clone_unsolved, is_fitting, refine_memory
+from bactrian.driver.planning.plan_remarks import remarks_of
 from bactrian.driver.planning.plan_shardings import (
     GivenSpec,
     as_before,
@@ -22,9 +23,9 @@ from bactrian.driver.planning.plan_shardings import (
     write_specs,
 )
 from bactrian.driver.planning.predictions import (
-    DEVICES,
     StageWork,
     first_layers,
+    is_timed,
     placed_ops,
     stage_plan,
     stage_work,
@@ -38,6 +39,7 @@ from bactrian.passes.ir.regions import body, main_function
 from bactrian.passes.machine.spec import Spec
 from bactrian.passes.plan.schema import LayerPlan, Plan, StagePlan
 from bactrian.passes.sharding.solve_snapshot import before_solving
+from bactrian.passes.stages.op_times import OpTimes
 
 
 def plan_program(
@@ -63,7 +65,7 @@ def plan_program(
     """
     formed = run_pipeline(module, decisions.forming(), reproducer_dir=reproducer_dir)
     # What is known by layers is read now: split-stages keeps only stages.
-    layered = _layered(module, decisions, formed.kept.get(MainDataflow))
+    layered = _layered(module, decisions, formed)
     sources = _give_shardings(module, decisions, plan, specs or {}, paths) if decisions.is_wide else {}
     localized = run_pipeline(module, decisions.localizing(), reproducer_dir=reproducer_dir, kept=formed.kept)
     unsolved = None
@@ -74,6 +76,7 @@ def plan_program(
     fitted = _refine_memory(module, unsolved, decisions, localized, paths, reproducer_dir)
     stages = _stage_plans(fitted, layered, decisions, plan, platform, num_microbatches)
     shardings = [stage.sharding for stage in stages if stage.sharding is not None]
+    timed = is_timed(platform, decisions.cluster)
     made = Plan(
         num_stages=decisions.num_stages,
         num_microbatches=num_microbatches,
@@ -83,12 +86,12 @@ def plan_program(
         layers=layered.names,
         fingerprint=fingerprint,
         platform=platform,
-        predicted_step_seconds=step_seconds(layered.work, shardings, num_microbatches, DEVICES.get(platform)),
+        predicted_step_seconds=step_seconds(layered.work, shardings, num_microbatches, timed),
         peak_memory_bytes=max((s.device_memory_bytes or 0 for s in stages), default=0),
         options=plan.options if plan is not None else (),
+        remarks=remarks_of((*formed.diagnostics, *localized.diagnostics, *fitted.report.diagnostics)),
     )
-    diagnostics = (*formed.diagnostics, *localized.diagnostics, *fitted.report.diagnostics)
-    return StagedPlan(made, fitted.module, decisions.donate, diagnostics, unsolved)
+    return StagedPlan(made, fitted.module, decisions.donate, unsolved)
 
 
 @dataclass(frozen=True)
@@ -100,9 +103,9 @@ class _Layered:
     work: tuple[StageWork, ...]
 
 
-def _layered(module: ir.Module, decisions: Decisions, flow: MainDataflow | None) -> _Layered:
+def _layered(module: ir.Module, decisions: Decisions, formed: PipelineReport) -> _Layered:
     with module.context:
-        ops = placed_ops(module, flow)
+        ops = placed_ops(formed.kept[MainDataflow], formed.kept[OpTimes])
         starts = first_layers(ops, decisions.num_stages)
         layers = tuple(range(start, end) for start, end in pairwise((*starts, decisions.num_layers)))
         return _Layered(name_layers(ops, decisions.num_layers), layers, stage_work(ops, decisions.num_stages))
@@ -164,7 +167,7 @@ def _stage_plans(
             layered.of_stages[stage],
             layered.work[stage],
             num_microbatches=num_microbatches,
-            device=DEVICES.get(platform),
+            is_timed=is_timed(platform, decisions.cluster),
             sharding=shardings[stage] if shardings else None,
         )
         for stage in range(decisions.num_stages)

@@ -12,41 +12,43 @@ from bactrian.driver.planning.stage_traffic import StageTraffic
 from bactrian.passes.ir.attributes import layer_of, phase_of, stage_of
 from bactrian.passes.ir.main_dataflow import MainDataflow
 from bactrian.passes.ir.op_costs import CostModel
-from bactrian.passes.ir.regions import main_function
-from bactrian.passes.machine.device import CPU_CORE, Device, OpCost
 from bactrian.passes.plan.schema import StagePlan
 from bactrian.passes.plan.stage_sharding import ShardingPlan
 from bactrian.passes.schedules.schedule import peak_in_flight
+from bactrian.passes.stages.op_times import OpTimes
 from bactrian.runtime.staged_program import StagedProgram
 
-DEVICES: dict[str, Device] = {"cpu": CPU_CORE}
-"""What is known of one device of a platform, where nobody describes a cluster."""
+
+def is_timed(platform: str, cluster: str) -> bool:
+    """Whether times can be predicted: a file describes the devices, or they are cores."""
+    return bool(cluster) or platform == "cpu"
 
 
 @dataclass(frozen=True, slots=True)
 class PlacedOp:
-    """An op of ``@main`` with the phase, stage and layer that it was given, and what it costs."""
+    """An op of ``@main`` with the phase, stage and layer that it was given, and what one run of it costs."""
 
     op: ir.Operation
     phase: str
     stage: int
     layer: int | None
-    cost: OpCost
+    flops: float
+    seconds: float
 
 
-def placed_ops(module: ir.Module, flow: MainDataflow | None) -> list[PlacedOp]:
+def placed_ops(flow: MainDataflow, times: OpTimes) -> list[PlacedOp]:
     """The ops that have a stage, in program order, as ``assign-stages`` leaves them: later passes drop the layers.
 
     Args:
-        module: its context is entered.
-        flow: of ``@main``, if the pass before kept it.
+        flow: of ``@main``.
+        times: of its ops.
     """
     model = CostModel()
     found: list[PlacedOp] = []
-    for op in (flow or MainDataflow.of(main_function(module))).ops:
+    for op, seconds in zip(flow.ops, times.seconds, strict=True):
         phase, stage = phase_of(op), stage_of(op)
         if phase is not None and stage is not None:
-            found.append(PlacedOp(op, phase, stage, layer_of(op), model.cost(op)))
+            found.append(PlacedOp(op, phase, stage, layer_of(op), model.flops(op), seconds))
     return found
 
 
@@ -61,15 +63,15 @@ def first_layers(ops: Iterable[PlacedOp], num_stages: int) -> tuple[int, ...]:
 
 @dataclass
 class StageWork:
-    """Flops and roofline seconds of a stage on one core, by phase: of one microbatch, and for the update of one step."""
+    """Flops and predicted seconds of a stage on one device, by phase: of one microbatch, and for the update of one step."""
 
     flops: dict[str, float] = field(default_factory=dict[str, float])
     seconds: dict[str, float] = field(default_factory=dict[str, float])
 
-    def add(self, phase: str, cost: OpCost) -> None:
+    def add(self, op: PlacedOp) -> None:
         """Count one op."""
-        self.flops[phase] = self.flops.get(phase, 0.0) + cost.flops
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + CPU_CORE.seconds(cost)
+        self.flops[op.phase] = self.flops.get(op.phase, 0.0) + op.flops
+        self.seconds[op.phase] = self.seconds.get(op.phase, 0.0) + op.seconds
 
     @property
     def microbatch_seconds(self) -> float:
@@ -86,12 +88,12 @@ def stage_work(ops: Iterable[PlacedOp], num_stages: int) -> tuple[StageWork, ...
     """The work of every stage."""
     work = tuple(StageWork() for _ in range(num_stages))
     for op in ops:
-        work[op.stage].add(op.phase, op.cost)
+        work[op.stage].add(op)
     return work
 
 
 def step_seconds(
-    work: Sequence[StageWork], shardings: Sequence[ShardingPlan], num_microbatches: int, device: Device | None
+    work: Sequence[StageWork], shardings: Sequence[ShardingPlan], num_microbatches: int, is_timed: bool
 ) -> float | None:
     """Seconds of one step of a pipeline of ``S`` stages on ``m`` microbatches; None where the devices are not known.
 
@@ -114,7 +116,7 @@ def step_seconds(
     """
     if shardings:
         return max(s.seconds for s in shardings) * (num_microbatches + len(shardings) - 1) / num_microbatches
-    if device is None:
+    if not is_timed:
         return None
     per_microbatch = [stage.microbatch_seconds for stage in work]
     update = max(stage.update_seconds for stage in work)
@@ -128,7 +130,7 @@ def stage_plan(
     work: StageWork,
     *,
     num_microbatches: int,
-    device: Device | None,
+    is_timed: bool,
     sharding: ShardingPlan | None,
 ) -> StagePlan:
     """What is predicted of one stage.
@@ -139,12 +141,12 @@ def stage_plan(
         layers: that it is made of.
         work: its ops.
         num_microbatches: of a step.
-        device: that it runs on; None if nothing is known of it.
+        is_timed: whether anything is known of the speed of its device.
         sharding: on a mesh, what was chosen.
     """
     traffic = StageTraffic(program, stage)
     parameters = traffic.state_values(lambda phase: phase != "update")
-    seconds = None if device is None else work.microbatch_seconds * num_microbatches + work.update_seconds
+    seconds = work.microbatch_seconds * num_microbatches + work.update_seconds if is_timed else None
     return StagePlan(
         stage=stage,
         first_layer=layers[0],

@@ -9,7 +9,6 @@ from pathlib import Path
 from jaxlib.mlir import ir
 
 from bactrian.driver.planning.extract import extract
-from bactrian.passes.frame.diagnostics import Diagnostic
 from bactrian.passes.plan.schema import Plan
 from bactrian.runtime.staged_program import StagedProgram
 
@@ -24,7 +23,6 @@ class StagedPlan:
     plan: Plan
     module: ir.Module
     donate: bool
-    diagnostics: tuple[Diagnostic, ...] = ()
     unsolved: ir.Operation | None = None
 
     @cached_property

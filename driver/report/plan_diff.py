@@ -27,7 +27,7 @@ def diff(a: Plan, b: Plan) -> list[str]:
 
     Predictions come with their relative change: ``stage 1: activation_bytes 100 → 150 (+50.0 %)``.
     """
-    lines = _differences(a, b, "", skip={"stages", "layers", "options"})
+    lines = _differences(a, b, "", skip={"stages", "layers", "options", "remarks"})
     before, after = dict(a.options), dict(b.options)
     for name in sorted(before.keys() | after.keys()):
         lines += _difference(f"option {name}", before.get(name), after.get(name))
@@ -43,6 +43,9 @@ def diff(a: Plan, b: Plan) -> list[str]:
             lines += _differences(old, new, f"layer {old.layer}: ", skip=set())
     elif bool(a.layers) != bool(b.layers):
         lines.append(f"layer names: only in the {'first' if a.layers else 'second'} plan")
+    for name, one, other in (("first", a, b), ("second", b, a)):
+        only = (remark for remark in one.remarks if remark not in other.remarks)
+        lines += [f"{remark.severity} only in the {name} plan: {remark.message}" for remark in only]
     return lines
 
 

@@ -10,10 +10,10 @@ from bactrian.driver.report.sharding_table import compared_table, sharding_grid
 from bactrian.driver.report.terminal import RichView
 from bactrian.passes.frame.units import UNKNOWN, human_bytes, human_count, human_seconds
 from bactrian.passes.frame.views import view
-from bactrian.passes.plan.schema import Option, Plan, StagePlan, add_known
+from bactrian.passes.plan.schema import Option, Plan, Remark, StagePlan, add_known
 
 if TYPE_CHECKING:
-    from rich.console import Group
+    from rich.console import Group, RenderableType
     from rich.table import Table
     from rich.text import Text
 
@@ -75,7 +75,7 @@ def render_plan(plan: Plan) -> Group:
     if plan.fingerprint:
         title.append(f"  of program {plan.fingerprint[:12]}", style=_QUIET)
     decided, *predicted = plan_lines(plan)
-    parts: list[Text | Table] = [
+    parts: list[RenderableType] = [
         title,
         Text(decided, style="bold"),
         *(Text(line) for line in predicted),
@@ -101,11 +101,25 @@ def render_plan(plan: Plan) -> Group:
             parts += [Text(""), sharding_grid(stage.sharding, number)]
             if stage.sharding.compared:
                 parts.append(compared_table(stage.sharding))
+    parts += [line for remark in plan.remarks for line in _remark_lines(remark)]
     if plan.options:
         parts.append(
             Text("options: " + "  ".join(f"{name}={_option_text(value)}" for name, value in plan.options), style=_QUIET)
         )
     return Group(*parts)
+
+
+def _remark_lines(remark: Remark) -> list[RenderableType]:
+    """An empty line, the remark, and where, why and what to do, indented also where lines are broken."""
+    from rich.padding import Padding
+    from rich.text import Text
+
+    heading = Text(f"{remark.severity}: ", style=f"bold {_ACCENT}" if remark.severity == "warning" else "bold")
+    parts: list[RenderableType] = [Text(""), heading.append(remark.message, style="default")]
+    for name, part in (("where", remark.where), ("why", remark.why), ("fix", remark.fix)):
+        if part:
+            parts.append(Padding(Text(f"{name}: {part}", style=_QUIET if name == "where" else "default"), (0, 0, 0, 2)))
+    return parts
 
 
 def _stage_table(plan: Plan) -> Table:

@@ -62,9 +62,13 @@ class PassContext:
         """The analysis of this kind that the pass before kept; None where there is none."""
         return self._kept.get(kind)
 
-    def remark(self, where: Locatable, message: str) -> None:
+    def note(self, where: Locatable, message: str) -> None:
+        """Tell of what was done, for who runs the pass alone: its results say the same."""
+        self._add("note", where, message)
+
+    def remark(self, where: Locatable, message: str, why: str = "", fix: str = "") -> None:
         """Tell the user something that is neither wrong nor doubtful."""
-        self._add("remark", where, message)
+        self._add("remark", where, message, why, fix)
 
     def warning(self, where: Locatable, message: str, why: str = "", fix: str = "") -> None:
         """Tell the user about something doubtful."""

@@ -120,6 +120,11 @@ CPU_HOST = Cluster("cpu-host", 1, 64, 4 << 30, CPU_CORE, 2e9, 2e9, 5e-5, 5e-5)
 """Cores of one host as devices: collectives are copies through its memory."""
 
 
+def cluster_or_cores(path: str) -> Cluster:
+    """The cluster of a file, as `read_cluster` reads it; the cores of this host where none is named."""
+    return read_cluster(path) if path else CPU_HOST
+
+
 def read_cluster(path: str | Path, table: str | None = None) -> Cluster:
     """Read a cluster from a TOML file.
 

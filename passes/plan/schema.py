@@ -90,7 +90,24 @@ class StagePlan:
         return sum(nbytes for _, nbytes in self.sharding.memory_bytes)
 
 
+@dataclass(frozen=True)
+class Remark:
+    """Something that the passes tell of the program or of the plan: a remark, or a warning of something doubtful."""
+
+    severity: str  # "remark" or "warning"
+    message: str
+    where: str = ""  # "train.py:12 (jit(step)/while)", several places separated by commas
+    why: str = ""
+    fix: str = ""
+
+    def text(self) -> str:
+        """The message with its where, why and fix, one per line."""
+        parts = (("where", self.where), ("why", self.why), ("fix", self.fix))
+        return "\n".join([self.message, *(f"  {name}: {part}" for name, part in parts if part)])
+
+
 add_record(LayerPlan, "a list of layers")
+add_record(Remark, "a list of remarks")
 add_record(StagePlan, "a list of stages")
 
 
@@ -115,6 +132,7 @@ class Plan(Viewable):
     predicted_step_seconds: float | None = None
     peak_memory_bytes: int | None = None  # of the device that needs most
     options: tuple[tuple[str, Option], ...] = ()
+    remarks: tuple[Remark, ...] = ()  # each once
     version: int = field(default=VERSION, kw_only=True)
 
     def __post_init__(self) -> None:

@@ -21,10 +21,12 @@ class CostBreakdown:
     """The predicted cost of a step.
 
     Attributes:
-        communication_seconds: the part of its time in which devices exchange values.
+        computing_seconds: the part of its time in which a device computes.
+        communication_seconds: the part in which devices exchange values.
         memory: peak bytes of a device, by class; classes without bytes are left out.
     """
 
+    computing_seconds: float
     communication_seconds: float
     memory: tuple[tuple[str, int], ...]
 
@@ -52,9 +54,8 @@ def cost_breakdown(
     for (first, end), nbytes, name in zip(network.intervals, held, names, strict=True):
         if first <= peak < end and nbytes:
             memory[name] = memory.get(name, 0) + round(nbytes)
-    return CostBreakdown(
-        max(0.0, shardings.seconds - computing - loading), tuple(sorted(memory.items(), key=lambda x: -x[1]))
-    )
+    communication = max(0.0, shardings.seconds - computing - loading)
+    return CostBreakdown(computing, communication, tuple(sorted(memory.items(), key=lambda x: -x[1])))
 
 
 def bytes_sent(

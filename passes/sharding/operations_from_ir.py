@@ -72,11 +72,7 @@ class OperationReader:
         self._model = CostModel()
         self._free = [False] * len(flow.values)
         self._kept = [True] * len(flow.values)  # takes memory: all but what is made here, and fused
-        self.value_of = list(range(len(flow.values)))
-        for index in range(len(flow.ops)):
-            if forwards(flow, index):
-                for value, operand in zip(flow.results[index], flow.operands[index], strict=True):
-                    self.value_of[value] = self.value_of[operand]
+        self.value_of = forwarded_values(flow)
         self._from_memory = read_from_memory(flow, self.value_of)
         self.defers = deferred_sums(flow, self.value_of, [forwards(flow, index) for index in range(len(flow.ops))])
         self._in_backward = {
@@ -157,6 +153,16 @@ class OperationReader:
             reshards_per_step=self._reshards_per_step(index, read[: len(rule.operands)]),
         )
         return FlowOp(index, operation, rule, read[: len(rule.operands)])
+
+
+def forwarded_values(flow: LoopFlow) -> list[int]:
+    """Of each value that an entry forwards, the one that it is; of others themselves."""
+    value_of = list(range(len(flow.values)))
+    for index in range(len(flow.ops)):
+        if forwards(flow, index):
+            for value, operand in zip(flow.results[index], flow.operands[index], strict=True):
+                value_of[value] = value_of[operand]
+    return value_of
 
 
 def forwards(flow: LoopFlow, index: int) -> bool:

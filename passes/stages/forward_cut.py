@@ -1,4 +1,4 @@
-"""Where forward ops are cut into layers: by weight, bytes that cross, stage boundaries and pinned arguments."""
+"""Where forward ops are cut into layers: by predicted time, bytes that cross, stage boundaries and pinned arguments."""
 
 from __future__ import annotations
 
@@ -8,24 +8,46 @@ from dataclasses import dataclass, replace
 from jaxlib.mlir import ir
 
 from bactrian.passes.frame.base import PassContext
-from bactrian.passes.ir.attributes import BACKWARD, FORWARD
-from bactrian.passes.ir.op_costs import CostModel
-from bactrian.passes.ir.op_traits import MATRIX_PRODUCTS
+from bactrian.passes.ir.attributes import BACKWARD, FORWARD, UPDATE
+from bactrian.passes.ir.regions import has_product
 from bactrian.passes.stages import layer_partitioning
 from bactrian.passes.stages.layer_graph import LayeredProgram
 from bactrian.passes.stages.pinned_arguments import PinnedArguments, PinnedReads
+from bactrian.passes.stages.placement_by_forward import place_by_forward
+
+_PAYS = 1.5
+"""How much faster the slowest layer has to become for a part that is computed again to be cut: the layer of its end then
+computes all of it again, and gets what its beginning reads, parameters included."""
+
+_Limit = tuple[str, str]  # where cuts may be, and what to do where that is not even
+_AT_BOUNDARIES: _Limit = ("at stage boundaries", "move or remove some of them")
+_AS_PLACED: _Limit = ("so that arguments stay on their stages", "pass bactrian.gather(...) of them to place them anew")
+_BETWEEN_PARTS: _Limit = ("between parts that are computed again", "put jax.checkpoint around smaller parts")
 
 
 def cut_forward(
-    program: LayeredProgram, num_layers: int, num_stages: int, epsilon: float, main: ir.Operation, ctx: PassContext
+    program: LayeredProgram,
+    seconds: Sequence[float],
+    num_layers: int,
+    num_stages: int,
+    epsilon: float,
+    main: ir.Operation,
+    ctx: PassContext,
 ) -> list[int | None] | None:
     """The layer of each forward op that is not free (None for all other ops); None if it can't be done.
 
     Errors are about stages where there are to be ``num_stages`` of them and no more layers than that.
+
+    Args:
+        program: the program.
+        seconds: of one run of each op.
+        num_layers, num_stages, epsilon: the options of ``group-layers``.
+        main: the function, for errors.
+        ctx: told of errors, and of layers that are not even.
     """
     flow = program.flow
     ops = [i for i, phase in enumerate(program.phases) if phase == FORWARD and not program.free[i]]
-    weighty = [program.batch[i] and flow.ops[i].name in MATRIX_PRODUCTS for i in ops]
+    weighty = [program.batch[i] and has_product(flow.ops[i]) for i in ops]
     kind = ("matrix product or convolution", "matrix products or convolutions")
     if not any(weighty):
         weighty = [program.batch[i] and not program.marker[i] for i in ops]
@@ -33,14 +55,17 @@ def cut_forward(
     order = _order(program, ops, weighty)
     ops, weighty = [ops[i] for i in order], [weighty[i] for i in order]
     position = {op: place for place, op in enumerate(ops)}
-    model = CostModel()
-    flops = [model.flops(flow.ops[i]) for i in ops]
-    lifetimes = [(place, last, program.bytes[value]) for value, place, last in _lifetimes(program, position)]
+    lifetimes = [
+        (place, last, program.bytes[value])
+        for value, place, last in _lifetimes(program, position)
+        if not program.cheap[flow.producer[value]]
+    ]
     crossing = layer_partitioning.cut_bytes(len(ops), lifetimes)
     allowed = _marker_positions([program.marker[i] for i in ops], weighty)
     num_layers = num_layers or len(allowed or ()) + 1
-    limited = "at stage boundaries" if allowed is not None else ""
-    request = _Request(flops, weighty, crossing, num_layers, epsilon, allowed, None, kind, limited, num_stages)
+    limits = () if allowed is None else (_AT_BOUNDARIES,)
+    weights = _weights(program, ops, seconds) if sum(weighty) >= num_layers > 1 else []
+    request = _Request(weights, weighty, crossing, num_layers, epsilon, allowed, None, kind, limits, num_stages)
     layers: list[int | None] = [None] * len(flow.ops)
     if num_layers > 1:
         if not request.check(main, ctx):
@@ -55,6 +80,24 @@ def cut_forward(
     for op, group in zip(ops, groups, strict=True):
         layers[op] = group
     return layers
+
+
+def _weights(program: LayeredProgram, ops: list[int], seconds: Sequence[float]) -> list[float]:
+    """Seconds of a step that go with each of the forward ops ``ops``: its own, and those of backward and update ops.
+
+    These are placed as if every forward op were a layer, and counted with the op of their layer. What a stage takes in
+    the end is the sum, wherever the cuts are.
+    """
+    layers: list[int | None] = [None] * len(program.flow.ops)
+    for place, op in enumerate(ops):
+        layers[op] = place
+    place_by_forward(program, None, layers, len(ops))
+    weights = [program.microbatches * seconds[op] for op in ops]
+    for op, phase in enumerate(program.phases):
+        layer = layers[op]
+        if layer is not None and phase in (BACKWARD, UPDATE):
+            weights[layer] += seconds[op] * (program.microbatches if phase == BACKWARD else 1)
+    return weights
 
 
 def _order(program: LayeredProgram, ops: list[int], weighty: list[bool]) -> list[int]:
@@ -73,7 +116,9 @@ def _kept_positions(program: LayeredProgram, position: dict[int, int]) -> list[i
     """Where every value that crosses is kept for the backward phase; None if the program recomputes nothing.
 
     `jax.checkpoint` computes forward ops again in the backward phase, behind an optimization barrier. A cut inside of
-    such a part would have its beginning computed again on the layer of its end, because backward edges go down.
+    such a part would have its beginning computed again on the layer of its end, because backward edges go down. What
+    several such parts read is left out where each of them computes it again for itself, without a product or a
+    parameter: a mask.
     """
     recomputes = any(
         phase == BACKWARD and op.name == "stablehlo.optimization_barrier"
@@ -84,7 +129,8 @@ def _kept_positions(program: LayeredProgram, position: dict[int, int]) -> list[i
     inner = [
         (place, last, 1)
         for value, place, last in _lifetimes(program, position)
-        if not any(program.phases[reader] == BACKWARD for reader in program.readers[value])
+        if not program.shallow[program.flow.producer[value]]
+        and not any(program.phases[reader] == BACKWARD for reader in program.readers[value])
     ]
     return [
         place for place, count in enumerate(layer_partitioning.cut_bytes(len(position), inner).tolist()) if count == 0
@@ -125,9 +171,9 @@ def _marker_positions(marker: Sequence[bool], weighty: Sequence[bool]) -> list[i
 
 @dataclass(frozen=True)
 class _Request:
-    """A cut that is wanted. ``kind`` says what has weight (one, several), ``limited`` where cuts may be (empty: anywhere)."""
+    """A cut that is wanted. ``kind`` says what has weight (one, several), ``limits`` where cuts may be."""
 
-    flops: list[float]
+    weights: list[float]
     weighty: list[bool]
     crossing: layer_partitioning.Ints
     num_layers: int
@@ -135,7 +181,7 @@ class _Request:
     allowed: list[int] | None
     choices: list[frozenset[int] | None] | None
     kind: tuple[str, str]
-    limited: str
+    limits: tuple[_Limit, ...]
     num_stages: int
 
     def check(self, main: ir.Operation, ctx: PassContext) -> bool:
@@ -169,17 +215,18 @@ class _Request:
     def cut(self) -> layer_partitioning.LayerCut | None:
         """The cheapest cut, or None."""
         return layer_partitioning.cut(
-            self.flops, self.weighty, self.crossing, self.num_layers, self.epsilon, self.allowed, self.choices
+            self.weights, self.weighty, self.crossing, self.num_layers, self.epsilon, self.allowed, self.choices
         )
 
     def remark(self, cut: layer_partitioning.LayerCut, main: ir.Operation, ctx: PassContext) -> None:
-        """Tells if a cut is less balanced than asked."""
-        if cut.largest > (1 + self.epsilon) * cut.share * (1 + 1e-6):
+        """Tells if what limits the cuts leaves layers less even than asked."""
+        if self.limits and cut.largest > (1 + self.epsilon) * cut.share * (1 + 1e-6):
+            places, fixes = zip(*self.limits, strict=True)
             ctx.remark(
                 main,
-                f"the largest of {self.num_layers} layers has {cut.largest / cut.share:.2f} times an even share of the "
-                f"forward flops; no cut {self.limited or 'at all'} comes within {1 + self.epsilon:.2f} times; "
-                "ask for fewer layers, or split the largest op",
+                f"cut {' and '.join(places)}, the largest of {self.num_layers} layers takes "
+                f"{cut.largest / cut.share:.2f} times an even share of the predicted time",
+                fix=", or ".join(fixes),
             )
 
 
@@ -198,18 +245,14 @@ def _cut_with_pinned(
     asked = [request]
     reads = _pinned_reads(program, pinned, ops) if pinned is not None else None
     if reads is not None:
-        limited = f"{request.limited} that leaves arguments on their stages".strip()
+        limits = (*request.limits, _AS_PLACED)
         few = reads.only(program.large)
-        asked = [replace(request, choices=r.choices(), limited=limited) for r in (reads, few)]
-    if request.allowed is None:
-        kept = _kept_positions(program, {op: place for place, op in enumerate(ops)})
-        if kept is not None:
-            where = "between parts that are computed again"
-            asked = [variant for one in asked for variant in (replace(one, allowed=kept, limited=where), one)]
+        asked = [replace(request, choices=r.choices(), limits=limits) for r in (reads, few)]
+    kept = _kept_positions(program, {op: place for place, op in enumerate(ops)}) if request.allowed is None else None
     for one in asked:
-        cut = one.cut()
+        chosen, cut = _around_parts(one, kept)
         if cut is not None:
-            one.remark(cut, main, ctx)
+            chosen.remark(cut, main, ctx)
             return cut
     assert reads is not None, "as many weights as layers, or boundaries with weight between them"
     place, why = reads.only(program.large).conflict(request.allowed is not None)
@@ -220,6 +263,17 @@ def _cut_with_pinned(
         fix="read them in the order in which that step does, or pass bactrian.gather(...) of them, to place them anew",
     )
     return None
+
+
+def _around_parts(request: _Request, kept: list[int] | None) -> tuple[_Request, layer_partitioning.LayerCut | None]:
+    """The cut at ``kept`` positions, between parts that are computed again, unless one through them is far more even;
+    with the request that it is the answer to."""
+    anywhere = request.cut()
+    if kept is None or anywhere is None:
+        return request, anywhere
+    between = replace(request, allowed=kept, limits=(*request.limits, _BETWEEN_PARTS))
+    cut = between.cut()
+    return (between, cut) if cut is not None and cut.largest <= _PAYS * anywhere.largest else (request, anywhere)
 
 
 def _pinned_reads(program: LayeredProgram, pinned: PinnedArguments, ops: list[int]) -> PinnedReads:

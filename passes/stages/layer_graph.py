@@ -9,11 +9,14 @@ from jaxlib.mlir import ir
 
 from bactrian.passes.ir.attributes import (
     GRADIENT_BOUNDARY,
+    NUM_MICROBATCHES,
     STAGE_BOUNDARY,
     argument_roles,
+    integer_attribute,
     required_phase,
     result_updates,
 )
+from bactrian.passes.ir.cloning import StageRule
 from bactrian.passes.ir.main_dataflow import MainDataflow
 from bactrian.passes.ir.op_costs import CostModel
 from bactrian.passes.ir.op_traits import MATRIX_PRODUCTS
@@ -25,7 +28,14 @@ _NO_PHASE = ""  # boundary and return
 
 @dataclass(frozen=True)
 class LayeredProgram:
-    """Who reads what, how large it is and what it depends on. A stage boundary's result is the same value as its operand."""
+    """Who reads what, how large it is and what it depends on. A stage boundary's result is the same value as its operand.
+
+    Attributes:
+        free: ops that depend on neither the batch nor a large argument.
+        shallow: ops that depend on no large argument and on no matrix product: masks, positions, rotary tables.
+        cheap: ops that every stage computes for itself where it reads them, as ``clone-cheap-ops`` will have it.
+        microbatches: of a step.
+    """
 
     flow: MainDataflow
     phases: list[str]
@@ -36,11 +46,14 @@ class LayeredProgram:
     bytes: list[int]
     batch: list[bool]
     free: list[bool]
+    shallow: list[bool]
+    cheap: list[bool]
     roles: list[str]
     next_of: dict[int, list[int]]
     boundary: int | None
     pinned: PinnedArguments | None
     large: list[bool]
+    microbatches: int
 
     @classmethod
     def of(cls, module: ir.Module, flow: MainDataflow, small_bytes: int) -> LayeredProgram:
@@ -68,7 +81,9 @@ class LayeredProgram:
                 readers[value].append(index)
         boundary = next((index for index, target in enumerate(targets) if target == GRADIENT_BOUNDARY), None)
         phases = [_phase(flow, index, boundary) for index in range(len(flow.ops))]
-        batch, free = _dependence(flow, reads, roles, sizes, phases, marker, small_bytes)
+        batch, free, shallow = _dependence(flow, reads, roles, sizes, phases, marker, small_bytes)
+        rule = StageRule(flow, roles, small_bytes)
+        cheap = [rule(index, None) for index in range(len(flow.ops))]
         next_of: dict[int, list[int]] = {}
         for value, argument in zip(flow.operands[-1], result_updates(main), strict=True):
             if argument is not None:
@@ -76,7 +91,23 @@ class LayeredProgram:
         pinned = PinnedArguments.read(module, flow)
         large = [size > small_bytes for size in sizes[: flow.num_arguments]]
         return cls(
-            flow, phases, marker, same, reads, readers, sizes, batch, free, roles, next_of, boundary, pinned, large
+            flow=flow,
+            phases=phases,
+            marker=marker,
+            same=same,
+            reads=reads,
+            readers=readers,
+            bytes=sizes,
+            batch=batch,
+            free=free,
+            shallow=shallow,
+            cheap=cheap,
+            roles=roles,
+            next_of=next_of,
+            boundary=boundary,
+            pinned=pinned,
+            large=large,
+            microbatches=integer_attribute(module.operation, NUM_MICROBATCHES) or 1,
         )
 
 
@@ -94,18 +125,22 @@ def _dependence(
     phases: Sequence[str],
     marker: Sequence[bool],
     small_bytes: int,
-) -> tuple[list[bool], list[bool]]:
-    """For each op: whether it depends on the batch, and whether it depends on neither batch nor a large argument."""
+) -> tuple[list[bool], list[bool], list[bool]]:
+    """For each op: whether it depends on the batch; whether on neither batch nor a large argument; whether on no large
+    argument and no product."""
     from_batch = [role == "batch" for role in roles] + [False] * (len(sizes) - len(roles))
-    bound = [role == "batch" or size > small_bytes for role, size in zip(roles, sizes, strict=False)]
-    bound += [False] * (len(sizes) - len(roles))
+    deep = [role != "batch" and size > small_bytes for role, size in zip(roles, sizes, strict=False)]
+    deep += [False] * (len(sizes) - len(roles))
     batch: list[bool] = []
     free: list[bool] = []
+    shallow: list[bool] = []
     for index, op in enumerate(flow.ops):
+        has_phase = phases[index] != _NO_PHASE
         batch.append(any(from_batch[value] for value in reads[index]))
-        tied = any(bound[value] for value in reads[index]) or op.name in MATRIX_PRODUCTS or marker[index]
-        free.append(not tied and phases[index] != _NO_PHASE)
+        tied = any(deep[value] for value in reads[index]) or op.name in MATRIX_PRODUCTS or marker[index]
+        shallow.append(not tied and has_phase)
+        free.append(shallow[index] and not batch[index])
         for result in flow.results[index]:
             from_batch[result] = batch[index]
-            bound[result] = tied or phases[index] == _NO_PHASE
-    return batch, free
+            deep[result] = tied or not has_phase
+    return batch, free, shallow

@@ -1,7 +1,7 @@
 """Cutting forward ops into layers, and layers into stages: numbers only, no MLIR.
 
 `cut` is a dynamic program: ops in order become K contiguous groups, so that the bytes that live across the cuts are
-least while no group has much more than its share of the flops. `balance` does the same for whole layers.
+least while no group has much more than its share of the weight. `balance` does the same for whole layers.
 """
 
 from __future__ import annotations
@@ -88,8 +88,8 @@ class LayerCut:
     Args:
         starts: first position of each group; ``starts[0] == 0``.
         bytes: bytes that live across the cuts, summed over the cuts.
-        largest: flops of the largest group.
-        share: flops of an even share.
+        largest: weight of the largest group.
+        share: weight of an even share.
     """
 
     starts: tuple[int, ...]
@@ -103,7 +103,7 @@ class LayerCut:
 
 
 def cut(
-    flops: Sequence[float],
+    weights: Sequence[float],
     anchors: Sequence[bool],
     crossing: Ints,
     num_groups: int,
@@ -113,14 +113,14 @@ def cut(
 ) -> LayerCut | None:
     """Cut ops into contiguous groups with the least bytes across the cuts.
 
-    Every group has an anchor. A group has at most ``1 + epsilon`` times an even share of the flops, unless it holds a
+    Every group has an anchor. A group has at most ``1 + epsilon`` times an even share of the weight, unless it holds a
     single anchor (it can't be cut any further). When that is impossible, the limit is the least that is possible. Of
     all the cheapest results, the one with the smallest largest group is taken (to a thousandth), and of these the one
     with the latest cuts.
 
     Args:
-        flops: of each op, in order.
-        anchors: ops that carry weight.
+        weights: of each op, in order: the predicted time that goes with it.
+        anchors: ops that keep their place.
         crossing: `cut_bytes` of the same order.
         num_groups: K.
         epsilon: slack of the balance.
@@ -130,7 +130,7 @@ def cut(
     Returns:
         The cut, or None if there is none in which every group has an anchor and every op is in a group of its choice.
     """
-    table = _Table.of(flops, anchors, crossing, allowed, _earliest(choices, num_groups))
+    table = _Table.of(weights, anchors, crossing, allowed, _earliest(choices, num_groups))
     share = table.total / num_groups
     limit = (1.0 + epsilon) * share
     if not table.feasible(table.total, num_groups):
@@ -147,7 +147,7 @@ def cut(
         else:
             low = middle
     starts = (0, *positions)
-    sums = np.diff(table.flops_before[[*starts, len(flops)]])
+    sums = np.diff(table.weight_before[[*starts, len(weights)]])
     return LayerCut(starts, int(cost), float(sums.max()), share)
 
 
@@ -170,7 +170,7 @@ class _Table:
     """Prefix sums at the candidate positions (0, the allowed cuts, the end)."""
 
     positions: Ints
-    flops_before: Floats
+    weight_before: Floats
     anchors_before: Ints
     cost: Ints
     lone: Ints
@@ -181,14 +181,14 @@ class _Table:
     @classmethod
     def of(
         cls,
-        flops: Sequence[float],
+        weights: Sequence[float],
         anchors: Sequence[bool],
         crossing: Ints,
         allowed: Sequence[int] | None,
         earliest: Ints | None,
     ) -> _Table:
-        num_ops = len(flops)
-        flops_before = np.concatenate([[0.0], np.cumsum(np.asarray(flops, dtype=np.float64))])
+        num_ops = len(weights)
+        weight_before = np.concatenate([[0.0], np.cumsum(np.asarray(weights, dtype=np.float64))])
         anchors_before = np.concatenate([[0], np.cumsum(np.asarray(anchors, dtype=np.int64))])
         inner = np.arange(1, num_ops) if allowed is None else np.unique(np.asarray(allowed, dtype=np.int64))
         inner = inner[(inner > 0) & (inner < num_ops)]
@@ -200,12 +200,12 @@ class _Table:
         lone = np.searchsorted(count, count - 1, side="left")
         if earliest is not None:
             earliest = np.searchsorted(positions, earliest[:, positions], side="left")
-        total = float(flops_before[-1])
-        return cls(positions, flops_before, anchors_before, crossing[positions], lone, last, earliest, total)
+        total = float(weight_before[-1])
+        return cls(positions, weight_before, anchors_before, crossing[positions], lone, last, earliest, total)
 
     def first(self, limit: float, num_groups: int) -> Ints:
-        """``first[k, p]``: the earliest start of group k if it ends at candidate p, under a limit of flops."""
-        at = self.flops_before[self.positions]
+        """``first[k, p]``: the earliest start of group k if it ends at candidate p, under a limit of weight."""
+        at = self.weight_before[self.positions]
         slack = 1e-9 * self.total
         first = np.minimum(np.searchsorted(at, at - limit - slack, side="left"), self.lone)
         if self.earliest is None:

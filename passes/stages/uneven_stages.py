@@ -1,0 +1,86 @@
+"""What to tell of stages that take far from equally long."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+from bactrian.passes.frame.base import PassContext
+from bactrian.passes.frame.location import name_stack
+from bactrian.passes.ir.attributes import FORWARD, UPDATE
+from bactrian.passes.ir.main_dataflow import MainDataflow
+from bactrian.passes.sharding.loop_dataflow import WHILE
+
+FAR = 1.25
+"""How many times an even share the slowest stage may take without a word: a fifth of the others' time is lost then."""
+_IDLE = 0.1  # of an even share: a stage that takes less has next to nothing to do
+_MOSTLY = 0.4  # of a stage's time
+_LOOPS = (
+    "write the loop over layers in Python, each with parameters of its own, as in a list of them, not one array for all; "
+    "or use fewer stages"
+)
+
+
+def warn_of_uneven_stages(
+    flow: MainDataflow,
+    seconds: Sequence[float],
+    stages: Sequence[int | None],
+    num_stages: int,
+    is_pinned: bool,
+    ctx: PassContext,
+) -> None:
+    """Tell if the slowest stage is far from an even share, or if one is idle, with the op that is most to blame.
+
+    Args:
+        flow: of ``@main``.
+        seconds: that each op takes of a step.
+        stages: of each op.
+        num_stages: how many there are.
+        is_pinned: whether another step has placed arguments.
+        ctx: told of it.
+    """
+    taken = [defaultdict[str, float](float) for _ in range(num_stages)]
+    for index, (stage, phase) in enumerate(zip(stages, flow.phases, strict=True)):
+        if stage is not None and phase is not None:
+            taken[stage][phase] += seconds[index]
+    totals = [sum(each.values()) for each in taken]
+    share = sum(totals) / num_stages
+    if not share:
+        return
+    slowest = max(range(num_stages), key=totals.__getitem__)
+    idle = [stage for stage, total in enumerate(totals) if total < _IDLE * share]
+    if totals[slowest] <= FAR * share and not idle:
+        return
+    message = f"stage {slowest} takes {totals[slowest] / share:.2f} times an even share of the predicted time"
+    if idle:
+        message += f"; next to nothing is left for stage{'s' * (len(idle) > 1)} {', '.join(map(str, idle))}"
+    own = [index for index, stage in enumerate(stages) if stage == slowest]
+    forward = [index for index in own if flow.phases[index] == FORWARD]
+    heaviest = max(forward or own, key=seconds.__getitem__)
+    part = seconds[heaviest] / (taken[slowest][FORWARD] or totals[slowest])
+    if is_pinned:
+        why, fix = "another step has placed its state on stages", "pass bactrian.gather(...) of it to place it anew"
+    elif taken[slowest][UPDATE] > _MOSTLY * totals[slowest]:
+        why, fix = _of_update(flow, stages, slowest)
+    elif part > 0.5:
+        why = f"one {flow.ops[heaviest].name} takes {100 * part:.0f} % of its forward phase, and an op is not cut"
+        fix = _LOOPS if flow.ops[heaviest].name == WHILE else "use fewer stages, or a mesh for each"
+    else:
+        why, fix = "stages are made of whole layers", "use fewer stages, or more layers with plan(num_layers=...)"
+    ctx.warning(flow.ops[heaviest], message, why=why, fix=fix)
+
+
+def _of_update(flow: MainDataflow, stages: Sequence[int | None], slowest: int) -> tuple[str, str]:
+    """Why and fix, where the update takes most of the slowest stage: it may update arguments that others read, too."""
+    users, found = flow.users(), dict[int, list[int]]()
+    for argument in range(flow.num_arguments):
+        updated = any(stages[user] == slowest and flow.phases[user] == UPDATE for user in users[argument])
+        read = sorted({stage for user in users[argument] if (stage := stages[user]) is not None})
+        if updated and len(read) > 1:
+            found[argument] = read
+    if found:
+        largest = max(found, key=flow.sizes.__getitem__)
+        name = name_stack(flow.values[largest].location) or f"argument {largest}"
+        why = f"it updates {name}, which stages {', '.join(map(str, found[largest]))} read"
+        return why, "give each layer parameters of its own, as in a list of them, not one array for all"
+    return "the update of its state takes most of it", "use more microbatches or fewer stages"
