@@ -84,6 +84,15 @@ def test_a_script_that_aborts_gives_its_code(banners: str) -> None:
     assert replace(aborted, code=KILLED, banners=f"{banners}{SIGNALLED}").told()[0] == 6
 
 
+def test_output_without_a_reader_is_the_cause_unless_a_rank_was_killed() -> None:
+    unread = replace(END, ends=[LOST], unread=True)
+    assert unread.told()[0] == 128 + signal.SIGPIPE
+    assert replace(unread, ends=[FAILED]).told()[0] == 1
+    assert replace(unread, ends=[Loss(1, LOST.place, 3)]).told()[0] == 3
+    assert replace(unread, code=KILLED, banners=SIGNALLED).told()[0] == 6
+    assert replace(unread, ends=[], code=0).told() == (0, "")
+
+
 def test_why_a_process_ended_itself_is_not_kept_back() -> None:
     aborted = replace(END, ends=[LOST], code=128 + signal.SIGABRT, banners="check failed\n")
     assert aborted.told()[1].startswith("check failed\nbactrian: lost ")

@@ -359,6 +359,19 @@ def test_a_job_goes_on_without_a_reader_of_its_errors(tmp_path: Path, end: str, 
 
 
 @pytest.mark.mpi
+def test_without_a_reader_of_its_output_a_job_ends_for_that(tmp_path: Path) -> None:
+    command = Command(tmp_path, script="while True: print('x' * 4096)")
+    assert command.process.stdout is not None
+    command.process.stdout.close()
+    job = command.ended()
+    assert (job.code, job.last) == (
+        141,
+        "bactrian: nobody reads the ranks' output any more; mpirun ended them for that",
+    )
+    assert job.survivors == []
+
+
+@pytest.mark.mpi
 def test_arguments_are_the_scripts_alone(tmp_path: Path) -> None:
     arguments = [
         "--",

@@ -57,6 +57,7 @@ class JobEnd:
         passed: other signals that were passed on to the ranks.
         forced: whether mpirun itself was ended by the launcher.
         unheard: whether a rank said that it can't reach the launcher.
+        unread: whether nobody reads the ranks' stdout any more, for which mpirun ends.
         banners: what mpirun has printed of its own.
     """
 
@@ -69,6 +70,7 @@ class JobEnd:
     passed: Sequence[int] = field(default=())
     forced: bool = False
     unheard: bool = False
+    unread: bool = False
     banners: str = ""
 
     def told(self) -> tuple[int, str]:
@@ -99,6 +101,11 @@ class JobEnd:
             rank, code = says.aborted
             if place := next((loss.place for loss in losses if loss.rank == rank), ""):
                 return code or PEER_LOST, f"bactrian: {place}, called MPI_Abort with {code}\n"
+        if self.unread and says.killed is None and losses[0].code is None:
+            return (
+                128 + signal.SIGPIPE,
+                "bactrian: nobody reads the ranks' output any more; mpirun ended them for that\n",
+            )
         # Losses on several hosts may be heard of in another order.
         losses = [loss for loss in losses if loss.rank != says.gave_up] or losses
         loss = next((loss for loss in losses if loss.rank == says.killed), losses[0])

@@ -20,7 +20,7 @@ from bactrian.driver.launch.banners import BannerFilter, GlooFilter
 from bactrian.driver.launch.hosts import LOOPBACK, address_for, hosts_of_job
 from bactrian.driver.launch.job_end import JobEnd, Loss
 from bactrian.driver.launch.mpirun import INSTALL, Mpirun, find_mpirun
-from bactrian.driver.launch.output import Relay, write
+from bactrian.driver.launch.output import Relay, is_unread, write
 from bactrian.driver.launch.rank_process import (
     COMMAND_VARIABLE,
     DISTRIBUTED_VARIABLE,
@@ -213,6 +213,7 @@ class Job:
             passed=self._passed,
             forced=self._kills > 0,
             unheard=self._errors.found,
+            unread=self._process.stdout is None and is_unread(1),
             banners=self._banners.dropped.decode(errors="replace"),
         )
 

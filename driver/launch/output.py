@@ -19,6 +19,13 @@ def write(descriptor: int, data: bytes) -> None:
             return
 
 
+def is_unread(descriptor: int) -> bool:
+    """Whether nobody reads any more what is written to it, a pipe."""
+    poll = select.poll()
+    poll.register(descriptor, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
 class Filter(Protocol):
     """What passes bytes on, and may hold some back."""
 
