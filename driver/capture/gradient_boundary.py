@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bactrian.driver.arrays.leaf_types import is_array
+from bactrian.driver.arrays.leaf_types import array_positions, is_array
+from bactrian.driver.capture.module_gradients import Differentiated, value_and_grad_of
 from bactrian.driver.source import line_here
 from bactrian.passes.frame.errors import ConfigError, ProgramError
 from bactrian.passes.ir.attributes import GRADIENT_BOUNDARY, MICROBATCH_INDEX, STAGE_BOUNDARY
@@ -88,6 +89,7 @@ def value_and_grad(
     """``jax.value_and_grad``, whose results are reduced over the microbatches of a parallelized step.
 
     The gradient of a leaf of the batch has a row for each row of the batch: those of the microbatches one after another.
+    Modules of Equinox and ``nnx`` are differentiated as by ``eqx.filter_value_and_grad`` and ``nnx.value_and_grad``.
 
     Args:
         fun: a scalar function, as for JAX.
@@ -115,17 +117,16 @@ def value_and_grad(
         )
     if aux_reduction is not None:
         _check_words(aux_reduction)
-    differentiated = jax.value_and_grad(fun, argnums=argnums, has_aux=has_aux, allow_int=allow_int)
+    differentiated = value_and_grad_of(fun, argnums, has_aux, allow_int)
 
     @functools.wraps(fun)
     def value_and_grad_fun(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        value, gradients = differentiated(*args, **kwargs)
+        found = differentiated(*args, **kwargs)
         mode: CaptureMode | None = _active.value
         if mode is None:
-            return value, gradients
-        loss, aux = value if has_aux else (value, None)
-        primals = tuple(args[i] for i in argnums) if isinstance(argnums, Sequence) else args[argnums]
-        loss, aux, gradients = _mark_gradients(mode, loss, aux, gradients, primals, reduction, aux_reduction)
+            return found.value, found.gradients
+        loss, aux = found.value if has_aux else (found.value, None)
+        loss, aux, gradients = _mark_gradients(mode, loss, aux, found, reduction, aux_reduction)
         return ((loss, aux) if has_aux else loss), gradients
 
     return value_and_grad_fun
@@ -214,18 +215,19 @@ def tree_reductions(tree: Any, words: Any, option: str) -> list[str]:
             why=str(error),
             fix="give one word, or a tree of words that ends where the tree of values does or earlier",
         ) from None
-    by_path = zip(jax.tree_util.tree_leaves_with_path(tree), jax.tree.leaves(spread), strict=True)
+    by_path = list(zip(jax.tree_util.tree_leaves_with_path(tree), jax.tree.leaves(spread), strict=True))
     reductions: list[str] = []
-    for (path, leaf), word in by_path:
-        if is_array(leaf):
-            _check_reducible(jax.tree_util.keystr(path), leaf, word, option)
-            reductions.append(word)
+    for i in array_positions([leaf for (_, leaf), _ in by_path], jax.tree.structure(tree)):
+        (path, leaf), word = by_path[i]
+        _check_reducible(jax.tree_util.keystr(path), leaf, word, option)
+        reductions.append(word)
     return reductions
 
 
 def _mark_gradients(
-    mode: CaptureMode, loss: Any, aux: Any, gradients: Any, primals: Any, reduction: str, aux_reduction: Any
+    mode: CaptureMode, loss: Any, aux: Any, found: Differentiated, reduction: str, aux_reduction: Any
 ) -> tuple[Any, Any, Any]:
+    """Passes what a gradient gives through the boundary; variables that were updated get their new values there."""
     if mode.forward_only:
         raise ProgramError(
             "a forward-only function takes a gradient",
@@ -235,9 +237,11 @@ def _mark_gradients(
     if aux_reduction is None and mode.num_microbatches > 1:
         _refuse_rows(mode, aux)
     aux_reductions = tree_reductions(aux, aux_reduction or "mean", "aux_reduction")
-    of_batch = _of_batch(mode, gradients, primals)
-    leaves, tree = jax.tree.flatten((loss, aux, gradients))
-    positions = [i for i, leaf in enumerate(leaves) if is_array(leaf)]
+    updated = [variable.get_raw_value() for variable in found.updated]
+    aux_reductions += ["mean" if _is_inexact(leaf) else "last" for leaf in jax.tree.leaves(updated)]
+    of_batch = _of_batch(mode, found.gradients, found.primals)
+    leaves, tree = jax.tree.flatten((loss, aux, updated, found.gradients))
+    positions = array_positions(leaves, tree)
     kinds = ["loss", *["aux"] * len(aux_reductions), *["gradient"] * len(of_batch)]
     words = [reduction, *aux_reductions, *("concat" if each else reduction for each in of_batch)]
     rows = [False] * (1 + len(aux_reductions)) + of_batch
@@ -245,7 +249,10 @@ def _mark_gradients(
     for i, value, is_rows in zip(positions, marked, rows, strict=True):
         # A microbatch's mean loss is num_microbatches times as sensitive to one of its rows as the mean of all is.
         leaves[i] = value / mode.num_microbatches if is_rows and reduction == "mean" else value
-    return jax.tree.unflatten(tree, leaves)
+    loss, aux, updated, gradients = jax.tree.unflatten(tree, leaves)
+    for variable, value in zip(found.updated, updated, strict=True):
+        variable.set_raw_value(value)
+    return loss, aux, gradients
 
 
 def _of_batch(mode: CaptureMode, gradients: Any, primals: Any) -> list[bool]:
