@@ -53,3 +53,31 @@ def test_counters_are_not_sent() -> None:
             assert len(copies) == 2
             assert np.array_equal(copies[0], copies[1])
         ours, reference = result[0], expected[0]
+
+
+def test_every_stage_has_the_number_of_the_step() -> None:
+    @bactrian.parallelize(num_stages=3)
+    def step(state: Any, x: jax.Array) -> Any:
+        def loss(weights: Any) -> jax.Array:
+            return (jnp.tanh(jnp.tanh(x @ weights["a"]) @ weights["b"]) @ weights["c"]).mean()
+
+        value, gradients = bactrian.value_and_grad(loss)(state["weights"])
+        weights = jax.tree.map(lambda w, g: w - g, state["weights"], gradients)
+        new = {
+            "step": state["step"] + 1,
+            "even": state["even"] + 2 * (state["step"] % 2),
+            "scale": state["scale"] * 0.5,
+        }
+        return new | {"weights": weights}, value
+
+    state = {"step": 0, "even": np.int32(0), "scale": np.float32(1), "weights": matrices(*"abc")}
+    x = np.ones((4, WIDTH), np.float32)
+    assert step.trace(state, x).plan().staged.program.num_stages == 3
+    ours = reference = state
+    for number in (1, 2):
+        result, expected = step(ours, x), step.reference(reference, x)
+        numerics.assert_equal_step(bactrian.gather(result), expected)
+        ours, reference = result[0], expected[0]
+        assert ours["step"].stages == ours["even"].stages == (0, 1, 2)
+        assert len(ours["scale"].stages) == 1
+        assert {int(piece) for piece in ours["step"].pieces.values()} == {number}

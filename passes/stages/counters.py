@@ -15,9 +15,10 @@ from bactrian.passes.ir.regions import custom_call_target, nested_operations, re
 
 @dataclass(frozen=True)
 class _Counter:
-    """How result ``result`` counts: the ops ``needed`` make it of the arguments ``read``, its old value among them."""
+    """How a result counts on from argument ``updated``: the ops ``needed`` make it of the arguments ``read``."""
 
     result: int
+    updated: int
     needed: list[int]
     read: frozenset[int]
 
@@ -44,10 +45,12 @@ def clone_counters(main: ir.Operation, small_bytes: int) -> int:
                 readers.setdefault(value, set()).add(stage)
     made = 0
     for counter in found:
-        if counter.read <= numbers:
+        if counter.updated in numbers:
             stages = all_stages
         else:
-            stages = set[int].intersection(*(readers.get(argument, set[int]()) for argument in counter.read))
+            stages = set[int].intersection(
+                *(readers.get(argument, set[int]()) for argument in {counter.updated, *counter.read})
+            )
         for stage in sorted(stages - {flow.stages[counter.needed[-1]]}):
             _copy(flow, counter.needed, stage, counter.result)
             made += len(counter.needed)
@@ -82,20 +85,19 @@ def _find_counters(flow: MainDataflow, main: ir.Operation, small_bytes: int) -> 
             continue
         needed = _computation(flow, producer)
         read = {operand for index in needed for operand in flow.operands[index] if operand < flow.num_arguments}
-        found.append(_Counter(result, needed, frozenset({updated, *read})))
+        found.append(_Counter(result, updated, needed, frozenset(read)))
     return found
 
 
 def _numbers(flow: MainDataflow, main: ir.Operation, found: Sequence[_Counter]) -> set[int]:
-    """The scalar counters, by argument, that are computed from such and from scalars that are only read."""
-    updates = result_updates(main)
-    counter_of = {updates[counter.result]: counter for counter in found}
-    state = {argument for argument in updates if argument is not None}
+    """The scalar counters, by argument, that are computed from themselves, other such, and scalars that are only read."""
+    counter_of = {counter.updated: counter for counter in found}
+    state = {argument for argument in result_updates(main) if argument is not None}
     numbers = {
         argument
         for argument in range(flow.num_arguments)
-        if (argument not in state or argument in counter_of)
-        and not ir.RankedTensorType(flow.values[argument].type).shape
+        if not ir.RankedTensorType(flow.values[argument].type).shape
+        and (argument not in state or (argument in counter_of and argument in counter_of[argument].read))
     }
     while lost := {a for a in numbers if a in counter_of and not counter_of[a].read <= numbers}:
         numbers -= lost
