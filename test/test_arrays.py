@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from jax.sharding import SingleDeviceSharding
 
 import bactrian
@@ -77,7 +78,10 @@ NEVER = [
     jnp.asarray,
     jnp.mean,
     jnp.sum,
-    jax.device_put,
+    lambda a: jax.lax.add(a, a),
+    jax.nn.relu,
+    lambda a: jax.eval_shape(jnp.sin, a),
+    lambda a: jax.jit(lambda x: x + a)(np.float32(1)),
     lambda a: jax.jit(lambda w: w.sum())(a),
     lambda a: jax.vmap(jnp.sin)(a),
     lambda a: jax.grad(lambda w: w.sum())(a),
@@ -105,6 +109,18 @@ def test_what_it_refuses_names_gather(use, make):
     with pytest.raises(BactrianError, match=r"bactrian\.gather") as error:
         use(make())
     assert "state['w']" in str(error.value) and "test_arrays.py" in error.value.where
+
+
+def test_an_nnx_module_may_hold_it():
+    model = nnx.Linear(3, 2, use_bias=False, rngs=nnx.Rngs(0))
+    model.kernel.set_raw_value(distributed())
+    assert jax.typeof(model.kernel.get_raw_value()).str_short() == "float32[2,3]"
+    graph, state = nnx.split(model)
+    assert nnx.merge(graph, state).kernel.get_raw_value() is model.kernel.get_raw_value()
+    np.testing.assert_array_equal(
+        bactrian.gather(nnx.state(model))["kernel"].get_raw_value(), np.arange(6).reshape(2, 3)
+    )
+    assert "shape=(2, 3)" in str(model)
 
 
 @pytest.mark.parametrize("name", [name for name in dir(jax.Array) if not name.startswith("_")])

@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.hijax import ShapedArray, register_hitype
 
 from bactrian.driver.arrays.placement import ArgumentPlacement
 from bactrian.driver.source import line_here
@@ -193,7 +194,12 @@ class DistributedArray(jax.Array):
 
     @property
     def __jax_array__(self) -> NoReturn:
-        """JAX asks for it in every function that an array is given to."""
+        """JAX asks for it where it makes an array of an argument."""
+        raise _refusal(self, "a function of JAX")
+
+    @property
+    def format(self) -> NoReturn:
+        """JAX asks for it before it runs a function on arguments."""
         raise _refusal(self, "a function of JAX")
 
 
@@ -202,6 +208,10 @@ def of_pieces(placement: ArgumentPlacement, pieces: dict[int, jax.Array], contro
     array = DistributedArray.__new__(DistributedArray)
     array.placement, array.pieces, array.control, array.donated_by = placement, pieces, control, None
     return array
+
+
+# `jax.typeof` knows it; libraries ask that of every array.
+register_hitype(DistributedArray, lambda x: ShapedArray(x.shape, x.dtype, weak_type=x.weak_type))
 
 
 class ArrayAttributeError(BactrianError, AttributeError):
