@@ -21,6 +21,7 @@ from bactrian.passes.frame.module_text import check_strings
 
 _SPLIT = re.compile(r"^// -----.*\n?", re.MULTILINE)
 _BUFFER = "-"  # what MLIR calls a text that was parsed from memory
+_MOST_ELEMENTS = (1 << 31) - 1
 _IN_BUFFER = re.compile(r"(?<!\S)-:(?=\d)")
 
 
@@ -29,6 +30,13 @@ class _Parser(argparse.ArgumentParser):
 
     def format_help(self) -> str:
         return f"{super().format_help()}\n{documentation.help_text()}\n\n{documentation.pipelines_text()}\n"
+
+
+def _elements(text: str) -> int:
+    """A number of elements, on the command line."""
+    if not (text.isascii() and text.isdecimal()) or int(text) > _MOST_ELEMENTS:
+        raise argparse.ArgumentTypeError(f"should be from 0 to {_MOST_ELEMENTS}, got {text!r}")
+    return int(text)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -50,7 +58,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--mlir-print-ir-after-all", action="store_true", help="print the IR after each pass")
     add("--mlir-print-debuginfo", action="store_true", help="print locations")
     add("--mlir-print-op-generic", action="store_true", help="print ops in their generic form")
-    add("--mlir-elide-elementsattrs-if-larger", type=int, metavar="N", help="leave out constants of more elements")
+    add(
+        "--mlir-elide-elementsattrs-if-larger",
+        type=_elements,
+        metavar="N",
+        help="leave out constants of more elements",
+    )
     add("--mlir-timing", action="store_true", help="print the time of each pass to standard error")
     add("--mlir-pass-statistics", action="store_true", help="print the statistics of each pass to standard error")
     add("--list-passes", choices=("text", "json", "markdown"), help="list the registered passes and stop")

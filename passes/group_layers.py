@@ -109,8 +109,8 @@ class GroupLayers(Pass):
         """Neither the number of layers nor the slack is negative."""
         if self.num_layers < 0:
             raise ConfigError(f"option num-layers of {self.name} is {self.num_layers}, must not be negative")
-        if self.epsilon < 0:
-            raise ConfigError(f"option epsilon of {self.name} is {self.epsilon}, must not be negative")
+        if not 0 <= self.epsilon <= 1000:
+            raise ConfigError(f"option epsilon of {self.name} is {self.epsilon}, must be from 0 to 1000")
 
     def apply(self, module: ir.Module, ctx: PassContext) -> None:
         """Cut the forward ops, place all others, write the layers."""

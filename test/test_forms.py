@@ -50,7 +50,7 @@ LACKING = [
     ("formed", "placed", "split-stages", 'phase = "backward"', "phase = 3 : i64", 3, "bactrian.phase is 3 : i64, must be one of forward, "),
     ("typed", "captured", "infer-phases", '"batch"})', '"batch"}, %z: tensor<?xf32> {bactrian.role = "batch"})', 2, "is dynamic, must be static"),
     ("typed", "captured", "infer-phases", '"batch"})', '"batch"}, %z: tensor<*xf32> {bactrian.role = "batch"})', 2, "must be a tensor of known shape"),
-    ("typed", "captured", "infer-phases", '"batch"})', '"batch"}, %z: tensor<2305843009213693952xf32> {bactrian.role = "batch"})', 2, "at most 2^60 bytes"),
+    ("typed", "captured", "infer-phases", '"batch"})', '"batch"}, %z: tensor<2305843009213693952xf32> {bactrian.role = "batch"})', 2, "at most 2^48 bytes"),
     ("typed", "captured", "infer-phases", '"batch"})', '"batch"}, %z: tensor<4xindex> {bactrian.role = "batch"})', 2, "must be integers, floats"),
     ("marked", "captured", "infer-phases", '"state"', '"weight"', 2, "bactrian.role is 'weight', must be one of state, batch"),
     ("marked", "captured", "infer-phases", '"mean"', '"mean,mean"', 4, "1 operands, 1 results and 2 reductions"),

@@ -331,8 +331,8 @@ def test_stages_take_consecutive_layers():
 
 
 def test_options_are_checked():
-    for bad in ({"num-layers": "-1"}, {"epsilon": "-0.5"}):
-        with pytest.raises(ConfigError, match="must not be negative"):
+    for bad in ({"num-layers": "-1"}, {"epsilon": "-0.5"}, {"epsilon": "1001"}):
+        with pytest.raises(ConfigError, match=r"must not be negative|must be from 0 to 1000"):
             GroupLayers.from_options(bad)
     for text, words in (("0,a", "integers"), ("1,2", "begin with 0"), ("0,2,2", "grow")):
         with pytest.raises(ConfigError, match=words):

@@ -145,11 +145,12 @@ def test_placement_is_optimal_and_least_on_random_problems():
     for seed in range(200):
         rng = random.Random(seed)
         num_layers, num_nodes = rng.randint(1, 4), rng.randint(1, 5)
+        unit = 1 << (seed % 4 * 25)  # prices of 64 bits, and of more
         problem = LayerPlacement(num_layers)
         nodes = [problem.node() for _ in range(num_nodes)]
         ends = nodes + [LayerPlacement.at(layer) for layer in range(num_layers)]
         for _ in range(rng.randint(1, 10)):
-            problem.pay(rng.choice(ends), rng.choice(ends), rng.randint(1, 9))
+            problem.pay(rng.choice(ends), rng.choice(ends), rng.randint(1, 9) * unit)
         for _ in range(rng.randint(0, 3)):
             high, low = sorted(rng.sample(range(num_nodes + 1), 2))
             if low < num_nodes and high < num_nodes:

@@ -34,14 +34,18 @@ def report(failed: list[dict[str, str]]) -> str:
     )
 
 
-@pytest.mark.parametrize(("kind", "count"), [("ir", 60), ("plan", 20), ("cluster", 15), ("problem", 20)])
+@pytest.mark.parametrize(
+    ("kind", "count"), [("ir", 60), ("step", 10), ("plan", 20), ("saved", 8), ("cluster", 15), ("problem", 20)]
+)
 def test_mutated_inputs(kind: str, count: int) -> None:
     failed = failures(kind, 0, count)
     assert not failed, report(failed)
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("kind", "count"), [("ir", 2000), ("plan", 300), ("cluster", 200), ("problem", 200)])
+@pytest.mark.parametrize(
+    ("kind", "count"), [("ir", 2000), ("step", 500), ("plan", 300), ("saved", 200), ("cluster", 200), ("problem", 200)]
+)
 def test_many_mutated_inputs(kind: str, count: int) -> None:
     failed = failures(kind, 1000, count)
     assert not failed, report(failed)
@@ -49,11 +53,17 @@ def test_many_mutated_inputs(kind: str, count: int) -> None:
 
 @pytest.mark.parametrize(
     ("command", "ended"),
-    [("{}['x']", "1"), ("os.abort()", "SIGABRT"), ("time.sleep(60)", "hang"), ("0", "0")],
+    [
+        ("{}['x']", "1"),
+        ("os.abort()", "SIGABRT"),
+        ("time.sleep(60)", "hang"),
+        ("[0 for _ in iter(int, 1)]", "SIGXCPU"),
+        ("0", "0"),
+    ],
 )
 def test_failures_are_seen(tmp_path: Path, command: str, ended: str) -> None:
     program = (
-        "import os, sys, time, pathlib, mutated_inputs as inputs; inputs.SECONDS = 0.5; "
+        "import os, sys, time, pathlib, mutated_inputs as inputs; inputs.SECONDS = 1; inputs.PATIENCE = 4; "
         f"case = inputs.Case((), 'text', lambda words: {command}, 'x'); "
         "found, err = inputs.run(case, pathlib.Path(sys.argv[1])); print(found, inputs.is_sound(found, err))"
     )

@@ -116,6 +116,7 @@ def test_an_unknown_pass_lists_the_three_nearest() -> None:
         ("canonicalize{depth=1}", "bad options of pass 'canonicalize'"),
         ("func.func(flatten-calls)", "runs on builtin.module, not on func.func"),
         ("func.func(flaten)", "unknown pass 'flaten'"),
+        ("any(" * 2000, "more than 100 pass managers in each other"),
     ],
 )
 def test_wrong_pipelines_are_refused_before_anything_runs(text: str, message: str) -> None:
@@ -128,6 +129,9 @@ def test_options_survive_text() -> None:
         assert Probe.from_options(probe.option_texts()) == probe
     assert str(pipeline.to_element(Probe("a b", 3, strict=True))) == 'probe{action="a b" limit=3 strict=true}'
     assert Probe.from_options({"limit": "none", "strict": ""}) == Probe(strict=True)
+    for text in ("999999999999999999999", "-999999999999999999999"):
+        with pytest.raises(ConfigError, match=rf"option 'limit' of pass probe is {text}, must be from -2\^48 to 2\^48"):
+            Probe.from_options({"limit": text})
     with pytest.raises(ConfigError, match="option 'limit' of pass probe needs int, got 'x'"):
         Probe.from_options({"limit": "x"})
 

@@ -141,6 +141,9 @@ def test_plans_of_version_1_are_read() -> None:
         ({"layers": [{"layer": 0, "modules": "x"}]}, r"layers\[0\].modules should be a list of strings"),
         ({"options": {"a": [1]}}, "plan.options should be option names with plain values"),
         ({"options": [1]}, "plan.options should be an object"),
+        ({"options": {"a": "\ud800"}}, "plan.options should be option names with plain values"),
+        ({"num_layers": 10**12}, "num_layers is 1000000000000, should be from 1 to 65536"),
+        ({"num_layers": 2**63}, "plan.num_layers should be an integer from 0 to 9223372036854775807, got 92233"),
         ({"predicted_step_seconds": "fast"}, "plan.predicted_step_seconds should be a finite number"),
         ({"peak_memory_bytes": -1}, "plan.peak_memory_bytes should be an integer from 0"),
     ],
@@ -249,6 +252,12 @@ assert "jax" not in sys.modules
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.count("1 stage · 4 microbatches · 1f1b · 2 layers · 1 cpu device") == 2
+
+
+def test_names_are_shown_as_they_are() -> None:
+    names = ("w[/x]", "[bold]", ":smile:")
+    plan = small(layers=tuple(LayerPlan(k, modules=(name,)) for k, name in enumerate(names)))
+    assert all(name in str(plan) and name in plan._repr_html_() for name in names)
 
 
 def test_data_without_a_table_is_refused() -> None:

@@ -23,13 +23,12 @@ def run(options: argparse.Namespace) -> int:
     """Carry the command out; returns its exit code."""
     del options
     from rich.table import Table
-    from rich.text import Text
 
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in findings():
-        table.add_row(name, Text(value))  # not read as markup
+        table.add_row(name, value)
     RichView(table).show()
     return 0
 

@@ -99,6 +99,13 @@ def _check_question(plan: Plan, stage: int | None, source: str) -> None:
 def _explain(unsolved: Unsolved, plan: Plan, source: str, text: str, stage: int | None, deadline: float) -> Explanation:
     main = main_function(unsolved.module)
     meshes = stage_meshes(unsolved.module)
+    limits = [None if stage.sharding is None else stage.sharding.limit_bytes for stage in plan.stages]
+    if len(meshes) != plan.num_stages or None in limits:
+        raise ConfigError(
+            f"{source} does not say what its shardings were chosen for",
+            why=f"it has {plan.num_stages} stages with memory limits {limits}, the program has {len(meshes)} on meshes",
+            fix="save the plan once more, with `bactrian plan --save`",
+        )
     capture_unchanged(main)
     programs = read_stages(unsolved.module, meshes, unsolved.cluster, lambda op, remark: None)
     roles, updates = argument_roles(main), result_updates(main)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
 WIDTH = 100
+_PLAIN: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False}
+"""Names of users' programs are shown as they are, also where rich would read ``[/x]`` or ``:x:`` as something else."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class RichView:
         """Print to a terminal in colour, to anything else as plain text."""
         from rich.console import Console
 
-        console = Console(highlight=False)
+        console = Console(**_PLAIN)
         if console.is_terminal:
             console.print(self.renderable)
         else:
@@ -50,7 +52,7 @@ def _console(record: bool) -> Console:
         file=io.StringIO(),
         width=WIDTH,
         record=record,
-        highlight=False,
+        **_PLAIN,
         force_terminal=record,
         color_system="truecolor" if record else None,
     )

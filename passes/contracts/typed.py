@@ -14,7 +14,7 @@ from bactrian.passes.ir.meshes import is_mesh_tensor, mesh_tensor_parts
 from bactrian.passes.ir.regions import nested_operations
 from bactrian.passes.ir.tensor_sizes import type_bytes
 
-MAX_BYTES = 1 << 60
+MAX_BYTES = 1 << 48
 _ELEMENTS = "integers, floats or complex numbers"
 
 
@@ -49,6 +49,6 @@ def _verify_type(type_: ir.Type, where: ir.Operation | ir.Value, sound: set[ir.T
             raise error_at(PassError, where, f"the elements of {type_} are {element}, must be {_ELEMENTS}")
         if type_bytes(tensor) > MAX_BYTES:
             raise error_at(
-                PassError, where, f"{type_} has {math.prod(tensor.shape):,} elements, must have at most 2^60 bytes"
+                PassError, where, f"{type_} has {math.prod(tensor.shape):,} elements, must have at most 2^48 bytes"
             )
     sound.add(type_)

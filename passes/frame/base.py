@@ -17,6 +17,7 @@ from bactrian.passes.frame.location import Locatable, location_of, user_place, w
 
 T = TypeVar("T")
 ERROR_LIMIT = 10
+_MAX_NUMBER = 1 << 48  # of options
 
 
 @dataclass(frozen=True)
@@ -179,9 +180,12 @@ def _parse_value(owner: str, key: str, text: str, hint: Any) -> Any:
     try:
         if kind is bool:
             return {"true": True, "1": True, "": True, "false": False, "0": False}[text.lower()]
-        return kind(text)
+        value = kind(text)
     except (KeyError, ValueError):
         raise ConfigError(f"option {key!r} of {owner} needs {kind.__name__}, got {text!r}") from None
+    if kind in (int, float) and not -_MAX_NUMBER <= value <= _MAX_NUMBER:
+        raise ConfigError(f"option {key!r} of {owner} is {text}, must be from -2^48 to 2^48")
+    return value
 
 
 def _print_value(value: Any) -> str:

@@ -62,9 +62,12 @@ def parse_pipeline(text: str) -> tuple[Element, ...]:
     return elements
 
 
+_MAX_DEPTH = 100
+
+
 class _Parser:
     def __init__(self, text: str) -> None:
-        self._text, self._at = text, 0
+        self._text, self._at, self._depth = text, 0, 0
 
     def elements(self, end: str) -> tuple[Element, ...]:
         found: list[Element] = []
@@ -91,7 +94,12 @@ class _Parser:
             raise self._error("expected a pass name")
         if self._peek() == "(":
             self._at += 1
-            return Element(name, children=self.elements(end=")"))
+            self._depth += 1
+            if self._depth > _MAX_DEPTH:
+                raise self._error(f"more than {_MAX_DEPTH} pass managers in each other")
+            children = self.elements(end=")")
+            self._depth -= 1
+            return Element(name, children=children)
         if self._peek() == "{":
             self._at += 1
             return Element(name, options=self._options())

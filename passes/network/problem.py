@@ -170,7 +170,7 @@ def _problem_of(data: Any) -> CostNetwork:
     """The problem of what JSON has, field by field."""
     nodes, edges = ("problem", "nodes"), ("problem", "edges")
     costs, usages = (
-        tuple(_numbers(row, f"problem.nodes.{name}[{i}]") for i, row in enumerate(_list(data, *nodes, name)))
+        tuple(_numbers(row, f"problem.nodes.{name}", i) for i, row in enumerate(_list(data, *nodes, name)))
         for name in ("costs", "usages")
     )
     intervals = _pairs(data, *nodes, "intervals", least=-_MAX_TIME, most=_MAX_TIME)
@@ -180,11 +180,11 @@ def _problem_of(data: Any) -> CostNetwork:
         raise _WrongField("problem.edges.costs", rows, f"a list for each of {len(pairs)} edges")
     matrices = list[Costs]()
     for number, ((i, j), row) in enumerate(zip(pairs, rows, strict=True)):
-        field, shape = f"problem.edges.costs[{number}]", (len(costs[i]), len(costs[j]))
-        values = _numbers(row, field)
-        if values.size != math.prod(shape):
-            raise _WrongField(field, row, f"{shape[0]} times {shape[1]} numbers, as many as pairs of strategies")
-        matrices.append(values.reshape(shape))
+        values, first, second = _numbers(row, "problem.edges.costs", number), len(costs[i]), len(costs[j])
+        if values.size != first * second:
+            allowed = f"{first} times {second} numbers, as many as pairs of strategies"
+            raise _WrongField(f"problem.edges.costs[{number}]", row, allowed)
+        matrices.append(values.reshape(first, second))
     limit = _object(data, "problem").get("usage_limit")
     if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int | float)):
         raise _WrongField("problem.usage_limit", limit, "a number")
@@ -212,25 +212,30 @@ def _pairs(data: Any, *path: str, least: int, most: int) -> tuple[tuple[int, int
     """A list of pairs of integers."""
     found = list[tuple[int, int]]()
     for number, row in enumerate(_list(data, *path)):
-        pair = tuple(cast(list[Any], row)) if isinstance(row, list) else ()
-        if len(pair) != 2 or not all(type(value) is int and least <= value <= most for value in pair):
+        first, second = cast(list[Any], row) if isinstance(row, list) and len(row) == 2 else (None, None)
+        if (
+            type(first) is not int
+            or type(second) is not int
+            or not (least <= first <= most and least <= second <= most)
+        ):
             raise _WrongField(f"{'.'.join(path)}[{number}]", row, f"two integers from {least} to {most}")
-        found.append(pair)
+        found.append((first, second))
     return tuple(found)
 
 
-def _numbers(row: Any, field: str) -> Costs:
-    """A list of numbers. Integers beyond `FORBIDDEN`, which 64 bits may not hold, are that one."""
-    allowed = f"numbers, integers from {-FORBIDDEN} on"
-    if not isinstance(row, list):
-        raise _WrongField(field, row, allowed)
-    try:
-        values = np.array(row)
-        if values.dtype.kind in "uO" or (values.dtype.kind == "f" and all(isinstance(value, int) for value in row)):
-            values = np.array([min(value, FORBIDDEN) for value in row])
-    except (TypeError, ValueError, OverflowError):  # lists of lists, texts, integers beside numbers beyond floats
-        raise _WrongField(field, row, allowed) from None
-    sound = values.ndim == 1 and values.size > 0 and values.dtype.kind in "if" and values.dtype.itemsize == 8
-    if not sound or (values.dtype.kind == "i" and values.min() < -FORBIDDEN):
-        raise _WrongField(field, row, allowed)
-    return values
+def _numbers(row: Any, field: str, number: int) -> Costs:
+    """A list of numbers, the one with that number of a field. Integers that 64 bits don't hold are `FORBIDDEN`."""
+    if isinstance(row, list) and row:
+        try:
+            values = np.array(row)
+            if values.dtype.kind in "uO" or (values.dtype.kind == "f" and all(isinstance(value, int) for value in row)):
+                values = np.array([min(value, FORBIDDEN) for value in row])
+            if values.ndim == 1 and values.dtype.kind in "if" and values.dtype.itemsize == 8:
+                return values
+        except (
+            TypeError,
+            ValueError,
+            OverflowError,
+        ):  # lists of lists, texts, integers that no float holds beside floats
+            pass
+    raise _WrongField(f"{field}[{number}]", row, "a list of numbers of 64 bits")

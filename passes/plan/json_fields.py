@@ -49,7 +49,7 @@ def _option(value: Any) -> Option:
         raise TypeError
     if value is not None and not isinstance(value, (str, int, float, bool)):
         raise TypeError
-    return value
+    return _string(value) if isinstance(value, str) else value
 
 
 def _items(value: Any, check: _Check) -> tuple[Any, ...]:

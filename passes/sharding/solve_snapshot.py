@@ -9,11 +9,16 @@ from pathlib import Path
 
 from jaxlib.mlir import ir
 
-from bactrian.passes.frame.errors import ConfigError
+from bactrian.passes.frame import registry
+from bactrian.passes.frame.errors import ConfigError, PassError, ProgramError
+from bactrian.passes.frame.module_text import check_strings
 from bactrian.passes.ir.attributes import SOLVE, argument_attributes
 from bactrian.passes.ir.meshes import SHARDING
 from bactrian.passes.ir.regions import main_function
 from bactrian.passes.machine.cluster import CPU_HOST, Cluster, cluster_of
+from bactrian.passes.sharding.baselines import check_strategy
+
+_AGAIN = "write it again with `bactrian plan --save`"
 
 
 @dataclass(frozen=True)
@@ -77,14 +82,15 @@ def read_unsolved(text: str, source: str) -> Unsolved:
     Raises:
         ConfigError: it is no such module.
     """
-    fix = "write it again with `bactrian plan --save`"
     try:
+        check_strings(text, source)
         module = ir.Module.parse(text)
-    except ir.MLIRError as error:
-        raise ConfigError(f"cannot read {source}", why=str(error).partition("\n")[0], fix=fix) from None
+        registry.load_contracts(registry.load("solve-shardings").requires)(module)
+    except (ir.MLIRError, ProgramError, PassError) as error:
+        raise ConfigError(f"cannot read {source}", why=str(error).partition("\n")[0], fix=_AGAIN) from None
     if SOLVE not in module.operation.attributes:
         raise ConfigError(
-            f"{source} has no record of what the shardings were chosen for", why=f"no {SOLVE} in it", fix=fix
+            f"{source} has no record of what the shardings were chosen for", why=f"no {SOLVE} in it", fix=_AGAIN
         )
     return unsolved_of(module, ir.DictAttr(module.operation.attributes[SOLVE]), source)
 
@@ -97,16 +103,33 @@ def unsolved_of(module: ir.Module, entries: ir.DictAttr, source: str) -> Unsolve
         entries: its attribute ``bactrian.solve``.
         source: its file, for errors.
     """
-    words = {name: ir.StringAttr(entries[name]).value for name in ("fingerprint", "strategy")}
+    fields = {item.name: item.attr for item in entries}
+    fingerprint, strategy = _word(fields, "fingerprint", source), _word(fields, "strategy", source)
+    check_strategy(strategy)
     cluster = CPU_HOST
-    if "cluster" in entries:
-        name = ir.StringAttr(entries["cluster_name"]).value
-        cluster = cluster_of(tomllib.loads(ir.StringAttr(entries["cluster"]).value), name=name, where=source)
-    sources = {int(item.name): ir.StringAttr(item.attr).value for item in ir.DictAttr(entries["given"])}
-    return Unsolved(module, words["fingerprint"], words["strategy"], cluster, _given(module, sources))
+    if "cluster" in fields:
+        try:
+            data = tomllib.loads(_word(fields, "cluster", source))
+        except ValueError as error:
+            raise ConfigError(f"cannot read {source}", why=f"cluster in {SOLVE}: {error}", fix=_AGAIN) from None
+        cluster = cluster_of(data, name=_word(fields, "cluster_name", source), where=source)
+    given = fields.get("given")
+    sources = {item.name: item.attr for item in given} if isinstance(given, ir.DictAttr) else {}
+    return Unsolved(
+        module, fingerprint, strategy, cluster, _given(module, {name: _word(sources, name, source) for name in sources})
+    )
 
 
-def _given(module: ir.Module, sources: Mapping[int, str]) -> dict[int, str]:
+def _word(fields: Mapping[str, ir.Attribute], name: str, source: str) -> str:
+    attribute = fields.get(name)
+    if not isinstance(attribute, ir.StringAttr):
+        raise ConfigError(
+            f"cannot read {source}", why=f"{name} in {SOLVE} is {attribute}, must be a string", fix=_AGAIN
+        )
+    return attribute.value
+
+
+def _given(module: ir.Module, sources: Mapping[str, str]) -> dict[int, str]:
     entries = argument_attributes(main_function(module))
     placed = [number for number, entry in enumerate(entries) if SHARDING in entry]
-    return {number: sources.get(number, "the program") for number in placed}
+    return {number: sources.get(str(number), "the program") for number in placed}

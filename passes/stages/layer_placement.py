@@ -9,6 +9,7 @@ solutions, so it is unique.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -103,11 +104,11 @@ class LayerPlacement:
         ranges do not touch): ceil(log2 K) maximum flows in all.
         """
         nodes = self.num_nodes
-        infinite = sum(self._prices) + 1
+        paid, infinite = self._in_64_bits()
         # A requirement is an infinite price: layer(below) must not be above layer(above).
         tails = np.asarray(self._tails + self._below, dtype=np.int64)
         heads = np.asarray(self._heads + self._above, dtype=np.int64)
-        prices = np.asarray(self._prices + [infinite] * len(self._below), dtype=np.int64)
+        prices = np.asarray(paid + [infinite] * len(self._below), dtype=np.int64)
         # Terminals are appended as nodes with a range of one layer.
         tails = np.where(tails < 0, nodes - 1 - tails, tails)
         heads = np.where(heads < 0, nodes - 1 - heads, heads)
@@ -121,6 +122,14 @@ class LayerPlacement:
             high = np.where(~reached & (low < high), threshold - 1, high)
         layers: Ints = low[:nodes]
         return layers.tolist()
+
+    def _in_64_bits(self) -> tuple[list[int], int]:
+        """The prices, and one that is more than all of them; in larger units where sums at a node need more bits."""
+        total = sum(self._prices) + 1
+        most = max((*Counter(self._below).values(), *Counter(self._above).values()), default=0)
+        shift = max(0, (total * (most + 1)).bit_length() - 62)
+        prices = [-(-price >> shift) for price in self._prices] if shift else self._prices
+        return prices, sum(prices) + 1
 
     def cost(self, layers: Sequence[int]) -> int:
         """What a given placement pays (auxiliary nodes included in ``layers``)."""
