@@ -226,7 +226,7 @@ def run(case: Case, folder: Path) -> tuple[str, str]:
             os.dup2(err.fileno(), 2)
             resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
             resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-            resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
+            resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS + 1))
             os._exit(_code_of(lambda: case.command(words)))
         ended = _wait(child)
         err.seek(0)

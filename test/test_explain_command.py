@@ -160,9 +160,23 @@ def test_folders_that_lack_something(tmp_path: Path, save: Save) -> None:
     with pytest.raises(ConfigError, match="belong to different programs"):
         explain_saved(folder, "batch")
     (folder / "plan.json").write_text(text)
+    plan = json.loads(text)
+    plan["stages"][0]["sharding"]["limit_bytes"] = None
+    (folder / "plan.json").write_text(json.dumps(plan))
+    with pytest.raises(ConfigError, match="does not say what its shardings were chosen for"):
+        explain_saved(folder, "batch")
+    (folder / "plan.json").write_text(text)
     unsolved = (folder / "solve.mlir").read_text()
     (folder / "solve.mlir").write_text("module {}")
     with pytest.raises(ConfigError, match="has no record of what the shardings were chosen for"):
+        explain_saved(folder, "batch")
+    (folder / "solve.mlir").write_text(unsolved.replace('bactrian.role = "batch"', 'bactrian.role = "rows"'))
+    with pytest.raises(
+        ConfigError, match=r"cannot read .*solve\.mlir\n.*bactrian\.role is 'rows', must be one of state"
+    ):
+        explain_saved(folder, "batch")
+    (folder / "solve.mlir").write_text(unsolved.replace('strategy = "auto"', "strategy = 3 : i64"))
+    with pytest.raises(ConfigError, match=r"strategy in bactrian\.solve is 3 : i64, must be a string"):
         explain_saved(folder, "batch")
     (folder / "solve.mlir").write_text(unsolved[: len(unsolved) // 2])
     with pytest.raises(ConfigError, match=r"cannot read .*solve\.mlir"):

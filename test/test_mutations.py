@@ -35,7 +35,7 @@ def report(failed: list[dict[str, str]]) -> str:
 
 
 @pytest.mark.parametrize(
-    ("kind", "count"), [("ir", 60), ("step", 10), ("plan", 20), ("saved", 8), ("cluster", 15), ("problem", 20)]
+    ("kind", "count"), [("ir", 40), ("step", 8), ("plan", 15), ("saved", 5), ("cluster", 10), ("problem", 12)]
 )
 def test_mutated_inputs(kind: str, count: int) -> None:
     failed = failures(kind, 0, count)
@@ -52,18 +52,18 @@ def test_many_mutated_inputs(kind: str, count: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("command", "ended"),
+    ("command", "patience", "ended"),
     [
-        ("{}['x']", "1"),
-        ("os.abort()", "SIGABRT"),
-        ("time.sleep(60)", "hang"),
-        ("[0 for _ in iter(int, 1)]", "SIGXCPU"),
-        ("0", "0"),
+        ("{}['x']", 60, "1"),
+        ("os.abort()", 60, "SIGABRT"),
+        ("time.sleep(60)", 0.5, "hang"),
+        ("[0 for _ in iter(int, 1)]", 60, "SIGXCPU"),
+        ("0", 60, "0"),
     ],
 )
-def test_failures_are_seen(tmp_path: Path, command: str, ended: str) -> None:
+def test_failures_are_seen(tmp_path: Path, command: str, patience: float, ended: str) -> None:
     program = (
-        "import os, sys, time, pathlib, mutated_inputs as inputs; inputs.SECONDS = 1; inputs.PATIENCE = 4; "
+        f"import os, sys, time, pathlib, mutated_inputs as inputs; inputs.SECONDS, inputs.PATIENCE = 1, {patience}; "
         f"case = inputs.Case((), 'text', lambda words: {command}, 'x'); "
         "found, err = inputs.run(case, pathlib.Path(sys.argv[1])); print(found, inputs.is_sound(found, err))"
     )

@@ -85,13 +85,13 @@ def read_unsolved(text: str, source: str) -> Unsolved:
     try:
         check_strings(text, source)
         module = ir.Module.parse(text)
+        if SOLVE not in module.operation.attributes:
+            raise ConfigError(
+                f"{source} has no record of what the shardings were chosen for", why=f"no {SOLVE} in it", fix=_AGAIN
+            )
         registry.load_contracts(registry.load("solve-shardings").requires)(module)
     except (ir.MLIRError, ProgramError, PassError) as error:
         raise ConfigError(f"cannot read {source}", why=str(error).partition("\n")[0], fix=_AGAIN) from None
-    if SOLVE not in module.operation.attributes:
-        raise ConfigError(
-            f"{source} has no record of what the shardings were chosen for", why=f"no {SOLVE} in it", fix=_AGAIN
-        )
     return unsolved_of(module, ir.DictAttr(module.operation.attributes[SOLVE]), source)
 
 
