@@ -26,7 +26,7 @@ from bactrian.driver.traced_step import Traced
 from bactrian.passes.frame.errors import ConfigError
 from bactrian.passes.machine.spec import num_devices
 from bactrian.passes.plan.schema import Plan
-from bactrian.runtime import lockstep
+from bactrian.runtime import lockstep, rank_lifecycle
 from bactrian.runtime.control import Control
 from bactrian.runtime.lockstep import CollectiveCall
 
@@ -149,6 +149,7 @@ class Parallelized:
     __name__: str
 
     def __init__(self, fun: Callable[..., Any], options: Options) -> None:
+        rank_lifecycle.join_job()
         functools.update_wrapper(self, fun)
         self.__name__ = getattr(fun, "__name__", type(fun).__name__)
         self.fun, self.options = fun, options

@@ -98,39 +98,50 @@ class Report:
         return None
 
 
+class _Run:
+    """A call that came several times in a row."""
+
+    __slots__ = ("call", "times")
+
+    def __init__(self, call: CollectiveCall) -> None:
+        self.call, self.times = call, 1
+
+
 class CallLog:
     """The collective calls that the main thread of this process has made."""
 
     def __init__(self) -> None:
         self.count = 0
         self._first = 0
-        self._runs: deque[tuple[CollectiveCall, list[int]]] = deque()
-        self._totals = Counter[tuple[str, str]]()
+        self._runs: deque[_Run] = deque()
+        self._totals = Counter[tuple[str, str]]()  # calls by kind and name, without those of the last run
         self._lock = threading.Lock()
 
     def note(self, call: CollectiveCall) -> None:
         """The call begins. Runs in every step."""
         with self._lock:
             self.count += 1
-            self._totals[call.kind, call.name] += 1
             runs = self._runs
-            if runs and runs[-1][0] == call:
-                runs[-1][1][0] += 1
-                return
-            runs.append((call, [1]))
+            if runs:
+                last = runs[-1]
+                if last.call is call or last.call == call:
+                    last.times += 1
+                    return
+                self._totals[last.call[:2]] += last.times
+            runs.append(_Run(call))
             if len(runs) > _MOST_RUNS:
-                self._first += runs.popleft()[1][0]
+                self._first += runs.popleft().times
 
     @property
     def has_ended(self) -> bool:
         """Whether the end of the program came last."""
-        return bool(self._runs) and self._runs[-1][0] == ENDED
+        return bool(self._runs) and self._runs[-1].call == ENDED
 
     def report(self, rank: int, line: str) -> Report:
         """What there is to tell."""
         with self._lock:
-            runs = tuple((call, times[0]) for call, times in self._runs)
-            number = self._totals[runs[-1][0][:2]] - 1 if runs else 0
+            runs = tuple((run.call, run.times) for run in self._runs)
+            number = self._totals[runs[-1][0][:2]] + runs[-1][1] - 1 if runs else 0
             return Report(rank, socket.gethostname(), line, self._first, runs, number)
 
 
@@ -319,13 +330,14 @@ def end_job(error: BactrianError) -> None:
 
 T = TypeVar("T")
 
+_MAIN_THREAD = threading.main_thread().ident
 _calls_made = CallLog()
 _watch: Watch | None = None
 
 
 def note(call: CollectiveCall) -> None:
     """The call begins. What other threads than the main one call is not compared: its order may differ."""
-    if threading.current_thread() is threading.main_thread():
+    if threading.get_ident() == _MAIN_THREAD:
         _calls_made.note(call)
 
 

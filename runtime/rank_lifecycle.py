@@ -8,6 +8,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import ctypes
+import importlib.util
 import os
 import re
 import sys
@@ -192,6 +193,12 @@ _own_process = os.getpid()  # exit handlers run in forks as well
 _exit_code: int | None = None
 
 
+def join_job() -> None:
+    """Where a launcher has started several ranks: from now on this one fails and ends with them."""
+    if rank_environment().size > 1:
+        install_abort_hook()
+
+
 def install_abort_hook() -> None:
     """From now on an exception that nobody catches, on any thread, ends all ranks, as does an exit with an error code.
 
@@ -244,10 +251,21 @@ def _on_exit() -> None:
     faults.at("exit")
     if failing():
         abort(_exit_code or 1)
-    if os.getpid() == _own_process and (JOB_VARIABLE in os.environ or _mpi_is_up()) and rank_environment().size > 1:
+    if os.getpid() == _own_process and _others_may_wait():
         from bactrian.runtime.control import MpiControl  # imports numpy, which takes the cores that it finds
 
         lockstep.leave(MpiControl(start_mpi()))
+
+
+def _others_may_wait() -> bool:
+    """Whether other ranks may wait for this one, if only in MPI's start. Slurm's variables alone do not tell: a batch
+    script has them too, and MPI can't start there."""
+    if rank_environment().size == 1 or importlib.util.find_spec("mpi4py") is None:
+        return False
+    module = sys.modules.get("mpi4py.MPI")
+    if module is not None and module.Is_finalized():
+        return False
+    return _mpi_is_up() or rank_environment().launcher != "Slurm"
 
 
 def note_end_first() -> None:

@@ -1,4 +1,4 @@
-"""Collection pauses while a step is traced and planned, and only then."""
+"""Collection pauses while a step is traced and planned, and only then; a plan that is kept keeps no threads."""
 
 from __future__ import annotations
 
@@ -51,3 +51,9 @@ def test_tracing_and_planning_pause_it(monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(traced) == {False}
     assert planned == [False]
     assert gc.isenabled()
+
+
+def test_a_plan_keeps_no_threads() -> None:
+    """A context of MLIR has as many as there are cores, and each shape of the batch has a plan."""
+    planned = bactrian.parallelize(lambda w, x: x @ w, forward_only=True).trace(np.ones((4, 2)), np.ones((8, 4))).plan()
+    assert planned.staged.module.context.get_num_threads() == 1

@@ -25,6 +25,10 @@ class StagedPlan:
     donate: bool
     unsolved: ir.Operation | None = None
 
+    def __post_init__(self) -> None:
+        """The passes are over: the threads that a context starts for them, one per core, would stay as long as it does."""
+        self.module.context.enable_multithreading(False)
+
     @cached_property
     def program(self) -> StagedProgram:
         """The staged program as the runtime reads it."""
