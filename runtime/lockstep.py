@@ -233,9 +233,9 @@ class Watch:
                 _where(report) if report else f"rank {rank}: nothing was heard of it" for rank, report in late.items()
             ]
             _log.warning(
-                "rank 0 has stood for %.0f s at %s; %s %s not come so far: %s",
+                "rank 0 has waited %.0f s at %s; %s %s not come so far: %s",
                 now - self._since,
-                _where(self._reports[0]),
+                self._reports[0].line or "its end",
                 _ranks(list(late)),
                 "has" if len(late) == 1 else "have",
                 "; ".join(words[:_MOST_NAMED]),

@@ -22,6 +22,8 @@ def test_ranks_that_fail_alike_are_told_of_once() -> None:
         ("rank 3 on b (process 5) failed:", "error: lost\n"),
         ("rank 2 on a (process 9) and 2 more failed:", "error: unknown strategy\n"),
     ]
+    found = Failure("rank 0 on a (process 7)", 6, "error: rank 1 has ended its program\n")
+    assert told([found]) == [("rank 0 on a (process 7) ended the job:", "error: rank 1 has ended its program\n")]
     assert told([Failure("rank 1 on a (process 8)", 7, "")]) == [("rank 1 on a (process 8) called sys.exit(7)", "")]
 
 

@@ -149,5 +149,6 @@ def told(failures: Sequence[Failure]) -> list[tuple[str, str]]:
     found = list[tuple[str, str]]()
     for (code, text), names in reversed(alike.items()):
         others = f" and {len(names) - 1} more" if len(names) > 1 else ""
-        found.append((f"{names[0]}{others} {'failed:' if text else f'called sys.exit({code})'}", text))
+        does = f"called sys.exit({code})" if not text else "ended the job:" if code == PEER_LOST else "failed:"
+        found.append((f"{names[0]}{others} {does}", text))
     return found
