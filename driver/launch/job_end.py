@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from bactrian.driver.launch.banners import blamed
 from bactrian.passes.frame.errors import ConfigError, RuntimeFault
@@ -67,7 +67,7 @@ class JobEnd:
     ends: Sequence[Failure | Loss] = ()
     codes: Sequence[int] = ()
     stopped: int = 0
-    passed: Sequence[int] = field(default=())
+    passed: Sequence[int] = ()
     forced: bool = False
     unheard: bool = False
     unread: bool = False
@@ -102,10 +102,8 @@ class JobEnd:
             if place := next((loss.place for loss in losses if loss.rank == rank), ""):
                 return code or PEER_LOST, f"bactrian: {place}, called MPI_Abort with {code}\n"
         if self.unread and says.killed is None and losses[0].code is None:
-            return (
-                128 + signal.SIGPIPE,
-                "bactrian: nobody reads the ranks' output any more; mpirun ended them for that\n",
-            )
+            text = "bactrian: nobody reads the ranks' output any more; mpirun ended them for that\n"
+            return 128 + signal.SIGPIPE, text
         # Losses on several hosts may be heard of in another order.
         losses = [loss for loss in losses if loss.rank != says.gave_up] or losses
         loss = next((loss for loss in losses if loss.rank == says.killed), losses[0])

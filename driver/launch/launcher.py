@@ -39,16 +39,7 @@ _POLL_SECONDS = 0.1
 _AGAIN_SECONDS = 1.0  # a second Ctrl-C is meant after so long: wrappers may pass on one that we have had
 _STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _PASSED = (signal.SIGUSR1, signal.SIGUSR2)
-_FATAL = {
-    signal.SIGKILL,
-    signal.SIGSEGV,
-    signal.SIGABRT,
-    signal.SIGBUS,
-    signal.SIGFPE,
-    signal.SIGILL,
-    *_STOPS,
-    *_PASSED,
-}
+_CRASHES = (signal.SIGKILL, signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL)
 
 
 class Job:
@@ -201,7 +192,12 @@ class Job:
 
     def _end(self) -> JobEnd:
         code, ends = self._process.returncode, self._reports.ends
-        if self._mpirun.flavour == "mpich" and ends and isinstance(ends[0], Loss) and code in _FATAL:
+        if (
+            self._mpirun.flavour == "mpich"
+            and ends
+            and isinstance(ends[0], Loss)
+            and code in (*_CRASHES, *_STOPS, *_PASSED)
+        ):
             code += 128  # MPICH gives a signal's bare number
         return JobEnd(
             num_ranks=self._num_ranks,

@@ -38,8 +38,7 @@ _CONNECT_SECONDS = 5.0
 _PR_SET_PDEATHSIG = 1
 _LOST_SECONDS = 3.0  # in which mpirun ends a job that has lost a rank
 
-
-_leave = os._exit
+_leave = os._exit  # which a reporter replaces
 
 
 class Reporter:
