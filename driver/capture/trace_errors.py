@@ -49,14 +49,8 @@ def explain_trace_error(
             why="values have the shardings of such a mesh in their types, and a constraint can't change them",
             fix=MAKE_AUTO,
         )
-    if isinstance(error, NameError) and (axis := _UNBOUND_AXIS.search(text)):
-        return ProgramError(
-            f"{name} uses the axis {axis[1]!r}, which nothing binds",
-            where=line_of_error(error),
-            why="jax.pmap binds an axis of devices; a parallelized step is one program on the whole batch",
-            fix=f"say parallelize(axis_name={axis[1]!r}): it has one device then, on which a mean over devices is the "
-            "value itself; or take pmean and its kin out",
-        )
+    if (unbound := _unbound(error, name)) is not None:
+        return unbound
     if not isinstance(error, ValueError):
         return None
     if "Sharding" in text and "partition" in text:
@@ -89,3 +83,25 @@ def _should_be_static(error: Exception, name: str, blamed: Sequence[tuple[str, t
         why="numbers are arrays inside of a step, and shapes and Python control flow may not depend on array values",
         fix=f"parallelize(..., static_argnames={given}) gives the step its value; or use jnp.where or lax.cond",
     )
+
+
+def _unbound(error: Exception, name: str) -> ProgramError | None:
+    """The error where a step uses an axis or an object of ``nnx`` that does not belong to the function that is traced."""
+    text = str(error)
+    if type(error).__name__ == "TraceContextError":  # of flax
+        return ProgramError(
+            f"{name} updates an nnx variable inside of a gradient that did not get it: {text.splitlines()[0]}",
+            where=line_of_error(error),
+            why="in the function of a gradient only its arguments can be updated",
+            fix="give the model to bactrian.value_and_grad's function as the argument that it differentiates; or make one in "
+            "there, nnx.merge(graphdef, params, rest, copy=True), and return its new statistics as aux",
+        )
+    if isinstance(error, NameError) and (axis := _UNBOUND_AXIS.search(text)):
+        return ProgramError(
+            f"{name} uses the axis {axis[1]!r}, which nothing binds",
+            where=line_of_error(error),
+            why="jax.pmap binds an axis of devices; a parallelized step is one program on the whole batch",
+            fix=f"say parallelize(axis_name={axis[1]!r}): it has one device then, on which a mean over devices is the "
+            "value itself; or take pmean and its kin out",
+        )
+    return None
