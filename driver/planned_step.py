@@ -13,9 +13,11 @@ from bactrian.driver.ranks import World
 from bactrian.driver.report.explanation_table import render_value
 from bactrian.driver.report.plan_table import render_plan
 from bactrian.driver.report.terminal import RichView
+from bactrian.driver.report.timing_table import render_timing
 from bactrian.driver.run.compiled_step import Compiled
 from bactrian.driver.run.session import check_ranks, open_session
 from bactrian.driver.xla.compare_bytes import Comparison, compare
+from bactrian.passes.frame.phase_times import Timing
 from bactrian.passes.frame.reproducer import versions
 from bactrian.passes.frame.views import view
 from bactrian.passes.plan.schema import Plan
@@ -23,6 +25,7 @@ from bactrian.passes.sharding.explain import Explanation
 from bactrian.runtime import lockstep
 
 view.register(Explanation, lambda found: RichView(render_value(found)))  # `Planned.explain` gives them to users
+view.register(Timing, lambda timing: RichView(render_timing(timing)))
 
 
 class Planned:
@@ -38,6 +41,11 @@ class Planned:
     def plan(self) -> Plan:
         """The decisions and their predictions."""
         return self.staged.plan
+
+    @property
+    def timing(self) -> Timing:
+        """Where the time went so far: trace, lower, each pass. `Compiled.timing` goes on with compiling."""
+        return Timing((*self.captured.phases, *self.staged.phases))
 
     @property
     def staged_text(self) -> str:

@@ -11,6 +11,7 @@ from jaxlib.mlir import ir
 
 from bactrian.passes.frame.base import Pass, PassContext, Statistic, option
 from bactrian.passes.frame.errors import ConfigError, InfeasiblePlanError
+from bactrian.passes.frame.phase_times import PhaseClock
 from bactrian.passes.ir.attributes import SHARDING_ESTIMATES, argument_roles, integer
 from bactrian.passes.ir.regions import main_function
 from bactrian.passes.machine.cluster import cluster_or_cores
@@ -131,11 +132,13 @@ class SolveShardings(Pass):
         limit = self.memory_bytes or cluster.memory_bytes
         roles = argument_roles(main)
         capture_unchanged(main)
-        programs = read_stages(module, meshes, cluster, ctx.remark)
-        solved = [self._solve_stage(program, roles, limit) for program in programs]
+        with ctx.clock.phase("read"):
+            programs = read_stages(module, meshes, cluster, ctx.remark)
+        solved = [self._solve_stage(program, roles, limit, ctx.clock) for program in programs]
         ctx.count("strategies", sum(stage.model.network.num_strategies for stage in solved))
         writers = [stage.writer(main) for stage in solved]
-        write_stages(writers)
+        with ctx.clock.phase("write"):
+            write_stages(writers)
         drop_user_mesh(module, meshes)
         ctx.count("reshards", sum(writer.num_reshards for writer in writers))
         estimates = [
@@ -144,15 +147,20 @@ class SolveShardings(Pass):
         ]
         module.operation.attributes[SHARDING_ESTIMATES] = ir.ArrayAttr.get(estimates)
 
-    def _solve_stage(self, program: StageProgram, roles: Sequence[str], limit: int) -> _SolvedStage:
+    def _solve_stage(self, program: StageProgram, roles: Sequence[str], limit: int, clock: PhaseClock) -> _SolvedStage:
         """Choose the shardings of one stage."""
         mesh, reading = program.mesh, program.reading
         names = BASELINES if self.compare else ()
-        baselines = {name: solve_baseline(reading, mesh, roles, name, limit, self.time_limit) for name in names}
+        baselines: dict[str, BaselinePlan | None] = {}
+        for name in names:
+            with clock.phase(name):
+                baselines[name] = solve_baseline(reading, mesh, roles, name, limit, self.time_limit)
         if self.strategy != AUTO:
             reading = pin_baseline(reading, mesh, roles, self.strategy)
-        model = ShardingModel(reading.problem, mesh, limit)
-        solution = prefer_reduce_scatters(model, self._solved(program, model, roles, baselines))
+        with clock.phase("build network"):
+            model = ShardingModel(reading.problem, mesh, limit)
+        with clock.phase("solve"):
+            solution = prefer_reduce_scatters(model, self._solved(program, model, roles, baselines))
         shardings = model.shardings(solution.choice)
         return _SolvedStage(program, reading, model, solution, shardings, baselines)
 

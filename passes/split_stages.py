@@ -217,8 +217,8 @@ class _Emitter:
         The functions are filled first: that takes all ops out of the old ``@main``, which can then be erased.
         """
         self._main.attributes["sym_name"] = ir.StringAttr.get("main.captured")
-        for function in self._staging.functions:
-            self._emit_function(function)
+        for number, function in enumerate(self._staging.functions):
+            self._emit_function(number, function)
         self._emit_main()
         self._main.erase()
 
@@ -269,9 +269,8 @@ class _Emitter:
                 taken.add(value)
         return aliases
 
-    def _emit_function(self, function: StageFunction) -> None:
+    def _emit_function(self, number: int, function: StageFunction) -> None:
         """Move a function's ops into a ``func.func`` of their own."""
-        number = self._staging.functions.index(function)
         ins = [self._types[value] for value in function.inputs]
         outs = [self._types[value] for value in function.outputs]
         if function.index_ops:
@@ -280,8 +279,9 @@ class _Emitter:
             operation = func.FuncOp(function.key.symbol, (ins, outs), visibility="private")
         block = operation.add_entry_block(self._input_locations(function))
         self._fill(function, block)
-        attributes = [self._input_attributes(function, number, value) for value in function.inputs]
-        stage = function.key.stage
+        stage, place = function.key.stage, {value: position for position, value in enumerate(function.outputs)}
+        aliases = {v: place[self._aliases[number, v]] for v in function.inputs if (number, v) in self._aliases}
+        attributes = [self._input_attributes(value, stage, aliases.get(value)) for value in function.inputs]
         if function.index_ops:
             index: dict[str, ir.Attribute] = {MICROBATCH_INDEX: ir.UnitAttr.get()}
             sharding = self._index_sharding(stage)
@@ -345,13 +345,12 @@ class _Emitter:
         with ir.InsertionPoint(block), self._main.location:
             func.ReturnOp([given[value] if value in given else flow.values[value] for value in function.outputs])
 
-    def _input_attributes(self, function: StageFunction, number: int, value: int) -> ir.DictAttr:
-        alias = self._aliases.get((number, value))
-        attributes = self._sharding_entry(value, function.key.stage)
+    def _input_attributes(self, value: int, stage: int, alias: int | None) -> ir.DictAttr:
+        """Of an argument that shares its buffer with the result at place ``alias``, if there is one."""
+        attributes = self._sharding_entry(value, stage)
         if alias is None:
             return ir.DictAttr.get(attributes)
-        place = ir.IntegerAttr.get(ir.IntegerType.get_signless(32), function.outputs.index(alias))
-        attributes[ALIAS] = place
+        attributes[ALIAS] = ir.IntegerAttr.get(ir.IntegerType.get_signless(32), alias)
         if value >= self._flow.num_arguments:
             attributes[ACCUMULATOR] = ir.UnitAttr.get()
         return ir.DictAttr.get(attributes)

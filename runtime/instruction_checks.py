@@ -7,7 +7,7 @@ asynchronous transport deadlocks. On the way every read, write, donation and fre
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NoReturn
@@ -195,10 +195,11 @@ def _advance(rank: _Rank, network: _Network) -> bool:
 def _run(rank: _Rank, run: Run) -> None:
     for slot in run.inputs:
         rank.read(slot)
+    reads = Counter(run.inputs)
     for slot in run.donated:
-        if slot not in run.inputs:
+        if slot not in reads:
             rank.fail(f"slot %{slot} is donated but not read")
-        if run.inputs.count(slot) > 1:
+        if reads[slot] > 1:
             rank.fail(f"slot %{slot} is donated and read twice by one call")
         if slot in rank.sent:
             rank.fail(f"slot %{slot} is donated while a send of it is under way")

@@ -25,6 +25,7 @@ from bactrian.driver.capture.updated_in_place import write_back
 from bactrian.driver.source import line_here
 from bactrian.passes.frame.context import make_context
 from bactrian.passes.frame.errors import ProgramError
+from bactrian.passes.frame.phase_times import PhaseTime
 from bactrian.runtime.lockstep import CollectiveCall
 
 
@@ -51,6 +52,7 @@ class Captured:
     parameters: Parameters = field(repr=False)
     updated: tuple[int, ...] = ()
     remarks: tuple[str, ...] = ()
+    phases: tuple[PhaseTime, ...] = field(default=(), repr=False)
 
     def module(self, placed: PlacedArguments | None = None) -> ir.Module:
         """A new module with locations, for passes to rewrite; ``placed`` says which stages hold arguments already."""

@@ -40,6 +40,7 @@ from bactrian.driver.capture.trace_errors import explain_trace_error
 from bactrian.driver.capture.updated_in_place import Snapshot
 from bactrian.driver.source import line_here, line_of_function
 from bactrian.passes.frame.errors import BactrianError, ConfigError, ProgramError
+from bactrian.passes.frame.phase_times import PhaseClock
 from bactrian.passes.schedules.by_name import DEFAULT_SCHEDULE
 from bactrian.runtime.rank_lifecycle import drop_note_of_jax
 
@@ -68,8 +69,7 @@ def capture(
         args, kwargs: its arguments; any leaf with a shape and a dtype is data, abstract ones included.
         batch_argnums: positional arguments whose leaves all have the batch as dim 0; argument 1 by default.
         num_microbatches, schedule: how many microbatches every batch leaf is split into, and the order they run in.
-        state: for some arguments, the index of the result element that is the next value (``None``: read only);
-            the others are matched by tree, shapes and dtypes.
+        state: by argument, the result that is its next value (``None``: read only); others are matched by their trees.
         forward_only: ``fun`` takes no gradient; its results are reduced as ``out_reduction`` says, one word or a prefix
             tree of ``mean``, ``sum``, ``last``, ``concat``.
         parameters: those of ``fun``, where some are static.
@@ -105,6 +105,7 @@ def capture(
         parameters=parameters,
         updated=step.updated,
         remarks=_remarks(step, flow, num_microbatches),
+        phases=step.clock.phases,
     )
 
 
@@ -135,6 +136,7 @@ class _Step:
         self.fun, self.parameters, self.call, self.num_microbatches = fun, parameters, call, num_microbatches
         self.forward_only, self.out_reduction, self.axis_name = forward_only, out_reduction, axis_name
         self.name: str = getattr(fun, "__name__", type(fun).__name__)
+        self.clock = PhaseClock()
 
     def trace(self, arguments: Sequence[ArgumentInfo]) -> Any:
         """Traces to a jaxpr; errors of JAX that mean "not traceable" get the user's line."""
@@ -217,10 +219,11 @@ def _lower(
 ) -> tuple[bytes, str]:
     """Bytecode of the lowered module with our attributes, and the program's fingerprint."""
     call = step.call
-    module = traced.lower(lowering_platforms=(platform,)).compiler_ir("stablehlo")
-    options = {"num_microbatches": step.num_microbatches, "schedule": schedule}
-    shardings, line = requested_shardings(call.leaves), line_of_function(step.fun)
-    bytecode, digest = annotated(module, arguments, results, options, shardings, line)
+    with step.clock.phase("lower"):
+        module = traced.lower(lowering_platforms=(platform,)).compiler_ir("stablehlo")
+        options = {"num_microbatches": step.num_microbatches, "schedule": schedule}
+        shardings, line = requested_shardings(call.leaves), line_of_function(step.fun)
+        bytecode, digest = annotated(module, arguments, results, options, shardings, line)
     statics = _static_text((call.tree, call.statics, step.out_tree, step.out_statics, step.forward_only, platform))
     return bytecode, hashlib.sha256(f"{digest}\n{statics}".encode()).hexdigest()
 
@@ -300,7 +303,7 @@ def _trace(
     Raises:
         ProgramError: there is no gradient boundary, or something goes around it, or nothing comes of the gradients.
     """
-    with hint.added(step.name) if hint is not None else nullcontext():
+    with step.clock.phase("trace"), hint.added(step.name) if hint is not None else nullcontext():
         traced = step.trace(arguments)
         closed = traced.jaxpr.replace(jaxpr=without_hints(traced.jaxpr.jaxpr))
         flow = jaxpr_dataflow.flatten(closed)

@@ -18,6 +18,7 @@ from bactrian.passes.machine.spec import parse_axes
 
 if TYPE_CHECKING:
     from bactrian.driver.xla.compare_bytes import Comparison
+    from bactrian.passes.frame.phase_times import Timing
     from bactrian.passes.plan.schema import Plan
 
 SUMMARY = "plan a train step and print the plan; needs no device"
@@ -43,6 +44,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="compile for virtual devices, and compare what XLA sends with the plan",
     )
     parser.add_argument(
+        "--timing",
+        action="store_true",
+        help="compile too, for virtual devices, and show the time of each phase: trace, lower, passes, compile",
+    )
+    parser.add_argument(
         "--save", metavar="DIR", help="write plan.json, staged.mlir and, on a mesh, solve.mlir into this folder"
     )
     parser.add_argument("--json", action="store_true", help="print the plan as JSON instead of a table")
@@ -51,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Carry the command out; returns its exit code."""
     axes = None if options.mesh is None else parse_axes(options.mesh)
-    if options.compare_xla:
+    if options.compare_xla or options.timing:
         use_virtual_devices(8 if axes is None else math.prod(size for _, size in axes))
     step = load(options.step, "bactrian plan train.py:step")
     if not callable(getattr(step, "with_options", None)):
@@ -66,21 +72,34 @@ def run(options: argparse.Namespace) -> int:
     if options.save:
         planned.save(options.save)
     comparison = planned.compare_xla() if options.compare_xla else None
+    timing = planned.compile().timing if options.timing else None
     if options.json:
-        sys.stdout.write(planned.plan.to_json() if comparison is None else _with_comparison(planned.plan, comparison))
+        sys.stdout.write(_json(planned.plan, comparison, timing))
         return 0
     RichView(render_plan(planned.plan)).show()
     if comparison is not None:
         from bactrian.driver.report.comparison_table import render_comparison
 
         RichView(render_comparison(comparison)).show()
+    if timing is not None:
+        timing.show()
     return 0
 
 
-def _with_comparison(plan: Plan, comparison: Comparison) -> str:
-    from bactrian.driver.report.comparison_table import comparison_json
+def _json(plan: Plan, comparison: Comparison | None, timing: Timing | None) -> str:
+    """The plan as JSON, with a comparison as ``xla`` and the times of phases as ``timing`` where there are such."""
+    if comparison is None and timing is None:
+        return plan.to_json()
+    data = json.loads(plan.to_json())
+    if comparison is not None:
+        from bactrian.driver.report.comparison_table import comparison_json
 
-    return json.dumps(json.loads(plan.to_json()) | {"xla": comparison_json(comparison)}, indent=2) + "\n"
+        data["xla"] = comparison_json(comparison)
+    if timing is not None:
+        from bactrian.driver.report.timing_table import timing_json
+
+        data["timing"] = timing_json(timing.phases)
+    return json.dumps(data, indent=2) + "\n"
 
 
 def _example_arguments(options: argparse.Namespace) -> tuple[Any, ...]:

@@ -11,6 +11,7 @@ from bactrian.driver.planning.extract import extract
 from bactrian.driver.planning.plan_shardings import read_shardings
 from bactrian.driver.planning.stage_memory import StagePeak, stage_peak
 from bactrian.passes.frame.errors import InfeasiblePlanError
+from bactrian.passes.frame.phase_times import PhaseClock
 from bactrian.passes.frame.pipeline import PipelineReport
 from bactrian.passes.frame.units import human_bytes
 from bactrian.passes.ir.attributes import SOLVE
@@ -112,7 +113,11 @@ class MemoryRefinementResult:
 
 
 def refine_memory(
-    module: ir.Module, make_unsolved: ModuleFactory | None, cut: StageCutter, paths: Sequence[str] = ()
+    module: ir.Module,
+    make_unsolved: ModuleFactory | None,
+    cut: StageCutter,
+    clock: PhaseClock,
+    paths: Sequence[str] = (),
 ) -> MemoryRefinementResult:
     """Cut a program into stages, again with less memory to fill until it fits.
 
@@ -120,17 +125,20 @@ def refine_memory(
         module: which is consumed.
         make_unsolved: makes the module that the next try consumes; None where nothing has shardings.
         cut: does it, in place; with bytes that the solver may fill, or None for all that a device has.
+        clock: of what is done between the passes.
         paths: of the arguments, for people.
 
     Raises:
         InfeasiblePlanError: nothing fits, or was found to.
     """
     report = cut(module, None)
-    program = extract(module)
-    shardings = read_shardings(module, program, paths)
+    with clock.phase("extract"):
+        program = extract(module)
+        shardings = read_shardings(module, program, paths)
     if make_unsolved is None or not shardings:
         return MemoryRefinementResult(module, program, shardings, report)
-    refinement = MemoryRefinement(module, program, shardings)
+    with clock.phase("estimate memory"):
+        refinement = MemoryRefinement(module, program, shardings)
     while refinement.limit is not None:
         with module.context:
             module = make_unsolved()
@@ -139,15 +147,18 @@ def refine_memory(
         except InfeasiblePlanError as error:
             refinement.with_least_memory(error)
             continue
-        program = extract(module)
-        refinement.add(module, program, read_shardings(module, program, paths))
+        with clock.phase("extract"):
+            program = extract(module)
+            shardings = read_shardings(module, program, paths)
+        with clock.phase("estimate memory"):
+            refinement.add(module, program, shardings)
     return MemoryRefinementResult(module, program, refinement.shardings, report)
 
 
 def is_fitting(make_unsolved: ModuleFactory, cut: StageCutter) -> bool:
     """Whether the program that ``make_unsolved`` makes can be cut into stages that fit. The context must be entered."""
     try:
-        refine_memory(make_unsolved(), make_unsolved, cut)
+        refine_memory(make_unsolved(), make_unsolved, cut, PhaseClock())
     except InfeasiblePlanError:
         return False
     return True

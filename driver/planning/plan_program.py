@@ -33,6 +33,7 @@ from bactrian.driver.planning.predictions import (
 )
 from bactrian.driver.planning.staged_plan import StagedPlan
 from bactrian.passes.frame.errors import InfeasiblePlanError
+from bactrian.passes.frame.phase_times import PhaseClock
 from bactrian.passes.frame.pipeline import PipelineReport, run_pipeline
 from bactrian.passes.ir.main_dataflow import MainDataflow
 from bactrian.passes.ir.regions import body, main_function
@@ -63,18 +64,23 @@ def plan_program(
         specs: of arguments that another step has placed, on the mesh that all stages have.
         reproducer_dir: where a failing pass writes its reproducer.
     """
+    clock = PhaseClock()
     formed = run_pipeline(module, decisions.forming(), reproducer_dir=reproducer_dir)
+    clock.add(formed.phases)
     # What is known by layers is read now: split-stages keeps only stages.
-    layered = _layered(module, decisions, formed)
+    with clock.phase("name layers"):
+        layered = _layered(module, decisions, formed)
     sources = _give_shardings(module, decisions, plan, specs or {}, paths) if decisions.is_wide else {}
     localized = run_pipeline(module, decisions.localizing(), reproducer_dir=reproducer_dir, kept=formed.kept)
+    clock.add(localized.phases)
     unsolved = None
     if decisions.is_wide:
         # The choice of shardings starts from here each time that it is made: with less memory, or for an explanation.
         with module.context:
             unsolved = before_solving(module, fingerprint, decisions.cluster, decisions.strategy, sources)
-    fitted = _refine_memory(module, unsolved, decisions, localized, paths, reproducer_dir)
-    stages = _stage_plans(fitted, layered, decisions, plan, platform, num_microbatches)
+    fitted = _refine_memory(module, unsolved, decisions, localized, paths, reproducer_dir, clock)
+    with clock.phase("predict"):
+        stages = _stage_plans(fitted, layered, decisions, plan, platform, num_microbatches)
     shardings = [stage.sharding for stage in stages if stage.sharding is not None]
     timed = is_timed(platform, decisions.cluster)
     made = Plan(
@@ -91,7 +97,7 @@ def plan_program(
         options=plan.options if plan is not None else (),
         remarks=remarks_of((*formed.diagnostics, *localized.diagnostics, *fitted.report.diagnostics)),
     )
-    return StagedPlan(made, fitted.module, decisions.donate, unsolved)
+    return StagedPlan(made, fitted.module, decisions.donate, unsolved, clock.phases)
 
 
 @dataclass(frozen=True)
@@ -133,15 +139,19 @@ def _refine_memory(
     localized: PipelineReport,
     paths: Sequence[str],
     reproducer_dir: str | None,
+    clock: PhaseClock,
 ) -> MemoryRefinementResult:
     """The program in stages that fit. Where nothing fits, the error names the given shardings that are to blame."""
 
     def cut(whole: ir.Module, limit: int | None = None) -> PipelineReport:
         kept = localized.kept if whole is module else None
-        return run_pipeline(whole, decisions.emitting(limit or 0), reproducer_dir=reproducer_dir, kept=kept)
+        report = run_pipeline(whole, decisions.emitting(limit or 0), reproducer_dir=reproducer_dir, kept=kept)
+        clock.add(report.phases)
+        return report
 
     try:
-        return refine_memory(module, None if unsolved is None else partial(clone_unsolved, unsolved), cut, paths)
+        make_unsolved = None if unsolved is None else partial(clone_unsolved, unsolved)
+        return refine_memory(module, make_unsolved, cut, clock, paths)
     except InfeasiblePlanError as error:
         if unsolved is None:
             raise

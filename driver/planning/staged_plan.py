@@ -9,6 +9,7 @@ from pathlib import Path
 from jaxlib.mlir import ir
 
 from bactrian.driver.planning.extract import extract
+from bactrian.passes.frame.phase_times import PhaseTime
 from bactrian.passes.plan.schema import Plan
 from bactrian.runtime.staged_program import StagedProgram
 
@@ -17,13 +18,15 @@ from bactrian.runtime.staged_program import StagedProgram
 class StagedPlan:
     """A planned program: the plan, the scheduled module, and the same as plain data.
 
-    ``unsolved`` is the module as it was before shardings were chosen; None where there was nothing to choose.
+    ``unsolved`` is the module as it was before shardings were chosen; None where there was nothing to choose. ``phases``
+    are the times of planning; there are none where rank 0 has planned for this one.
     """
 
     plan: Plan
     module: ir.Module
     donate: bool
     unsolved: ir.Operation | None = None
+    phases: tuple[PhaseTime, ...] = ()
 
     def __post_init__(self) -> None:
         """The passes are over: the threads that a context starts for them, one per core, would stay as long as it does."""

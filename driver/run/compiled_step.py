@@ -26,6 +26,7 @@ from bactrian.driver.run.session import Session
 from bactrian.driver.source import line_here
 from bactrian.driver.xla.compile_stage import device_array
 from bactrian.passes.frame.errors import ProgramError
+from bactrian.passes.frame.phase_times import Timing
 from bactrian.passes.frame.units import human_bytes
 from bactrian.passes.plan.schema import Plan
 from bactrian.runtime import lockstep
@@ -83,6 +84,11 @@ class Compiled:
     def plan(self) -> Plan:
         """The plan that it was compiled from."""
         return self.session.staged.plan
+
+    @property
+    def timing(self) -> Timing:
+        """Where the time of making this step went: trace, lower, each pass, compile."""
+        return Timing((*self.captured.phases, *self.session.staged.phases, *self.session.phases))
 
     @property
     def placements(self) -> Sequence[ArgumentPlacement]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -26,6 +25,7 @@ from bactrian.driver.xla.compile_stage import (
     mesh_sharding,
 )
 from bactrian.passes.frame.errors import ConfigError
+from bactrian.passes.frame.phase_times import PhaseClock, PhaseTime
 from bactrian.passes.machine.spec import UNSHARDED, MeshAxes, Spec
 from bactrian.runtime import faults
 from bactrian.runtime.control import Control
@@ -81,7 +81,7 @@ class Session:
     executors: tuple[Executor, ...]
     devices: dict[int, tuple[JaxDevice, ...]]  # stage -> its mesh's devices, stages of this process only
     functions: dict[str, CompiledFunction]
-    compile_seconds: float
+    phases: tuple[PhaseTime, ...]  # of opening it
     places: Places
     mesh_control: Control | None = None  # of the ranks that this one shares its meshes with, if there are others
     tracer: Tracer | None = None
@@ -165,14 +165,15 @@ def stage_ranks(num_stages: int, num_ranks: int, ranks_per_mesh: int = 1) -> tup
 
 def open_session(staged: StagedPlan, world: World) -> Session:
     """Compile this process's stages and build its instruction streams (collective under MPI)."""
-    program = staged.program
+    program, clock = staged.program, PhaseClock()
     local = jax.local_devices()
     shared = ranks_per_mesh(meshes_of(program), world, local)
     several = world.num_ranks > 1
     num_ranks = world.num_ranks if several else _own_ranks(program, len(local))
     groups = stage_ranks(program.num_stages, num_ranks, shared)
-    streams = share_streams(build_streams(program, groups, broadcast_results=several), program, shared)
-    statistics = check_streams(streams)
+    with clock.phase("build instructions"):
+        streams = share_streams(build_streams(program, groups, broadcast_results=several), program, shared)
+        statistics = check_streams(streams)
     mesh_control = None
     if several:
         own = (streams[world.rank],)
@@ -184,7 +185,7 @@ def open_session(staged: StagedPlan, world: World) -> Session:
         own = streams
         devices = {stage: _devices_of(program, stage, rank, local) for stage, rank in enumerate(groups)}
     transports = choose(world.control, [stream.rank for stream in own], device_array, ranks_per_mesh=shared)
-    functions, seconds = _compile(staged, devices)
+    functions = _compile(staged, devices, clock)
     on_cores = all(device.platform == "cpu" for mesh in devices.values() for device in mesh)
     inline = several and (len(pin_cores()) == 1 or shared > 1) and on_cores
     places = Places(program, devices)
@@ -205,7 +206,7 @@ def open_session(staged: StagedPlan, world: World) -> Session:
         )
 
     return Session(
-        staged, world, streams, statistics, make(), devices, functions, seconds, places, mesh_control, _make=make
+        staged, world, streams, statistics, make(), devices, functions, clock.phases, places, mesh_control, _make=make
     )
 
 
@@ -223,11 +224,11 @@ def _devices_of(program: StagedProgram, stage: int, place: int, local: Sequence[
 
 
 def _compile(
-    staged: StagedPlan, devices: Mapping[int, Sequence[JaxDevice]]
-) -> tuple[dict[str, CompiledFunction], float]:
+    staged: StagedPlan, devices: Mapping[int, Sequence[JaxDevice]], clock: PhaseClock
+) -> dict[str, CompiledFunction]:
     faults.at("compile")
-    begin = time.perf_counter()
-    texts = function_texts(staged.module)
+    with clock.phase("print functions"):
+        texts = function_texts(staged.module)
     homes = {call.function: devices[call.stage] for call in staged.program.calls if call.stage in devices}
-    functions = compile_functions({symbol: texts[symbol] for symbol in homes}, homes)
-    return functions, time.perf_counter() - begin
+    with clock.phase("compile"):
+        return compile_functions({symbol: texts[symbol] for symbol in homes}, homes)

@@ -81,6 +81,11 @@ def compile_function(text: str, devices: Sequence[JaxDevice]) -> Any:
         text: a module; for several devices with the program of one, as ``partition`` writes it.
         devices: in the order of the mesh.
     """
+    with jax_mlir.make_ir_context():
+        return _compile(ir.Module.parse(text), devices)
+
+
+def _compile(module: ir.Module, devices: Sequence[JaxDevice]) -> Any:
     client = devices[0].client
     options = compiler.get_compile_options(
         num_replicas=1,
@@ -91,12 +96,10 @@ def compile_function(text: str, devices: Sequence[JaxDevice]) -> Any:
     if len(devices) > 1:  # the partitioner has a manual computation over all axes to take out, and nothing to partition
         options.executable_build_options.use_spmd_partitioning = True
         options.executable_build_options.use_shardy_partitioner = True
-    with jax_mlir.make_ir_context():
-        module = ir.Module.parse(text)
-        prepare_for_xla(module)
-        return compiler.compile_or_get_cached(
-            client, module, np.array(devices), options, [], xla_client.DeviceList(tuple(devices))
-        )
+    prepare_for_xla(module)
+    return compiler.compile_or_get_cached(
+        client, module, np.array(devices), options, [], xla_client.DeviceList(tuple(devices))
+    )
 
 
 def compile_functions(
@@ -105,17 +108,24 @@ def compile_functions(
     """Compile stage functions, each for its stage's mesh.
 
     Args:
-        texts: module text by symbol; equal texts for equal devices are compiled once.
+        texts: module text by symbol. What differs in names and locations alone is compiled once for equal devices.
         devices: the devices of each symbol's mesh, in its order.
     """
     made: dict[tuple[str, tuple[JaxDevice, ...]], CompiledFunction] = {}
     functions: dict[str, CompiledFunction] = {}
-    for symbol, text in texts.items():
-        key = (text, tuple(devices[symbol]))
-        if key not in made:
-            made[key] = _callable(compile_function(*key), *key)
-        functions[symbol] = made[key]
+    with jax_mlir.make_ir_context():
+        for symbol, text in texts.items():
+            module = ir.Module.parse(text)
+            key = (_program_text(module), tuple(devices[symbol]))
+            if key not in made:
+                made[key] = _callable(module, devices[symbol])
+            functions[symbol] = made[key]
     return functions
+
+
+def _program_text(module: ir.Module) -> str:
+    """What a module computes: its text without its name and without locations."""
+    return "\n".join(str(op) for op in module.body.operations)
 
 
 def device_array(view: Any, place: Sharding, copy: bool) -> jax.Array:
@@ -152,25 +162,29 @@ def mesh_sharding(devices: Sequence[JaxDevice], axes: MeshAxes, spec: Spec) -> S
 def signature_shardings(text: str, devices: Sequence[JaxDevice]) -> tuple[list[Sharding], list[Sharding]]:
     """The shardings of the arguments and of the results of ``@main``; on one device that device."""
     with jax_mlir.make_ir_context():
-        module = ir.Module.parse(text)
-        main = main_function(module)
-        type_ = ir.FunctionType(ir.TypeAttr(main.attributes["function_type"]).value)
-        counts = {"arg_attrs": len(type_.inputs), "res_attrs": len(type_.results)}
-        if len(devices) == 1:
-            single = SingleDeviceSharding(devices[0])
-            return [single] * counts["arg_attrs"], [single] * counts["res_attrs"]
-        axes = next(iter(mesh_axes(module).values()))
-
-        def of(name: str) -> list[Sharding]:
-            entries = [ir.DictAttr(entry) for entry in ir.ArrayAttr(main.attributes[name])]
-            return [mesh_sharding(devices, axes, spec_of(entry[SHARDING])) for entry in entries]
-
-        return (of("arg_attrs") if counts["arg_attrs"] else []), (of("res_attrs") if counts["res_attrs"] else [])
+        return _signature_shardings(ir.Module.parse(text), devices)
 
 
-def _callable(executable: Any, text: str, devices: Sequence[JaxDevice]) -> CompiledFunction:
-    """Call an executable with JAX arrays; results come back before they are computed."""
-    execute, handlers = executable.execute_sharded, _result_handlers(text, devices)
+def _signature_shardings(module: ir.Module, devices: Sequence[JaxDevice]) -> tuple[list[Sharding], list[Sharding]]:
+    main = main_function(module)
+    type_ = ir.FunctionType(ir.TypeAttr(main.attributes["function_type"]).value)
+    counts = {"arg_attrs": len(type_.inputs), "res_attrs": len(type_.results)}
+    if len(devices) == 1:
+        single = SingleDeviceSharding(devices[0])
+        return [single] * counts["arg_attrs"], [single] * counts["res_attrs"]
+    axes = next(iter(mesh_axes(module).values()))
+
+    def of(name: str) -> list[Sharding]:
+        entries = [ir.DictAttr(entry) for entry in ir.ArrayAttr(main.attributes[name])]
+        return [mesh_sharding(devices, axes, spec_of(entry[SHARDING])) for entry in entries]
+
+    return (of("arg_attrs") if counts["arg_attrs"] else []), (of("res_attrs") if counts["res_attrs"] else [])
+
+
+def _callable(module: ir.Module, devices: Sequence[JaxDevice]) -> CompiledFunction:
+    """Call a compiled module with JAX arrays; results come back before they are computed."""
+    handlers = _result_handlers(module, devices)  # first: what XLA is given says less
+    execute = _compile(module, devices).execute_sharded
 
     def call(arguments: Sequence[jax.Array]) -> list[jax.Array]:
         return execute(arguments).consume_with_handlers(handlers)
@@ -178,14 +192,12 @@ def _callable(executable: Any, text: str, devices: Sequence[JaxDevice]) -> Compi
     return call
 
 
-def _result_handlers(text: str, devices: Sequence[JaxDevice]) -> list[Any]:
+def _result_handlers(module: ir.Module, devices: Sequence[JaxDevice]) -> list[Any]:
     """What makes JAX arrays of an executable's results, without a sharding object made for each."""
-    shardings = signature_shardings(text, devices)[1]
-    with jax_mlir.make_ir_context():
-        module = ir.Module.parse(text)
-        signature = ir.FunctionType(ir.TypeAttr(main_function(module).attributes["function_type"]).value)
-        types = [ir.RankedTensorType(type_) for type_ in signature.results]
-        avals = [ShapedArray(tuple(t.shape), jnp.dtype(numpy_dtype(t.element_type))) for t in types]
+    shardings = _signature_shardings(module, devices)[1]
+    signature = ir.FunctionType(ir.TypeAttr(main_function(module).attributes["function_type"]).value)
+    types = [ir.RankedTensorType(type_) for type_ in signature.results]
+    avals = [ShapedArray(tuple(t.shape), jnp.dtype(numpy_dtype(t.element_type))) for t in types]
     return [
         pxla.global_aval_to_result_handler(aval, sharding, True)  # pyright: ignore
         for aval, sharding in zip(avals, shardings, strict=True)

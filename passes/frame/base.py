@@ -14,6 +14,7 @@ from jaxlib.mlir import ir
 from bactrian.passes.frame.diagnostics import Diagnostic, Severity, diagnostic_of, merge_errors
 from bactrian.passes.frame.errors import BactrianError, ConfigError, ProgramError
 from bactrian.passes.frame.location import Locatable, location_of, user_place, where_text
+from bactrian.passes.frame.phase_times import PhaseClock
 
 T = TypeVar("T")
 ERROR_LIMIT = 10
@@ -37,12 +38,13 @@ def option(default: T, *, help: str) -> T:
 
 
 class PassContext:
-    """What a pass gets besides the module: counters and diagnostics.
+    """What a pass gets besides the module: counters, diagnostics, and a clock for phases within the pass.
 
     Errors are collected, so that one run reports several; they fail the run when the pass ends.
     """
 
     def __init__(self, owner: Pass, limit: int = ERROR_LIMIT, kept: Mapping[type, Any] | None = None) -> None:
+        self.clock = PhaseClock()
         self.keeps: dict[type, Any] = {}
         self._kept = kept or {}
         self.counts: dict[str, int] = {statistic.name: 0 for statistic in owner.statistics}

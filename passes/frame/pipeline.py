@@ -20,6 +20,7 @@ from bactrian.passes.frame.context import make_context
 from bactrian.passes.frame.diagnostics import Diagnostic, from_mlir
 from bactrian.passes.frame.errors import BactrianError, ConfigError, PassError, ProgramError
 from bactrian.passes.frame.location import user_place
+from bactrian.passes.frame.phase_times import PhaseTime
 from bactrian.passes.frame.pipeline_text import ANCHOR, Element, parse_pipeline, print_pipeline
 
 PassOrText = Pass | str
@@ -99,7 +100,6 @@ class PassRun:
     """What one of our passes did in a run."""
 
     step: Pass
-    seconds: float
     counts: dict[str, int]
 
 
@@ -107,10 +107,13 @@ class PassRun:
 class PipelineReport:
     """What a pipeline did: one `PassRun` per pass of ours, in order, and all diagnostics.
 
-    ``kept`` are the analyses that hold for the IR it left; a run that goes on from there is given them.
+    ``phases`` are the times of all passes in order; passes of MLIR that follow each other are one phase, and ``verify``
+    is what lies between passes. ``kept`` are the analyses that hold for the IR it left; a run that goes on from there is
+    given them.
     """
 
     runs: list[PassRun] = field(default_factory=list[PassRun])
+    phases: list[PhaseTime] = field(default_factory=list[PhaseTime])
     diagnostics: list[Diagnostic] = field(default_factory=list[Diagnostic])
     kept: dict[type, Any] = field(default_factory=dict[type, Any], repr=False)
 
@@ -209,6 +212,8 @@ class _Runner:
         self._module, self._steps = module, steps
         self._exception: BaseException | None = None
         self._last_started = 0
+        self._num_done = 0  # steps whose time is known
+        self._measured = time.perf_counter()
         self._snapshot: ir.Operation | None = None
 
     def fill(self, manager: passmanager.PassManager) -> None:
@@ -223,10 +228,13 @@ class _Runner:
             self._module.operation.verify()
         except ir.MLIRError as error:
             raise PassError("module is invalid before the first pass", why=self._keep(error)) from None
+        self._measure("verify")
         if self._steps:
             self._snapshot = self._module.operation.clone(ip=False)
+            self._measure("copy to reproduce failures")
         try:
             manager.run(self._module.operation)
+            self._measure_before(len(self._steps))
             if self._steps and isinstance(self._steps[-1], str):
                 self.report.kept = {}
         except ir.MLIRError as error:
@@ -242,9 +250,9 @@ class _Runner:
     def _callable(self, index: int, step: Pass) -> Any:
         def apply(operation: ir.Operation, handle: passmanager.ExternalPass) -> None:
             self._last_started = index
+            self._measure_before(index)
             own = index == 0 or isinstance(self._steps[index - 1], Pass)  # one of MLIR's keeps nothing of ours
             context = PassContext(step, kept=self.report.kept if own else None)
-            start = time.perf_counter()
             try:
                 with ir.Location.unknown():
                     self._apply(step, context)
@@ -257,8 +265,10 @@ class _Runner:
                     context.report(error, self._module.operation)
                 handle.signal_pass_failure()
             self.report.kept = context.keeps
-            self.report.runs.append(PassRun(step, time.perf_counter() - start, context.counts))
+            self.report.runs.append(PassRun(step, context.counts))
             self.report.diagnostics += context.diagnostics
+            self._num_done = index + 1
+            self._measure(step.name, context.clock.phases)
 
         return apply
 
@@ -279,6 +289,16 @@ class _Runner:
             raise ProgramError(
                 f"cannot run {step.name}: {broken.message}", where=broken.where, why=why, fix=broken.fix, place=place
             ) from error
+
+    def _measure_before(self, index: int) -> None:
+        """Measure what ran since the last pass of ours and before the step ``index``: passes of MLIR, or its verifier."""
+        names = [str(step) for step in self._steps[self._num_done : index]]
+        self._measure(",".join(names) or "verify")
+
+    def _measure(self, name: str, parts: tuple[PhaseTime, ...] = ()) -> None:
+        """Measure what ran since the last measurement."""
+        before, self._measured = self._measured, time.perf_counter()
+        self.report.phases.append(PhaseTime(name, self._measured - before, parts=parts))
 
     def _keep(self, error: ir.MLIRError) -> str:
         """Keep MLIR's diagnostics in the report; return their text."""

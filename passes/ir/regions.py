@@ -111,11 +111,11 @@ def top_level(op: ir.Operation, block: ir.Block) -> ir.Operation:
 
 def erase_dead(candidates: Sequence[ir.Operation], phase: str | None = None) -> None:
     """Erase those ops that nobody reads, and whatever only they kept alive (of ``phase``, if one is given)."""
-    stack = list(dict.fromkeys(candidates))
+    stack = dict.fromkeys(candidates)
     while stack:
-        op = stack.pop()
+        op, _ = stack.popitem()
         if any(next(iter(result.uses), None) is not None for result in op.results):
             continue
         producers = {v.owner.operation: None for v in op.operands if not isinstance(v.owner, ir.Block)}
         op.erase()
-        stack.extend(p for p in producers if phase in (None, phase_of(p)) and p not in stack)
+        stack |= {producer: None for producer in producers if phase in (None, phase_of(producer))}
