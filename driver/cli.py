@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -19,7 +18,8 @@ from bactrian.driver.commands import (
     solve_command,
 )
 from bactrian.driver.launch.user_script import exit_status, is_user_error
-from bactrian.passes.frame.errors import BactrianError
+from bactrian.driver.report.terminal import drop_output, why_output_fails
+from bactrian.passes.frame.errors import BactrianError, ConfigError
 
 _COMMANDS = {
     "run": run_command,
@@ -37,7 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     5 pass failure, 6 peer lost."""
     options = parser().parse_args(arguments)
     try:
-        return options.command(options)
+        code = options.command(options)
+        sys.stdout.flush()
+        return code
     except SystemExit as error:
         code, text = exit_status(error)
         sys.stderr.write(text)
@@ -46,8 +48,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write("\nbactrian: stopped by SIGINT\n")
         return 130
     except BrokenPipeError:  # the reader of our output has gone, as `| head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        drop_output()
         return 0
+    except OSError:
+        if not (why := why_output_fails()):
+            raise
+        sys.stderr.write(f"error: cannot write standard output\n  why: {why}\n")
+        return ConfigError.exit_code
     except BactrianError as error:
         if options.traceback or not is_user_error(error):
             traceback.print_exc()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
 import re
 import sys
 from collections.abc import Sequence
@@ -13,11 +12,12 @@ from dataclasses import dataclass
 
 from jaxlib.mlir import ir
 
+from bactrian.driver.report.terminal import drop_output
 from bactrian.passes.frame import documentation, pipeline, pipeline_text, reproducer, verify_diagnostics
 from bactrian.passes.frame.context import make_context
 from bactrian.passes.frame.diagnostics import Diagnostic, diagnostic_of, from_mlir, sort_key
 from bactrian.passes.frame.errors import BactrianError, ConfigError, PassError, ProgramError
-from bactrian.passes.frame.module_text import check_strings
+from bactrian.passes.frame.module_text import parse_module
 
 _SPLIT = re.compile(r"^// -----.*\n?", re.MULTILINE)
 _BUFFER = "-"  # what MLIR calls a text that was parsed from memory
@@ -128,8 +128,7 @@ def _run_part(text: str, steps: list[pipeline.PassOrText], args: argparse.Namesp
     with make_context() as context:
         context.allow_unregistered_dialects = args.allow_unregistered_dialect
         try:
-            check_strings(text, _BUFFER)
-            module = ir.Module.parse(text)
+            module = parse_module(text, _BUFFER)
         except ProgramError as error:
             result.report.diagnostics.append(diagnostic_of(error))
             result.error = error
@@ -239,16 +238,11 @@ def _write(path: str, text: str) -> None:
         with open(path, "w", encoding="utf-8") as file:
             file.write(text)
     except BrokenPipeError:  # the reader of our output has gone, as `| head` does
-        _drop_output()
+        drop_output()
     except OSError as error:
         if path == "-":
-            _drop_output()
+            drop_output()
         raise ConfigError(f"cannot write {name}", why=error.strerror or str(error)) from None
-
-
-def _drop_output() -> None:
-    """Let what is still buffered go nowhere: Python writes it at its end, and would fail again."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _list_passes(form: str) -> str:

@@ -314,3 +314,12 @@ example_args = ([jax.ShapeDtypeStruct((8, 8), "float32")] * 2, jax.ShapeDtypeStr
     assert "2 stages · 4 microbatches · 1f1b" in run.stdout
     assert str(Plan.load(folder)) == run.stdout.rstrip("\n")
     assert bactrian("explain", folder).stdout.startswith(run.stdout.rstrip())
+
+
+def test_standard_output_on_a_full_disk(tmp_path: Path) -> None:
+    Plan(1, 1, "gpipe", 1, (StagePlan(0, 0, 0),)).save(tmp_path)
+    with open("/dev/full", "w") as full:
+        words = [sys.executable, "-m", "bactrian.driver.cli", "explain", str(tmp_path)]
+        done = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 3
+    assert done.stderr == "error: cannot write standard output\n  why: No space left on device\n"

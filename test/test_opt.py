@@ -137,6 +137,18 @@ def test_input_that_is_not_utf8(tmp_path, capfd, data: bytes, text: str) -> None
     assert text.format(path=path) in capfd.readouterr().err
 
 
+def test_a_number_that_ends_the_parser(tmp_path, capfd) -> None:
+    path = tmp_path / "in.mlir"
+    dims = "[b, 0, f]x[0, i, o]->[b, 4294967296, f]"
+    types = "(tensor<1x8x2xf32>, tensor<3x2x2xf32>) -> tensor<1x6x2xf32>"
+    path.write_text(f"""func.func public @main(%x: tensor<1x8x2xf32>, %k: tensor<3x2x2xf32>) -> tensor<1x6x2xf32> {{
+  %y = stablehlo.convolution(%x, %k) dim_numbers = {dims}, window = {{}} {{batch_group_count = 1 : i64, feature_group_count = 1 : i64}} : {types}
+  return %y : tensor<1x6x2xf32>
+}}""")
+    assert opt.main([str(path), "--flatten-calls"]) == 3
+    assert "error: MLIR's parser cannot read the module" in capfd.readouterr().err
+
+
 def test_bytes_that_a_backend_reads_stay(tmp_path, capfd) -> None:
     path = tmp_path / "in.mlir"
     call = '%0 = stablehlo.custom_call @"f\\C3\\A9"(%arg0) {backend_config = "\\FF\\00"} : (tensor<f32>) -> tensor<f32>'

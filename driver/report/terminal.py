@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import os
+import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +45,21 @@ class RichView:
             console.print(self.renderable)
         else:
             print(self.text())
+
+
+def drop_output() -> None:
+    """Let what is still buffered for standard output go nowhere: Python writes it at its end, and would fail again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def why_output_fails() -> str:
+    """Why standard output takes nothing any more, and from then on it goes nowhere; "" where it takes what there is."""
+    try:
+        os.write(sys.stdout.fileno(), b"\n")
+    except OSError as error:
+        drop_output()
+        return error.strerror or str(error)
+    return ""
 
 
 def _console(record: bool) -> Console:

@@ -11,7 +11,7 @@ from jaxlib.mlir import ir
 
 from bactrian.passes.frame import registry
 from bactrian.passes.frame.errors import ConfigError, PassError, ProgramError
-from bactrian.passes.frame.module_text import check_strings
+from bactrian.passes.frame.module_text import parse_module
 from bactrian.passes.ir.attributes import SOLVE, argument_attributes
 from bactrian.passes.ir.meshes import SHARDING
 from bactrian.passes.ir.regions import main_function
@@ -83,8 +83,7 @@ def read_unsolved(text: str, source: str) -> Unsolved:
         ConfigError: it is no such module.
     """
     try:
-        check_strings(text, source)
-        module = ir.Module.parse(text)
+        module = parse_module(text, source)
         if SOLVE not in module.operation.attributes:
             raise ConfigError(
                 f"{source} has no record of what the shardings were chosen for", why=f"no {SOLVE} in it", fix=_AGAIN
