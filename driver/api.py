@@ -246,9 +246,9 @@ class Parallelized:
         return self._last
 
     @property
-    def placements(self) -> Sequence[ArgumentPlacement]:
-        """Where the compiled step of the last call keeps each argument that is not batch, for ``bactrian.put``."""
-        return self.compiled.placements
+    def placements(self) -> Sequence[ArgumentPlacement] | None:
+        """Where the last call keeps each argument that is not batch, for ``bactrian.put``; None before the first."""
+        return None if self._last is None else self._last.placements
 
     @property
     def control(self) -> Control:

@@ -21,7 +21,7 @@ class DistributedArray(jax.Array):
     """An array on one or several stages: a pytree leaf that can be passed to steps, gathered and saved.
 
     It describes itself as other ``jax.Array``s do. Where this process has all of its values (``is_fully_addressable``) it
-    converts to numpy, and a scalar is a number in arithmetic, comparisons and texts. JAX's functions and everything else
+    converts to numpy and can be indexed, and a scalar is a number in arithmetic, comparisons and texts. JAX's functions and everything else
     refuse it, with an error that names ``bactrian.gather``. Nothing but ``gather`` waits for other ranks.
 
     ``pieces`` holds this rank's copies by stage (a ``jax.Array`` each; empty on ranks that hold none). Steps call
@@ -176,6 +176,12 @@ class DistributedArray(jax.Array):
             raise TypeError("len() of a scalar")
         return self.shape[0]
 
+    def __getitem__(self, index: Any) -> Any:
+        return _values(self, "indexing")[index]
+
+    def __iter__(self) -> Any:
+        return iter(_values(self, "iteration"))
+
     def __repr__(self) -> str:
         kind = f"{self.dtype}[{','.join(map(str, self.shape))}]"
         stages = ", ".join(map(str, self.stages))
@@ -300,8 +306,8 @@ _OF_NUMBERS = {
 }
 _REFUSED = {
     "arithmetic": ["matmul", "rmatmul"],
-    "indexing": ["getitem", "setitem"],
-    "iteration": ["iter", "contains", "reversed"],
+    "assignment": ["setitem"],
+    "iteration": ["contains", "reversed"],
 }
 for _operation, _functions in _OF_NUMBERS.items():
     for _name, _function in _functions.items():

@@ -21,11 +21,11 @@ from bactrian.runtime.lockstep import CollectiveCall
 
 
 class PlacedStep(Protocol):
-    """A step that was called, or compiled, as ``put`` needs it."""
+    """A step as ``put`` needs it."""
 
     @property
-    def placements(self) -> Sequence[ArgumentPlacement]:
-        """One per captured argument that is not batch, in the order of their numbers."""
+    def placements(self) -> Sequence[ArgumentPlacement] | None:
+        """One per captured argument that is not batch, in the order of their numbers; None where none is known yet."""
         ...
 
     @property
@@ -52,16 +52,19 @@ def put(tree: Any, step: PlacedStep, *, argnum: int | None = None) -> Any:
 
     Args:
         tree: the whole argument of the step, every rank with the same values.
-        step: a step that was called, or the result of ``compile()``.
+        step: the step, or the result of ``compile()``. One that was not called yet keeps nothing anywhere: the tree comes
+            back as it is, and the first call takes it.
         argnum: which positional argument it is; found by its shapes and dtypes when not given.
 
     Raises:
         ProgramError: the tree fits no argument of the step, or several.
-        ConfigError: the step was not called yet. Its first call takes host values as they are.
     """
+    known = step.placements
+    if known is None:
+        return tree
     leaves, treedef = jax.tree.flatten(tree)
     positions = array_positions(leaves, treedef)
-    placements = _placements_of([leaves[i] for i in positions], step, argnum)
+    placements = _placements_of([leaves[i] for i in positions], known, argnum)
     for i, placement in zip(positions, placements, strict=True):
         if not isinstance(leaves[i], DistributedArray):
             leaves[i] = _to_devices(leaves[i], placement, step.control)
@@ -139,9 +142,11 @@ def _gathered(values: np.ndarray[Any, Any], piece: jax.Array | None, control: Co
     return values
 
 
-def _placements_of(leaves: Sequence[Any], step: PlacedStep, argnum: int | None) -> list[ArgumentPlacement]:
+def _placements_of(
+    leaves: Sequence[Any], known: Sequence[ArgumentPlacement], argnum: int | None
+) -> list[ArgumentPlacement]:
     by_argnum: dict[int | None, list[ArgumentPlacement]] = {}
-    for placement in sorted(step.placements, key=lambda p: p.argument):
+    for placement in sorted(known, key=lambda p: p.argument):
         by_argnum.setdefault(placement.argnum, []).append(placement)
     wanted = [_shape_dtype(leaf) for leaf in leaves]
     fits = [n for n, ps in by_argnum.items() if [(p.shape, p.dtype) for p in ps] == wanted and argnum in (None, n)]
