@@ -173,7 +173,25 @@ def test_a_scan_that_is_nearly_all_work_is_blamed_with_its_line_in_the_plan() ->
     assert "in Python" in remark.fix
     assert " ".join(str(planned).split()).count(remark.message) == 1
     assert Plan.from_json(planned.plan.to_json()).remarks == planned.plan.remarks
-    assert step is not None
+
+
+def test_a_scan_is_planned_and_blamed_with_more_stages_than_products() -> None:
+    step, params, batch = scanned()
+    planned = bactrian.parallelize(step, num_stages=3, num_microbatches=2).trace(params, batch).plan()
+    assert the_remark(planned).where.startswith(line_of(scanned, "# the scan"))
+
+
+def test_parameters_of_all_layers_in_one_array_are_blamed_by_name() -> None:
+    def loss(params: Any, x: jax.Array) -> jax.Array:
+        for layer in range(LAYERS):
+            x = jnp.tanh(x @ params["w"][layer])
+        return jnp.mean(x**2)
+
+    shape = jax.ShapeDtypeStruct
+    stacked = {"w": shape((LAYERS, 64, 64), jnp.float32)}, shape((16, 64), jnp.float32)
+    planned = bactrian.parallelize(sgd(loss), num_stages=4, num_microbatches=2).trace(*stacked).plan()
+    assert "it updates params['w'], which stages" in the_remark(planned).why
+    assert "parameters of its own" in the_remark(planned).fix
 
 
 def test_remarks_of_passes_are_logged_once(caplog: pytest.LogCaptureFixture) -> None:

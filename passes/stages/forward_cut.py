@@ -10,10 +10,12 @@ from jaxlib.mlir import ir
 from bactrian.passes.frame.base import PassContext
 from bactrian.passes.ir.attributes import BACKWARD, FORWARD, UPDATE
 from bactrian.passes.ir.regions import has_product
+from bactrian.passes.sharding.loop_dataflow import WHILE
 from bactrian.passes.stages import layer_partitioning
 from bactrian.passes.stages.layer_graph import LayeredProgram
 from bactrian.passes.stages.pinned_arguments import PinnedArguments, PinnedReads
 from bactrian.passes.stages.placement_by_forward import place_by_forward
+from bactrian.passes.stages.uneven_stages import FAR
 
 _PAYS = 1.5
 """How much faster the slowest layer has to become for a part that is computed again to be cut: the layer of its end then
@@ -49,7 +51,8 @@ def cut_forward(
     ops = [i for i, phase in enumerate(program.phases) if phase == FORWARD and not program.free[i]]
     weighty = [program.batch[i] and has_product(flow.ops[i]) for i in ops]
     kind = ("matrix product or convolution", "matrix products or convolutions")
-    if not any(weighty):
+    is_looped = any(heavy and flow.ops[i].name == WHILE for i, heavy in zip(ops, weighty, strict=True))
+    if not any(weighty) or (is_looped and sum(weighty) < num_layers):  # a loop is not cut: what is around it can be
         weighty = [program.batch[i] and not program.marker[i] for i in ops]
         kind = ("op that depends on the batch", "ops that depend on the batch")
     order = _order(program, ops, weighty)
@@ -219,8 +222,8 @@ class _Request:
         )
 
     def remark(self, cut: layer_partitioning.LayerCut, main: ir.Operation, ctx: PassContext) -> None:
-        """Tells if what limits the cuts leaves layers less even than asked."""
-        if self.limits and cut.largest > (1 + self.epsilon) * cut.share * (1 + 1e-6):
+        """Tells if what limits the cuts leaves layers far less even than asked."""
+        if self.limits and cut.largest > max(1 + self.epsilon, FAR) * cut.share:
             places, fixes = zip(*self.limits, strict=True)
             ctx.remark(
                 main,

@@ -9,6 +9,7 @@ from bactrian.passes.frame.base import PassContext
 from bactrian.passes.frame.location import name_stack
 from bactrian.passes.ir.attributes import FORWARD, UPDATE
 from bactrian.passes.ir.main_dataflow import MainDataflow
+from bactrian.passes.ir.regions import has_product
 from bactrian.passes.sharding.loop_dataflow import WHILE
 
 FAR = 1.25
@@ -58,29 +59,35 @@ def warn_of_uneven_stages(
     forward = [index for index in own if flow.phases[index] == FORWARD]
     heaviest = max(forward or own, key=seconds.__getitem__)
     part = seconds[heaviest] / (taken[slowest][FORWARD] or totals[slowest])
+    heavy, updates_most = flow.ops[heaviest], taken[slowest][UPDATE] > _MOSTLY * totals[slowest]
+    takes = f"one {heavy.name} takes {100 * part:.0f} % of its forward phase, and an op is not cut"
+    read_elsewhere = _read_elsewhere(flow, stages, slowest)
     if is_pinned:
         why, fix = "another step has placed its state on stages", "pass bactrian.gather(...) of it to place it anew"
-    elif taken[slowest][UPDATE] > _MOSTLY * totals[slowest]:
-        why, fix = _of_update(flow, stages, slowest)
+    elif part > 0.5 and heavy.name == WHILE:
+        why, fix = takes, _LOOPS
+    elif read_elsewhere and (updates_most or not has_product(heavy)):
+        why, fix = read_elsewhere, "give each layer parameters of its own, as in a list of them, not one array for all"
+    elif updates_most:
+        why = f"the update of its state takes more than {100 * _MOSTLY:.0f} % of it"
+        fix = "give each layer parameters of its own, or use more microbatches or fewer stages"
     elif part > 0.5:
-        why = f"one {flow.ops[heaviest].name} takes {100 * part:.0f} % of its forward phase, and an op is not cut"
-        fix = _LOOPS if flow.ops[heaviest].name == WHILE else "use fewer stages, or a mesh for each"
+        why, fix = takes, "use fewer stages, or a mesh for each"
     else:
         why, fix = "stages are made of whole layers", "use fewer stages, or more layers with plan(num_layers=...)"
-    ctx.warning(flow.ops[heaviest], message, why=why, fix=fix)
+    ctx.warning(heavy, message, why=why, fix=fix)
 
 
-def _of_update(flow: MainDataflow, stages: Sequence[int | None], slowest: int) -> tuple[str, str]:
-    """Why and fix, where the update takes most of the slowest stage: it may update arguments that others read, too."""
+def _read_elsewhere(flow: MainDataflow, stages: Sequence[int | None], slowest: int) -> str:
+    """The largest argument that a stage updates and others read, too; nothing where there is none."""
     users, found = flow.users(), dict[int, list[int]]()
     for argument in range(flow.num_arguments):
         updated = any(stages[user] == slowest and flow.phases[user] == UPDATE for user in users[argument])
         read = sorted({stage for user in users[argument] if (stage := stages[user]) is not None})
         if updated and len(read) > 1:
             found[argument] = read
-    if found:
-        largest = max(found, key=flow.sizes.__getitem__)
-        name = name_stack(flow.values[largest].location) or f"argument {largest}"
-        why = f"it updates {name}, which stages {', '.join(map(str, found[largest]))} read"
-        return why, "give each layer parameters of its own, as in a list of them, not one array for all"
-    return "the update of its state takes most of it", "use more microbatches or fewer stages"
+    if not found:
+        return ""
+    largest = max(found, key=flow.sizes.__getitem__)
+    name = name_stack(flow.values[largest].location) or f"argument {largest}"
+    return f"it updates {name}, which stages {', '.join(map(str, found[largest]))} read"
