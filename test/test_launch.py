@@ -511,6 +511,23 @@ def test_ranks_are_known_from_the_environment() -> None:
 
 
 @pytest.mark.parametrize(
+    ("variables", "waits"),
+    [
+        ({"PMI_RANK": "1", "PMI_SIZE": "2"}, True),
+        ({"PMI_RANK": "0", "PMI_SIZE": "1"}, False),
+        (STEP, False),
+        ({}, False),
+    ],
+)
+def test_others_may_wait_for_who_leaves_where_mpi_can_start(
+    variables: dict[str, str], waits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "environ", variables)
+    monkeypatch.delitem(sys.modules, "mpi4py.MPI", raising=False)
+    assert rank_lifecycle._others_may_wait() is waits
+
+
+@pytest.mark.parametrize(
     ("step", "fix"), [(STEP, "srun --mpi=pmix"), ({"PMI_RANK": "0", "PMI_SIZE": "2"}, "mpi4py extra")]
 )
 def test_ranks_that_mpi_does_not_see(monkeypatch: pytest.MonkeyPatch, step: dict[str, str], fix: str) -> None:
