@@ -233,7 +233,7 @@ class Watch:
                 _where(report) if report else f"rank {rank}: nothing was heard of it" for rank, report in late.items()
             ]
             _log.warning(
-                "rank 0 has waited %.0f s at %s; %s %s not come so far: %s",
+                "rank 0 has waited %.0f s at %s; %s %s not come so far; last seen: %s",
                 now - self._since,
                 self._reports[0].line or "its end",
                 _ranks(list(late)),

@@ -187,7 +187,7 @@ def test_who_is_late_is_named_once(monkeypatch: pytest.MonkeyPatch, caplog: pyte
     for _ in range(4):
         job.watches[0].look()
     (record,) = caplog.records
-    assert "ranks 1 and 2 have not come so far: rank 1 on " in record.getMessage()
+    assert "ranks 1 and 2 have not come so far; last seen: rank 1 on " in record.getMessage()
     assert "train.py:11 (main); rank 2: nothing was heard of it" in record.getMessage()
 
 
