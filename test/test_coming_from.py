@@ -150,12 +150,26 @@ def _side(program: str, sign: str) -> str:
     return "\n".join(line[1:] for line in program.splitlines() if not line or line[0] in f" {sign}")
 
 
-def _run(title: str, sign: str) -> list[float]:
+def _before(program: str) -> str:
+    return _side(program, "-")
+
+
+def _after(program: str) -> str:
+    return _side(program, "+")
+
+
+def _stacked(program: str) -> str:
+    """The changed side of a program, with its decorator on top of the old one."""
+    old, new, rest = program.split("\n", 2)
+    return _side(f"{new}\n+{old[1:]}\n{rest}", "+")
+
+
+def _run(title: str, side: Callable[[str], str]) -> list[float]:
     """The loss after each program of a section, or its accuracy."""
     names = SETUPS[title]() | {"jax": jax, "jnp": jnp, "optax": optax, "bactrian": bactrian}
     found: list[float] = []
     for program in PROGRAMS[title]:
-        exec(compile(_side(program, sign), f"{PAGE.name}: {title}", "exec"), names)
+        exec(compile(side(program), f"{PAGE.name}: {title}", "exec"), names)
         loss = names.get("accuracy", names.get("loss", names.get("metrics", {}).get("loss")))
         found.append(float(jnp.ravel(loss)[0]))
     return found
@@ -163,5 +177,10 @@ def _run(title: str, sign: str) -> list[float]:
 
 @pytest.mark.parametrize("title", SETUPS)
 def test_both_sides_train_alike(title: str) -> None:
-    before, after = _run(title, "-"), _run(title, "+")
+    before, after = _run(title, _before), _run(title, _after)
     np.testing.assert_allclose(after, before, rtol=1e-4)
+
+
+@pytest.mark.parametrize("title", ["`jax.jit`", "Flax: `nnx`", "Equinox"])
+def test_the_old_decorator_may_stay_below(title: str) -> None:
+    np.testing.assert_allclose(_run(title, _stacked), _run(title, _before), rtol=1e-4)
