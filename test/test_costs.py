@@ -11,6 +11,7 @@ from bactrian.passes.frame.context import make_context
 from bactrian.passes.ir import op_traits
 from bactrian.passes.ir.op_costs import CostModel, repacks, trip_count
 from bactrian.passes.machine.device import CPU_CORE, Device, OpCost
+from bactrian.passes.stages.op_times import OpTimes
 
 FUNCTION = """
 func.func @main(%x: tensor<8x16xf32>, %w: tensor<16x4xf32>, %i: tensor<2x1xi32>, %b: tensor<8x16xbf16>,
@@ -167,3 +168,28 @@ def test_the_table_of_traits_names_only_ops_that_exist() -> None:
     assert not [name for names in sets for name in names if not context.is_registered_operation(name)]
     assert op_traits.TRANSCENDENTAL <= op_traits.ELEMENTWISE
     assert not op_traits.ELEMENTWISE & op_traits.NO_FLOPS
+
+
+FUSED = """
+func.func public @main(%x: tensor<64x64xf32>, %w: tensor<64x64xf32>) -> (tensor<64x64xf32>, tensor<64x64xf32>) {
+  %y = stablehlo.dot_general %x, %w, contracting_dims = [1] x [0]
+    : (tensor<64x64xf32>, tensor<64x64xf32>) -> tensor<64x64xf32>
+  %z = stablehlo.negate %x : tensor<64x64xf32>
+  %a = stablehlo.abs %z : tensor<64x64xf32>
+  return %y, %a : tensor<64x64xf32>, tensor<64x64xf32>
+}
+"""
+
+
+def test_times_of_ops_know_what_is_fused_and_how_often_loops_run() -> None:
+    with make_context(), ir.Location.unknown():
+        product, negate, absolute, end = OpTimes.of(ir.Module.parse(FUSED), "").seconds
+        assert product == 2 * 64**3 / 5e10
+        assert negate == 64 * 64 * 4 / 1e10, "it reads its operand, and writes nothing"
+        assert absolute == 64 * 64 * 4 / 1e10, "it writes its result, and reads nothing"
+        assert end == 0.0
+        loops = [
+            OpTimes.of(ir.Module.parse(FUNCTION.replace("BODY", LOOP.replace("LIMIT", str(limit)))), "").seconds
+            for limit in (9, 17)
+        ]
+    assert sum(loops[1]) == pytest.approx(2 * sum(loops[0]), rel=0.05)

@@ -36,7 +36,7 @@ class OpTimes:
         seconds: dict[ir.Operation, float] = {}
         for index, (op, top) in enumerate(zip(flow.ops, flow.tops, strict=True)):
             taken = seconds.setdefault(top, 0.0)
-            if flow.kinds[index] != OP or forwards(flow, index):
+            if flow.kinds[index] != OP or forwards(flow, index) or not flow.results[index]:
                 continue
             separate = is_separate(flow, index)
             keeps = separate or any(from_memory[value] for value in flow.results[index])
