@@ -1,6 +1,6 @@
 """How long it takes to the first step, against ``jax.jit`` of the same step: trace, plan, compile, run.
 
-    python benchmarks/first_step.py                                          # about 10 minutes
+    python benchmarks/first_step.py                                          # a few minutes
     python benchmarks/first_step.py --programs mlp:2000 stages:64 --rounds 3 --json out.json
 
 A program is a name and a size: ``mlp`` and ``chain`` by parameter leaves, ``gpt`` and ``layers`` by layers, ``stages`` by
@@ -18,11 +18,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pipeline
 from rich.console import Console
 from rich.table import Table
 
-PROGRAMS = ("mlp:250", "mlp:1000", "mlp:2000", "chain:250", "layers:200", "gpt:24", "gpt:200", "stages:64")
+PROGRAMS = ("mlp:1000", "mlp:2000", "chain:60", "layers:200", "gpt:24", "stages:64")
 PHASES = ("trace", "plan", "compile", "first step")
 Case = tuple[Any, Any, Any]  # parallelized step, state, batch
 
@@ -44,7 +45,6 @@ def _case(loss: Callable[[Any, Any], Any], params: Any, batch: Any, **options: A
 def mlp(leaves: int) -> Case:
     """Layers ``tanh((x w + b) s + o)`` of width 16, four leaves each."""
     import jax.numpy as jnp
-    import numpy as np
 
     def loss(params: Any, x: Any) -> Any:
         for p in params:
@@ -59,7 +59,6 @@ def mlp(leaves: int) -> Case:
 def chain(leaves: int) -> Case:
     """``0.999 y + 0.001 p`` for one leaf of 8 numbers after the other: no product, and nothing to cut at."""
     import jax.numpy as jnp
-    import numpy as np
 
     def loss(params: Any, x: Any) -> Any:
         for p in params:
@@ -74,7 +73,6 @@ def _residual(layers: int, **options: Any) -> Case:
     """Layers ``x + relu(x w + b)`` of width 64."""
     import jax
     import jax.numpy as jnp
-    import numpy as np
 
     def loss(params: Any, x: Any) -> Any:
         for p in params:
@@ -120,7 +118,7 @@ def measure(name: str, kind: str) -> dict[str, Any]:
         marks.append((time.perf_counter(), time.process_time()))
 
     timing: list[Any] = []
-    if kind == "jit":
+    if kind == "jit":  # its three phases are trace, lower and compile
         traced = jax.jit(step.fun, donate_argnums=0).trace(state, batch)
         mark()
         lowered = traced.lower()
@@ -142,36 +140,37 @@ def measure(name: str, kind: str) -> dict[str, Any]:
     return {"name": name, "kind": kind, "seconds": clock, "core_seconds": cores, "timing": timing}
 
 
-def _row(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> dict[str, Any]:
-    """The figures of a program: medians of seconds, and of the ratios of each round."""
+def figures(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> dict[str, Any]:
+    """The figures of a program: medians of seconds, and of each round's ratio to what ``jax.jit`` traces and compiles."""
 
-    def ratio(key: str, phases: slice) -> float:
-        samples = [[sum(run[key][phases]) for run in runs] for runs in (ours, theirs)]
-        made = [sum(run[key][:3]) for run in theirs]
-        return float(pipeline.ratio(samples[0], made if phases.stop else samples[1]))
+    def ratio(key: str, count: int) -> float:
+        """Of our first phases, so many of them."""
+        return float(pipeline.ratio([sum(run[key][:count]) for run in ours], [sum(run[key][:3]) for run in theirs]))
 
-    medians = [pipeline.interval([[run["seconds"][i] for run in ours]])[0] for i in range(4)]
-    made = pipeline.interval([[sum(run["seconds"][:3]) for run in theirs]])[0]
-    first = pipeline.interval([[run["seconds"][3] for run in theirs]])[0]
+    def medians(runs: list[dict[str, Any]]) -> list[float]:
+        return np.median([run["seconds"] for run in runs], axis=0).tolist()
+
     return {
         "program": ours[0]["name"],
-        "ours": medians,
-        "jit": [made, first],
-        "plan_ratio": ratio("seconds", slice(2)),
-        "ratio": ratio("seconds", slice(None)),
-        "core_ratio": ratio("core_seconds", slice(None)),
+        "seconds": medians(ours),
+        "jit_seconds": medians(theirs),
+        "plan_ratio": ratio("seconds", 2),
+        "compile_ratio": ratio("seconds", 3),
+        "plan_core_ratio": ratio("core_seconds", 2),
+        "compile_core_ratio": ratio("core_seconds", 3),
         "runs": ours + theirs,
     }
 
 
 def _table(rows: list[dict[str, Any]]) -> Table:
-    table = Table("program", *PHASES, "jax.jit: lower and compile", "first step", box=None, pad_edge=False)
-    for header in ("trace and plan / jit", "all / jit", "of cores"):
-        table.add_column(header)
+    table = Table(box=None, pad_edge=False)
+    ratios = ("planned / jit", "compiled / jit", "of cores: planned", "compiled")
+    for header in ("program", *PHASES, "jax.jit", *ratios):
+        table.add_column(header, justify="left" if header == "program" else "right", no_wrap=True)
     for row in rows:
-        seconds = [f"{value:.2f} s" for value in (*row["ours"], *row["jit"])]
-        ratios = [f"{row[key]:.2f}" for key in ("plan_ratio", "ratio", "core_ratio")]
-        table.add_row(row["program"], *seconds, *ratios)
+        seconds = [f"{value:.2f} s" for value in (*row["seconds"], sum(row["jit_seconds"][:3]))]
+        keys = ("plan_ratio", "compile_ratio", "plan_core_ratio", "compile_core_ratio")
+        table.add_row(row["program"], *seconds, *(f"{row[key]:.2f}" for key in keys))
     return table
 
 
@@ -191,9 +190,8 @@ def main() -> None:
         runs: dict[str, list[dict[str, Any]]] = {"bactrian": [], "jit": []}
         for _, kind in itertools.product(range(args.rounds), runs):
             runs[kind].append(pipeline.last_json([sys.executable, __file__, "--programs", name, "--one", kind]))
-        rows.append(_row(runs["bactrian"], runs["jit"]))
-        Console().print(_table(rows[-1:]))
-    Console().print(_table(rows))
+        rows.append(figures(runs["bactrian"], runs["jit"]))
+    Console(width=120).print(_table(rows))
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from bactrian.runtime.instructions import Run
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
+import first_step
 import layouts
 import pipeline
 import suite
@@ -51,6 +53,16 @@ def test_interval_holds_the_median_of_paired_quotients() -> None:
     assert pipeline.interval([2 * base, base], pipeline.ratio) == (2.0, 2.0, 2.0)
     value, low, high = pipeline.interval([base])
     assert low < value < high
+
+
+def test_first_steps_are_compared_with_what_jit_compiles() -> None:
+    def run(*seconds: float) -> dict[str, Any]:
+        return {"name": "mlp:8", "seconds": seconds, "core_seconds": [2 * seconds[0], *seconds[1:]]}
+
+    found = first_step.figures([run(1, 2, 3, 9), run(1, 4, 5, 9)], [run(1, 1, 2, 7), run(1, 1, 2, 5)])
+    assert (found["seconds"], found["jit_seconds"]) == ([1, 3, 4, 9], [1, 1, 2, 6])
+    assert (found["plan_ratio"], found["compile_ratio"]) == (1.0, 2.0)
+    assert (found["plan_core_ratio"], found["compile_core_ratio"]) == (1.0, 1.8)
 
 
 @pytest.mark.parametrize(
