@@ -154,3 +154,31 @@ module @mask_of_the_batch {
     return %e#0, %e#1, %e#2 : tensor<16x1xf32>, tensor<16x16xf32>, tensor<16x16xf32>
   }
 }
+
+// -----
+
+// With less work than stages, ops are where their arguments are; the last stage has none.
+// CHECK: module attributes {bactrian.num_layers = 2 : i64, bactrian.num_stages = 2 : i64}
+module attributes {bactrian.num_stages = 2 : i64} {
+  func.func public @main(%x: tensor<4x16xf32> {bactrian.role = "batch"}, %w: tensor<16x16xf32> {bactrian.pinned_stages = [0], bactrian.role = "constant"}) -> tensor<4x16xf32> {
+    // CHECK: stablehlo.dot_general {{.*}}bactrian.layer = 0
+    %b = stablehlo.dot_general %x, %w, contracting_dims = [1] x [0] {bactrian.phase = "forward"} : (tensor<4x16xf32>, tensor<16x16xf32>) -> tensor<4x16xf32>
+    // CHECK: stablehlo.sine {{.*}}bactrian.layer = 0
+    %c = stablehlo.sine %b {bactrian.phase = "forward"} : tensor<4x16xf32>
+    return %c : tensor<4x16xf32>
+  }
+}
+
+// -----
+
+// Two products, both with arguments of the last stage: the first has none.
+// CHECK: module attributes {bactrian.num_layers = 2 : i64, bactrian.num_stages = 2 : i64}
+module attributes {bactrian.num_stages = 2 : i64} {
+  func.func public @main(%x: tensor<4x16xf32> {bactrian.role = "batch"}, %w: tensor<16x16xf32> {bactrian.pinned_stages = [1], bactrian.role = "constant"}) -> tensor<4x16xf32> {
+    // CHECK: stablehlo.dot_general {{.*}}bactrian.layer = 1
+    %b = stablehlo.dot_general %x, %w, contracting_dims = [1] x [0] {bactrian.phase = "forward"} : (tensor<4x16xf32>, tensor<16x16xf32>) -> tensor<4x16xf32>
+    // CHECK: stablehlo.dot_general {{.*}}bactrian.layer = 1
+    %c = stablehlo.dot_general %b, %w, contracting_dims = [1] x [0] {bactrian.phase = "forward"} : (tensor<4x16xf32>, tensor<16x16xf32>) -> tensor<4x16xf32>
+    return %c : tensor<4x16xf32>
+  }
+}

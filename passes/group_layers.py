@@ -42,7 +42,7 @@ class GroupLayers(Pass):
 
     If another program has pinned arguments to stages (``bactrian.pinned_stages``) and there are as many layers, each
     layer is a stage: a forward op that reads such arguments is put on a stage that holds them all, and backward and
-    update ops are drawn there. Only arguments of at most ``small-bytes`` may be read elsewhere, if there is no other
+    update ops are drawn there. If there is less work than stages, some have no op. Only arguments of at most ``small-bytes`` may be read elsewhere, if there is no other
     way.
 
     Requires: ``bactrian.phase`` on every op (``infer-phases``).
@@ -120,7 +120,7 @@ class GroupLayers(Pass):
         layers = cut_forward(program, times.seconds, self.num_layers, self.num_stages, self.epsilon, main, ctx)
         if layers is None:
             return
-        num_layers = 1 + max((layer for layer in layers if layer is not None), default=0)
+        num_layers = max(self.num_layers, 1 + max((layer for layer in layers if layer is not None), default=0))
         _place_free(program, layers, FORWARD)
         pinned = program.pinned if program.pinned is not None and program.pinned.num_stages == num_layers else None
         placed = place_by_forward(program, pinned, layers, num_layers)

@@ -159,6 +159,40 @@ def test_another_number_of_stages_is_refused():
         bactrian.parallelize(predict, forward_only=True)(mixed, batch())
 
 
+@pytest.mark.parametrize("mesh", [None, "data=2"])
+def test_stages_without_work_are_allowed_where_the_state_is(mesh, slow):
+    square = [jax.random.normal(key, (32, 32)) / 6 for key in jax.random.split(jax.random.key(0), 4)]
+    x = jnp.ones((4, 32))
+
+    def forward(params, x):
+        for w in params:
+            x = jnp.tanh(x @ w)
+        return x
+
+    @bactrian.parallelize(num_stages=2, num_microbatches=2, mesh=mesh, cluster=slow)
+    def train(params, x):
+        loss, grads = bactrian.value_and_grad(lambda params: (forward(params, x) ** 2).mean())(params)
+        return jax.tree.map(lambda p, g: p - 0.1 * g, params, grads), loss
+
+    def norms(params, x):
+        return [jnp.sum(w**2) for w in reversed(params)]
+
+    params, _ = train(square, x)
+    first, last, half = (lambda params, x, part=part: forward(params[part], x) for part in PARTS)
+    for fun, reduction in ((first, "concat"), (last, "concat"), (half, "concat"), (norms, "last")):
+        step = bactrian.parallelize(fun, forward_only=True, out_reduction=reduction, cluster=slow)
+        ours, want = bactrian.gather(step(params, x)), step.reference(params, x)
+        for got, expected in zip(jax.tree.leaves(ours), jax.tree.leaves(want), strict=True):
+            np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+        placed = [placement.stages for placement in step.compiled.placements]
+        held = [leaf.stages for leaf in params]
+        assert all(not stages or stages == there for stages, there in zip(placed, held, strict=False))
+    train(params, x)
+
+
+PARTS = (slice(1), slice(3, 4), slice(2, 4))  # of four matrices on two stages
+
+
 def test_another_order_is_refused_by_name():
     square = [jax.random.normal(key, (32, 32)) for key in jax.random.split(jax.random.key(0), 4)]
 

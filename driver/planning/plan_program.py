@@ -112,7 +112,7 @@ class _Layered:
 def _layered(module: ir.Module, decisions: Decisions, formed: PipelineReport) -> _Layered:
     with module.context:
         ops = placed_ops(formed.kept[MainDataflow], formed.kept[OpTimes])
-        starts = first_layers(ops, decisions.num_stages)
+        starts = first_layers(ops, decisions.num_stages, decisions.num_layers)
         layers = tuple(range(start, end) for start, end in pairwise((*starts, decisions.num_layers)))
         return _Layered(name_layers(ops, decisions.num_layers), layers, stage_work(ops, decisions.num_stages))
 

@@ -52,13 +52,17 @@ def placed_ops(flow: MainDataflow, times: OpTimes) -> list[PlacedOp]:
     return found
 
 
-def first_layers(ops: Iterable[PlacedOp], num_stages: int) -> tuple[int, ...]:
-    """The first layer of every stage; 0 for the first stage, whatever its ops are."""
+def first_layers(ops: Iterable[PlacedOp], num_stages: int, num_layers: int) -> tuple[int, ...]:
+    """The first layer of every stage; 0 for the first stage, whatever its ops are. A stage without ops has one layer."""
     first: dict[int, int] = {}
     for op in ops:
         if op.layer is not None:
             first[op.stage] = min(op.layer, first.get(op.stage, op.layer))
-    return (0, *(first[stage] for stage in range(1, num_stages)))
+    starts, end = list[int](), num_layers
+    for stage in range(num_stages - 1, 0, -1):
+        end = first.get(stage, end - 1)
+        starts.append(end)
+    return (0, *reversed(starts))
 
 
 @dataclass

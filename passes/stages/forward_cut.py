@@ -70,19 +70,30 @@ def cut_forward(
     weights = _weights(program, ops, seconds) if sum(weighty) >= num_layers > 1 else []
     request = _Request(weights, weighty, crossing, num_layers, epsilon, allowed, None, kind, limits, num_stages)
     layers: list[int | None] = [None] * len(flow.ops)
-    if num_layers > 1:
-        if not request.check(main, ctx):
-            return None
-        cut = _cut_with_pinned(program, ops, request, main, ctx)
-        if cut is None:
-            return None
-        groups = cut.group_of(len(ops))
-        ctx.count("cut-bytes", cut.bytes)
-    else:
-        groups = [0] * len(ops)
+    groups = _groups(program, ops, request, main, ctx)
+    if groups is None:
+        return None
     for op, group in zip(ops, groups, strict=True):
         layers[op] = group
     return layers
+
+
+def _groups(
+    program: LayeredProgram, ops: list[int], request: _Request, main: ir.Operation, ctx: PassContext
+) -> list[int] | None:
+    """The layer of each of ``ops``; None after an error."""
+    if request.num_layers == 1:
+        return [0] * len(ops)
+    pinned, cut = program.pinned, None
+    if pinned is None or pinned.num_stages != request.num_layers or sum(request.weighty) >= request.num_layers:
+        if not request.check(main, ctx):
+            return None
+        cut = _cut_with_pinned(program, ops, request, main, ctx)
+    if cut is not None:
+        ctx.count("cut-bytes", cut.bytes)
+        return cut.group_of(len(ops))
+    assert pinned is not None, "as many weights as layers, or boundaries with weight between them"
+    return _with_arguments(program, ops, pinned, ctx)
 
 
 def _weights(program: LayeredProgram, ops: list[int], seconds: Sequence[float]) -> list[float]:
@@ -236,7 +247,8 @@ class _Request:
 def _cut_with_pinned(
     program: LayeredProgram, ops: list[int], request: _Request, main: ir.Operation, ctx: PassContext
 ) -> layer_partitioning.LayerCut | None:
-    """The cut that keeps pinned arguments on their stages and, if it can, recomputed parts whole; None after an error."""
+    """The cut that keeps pinned arguments on their stages and, if it can, recomputed parts whole; None if a stage would
+    have no weight."""
     pinned = program.pinned
     if pinned is not None and pinned.num_stages != request.num_layers:
         ctx.remark(
@@ -257,15 +269,39 @@ def _cut_with_pinned(
         if cut is not None:
             chosen.remark(cut, main, ctx)
             return cut
-    assert reads is not None, "as many weights as layers, or boundaries with weight between them"
-    place, why = reads.only(program.large).conflict(request.allowed is not None)
-    ctx.error(
-        program.flow.ops[ops[place]],
-        f"cannot leave the arguments on the {request.num_layers} stages that hold them",
-        why=f"{why}; the step that made them placed them so",
-        fix="read them in the order in which that step does, or pass bactrian.gather(...) of them, to place them anew",
-    )
     return None
+
+
+def _with_arguments(
+    program: LayeredProgram, ops: list[int], pinned: PinnedArguments, ctx: PassContext
+) -> list[int] | None:
+    """The layer of each of ``ops`` where no cut leaves work to every stage: the first stage that has all pinned arguments
+    that an op reads, and is not before what it reads. Stages may have no op. None after an error."""
+    reads = _pinned_reads(program, pinned, ops)
+    large = reads.only(program.large)
+    layers: dict[int, int] = {}
+    causes: dict[int, int | None] = {}  # the argument that keeps an op from lower layers
+    for place, (op, *choices) in enumerate(zip(ops, reads.choices(), large.choices(), strict=True)):
+        producers = [program.flow.producer[value] for value in program.flow.operands[op]]
+        before = max((producer for producer in producers if producer in layers), key=layers.__getitem__, default=None)
+        low, cause = (0, None) if before is None else (layers[before], causes[before])
+        stages = next(filter(None, (_from(low, choice, pinned.num_stages) for choice in choices)), None)
+        if stages is None:
+            ctx.error(
+                program.flow.ops[op],
+                f"cannot leave the arguments on the {pinned.num_stages} stages that hold them",
+                why=f"{large.conflict(place, cause)}; the step that made them placed them so",
+                fix="read them in the order in which that step does, or pass bactrian.gather(...) of them, to place them anew",
+            )
+            return None
+        layers[op] = stages[0]
+        causes[op] = large.last(place) if stages[0] > low else cause
+    return [layers[op] for op in ops]
+
+
+def _from(low: int, choice: frozenset[int] | None, num_stages: int) -> list[int]:
+    """The stages of a choice (None: any) that are not before ``low``."""
+    return [stage for stage in range(low, num_stages) if choice is None or stage in choice]
 
 
 def _around_parts(request: _Request, kept: list[int] | None) -> tuple[_Request, layer_partitioning.LayerCut | None]:

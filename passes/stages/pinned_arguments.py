@@ -56,27 +56,14 @@ class PinnedReads:
             for arguments in self.arguments
         ]
 
-    def conflict(self, at_boundaries: bool) -> tuple[int, str]:
-        """The first op (as a position in the order) that has no stage left, and why.
+    def last(self, place: int) -> int | None:
+        """Of the arguments that the op at ``place`` reads, the one that is only on the latest stages; None without any."""
+        return max(self.arguments[place], key=lambda argument: min(self.pinned.of[argument]), default=None)
 
-        Values go to later stages only, so an op is on no lower stage than the ops before it. If that leaves a stage to
-        every op, then it is the cuts that can't be made: at the given boundaries, or with weight on every stage.
-        """
-        low, cause = 0, 0
-        for place, choice in enumerate(self.choices()):
-            if choice is None:
-                continue
-            if not choice:
-                return place, f"one op reads {' and '.join(map(self.pinned.text, self.arguments[place]))}"
-            above = [stage for stage in choice if stage >= low]
-            if not above:
-                late = min(self.arguments[place], key=lambda argument: max(self.pinned.of[argument]))
-                return place, f"{self.pinned.text(late)} is read after {self.pinned.text(cause)}"
-            if min(above) > low:
-                low = min(above)
-                cause = max(self.arguments[place], key=lambda argument: min(self.pinned.of[argument]))
-        place = next(place for place, arguments in enumerate(self.arguments) if arguments)
-        text = f"{self.pinned.text(self.arguments[place][0])} and the arguments that are read after it leave "
-        if at_boundaries:
-            return place, text + "no cut at the program's stage boundaries"
-        return place, text + f"one of {self.pinned.num_stages} stages without a product or convolution"
+    def conflict(self, place: int, cause: int | None) -> str:
+        """Why no stage is left to the op at ``place``, which reads what ``cause`` keeps from earlier stages."""
+        own = self.arguments[place]
+        if cause is None or not frozenset.intersection(*(frozenset(self.pinned.of[a]) for a in own)):
+            return f"one op reads {' and '.join(map(self.pinned.text, own))}"
+        early = min(own, key=lambda argument: max(self.pinned.of[argument]))
+        return f"{self.pinned.text(early)} is read after {self.pinned.text(cause)}"
