@@ -308,6 +308,7 @@ def test_changed_options_are_read_as_those_that_were_given_first(tmp_path: Path)
     [
         ({"num_stages": 0}, "num_stages is 0"),
         ({"num_microbatches": -1}, "num_microbatches is -1"),
+        ({"num_microbatches": 65537}, "num_microbatches is 65537\n  fix: give a number from 1 to 65536"),
         ({"schedule": "1b1f"}, "unknown schedule '1b1f'"),
         ({"cluster": "/no/such/cluster.toml"}, "cannot read the cluster"),
         ({"plan": "/no/such/plan"}, "cannot read plan"),

@@ -70,6 +70,8 @@ def test_a_mesh_that_does_not_fit_is_refused(axes: tuple[tuple[str, int], ...], 
         ({"hosts": 0}, "hosts .* is 0"),
         ({"hosts": 1.5}, "must be an integer"),
         ({"memory_gib": -1}, "memory_gib .* is -1"),
+        ({"memory_gib": 1e308}, r"memory_gib of cluster small is 1e\+308, must be a number from 1e-06 to 1e\+09"),
+        ({"hosts": 1 << 21}, "hosts of cluster small is 2097152, must be an integer from 1 to 1048576"),
         ({"intra_host_gb_per_s": math.nan}, "is nan"),
         ({"intra_host_gb_per_s": math.inf}, "is inf"),
         ({"intra_host_gb_per_s": "fast"}, "is 'fast'"),
@@ -109,9 +111,10 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     path = tmp_path / "cluster.toml"
     with pytest.raises(ConfigError, match="cannot read"):
         read_cluster(path)
-    path.write_text("hosts = ")
-    with pytest.raises(ConfigError, match="cannot read"):
-        read_cluster(path)
+    for broken in ("hosts = ", "hosts = " + "[" * 5000):
+        path.write_text(broken)
+        with pytest.raises(ConfigError, match="cannot read"):
+            read_cluster(path)
     path.write_text(TEXT)
     with pytest.raises(ConfigError, match=r"has no table cluster\.big"):
         read_cluster(path, "cluster.big")

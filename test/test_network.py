@@ -359,6 +359,15 @@ def _change(*path: Any, value: Any) -> Any:
         (_change("problem", "nodes", "usages", 1, value=[-1, 0]), "node 1 has a negative usage"),
         (_change("problem", "nodes", "costs", 0, value=[1.0, float("nan")]), "costs of node 0 are not all numbers"),
         (_change("problem", "nodes", "intervals", value=[[0, 1]]), "2 nodes have costs, 2 have usages, 1 have"),
+        (
+            _change("problem", "nodes", "intervals", 0, value=[0, float("inf")]),
+            r"problem\.nodes\.intervals\[0\] is \[0, inf\], must be two integers from",
+        ),
+        (_change("problem", "nodes", "intervals", 0, value=[0, 1.5]), r"is \[0, 1\.5\], must be two integers"),
+        (
+            _change("problem", "edges", "costs", 0, value=[10**400, 1.5, 2, 3]),
+            r"edges\.costs\[0\] is .* numbers of 64 bits",
+        ),
         (_change("problem", "usage_limit", value=-1), "memory limit is -1"),
         (
             _change("problem", "usage_limit", value="12"),

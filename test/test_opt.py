@@ -137,6 +137,14 @@ def test_input_that_is_not_utf8(tmp_path, capfd, data: bytes, text: str) -> None
     assert text.format(path=path) in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("text", ["module {" * 20000, "module attributes {x.a = " + "[" * 50000])
+def test_brackets_that_end_the_parser(tmp_path, capfd, text: str) -> None:
+    path = tmp_path / "in.mlir"
+    path.write_text(text)
+    assert opt.main([str(path), "--flatten-calls"]) == 3
+    assert f"{path}:1:" in (err := capfd.readouterr().err) and "brackets in more than 1000 brackets" in err
+
+
 def test_a_number_that_ends_the_parser(tmp_path, capfd) -> None:
     path = tmp_path / "in.mlir"
     dims = "[b, 0, f]x[0, i, o]->[b, 4294967296, f]"

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bactrian.passes.frame.errors import ConfigError
+from bactrian.passes.frame.fields import MAX_COUNT
 from bactrian.passes.machine.cluster import read_cluster
 from bactrian.passes.machine.spec import MeshAxes, axes_text, meshes_text, num_devices, parse_axes
 from bactrian.passes.plan.schema import Plan
@@ -95,8 +96,8 @@ class Options:
     def __post_init__(self) -> None:
         for name in ("num_stages", "num_microbatches"):
             count = getattr(self, name)
-            if count is not None and (not isinstance(count, Integral) or count < 1):
-                raise ConfigError(f"{name} is {count!r}", fix="give a number of 1 or more, or leave it out")
+            if count is not None and (not isinstance(count, Integral) or not 1 <= count <= MAX_COUNT):
+                raise ConfigError(f"{name} is {count!r}", fix=f"give a number from 1 to {MAX_COUNT}, or leave it out")
         schedule_named(self.schedule)
         check_strategy(self.strategy)
         if self.strategy != "auto" and num_devices(self.mesh or ()) == 1:

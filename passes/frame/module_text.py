@@ -8,9 +8,13 @@ from jaxlib.mlir import ir
 
 from bactrian.passes.frame.errors import ProgramError, SourcePlace
 
-# A comment, the bytes that a backend reads, or a string with its escapes.
-_TOKEN = re.compile(r'//[^\n]*|\bbackend_config = "(?:[^"\\\n]|\\.)*"|"(?P<string>(?:[^"\\\n]|\\.)*)"')
+# A comment, an arrow, the bytes that a backend reads, a string with its escapes, or a bracket.
+_TOKEN = re.compile(
+    r'//[^\n]*|->|\bbackend_config = "(?:[^"\\\n]|\\.)*"|"(?P<string>(?:[^"\\\n]|\\.)*)"'
+    r"|(?P<open>[(\[{<])|(?P<close>[)\]}>])"
+)
 _ESCAPED = re.compile(rb"\\([0-9A-Fa-f]{2})")
+_MOST_BRACKETS = 1000
 
 
 def parse_module(text: str, file: str) -> ir.Module:
@@ -22,9 +26,10 @@ def parse_module(text: str, file: str) -> ir.Module:
 
     Raises:
         MLIRError: it is no valid module.
-        ProgramError: a string has bytes that are not UTF-8, or a number makes MLIR's parser give up.
+        ProgramError: it is one that MLIR or its Python bindings fail on, or end the process: a string whose bytes are
+            not UTF-8, brackets in brackets beyond the stack, a number beyond the memory.
     """
-    check_strings(text, file)
+    _check_text(text, file)
     try:
         return ir.Module.parse(text)
     except ir.MLIRError:
@@ -35,31 +40,39 @@ def parse_module(text: str, file: str) -> ir.Module:
         ) from None
 
 
-def check_strings(text: str, file: str) -> None:
-    """Refuse a module whose strings are no text: MLIR keeps any bytes, and its Python bindings end the process there.
+def _check_text(text: str, file: str) -> None:
+    """Refuse strings that are no text, and brackets in brackets.
 
     The ``backend_config`` of a custom call is no text, and nothing reads it as one.
-
-    Args:
-        text: of the module.
-        file: what the place is said to be in.
-
-    Raises:
-        ProgramError: a string has bytes that are not UTF-8.
     """
+    depth = 0
     for token in _TOKEN.finditer(text):
-        string = token["string"]
-        if not string or "\\" not in string:
-            continue
-        value = _ESCAPED.sub(lambda match: bytes([int(match[1], 16)]), string.encode(errors="surrogatepass"))
-        try:
-            value.decode()
-        except UnicodeDecodeError as error:
-            line = text.count("\n", 0, token.start()) + 1
-            place = SourcePlace(file, line, token.start() - text.rfind("\n", 0, token.start()))
-            raise ProgramError(
-                f'the string "{string}" is not UTF-8: byte {error.start} is 0x{value[error.start]:02X}',
-                where=str(place),
-                fix="write names and texts in UTF-8",
-                place=place,
-            ) from None
+        kind = token.lastgroup
+        if kind == "open":
+            depth += 1
+            if depth > _MOST_BRACKETS:
+                where = _place(text, token.start(), file)
+                raise ProgramError(
+                    f"cannot read brackets in more than {_MOST_BRACKETS} brackets", where=str(where), place=where
+                )
+        elif kind == "close":
+            depth -= 1
+        elif kind == "string" and "\\" in token["string"]:
+            _check_string(token["string"], _place(text, token.start(), file))
+
+
+def _check_string(string: str, place: SourcePlace) -> None:
+    value = _ESCAPED.sub(lambda match: bytes([int(match[1], 16)]), string.encode(errors="surrogatepass"))
+    try:
+        value.decode()
+    except UnicodeDecodeError as error:
+        raise ProgramError(
+            f'the string "{string}" is not UTF-8: byte {error.start} is 0x{value[error.start]:02X}',
+            where=str(place),
+            fix="write names and texts in UTF-8",
+            place=place,
+        ) from None
+
+
+def _place(text: str, at: int, file: str) -> SourcePlace:
+    return SourcePlace(file, text.count("\n", 0, at) + 1, at - text.rfind("\n", 0, at))

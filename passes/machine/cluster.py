@@ -144,7 +144,7 @@ def read_cluster(path: str | Path, table: str | None = None) -> Cluster:
     """
     try:
         data: Any = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(
             f"cannot read the cluster {path}",
             why=error.strerror or str(error) if isinstance(error, OSError) else str(error),

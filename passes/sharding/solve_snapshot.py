@@ -109,7 +109,7 @@ def unsolved_of(module: ir.Module, entries: ir.DictAttr, source: str) -> Unsolve
     if "cluster" in fields:
         try:
             data = tomllib.loads(_word(fields, "cluster", source))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"cannot read {source}", why=f"cluster in {SOLVE}: {error}", fix=_AGAIN) from None
         cluster = cluster_of(data, name=_word(fields, "cluster_name", source), where=source)
     given = fields.get("given")
