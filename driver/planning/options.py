@@ -96,7 +96,7 @@ class Options:
     def __post_init__(self) -> None:
         for name in ("num_stages", "num_microbatches"):
             count = getattr(self, name)
-            if count is not None and (not isinstance(count, Integral) or not 1 <= count <= MAX_COUNT):
+            if count is not None and (not isinstance(count, Integral) or not 1 <= int(count) <= MAX_COUNT):
                 raise ConfigError(f"{name} is {count!r}", fix=f"give a number from 1 to {MAX_COUNT}, or leave it out")
         schedule_named(self.schedule)
         check_strategy(self.strategy)
