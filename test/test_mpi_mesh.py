@@ -166,7 +166,7 @@ try:
 except bactrian.InfeasiblePlanError as error:
     print(str(error).splitlines()[0])
 """
-    done = together(tmp_path, body, cluster_text("f32 = 1e-5", 0.001, 0.01, memory_gib=1e-7))
+    done = together(tmp_path, body, cluster_text("f32 = 1e-5", 0.001, 0.01, memory_gib=1e-6))
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert len(lines) == 2 and lines[0] == lines[1]
