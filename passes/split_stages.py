@@ -293,17 +293,24 @@ class _Emitter:
         operation.attributes["mesh_shape"] = mesh_attribute(self._axes[stage])
 
     def _sharding(self, value: int, stage: int) -> ir.Attribute | None:
-        """A value's sharding on a stage: the one in which it is made there, or received; None on one device."""
+        """A value's sharding on a stage: the one in which it is made there, or received; None on one device.
+
+        A value that the stage does neither with has that of the argument that it replaces, which may replace another one:
+        leaves of a state that only change places have none, and are replicated.
+        """
         if num_devices(self._axes[stage]) == 1:
             return None
-        made = self._shardings[value]
-        if made is not None and mesh_name(made) == f"stage{stage}":
-            return made
-        received = self._staging.received.get((value, stage))
-        if received is None and (argument := self._replaced_arguments.get((value, stage))) is not None:
-            return self._sharding(argument, stage)
+        seen, source = set[int](), value
+        while source not in seen:
+            seen.add(source)
+            made = self._shardings[source]
+            if made is not None and mesh_name(made) == f"stage{stage}":
+                return made
+            if (received := self._staging.received.get((source, stage))) is not None:
+                return received
+            source = self._replaced_arguments.get((source, stage), source)
         rank = len(ir.RankedTensorType(self._types[value]).shape)
-        return sharding_attribute(Spec.replicated(rank), f"stage{stage}") if received is None else received
+        return sharding_attribute(Spec.replicated(rank), f"stage{stage}")
 
     def _sharding_entry(self, value: int, stage: int) -> dict[str, ir.Attribute]:
         """A value's sharding as an attribute of an argument or a result of a function."""

@@ -20,7 +20,14 @@ from bactrian.passes.frame.errors import ConfigError
 from bactrian.passes.sharding.baselines import BASELINES
 
 # Those that are not about stages; all run over stages too.
-ONE_STAGE_TRAPS = ("aux-outputs", "random-numbers-typed-key", "skip-not-finite", "several-arguments", "empty-update")
+ONE_STAGE_TRAPS = (
+    "aux-outputs",
+    "random-numbers-typed-key",
+    "skip-not-finite",
+    "several-arguments",
+    "empty-update",
+    "places-exchanged",
+)
 MESHES = ("data=2,model=4", "data=8", "data=4,model=2")
 SHORT_PIPELINES = (("mlp/plain", "gpipe"), ("gpt-tied-dropout/linen", "1f1b"))
 

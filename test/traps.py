@@ -112,6 +112,34 @@ def result_is_input() -> Built:
     return Built(step, state, [(*b, np.float32(0.5)) for b in batches(vector_data)], options(2, 4))
 
 
+def places_exchanged() -> Built:
+    """Leaves of the state change places as they are, transposed, and through the auxiliary output; and spectral norms,
+    whose vectors come back the same way."""
+    others = {name: np.ascontiguousarray(matrix[:, : WIDTH // 2]) for name, matrix in matrices("e", "f").items()}
+    vectors = {name: matrix[0] for name, matrix in matrices(*"abcd").items()}
+    state = {"params": matrices(*"abcd"), "one": matrices("g")["g"], "other": matrices("h")["h"], "vectors": vectors}
+    state |= {"tall": others["e"], "wide": others["f"].T.copy(), "loop": [np.float32(n) for n in range(3)]}
+
+    def step(state: Any, batch: Any) -> Any:
+        def loss(params: Any, batch: Any) -> Any:
+            x, vectors = batch["x"], dict[str, jax.Array]()
+            for name, matrix in params.items():
+                left = jax.lax.stop_gradient(matrix.T @ state["vectors"][name])
+                right = matrix @ (left / jnp.linalg.norm(left))
+                vectors[name] = jax.lax.stop_gradient(right / jnp.linalg.norm(right))
+                x = jnp.tanh(x @ (matrix / jnp.linalg.norm(right)))
+            return squared_error(x, batch["y"]), (vectors, state["tall"])
+
+        value_and_grad = bactrian.value_and_grad(loss, has_aux=True, aux_reduction="last")
+        (value, (vectors, tall)), gradients = value_and_grad(state["params"], batch)
+        params = jax.tree.map(lambda p, g: p - 0.1 * g, state["params"], gradients)
+        new = {"params": params, "one": state["other"], "other": state["one"], "vectors": vectors}
+        first, *rest = state["loop"]
+        return new | {"wide": tall.T, "tall": state["wide"].T, "loop": [*rest, first]}, value
+
+    return Built(step, state, batches(vector_data), options(2, 4))
+
+
 def chain(names: str, stages: int, microbatches: int, reduction: str = "mean") -> Built:
     """A plain chain of layers with SGD."""
     rate = 0.1 if reduction == "mean" else 0.1 / microbatches
@@ -199,6 +227,7 @@ TRAPS = tuple(
         "parameter-without-gradient": no_gradient,
         "aux-outputs": aux_outputs,
         "result-is-input": result_is_input,
+        "places-exchanged": places_exchanged,
         "odd-layers-2-stages": functools.partial(chain, "abcde", 2, 4),
         "odd-layers-4-stages": functools.partial(chain, "abcde", 4, 4),
         "fewer-microbatches-than-stages": functools.partial(chain, "abcd", 4, 2),

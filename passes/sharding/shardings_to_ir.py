@@ -11,6 +11,7 @@ from jaxlib.mlir.dialects import sdy
 from bactrian.passes.ir.attributes import (
     PHASE,
     PLACEMENT,
+    STAGE,
     UPDATE,
     argument_attributes,
     phase_of,
@@ -339,14 +340,22 @@ class Writer:
         return op.results[0]
 
     def _place(self, reader: ir.Operation, value: ir.Value) -> dict[str, ir.Attribute]:
-        """Phase, stage and layer of a reshard: those of its reader; before the return it is the maker's last work."""
-        source = reader
-        if reader.name == "func.return" and not isinstance(value.owner, ir.Block):
-            source = value.owner.operation
-        found = _place_of(source)
-        if source is not reader and PHASE in found:
+        """Phase, stage and layer of a reshard: those of its reader; before the return it is the update's last work, in the
+        layer of its maker."""
+        if reader.name != "func.return":
+            return _place_of(reader)
+        found = {} if isinstance(value.owner, ir.Block) else _place_of(value.owner.operation)
+        if STAGE not in found and (stage := self._own_stage()) is not None:  # an argument, or of the gradient boundary
+            found[STAGE] = ir.IntegerAttr.get(ir.IntegerType.get_signless(64), stage)
+        if STAGE in found:
             found[PHASE] = ir.StringAttr.get(UPDATE)
         return found
+
+    def _own_stage(self) -> int | None:
+        """Whose ops these are; None in a function without stages."""
+        if self.stage is not None:
+            return self.stage
+        return next((stage for stage in self.reading.flow.stages if stage is not None), None)
 
     def _results(self, first: Set[int]) -> None:
         """Next values of state with their arguments' specs; other results as they are.
