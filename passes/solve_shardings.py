@@ -157,9 +157,8 @@ class SolveShardings(Pass):
                 baselines[name] = solve_baseline(reading, mesh, roles, name, limit, self.time_limit)
         if self.strategy != AUTO:
             reading = pin_baseline(reading, mesh, roles, self.strategy)
-        with clock.phase("build network"):
-            model = ShardingModel(reading.problem, mesh, limit)
-        with clock.phase("solve"):
+        model = ShardingModel(reading.problem, mesh, limit)
+        with clock.phase("solve"):  # the network is built when it is first asked for
             solution = prefer_reduce_scatters(model, self._solved(program, model, roles, baselines))
         shardings = model.shardings(solution.choice)
         return _SolvedStage(program, reading, model, solution, shardings, baselines)
