@@ -133,6 +133,24 @@ def test_rows_in_aux_need_a_word():
     capture(step, (MATRICES, X))
 
 
+def with_counts(value_and_grad: Any) -> Any:
+    def step(p: Any, x: Any) -> Any:
+        def loss(p: Any) -> Any:
+            return mean_loss(p, x), {"right": jnp.sum(chain(p, x) > 0), "all": jnp.all(x < 9)}
+
+        (value, aux), g = value_and_grad(loss, has_aux=True)(p)
+        return sgd(p, g), value, aux
+
+    return step
+
+
+def test_with_one_microbatch_counts_in_aux_need_no_word():
+    step = bactrian.parallelize(with_counts(bactrian.value_and_grad), num_stages=2)
+    want = with_counts(jax.value_and_grad)(MATRICES, X)
+    numerics.assert_equal_step(bactrian.gather(step(MATRICES, X)), want)
+    refused(with_counts(bactrian.value_and_grad), MATRICES, X, num_microbatches=2, message="cannot take the mean")
+
+
 # ---- gradients that reach no result ----
 
 

@@ -100,8 +100,8 @@ def value_and_grad(
         reduction: ``mean`` or ``sum`` over microbatches, of the loss and the gradients alike. A mean of masked means
             over unequal masks is a mean of means.
         aux_reduction: one word or a prefix tree of ``mean``, ``sum``, ``last``, ``concat`` (along dim 0, in the order
-            of the microbatches). ``mean`` by default, but leaves that are not floating point need one of the last
-            three, and those with as many rows as a microbatch any of the four.
+            of the microbatches). ``mean`` by default, but with several microbatches leaves that are not floating point
+            need one of the last three, and those with as many rows as a microbatch any of the four.
         options: JAX's other options, refused by name.
 
     Raises:
@@ -236,7 +236,9 @@ def _mark_gradients(
         )
     if aux_reduction is None and mode.num_microbatches > 1:
         _refuse_rows(mode, aux)
-    aux_reductions = tree_reductions(aux, aux_reduction or "mean", "aux_reduction")
+    # Of one microbatch everything is as it is, integers too.
+    default = "mean" if mode.num_microbatches > 1 else "last"
+    aux_reductions = tree_reductions(aux, aux_reduction or default, "aux_reduction")
     updated = [variable.get_raw_value() for variable in found.updated]
     aux_reductions += ["mean" if _is_inexact(leaf) else "last" for leaf in jax.tree.leaves(updated)]
     of_batch = _of_batch(mode, found.gradients, found.primals)
