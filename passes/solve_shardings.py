@@ -174,15 +174,19 @@ class SolveShardings(Pass):
         except ConfigError as error:
             solution, failure = None, error
         if self.strategy == AUTO and (solution is None or not solution.optimal):
-            share = _BASELINES_SHARE * self.time_limit / len(BASELINES)
             plans = baselines or {
-                name: solve_baseline(stage.reading, stage.mesh, roles, name, model.memory, share) for name in BASELINES
+                name: solve_baseline(stage.reading, stage.mesh, roles, name, model.memory, self._baseline_share())
+                for name in BASELINES
             }
             solution = no_worse_than_baselines(model, solution, [plan for plan in plans.values() if plan is not None])
         if solution is None:
             assert failure is not None  # else there is a solution
             raise failure
         return solution
+
+    def _baseline_share(self) -> float:
+        """Seconds at most for a baseline that nobody asked for: each once, and one more to tell what would pay."""
+        return _BASELINES_SHARE * self.time_limit / (len(BASELINES) + 1)
 
     def _warn_of_repeated_work(
         self, main: ir.Operation, stage: _SolvedStage, taken: CostBreakdown, roles: Sequence[str], ctx: PassContext
@@ -194,7 +198,7 @@ class SolveShardings(Pass):
             ctx.warning(main, message, why=f"strategy {self.strategy} shards none of it", fix='use strategy="auto"')
             return
         rows = stage.baselines.get("data") or solve_baseline(
-            program.reading, program.mesh, roles, "data", None, self.time_limit
+            program.reading, program.mesh, roles, "data", None, self._baseline_share()
         )
         why, fix = what_would_pay(devices, taken, rows)
         ctx.warning(main, message, why=why, fix=fix)

@@ -14,14 +14,11 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from selectors import BaseSelector
 from types import SimpleNamespace
 
 import pytest
 
-from bactrian.driver.launch import launcher
 from bactrian.driver.launch.banners import BannerFilter
-from bactrian.driver.launch.reports import ReportServer
 from bactrian.driver.ranks import World
 from bactrian.passes.frame.errors import ConfigError
 from bactrian.runtime import rank_lifecycle
@@ -313,27 +310,42 @@ def test_jax_leaves_the_signal_alone_that_ends_ranks(tmp_path: Path) -> None:
     assert job.survivors == []
 
 
-class Unreachable(ReportServer):
-    """A port of which ranks are told another number."""
+@pytest.mark.mpi
+def test_ctrl_c_in_a_callback_is_not_lost(tmp_path: Path) -> None:
+    script = "import gc, time\ngc.callbacks.append(lambda *_: time.sleep(0.1))\nprint('ready', flush=True)\n"
+    command = Command(tmp_path, script=f"{script}while True:\n    gc.collect()\n    time.sleep(0.1)")
+    command.wait_ready(2)
+    command.process.send_signal(signal.SIGINT)
+    job = command.ended()
+    assert (job.code, job.last) == (130, "bactrian: stopped by SIGINT: all 2 ranks were ended")
+    assert "ignored" not in job.err and "Traceback" not in job.err
 
-    def __init__(self, host: str, token: str, num_ranks: int, selector: BaseSelector) -> None:
-        super().__init__(host, token, num_ranks, selector)
+
+UNREACHABLE = """
+import sys
+from bactrian.driver.launch import launcher
+
+class Unreachable(launcher.ReportServer):  # ranks are told another port
+    def __init__(self, host, *rest):
+        super().__init__(host, *rest)
         self.address = f"{host}:1"
+
+launcher.ReportServer = Unreachable
+sys.exit(launcher.launch(2, sys.argv[1], []))
+"""
 
 
 @pytest.mark.mpi
 @pytest.mark.parametrize("code", [0, 5])
-def test_ranks_that_cannot_report_run_all_the_same(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], code: int
-) -> None:
-    script = tmp_path / "train.py"
+def test_ranks_that_cannot_report_run_all_the_same(tmp_path: Path, code: int) -> None:
+    script, launch = tmp_path / "train.py", tmp_path / "launch.py"
     script.write_text(f"import sys; print('trained', flush=True); sys.exit({code})")
-    monkeypatch.setattr(launcher, "ReportServer", Unreachable)
-    assert launcher.launch(2, str(script), []) == code
-    out, err = capfd.readouterr()
-    assert "trained" in out and "cannot report to bactrian run at 127.0.0.1:1 (" in err
+    launch.write_text(UNREACHABLE)
+    job = subprocess.run([sys.executable, str(launch), str(script)], capture_output=True, text=True, timeout=25)
+    assert job.returncode == code
+    assert "trained" in job.stdout and "cannot report to bactrian run at 127.0.0.1:1 (" in job.stderr
     said = f"error: mpirun ended with exit code {code}; its ranks did run, but could not report here."
-    assert (said in err) == (code != 0)
+    assert (said in job.stderr) == (code != 0)
 
 
 @pytest.mark.mpi

@@ -89,8 +89,10 @@ class DistributedArray(jax.Array):
         """Of this rank's copy: of the first, if several of its stages have one.
 
         Raises:
-            AttributeError: this rank has none.
+            AttributeError: this rank has none, or its stages have different rows.
         """
+        if self.placement.rows:
+            raise _no_attribute(self, "sharding", "its stages hold different rows of it")
         for sharding in self.placement.shardings.values():
             return sharding
         raise _no_attribute(self, "sharding", "this rank holds no part of it")

@@ -33,6 +33,7 @@ TRACEBACK_VARIABLE = "BACTRIAN_TRACEBACK"  # "1": tracebacks for users' errors t
 UNHEARD = b"cannot report to bactrian run at "  # the launcher looks for it
 RELEASE = 0  # comes where signals do: the launcher knows of the failure, and the job may be aborted
 _RELEASE_SECONDS = 1.0  # to wait for that at most
+_AGAIN_SECONDS = 0.05  # until a Ctrl-C that nobody got is sent again
 _MOST_CHARACTERS = 100_000  # of a failure's text
 _CONNECT_SECONDS = 5.0
 _PR_SET_PDEATHSIG = 1
@@ -158,7 +159,8 @@ def _full() -> bool:
 
 
 def _fail_elsewhere(reporter: Reporter, script: str) -> None:
-    """An exception on another thread or in an exit handler ends the job too; Python alone would go on."""
+    """An exception on another thread or in an exit handler ends the job too, and a Ctrl-C that a callback swallowed comes
+    again; Python alone would go on."""
     usual = sys.unraisablehook
 
     def fail(error: BaseException) -> None:
@@ -168,6 +170,11 @@ def _fail_elsewhere(reporter: Reporter, script: str) -> None:
     def on_unraisable(unraisable: Any) -> None:
         if "atexit" in (unraisable.err_msg or "") and unraisable.exc_value is not None:
             fail(unraisable.exc_value)
+        if isinstance(
+            unraisable.exc_value, KeyboardInterrupt
+        ):  # it came in a callback, JAX's at garbage collection say
+            threading.Timer(_AGAIN_SECONDS, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT)).start()
+            return
         usual(unraisable)
 
     def on_thread(args: threading.ExceptHookArgs) -> None:
