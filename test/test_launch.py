@@ -312,8 +312,19 @@ def test_jax_leaves_the_signal_alone_that_ends_ranks(tmp_path: Path) -> None:
 
 @pytest.mark.mpi
 def test_ctrl_c_in_a_callback_is_not_lost(tmp_path: Path) -> None:
-    script = "import gc, time\ngc.callbacks.append(lambda *_: time.sleep(0.1))\nprint('ready', flush=True)\n"
-    command = Command(tmp_path, script=f"{script}while True:\n    gc.collect()\n    time.sleep(0.1)")
+    script = """
+import gc, time
+
+def callback(*_):
+    gc.callbacks.clear()
+    print("ready", flush=True)
+    time.sleep(20)
+
+gc.callbacks.append(callback)
+gc.collect()
+time.sleep(20)
+"""
+    command = Command(tmp_path, script=script)
     command.wait_ready(2)
     command.process.send_signal(signal.SIGINT)
     job = command.ended()

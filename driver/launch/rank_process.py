@@ -170,9 +170,7 @@ def _fail_elsewhere(reporter: Reporter, script: str) -> None:
     def on_unraisable(unraisable: Any) -> None:
         if "atexit" in (unraisable.err_msg or "") and unraisable.exc_value is not None:
             fail(unraisable.exc_value)
-        if isinstance(
-            unraisable.exc_value, KeyboardInterrupt
-        ):  # it came in a callback, JAX's at garbage collection say
+        if isinstance(unraisable.exc_value, KeyboardInterrupt):  # it came in a callback, say JAX's at a collection
             threading.Timer(_AGAIN_SECONDS, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT)).start()
             return
         usual(unraisable)
