@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from bactrian.driver.launch.banners import BannerFilter, GlooFilter
 
 
@@ -29,3 +31,32 @@ def test_what_follows_the_coordination_services_end_is_kept_back() -> None:
     assert banners.feed(b"E1122 is mine\n" + log[:90]) == b"E1122 is mine\n"
     assert banners.feed(log[90:]) + banners.finish() == b""
     assert banners.dropped == log
+
+
+RULE = b"-" * 74 + b"\n"
+BANNER = RULE + b"prterun noticed that process rank 1 with PID 5 on node a exited on\nsignal 9 (Killed).\n" + RULE
+
+
+@pytest.mark.parametrize("size", [1, 7, 4096])
+def test_banners_are_taken_out_and_all_else_passes(size: int) -> None:
+    text = (
+        b"before\n" + BANNER + b"between\n" + RULE + b"a table of the user\n" + RULE + b"Abort(1) on node 3\nno newline"
+    )
+    banners = BannerFilter()
+    passed = b"".join(banners.feed(text[i : i + size]) for i in range(0, len(text), size)) + banners.finish()
+    assert passed == b"before\nbetween\n" + RULE + b"a table of the user\n" + RULE + b"no newline"
+    assert banners.dropped == BANNER + b"Abort(1) on node 3\n"
+
+
+def test_a_prompt_passes_at_once() -> None:
+    banners = BannerFilter()
+    assert banners.feed(b"\rstep 3") == b"\rstep 3"
+    assert banners.feed(b"\rstep 4\nx") == b"\rstep 4\nx"
+    assert banners.feed(b"-----") == b""  # may become a rule
+    assert banners.release() == b"-----"
+    assert banners.feed(b"\n" + RULE) == b"\n"
+    assert banners.release() == RULE
+    assert banners.feed(RULE + b"a\nb\n") == b""
+    assert banners.feed(b"c\n") == RULE + b"a\nb\nc\n"
+    assert banners.feed(BANNER[:-10]) == banners.release() == b""
+    assert banners.finish() == b""

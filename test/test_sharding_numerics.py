@@ -225,7 +225,7 @@ def check_program(function: Callable[..., Any], arguments: Sequence[Any], axes: 
         for one, other in zip(_sharded(function, wide, axes, seed), exact, strict=True):
             assert _close(one, other, 1e-10), "more than rounding"
     for one, alone, other in zip(got, expected, exact, strict=True):
-        most = 1e-5 * max(1.0, float(np.abs(other).max(initial=0))) + 20 * _farthest(alone, other)
+        most = 1e-5 * max(1.0, float(np.abs(other).max(initial=0))) + 10 * _farthest(alone, other)
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=most)
 
 
