@@ -26,6 +26,7 @@ ORDER = {
         ["spmd"],
         ["sharding"],
         ["stages"],
+        ["pipelining"],
         ["peak"],
         ["contracts", *(target.partition(":")[0].rpartition(".")[2] for target in registry.PASSES.values())],
         ["pipelines"],

@@ -15,7 +15,8 @@ from bactrian.passes.frame import registry
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("passes", "driver", "runtime")
 FILES = [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))]
-HEAVY = {"jaxlib", "ortools"}
+MLIR = {"jaxlib"}
+SOLVERS = {"ortools"}
 FORBIDDEN = {
     "passes": {"jax", "mpi4py", "cupy", "flax", "optax", "equinox", "bactrian.driver", "bactrian.runtime"},
     "runtime": {"bactrian.driver", "jaxlib.mlir", "flax", "optax", "equinox"},
@@ -45,8 +46,8 @@ def imports_of(path: Path) -> Iterator[tuple[str, int]]:
                 yield f"{base}.{alias.name}", node.lineno
 
 
-def _touches_ir(module: str) -> bool:
-    """Whether a module of the compiler imports MLIR or a solver, itself or through our other modules."""
+def _touches(module: str, roots: set[str]) -> bool:
+    """Whether a module of the compiler imports one of ``roots``, itself or through our other modules."""
     todo, seen = [module], set[str]()
     while todo:
         name = todo.pop()
@@ -55,7 +56,7 @@ def _touches_ir(module: str) -> bool:
             continue
         seen.add(name)
         imported = [found for found, _ in imports_of(path)]
-        if any(_inside(found, HEAVY) for found in imported):
+        if any(_inside(found, roots) for found in imported):
             return True
         todo += [found for found in imported if _inside(found, {"bactrian"})]
     return False
@@ -76,7 +77,12 @@ def test_folders_import_only_what_they_may(path: Path) -> None:
             may = {module_of(path)} if path.name != "pipelines.py" else passes
             assert not _inside(name, passes - may), f"{where}: no pass imports another pass"
         if folder == "runtime" and _inside(name, {"bactrian.passes"}):
-            assert not _touches_ir(name), f"{where}: runtime uses only the compiler's plain data"
+            assert not _touches(name, MLIR | SOLVERS), f"{where}: runtime uses only the compiler's plain data"
+
+
+def test_of_the_files_of_pipelining_only_the_reader_of_layers_imports_mlir() -> None:
+    files = (ROOT / "passes" / "pipelining").glob("*.py")
+    assert {path.stem for path in files if _touches(module_of(path), MLIR)} <= {"layer_programs"}
 
 
 def test_only_one_module_spells_the_names_of_our_attributes() -> None:
