@@ -22,6 +22,7 @@ from typing import Any
 
 from bactrian.passes.frame.errors import BactrianError
 from bactrian.runtime import faults, lockstep
+from bactrian.runtime.mpi_start import load_mpi
 
 JOB_VARIABLE = "BACTRIAN_JOB"  # set by `bactrian run`, which leaves binding to the ranks
 STOPPED = 75  # a checkpoint was made after a stop signal: every rank leaves by itself
@@ -182,10 +183,9 @@ def prepare() -> RankEnvironment | None:
 def start_mpi() -> Any:
     """Initialize MPI, for use by any thread at any time; gives the communicator of all ranks."""
     install_abort_hook()
-    from mpi4py import MPI
-
+    comm = load_mpi(is_supervised=JOB_VARIABLE in os.environ).COMM_WORLD
     faults.at("init")
-    return MPI.COMM_WORLD
+    return comm
 
 
 _installed = False
