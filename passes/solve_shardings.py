@@ -29,6 +29,7 @@ from bactrian.passes.sharding.stage_programs import StageProgram, read_stages, s
 from bactrian.passes.sharding.user_shardings import drop_user_mesh
 from bactrian.passes.sharding.work_from_ir import Reading
 from bactrian.passes.spmd.op_rules import drop_rules
+from bactrian.passes.stages.uneven_stages import warn_of_uneven_meshes
 
 _BASELINES_SHARE = 0.2  # of the time, on top of it: what all baselines together take where nothing is proved
 
@@ -145,6 +146,7 @@ class SolveShardings(Pass):
             self._estimate(main, stage, writer, limit, roles, ctx)
             for stage, writer in zip(solved, writers, strict=True)
         ]
+        warn_of_uneven_meshes(main, [stage.solution.cost for stage in solved], ctx)
         module.operation.attributes[SHARDING_ESTIMATES] = ir.ArrayAttr.get(estimates)
 
     def _solve_stage(self, program: StageProgram, roles: Sequence[str], limit: int, clock: PhaseClock) -> _SolvedStage:

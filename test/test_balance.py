@@ -224,3 +224,20 @@ def test_even_stages_and_shared_work_are_not_told_of(slow: Path) -> None:
     step, params, images = convolutions()
     planned = bactrian.parallelize(step, num_stages=1, mesh="data=4", cluster=slow).trace(params, images).plan()
     assert not planned.plan.remarks
+
+
+def test_stages_that_shardings_make_uneven_are_told_of(slow: Path) -> None:
+    """A prime width divides by no axis, so that half of the layers are repeated on every device."""
+
+    def loss(params: Any, x: jax.Array) -> jax.Array:
+        for w in params:
+            x = jnp.tanh(x @ w)
+        return jnp.mean(x**2)
+
+    shape = jax.ShapeDtypeStruct
+    params = [shape((size, size), jnp.float32) for size in (509, 509)] + [shape((509, 512), jnp.float32)]
+    params.append(shape((512, 512), jnp.float32))
+    step = bactrian.parallelize(sgd(loss), num_stages=2, num_microbatches=2, mesh="model=4", cluster=slow)
+    planned = step.trace(params, shape((254, 509), jnp.float32)).plan()
+    (told,) = (r for r in planned.plan.remarks if r.message.startswith("with its shardings, stage 0 takes 1."))
+    assert told.severity == "warning"

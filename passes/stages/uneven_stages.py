@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 
+from jaxlib.mlir import ir
+
 from bactrian.passes.frame.base import PassContext
 from bactrian.passes.frame.location import name_stack
 from bactrian.passes.ir.attributes import FORWARD, UPDATE
@@ -76,6 +78,26 @@ def warn_of_uneven_stages(
     else:
         why, fix = "stages are made of whole layers", "use fewer stages, or more layers with plan(num_layers=...)"
     ctx.warning(heavy, message, why=why, fix=fix)
+
+
+def warn_of_uneven_meshes(main: ir.Operation, seconds: Sequence[float], ctx: PassContext) -> None:
+    """Tell if the slowest stage is far from an even share with the shardings that were chosen.
+
+    Args:
+        main: ``@main``.
+        seconds: of each stage in a step.
+        ctx: told of it.
+    """
+    share = sum(seconds) / len(seconds)
+    slowest = max(range(len(seconds)), key=seconds.__getitem__)
+    if seconds[slowest] > FAR * share:
+        ctx.warning(
+            main,
+            f"with its shardings, stage {slowest} takes {seconds[slowest] / share:.2f} times an even share of the "
+            "predicted time",
+            why="layers were put into stages by their times on one device",
+            fix="give the first layer of each stage in a plan, or use fewer stages on larger meshes",
+        )
 
 
 def _read_elsewhere(flow: MainDataflow, stages: Sequence[int | None], slowest: int) -> str:
