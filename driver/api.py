@@ -110,7 +110,7 @@ def parallelize(
         fun: the train step.
         num_stages: pipeline stages; by default one per rank, or one in a single process.
         num_microbatches: the batch is split into so many along dim 0; 1 by default.
-        schedule: ``1f1b``, the default, or ``gpipe``.
+        schedule: ``1f1b``, the default, ``eager-1f1b`` or ``gpipe``.
         batch_argnums: positional arguments whose leaves have the batch as dim 0; argument 1 by default.
         state: the result that is an argument's next value, by index; others are matched by tree, shapes and dtypes.
         cluster: the TOML file that describes the machines (`bactrian.passes.machine.cluster.read_cluster` says how); by

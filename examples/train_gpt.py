@@ -220,7 +220,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--stages", type=int, help="pipeline stages (default: one per rank)")
     parser.add_argument("--microbatches", type=int, default=8)
-    parser.add_argument("--schedule", choices=["1f1b", "gpipe"], default="1f1b")
+    parser.add_argument("--schedule", choices=["1f1b", "eager-1f1b", "gpipe"], default="1f1b")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--layers", type=int, default=4)

@@ -32,8 +32,9 @@ class ScheduleMicrobatches(Pass):
     """Write the order in which each stage works on the microbatches.
 
     ``gpipe`` runs all forward functions, then all backward functions. ``1f1b`` lets stage ``i`` of ``p`` run ``p - i - 1``
-    forward functions ahead and then alternates, so that at most ``p - i`` microbatches of activations are held; on the
-    last stage forward and backward are one function. Functions that a stage doesn't have are left out.
+    forward functions ahead and then alternates, so that at most ``p - i`` microbatches of activations are held;
+    ``eager-1f1b`` lets it run twice as many ahead. On the last stage of both, forward and backward are one function.
+    Functions that a stage doesn't have are left out.
 
     Requires: the staged form (``split-stages``).
     Ensures: ``bactrian.order`` on the module, one list of ``F<m>``, ``B<m>`` or ``FB<m>`` per stage.
@@ -75,7 +76,7 @@ class ScheduleMicrobatches(Pass):
     ensures: ClassVar[tuple[str, ...]] = ("scheduled",)
     statistics: ClassVar[tuple[Statistic, ...]] = (Statistic("tasks", "stage functions run in one step"),)
 
-    schedule: str = option("", help="gpipe or 1f1b; empty: what the module says")
+    schedule: str = option("", help="gpipe, 1f1b or eager-1f1b; empty: what the module says")
 
     def apply(self, module: ir.Module, ctx: PassContext) -> None:
         """Write ``bactrian.order``."""

@@ -68,7 +68,7 @@ def chain(num_stages: int, num_microbatches: int, schedule: str = "1f1b") -> Sta
     Arguments: 0 … S-1 the weights, S the shared state, S+1 the batch. Results alike (S+1: loss, S+2: norm, S+3: the
     old shared state as an ordinary result).
     """
-    b, last, fuse_last = Builder(), num_stages - 1, schedule == "1f1b"
+    b, last, fuse_last = Builder(), num_stages - 1, "1f1b" in schedule
     weights = [b.argument(s, "state", s, (WIDTH, WIDTH)) for s in range(num_stages)]
     shared = b.argument(num_stages, "state", 0, (WIDTH,))
     x = b.argument(num_stages + 1, "batch", 0, (ROWS, WIDTH))
@@ -254,9 +254,9 @@ def random_program(seed: int) -> tuple[StagedProgram, tuple[int, ...]]:
     """A program without functions: random stages, microbatches, schedule, skips, owners, rounds; and ranks for it."""
     random = np.random.default_rng(seed)
     stages, microbatches = int(random.integers(1, 9)), int(random.integers(1, 9))
-    schedule = str(random.choice(["gpipe", "1f1b", "forward"]))
+    schedule = str(random.choice(["gpipe", "1f1b", "eager-1f1b", "forward"]))
     b, last = Builder(), stages - 1
-    fuse_last = schedule == "1f1b" or (schedule == "gpipe" and bool(random.integers(2)))
+    fuse_last = "1f1b" in schedule or (schedule == "gpipe" and bool(random.integers(2)))
     weights = [b.argument(s, "state", s, (4,)) for s in range(stages)]
     batch = [b.argument(stages, "batch", s, (2,)) for s in range(stages)]
     zeros = [b.value(s) for s in range(stages)]

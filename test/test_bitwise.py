@@ -16,6 +16,7 @@ from training_script import SCRIPT
 import bactrian
 from bactrian.driver.api import Parallelized
 from bactrian.driver.run.compiled_step import Compiled
+from bactrian.passes.schedules.by_name import SCHEDULES
 
 NUM_STEPS = 3
 
@@ -57,7 +58,7 @@ def check(step: Parallelized, state: Any, batch: Any) -> str:
 
 
 @pytest.mark.parametrize("num_devices", [1, 2, 4])
-@pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])
+@pytest.mark.parametrize("schedule", list(SCHEDULES))
 def test_in_one_process(monkeypatch: pytest.MonkeyPatch, schedule: str, num_devices: int) -> None:
     devices = jax.local_devices()[:num_devices]
     monkeypatch.setattr(jax, "local_devices", lambda: devices)
@@ -85,7 +86,7 @@ def run(num_stages, schedule, state):
 @pytest.mark.mpi
 def test_over_mpi(tmp_path: Path) -> None:
     """Two and four stages on two ranks, all in one job; each rank prints the digest of what it gathered."""
-    plans = [(num_stages, schedule) for num_stages in (2, 4) for schedule in ("gpipe", "1f1b")]
+    plans = [(num_stages, schedule) for num_stages in (2, 4) for schedule in SCHEDULES]
     calls = "".join(f"run({num_stages}, {schedule!r}, state)\n" for num_stages, schedule in plans)
     job = Command(tmp_path, script=SCRIPT + OVER_MPI + calls).ended(start_seconds=90)
     assert job.code == 0, job.err

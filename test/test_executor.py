@@ -15,6 +15,7 @@ from jax.sharding import SingleDeviceSharding
 from staged_programs import chain, chain_arguments, chain_functions, run_serially
 
 from bactrian.passes.frame.errors import ConfigError, RuntimeFault
+from bactrian.passes.schedules.by_name import SCHEDULES
 from bactrian.runtime.control import SingleProcess
 from bactrian.runtime.executor import Executor, Meter, run_together
 from bactrian.runtime.instruction_builder import build_streams
@@ -61,7 +62,7 @@ def compare(runs: list[Executor], results: list[list[jax.Array]], expected: dict
     assert seen == set(by_result)
 
 
-@pytest.mark.parametrize("schedule", ["1f1b", "gpipe"])
+@pytest.mark.parametrize("schedule", list(SCHEDULES))
 @pytest.mark.parametrize(
     "ranks, devices",
     [
@@ -112,7 +113,7 @@ def test_the_callers_batch_may_be_written_to_after_the_step() -> None:
     compare(runs, results, expected)
 
 
-@pytest.mark.parametrize("schedule", ["1f1b", "gpipe"])
+@pytest.mark.parametrize("schedule", list(SCHEDULES))
 @pytest.mark.parametrize("ranks", [(0, 1, 2, 3), (0, 1, 0, 1)])
 def test_activations_really_held(schedule: str, ranks: tuple[int, ...]) -> None:
     stages, microbatches = 4, 8
@@ -121,7 +122,7 @@ def test_activations_really_held(schedule: str, ranks: tuple[int, ...]) -> None:
     report = check_streams([e.stream for e in runs])
     run_together(runs, pieces_of(runs, list(chain_arguments(stages, microbatches))), {5: chain_arguments(4, 8)[-1]})
     for stage in range(stages):
-        assert meter.in_flight[stage] == (stages - stage if schedule == "1f1b" else microbatches)
+        assert meter.in_flight[stage] == SCHEDULES[schedule].in_flight(stage, stages, microbatches)
     assert meter.in_flight == report.in_flight
     for rank, peak in meter.peak_bytes.items():
         assert 0 < peak <= report.peak_bytes[rank]

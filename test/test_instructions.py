@@ -9,6 +9,7 @@ import pytest
 from staged_programs import Builder, chain, order_of, random_program
 
 from bactrian.passes.frame.errors import ConfigError, PassError
+from bactrian.passes.schedules.by_name import SCHEDULES
 from bactrian.runtime import instruction_builder, instructions
 from bactrian.runtime.instruction_builder import build_streams
 from bactrian.runtime.instruction_checks import check_streams
@@ -138,13 +139,12 @@ def test_one_stage_on_one_rank_is_minimal() -> None:
     assert kinds == ["Run", *microbatch, *microbatch, "Run", "Run", "Free", "Copy"]
 
 
-@pytest.mark.parametrize("schedule", ["1f1b", "gpipe"])
+@pytest.mark.parametrize("schedule", list(SCHEDULES))
 @pytest.mark.parametrize("stages, microbatches", [(1, 1), (2, 1), (2, 4), (4, 2), (4, 8), (8, 16)])
 def test_activations_in_flight(schedule: str, stages: int, microbatches: int) -> None:
     report = check_streams(build_streams(chain(stages, microbatches, schedule), tuple(range(stages))))
     for stage in range(stages):
-        most = min(stages - stage, microbatches) if schedule == "1f1b" else microbatches
-        assert report.in_flight[stage] == most
+        assert report.in_flight[stage] == SCHEDULES[schedule].in_flight(stage, stages, microbatches)
 
 
 def test_one_message_per_value_microbatch_and_rank() -> None:

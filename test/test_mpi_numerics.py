@@ -15,6 +15,8 @@ import pytest
 from traps import TRAPS
 from xla_flags import QUICK
 
+from bactrian.passes.schedules.by_name import SCHEDULES
+
 HERE = Path(__file__).parent
 DEADLINE_SECONDS = 1800
 LONG_ROWS = 32  # of the whole product, in one launch
@@ -55,7 +57,7 @@ def entries(ranks: int, long: bool) -> list[Any]:
         "optimizer": tuple(models.OPTIMIZERS),
         "loss": ("mean", "sum"),
         "stages": (2, 3, 4),
-        "schedule": ("1f1b", "gpipe"),
+        "schedule": tuple(SCHEDULES),
         "ranks": (2, 4),
     }
     rows = (numerics.product if long else numerics.pairwise_cover)(factors, feasible)

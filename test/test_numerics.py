@@ -23,6 +23,7 @@ from traps import TRAPS
 import bactrian
 from bactrian.driver.api import Parallelized
 from bactrian.driver.traced_step import Traced
+from bactrian.passes.schedules.by_name import SCHEDULES
 
 FACTORS: dict[str, tuple[Any, ...]] = {
     "model": tuple(models.MODELS),
@@ -30,7 +31,7 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "stages": (2, 3, 4, 1),
     "optimizer": tuple(models.OPTIMIZERS),
     "loss": ("mean", "sum"),
-    "schedule": ("1f1b", "gpipe"),
+    "schedule": tuple(SCHEDULES),
     "result": ("gradients", "state"),
 }
 SMALL_FACTORS = FACTORS | {"model": models.SMALL_MODELS}
@@ -130,7 +131,7 @@ def test_same_gradients_as_the_whole_batch() -> None:
 BITWISE = [
     *(
         models.train_case("mlp/plain", "adamw", stages=s, schedule=x)
-        for s, x in ((2, "gpipe"), (2, "1f1b"), (4, "1f1b"))
+        for s, x in ((2, "gpipe"), (2, "1f1b"), (4, "1f1b"), (4, "eager-1f1b"))
     ),
     models.train_case("gpt-tied-dropout/linen", "adamw", stages=3),
 ]

@@ -21,6 +21,7 @@ from bactrian.passes.frame.units import human_bytes, human_count, human_seconds
 from bactrian.passes.frame.views import Viewable
 from bactrian.passes.plan.schema import STAGED_FILE, LayerPlan, Plan, StagePlan, fingerprint_text
 from bactrian.passes.plan.stage_sharding import ShardingPlan
+from bactrian.passes.schedules.by_name import SCHEDULES
 
 
 def random_plan(seed: int, max_stages: int = 6) -> Plan:
@@ -43,7 +44,7 @@ def random_plan(seed: int, max_stages: int = 6) -> Plan:
     return Plan(
         num_stages=len(sizes),
         num_microbatches=draw.randint(1, 64),
-        schedule=draw.choice(["gpipe", "1f1b"]),
+        schedule=draw.choice(list(SCHEDULES)),
         num_layers=first,
         stages=tuple(stages),
         layers=names if draw.random() < 0.5 else (),

@@ -12,11 +12,17 @@ from types import ModuleType
 import pytest
 
 from bactrian.passes.frame.errors import ConfigError
-from bactrian.passes.schedules import gpipe, one_f_one_b, schedule
+from bactrian.passes.schedules import eager_one_f_one_b, gpipe, one_f_one_b, schedule
 from bactrian.passes.schedules.by_name import SCHEDULES, schedule_named
 from bactrian.passes.schedules.schedule import Order, fused, peak_in_flight
 
 ROOT = Path(__file__).resolve().parent.parent
+
+MOST_IN_FLIGHT = {
+    "gpipe": lambda stage, stages, microbatches: microbatches,
+    "1f1b": lambda stage, stages, microbatches: min(microbatches, stages - stage),
+    "eager-1f1b": lambda stage, stages, microbatches: min(microbatches, 2 * (stages - stage) - 1),
+}
 
 parse_token = lru_cache(maxsize=None)(schedule.parse_token)
 
@@ -37,7 +43,7 @@ def check(name: str, stages: int, microbatches: int, fuse: bool) -> None:
             seen.add(m)
         last = fuse and stage == stages - 1
         assert all((kind == "FB") == last for kind, _ in parsed)
-        most = microbatches if name == "gpipe" else min(stages - stage, microbatches)
+        most = MOST_IN_FLIGHT[name](stage, stages, microbatches)
         assert peak_in_flight(tokens) == (1 if last else most)
         assert SCHEDULES[name].in_flight(stage, stages, microbatches) == most
     assert completes(order)
@@ -73,7 +79,7 @@ def test_invariants_on_a_sample(name: str, fuse: bool) -> None:
 @pytest.mark.parametrize("name", sorted(SCHEDULES))
 @pytest.mark.parametrize("fuse", [False, True])
 def test_invariants_of_many(name: str, fuse: bool) -> None:
-    for stages, microbatches in product(range(1, 65), (*range(1, 17), *range(17, 129, 8))):
+    for stages, microbatches in product(range(1, 65), (*range(1, 17), *range(17, 129, 8), 128)):
         check(name, stages, microbatches, fuse)
 
 
@@ -85,8 +91,9 @@ def test_fused_stages_do_nothing_between_a_forward_and_its_backward(name: str) -
                 assert tokens == tuple(f"{kind}{m}" for m in range(microbatches) for kind in "FB")
 
 
-def test_1f1b_fuses_the_last_stage_and_gpipe_none() -> None:
-    assert [SCHEDULES["1f1b"].fuses(stage, 3) for stage in range(3)] == [False, False, True]
+def test_1f1b_and_its_eager_form_fuse_the_last_stage_and_gpipe_none() -> None:
+    for name in ("1f1b", "eager-1f1b"):
+        assert [SCHEDULES[name].fuses(stage, 3) for stage in range(3)] == [False, False, True]
     assert [SCHEDULES["gpipe"].fuses(stage, 3) for stage in range(3)] == [False, False, False]
 
 
@@ -98,7 +105,9 @@ def test_counts_below_one_are_refused(stages: int, microbatches: int) -> None:
 
 
 def test_an_unknown_schedule_lists_the_known() -> None:
-    with pytest.raises(ConfigError, match=r"(?s)unknown schedule 'zigzag'.*fix: known schedules: 1f1b, gpipe"):
+    with pytest.raises(
+        ConfigError, match=r"(?s)unknown schedule 'zigzag'.*fix: known schedules: 1f1b, eager-1f1b, gpipe"
+    ):
         schedule_named("zigzag")
     with pytest.raises(ConfigError, match=r"(?s)unknown schedule '1b1f'.*did you mean 1f1b\?"):
         schedule_named("1b1f")
@@ -123,6 +132,6 @@ def test_only_the_schedules_know_their_names() -> None:
     assert not said, f"ask a Schedule instead: {', '.join(said)}"
 
 
-@pytest.mark.parametrize("module", [schedule, gpipe, one_f_one_b])
+@pytest.mark.parametrize("module", [schedule, gpipe, one_f_one_b, eager_one_f_one_b])
 def test_examples(module: ModuleType) -> None:
     assert doctest.testmod(module).failed == 0

@@ -5,11 +5,12 @@ from __future__ import annotations
 import difflib
 
 from bactrian.passes.frame.errors import ConfigError
+from bactrian.passes.schedules.eager_one_f_one_b import EagerOneFOneB
 from bactrian.passes.schedules.gpipe import GPipe
 from bactrian.passes.schedules.one_f_one_b import OneFOneB
 from bactrian.passes.schedules.schedule import Schedule
 
-SCHEDULES: dict[str, Schedule] = {schedule.name: schedule for schedule in (GPipe(), OneFOneB())}
+SCHEDULES: dict[str, Schedule] = {schedule.name: schedule for schedule in (GPipe(), OneFOneB(), EagerOneFOneB())}
 DEFAULT_SCHEDULE = OneFOneB.name
 
 
