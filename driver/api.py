@@ -113,7 +113,7 @@ def parallelize(
         schedule: ``1f1b``, the default, ``eager-1f1b`` or ``gpipe``.
         batch_argnums: positional arguments whose leaves have the batch as dim 0; argument 1 by default.
         state: the result that is an argument's next value, by index; others are matched by tree, shapes and dtypes.
-        cluster: the TOML file that describes the machines (`bactrian.passes.machine.cluster.read_cluster` says how); by
+        cluster: the TOML file that describes the machines (`bactrian.passes.machine.cluster_file.read_cluster` says how); by
             default the cores of this host.
         plan: a `Plan`, or the folder or file of a saved one; its decisions are applied instead of found.
         donate: let the step reuse the buffers of the state that it is given.

@@ -115,7 +115,7 @@ class GroupLayers(Pass):
     def apply(self, module: ir.Module, ctx: PassContext) -> None:
         """Cut the forward ops, place all others, write the layers."""
         program = LayeredProgram.of(module, MainDataflow.kept_or_read(module, ctx), self.small_bytes)
-        times = OpTimes.of(module, self.cluster)
+        times = OpTimes.of(module, self.cluster, ctx.remark)
         main = main_function(module)
         layers = cut_forward(program, times.seconds, self.num_layers, self.num_stages, self.epsilon, main, ctx)
         if layers is None:

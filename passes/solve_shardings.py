@@ -14,7 +14,7 @@ from bactrian.passes.frame.errors import ConfigError, InfeasiblePlanError
 from bactrian.passes.frame.phase_times import PhaseClock
 from bactrian.passes.ir.attributes import SHARDING_ESTIMATES, argument_roles, integer
 from bactrian.passes.ir.regions import main_function
-from bactrian.passes.machine.cluster import cluster_or_cores
+from bactrian.passes.machine.cluster_file import cluster_or_cores
 from bactrian.passes.network.solver import Solution, solve
 from bactrian.passes.sharding.baseline_costs import BaselinePlan, no_worse_than_baselines, solve_baseline
 from bactrian.passes.sharding.baselines import AUTO, BASELINES, check_strategy, pin_baseline
@@ -106,7 +106,7 @@ class SolveShardings(Pass):
     )
 
     cluster: str = option("", help="TOML file of the cluster; the host's cores by default")
-    memory_bytes: int = option(0, help="of each device; 0 for what the cluster says")
+    memory_bytes: int = option(0, help="of each device at most; 0 for what the cluster says")
     time_limit: float = option(
         60.0,
         help="seconds for the solver, by the clock: where it ends the search, another machine may choose otherwise",
@@ -130,12 +130,11 @@ class SolveShardings(Pass):
             drop_rules(main)
             return
         cluster = cluster_or_cores(self.cluster)
-        limit = self.memory_bytes or cluster.memory_bytes
         roles = argument_roles(main)
         capture_unchanged(main)
         with ctx.clock.phase("read"):
             programs = read_stages(module, meshes, cluster, ctx.remark)
-        solved = [self._solve_stage(program, roles, limit, ctx.clock) for program in programs]
+        solved = [self._solve_stage(program, roles, ctx.clock) for program in programs]
         ctx.count("strategies", sum(stage.model.network.num_strategies for stage in solved))
         writers = [stage.writer(main) for stage in solved]
         with ctx.clock.phase("write"):
@@ -143,15 +142,14 @@ class SolveShardings(Pass):
         drop_user_mesh(module, meshes)
         ctx.count("reshards", sum(writer.num_reshards for writer in writers))
         estimates = [
-            self._estimate(main, stage, writer, limit, roles, ctx)
-            for stage, writer in zip(solved, writers, strict=True)
+            self._estimate(main, stage, writer, roles, ctx) for stage, writer in zip(solved, writers, strict=True)
         ]
         warn_of_uneven_meshes(main, [stage.solution.cost for stage in solved], ctx)
         module.operation.attributes[SHARDING_ESTIMATES] = ir.ArrayAttr.get(estimates)
 
-    def _solve_stage(self, program: StageProgram, roles: Sequence[str], limit: int, clock: PhaseClock) -> _SolvedStage:
+    def _solve_stage(self, program: StageProgram, roles: Sequence[str], clock: PhaseClock) -> _SolvedStage:
         """Choose the shardings of one stage."""
-        mesh, reading = program.mesh, program.reading
+        mesh, reading, limit = program.mesh, program.reading, self._limit(program)
         names = BASELINES if self.compare else ()
         baselines: dict[str, BaselinePlan | None] = {}
         for name in names:
@@ -186,6 +184,10 @@ class SolveShardings(Pass):
             raise failure
         return solution
 
+    def _limit(self, program: StageProgram) -> int:
+        """Bytes of a device that a stage may fill."""
+        return min(self.memory_bytes or program.memory_bytes, program.memory_bytes)
+
     def _baseline_share(self) -> float:
         """Seconds at most for a baseline that nobody asked for: each once, and one more to tell what would pay."""
         return _BASELINES_SHARE * self.time_limit / (len(BASELINES) + 1)
@@ -210,7 +212,6 @@ class SolveShardings(Pass):
         main: ir.Operation,
         stage: _SolvedStage,
         writer: Writer,
-        limit: int,
         roles: Sequence[str],
         ctx: PassContext,
     ) -> ir.Attribute:
@@ -232,7 +233,7 @@ class SolveShardings(Pass):
             "seconds": _number(solution.cost),
             "bound_seconds": _number(solution.lower_bound),
             "communication_seconds": _number(taken.communication_seconds),
-            "limit_bytes": integer(limit),
+            "limit_bytes": integer(self._limit(program)),
             "sent_bytes": ir.DictAttr.get({kind: integer(nbytes) for kind, nbytes in sent.items()}),
             "memory_bytes": ir.ArrayAttr.get(
                 [ir.DictAttr.get({"name": ir.StringAttr.get(n), "bytes": integer(b)}) for n, b in taken.memory]

@@ -15,7 +15,8 @@ from bactrian.passes.frame.context import make_context
 from bactrian.passes.frame.pipeline import run_pipeline
 from bactrian.passes.ir.attributes import GRADIENT_BOUNDARY
 from bactrian.passes.ir.regions import body, custom_call_target, main_function
-from bactrian.passes.machine.cluster import CPU_HOST, Cluster
+from bactrian.passes.machine.cluster import CPU_HOST
+from bactrian.passes.machine.host_group import HostGroup
 from bactrian.passes.machine.spec import MeshAxes
 from bactrian.passes.sharding.loop_dataflow import capture_unchanged
 from bactrian.passes.sharding.sharding_model import ShardingModel
@@ -48,12 +49,12 @@ def prepared(text: str, axes: MeshAxes, *, is_step: bool = False) -> ir.Module:
     return module
 
 
-def read(module: ir.Module, axes: MeshAxes, cluster: Cluster = CPU_HOST) -> tuple[Reading, ShardingModel]:
+def read(module: ir.Module, axes: MeshAxes, hosts: HostGroup = CPU_HOST) -> tuple[Reading, ShardingModel]:
     """What the model sees of a module."""
-    mesh = cluster.mesh(axes)
+    mesh = hosts.mesh(axes)
     with module.context:
         capture_unchanged(main_function(module))
-        reading = read_program(main_function(module), mesh, cluster, 1, lambda op, text: None)
+        reading = read_program(main_function(module), mesh, hosts, 1, lambda op, text: None)
     return reading, ShardingModel(reading.problem, mesh)
 
 

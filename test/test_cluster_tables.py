@@ -20,8 +20,9 @@ from bactrian.driver import cli
 from bactrian.driver.profile import cluster_profile, measure_host
 from bactrian.driver.profile.cluster_profile import Profile, Sample, cluster_text, fit_link
 from bactrian.passes.frame.errors import BactrianError, ConfigError
-from bactrian.passes.machine.cluster import Cluster, cluster_of, read_cluster
+from bactrian.passes.machine.cluster_file import cluster_of, read_cluster
 from bactrian.passes.machine.collective_times import KINDS, Curve
+from bactrian.passes.machine.host_group import HostGroup
 from bactrian.passes.machine.mesh import Axis, Mesh
 from bactrian.passes.plan.schema import Plan
 
@@ -38,11 +39,15 @@ KEYS: dict[str, Any] = {
 TABLE: dict[str, Any] = {"bytes": [100, 200, 400], "seconds": [1.0, 3.0, 4.0]}
 
 
-def measured(**tables: Any) -> Cluster:
-    return cluster_of(KEYS | {"measured": {kind: {"4": table} for kind, table in tables.items()}}, name="small")
+def hosts_of(data: dict[str, Any], name: str = "small") -> HostGroup:
+    return cluster_of(data, name=name).only_group("a test")
 
 
-def axis(cluster: Cluster, size: int = 4) -> Axis:
+def measured(**tables: Any) -> HostGroup:
+    return hosts_of(KEYS | {"measured": {kind: {"4": table} for kind, table in tables.items()}})
+
+
+def axis(cluster: HostGroup, size: int = 4) -> Axis:
     return cluster.mesh((("model", size),)).axes[0]
 
 
@@ -99,17 +104,17 @@ def test_groups_of_another_size_and_hosts_apart_take_the_formula() -> None:
 def test_all_reduces_take_the_table_of_as_many_devices() -> None:
     wide = KEYS | {"devices_per_host": 8}
     tables = {"all_reduce": {"4": TABLE, "2": {"bytes": [1, 2], "seconds": [70, 80]}}}
-    mesh = cluster_of(wide | {"measured": tables}, name="x").mesh((("data", 2), ("model", 4)))
-    plain = cluster_of(wide, name="x").mesh((("data", 2), ("model", 4)))
+    mesh = hosts_of(wide | {"measured": tables}).mesh((("data", 2), ("model", 4)))
+    plain = hosts_of(wide).mesh((("data", 2), ("model", 4)))
     assert mesh.all_reduce(["model"], 300) == 3.5
     assert mesh.all_reduce(["data"], 1) == 70
     assert mesh.all_reduce(["data", "model"], 300) == plain.all_reduce(["data", "model"], 300)
     joint = tables["all_reduce"] | {"8": {"bytes": [1, 2], "seconds": [500, 600]}}
     whole = wide | {"measured": {"all_reduce": joint}}
-    assert cluster_of(whole, name="x").mesh((("data", 2), ("model", 4))).all_reduce(["data", "model"], 1) == 500
-    apart = cluster_of(whole | {"hosts": 2, "inter_host_gb_per_s": 1}, name="x").mesh((("data", 4), ("model", 4)))
+    assert hosts_of(whole).mesh((("data", 2), ("model", 4))).all_reduce(["data", "model"], 1) == 500
+    apart = hosts_of(whole | {"hosts": 2, "inter_host_gb_per_s": 1}).mesh((("data", 4), ("model", 4)))
     assert apart.all_reduce(["data", "model"], 1) < 500  # between hosts nothing is measured
-    assert hash(mesh) != hash(plain) and mesh == cluster_of(wide | {"measured": tables}, name="y").mesh(
+    assert hash(mesh) != hash(plain) and mesh == hosts_of(wide | {"measured": tables}, "y").mesh(
         (("data", 2), ("model", 4))
     )
 
@@ -149,7 +154,7 @@ def test_the_example_of_the_docs_is_read(tmp_path: Path) -> None:
     path = tmp_path / "cluster.toml"
     for example in (text, text.replace("\n# ", "\n")):
         path.write_text(example)
-        cluster = read_cluster(path)
+        cluster = read_cluster(path).only_group("a test")
         assert axis(cluster, 8).all_gather(131072) == 2.1e-05
     assert (cluster.name, cluster.inter_host_bytes_per_second) == ("h100", 50e9)
 
@@ -185,14 +190,14 @@ def test_the_fit_finds_what_the_samples_were_made_with() -> None:
 
 def test_a_profile_is_read_back() -> None:
     data = tomllib.loads(cluster_text(profile(), 'four "fast" ones'))
-    cluster = cluster_of(data, name="file")
+    cluster = hosts_of(data)
     assert cluster.name == 'four "fast" ones'
     assert (cluster.hosts, cluster.devices_per_host, cluster.memory_bytes) == (1, 4, 3 << 29)
     assert cluster.device.flops_per_second == {"f32": 4e12, "bf16": 9e12, "f16": 1e12, "default": 4e12}
     assert cluster.device.bytes_per_second == 2e11
     assert cluster.device.repack_bytes_per_second == math.inf  # not measured: nothing is paid for it
     repacking = replace(profile(), repack_bytes_per_second=1.5e9)
-    assert cluster_of(tomllib.loads(cluster_text(repacking)), name="file").device.repack_bytes_per_second == 1.5e9
+    assert hosts_of(tomllib.loads(cluster_text(repacking))).device.repack_bytes_per_second == 1.5e9
     assert cluster.intra_host_latency == pytest.approx(2e-6, rel=1e-3)
     assert cluster.intra_host_bytes_per_second == pytest.approx(2e9, rel=1e-3)
     for sample in profile().samples:
@@ -232,7 +237,7 @@ def test_a_host_is_measured_and_planned_for(tmp_path: Path) -> None:
     for word in ("4 virtual CPU devices", "written to cluster.toml", "matmul bf16", *KINDS):
         assert word in done.stdout
     path = tmp_path / "cluster.toml"
-    cluster = read_cluster(path)
+    cluster = read_cluster(path).only_group("a test")
     assert (cluster.name, cluster.hosts, cluster.devices_per_host) == ("here", 1, 4)
     assert set(cluster.device.flops_per_second) == {"default", "f32", "bf16", "f16", "f64"}
     assert {(curve.kind, curve.group) for curve in cluster.measured} == {(k, g) for k in KINDS for g in (2, 4)}
@@ -264,7 +269,7 @@ def test_a_file_is_kept_and_bad_targets_are_refused(
     assert cli.main(command) == 3
     assert "is there already" in capsys.readouterr().err and path.read_text() == "mine"
     assert cli.main([*command, "--force"]) == 0
-    assert read_cluster(path).devices_per_host == 4
+    assert read_cluster(path).groups[0].devices_per_host == 4
     for target, message in ((tmp_path, "it is a folder"), (tmp_path / "no" / "x.toml", "there is no folder")):
         assert cli.main(["profile-cluster", "--output", str(target)]) == 3
         assert message in capsys.readouterr().err

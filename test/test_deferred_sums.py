@@ -16,7 +16,7 @@ import bactrian
 from bactrian.passes import pipelines
 from bactrian.passes.frame.pipeline import run_pipeline
 from bactrian.passes.ir.regions import main_function
-from bactrian.passes.machine.cluster import cluster_of
+from bactrian.passes.machine.cluster_file import cluster_of
 from bactrian.passes.machine.spec import MeshAxes
 from bactrian.passes.network.problem import CostNetwork
 from bactrian.passes.network.solver import solve
@@ -43,7 +43,7 @@ FAST = cluster_of(
         "intra_host_latency_us": 0.001,
     },
     name="test",
-)
+).only_group("a test")
 Layer = tuple[dict[str, tuple[int, ...]], Callable[[dict[str, jax.Array], jax.Array, jax.Array], jax.Array]]
 
 

@@ -16,8 +16,8 @@ from bactrian.driver.report.terminal import RichView
 from bactrian.passes.frame.errors import ConfigError
 from bactrian.passes.ir.attributes import argument_roles, result_updates
 from bactrian.passes.ir.regions import main_function
-from bactrian.passes.machine.cluster import Cluster
 from bactrian.passes.machine.device import Device
+from bactrian.passes.machine.host_group import HostGroup
 from bactrian.passes.machine.spec import MeshAxes
 from bactrian.passes.sharding.baselines import pin_baseline
 from bactrian.passes.sharding.cost_breakdown import bytes_sent
@@ -31,7 +31,7 @@ from bactrian.passes.sharding.work_from_ir import read_program
 LINE: MeshAxes = (("x", 4),)
 PLENTY = 1 << 40
 # Links that make communication and work comparable, so that shardings differ.
-FAST = Cluster("fast", 1, 8, PLENTY, Device("fast", {"default": 1e9}, 1e9), 1e9, 1e9, 1e-6, 1e-6)
+FAST = HostGroup("fast", 1, 8, PLENTY, Device("fast", {"default": 1e9}, 1e9), 1e9, 1e9, 1e-6, 1e-6)
 
 PRODUCTS = """
 func.func public @main(%x: tensor<64x16xf32> {bactrian.role = "batch"} loc("batch"),
@@ -49,17 +49,19 @@ def explainer(
     axes: MeshAxes = LINE,
     *,
     limit: int = PLENTY,
-    cluster: Cluster = FAST,
+    hosts: HostGroup = FAST,
     given: Mapping[int, str] | None = None,
     strategy: str = "auto",
 ) -> tuple[StageExplainer, list[NamedValue]]:
     """All about the one stage of a module."""
     sizes = ", ".join(f'"{name}"={size}' for name, size in axes)
     module = sharded.prepared(f"sdy.mesh @stage0 = <[{sizes}]>\n{body}", axes)
-    mesh = cluster.mesh(axes)
+    mesh = hosts.mesh(axes)
     with module.context:
         main = main_function(module)
-        program = StageProgram(0, "stage0", mesh, read_program(main, mesh, cluster, 1, lambda op, text: None), 1, 1)
+        program = StageProgram(
+            0, "stage0", mesh, PLENTY, read_program(main, mesh, hosts, 1, lambda op, text: None), 1, 1
+        )
         roles = argument_roles(main)
         first = frozenset(range(len(roles)))
         values = named_values([program])

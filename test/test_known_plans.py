@@ -16,7 +16,7 @@ from jaxlib.mlir import ir
 from bactrian.passes.frame.errors import InfeasiblePlanError
 from bactrian.passes.ir.attributes import integer
 from bactrian.passes.ir.regions import main_function
-from bactrian.passes.machine.cluster import cluster_of
+from bactrian.passes.machine.cluster_file import cluster_of
 from bactrian.passes.machine.spec import MeshAxes, Spec
 from bactrian.passes.network.solver import Solution, solve
 from bactrian.passes.sharding.sharding_model import ShardingModel
@@ -32,7 +32,7 @@ HOST = cluster_of(
         "intra_host_gb_per_s": 450,
     },
     name="h100",
-)
+).only_group("a test")
 
 
 def f32(*shape: int) -> Shape:

@@ -17,7 +17,7 @@ from bactrian.passes.ir.attributes import GRADIENT_BOUNDARY, phase_of, stage_of
 from bactrian.passes.ir.main_dataflow import MainDataflow
 from bactrian.passes.ir.meshes import value_shardings
 from bactrian.passes.ir.regions import body, custom_call_target, main_function
-from bactrian.passes.machine.cluster import CPU_HOST
+from bactrian.passes.machine.cluster import CPU_CLUSTER, CPU_HOST
 from bactrian.passes.sharding.sharding_model import ShardingModel
 from bactrian.passes.sharding.stage_programs import read_stage, read_stages
 
@@ -98,8 +98,8 @@ def test_a_stage_is_read_and_priced_without_the_others() -> None:
     """On its own, last stage first, and beside a stage on another mesh: one and the same network."""
     module, _ = captured(num_stages=2)
     with module.context:
-        wide = read_stages(module, {"stage0": AXES, "stage1": AXES}, CPU_HOST, lambda op, text: None)
-        long = read_stages(module, {"stage0": (("data", 8),), "stage1": AXES}, CPU_HOST, lambda op, text: None)
+        wide = read_stages(module, {"stage0": AXES, "stage1": AXES}, CPU_CLUSTER, lambda op, text: None)
+        long = read_stages(module, {"stage0": (("data", 8),), "stage1": AXES}, CPU_CLUSTER, lambda op, text: None)
         for stage in (1, 0):
             alone = read_stage(module, stage, CPU_HOST.mesh(AXES), CPU_HOST, lambda op, text: None)
             assert alone.reading.problem == wide[stage].reading.problem

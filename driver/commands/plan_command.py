@@ -36,7 +36,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-microbatches", type=count, metavar="M", help="microbatches per step")
     parser.add_argument("--schedule", help="order of the microbatches: 1f1b, eager-1f1b or gpipe")
     parser.add_argument("--mesh", metavar="A=N,B=M", help="devices of each stage by axes, as in data=2,model=4")
-    parser.add_argument("--cluster", metavar="FILE", help="TOML file of the machines (default: the cores of this host)")
+    parser.add_argument(
+        "--cluster",
+        metavar="FILE[:NAME]",
+        help="TOML file of the machines, or a table of it (default: the cores of this host)",
+    )
     parser.add_argument("--strategy", metavar="NAME", help="auto, data, zero1, zero2, zero3 or megatron, on a mesh")
     parser.add_argument(
         "--compare-xla",

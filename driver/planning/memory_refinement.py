@@ -40,7 +40,7 @@ class MemoryRefinement:
     """
 
     def __init__(self, module: ir.Module, program: StagedProgram, shardings: tuple[ShardingPlan, ...]) -> None:
-        self._device = min(each.limit_bytes or 0 for each in shardings)
+        self._devices = [each.limit_bytes or 0 for each in shardings]
         self._bounds = [each.bound_seconds for each in shardings]
         self._tries = 0
         self._is_least = False
@@ -61,11 +61,11 @@ class MemoryRefinement:
             for each, peak, bound in zip(shardings, self._peaks, self._bounds, strict=True)
         )
         limits = [
-            sum(nbytes for _, nbytes in each.memory_bytes) - (peak.nbytes - self._device)
-            for each, peak in zip(self.shardings, self._peaks, strict=True)
-            if peak.nbytes > self._device
+            sum(nbytes for _, nbytes in each.memory_bytes) - (peak.nbytes - device)
+            for each, peak, device in zip(self.shardings, self._peaks, self._devices, strict=True)
+            if peak.nbytes > device
         ]
-        self._known = self._device if self.limit is None else self.limit
+        self._known = max(self._devices) if self.limit is None else self.limit
         self._tries += 1
         self.limit = max(1, min(*limits, self._known - 1)) if limits else None
         if self.limit is not None and self._tries == _TRIES:
@@ -83,11 +83,12 @@ class MemoryRefinement:
 
     def error(self) -> InfeasiblePlanError:
         """What did not fit in the last try."""
-        stage = max(range(len(self._peaks)), key=lambda each: self._peaks[each].nbytes)
+        missing = [peak.nbytes - device for peak, device in zip(self._peaks, self._devices, strict=True)]
+        stage = max(range(len(missing)), key=missing.__getitem__)
         peak: StagePeak = self._peaks[stage]
         return InfeasiblePlanError(
             f"cannot fit stage {stage} into a device: it needs {human_bytes(peak.nbytes)}, "
-            f"a device has {human_bytes(self._device)}, {human_bytes(peak.nbytes - self._device)} are missing",
+            f"a device has {human_bytes(self._devices[stage])}, {human_bytes(missing[stage])} are missing",
             where=f"{peak.function}, at its peak",
             why=f"{human_bytes(peak.temporaries)} of it are copies and temporaries, as predicted of XLA for CPUs; no "
             f"shardings that need less were found in {self._tries} {'try' if self._tries == 1 else 'tries'}",

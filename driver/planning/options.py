@@ -11,7 +11,7 @@ from typing import Any
 
 from bactrian.passes.frame.errors import ConfigError
 from bactrian.passes.frame.fields import MAX_COUNT
-from bactrian.passes.machine.cluster import read_cluster
+from bactrian.passes.machine.cluster_file import read_cluster
 from bactrian.passes.machine.spec import MeshAxes, axes_text, meshes_text, num_devices, parse_axes
 from bactrian.passes.plan.schema import Plan
 from bactrian.passes.schedules.by_name import DEFAULT_SCHEDULE, schedule_named
@@ -179,6 +179,6 @@ def mesh_axes(mesh: Any) -> MeshAxes | None:
 
 
 def cluster_file(cluster: str | Path) -> str:
-    """The file of a cluster, once it is seen that it can be read."""
+    """The file of a cluster, or ``file.toml:name``, once it is seen that it can be read."""
     read_cluster(cluster)
-    return str(Path(cluster))
+    return str(cluster)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from jaxlib.mlir import ir
 
@@ -17,6 +16,7 @@ from bactrian.driver.planning.options import Options
 from bactrian.driver.planning.staged_plan import StagedPlan
 from bactrian.driver.ranks import World
 from bactrian.passes.frame.context import make_context
+from bactrian.passes.machine.cluster_file import file_text, split_table
 from bactrian.passes.machine.spec import MeshAxes, meshes_text, num_devices
 from bactrian.passes.plan.schema import Plan, fingerprint_text
 from bactrian.passes.plan.stage_sharding import ShardingPlan
@@ -45,7 +45,7 @@ def staged_together(
             "the mesh": meshes_text(meshes),
             "the strategy": options.strategy,
             "donate": str(options.donate),
-            "the cluster file": fingerprint_text(Path(options.cluster).read_text()) if options.cluster else "none",
+            "the cluster file": _cluster_words(options.cluster),
             "the plan that is applied": "none" if options.plan is None else options.plan.to_json(),
         }
     )
@@ -57,6 +57,11 @@ def staged_together(
 
     received = world.from_rank_0(packed)
     return made[0] if made else _unpack(received)
+
+
+def _cluster_words(cluster: str) -> str:
+    """What has to be equal of a cluster on all ranks, wherever its file is."""
+    return f"{fingerprint_text(file_text(cluster))} {split_table(cluster)[1]}".strip() if cluster else "none"
 
 
 def with_shardings_of_rank_0(staged: StagedPlan, world: World) -> StagedPlan:

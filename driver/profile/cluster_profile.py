@@ -17,7 +17,7 @@ from bactrian import __version__
 from bactrian.passes.frame.errors import ConfigError
 from bactrian.passes.frame.files import write_whole
 from bactrian.passes.frame.units import human_bytes, human_count, human_seconds
-from bactrian.passes.machine.cluster import cluster_of
+from bactrian.passes.machine.cluster_file import cluster_of
 from bactrian.passes.machine.collective_times import KINDS
 from bactrian.passes.machine.mesh import Axis
 

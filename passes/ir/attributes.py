@@ -19,6 +19,7 @@ MICROBATCH_INDEX = "bactrian.microbatch_index"  # also on the argument of a stag
 NUM_MICROBATCHES = "bactrian.num_microbatches"
 NUM_LAYERS = "bactrian.num_layers"
 NUM_STAGES = "bactrian.num_stages"
+FIRST_DEVICES = "bactrian.first_devices"  # of every stage, on the cluster's line
 SCHEDULE = "bactrian.schedule"
 LOOPED_MICROBATCHES = "bactrian.looped_microbatches"
 ORDER = "bactrian.order"

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+
 from jaxlib.mlir import ir
 
 from bactrian.passes.ir.op_costs import CostModel, repacks
 from bactrian.passes.ir.op_traits import COSTED_ALONE
-from bactrian.passes.machine.cluster import Cluster
+from bactrian.passes.machine.device import Device
 from bactrian.passes.sharding.loop_dataflow import CONDITION, END, LoopFlow
 
 DYNAMIC_UPDATE_SLICE = "stablehlo.dynamic_update_slice"
+_PRODUCTS = ("stablehlo.dot_general", "stablehlo.convolution")
 
 
 def read_from_memory(flow: LoopFlow, value_of: list[int]) -> list[bool]:
@@ -41,15 +44,37 @@ def _never_fused(flow: LoopFlow, producer: int, reader: int) -> bool:
     return inside and flow.ops[producer].block != flow.ops[reader].block
 
 
-def repack_seconds(op: ir.Operation, cluster: Cluster) -> float:
+def remark_missing_rates(
+    ops: Iterable[ir.Operation], device: Device, remark: Callable[[ir.Operation, str], None]
+) -> None:
+    """Tell of products in element types that a device has no rate for, once for each type: they are no small part of a
+    step, and the rate of another type may be many times theirs."""
+    seen = set[str]()
+    for op in ops:
+        if op.name not in _PRODUCTS:
+            continue
+        dtype = str(ir.ShapedType(op.operands[0].type).element_type)
+        if dtype in seen:
+            continue
+        seen.add(dtype)
+        nearest = device.rated_as(dtype)
+        if nearest not in (dtype, "default"):
+            remark(
+                op,
+                f"{device.name} has no rate for {dtype}: products in it are timed at the {device.rate(dtype) / 1e12:g} "
+                f"TFLOPS of {nearest}; give peak_tflops.{dtype} in the cluster file",
+            )
+
+
+def repack_seconds(op: ir.Operation, device: Device) -> float:
     """Seconds per byte of a device's shards of the operands, to bring them into the order that a product needs."""
-    return 1 / cluster.device.repack_bytes_per_second if repacks(op) else 0.0
+    return 1 / device.repack_bytes_per_second if repacks(op) else 0.0
 
 
 def op_seconds(
     op: ir.Operation,
     model: CostModel,
-    cluster: Cluster,
+    device: Device,
     keeps: bool,
     separate: bool,
     from_memory: list[bool],
@@ -57,10 +82,9 @@ def op_seconds(
 ) -> float:
     """Roofline time on one device; of a fused op only what it brings to and from memory."""
     cost = model.cost(op)
-    device = cluster.device
     if separate:
         return device.seconds(cost)
-    flops = cost.flops / (device.flops_per_second.get(cost.dtype) or device.flops_per_second["default"])
+    flops = cost.flops / device.rate(cost.dtype)
     made = [model.size(value.type).bytes for value in op.results]
     read = [
         model.size(value.type).bytes if from_memory[number] else 0

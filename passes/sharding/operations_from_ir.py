@@ -19,7 +19,7 @@ from bactrian.passes.ir.op_costs import CostModel
 from bactrian.passes.ir.op_traits import MATRIX_PRODUCTS
 from bactrian.passes.ir.regions import custom_call_target
 from bactrian.passes.ir.tensor_sizes import value_shape
-from bactrian.passes.machine.cluster import Cluster
+from bactrian.passes.machine.device import Device
 from bactrian.passes.machine.mesh import Mesh
 from bactrian.passes.sharding.deferred_reductions import deferred_sums
 from bactrian.passes.sharding.fusion_costs import (
@@ -62,12 +62,12 @@ class OperationReader:
         self,
         flow: LoopFlow,
         mesh: Mesh,
-        cluster: Cluster,
+        device: Device,
         num_microbatches: int,
         remark: Callable[[ir.Operation, str], None],
         in_flight: int,
     ) -> None:
-        self._flow, self._mesh, self._cluster = flow, mesh, cluster
+        self._flow, self._mesh, self._device = flow, mesh, device
         self._num_microbatches, self._remark, self._in_flight = num_microbatches, remark, in_flight
         self._model = CostModel()
         self._free = [False] * len(flow.values)
@@ -142,8 +142,8 @@ class OperationReader:
             rule=None if is_free else rule,
             seconds=0.0
             if is_there
-            else op_seconds(op, self._model, self._cluster, keeps, separate, self._from_memory, operands),
-            repack_seconds=repack_seconds(op, self._cluster),
+            else op_seconds(op, self._model, self._device, keeps, separate, self._from_memory, operands),
+            repack_seconds=repack_seconds(op, self._device),
             runs_per_step=self.runs_per_step(index) * self._flow.iterations[index],
             materialized=keeps,
             constraint_specs=given,

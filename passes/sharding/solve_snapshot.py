@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from jaxlib.mlir import ir
 
@@ -15,7 +13,8 @@ from bactrian.passes.frame.module_text import parse_module
 from bactrian.passes.ir.attributes import SOLVE, argument_attributes
 from bactrian.passes.ir.meshes import SHARDING
 from bactrian.passes.ir.regions import main_function
-from bactrian.passes.machine.cluster import CPU_HOST, Cluster, cluster_of
+from bactrian.passes.machine.cluster import CPU_CLUSTER, Cluster
+from bactrian.passes.machine.cluster_file import file_text, parse_cluster, split_table
 from bactrian.passes.sharding.baselines import check_strategy
 
 _AGAIN = "write it again with `bactrian plan --save`"
@@ -57,14 +56,8 @@ def before_solving(
     """
     fields = {"fingerprint": fingerprint, "strategy": strategy}
     if cluster:
-        try:
-            fields |= {"cluster": Path(cluster).read_text(encoding="utf-8"), "cluster_name": Path(cluster).stem}
-        except (OSError, ValueError) as error:
-            raise ConfigError(
-                f"cannot read the cluster {cluster}",
-                why=str(error),
-                fix="name a TOML file with the keys of read_cluster",
-            ) from None
+        path, table = split_table(cluster)
+        fields |= {"cluster": file_text(cluster), "cluster_table": table, "cluster_name": path.stem}
     entries: dict[str, ir.Attribute] = {name: ir.StringAttr.get(text) for name, text in fields.items()}
     entries["given"] = ir.DictAttr.get({str(number): ir.StringAttr.get(who) for number, who in sorted(given.items())})
     copy = module.operation.clone().operation
@@ -105,13 +98,12 @@ def unsolved_of(module: ir.Module, entries: ir.DictAttr, source: str) -> Unsolve
     fields = {item.name: item.attr for item in entries}
     fingerprint, strategy = _word(fields, "fingerprint", source), _word(fields, "strategy", source)
     check_strategy(strategy)
-    cluster = CPU_HOST
+    cluster = CPU_CLUSTER
     if "cluster" in fields:
-        try:
-            data = tomllib.loads(_word(fields, "cluster", source))
-        except (ValueError, RecursionError) as error:
-            raise ConfigError(f"cannot read {source}", why=f"cluster in {SOLVE}: {error}", fix=_AGAIN) from None
-        cluster = cluster_of(data, name=_word(fields, "cluster_name", source), where=source)
+        text, table, name = (_word(fields, field, source) for field in ("cluster", "cluster_table", "cluster_name"))
+        cluster = parse_cluster(
+            text, table, name=table.rpartition(".")[2] or name, where=f"{source}, the cluster in {SOLVE}"
+        )
     given = fields.get("given")
     sources = {item.name: item.attr for item in given} if isinstance(given, ir.DictAttr) else {}
     return Unsolved(

@@ -8,11 +8,12 @@ from dataclasses import dataclass, replace
 from jaxlib.mlir import ir
 
 from bactrian.passes.frame.errors import ConfigError, PassError
-from bactrian.passes.ir.attributes import NUM_MICROBATCHES, NUM_STAGES, integer_attribute
+from bactrian.passes.ir.attributes import FIRST_DEVICES, NUM_MICROBATCHES, NUM_STAGES, integer_attribute
 from bactrian.passes.ir.meshes import USER_MESH, mesh_axes
 from bactrian.passes.ir.module_schedule import fused_phases, schedule_of
 from bactrian.passes.ir.regions import main_function
 from bactrian.passes.machine.cluster import Cluster
+from bactrian.passes.machine.host_group import HostGroup
 from bactrian.passes.machine.mesh import Mesh
 from bactrian.passes.machine.spec import MeshAxes, num_devices
 from bactrian.passes.sharding.work_from_ir import Reading, read_program
@@ -26,6 +27,7 @@ class StageProgram:
         stage: its number.
         mesh_name: the symbol of its mesh.
         mesh: its devices.
+        memory_bytes: of each of them.
         reading: its part of ``@main``.
         num_stages: how many stages there are.
         num_microbatches: how often forward and backward run in a step.
@@ -34,6 +36,7 @@ class StageProgram:
     stage: int
     mesh_name: str
     mesh: Mesh
+    memory_bytes: int
     reading: Reading
     num_stages: int
     num_microbatches: int
@@ -86,13 +89,41 @@ def read_stages(
         ConfigError: the cluster has too few devices for a mesh.
         PassError, ProgramError: as `read_program`.
     """
+    hosts = stage_hosts(module, meshes, cluster)
     return [
-        read_stage(module, stage, cluster.mesh(axes), cluster, remark) for stage, axes in enumerate(meshes.values())
+        read_stage(module, stage, own.mesh(axes), own, remark)
+        for stage, (axes, own) in enumerate(zip(meshes.values(), hosts, strict=True))
     ]
 
 
+def stage_hosts(module: ir.Module, meshes: dict[str, MeshAxes], cluster: Cluster) -> tuple[HostGroup, ...]:
+    """The hosts that every stage's devices are of: as the module says, else stages lie along the cluster's line.
+
+    Where all hosts are equal and the module says nothing, all stages are of them, however many devices they have together.
+
+    Raises:
+        ConfigError: the cluster has too few devices.
+        PassError: the module places other stages, or places them where their meshes can't be.
+    """
+    counts = [num_devices(axes) for axes in meshes.values()]
+    if FIRST_DEVICES not in module.operation.attributes:
+        if len(cluster.groups) == 1:
+            return cluster.groups * len(counts)
+        return tuple(map(cluster.group_of, cluster.places(counts)))
+    firsts = list(ir.DenseI64ArrayAttr(module.operation.attributes[FIRST_DEVICES]))
+    if len(firsts) != len(counts):
+        raise PassError(f"{FIRST_DEVICES} places {len(firsts)} stages, the module has {len(counts)}")
+    for stage, (first, count) in enumerate(zip(firsts, counts, strict=True)):
+        if first < 0 or cluster.next_place(first, count) != first:
+            raise PassError(
+                f"{FIRST_DEVICES} places stage {stage} of {count} devices at device {first} of {cluster.name}",
+                why=f"{cluster.description}; a mesh lies within a host or fills hosts of one kind",
+            )
+    return tuple(map(cluster.group_of, firsts))
+
+
 def read_stage(
-    module: ir.Module, stage: int, mesh: Mesh, cluster: Cluster, remark: Callable[[ir.Operation, str], None]
+    module: ir.Module, stage: int, mesh: Mesh, hosts: HostGroup, remark: Callable[[ir.Operation, str], None]
 ) -> StageProgram:
     """The program of one stage, whatever the others' meshes and shardings are.
 
@@ -101,7 +132,7 @@ def read_stage(
             they never change (`capture_unchanged`).
         stage: its number.
         mesh: its devices.
-        cluster: that these belong to.
+        hosts: that these belong to.
         remark: told of ops that nothing is known of.
 
     Raises:
@@ -112,6 +143,6 @@ def read_stage(
     stages = integer_attribute(module.operation, NUM_STAGES) or 1
     schedule = schedule_of(module)
     in_flight = 1 if schedule is None else schedule.in_flight(stage, stages, microbatches)
-    reading = read_program(main, mesh, cluster, microbatches, remark, in_flight, stage if stages > 1 else None)
+    reading = read_program(main, mesh, hosts, microbatches, remark, in_flight, stage if stages > 1 else None)
     reading = replace(reading, fused=fused_phases(module, main, stage))
-    return StageProgram(stage, f"stage{stage}", mesh, reading, stages, microbatches)
+    return StageProgram(stage, f"stage{stage}", mesh, hosts.memory_bytes, reading, stages, microbatches)

@@ -19,9 +19,10 @@ from bactrian.passes.ir.attributes import (
 )
 from bactrian.passes.ir.op_costs import trip_count
 from bactrian.passes.ir.tensor_sizes import value_shape
-from bactrian.passes.machine.cluster import Cluster
+from bactrian.passes.machine.host_group import HostGroup
 from bactrian.passes.machine.mesh import Mesh
 from bactrian.passes.machine.spec import Spec
+from bactrian.passes.sharding.fusion_costs import remark_missing_rates
 from bactrian.passes.sharding.loop_dataflow import END, OP, LoopFlow
 from bactrian.passes.sharding.operations_from_ir import FlowOp, OperationReader, forwards
 from bactrian.passes.sharding.sharding_model import ShardingProblem, Tensor
@@ -82,7 +83,7 @@ class Reading:
 def read_program(
     main: ir.Operation,
     mesh: Mesh,
-    cluster: Cluster,
+    hosts: HostGroup,
     num_microbatches: int,
     remark: Callable[[ir.Operation, str], None],
     in_flight: int = 1,
@@ -93,7 +94,7 @@ def read_program(
     Args:
         main: with ``sdy.sharding_rule`` on its ops (``sdy-populate-op-sharding-rules``) and phases.
         mesh: the devices; shardings that are given name its axes.
-        cluster: whose devices do the work.
+        hosts: whose devices do the work.
         num_microbatches: how often forward and backward run in a step.
         remark: told of ops that nothing is known of.
         in_flight: microbatches whose activations are there at once.
@@ -106,9 +107,10 @@ def read_program(
     flow = LoopFlow.of(main)
     _check_rules(flow)
     refuse_result_shardings(main)
-    reader = OperationReader(flow, mesh, cluster, num_microbatches, remark, in_flight)
+    reader = OperationReader(flow, mesh, hosts.device, num_microbatches, remark, in_flight)
     portion = _Portion.of(main, flow, stage)
     _remark_unknown_loops(flow, portion, remark)
+    remark_missing_rates((flow.ops[index] for index in portion.entries), hosts.device, remark)
     own = [index for index in portion.entries if flow.kinds[index] != END and not forwards(flow, index)]
     parts = tuple(reader.entry(index) for index in own)
     value_of = reader.value_of
@@ -125,7 +127,7 @@ def read_program(
         ops=tuple(entry.op for entry in parts),
         updates=tuple(dict.fromkeys(_updates(main, flow, value_of, inputs, there))),
         pinned=tuple(_fixed(main, flow, mesh, inputs, counted)),
-        loads=tuple(_loads(main, flow, cluster, inputs, num_microbatches)),
+        loads=tuple(_loads(main, flow, hosts, inputs, num_microbatches)),
         live_out=tuple(value for value in dict.fromkeys(_needed_later(flow, value_of, portion)) if value in there),
         preferred=tuple((value, _whole(flow, value)) for value in counted),
         batch_instances=in_flight,
@@ -215,16 +217,16 @@ def _updates(
 
 
 def _loads(
-    main: ir.Operation, flow: LoopFlow, cluster: Cluster, inputs: tuple[int, ...], num_microbatches: int
+    main: ir.Operation, flow: LoopFlow, hosts: HostGroup, inputs: tuple[int, ...], num_microbatches: int
 ) -> Iterator[tuple[int, float]]:
     """Seconds of a step that inputs take: batches from the host, then what other stages send."""
     for number in _batch_arguments(main):
         if number in inputs:
-            yield number, num_microbatches * flow.sizes[number] / cluster.device.bytes_per_second
+            yield number, num_microbatches * flow.sizes[number] / hosts.device.bytes_per_second
     for number in inputs:
         if number >= flow.num_arguments:
             times = _times(flow, number, num_microbatches)
-            yield number, times * flow.sizes[number] / cluster.intra_host_bytes_per_second
+            yield number, times * flow.sizes[number] / hosts.intra_host_bytes_per_second
 
 
 def _needed_later(flow: LoopFlow, value_of: list[int], portion: _Portion) -> list[int]:
