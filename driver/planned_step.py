@@ -11,6 +11,7 @@ from bactrian.driver.planning.plan_remarks import log_once
 from bactrian.driver.planning.staged_plan import StagedPlan
 from bactrian.driver.ranks import World
 from bactrian.driver.report.explanation_table import render_value
+from bactrian.driver.report.html_report import write_report
 from bactrian.driver.report.plan_table import render_plan
 from bactrian.driver.report.terminal import RichView
 from bactrian.driver.report.timing_table import render_timing
@@ -65,6 +66,18 @@ class Planned:
     def save(self, directory: str | Path) -> None:
         """Write ``plan.json`` and ``staged.mlir`` into a folder; on a mesh ``solve.mlir`` too, for ``bactrian explain``."""
         self.staged.save(directory)
+
+    def write_report(self, path: str | Path, *, trace: str | Path | None = None) -> None:
+        """Write the plan, with the timeline of a step, as one HTML file that needs nothing else.
+
+        Args:
+            path: the file.
+            trace: of a run of this plan, written by ``compiled.write_trace``: its last step is shown too.
+
+        Raises:
+            ConfigError: the file can't be written; the trace can't be read, or is of another plan.
+        """
+        write_report(path, self.plan, self.staged.program, name=self.captured.name, trace=trace)
 
     def explain(self, value: str, *, stage: int | None = None, time_limit: float = 60.0) -> Explanation:
         """Which shardings a value could have, what a step would take with each, and what bound the choice.

@@ -54,6 +54,12 @@ def expected_modules() -> set[str]:
     return modules | {"bactrian/__init__.py"}
 
 
+def expected_data() -> set[str]:
+    """Every other file of a wheel."""
+    templates = {f"bactrian/{path.relative_to(ROOT)}" for path in (ROOT / "driver/report/templates").iterdir()}
+    return templates | {"bactrian/py.typed"}
+
+
 def test_every_folder_of_the_source_is_a_package() -> None:
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     assert set(settings["packages"]) == {str(Path(path).parent).replace("/", ".") for path in expected_modules()}
@@ -119,7 +125,7 @@ def contents(wheel: Path) -> dict[str, bytes]:
 
 @pytest.mark.long
 def test_a_wheel_has_every_module_and_no_other_file(builds: Builds) -> None:
-    assert contents(builds.wheel).keys() == expected_modules() | {"bactrian/py.typed"}
+    assert contents(builds.wheel).keys() == expected_modules() | expected_data()
     for name, content in contents(builds.wheel).items():
         path = ROOT / name if (ROOT / name).exists() else ROOT / name.removeprefix("bactrian/")
         assert content == path.read_bytes()

@@ -55,6 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--save", metavar="DIR", help="write plan.json, staged.mlir and, on a mesh, solve.mlir into this folder"
     )
+    parser.add_argument("--report", metavar="FILE", help="write the plan, with its timeline, as one HTML file")
     parser.add_argument("--json", action="store_true", help="print the plan as JSON instead of a table")
 
 
@@ -75,6 +76,8 @@ def run(options: argparse.Namespace) -> int:
     planned = traced.plan(options.cluster, compare=True)
     if options.save:
         planned.save(options.save)
+    if options.report:
+        planned.write_report(options.report)
     comparison = planned.compare_xla() if options.compare_xla else None
     timing = planned.compile().timing if options.timing else None
     if options.json:

@@ -104,7 +104,7 @@ def render_plan(plan: Plan) -> Group:
     parts += [line for remark in plan.remarks for line in _remark_lines(remark)]
     if plan.options:
         parts.append(
-            Text("options: " + "  ".join(f"{name}={_option_text(value)}" for name, value in plan.options), style=_QUIET)
+            Text("options: " + "  ".join(f"{name}={option_text(value)}" for name, value in plan.options), style=_QUIET)
         )
     return Group(*parts)
 
@@ -146,15 +146,15 @@ def _stage_table(plan: Plan) -> Table:
             human_count(add_known(*(s.num_parameters for s in stages))),
         ),
         ("state", lambda s: human_bytes(s.state_bytes), human_bytes(add_known(*(s.state_bytes for s in stages)))),
-        ("kept", _kept, human_bytes(add_known(*(_all_kept(s) for s in stages)))),
+        ("kept", kept_text, human_bytes(add_known(*(_all_kept(s) for s in stages)))),
         (
             "sent →",
-            lambda s: _sent(s.sent_bytes_forward),
+            lambda s: sent_text(s.sent_bytes_forward),
             human_bytes(add_known(*(s.sent_bytes_forward for s in stages))),
         ),
         (
             "sent ←",
-            lambda s: _sent(s.sent_bytes_backward),
+            lambda s: sent_text(s.sent_bytes_backward),
             human_bytes(add_known(*(s.sent_bytes_backward for s in stages))),
         ),
     ]
@@ -185,9 +185,9 @@ def _runs(plan: Plan) -> list[list[StagePlan]]:
             human_count(s.flops),
             human_count(s.num_parameters),
             human_bytes(s.state_bytes),
-            _kept(s),
+            kept_text(s),
         )
-        + (_sent(s.sent_bytes_forward), _sent(s.sent_bytes_backward))
+        + (sent_text(s.sent_bytes_forward), sent_text(s.sent_bytes_backward))
         for s in plan.stages
     ]
     return [list(run) for _, run in groupby(plan.stages, key=lambda stage: shown[stage.stage])]
@@ -205,7 +205,8 @@ def _bar(share: float | None, shares: Sequence[float | None], cells: int, color:
     return text.append(f"{100 * share:4.1f} %" + (" each" if each else ""), style="default")
 
 
-def _kept(stage: StagePlan) -> str:
+def kept_text(stage: StagePlan) -> str:
+    """What a microbatch leaves for the backward, times the microbatches in flight: ``31.1 MiB × 4``."""
     text = human_bytes(stage.activation_bytes)
     return f"{text} × {stage.microbatches_in_flight}" if stage.microbatches_in_flight is not None else text
 
@@ -216,7 +217,8 @@ def _all_kept(stage: StagePlan) -> int | None:
     return stage.activation_bytes * stage.microbatches_in_flight
 
 
-def _sent(value: int | None) -> str:
+def sent_text(value: int | None) -> str:
+    """Bytes; nothing for none."""
     return "" if value == 0 else human_bytes(value)
 
 
@@ -224,7 +226,8 @@ def _counted(count: int, noun: str, plural: str = "s") -> str:
     return f"{count:,} {noun}{'' if count == 1 else plural}"
 
 
-def _option_text(value: Option) -> str:
+def option_text(value: Option) -> str:
+    """As on the command line: ``none``, ``true``, ``1``."""
     return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 

@@ -1,0 +1,223 @@
+"""The sections of a report but for the timeline: what the template writes, as plain data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from bactrian.driver.report.plan_table import kept_text, layer_range, mesh_text, sent_text
+from bactrian.driver.report.step_timeline import TRANSFERRING, StepTimeline, TimelineRow
+from bactrian.passes.frame.units import human_bytes, human_count, human_seconds
+from bactrian.passes.machine.spec import Spec
+from bactrian.passes.plan.schema import LayerPlan, Plan, StagePlan
+from bactrian.passes.plan.stage_sharding import ShardingPlan
+
+_NUM_AXIS_COLOURS = 4
+
+
+def tiles(plan: Plan, predicted: StepTimeline | None, measured: StepTimeline | None) -> list[dict[str, str]]:
+    """The figures at the head."""
+    found = [("Step", human_seconds(plan.predicted_step_seconds), "predicted")]
+    if measured is not None:
+        found.append(("Step", human_seconds(measured.seconds), _against(measured.seconds, plan.predicted_step_seconds)))
+    if predicted is not None and plan.num_stages > 1:
+        found.append(("Idle", f"{100 * predicted.bubble_share:.1f} %", "of all stages' time, the bubble"))
+    slowest = max(plan.stages, key=lambda stage: stage.predicted_seconds or 0.0)
+    if slowest.predicted_seconds is not None and plan.num_stages > 1:
+        found.append(("Slowest stage", str(slowest.stage), f"busy {human_seconds(slowest.predicted_seconds)}"))
+    limits = [stage.sharding.limit_bytes for stage in plan.stages if stage.sharding is not None]
+    limit = min((limit for limit in limits if limit is not None), default=None)
+    found.append(
+        (
+            "Memory per device",
+            human_bytes(plan.peak_memory_bytes),
+            f"at most, of {human_bytes(limit)}" if limit else "at most",
+        )
+    )
+    found.append(("Devices", f"{plan.num_devices:,}", plan.platform))
+    return [{"name": name, "value": value, "note": note} for name, value, note in found]
+
+
+def _against(measured: float, predicted: float | None) -> str:
+    if not predicted:
+        return "measured"
+    return f"measured, {100 * (measured / predicted - 1):+.1f} % to predicted"
+
+
+def stages_section(plan: Plan) -> dict[str, Any]:
+    """Layers in stages, and the figures of each stage."""
+    busy = [stage.predicted_seconds for stage in plan.stages]
+    memory = [None if stage.device_memory_bytes is None else float(stage.device_memory_bytes) for stage in plan.stages]
+    stages = [
+        {
+            "number": stage.stage,
+            "range": layer_range(stage),
+            "mesh": mesh_text(stage),
+            "layers": [_layer(plan, number) for number in range(stage.first_layer, stage.last_layer + 1)],
+            "busy": _meter(busy, stage.stage, human_seconds(stage.predicted_seconds)),
+            "memory": _meter(memory, stage.stage, human_bytes(stage.device_memory_bytes)),
+            "parameters": human_count(stage.num_parameters),
+            "kept": kept_text(stage),
+            "sent_on": sent_text(stage.sent_bytes_forward),
+            "sent_back": sent_text(stage.sent_bytes_backward),
+        }
+        for stage in plan.stages
+    ]
+    note = "Kept and sent are of one microbatch and of the whole stage."
+    if sum(stage.update_sent_bytes or 0 for stage in plan.stages):
+        note += f" The update sends {human_bytes(sum(stage.update_sent_bytes or 0 for stage in plan.stages))} between stages, once per step."
+    return {
+        "stages": stages,
+        "strip_label": "; ".join(f"stage {s.stage}: layers {layer_range(s)} on {mesh_text(s)}" for s in plan.stages),
+        "stages_lead": _stages_lead(plan),
+        "stages_note": note,
+        "has_layers": bool(plan.layers),
+    }
+
+
+def _stages_lead(plan: Plan) -> str:
+    layers = "one layer" if plan.num_layers == 1 else f"{plan.num_layers:,} layers"
+    if plan.num_stages == 1:
+        return f"One stage runs {layers}."
+    shares = [share for share in plan.time_shares() if share is not None]
+    text = f"{layers.capitalize()} in {plan.num_stages:,} stages."
+    if shares:
+        slowest = max(range(len(shares)), key=lambda stage: shares[stage])
+        above = 100 * (shares[slowest] * len(shares) - 1)
+        text += f" Stage {slowest} has most work, {above:.1f} % above the mean: the others wait for it."
+    return text
+
+
+def _layer(plan: Plan, number: int) -> dict[str, Any]:
+    layer = plan.layers[number] if plan.layers else LayerPlan(number)
+    return {"number": number, "names": ", ".join(layer.modules), "source": layer.first_op}
+
+
+def _meter(values: Sequence[float | None], index: int, text: str) -> dict[str, Any]:
+    """A value beside the largest of its kind."""
+    value, most = values[index], max((value or 0.0 for value in values), default=0.0)
+    if value is None or most == 0:
+        return {"width": None, "text": text, "most": False}
+    return {"width": f"{100 * value / most:.4g}", "text": text, "most": value == most and len(values) > 1}
+
+
+def time_section(plan: Plan, predicted: StepTimeline | None, measured: StepTimeline | None) -> dict[str, Any]:
+    """How the time of each stage is spent: of a predicted step, and of a measured one."""
+    rows: list[dict[str, Any]] = []
+    if predicted is not None:
+        rows += [_predicted_share(plan, row, predicted.seconds) for row in predicted.rows]
+    if measured is not None:
+        rows += [_measured_share(row, measured.seconds, first=i == 0) for i, row in enumerate(measured.rows)]
+    kinds = [("forward", "computes"), ("communication", "communicates"), ("idle", "idle")]
+    lead = "Of a step, how long each stage computes, exchanges values between its devices, and waits."
+    return {"shares": rows, "share_kinds": kinds, "shares_lead": lead}
+
+
+def _predicted_share(plan: Plan, row: TimelineRow, seconds: float) -> dict[str, Any]:
+    sharding = plan.stages[row.stage].sharding
+    communication = 0.0 if sharding is None else sharding.communication_seconds
+    return _share(row.name, row.computing_seconds - communication, communication, seconds)
+
+
+def _measured_share(row: TimelineRow, seconds: float, first: bool) -> dict[str, Any]:
+    share = _share(f"{row.name}, measured", row.computing_seconds, row.seconds_of(TRANSFERRING), seconds)
+    return share | {"first": first}
+
+
+def _share(name: str, computing: float, communicating: float, seconds: float) -> dict[str, Any]:
+    idle = max(0.0, seconds - computing - communicating)
+    parts: list[dict[str, str]] = []
+    begin = 0.0
+    for kind, value in (("forward", computing), ("communication", communicating), ("idle", idle)):
+        percent = 100 * value / seconds
+        text = {"text": human_seconds(value), "share": f"{percent:.1f} %"}
+        parts.append({"kind": kind, "x": f"{begin:.6g}", "width": f"{percent:.6g}", **text})
+        begin += percent
+    label = ", ".join(f"{part['share']} {part['kind']}" for part in parts)
+    return {"name": name, "label": f"{name}: {label}", "parts": parts, "first": False}
+
+
+def memory_section(plan: Plan) -> dict[str, Any]:
+    """What a device of each stage holds at its fullest moment."""
+    memories = [_memory(stage) for stage in plan.stages if stage.device_memory_bytes]
+    lead = "What the device that needs most holds at its fullest moment."
+    return {"memories": memories, "memory_lead": lead}
+
+
+def _memory(stage: StagePlan) -> dict[str, Any]:
+    if stage.sharding is not None:
+        parts = list(stage.sharding.memory_bytes)
+    else:
+        kept = (stage.activation_bytes or 0) * (stage.microbatches_in_flight or 0)
+        parts = [("state", stage.state_bytes or 0), ("kept for backward", kept)]
+    most = max((nbytes for _, nbytes in parts), default=0)
+    limit = None if stage.sharding is None else stage.sharding.limit_bytes
+    peak = human_bytes(stage.device_memory_bytes) + (f" of {human_bytes(limit)}" if limit else "")
+    return {
+        "stage": stage.stage,
+        "peak": peak,
+        "parts": [
+            {"name": name, "text": human_bytes(nbytes), "width": f"{100 * nbytes / most:.4g}"}
+            for name, nbytes in parts
+            if nbytes
+        ],
+    }
+
+
+def sharding_section(plan: Plan) -> dict[str, Any]:
+    """The sharding of every argument, stage by stage; nothing where stages have one device each."""
+    chosen = [(stage, stage.sharding) for stage in plan.stages if stage.sharding is not None]
+    groups = [_sharding_group(stage, sharding) for stage, sharding in chosen if sharding.shardings]
+    lead = "Which axes of the mesh shard each dim of state and batch; a dot is a dim that every device holds whole."
+    return {"shardings": groups, "shardings_lead": lead}
+
+
+def _sharding_group(stage: StagePlan, sharding: ShardingPlan) -> dict[str, Any]:
+    colours = {name: position % _NUM_AXIS_COLOURS for position, (name, _) in enumerate(stage.mesh)}
+    specs = [(path, Spec.parse(text)) for path, text in sharding.shardings]
+    sharded = sum(not spec.is_replicated for _, spec in specs)
+    rows = [
+        {
+            "path": path,
+            "dims": [
+                {"axes": axes, "text": " + ".join(axes) or "·", "colour": colours.get(axes[0], 0) if axes else 0}
+                for axes in spec.dims
+            ],
+        }
+        for path, spec in specs
+    ]
+    return {"stage": stage.stage, "rows": rows, "note": f"{sharded} of {len(specs)} are sharded, on {mesh_text(stage)}"}
+
+
+def baselines_section(plan: Plan) -> dict[str, Any]:
+    """What the stages would take with the shardings of the baselines, where that is known."""
+    compared = [stage.sharding for stage in plan.stages if stage.sharding is not None and stage.sharding.compared]
+    if len(compared) != plan.num_stages:
+        return {"baselines": None}
+    names = [figures.name for figures in compared[0].compared]
+    found: dict[str, list[float | None]] = {"this plan": [sharding.seconds for sharding in compared]}
+    for name in names:
+        found[name] = [_seconds_of(sharding, name) for sharding in compared]
+    slowest = {
+        name: max((s or 0.0 for s in row), default=0.0) if None not in row else None for name, row in found.items()
+    }
+    order = sorted(found, key=lambda name: (slowest[name] is None, slowest[name] or 0.0, name != "this plan"))
+    own, values = slowest["this plan"], [slowest[name] for name in order]
+    rows = [
+        {
+            "name": name,
+            "chosen": name == "this plan",
+            "cells": ["does not fit" if seconds is None else human_seconds(seconds) for seconds in found[name]],
+            "slowest": _meter(values, position, human_seconds(slowest[name])),
+            "ratio": ""
+            if name == "this plan" or not own or slowest[name] is None
+            else f"{(slowest[name] or 0) / own:.2f} ×",
+        }
+        for position, name in enumerate(order)
+    ]
+    lead = "Seconds that each stage is busy in a step, with other shardings on the same meshes. The slowest stage sets the pace."
+    return {"baselines": {"stages": [s.stage for s in plan.stages], "rows": rows}, "baselines_lead": lead}
+
+
+def _seconds_of(sharding: ShardingPlan, name: str) -> float | None:
+    return next((figures.seconds for figures in sharding.compared if figures.name == name), None)

@@ -1,0 +1,216 @@
+"""What each stage does when in a step: as predicted, and as the trace of a run has it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from bactrian.passes.frame.errors import ConfigError
+from bactrian.passes.plan.schema import Plan
+from bactrian.runtime.staged_program import Call, StagedProgram
+from bactrian.runtime.unrolled_step import UnrolledStep, simulate
+
+COMPUTING = ("initialize", "forward", "backward", "forward_backward", "update")
+TRANSFERRING = ("send", "receive")
+
+_KIND_OF_CATEGORY = {"send": "send", "forward": "send", "arrive": "receive"}
+_LABEL = re.compile(r"(?P<name>.*?)(?: m(?P<microbatch>\d+))?")
+
+
+@dataclass(frozen=True)
+class TimelineBar:
+    """Something that a stage does.
+
+    Attributes:
+        kind: one of `COMPUTING` or `TRANSFERRING`.
+        microbatch: None for what is done once per step.
+        begin, end: seconds from the step's beginning.
+    """
+
+    kind: str
+    microbatch: int | None
+    begin: float
+    end: float
+
+
+@dataclass(frozen=True)
+class TimelineRow:
+    """What a stage does, on one rank where several share its mesh: its bars by their beginning."""
+
+    stage: int
+    name: str
+    bars: tuple[TimelineBar, ...]
+
+    def seconds_of(self, kinds: Iterable[str]) -> float:
+        """Seconds of all bars of some kinds."""
+        wanted = set(kinds)
+        return sum(bar.end - bar.begin for bar in self.bars if bar.kind in wanted)
+
+    @property
+    def computing_seconds(self) -> float:
+        """Seconds in which it computes."""
+        return self.seconds_of(COMPUTING)
+
+
+@dataclass(frozen=True)
+class StepTimeline:
+    """A step, stage by stage."""
+
+    rows: tuple[TimelineRow, ...]
+
+    @property
+    def seconds(self) -> float:
+        """When the last bar ends."""
+        return max((bar.end for row in self.rows for bar in row.bars), default=0.0)
+
+    @property
+    def bubble_share(self) -> float:
+        """The part of all stages' time in which they do not compute."""
+        whole = self.seconds * len(self.rows)
+        return 1 - sum(row.computing_seconds for row in self.rows) / whole if whole else 0.0
+
+
+def predicted_timeline(plan: Plan, program: StagedProgram) -> StepTimeline | None:
+    """The step as the plan predicts it; None where no times were predicted.
+
+    A stage's busy seconds are dealt to its microbatches evenly, and to forward and backward as their flops are.
+    """
+    if any(stage.predicted_seconds is None for stage in plan.stages):
+        return None
+    step = UnrolledStep(program)
+
+    def cost(call: Call) -> float:
+        return _seconds_of(plan, call, program.num_microbatches)
+
+    ends = simulate(step, tuple(range(plan.num_stages)), cost)
+    rows: list[TimelineRow] = []
+    for stage, tasks in enumerate(step.stage_tasks):
+        bars = (
+            TimelineBar(
+                step.call(task).phase,
+                task.microbatch if task.microbatch >= 0 else None,
+                ends[task] - cost(step.call(task)),
+                ends[task],
+            )
+            for task in tasks
+        )
+        rows.append(TimelineRow(stage, f"stage {stage}", tuple(bar for bar in bars if bar.end > bar.begin)))
+    return StepTimeline(tuple(rows))
+
+
+def _seconds_of(plan: Plan, call: Call, num_microbatches: int) -> float:
+    stage = plan.stages[call.stage]
+    each = (stage.predicted_seconds or 0.0) / num_microbatches
+    shares = {"forward": stage.forward_flops or 0, "backward": stage.backward_flops or 0}
+    total = sum(shares.values())
+    if call.phase == "forward_backward":
+        return each
+    if call.phase not in shares:
+        return 0.0
+    return each * (shares[call.phase] / total if total else 0.5)
+
+
+def measured_timeline(path: str | Path, plan: Plan) -> StepTimeline:
+    """The last step that a trace has as a whole.
+
+    Args:
+        path: written by ``compiled.write_trace``.
+        plan: of the program that was traced.
+
+    Raises:
+        ConfigError: the file is no such trace, or is of another plan.
+    """
+    events = [event for event in _events(path) if event.get("ph") == "X"]
+    by_row = defaultdict[tuple[int, int], list[dict[str, Any]]](list)
+    try:
+        for event in sorted(events, key=lambda event: float(event["ts"])):
+            by_row[int(event["pid"]), int(event["tid"])].append(event)
+        steps = {row: _split_steps(mine) for row, mine in by_row.items()}
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise _not_a_trace(path, f"an event has no {error}") from None
+    stages = {stage for _, stage in by_row}
+    if stages != set(range(plan.num_stages)):
+        raise ConfigError(
+            f"the trace {path} is not of this plan: it has {len(stages)} stages, the plan {plan.num_stages}",
+            fix="name the trace of a run of this plan",
+        )
+    last = min(len(found) for found in steps.values()) - 1
+    chosen = {row: found[last] for row, found in steps.items()}
+    begin = min(bar.begin for bars in chosen.values() for bar in bars)
+    shared = len(by_row) > len(stages)
+    rows = [
+        TimelineRow(
+            stage,
+            f"stage {stage}, rank {rank}" if shared else f"stage {stage}",
+            tuple(TimelineBar(b.kind, b.microbatch, b.begin - begin, b.end - begin) for b in chosen[rank, stage]),
+        )
+        for rank, stage in sorted(chosen, key=lambda row: (row[1], row[0]))
+    ]
+    timeline = StepTimeline(tuple(rows))
+    _check_microbatches(timeline, plan, path)
+    return timeline
+
+
+def _events(path: str | Path) -> list[dict[str, Any]]:
+    try:
+        data: Any = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(
+            f"cannot read the trace {path}: {error.strerror}", fix="name a file that `compiled.write_trace` wrote"
+        ) from None
+    except (ValueError, RecursionError):
+        raise _not_a_trace(path, "it is not JSON") from None
+    events = cast(dict[str, Any], data).get("traceEvents") if isinstance(data, dict) else None
+    if not isinstance(events, list) or not all(isinstance(event, dict) for event in cast(list[Any], events)):
+        raise _not_a_trace(path, "it has no list of traceEvents")
+    return cast(list[dict[str, Any]], events)
+
+
+def _split_steps(events: list[dict[str, Any]]) -> list[list[TimelineBar]]:
+    """The events of a row, step by step: a step begins where a function runs that has run in the step before.
+
+    What arrives between two functions belongs to the next one, what is sent to the one before.
+    """
+    steps: list[list[TimelineBar]] = [[]]
+    seen, arrived = set[str](), list[TimelineBar]()
+    for event in events:
+        category, match = event["cat"], _LABEL.fullmatch(event["name"])
+        assert match is not None  # it matches every text
+        microbatch = None if match["microbatch"] is None else int(match["microbatch"])
+        kind = _KIND_OF_CATEGORY.get(category) or match["name"].split(".")[1]
+        if kind not in (*COMPUTING, *TRANSFERRING):
+            raise ValueError(f"a phase: {event['name']}")
+        begin = float(event["ts"]) / 1e6
+        bar = TimelineBar(kind, microbatch, begin, begin + float(event["dur"]) / 1e6)
+        if category == "arrive":
+            arrived.append(bar)
+            continue
+        if category == "run":
+            if event["name"] in seen:
+                steps.append([])
+                seen.clear()
+            seen.add(event["name"])
+        steps[-1] += [*arrived, bar]
+        arrived = []
+    steps[-1] += arrived
+    return steps
+
+
+def _check_microbatches(timeline: StepTimeline, plan: Plan, path: str | Path) -> None:
+    for row in timeline.rows:
+        found = {bar.microbatch for bar in row.bars if bar.kind in COMPUTING} - {None}
+        if found and len(found) != plan.num_microbatches:
+            raise ConfigError(
+                f"the trace {path} is not of this plan: {row.name} has {len(found)} microbatches, "
+                f"the plan {plan.num_microbatches}",
+                fix="name the trace of a run of this plan",
+            )
+
+
+def _not_a_trace(path: str | Path, why: str) -> ConfigError:
+    return ConfigError(f"{path} is not a trace of a run", why=why, fix="name a file that `compiled.write_trace` wrote")
