@@ -14,11 +14,10 @@ from bactrian.passes.ir.attributes import (
     ACCUMULATOR,
     ALIAS,
     FUSED,
-    INITIALIZE,
     LOOPED_MICROBATCHES,
     NUM_MICROBATCHES,
+    ONCE_PER_STEP,
     ROLE,
-    UPDATE,
     integer,
     phase_of,
     read_num_microbatches,
@@ -111,7 +110,7 @@ class LoopMicrobatches(Pass):
         phases = [phase_of(call) for call in calls]
         if num_devices(stage_axes(module, 1)[0]) > 1:
             return
-        if count == 1 or stages != 1 or phases.count(FUSED) != 1 or {*phases} - {INITIALIZE, FUSED, UPDATE}:
+        if count == 1 or stages != 1 or phases.count(FUSED) != 1 or {*phases} - {*ONCE_PER_STEP, FUSED}:
             return
         _Merger(module, main, calls, count).merge()
         module.operation.attributes[NUM_MICROBATCHES] = integer(1)

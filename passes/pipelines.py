@@ -46,15 +46,18 @@ def form_stages(
     )
 
 
-def localize_stages() -> Passes:
+def localize_stages(cluster: str = "") -> Passes:
     """Clone or recompute what each stage needs, and make accumulators explicit."""
     from bactrian.passes.accumulate_gradients import AccumulateGradients
     from bactrian.passes.clone_cheap_ops import CloneCheapOps
+    from bactrian.passes.hoist_invariants import HoistInvariants
     from bactrian.passes.select_residuals import SelectResiduals
 
     return (
         # Constants, masks and random bits are computed where they are read: they would be sent otherwise.
         CloneCheapOps(),
+        # Before residuals: what is there all step long need not be kept for a microbatch.
+        HoistInvariants(cluster=cluster),
         # Then, within a stage: what the backward phase is given, and what it computes again.
         SelectResiduals(),
         # Last, because accumulators and combined partial results belong to one stage each.
@@ -109,10 +112,10 @@ def up_to_stages(num_stages: int, num_layers: int, boundaries: str, mesh: str, c
     return (*import_step(mesh), *form_stages(num_stages, num_layers, boundaries, mesh, cluster))
 
 
-def up_to_shardings(mesh: str) -> Passes:
+def up_to_shardings(mesh: str, cluster: str = "") -> Passes:
     """The part after `up_to_stages`: the planner keeps what it leaves, to solve again and to explain the choice."""
     # Stages of one device have nothing to shard.
-    return (*localize_stages(), *(prepare_shardings() if mesh else ()))
+    return (*localize_stages(cluster), *(prepare_shardings() if mesh else ()))
 
 
 def up_to_schedule(
@@ -141,7 +144,7 @@ def stage_step(
     """Turn a captured step into scheduled stages: everything here, in order."""
     return (
         *up_to_stages(num_stages, num_layers or num_stages, boundaries, mesh, cluster),
-        *up_to_shardings(mesh),
+        *up_to_shardings(mesh, cluster),
         *up_to_schedule(mesh, cluster, strategy, donate),
     )
 

@@ -13,13 +13,11 @@ from bactrian.passes.ir.attributes import (
     BACKWARD,
     FORWARD,
     MICROBATCH_INDEX,
-    PHASE,
+    PREPARE,
     argument_roles,
-    phase_of,
     read_num_stages,
-    required_stage,
 )
-from bactrian.passes.ir.cloning import clone_into_readers, is_elementwise, required_stages
+from bactrian.passes.ir.cloning import clone_into_readers, copy_phase, is_elementwise, phase_key, phase_keys
 from bactrian.passes.ir.main_dataflow import MainDataflow
 from bactrian.passes.ir.module_schedule import schedule_of
 from bactrian.passes.ir.op_traits import SLOW_TO_RECOMPUTE
@@ -36,7 +34,7 @@ class SelectResiduals(Pass):
     """Choose what each stage keeps for its backward phase: a minimum cut between what is there and what is read.
 
     Whatever a backward op reads is either kept since the forward phase or computed again by elementwise ops from what
-    is kept, from state, or from nothing. Keeping a value costs its bytes and ``overhead-bytes`` for the buffer;
+    is kept, from state and what the phase ``prepare`` makes of it, or from nothing. Keeping a value costs its bytes and ``overhead-bytes`` for the buffer;
     computing an op again costs an eighth of its result's bytes, twice its bytes for a transcendental function, and the
     result's bytes more where an op that can't take it in by fusion reads it. The set of least total price is a minimum
     cut of the data flow, found exactly. The idea is that of PyTorch's partitioner ("Min-cut optimal(*) recomputation
@@ -101,23 +99,13 @@ class SelectResiduals(Pass):
         """One minimum cut per stage, then clones."""
         main = main_function(module)
         flow = MainDataflow.of(main)
-        num_stages = read_num_stages(module)
-        stages = required_stages(flow)
+        num_stages, keys = read_num_stages(module), phase_keys(flow)
         rule = _Rule(flow, argument_roles(main))
         schedule = schedule_of(module)
         for stage in sorted(rule.wanted):
             if schedule is None or not schedule.fuses(stage, num_stages):  # one function keeps nothing for another
                 ctx.count("kept-bytes", rule.solve(stage, self.overhead_bytes))
-        keys: list[Hashable] = [None if s is None else (s, p) for s, p in zip(stages, flow.phases, strict=True)]
-        ctx.count("recomputed", clone_into_readers(flow, keys, _phase_key, _copy_phase, rule))
-
-
-def _phase_key(op: ir.Operation) -> Hashable:
-    return required_stage(op), phase_of(op)
-
-
-def _copy_phase(clone: ir.Operation, reader: ir.Operation) -> None:
-    clone.attributes[PHASE] = reader.attributes[PHASE]
+        ctx.count("recomputed", clone_into_readers(flow, keys, phase_key, copy_phase, rule))
 
 
 class _Rule:
@@ -138,7 +126,7 @@ class _Rule:
             self._constant.append(simple and all(constant[value] for value in flow.operands[index]))
             for result in flow.results[index]:
                 constant[result] = self._constant[index]
-                self._free.append(self._constant[index])
+                self._free.append(self._constant[index] or phases[index] == PREPARE)
         self.wanted: dict[int, dict[int, None]] = {}
         self._materialized: set[int] = set()  # values that a backward op reads from memory, whatever makes them
         for index, phase in enumerate(phases):

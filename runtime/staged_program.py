@@ -12,7 +12,7 @@ class Value:
     """One tensor on one stage, in the data flow of one microbatch.
 
     ``per_microbatch`` is true where each microbatch has its own (batch pieces, forward and backward results);
-    false for state, read-only pieces and results of ``initialize`` and ``update``.
+    false for state, read-only pieces and results of ``prepare``, ``initialize`` and ``update``.
     ``spec`` says how the stage's mesh shards it.
     """
 
@@ -46,7 +46,7 @@ def _item_bytes(dtype: str) -> int:
 class Call:
     """One stage function at its place in the data flow.
 
-    Phases: ``initialize`` (once, first), ``forward``, ``backward``, ``forward_backward`` (once per microbatch),
+    Phases: ``prepare`` and ``initialize`` (once, first), ``forward``, ``backward``, ``forward_backward`` (once per microbatch),
     ``update`` (once, last; ``round`` 0, 1, … in order).
     ``carries`` pairs (input position, output position): from the second microbatch on, that input is that output of
     the microbatch before (an accumulator). ``donated`` are the input positions whose buffers the call consumes.

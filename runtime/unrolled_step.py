@@ -101,13 +101,13 @@ class UnrolledStep:
         return self.program.calls[task.call]
 
     def _tasks_of(self, stage: int) -> list[Task]:
-        """A stage's tasks in its order: the tokens, initialization right before its first reader, the update rounds."""
+        """A stage's tasks in its order: preparation, the tokens, initialization right before its first reader, the update rounds."""
         program = self.program
         mine = [i for i, call in enumerate(program.calls) if call.stage == stage]
         first = [i for i in mine if program.calls[i].phase == "initialize"]
         made = {value for i in first for value in program.calls[i].outputs}
         updates = [i for i in mine if program.calls[i].phase == "update"]
-        tasks: list[Task] = []
+        tasks = [Task(i, ONCE) for i in mine if program.calls[i].phase == "prepare"]
         for token in program.order[stage]:
             kind, microbatch = parse_token(token)
             now = [i for i in mine if program.calls[i].phase in _PHASES[kind]]
@@ -142,7 +142,7 @@ class UnrolledStep:
         """Every call runs for every microbatch, and everything read exists, on the reader's stage."""
         program = self.program
         for i, call in enumerate(program.calls):
-            wanted = [ONCE] if call.phase in ("initialize", "update") else range(program.num_microbatches)
+            wanted = [ONCE] if call.phase in ("prepare", "initialize", "update") else range(program.num_microbatches)
             for microbatch in wanted:
                 if Task(i, microbatch) not in self.reads:
                     raise PassError(

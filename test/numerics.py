@@ -188,7 +188,7 @@ def run_serially(
 
     values.update(static)
     for call in program.calls:
-        if call.phase == "initialize":
+        if call.phase in ("prepare", "initialize"):
             run(call, 0)
     for microbatch in range(program.num_microbatches):
         for value, whole in batch.items():

@@ -164,9 +164,11 @@ class StagedRun:
             else:
                 once[value] = self.pieces[argument, _stage(value)]
         carried: dict[tuple[str, int], Array] = {}
-        calls = {name: [op for op in operations if phase_of(op) == name] for name in ("initialize", "update")}
+        calls = {
+            name: [op for op in operations if phase_of(op) == name] for name in ("prepare", "initialize", "update")
+        }
         middle = [op for op in operations[:-1] if phase_of(op) not in calls]
-        for op in calls["initialize"]:
+        for op in calls["prepare"] + calls["initialize"]:
             self._run(op, once, None, carried)
         for microbatch, batch in enumerate(batches):
             for argument, value in per_microbatch:

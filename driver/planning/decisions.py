@@ -64,7 +64,7 @@ class Decisions:
 
     def localizing(self) -> Passes:
         """The passes from there to what ``solve-shardings`` reads."""
-        return pipelines.up_to_shardings(self.mesh_text)
+        return pipelines.up_to_shardings(self.mesh_text, self.cluster)
 
     def emitting(self, memory_bytes: int = 0) -> Passes:
         """The passes from there to the scheduled module, with shardings that hold less than some bytes of a device; 0

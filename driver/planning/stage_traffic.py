@@ -26,12 +26,13 @@ class StageTraffic:
 
     def activation_bytes(self) -> int:
         """Bytes that a microbatch leaves between its forward and its backward on this stage."""
-        arguments = {piece.value for piece in self._program.arguments}
+        there = {piece.value for piece in self._program.arguments}
+        there |= {value for call in self._calls if call.phase == "prepare" for value in call.outputs}
         carried = {call.inputs[position] for call in self._calls for position, _ in call.carries}
         kept: set[int] = set()
         for call in self._calls:
             if call.phase == "backward":
-                kept |= {v for v in call.inputs if v >= 0 and v not in arguments and v not in carried}
+                kept |= {v for v in call.inputs if v >= 0 and v not in there and v not in carried}
         made_or_read: set[int] = set()
         for call in self._calls:
             if call.phase == "forward":

@@ -11,6 +11,7 @@ from bactrian.passes.frame.units import human_seconds
 from bactrian.passes.plan.schema import Plan
 
 _KIND_NAMES = {
+    "prepare": "preparation",
     "initialize": "initialization",
     "forward": "forward",
     "backward": "backward",

@@ -15,7 +15,7 @@ from bactrian.passes.plan.schema import Plan
 from bactrian.runtime.staged_program import Call, StagedProgram
 from bactrian.runtime.unrolled_step import UnrolledStep, simulate
 
-COMPUTING = ("initialize", "forward", "backward", "forward_backward", "update")
+COMPUTING = ("prepare", "initialize", "forward", "backward", "forward_backward", "update")
 TRANSFERRING = ("send", "receive")
 
 _KIND_OF_CATEGORY = {"send": "send", "forward": "send", "arrive": "receive"}

@@ -18,11 +18,8 @@ from bactrian.passes.ir.attributes import (
     ACCUMULATOR,
     ALIAS,
     ARGUMENT,
-    BACKWARD,
     COUNTER,
-    FORWARD,
     FUSED,
-    INITIALIZE,
     LAYER,
     LOOPED_MICROBATCHES,
     MICROBATCH_INDEX,
@@ -32,6 +29,7 @@ from bactrian.passes.ir.attributes import (
     ORDER,
     PARTIAL,
     PHASE,
+    PHASES,
     PINNED_STAGES,
     RESULT,
     ROLE,
@@ -42,7 +40,6 @@ from bactrian.passes.ir.attributes import (
     SHARDING_ESTIMATES,
     SOLVE,
     STAGE,
-    UPDATE,
     UPDATES,
     argument_attributes,
     integer_attribute,
@@ -115,7 +112,7 @@ _OF_ARGUMENT: dict[str, _Form] = {
 }
 _OF_RESULT: dict[str, _Form] = {UPDATES: _NUMBER, RESULT: _NUMBER, ROWS: _OF_ARGUMENT[ROWS]}
 _OF_OP: dict[str, _Form] = {
-    PHASE: _word((FORWARD, BACKWARD, UPDATE, INITIALIZE, FUSED)),
+    PHASE: _word((*PHASES, FUSED)),
     LAYER: _NUMBER,
     STAGE: _NUMBER,
     ROUND: _NUMBER,

@@ -6,13 +6,10 @@ from bactrian.passes.contracts.module_view import ModuleView
 from bactrian.passes.frame.diagnostics import error_at
 from bactrian.passes.frame.errors import PassError
 from bactrian.passes.ir.attributes import (
-    BACKWARD,
-    FORWARD,
-    INITIALIZE,
     LAYER,
     NUM_LAYERS,
     PHASE,
-    UPDATE,
+    PHASES,
     read_num_microbatches,
     read_num_stages,
     required_integer,
@@ -21,15 +18,13 @@ from bactrian.passes.ir.attributes import (
 from bactrian.passes.ir.cloning import required_stages
 from bactrian.passes.ir.gradient_boundary_op import find_boundary
 
-_PHASES = (FORWARD, BACKWARD, UPDATE, INITIALIZE)
-
 
 def verify_phases(view: ModuleView) -> None:
     """``docs/ir.md``, section 3: every op but the boundary and the return has a phase."""
     flow = view.flow
     for index, op in enumerate(flow.ops[:-1]):
-        if index != flow.boundary and required_phase(op) not in _PHASES:
-            raise error_at(PassError, op, f"{PHASE} is {op.attributes[PHASE]}, must be one of {', '.join(_PHASES)}")
+        if index != flow.boundary and required_phase(op) not in PHASES:
+            raise error_at(PassError, op, f"{PHASE} is {op.attributes[PHASE]}, must be one of {', '.join(PHASES)}")
 
 
 def verify_layers(view: ModuleView) -> None:

@@ -11,16 +11,13 @@ from bactrian.passes.ir.attributes import (
     ACCUMULATOR,
     ALIAS,
     ARGUMENT,
-    BACKWARD,
-    FORWARD,
     FUSED,
-    INITIALIZE,
     PHASE,
+    PHASES,
     RESULT,
     ROLE,
     ROUND,
     STAGE,
-    UPDATE,
     argument_attributes,
     integer_attribute,
     result_attributes,
@@ -29,7 +26,7 @@ from bactrian.passes.ir.attributes import (
 from bactrian.passes.ir.meshes import SHARDING, mesh_tensor_parts
 from bactrian.passes.ir.regions import body, nested_operations, terminator
 
-_PHASES = (INITIALIZE, FORWARD, BACKWARD, FUSED, UPDATE)
+_PHASES = (*PHASES, FUSED)
 _ROLES = ("state", "batch", "constant", "microbatch_index")
 
 

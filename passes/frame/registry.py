@@ -25,6 +25,7 @@ PASSES: dict[str, str] = {
     "group-layers": "bactrian.passes.group_layers:GroupLayers",
     "assign-stages": "bactrian.passes.assign_stages:AssignStages",
     "clone-cheap-ops": "bactrian.passes.clone_cheap_ops:CloneCheapOps",
+    "hoist-invariants": "bactrian.passes.hoist_invariants:HoistInvariants",
     "select-residuals": "bactrian.passes.select_residuals:SelectResiduals",
     "accumulate-gradients": "bactrian.passes.accumulate_gradients:AccumulateGradients",
     "fold-reversals": "bactrian.passes.fold_reversals:FoldReversals",

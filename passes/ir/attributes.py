@@ -51,7 +51,11 @@ PLACEMENT = (PHASE, STAGE, LAYER)
 ROLES = ("state", "batch", "constant")
 
 # Phases.
-FORWARD, BACKWARD, UPDATE, INITIALIZE = "forward", "backward", "update", "initialize"
+PREPARE, INITIALIZE = "prepare", "initialize"  # once per step, before what reads them
+FORWARD, BACKWARD = "forward", "backward"  # once per microbatch
+UPDATE = "update"  # once per step, behind the gradient boundary
+ONCE_PER_STEP = (PREPARE, INITIALIZE, UPDATE)
+PHASES = (*ONCE_PER_STEP, FORWARD, BACKWARD)
 FUSED = "forward_backward"  # of a call of a stage function only
 
 AttributeDict = dict[str, ir.Attribute]

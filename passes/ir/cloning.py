@@ -9,6 +9,7 @@ from jaxlib.mlir import ir
 from bactrian.passes.ir.attributes import (
     LAYER,
     PARTIAL,
+    PHASE,
     UPDATE,
     phase_of,
     required_stage,
@@ -117,6 +118,21 @@ def stage_key(op: ir.Operation) -> Hashable:
     """`stage_keys` for one op that has a stage."""
     update = phase_of(op) == UPDATE
     return required_stage(op), update
+
+
+def phase_keys(flow: MainDataflow) -> list[Hashable]:
+    """The stage and the phase of each op; None for the boundary and the return."""
+    return [None if s is None else (s, p) for s, p in zip(required_stages(flow), flow.phases, strict=True)]
+
+
+def phase_key(op: ir.Operation) -> Hashable:
+    """`phase_keys` for one op that has a stage."""
+    return required_stage(op), phase_of(op)
+
+
+def copy_phase(clone: ir.Operation, reader: ir.Operation) -> None:
+    """Put a clone into its reader's phase; it stays on its stage."""
+    clone.attributes[PHASE] = reader.attributes[PHASE]
 
 
 def copy_stage(clone: ir.Operation, reader: ir.Operation) -> None:

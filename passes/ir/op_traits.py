@@ -38,8 +38,14 @@ NO_FLOPS = DATA_MOVEMENT | _ops(
 )
 """Ops without floating-point operations."""
 
+BARRIER = "stablehlo.optimization_barrier"
+"""The op that forwards its operands, and keeps XLA from moving or merging ops across it."""
+
 NO_TRAFFIC = _ops("after_all bitcast_convert create_token get_tuple_element optimization_barrier reshape return tuple")
 """Ops that read and write no memory: their result is their operand under another type."""
+
+FREE_IN_READERS = _ops("bitcast_convert broadcast broadcast_in_dim constant iota reshape reverse slice transpose")
+"""Ops that XLA makes where their result is read: products take in transposes, all others take in all of these."""
 
 NO_READ_TRAFFIC = _ops("broadcast_in_dim constant iota")
 """Ops whose operands are negligible beside what they write."""

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bactrian.passes.ir.attributes import BACKWARD, FORWARD, UPDATE
+from bactrian.passes.ir.attributes import BACKWARD, FORWARD, ONCE_PER_STEP, PREPARE, UPDATE
 from bactrian.passes.machine.spec import Spec
 from bactrian.passes.sharding.baselines import Roles
 from bactrian.passes.sharding.sharding_model import ShardingModel, Shardings
 from bactrian.passes.sharding.work_from_ir import Reading
 
-_OF_PHASE = {FORWARD: "activations", BACKWARD: "gradients", UPDATE: "update"}
+_OF_PHASE = {PREPARE: "prepared", FORWARD: "activations", BACKWARD: "gradients", UPDATE: "update"}
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def bytes_sent(
         source = home.get(value)
         if source is None:
             return
-        weight = flow.value_iterations[number] * (1.0 if phase in (UPDATE, None) else num_microbatches)
+        weight = flow.value_iterations[number] * (1.0 if phase in (*ONCE_PER_STEP, None) else num_microbatches)
         for step in model.tables[value].path(source, spec):
             key = number, reading.function_of(phase), step.target
             if key not in copied:

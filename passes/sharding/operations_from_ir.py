@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from jaxlib.mlir import ir
@@ -13,7 +13,8 @@ from bactrian.passes.ir.attributes import (
     FORWARD,
     GRADIENT_BOUNDARY,
     MICROBATCH_INDEX,
-    UPDATE,
+    ONCE_PER_STEP,
+    PREPARE,
 )
 from bactrian.passes.ir.op_costs import CostModel
 from bactrian.passes.ir.op_traits import MATRIX_PRODUCTS
@@ -75,21 +76,32 @@ class OperationReader:
         self.value_of = forwarded_values(flow)
         self._from_memory = read_from_memory(flow, self.value_of)
         self.defers = deferred_sums(flow, self.value_of, [forwards(flow, index) for index in range(len(flow.ops))])
-        self._in_backward = {
+        self._in_backward = self._read_in((BACKWARD,))
+        self._read_by_microbatches = self._read_in((FORWARD, BACKWARD))
+
+    def _read_in(self, phases: Collection[str]) -> set[int]:
+        """The values that ops of some phases read."""
+        return {
             self.value_of[value]
-            for reads, phase in zip(flow.operands, flow.phases, strict=True)
-            if phase == BACKWARD
+            for reads, phase in zip(self._flow.operands, self._flow.phases, strict=True)
+            if phase in phases
             for value in reads
         }
 
     def runs_per_step(self, index: int) -> float:
         """How often in a step an entry runs, but for loops."""
-        return 1.0 if self._flow.phases[index] == UPDATE else float(self._num_microbatches)
+        return 1.0 if self._flow.phases[index] in ONCE_PER_STEP else float(self._num_microbatches)
 
     def _live_instances(self, index: int) -> int:
         """How many of an entry's results are there at once."""
         activations = self._flow.phases[index] == FORWARD
         return self._in_flight if activations and self._in_backward.intersection(self._flow.results[index]) else 1
+
+    def _is_held(self, index: int) -> bool:
+        """Whether what an entry makes once is there for all microbatches."""
+        return self._flow.phases[index] == PREPARE and not self._read_by_microbatches.isdisjoint(
+            self._flow.results[index]
+        )
 
     def _reshards_per_step(self, index: int, reads: tuple[int, ...]) -> tuple[float, ...]:
         return tuple(self.runs_per_step(index) * self._flow.value_iterations[value] for value in reads)
@@ -147,7 +159,7 @@ class OperationReader:
             runs_per_step=self.runs_per_step(index) * self._flow.iterations[index],
             materialized=keeps,
             constraint_specs=given,
-            live_whole_step=ACCUMULATE in op.attributes,
+            live_whole_step=ACCUMULATE in op.attributes or self._is_held(index),
             live_instances=self._live_instances(index),
             defers=self.defers.get(index, Defers.NOT),
             reshards_per_step=self._reshards_per_step(index, read[: len(rule.operands)]),

@@ -9,6 +9,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import sdy
 
 from bactrian.passes.ir.attributes import (
+    ONCE_PER_STEP,
     PHASE,
     PLACEMENT,
     STAGE,
@@ -296,7 +297,7 @@ class Writer:
         place, top = top_level(reader, _block_of(current)), top_level(reader, body(self.main))
         iterations = self.reading.flow.value_iterations[number]
         function = self.reading.function_of(phase_of(top))
-        per_step = iterations * (1.0 if phase_of(top) in (UPDATE, None) else self.num_microbatches)
+        per_step = iterations * (1.0 if phase_of(top) in (*ONCE_PER_STEP, None) else self.num_microbatches)
         with ir.InsertionPoint(place):
             for step in path:
                 key = number, function, step.target

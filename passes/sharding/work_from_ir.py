@@ -11,6 +11,7 @@ from bactrian.passes.frame.diagnostics import error_at
 from bactrian.passes.frame.errors import PassError
 from bactrian.passes.ir.attributes import (
     COUNTER,
+    ONCE_PER_STEP,
     ROLE,
     UPDATE,
     argument_attributes,
@@ -268,7 +269,7 @@ def _in_place(flow: LoopFlow, value_of: list[int]) -> Iterator[int]:
 def _times(flow: LoopFlow, value: int, num_microbatches: int) -> int:
     """How often in a step a value is made."""
     index = flow.producer[value]
-    return flow.iterations[index] * (1 if flow.phases[index] == UPDATE else num_microbatches)
+    return flow.iterations[index] * (1 if flow.phases[index] in ONCE_PER_STEP else num_microbatches)
 
 
 def _counted(flow: LoopFlow, own: list[int], updates: list[int | None]) -> Iterator[tuple[int, int]]:

@@ -20,6 +20,7 @@ from bactrian.passes.ir.attributes import (
     MICROBATCH_INDEX,
     NUM_STAGES,
     PHASE,
+    PREPARE,
     ROUND,
     STAGE,
     UPDATE,
@@ -57,7 +58,7 @@ class FunctionKey:
 
 def function_key(stage: int, phase: str, round_: int) -> FunctionKey:
     """The key of a function at its place in the order of work."""
-    rank = {INITIALIZE: 0, FORWARD: 1, FUSED: 2, BACKWARD: 3, UPDATE: 4}[phase]
+    rank = (PREPARE, INITIALIZE, FORWARD, FUSED, BACKWARD, UPDATE).index(phase)
     place = (rank, -stage, 0) if phase == BACKWARD else (rank, round_, stage)
     return FunctionKey(place, stage, phase, round_)
 

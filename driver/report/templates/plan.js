@@ -55,7 +55,7 @@
       const [scale, unit] = value >= 1 || value === 0 ? [1, "s"] : value >= 1e-3 ? [1e3, "ms"] : [1e6, "µs"];
       return `${Number((value * scale).toPrecision(4))} ${unit}`;
     };
-    const names = { forward_backward: "forward and backward", initialize: "initialization" };
+    const names = { forward_backward: "forward and backward", prepare: "preparation", initialize: "initialization" };
     const describe = (rect) => {
       const kind = rect.getAttribute("class");
       const begin = (rect.x.baseVal.valueInSpecifiedUnits / 100) * seconds;

@@ -1,0 +1,140 @@
+"""``hoist-invariants`` in whole steps: what runs once, what is held, and that the numbers are those of one device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from numerics import assert_equal_step
+
+import bactrian
+from bactrian.runtime.staged_program import StagedProgram
+
+WIDTH, ROWS, LAYERS, MICROBATCHES = 128, 64, 3, 4
+
+Loss = Callable[[Any, Any], jax.Array]
+
+
+def weights() -> dict[str, Any]:
+    """A matrix for each layer, and a key."""
+    random = np.random.default_rng(0)
+    shape = WIDTH, WIDTH
+    return {f"w{i}": random.standard_normal(shape, dtype=np.float32) / WIDTH**0.5 for i in range(LAYERS)}
+
+
+def batch() -> dict[str, np.ndarray]:
+    random = np.random.default_rng(1)
+    return {name: random.standard_normal((ROWS, WIDTH), dtype=np.float32) for name in ("x", "y")}
+
+
+def mixed(w: Any, x: jax.Array) -> jax.Array:
+    """A layer that computes in half precision."""
+    return jnp.tanh(x.astype(jnp.bfloat16) @ w.astype(jnp.bfloat16)).astype(jnp.float32)
+
+
+def unit(w: Any) -> jax.Array:
+    """A weight with columns of length one."""
+    return w / jnp.sqrt(jnp.sum(w * w, axis=0))
+
+
+def normalized(w: Any, x: jax.Array) -> jax.Array:
+    """A layer of such weights."""
+    return jnp.tanh(x @ unit(w))
+
+
+def chain_loss(layer: Callable[[Any, jax.Array], jax.Array]) -> Loss:
+    def loss(params: Any, batch: Any) -> jax.Array:
+        x = batch["x"]
+        for i in range(LAYERS):
+            x = layer(params[f"w{i}"], x)
+        return jnp.mean((x - batch["y"]) ** 2)
+
+    return loss
+
+
+def masked_loss(params: Any, batch: Any) -> jax.Array:
+    """A mask of weights that a key of the state draws, and one of activations that is new for every microbatch."""
+    key, x = jax.random.key(3), batch["x"]
+    own = jax.random.fold_in(key, bactrian.microbatch_index())
+    for i in range(LAYERS):
+        weight = jnp.where(jax.random.bernoulli(jax.random.fold_in(key, i), 0.8, (WIDTH, WIDTH)), params[f"w{i}"], 0.0)
+        x = jnp.tanh(x @ weight)
+        x = jnp.where(jax.random.bernoulli(jax.random.fold_in(own, i), 0.8, x.shape), x, 0.0)
+    return jnp.mean((x - batch["y"]) ** 2)
+
+
+def tied_loss(params: Any, batch: Any) -> jax.Array:
+    """The first stage and the last one read what is made of one weight."""
+    first = unit(params["w0"])
+    x = jnp.tanh(batch["x"] @ first)
+    x = jnp.tanh(x @ params["w1"]) * jnp.exp(params["w2"].sum(axis=0) / WIDTH)
+    x = jnp.tanh(x @ params["w2"]) @ first.T
+    return jnp.mean((x - batch["y"]) ** 2)
+
+
+LOSSES: Mapping[str, Loss] = {
+    "normalized": chain_loss(normalized),
+    "checkpoint": chain_loss(jax.checkpoint(normalized)),
+    "masks": masked_loss,
+    "tied": tied_loss,
+}
+
+
+def made(loss: Loss, **options: Any) -> Any:
+    """A step of plain gradient descent."""
+
+    def step(params: Any, batch: Any) -> Any:
+        value, gradients = bactrian.value_and_grad(loss)(params, batch)
+        return jax.tree.map(lambda p, g: p - 0.1 * g, params, gradients), value
+
+    return bactrian.parallelize(step, num_microbatches=MICROBATCHES, **options)
+
+
+def program_of(step: Any) -> StagedProgram:
+    return step.compiled.session.staged.program
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_stages": 1},
+        {"num_stages": 1, "schedule": "gpipe"},
+        {"num_stages": 3, "schedule": "gpipe"},
+        {"num_stages": 3},
+        {"num_stages": 2, "mesh": "data=2"},
+    ],
+    ids=lambda options: "-".join(map(str, options.values())),
+)
+def test_numbers_are_those_of_one_device(name: str, options: dict[str, Any]) -> None:
+    step = made(LOSSES[name], **options)
+    reference = step.reference(weights(), batch())
+    result = step(weights(), batch())
+    assert_equal_step(bactrian.gather(result), reference)
+    if options["num_stages"] > 1:
+        assert any(call.phase == "prepare" for call in program_of(step).calls)
+
+
+def test_a_cast_is_held_once_and_not_for_each_microbatch() -> None:
+    step = made(chain_loss(mixed), num_stages=3)
+    step(weights(), batch())
+    program = program_of(step)
+    prepared = {call.stage: call.outputs for call in program.calls if call.phase == "prepare"}
+    for stage in range(3):
+        assert [program.values[value].shape for value in prepared[stage]] == [(WIDTH, WIDTH)]
+        assert not program.values[prepared[stage][0]].per_microbatch
+    forward = next(call for call in program.calls if call.function == "stage0.forward")
+    assert all(program.values[value].shape != (WIDTH, WIDTH) for value in forward.outputs)
+    plan = step.trace(weights(), batch()).plan().plan
+    assert plan.stages[0].activation_bytes < 3 * ROWS // MICROBATCHES * WIDTH * 4
+
+
+def test_checkpoint_casts_once() -> None:
+    step = made(chain_loss(jax.checkpoint(mixed)), num_stages=1, schedule="gpipe")
+    step(weights(), batch())
+    (prepared,) = [call for call in program_of(step).calls if call.phase == "prepare"]
+    assert len(prepared.outputs) == LAYERS  # forward and recomputation read the same ones
