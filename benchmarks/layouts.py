@@ -1,7 +1,7 @@
 """Chosen shardings against the baselines: predicted, and measured on virtual devices.
 
     python benchmarks/layouts.py --cluster cluster.toml               # five small models on 2 x 4 virtual devices, 15 minutes
-    python benchmarks/layouts.py --suite alpa_suite.toml --json out.json     # predicted only, for Alpa's models and clusters
+    python benchmarks/layouts.py --suite --json out.json                     # predicted only, for Alpa's models
 
 A model is a process of its own; its plans run step by step in turn. ``cluster.toml`` comes from ``bactrian profile-cluster``. The
 memory of a function is what XLA says of it (``get_compiled_memory_stats``), with what else lies on a device while it runs;
@@ -19,7 +19,6 @@ import statistics
 import subprocess
 import sys
 import time
-import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -105,21 +104,19 @@ def run_model(args: argparse.Namespace) -> Row:
 
 def run_suite(args: argparse.Namespace) -> list[Row]:
     """Plans of Alpa's models on one stage over its devices, predicted."""
-    import suite
-
     import bactrian
+    from bactrian.driver.models.alpa_suite import SUITE
 
-    tables = tomllib.loads(Path(args.suite).read_text())
     found = list[Row]()
-    for family, name in [(key, name) for key in args.families.split(",") for name in tables[key]]:
-        devices = tables[family][name].get("devices")
-        if devices is None or devices < 2 or devices > args.most:
+    for name, model in SUITE.items():
+        devices = model.devices
+        if name.partition("-")[0] not in args.families.split(",") or not 2 <= devices <= args.most:
             continue
         mesh = f"data={max(1, devices // 4)},model={min(4, devices)}"
-        made = suite.of_suite(tables, family, name, args.batch or 4 * devices)
+        made = model.training().with_batch(args.batch or 4 * devices)
         begin = time.perf_counter()
         step = bactrian.parallelize(made.step, num_stages=1, mesh=mesh, cluster=args.cluster)
-        row: Row = {"model": f"{family} {name}", "mesh": mesh}
+        row: Row = {"model": name, "mesh": mesh}
         try:
             chosen = step.trace(*made.shapes()).plan(compare=True).plan.stages[0].sharding
             row |= {"predicted_s": chosen.seconds, "bound_s": chosen.bound_seconds,
@@ -216,8 +213,8 @@ def main() -> None:
     parser.add_argument("--stages", type=int, default=1, help="each on a mesh of its own; with --bytes only")
     parser.add_argument("--plans", default=",".join(STRATEGIES), help="all by default")
     parser.add_argument("--bytes", action="store_true", help="compare what is sent with XLA's HLO; run nothing")
-    parser.add_argument("--suite", help="Alpa's suite as TOML; its models are planned, not run")
-    parser.add_argument("--families", default="gpt,moe,wide_resnet")
+    parser.add_argument("--suite", action="store_true", help="plan Alpa's models, and run nothing")
+    parser.add_argument("--families", default="gpt,moe,wresnet")
     parser.add_argument("--most", type=int, default=8, help="devices: larger rows of the suite are left out")
     parser.add_argument("--batch", type=int, default=0, help="of the suite's models; default 4 per device")
     parser.add_argument("--json", type=Path, help="file for all figures")

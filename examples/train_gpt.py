@@ -4,7 +4,7 @@
     bactrian run examples/train_gpt.py --stages 2       the same in one process, on virtual devices
 
 The text is on every machine: the source files of Python's standard library, read as bytes. A train step is ordinary JAX
-(flax and optax); what makes it a pipeline are the decorator `bactrian.parallelize` and `bactrian.value_and_grad`.
+(and optax); what makes it a pipeline are the decorator `bactrian.parallelize` and `bactrian.value_and_grad`.
 """
 
 from __future__ import annotations
@@ -17,63 +17,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
 import bactrian
+from bactrian.driver.models.parameters import draw
+from bactrian.driver.models.transformer import Transformer, cross_entropy
 
 VOCABULARY = 256  # bytes
-
-
-class Block(nn.Module):
-    """Attention and a feed-forward layer, each behind a layer norm and beside a residual connection."""
-
-    width: int
-    heads: int
-    dropout: float
-
-    @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
-        batch, length, width = x.shape
-        y = nn.LayerNorm(name="norm_1")(x)
-        qkv = nn.Dense(3 * width, name="qkv")(y).reshape(batch, length, 3, self.heads, width // self.heads)
-        query, key, value = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
-        scores = jnp.einsum("bqhd,bkhd->bhqk", query, key) / math.sqrt(width // self.heads)
-        weights = jax.nn.softmax(jnp.where(mask, scores, -1e9))
-        y = jnp.einsum("bhqk,bkhd->bqhd", weights, value).reshape(batch, length, width)
-        y = nn.Dense(width, name="out")(y)
-        x = x + nn.Dropout(self.dropout, deterministic=self.dropout == 0)(y)
-        y = nn.LayerNorm(name="norm_2")(x)
-        y = nn.Dense(width, name="down")(nn.gelu(nn.Dense(4 * width, name="up")(y)))
-        return x + nn.Dropout(self.dropout, deterministic=self.dropout == 0)(y)
-
-
-class GPT(nn.Module):
-    """A decoder-only transformer with a tied embedding: bytes in, logits of the next byte out."""
-
-    layers: int
-    width: int
-    heads: int
-    length: int
-    dropout: float = 0.0
-
-    @nn.compact
-    def __call__(self, tokens: jax.Array) -> jax.Array:
-        embed = nn.Embed(VOCABULARY, self.width, name="embed")
-        position = self.param("position", nn.initializers.normal(0.02), (self.length, self.width))
-        x = embed(tokens) + position[: tokens.shape[1]]
-        mask = jnp.tril(jnp.ones((tokens.shape[1], tokens.shape[1]), bool))
-        for i in range(self.layers):
-            x = Block(self.width, self.heads, self.dropout, name=f"block_{i}")(x, mask)
-        return embed.attend(nn.LayerNorm(name="norm")(x))
-
-
-def loss_of(logits: jax.Array, tokens: jax.Array) -> jax.Array:
-    """Mean cross-entropy in nats of each byte given those before it."""
-    return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
 
 
 def read_text(max_bytes: int = 4_000_000) -> tuple[np.ndarray, np.ndarray]:
@@ -94,13 +47,18 @@ def batches(text: np.ndarray, batch: int, length: int, seed: int) -> Iterator[np
         yield np.stack([text[start : start + length + 1] for start in starts]).astype(np.int32)
 
 
+def gpt(args: argparse.Namespace) -> Transformer:
+    """A GPT of bytes, its embedding tied to its head."""
+    shape = args.layers, args.width, args.heads, VOCABULARY, args.length
+    return Transformer(*shape, tied=True, dropout=args.dropout)
+
+
 def make_steps(args: argparse.Namespace) -> tuple[Any, Any, Any]:
     """The initial state, the train step and the evaluation, the latter two as pipelines."""
-    model = GPT(args.layers, args.width, args.heads, args.length, args.dropout)
-    exact = GPT(args.layers, args.width, args.heads, args.length)
+    model = gpt(args)
     warmup = optax.warmup_cosine_decay_schedule(0.0, args.rate, max(1, args.steps // 10), max(2, args.steps))
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(warmup, b2=0.98, weight_decay=0.01))
-    params = exact.init(jax.random.key(args.seed), jnp.zeros((1, args.length), jnp.int32))
+    params = draw(model.parameters(), jax.random.key(args.seed))
     state = {"params": params, "optimizer": optimizer.init(params), "key": jax.random.key(args.seed + 1)}
 
     @bactrian.parallelize(num_stages=args.stages, num_microbatches=args.microbatches, schedule=args.schedule)
@@ -108,8 +66,8 @@ def make_steps(args: argparse.Namespace) -> tuple[Any, Any, Any]:
         next_key, key = jax.random.split(state["key"])
 
         def loss_fn(params: Any) -> jax.Array:
-            rngs = {"dropout": jax.random.fold_in(key, bactrian.microbatch_index())}
-            return loss_of(model.apply(params, tokens[:, :-1], rngs=rngs), tokens)
+            dropout = jax.random.fold_in(key, bactrian.microbatch_index()) if args.dropout else None
+            return cross_entropy(model.logits(params, tokens[:, :-1], dropout), tokens[:, 1:])
 
         loss, gradients = bactrian.value_and_grad(loss_fn)(state["params"])
         updates, opt_state = optimizer.update(gradients, state["optimizer"], state["params"])
@@ -121,7 +79,7 @@ def make_steps(args: argparse.Namespace) -> tuple[Any, Any, Any]:
         num_stages=args.stages, num_microbatches=args.microbatches, forward_only=True, out_reduction="mean"
     )
     def evaluate(params: Any, tokens: jax.Array) -> jax.Array:
-        return loss_of(exact.apply(params, tokens[:, :-1]), tokens)
+        return cross_entropy(model.logits(params, tokens[:, :-1]), tokens[:, 1:])
 
     return state, train_step, evaluate
 
@@ -194,11 +152,11 @@ def write_run_files(train_step: Any, args: argparse.Namespace) -> None:
 
 def sample(params: Any, args: argparse.Namespace, prompt: str = "def ", count: int = 200) -> str:
     """Text drawn from the model, byte by byte, on one device."""
-    model = GPT(args.layers, args.width, args.heads, args.length)
+    model, params = gpt(args), jax.tree.map(jnp.asarray, params)
 
     @jax.jit
     def draw(tokens: jax.Array, last: jax.Array, key: jax.Array) -> jax.Array:
-        logits = model.apply(params, tokens[None])[0, last]
+        logits = model.logits(params, tokens[None])[0, last]
         return jax.random.categorical(key, logits / 0.7)
 
     text = list(prompt.encode())

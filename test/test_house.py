@@ -38,6 +38,7 @@ ORDER = {
         ["xla"],
         ["arrays"],
         ["capture"],
+        ["models"],
         ["report"],
         ["run"],
         ["launch"],
