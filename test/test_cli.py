@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from clusters import cluster_text
 from commands import bactrian
 
 from bactrian import __version__
@@ -103,6 +104,47 @@ def test_bad_plan_targets(
     text = capsys.readouterr().err
     assert text.startswith("error: ") and "Traceback" not in text
     assert message in text or not step.partition(":")[2]
+
+
+OTHER = """
+[v100]
+hosts = 8
+devices_per_host = 8
+memory_gib = 16
+peak_tflops = { bf16 = 125, f32 = 15.7 }
+intra_host_gb_per_s = 150
+inter_host_gb_per_s = 3.125
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "gpt-39b"], "there is no model 'gpt-39b'\n  fix: did you mean gpt-39B"),
+        (["--model", "moe-10B", "train.py:step"], "--model moe-10B and a step, train.py:step: only one can be planned"),
+        (["--model", "moe-10B", "--args", "x.py:a"], "--model moe-10B and --args, x.py:a: only one can be planned"),
+        (["--model", "gpt-125M", "--batch", "6", "--num-microbatches", "4"], "4 microbatches"),
+        (["--model", "gpt-125M", "--cluster", "nowhere.toml:h100"], "cannot read the cluster nowhere.toml"),
+        (["train.py:step", "--batch", "6"], "--batch is for --model"),
+        ([], "there is no step to plan\n  fix: name one, as in train.py:step, or a model, as in --model gpt-39B"),
+    ],
+)
+def test_bad_models(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
+    assert cli.main(["plan", *arguments]) == 3
+    text = capsys.readouterr().err
+    assert text.startswith("error: ") and message in text
+
+
+def test_a_model_is_planned_by_its_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (path := tmp_path / "machines.toml").write_text(
+        cluster_text("f32 = 67, bf16 = 989", 3350, 5, memory_gib=80) + OTHER
+    )
+    options = ["--num-stages", "2", "--num-microbatches", "512", "--cluster", f"{path}:v100"]
+    assert cli.main(["plan", "--model", "moe-380M", *options, "--json"]) == 0
+    plan = Plan.from_json(capsys.readouterr().out)
+    assert [stage.mesh for stage in plan.stages] == [(("data", 1),)] * 2
+    assert plan.predicted_step_seconds > 1
+    assert [remark.message for remark in plan.remarks if "no rate" in remark.message] == []
 
 
 def test_an_infeasible_plan_exits_with_4(program: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -26,7 +26,9 @@ SUMMARY = "plan a train step and print the plan; needs no device"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Say what the command takes."""
-    parser.add_argument("step", metavar="script.py:step", help="the parallelized function")
+    parser.add_argument("step", metavar="script.py:step", nargs="?", help="the parallelized function")
+    parser.add_argument("--model", metavar="NAME", help="in its place: a model of Alpa's evaluation, as in gpt-39B")
+    parser.add_argument("--batch", type=count, metavar="N", help="sequences or images in a step of the model")
     parser.add_argument(
         "--args",
         metavar="script.py:example_args",
@@ -64,15 +66,10 @@ def run(options: argparse.Namespace) -> int:
     axes = None if options.mesh is None else parse_axes(options.mesh)
     if options.compare_xla or options.timing:
         use_virtual_devices(8 if axes is None else math.prod(size for _, size in axes))
-    step = load(options.step, "bactrian plan train.py:step")
-    if not callable(getattr(step, "with_options", None)):
-        raise ConfigError(
-            f"cannot plan {options.step}: it is {kind(step)}, not a parallelized function",
-            fix="decorate the train step with `@bactrian.parallelize(...)` and name that",
-        )
+    step, arguments = _model(options) if options.model is not None else _script(options)
     names = ("num_stages", "num_microbatches", "schedule", "mesh", "strategy")
     changes = {name: value for name in names if (value := getattr(options, name)) is not None}
-    traced = step.with_options(**changes).trace(*_example_arguments(options))
+    traced = step.with_options(**changes).trace(*arguments)
     planned = traced.plan(options.cluster, compare=True)
     if options.save:
         planned.save(options.save)
@@ -107,6 +104,39 @@ def _json(plan: Plan, comparison: Comparison | None, timing: Timing | None) -> s
 
         data["timing"] = timing_json(timing.phases)
     return json.dumps(data, indent=2) + "\n"
+
+
+def _script(options: argparse.Namespace) -> tuple[Any, tuple[Any, ...]]:
+    """The step of a script, and its example arguments."""
+    if options.step is None:
+        raise ConfigError(
+            "there is no step to plan", fix="name one, as in train.py:step, or a model, as in --model gpt-39B"
+        )
+    if options.batch is not None:
+        raise ConfigError("--batch is for --model", fix="give example arguments of another batch, with --args")
+    step = load(options.step, "bactrian plan train.py:step")
+    if not callable(getattr(step, "with_options", None)):
+        raise ConfigError(
+            f"cannot plan {options.step}: it is {kind(step)}, not a parallelized function",
+            fix="decorate the train step with `@bactrian.parallelize(...)` and name that",
+        )
+    return step, _example_arguments(options)
+
+
+def _model(options: argparse.Namespace) -> tuple[Any, tuple[Any, ...]]:
+    """The step of a reference model, and its abstract arguments."""
+    from bactrian.driver.api import parallelize
+    from bactrian.driver.models.alpa_suite import model_named
+
+    for name, value in (("a step", options.step), ("--args", options.args)):
+        if value is not None:
+            raise ConfigError(
+                f"--model {options.model} and {name}, {value}: only one can be planned", fix="leave one out"
+            )
+    program = model_named(options.model).training()
+    if options.batch is not None:
+        program = program.with_batch(options.batch)
+    return parallelize(program.step), program.shapes()
 
 
 def _example_arguments(options: argparse.Namespace) -> tuple[Any, ...]:
