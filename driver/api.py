@@ -56,7 +56,7 @@ def parallelize(
     static_argnums: int | Sequence[int] = (),
     static_argnames: str | Sequence[str] = (),
     axis_name: str | None = None,
-    mesh: str | Mapping[str, int] | None = None,
+    mesh: str | Mapping[str, int] | Sequence[Mapping[str, int]] | None = None,
     strategy: str = "auto",
     check_inputs: bool = True,
 ) -> Parallelized: ...
@@ -77,7 +77,7 @@ def parallelize(
     static_argnums: int | Sequence[int] = (),
     static_argnames: str | Sequence[str] = (),
     axis_name: str | None = None,
-    mesh: str | Mapping[str, int] | None = None,
+    mesh: str | Mapping[str, int] | Sequence[Mapping[str, int]] | None = None,
     strategy: str = "auto",
     check_inputs: bool = True,
 ) -> Callable[[Callable[..., Any]], Parallelized]: ...
@@ -97,7 +97,7 @@ def parallelize(
     static_argnums: int | Sequence[int] = (),
     static_argnames: str | Sequence[str] = (),
     axis_name: str | None = None,
-    mesh: str | Mapping[str, int] | None = None,
+    mesh: str | Mapping[str, int] | Sequence[Mapping[str, int]] | None = None,
     strategy: str = "auto",
     check_inputs: bool = True,
 ) -> Parallelized | Callable[[Callable[..., Any]], Parallelized]:
@@ -125,7 +125,8 @@ def parallelize(
         axis_name: the axis of a step that was written for ``jax.pmap``, over which it calls ``pmean`` and its kin. The step
             then is that of the only device, which has the whole batch.
         mesh: the axes of the devices of a stage, as in ``{"data": 2, "model": 4}`` or ``"data=2,model=4"``; each value
-            of the step is sharded over them so that a step takes the least time. One device by default.
+            of the step is sharded over them so that a step takes the least time. One device by default. Stages with meshes
+            of their own take a list of these, or one text, as in ``"data=2;data=4"``: one for each stage.
         strategy: ``auto``, or a baseline: ``data``, ``zero1``, ``zero2``, ``zero3``, ``megatron``; it leaves some open.
         check_inputs: compare batch and state between ranks; False for a loader that gives each rank its own part only.
 

@@ -16,7 +16,7 @@ from bactrian.driver.report.plan_table import render_plan
 from bactrian.driver.report.terminal import RichView
 from bactrian.driver.report.timing_table import render_timing
 from bactrian.driver.run.compiled_step import Compiled
-from bactrian.driver.run.session import check_ranks, open_session
+from bactrian.driver.run.session import groups_of_stages, open_session
 from bactrian.driver.xla.compare_bytes import Comparison, compare
 from bactrian.passes.frame.phase_times import Timing
 from bactrian.passes.frame.reproducer import versions
@@ -110,12 +110,12 @@ class Planned:
     def compile_as_noted(self) -> Compiled:
         """`compile`, once the call is noted for the other ranks to compare."""
         world = World.current()
-        shared = check_ranks([stage.mesh for stage in self.plan.stages], world)
+        groups = groups_of_stages([stage.mesh for stage in self.plan.stages], world)
         own = {
             "versions": ", ".join(f"{name} {version}" for name, version in sorted(versions().items())),
             "the program": self.captured.fingerprint,
             "the plan": outline(self.plan).to_json(),
-            "the number of ranks of a mesh": str(shared),
+            "the ranks of stages' meshes": ", ".join(map(str, groups.sizes)),
         }
         world.check_equal(own)
         if world.rank == 0:

@@ -13,11 +13,12 @@ from bactrian.driver.planning.decisions import Decisions
 from bactrian.driver.planning.options import Options, check_stages, cluster_file
 from bactrian.driver.planning.plan_broadcast import staged_together
 from bactrian.driver.planning.plan_program import plan_program
+from bactrian.driver.planning.plan_shardings import GivenSpec
 from bactrian.driver.ranks import World
 from bactrian.driver.run.session import num_groups
 from bactrian.driver.source import line_here
 from bactrian.passes.frame.errors import ConfigError
-from bactrian.passes.machine.spec import MeshAxes, axes_text, meshes_text, num_devices
+from bactrian.passes.machine.spec import MeshAxes, meshes_of_stages, meshes_text, num_devices
 from bactrian.passes.plan.schema import Plan
 from bactrian.runtime import faults
 
@@ -90,7 +91,7 @@ class Traced:
                 num_microbatches=self.captured.num_microbatches,
                 plan=plan,
                 paths=[argument.path for argument in self.captured.arguments],
-                specs=dict(self.placed.specs) if self.placed is not None else None,
+                placed=self._placed_specs(),
             )
         return Planned(self.captured, staged, check_inputs=self.options.check_inputs)
 
@@ -103,16 +104,16 @@ class Traced:
 
     def _decisions(self, num_stages: int | None, num_layers: int | None, cluster: str) -> Decisions:
         """What the options decide; as many stages as the step that placed the state has, or one per rank, by default."""
-        (mesh,) = self._meshes()  # without a plan, all stages have the same
+        meshes = self._meshes()
         if num_stages is not None:
             self._check_placed(num_stages)
         elif self.placed is not None:
             num_stages = self.placed.num_stages
         else:
-            num_stages = num_groups(mesh)
+            num_stages = len(meshes) if len(meshes) > 1 else num_groups(*meshes)
         return Decisions(
             num_layers or num_stages,
-            (mesh,) * num_stages,
+            meshes_of_stages(meshes, num_stages),
             donate=self.options.donate,
             cluster=cluster,
             strategy=self._strategy(),
@@ -131,17 +132,21 @@ class Traced:
         return Planned(self.captured, staged, is_shared=True, check_inputs=self.options.check_inputs)
 
     def _meshes(self) -> tuple[MeshAxes, ...]:
-        """The mesh of each of the plan's stages, or one for all stages: that which was asked for, or on which the arguments
-        are."""
-        asked, placed = self.options.meshes, None if self.placed is None else self.placed.mesh
-        if placed is not None and any(mesh != placed for mesh in asked):
+        """The mesh of each stage, or one for all stages: those that were asked for, or on which the arguments are."""
+        asked, placed = self.options.meshes, () if self.placed is None else self.placed.meshes
+        if asked and placed and meshes_of_stages(asked, len(placed)) != placed:
             raise ConfigError(
-                f"mesh is {meshes_text(asked)}, but the arguments were placed on {axes_text(placed)}",
+                f"mesh is {meshes_text(asked)}, but the arguments were placed on {meshes_text(placed)}",
                 where=line_here(),
-                why="steps that share state share its mesh",
+                why="steps that share state share its meshes",
                 fix="leave mesh out, or pass bactrian.gather(...) of the state",
             )
-        return asked or (placed or (("data", 1),),)
+        one_device: MeshAxes = (("data", 1),)
+        return asked or placed or (one_device,)
+
+    def _placed_specs(self) -> dict[int, GivenSpec]:
+        given = {} if self.placed is None else self.placed.given
+        return {number: GivenSpec(spec, mesh) for number, (spec, mesh) in given.items()}
 
     def _strategy(self) -> str:
         """How shardings are chosen; arguments that are placed already leave a baseline nothing to say."""

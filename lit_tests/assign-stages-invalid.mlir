@@ -3,7 +3,7 @@
 // RUN: not bactrian-opt %s --assign-stages=boundaries=0,2 --split-input-file 2>&1 | FileCheck %s --check-prefix=FAR
 // RUN: not bactrian-opt %s --assign-stages='boundaries=0,1 mesh=data=2;data=4;data=8' --split-input-file 2>&1 | FileCheck %s --check-prefix=MESHES
 
-// MESHES: option mesh of assign-stages is 'data=2;data=4;data=8': 3 meshes for 2 stages
+// MESHES: mesh is data=2;data=4;data=8: 3 meshes for 2 stages
 // CHECK: option boundaries of assign-stages is '1,2', must begin with 0 and grow
 // FAR: cannot begin a stage at layer 2: the program has 2 layers
 

@@ -146,6 +146,29 @@ module @slices {
 
 // -----
 
+// Beside a stage of several devices, one of one device loses its shardings.
+// CHECK-LABEL: module @one_device_beside_two
+module @one_device_beside_two {
+  sdy.mesh @stage0 = <["data"=2]>
+  sdy.mesh @stage1 = <["data"=1]>
+  // CHECK: func.func private @stage0.forward({{.*}}sdy.sharding
+  // CHECK-NEXT: sdy.manual_computation
+  func.func private @stage0.forward(%x: tensor<8xf32> {sdy.sharding = #sdy.sharding<@stage0, [{"data"}]>}) -> (tensor<8xf32> {sdy.sharding = #sdy.sharding<@stage0, [{"data"}]>}) {
+    %y = stablehlo.sine %x {sdy.sharding = #sdy.sharding_per_value<[<@stage0, [{"data"}]>]>} : tensor<8xf32>
+    return %y : tensor<8xf32>
+  }
+  // CHECK: func.func private @stage1.forward(%[[X:.*]]: tensor<8xf32> {tf.aliasing_output = 0 : i32}) -> tensor<8xf32>
+  // CHECK-NEXT: %[[Y:.*]] = stablehlo.sine %[[X]] : tensor<8xf32>
+  // CHECK-NEXT: return %[[Y]]
+  func.func private @stage1.forward(%x: tensor<8xf32> {sdy.sharding = #sdy.sharding<@stage1, [{}]>, tf.aliasing_output = 0 : i32}) -> (tensor<8xf32> {sdy.sharding = #sdy.sharding<@stage1, [{}]>}) {
+    %y = stablehlo.sine %x {sdy.sharding = #sdy.sharding_per_value<[<@stage1, [{}]>]>} : tensor<8xf32>
+    %z = sdy.reshard %y <@stage1, [{}]> : tensor<8xf32>
+    return %z : tensor<8xf32>
+  }
+}
+
+// -----
+
 // A stage of one device stays as it is.
 // CHECK-LABEL: module @one_device
 module @one_device {

@@ -14,9 +14,8 @@ module @no_rules attributes {bactrian.num_stages = 1 : i64} {
 
 // -----
 
-// expected-error@+1 {{mesh @stage1 has several devices, @stage0 has one}}
+// expected-error@+1 {{stage 0 has no mesh}}
 module @two_stages attributes {bactrian.num_stages = 2 : i64} {
-  sdy.mesh @stage0 = <["data"=1]>
   sdy.mesh @stage1 = <["data"=2]>
   func.func public @main(%x: tensor<4xf32> {bactrian.role = "batch"}) -> tensor<4xf32> {
     return %x : tensor<4xf32>

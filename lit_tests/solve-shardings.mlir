@@ -238,3 +238,20 @@ module @received_below_the_boundary attributes {bactrian.num_microbatches = 2 : 
     return %n : tensor<8x8xf32>
   }
 }
+
+// -----
+
+// A stage of one device beside one of four: it gets the whole value, which the other one has in shards.
+// CHECK-LABEL: module @four_devices_and_one
+module @four_devices_and_one attributes {bactrian.num_stages = 2 : i64} {
+  sdy.mesh @stage0 = <["data"=4]>
+  sdy.mesh @stage1 = <["model"=1]>
+  // CHECK: %[[Y:.*]] = stablehlo.dot_general {{.*}}<@stage0, [{"data"}, {}]>
+  // CHECK: %[[R:.*]] = sdy.reshard %[[Y]] <@stage1, [{}, {}]>
+  // CHECK: stablehlo.dot_general %[[R]], {{.*}}<@stage1, [{}, {}]>
+  func.func public @main(%x: tensor<4096x64xf32> {bactrian.role = "batch"}, %w: tensor<64x64xf32> {bactrian.role = "state"}, %v: tensor<64x64xf32> {bactrian.role = "state"}) -> tensor<4096x64xf32> {
+    %y = stablehlo.dot_general %x, %w, contracting_dims = [1] x [0] {bactrian.phase = "forward", bactrian.stage = 0 : i64} : (tensor<4096x64xf32>, tensor<64x64xf32>) -> tensor<4096x64xf32>
+    %z = stablehlo.dot_general %y, %v, contracting_dims = [1] x [0] {bactrian.phase = "forward", bactrian.stage = 1 : i64} : (tensor<4096x64xf32>, tensor<64x64xf32>) -> tensor<4096x64xf32>
+    return %z : tensor<4096x64xf32>
+  }
+}

@@ -144,7 +144,8 @@ class _Axes:
         self._stages, self._meshes, self._ctx = tuple(dict.fromkeys(stages)), meshes, ctx
         self._sizes: dict[str, set[int]] = {}
         for name, size in chain.from_iterable(self._stages):
-            self._sizes.setdefault(name, set()).add(size)
+            if size > 1:  # an axis of one device shards nothing
+                self._sizes.setdefault(name, set()).add(size)
         self._refused = set[MeshAxes]()
 
     def adopted(self, sharding: ir.Attribute, where: Locatable, what: str) -> ir.Attribute | None:

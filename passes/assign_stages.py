@@ -29,7 +29,7 @@ from bactrian.passes.ir.attributes import (
 from bactrian.passes.ir.main_dataflow import MainDataflow
 from bactrian.passes.ir.meshes import mesh_attribute
 from bactrian.passes.ir.regions import main_function
-from bactrian.passes.machine.spec import MeshAxes, parse_meshes
+from bactrian.passes.machine.spec import MeshAxes, meshes_of_stages, parse_meshes
 from bactrian.passes.stages import layer_partitioning
 from bactrian.passes.stages.op_times import OpTimes
 from bactrian.passes.stages.uneven_stages import warn_of_uneven_stages
@@ -118,21 +118,6 @@ class AssignStages(Pass):
                 f"num-stages is {self.num_stages}"
             )
 
-    def _meshes(self, num_stages: int) -> tuple[MeshAxes, ...]:
-        """The mesh of each stage.
-
-        Raises:
-            ConfigError: there are more or fewer meshes than stages.
-        """
-        meshes = parse_meshes(self.mesh) if self.mesh.strip() else ((("data", 1),),)
-        if len(meshes) not in (1, num_stages):
-            raise ConfigError(
-                f"option mesh of {self.name} is {self.mesh!r}: {len(meshes)} meshes for "
-                f"{num_stages} stage{'s' * (num_stages > 1)}",
-                fix="give one mesh for all stages, or one for each",
-            )
-        return meshes if len(meshes) == num_stages else meshes * num_stages
-
     def _given(self) -> list[int] | None:
         if not self.boundaries.strip():
             return None
@@ -167,7 +152,7 @@ class AssignStages(Pass):
                 fix="boundaries name the first layer of each stage, layers count from 0",
             )
             return
-        meshes = self._meshes(len(starts))
+        meshes = meshes_of_stages(parse_meshes(self.mesh) if self.mesh.strip() else [(("data", 1),)], len(starts))
         stages = [bisect.bisect_right(starts, layer) - 1 for layer in range(num_layers)]
         attributes = [integer(stage) for stage in stages]
         for op, layer in zip(flow.ops, layers, strict=True):

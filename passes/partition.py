@@ -8,7 +8,8 @@ from typing import ClassVar
 from jaxlib.mlir import ir
 
 from bactrian.passes.frame.base import Pass, PassContext, Statistic
-from bactrian.passes.ir.meshes import mesh_axes
+from bactrian.passes.ir.attributes import argument_attributes, result_attributes
+from bactrian.passes.ir.meshes import SHARDING, mesh_axes
 from bactrian.passes.ir.regions import nested_operations
 from bactrian.passes.machine.spec import MeshAxes, num_devices
 from bactrian.passes.spmd.collectives import COLLECTIVES
@@ -26,10 +27,10 @@ class Partition(Pass):
     collectives of the module are those that run: XLA gets the program of one device, and partitions nothing.
 
     The signature of a function stays that of whole values; its body is one ``sdy.manual_computation`` over all axes of the
-    mesh, as ``shard_map`` writes it.
+    mesh, as ``shard_map`` writes it. A function on a mesh of one device, beside stages of several, loses its shardings.
 
     Requires: the staged form (``split-stages``), with ``sdy.sharding`` on all values of functions of several devices.
-    Ensures: no sharding and no reshard inside of these functions.
+    Ensures: no sharding and no reshard inside of functions; none on the signature of those of one device.
 
     Input:
 
@@ -79,10 +80,13 @@ class Partition(Pass):
     def apply(self, module: ir.Module, ctx: PassContext) -> None:
         """Partition every stage function whose mesh has several devices."""
         functions = _stage_functions(module)
-        if not functions:
-            return
+        if all(num_devices(axes) == 1 for _, _, axes in functions):
+            return  # nothing was sharded
         annotate_rules(module)
         for function, mesh, axes in functions:
+            if num_devices(axes) == 1:
+                _drop_shardings(function)
+                continue
             partition_function(function, mesh, axes)
             ctx.count("functions")
             ctx.count("collectives", sum(op.name in COLLECTIVES for op in nested_operations(function)))
@@ -90,12 +94,26 @@ class Partition(Pass):
 
 
 def _stage_functions(module: ir.Module) -> list[tuple[ir.Operation, str, MeshAxes]]:
-    """The functions of stages of several devices, with the symbol and the axes of their meshes."""
+    """The functions of stages, with the symbol and the axes of their meshes."""
     meshes, found = mesh_axes(module), list[tuple[ir.Operation, str, MeshAxes]]()
     for view in module.body.operations:
         op = view.operation
         if op.name == "func.func":
             mesh = ir.StringAttr(op.attributes["sym_name"]).value.partition(".")[0]
-            if num_devices(meshes.get(mesh, ())) > 1:
+            if mesh in meshes:
                 found.append((op, mesh, meshes[mesh]))
     return found
+
+
+def _drop_shardings(function: ir.Operation) -> None:
+    """Make a function of one device one without shardings: a reshard there is the value itself."""
+    for op in nested_operations(function):
+        if op.name in ("sdy.reshard", "sdy.sharding_constraint"):
+            op.results[0].replace_all_uses_with(op.operands[0])
+            op.erase()
+        elif SHARDING in op.attributes:
+            del op.attributes[SHARDING]
+    for name, entries in (("arg_attrs", argument_attributes(function)), ("res_attrs", result_attributes(function))):
+        if name in function.attributes:
+            kept = [{key: value for key, value in entry.items() if key != SHARDING} for entry in entries]
+            function.attributes[name] = ir.ArrayAttr.get([ir.DictAttr.get(entry) for entry in kept])

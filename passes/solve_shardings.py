@@ -223,7 +223,7 @@ class SolveShardings(Pass):
             f"{'a step' if program.only is None else f'stage {program.only}'} takes {solution.cost:.4g} s ({gap}), a device holds {solution.memory / 2**20:.1f} MiB",
         )
         taken = cost_breakdown(stage.model, stage.reading, roles, solution.choice, stage.shardings)
-        if is_repeated(program.reading, taken):
+        if program.mesh.num_devices > 1 and is_repeated(program.reading, taken):
             self._warn_of_repeated_work(main, stage, taken, roles, ctx)
         given = sum(number < program.reading.flow.num_arguments for number, _ in program.reading.problem.pinned)
         sent = {kind: round(nbytes) for kind, nbytes in sorted(writer.sent_in_step.items())}

@@ -120,6 +120,13 @@ class StagedProgram:
         """Names and sizes of the axes of a stage's mesh, the major one first."""
         return self.meshes[stage] if self.meshes else (("data", 1),)
 
+    def spec_on(self, value: int, stage: int) -> Spec:
+        """How a stage's mesh shards a value there: as the value says on its own stage. A result that another stage gets is
+        replicated, as is a microbatch's number (value -1)."""
+        if value < 0 or self.values[value].stage != stage:
+            return UNSHARDED
+        return self.values[value].spec
+
     def num_devices(self, stage: int) -> int:
         """Devices of a stage's mesh."""
         return num_devices(self.mesh(stage))

@@ -292,7 +292,7 @@ def test_changed_options_are_read_as_those_that_were_given_first(tmp_path: Path)
     step = bactrian.parallelize(sgd, num_stages=2, num_microbatches=2)
     step.trace(W, X).plan().save(tmp_path)
     (tmp_path / "some.toml").write_text(FAST)
-    assert step.with_options(mesh="data=2").options.mesh == (("data", 2),)
+    assert step.with_options(mesh="data=2").options.mesh == ((("data", 2),),)
     assert step.with_options(batch_argnums=1).options.batch_argnums == (1,)
     assert step.with_options(cluster=tmp_path / "some.toml").options.cluster == str(tmp_path / "some.toml")
     applied = bactrian.parallelize(sgd).with_options(plan=tmp_path).options

@@ -68,6 +68,28 @@ def test_meshes_over_several_ranks_equal_one_device(
     assert done.stdout.strip().endswith(f"equal {4 * stages}")
 
 
+@pytest.mark.mpi
+@pytest.mark.parametrize(
+    ("name", "mesh", "devices", "ranks", "sizes"),
+    [
+        ("mlp/plain", "data=2,model=2;data=2", 2, 3, [4, 2]),  # two ranks and one
+        pytest.param("mlp/plain", "data=1;model=2", 1, 3, [1, 2], marks=pytest.mark.long),  # a rank for each device
+        pytest.param("mlp/plain", "data=4;data=1", 4, 2, [4, 1], marks=pytest.mark.long),  # a rank for each stage
+        pytest.param("mlp/plain", "data=3;data=2;data=1", 1, 6, [3, 2, 1], marks=pytest.mark.long),
+        pytest.param("mlp/plain", "data=2;data=1;model=2;data=1", 1, 3, [2, 1, 2, 1], marks=pytest.mark.long),
+        pytest.param("gpt-tied-dropout/linen", "data=4;data=2", 2, 3, [4, 2], marks=pytest.mark.long),
+        pytest.param("encoder-decoder/linen", "data=1;data=2,model=2", 2, 3, [1, 4], marks=pytest.mark.long),
+    ],
+)
+def test_meshes_of_different_sizes_equal_one_device(
+    tmp_path: Path, name: str, mesh: str, devices: int, ranks: int, sizes: list[int]
+) -> None:
+    """Each element of a value crosses to another mesh once."""
+    done = run(tmp_path, name, mesh, devices, "--distributed", ranks=ranks, stages=len(sizes))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().endswith(f"equal {sum(sizes)}")
+
+
 TOGETHER = """
 import sys
 from dataclasses import replace

@@ -10,10 +10,11 @@ import pytest
 
 from bactrian.driver.cli import main
 from bactrian.driver.ranks import World
-from bactrian.driver.run.distributed_meshes import devices_of_ranks, ranks_per_mesh
-from bactrian.driver.run.session import stage_ranks
+from bactrian.driver.run.distributed_meshes import devices_of_ranks, ranks_of_stages
+from bactrian.driver.run.session import lots_of_devices
 from bactrian.passes.frame.errors import ConfigError
 from bactrian.runtime.control import SingleProcess
+from bactrian.runtime.stage_groups import StageGroups, deal_stages
 
 MESH = (("data", 2), ("model", 2))
 
@@ -48,18 +49,34 @@ class Ranks(SingleProcess):
         self.rank, self.size = rank, size
 
 
-def ask(meshes: Sequence[tuple[tuple[str, int], ...]], num_ranks: int, each: int, rank: int = 0) -> int:
-    """`ranks_per_mesh` on one of so many ranks."""
-    return ranks_per_mesh(meshes, World(Ranks(rank, num_ranks)), [None] * each)
+def ask(meshes: Sequence[tuple[tuple[str, int], ...]], num_ranks: int, each: int, rank: int = 0) -> tuple[int, ...]:
+    """`ranks_of_stages` on one of so many ranks."""
+    return ranks_of_stages(meshes, World(Ranks(rank, num_ranks)), [None] * each)
 
 
 def test_ranks_that_a_mesh_takes(joined: list[int]) -> None:
-    assert ask([MESH], 3, 4) == 1  # nothing has to be joined
+    assert ask([MESH], 3, 4) == (1,)  # nothing has to be joined
     joined += [2, 2, 2, 2]
-    assert ask([MESH, MESH], 4, 2) == 2
-    assert ask([MESH], 4, 4) == 1
+    assert ask([MESH, MESH], 4, 2) == (2, 2)
+    assert ask([MESH], 4, 4) == (1,)
+    assert ask([MESH, (("data", 1),), (("data", 2),), (("data", 8),)], 4, 2) == (2, 1, 1, 4)
     assert [d.id for d in devices_of_ranks([2, 3])] == [4096, 4097, 6144, 6145]
-    assert stage_ranks(3, 4, 2) == (0, 1, 0)
+
+
+def test_stages_are_dealt_to_groups_of_ranks() -> None:
+    assert deal_stages([2, 2, 2], 4) == StageGroups((0, 1, 0), (2, 2))
+    assert deal_stages([2, 1, 4], 7) == StageGroups((0, 1, 2), (2, 1, 4))
+    groups = deal_stages([2, 1, 2, 1], 3)
+    assert groups == StageGroups((0, 1, 0, 1), (2, 1))
+    assert [list(groups.ranks(group)) for group in (0, 1)] == [[0, 1], [2]]
+    assert [groups.of_rank(rank) for rank in range(groups.num_ranks)] == [0, 0, 1]
+
+
+def test_devices_of_one_process() -> None:
+    assert lots_of_devices([4, 4, 4], 8) == (range(4), range(4, 8))
+    assert lots_of_devices([4, 2, 1], 8) == (range(4), range(4, 6), range(6, 7))
+    assert lots_of_devices([2, 4, 4], 8) == (range(4), range(4, 8))  # the first and the third share a lot
+    assert lots_of_devices([1, 8], 8) == (range(8),)
 
 
 def test_ranks_that_are_not_joined(joined: list[int]) -> None:
@@ -69,7 +86,7 @@ def test_ranks_that_are_not_joined(joined: list[int]) -> None:
     assert "bactrian run --distributed" in str(error.value)
     assert 'cluster_detection_method="mpi4py"' in str(error.value)
     with pytest.raises(ConfigError, match="this process has 2"):
-        ranks_per_mesh([MESH], World(), [None] * 2)
+        ranks_of_stages([MESH], World(), [None] * 2)
 
 
 def test_ranks_that_are_joined_otherwise(joined: list[int]) -> None:
@@ -84,13 +101,8 @@ def test_ranks_that_are_joined_otherwise(joined: list[int]) -> None:
     ("shares", "meshes", "message"),
     [
         ([3, 3], [MESH], "each rank has 3, which does not divide 4"),
-        ([2, 2, 2], [MESH], "takes 2 ranks of 2 devices, but 3 ranks were started"),
         ([2, 1], [MESH], "rank 1 has 1 devices, rank 0 has 2"),
-        (
-            [2, 2, 2, 2],
-            [MESH, (("data", 2),)],
-            "different meshes is not supported yet: stage 0 has data=2,model=2, stage 1 has data=2",
-        ),
+        ([2, 2, 2], [MESH, (("data", 3),)], "stage 1 has a mesh of 3 devices .*, each rank has 2, which does not"),
     ],
 )
 def test_ranks_that_do_not_fit(
@@ -101,16 +113,20 @@ def test_ranks_that_do_not_fit(
         ask(meshes, len(shares), shares[0])
 
 
-def test_more_ranks_than_stages_take() -> None:
-    with pytest.raises(ConfigError, match="has 1 stage, but 4 ranks were started") as error:
-        stage_ranks(1, 4, 2)
-    assert "start 2 ranks, or ask for num_stages=2" in str(error.value)
-    with pytest.raises(ConfigError) as error:
-        stage_ranks(3, 8, 2)
-    assert "start a multiple of 2 ranks up to 6, or ask for num_stages=4" in str(error.value)
-    with pytest.raises(ConfigError) as error:
-        stage_ranks(2, 4)
-    assert "start 1 to 2 ranks, or ask for num_stages=4" in str(error.value)
+@pytest.mark.parametrize(
+    ("ranks_of_stage", "num_ranks", "message", "fix"),
+    [
+        ([2], 4, "has 1 stage, but 4 ranks were started", "start 2 ranks, or ask for num_stages=2"),
+        ([2] * 3, 8, "has 3 stages, but 8 ranks", "start 2, 4 or 6 ranks, or ask for num_stages=4"),
+        ([2] * 2, 3, "has 2 stages, but 3 ranks", "start 2 or 4 ranks"),
+        ([1, 1], 4, "has 2 stages, but 4 ranks", "start 1 to 2 ranks, or ask for num_stages=4"),
+        ([2, 1, 2, 1], 4, "has 4 stages, but 4 ranks", "start 3 or 6 ranks"),
+    ],
+)
+def test_ranks_that_stages_have_no_use_for(ranks_of_stage: list[int], num_ranks: int, message: str, fix: str) -> None:
+    with pytest.raises(ConfigError, match=message) as error:
+        deal_stages(ranks_of_stage, num_ranks)
+    assert str(error.value).endswith(fix)
 
 
 def test_one_process_has_nothing_to_join(tmp_path, capsys: pytest.CaptureFixture[str]) -> None:

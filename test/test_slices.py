@@ -18,6 +18,7 @@ from bactrian.runtime.instruction_builder import build_streams
 from bactrian.runtime.instruction_checks import check_streams
 from bactrian.runtime.instructions import Forward, Instruction, InstructionStream, Recv, Run, Send, describe
 from bactrian.runtime.mesh_groups import share_streams
+from bactrian.runtime.stage_groups import StageGroups
 
 SHAPE = (8, 8)
 SMALL: MeshAxes = (("a", 2), ("b", 2))
@@ -112,8 +113,9 @@ def shared(stages: int, groups: int, *, ranks: int = 2, seed: int = 0) -> tuple[
 
     values = tuple(replace(value, spec=spec(value.shape)) for value in program.values)
     program = replace(program, values=values, meshes=(SMALL,) * stages)
-    lists = build_streams(program, tuple(stage % groups for stage in range(stages)))
-    return share_streams(lists, program, ranks), check_streams(lists).message_bytes
+    dealt = StageGroups(tuple(stage % groups for stage in range(stages)), (ranks,) * groups)
+    lists = build_streams(program, dealt.of_stage)
+    return share_streams(lists, program, dealt), check_streams(lists).message_bytes
 
 
 @pytest.mark.parametrize(("stages", "groups", "ranks"), [(4, 4, 2), (4, 2, 2), (3, 3, 4), (2, 1, 2)])

@@ -1,4 +1,4 @@
-"""Stages with meshes of their own: decided, planned, read from a plan, and refused where they would run."""
+"""Stages with meshes of their own: decided, planned, and read from a plan."""
 
 from __future__ import annotations
 
@@ -115,14 +115,34 @@ def test_a_constraint_in_a_branch_of_a_stage_with_fewer_axes() -> None:
     assert "sdy.sharding_constraint" not in staged.text  # every device takes the whole branch
 
 
-def test_a_plan_with_several_meshes_is_applied_and_refused_where_it_would_run() -> None:
+def test_a_plan_with_several_meshes_is_applied() -> None:
     plan = Plan.from_json(staged_on(MESHES).plan.to_json())
     planned = traced().plan(plan=plan)
     assert tuple(stage.mesh for stage in planned.plan.stages) == MESHES
     assert list(map(shardings, plan.stages)) == list(map(shardings, planned.plan.stages))
-    message = "different meshes is not supported yet: stage 0 has data=2,model=2, stage 1 has data=2"
-    with pytest.raises(ConfigError, match=message):
-        planned.compile()
+
+
+def test_a_mesh_for_each_stage_says_how_many_stages_there_are() -> None:
+    for mesh in ("data=2,model=2;data=2", [{"data": 2, "model": 2}, {"data": 2}]):
+        step: Any = bactrian.parallelize(step_of(loss), mesh=mesh)
+        assert step.options.meshes == MESHES
+        planned = step.trace((jnp.ones((16, 16)), jnp.ones((16, 16))), jnp.ones((8, 16))).plan()
+        assert tuple(stage.mesh for stage in planned.plan.stages) == MESHES
+
+
+def test_more_stages_than_meshes() -> None:
+    with pytest.raises(ConfigError, match="mesh is data=2;data=4: 2 meshes for 3 stages"):
+        bactrian.parallelize(step_of(loss), mesh="data=2;data=4", num_stages=3)
+    with pytest.raises(ConfigError, match="mesh is data=2;data=4: 2 meshes for 3 stages"):
+        traced(mesh="data=2;data=4").plan(num_stages=3)
+
+
+def test_a_stage_of_one_device_beside_one_of_two_is_predicted_and_not_warned_of() -> None:
+    planned = traced(mesh="data=2;data=1").plan()
+    sharding = planned.plan.stages[1].sharding
+    assert sharding is not None and sharding.communication_seconds == 0
+    assert planned.plan.stages[1].predicted_seconds == sharding.seconds > 0
+    assert not any("of stage 1 repeats all of its work" in remark.message for remark in planned.plan.remarks)
 
 
 def test_options_read_the_meshes_of_a_plan() -> None:

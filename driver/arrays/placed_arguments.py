@@ -9,7 +9,7 @@ from typing import Any
 from bactrian.driver.arrays.distributed_array import DistributedArray
 from bactrian.driver.source import line_here
 from bactrian.passes.frame.errors import ConfigError
-from bactrian.passes.machine.spec import MeshAxes, Spec, axes_text, num_devices
+from bactrian.passes.machine.spec import MeshAxes, Spec, meshes_text, num_devices
 
 
 @dataclass(frozen=True)
@@ -19,13 +19,13 @@ class PlacedArguments:
     Attributes:
         num_stages: of the step that placed them.
         stages: the stages that hold each, by argument number.
-        mesh: of every stage, if it has several devices.
-        specs: how each is sharded over it, by argument number.
+        meshes: of every stage, if any has several devices.
+        specs: how the mesh of the first stage that holds it shards each, by argument number.
     """
 
     num_stages: int
     stages: tuple[tuple[int, tuple[int, ...]], ...]
-    mesh: MeshAxes | None = None
+    meshes: tuple[MeshAxes, ...] = ()
     specs: tuple[tuple[int, Spec], ...] = ()
 
     @classmethod
@@ -53,17 +53,23 @@ class PlacedArguments:
                     fix="give both steps the same num_stages, or pass bactrian.gather(...) of one of them",
                 )
         stages = tuple((number, leaf.stages) for number, leaf in placed)
-        meshes = {mesh: leaf for _, leaf in placed for mesh in leaf.placement.meshes.values()}
-        if len(meshes) > 1:
-            (one, leaf), (other, another) = list(meshes.items())[:2]
-            raise ConfigError(
-                f"{leaf.path} was placed on a mesh {axes_text(one)}, {another.path} on {axes_text(other)}",
-                where=line_here(),
-                why="arguments that are placed already share their mesh",
-                fix="give both steps the same mesh, or pass bactrian.gather(...) of one of them",
-            )
-        mesh = next(iter(meshes), None)
-        if mesh is None or num_devices(mesh) == 1:
+        meshes = first.placement.stage_meshes
+        for _, leaf in placed:
+            if leaf.placement.stage_meshes != meshes:
+                raise ConfigError(
+                    f"{first.path} was placed by a step on the mesh {meshes_text(meshes)}, "
+                    f"{leaf.path} by one on {meshes_text(leaf.placement.stage_meshes)}",
+                    where=line_here(),
+                    why="arguments that are placed already share their meshes",
+                    fix="give both steps the same mesh, or pass bactrian.gather(...) of one of them",
+                )
+        if all(num_devices(mesh) == 1 for mesh in meshes):
             return cls(first.placement.num_stages, stages)
         specs = tuple((number, leaf.placement.specs[leaf.stages[0]]) for number, leaf in placed)
-        return cls(first.placement.num_stages, stages, mesh, specs)
+        return cls(first.placement.num_stages, stages, meshes, specs)
+
+    @property
+    def given(self) -> dict[int, tuple[Spec, MeshAxes]]:
+        """How each is sharded, and over which mesh, by argument number."""
+        stages = dict(self.stages)
+        return {number: (spec, self.meshes[stages[number][0]]) for number, spec in self.specs}

@@ -28,7 +28,7 @@ class ArgumentPlacement:
         shardings: for the stages that this rank runs, where their copies go.
         ranks: for every stage in ``stages``, the ranks that run it.
         specs: for every stage in ``stages``, how its mesh shards the array.
-        meshes: for every stage in ``stages``, names and sizes of its mesh's axes.
+        stage_meshes: names and sizes of the axes of the mesh of each stage of the step, whether it holds the array or not.
         rows: for the stages that hold only some rows of it, the first and the one behind the last.
         key_impl: of a typed key, which is carried as its uint32 words.
         num_stages: of the step that placed it; 0 if no step did.
@@ -44,7 +44,7 @@ class ArgumentPlacement:
     shardings: Mapping[int, jax.sharding.Sharding] = field(default_factory=dict[int, jax.sharding.Sharding])
     ranks: Mapping[int, tuple[int, ...]] = field(default_factory=dict[int, tuple[int, ...]])
     specs: Mapping[int, Spec] = field(default_factory=dict[int, Spec])
-    meshes: Mapping[int, MeshAxes] = field(default_factory=dict[int, MeshAxes])
+    stage_meshes: tuple[MeshAxes, ...] = ()
     key_impl: Any = None
     num_stages: int = 0
     weak_type: bool = False
@@ -105,7 +105,7 @@ class ArgumentPlacement:
     def is_replicated(self) -> bool:
         """Whether each device of its stages has all of it."""
         return not self.rows and all(
-            spec.num_shards(dict(self.meshes[stage])) == 1 for stage, spec in self.specs.items()
+            spec.num_shards(dict(self.stage_meshes[stage])) == 1 for stage, spec in self.specs.items()
         )
 
     @property
@@ -113,7 +113,7 @@ class ArgumentPlacement:
         """Meshes and shardings in words."""
         texts = list[str]()
         for stage in self.stages:
-            axes = self.meshes.get(stage, ())
+            axes = self.stage_meshes[stage] if self.stage_meshes else ()
             rows = "rows {} to {} ".format(*self.rows[stage]) if stage in self.rows else ""
             if num_devices(axes) == 1:
                 texts.append(f"{rows}on one device")
@@ -129,9 +129,8 @@ class ArgumentPlacement:
 
     def same_specs(self, other: ArgumentPlacement) -> bool:
         """Whether the other one's stages have equal meshes here, and equal shardings."""
-        return all(
-            self.meshes.get(stage) == mesh and self.specs.get(stage) == other.specs.get(stage)
-            for stage, mesh in other.meshes.items()
+        return self.stage_meshes == other.stage_meshes and all(
+            self.specs.get(stage) == spec for stage, spec in other.specs.items()
         )
 
     @cached_property

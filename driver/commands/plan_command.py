@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +13,7 @@ from bactrian.driver.launch.user_script import use_virtual_devices
 from bactrian.driver.report.plan_table import render_plan
 from bactrian.driver.report.terminal import RichView
 from bactrian.passes.frame.errors import ConfigError
-from bactrian.passes.machine.spec import parse_axes
+from bactrian.passes.machine.spec import num_devices, parse_meshes
 
 if TYPE_CHECKING:
     from bactrian.driver.xla.compare_bytes import Comparison
@@ -37,7 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-stages", type=count, metavar="S", help="pipeline stages")
     parser.add_argument("--num-microbatches", type=count, metavar="M", help="microbatches per step")
     parser.add_argument("--schedule", help="order of the microbatches: 1f1b, eager-1f1b or gpipe")
-    parser.add_argument("--mesh", metavar="A=N,B=M", help="devices of each stage by axes, as in data=2,model=4")
+    parser.add_argument(
+        "--mesh", metavar="A=N,B=M", help="devices of each stage by axes, as in data=2,model=4, or data=2;data=4"
+    )
     parser.add_argument(
         "--cluster",
         metavar="FILE[:NAME]",
@@ -63,9 +64,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Carry the command out; returns its exit code."""
-    axes = None if options.mesh is None else parse_axes(options.mesh)
+    meshes = () if options.mesh is None else parse_meshes(options.mesh)
     if options.compare_xla or options.timing:
-        use_virtual_devices(8 if axes is None else math.prod(size for _, size in axes))
+        use_virtual_devices(max(map(num_devices, meshes), default=8))
     step, arguments = _model(options) if options.model is not None else _script(options)
     names = ("num_stages", "num_microbatches", "schedule", "mesh", "strategy")
     changes = {name: value for name in names if (value := getattr(options, name)) is not None}

@@ -12,7 +12,7 @@ from typing import Any
 from bactrian.passes.frame.errors import ConfigError
 from bactrian.passes.frame.fields import MAX_COUNT
 from bactrian.passes.machine.cluster_file import read_cluster
-from bactrian.passes.machine.spec import MeshAxes, axes_text, meshes_text, num_devices, parse_axes
+from bactrian.passes.machine.spec import MeshAxes, meshes_of_stages, meshes_text, num_devices, parse_axes, parse_meshes
 from bactrian.passes.plan.schema import Plan
 from bactrian.passes.schedules.by_name import DEFAULT_SCHEDULE, schedule_named
 from bactrian.passes.sharding.baselines import check_strategy
@@ -25,7 +25,7 @@ class Options:
     """The options of ``parallelize``, checked. Where a plan is given, what it decides stands in ``num_stages`` and so on.
 
     Attributes:
-        mesh: of all stages, as it was given; `meshes` has those of a plan.
+        mesh: of each stage, or one of all stages, as it was given; `meshes` has those of a plan.
         given: what `of` was told, without what is None.
     """
 
@@ -41,7 +41,7 @@ class Options:
     static_argnums: tuple[int, ...]
     static_argnames: tuple[str, ...]
     axis_name: str | None
-    mesh: MeshAxes | None
+    mesh: tuple[MeshAxes, ...]
     cluster: str
     strategy: str
     check_inputs: bool
@@ -59,7 +59,7 @@ class Options:
         plan = given.get("plan")
         if plan is not None and not isinstance(plan, Plan):
             plan = given["plan"] = Plan.load(plan)  # what is changed later is held against the same plan
-        mesh, strategy = mesh_axes(given.get("mesh")), given.get("strategy", "auto")
+        mesh, strategy = given_meshes(given.get("mesh")), given.get("strategy", "auto")
         if plan is not None:
             _check_against_plan(plan, given, mesh, strategy)
         return cls(
@@ -88,10 +88,9 @@ class Options:
 
     @property
     def meshes(self) -> tuple[MeshAxes, ...]:
-        """The mesh of each of the plan's stages, or the one that was given for all stages; none without either."""
-        if self.plan is not None:
-            return tuple(stage.mesh for stage in self.plan.stages)
-        return () if self.mesh is None else (self.mesh,)
+        """The mesh of each of the plan's stages, or those that were given, of which one is that of all stages; none
+        without either."""
+        return self.mesh if self.plan is None else tuple(stage.mesh for stage in self.plan.stages)
 
     def __post_init__(self) -> None:
         for name in ("num_stages", "num_microbatches"):
@@ -100,7 +99,9 @@ class Options:
                 raise ConfigError(f"{name} is {count!r}", fix=f"give a number from 1 to {MAX_COUNT}, or leave it out")
         schedule_named(self.schedule)
         check_strategy(self.strategy)
-        if self.strategy != "auto" and num_devices(self.mesh or ()) == 1:
+        if self.num_stages is not None and self.mesh:
+            meshes_of_stages(self.mesh, self.num_stages)
+        if self.strategy != "auto" and all(num_devices(axes) == 1 for axes in self.mesh):
             raise ConfigError(
                 f"strategy is {self.strategy}, but there is no mesh", fix='give a mesh, as in mesh="data=8"'
             )
@@ -115,7 +116,7 @@ def _check_names(user_options: Mapping[str, Any]) -> None:
             raise ConfigError(f"unknown option {name!r}", fix=fix)
 
 
-def _check_against_plan(plan: Plan, given: Mapping[str, Any], mesh: MeshAxes | None, strategy: str) -> None:
+def _check_against_plan(plan: Plan, given: Mapping[str, Any], meshes: tuple[MeshAxes, ...], strategy: str) -> None:
     """Refuse an option that was given and says otherwise than the plan."""
     check_stages(plan, given.get("num_stages"))
     for name, has in (("num_microbatches", plan.num_microbatches), ("schedule", plan.schedule)):
@@ -125,9 +126,9 @@ def _check_against_plan(plan: Plan, given: Mapping[str, Any], mesh: MeshAxes | N
         raise ConfigError(
             f"strategy is {strategy}, but a plan is given", fix="leave out one of the two: a plan decides the shardings"
         )
-    meshes = [stage.mesh for stage in plan.stages]
-    if mesh is not None and any(each != mesh for each in meshes):
-        raise ConfigError(f"mesh is {axes_text(mesh)}, but the plan has {meshes_text(meshes)}", fix=_LEAVE_OUT)
+    planned = [stage.mesh for stage in plan.stages]
+    if meshes and meshes_of_stages(meshes, plan.num_stages) != tuple(planned):
+        raise ConfigError(f"mesh is {meshes_text(meshes)}, but the plan has {meshes_text(planned)}", fix=_LEAVE_OUT)
 
 
 def check_stages(plan: Plan, num_stages: int | None, num_layers: int | None = None) -> None:
@@ -160,18 +161,28 @@ def _axis_name(name: Any) -> str | None:
     return name
 
 
-def mesh_axes(mesh: Any) -> MeshAxes | None:
-    """Names and sizes of axes, from what a user gave as a mesh: a text, a mapping or None.
+def given_meshes(mesh: Any) -> tuple[MeshAxes, ...]:
+    """Names and sizes of the axes of each stage's mesh, or of one for all stages, from what a user gave: a text, a
+    mapping, or a sequence of mappings; none for None.
 
     Raises:
-        ConfigError: they are no mesh.
+        ConfigError: they are no meshes.
     """
     if mesh is None:
-        return None
+        return ()
     if isinstance(mesh, str):
-        return parse_axes(mesh)
+        return parse_meshes(mesh)
+    if isinstance(mesh, Sequence) and mesh:
+        return tuple(_mesh_axes(each) for each in mesh)
+    return (_mesh_axes(mesh),)
+
+
+def _mesh_axes(mesh: Any) -> MeshAxes:
     if not isinstance(mesh, Mapping):
-        raise ConfigError(f"mesh is {mesh!r}, neither a text nor a mapping", fix='as in {"data": 2, "model": 4}')
+        raise ConfigError(
+            f"mesh is {mesh!r}, neither a text nor a mapping, nor a mapping for each stage",
+            fix='as in {"data": 2, "model": 4}',
+        )
     axes = parse_axes(",".join(f"{name}={size}" for name, size in mesh.items()))
     if [name for name, _ in axes] != list(mesh):
         raise ConfigError(f"invalid name of an axis in mesh {dict(mesh)!r}", fix="use letters, digits and _")

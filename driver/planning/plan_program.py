@@ -37,7 +37,6 @@ from bactrian.passes.frame.phase_times import PhaseClock
 from bactrian.passes.frame.pipeline import PipelineReport, run_pipeline
 from bactrian.passes.ir.main_dataflow import MainDataflow
 from bactrian.passes.ir.regions import body, main_function
-from bactrian.passes.machine.spec import Spec
 from bactrian.passes.plan.schema import LayerPlan, Plan, StagePlan
 from bactrian.passes.sharding.solve_snapshot import before_solving
 from bactrian.passes.stages.op_times import OpTimes
@@ -53,7 +52,7 @@ def plan_program(
     num_microbatches: int,
     plan: Plan | None = None,
     paths: Sequence[str] = (),
-    specs: Mapping[int, Spec] | None = None,
+    placed: Mapping[int, GivenSpec] | None = None,
     reproducer_dir: str | None = None,
 ) -> StagedPlan:
     """Run the passes on a captured module (which is consumed) and say what is predicted of the outcome.
@@ -61,7 +60,7 @@ def plan_program(
     Args:
         plan: an existing plan to apply; its predictions are replaced by those of this run.
         paths: of the arguments, for people.
-        specs: of arguments that another step has placed, on the mesh that all stages have.
+        placed: how another step has placed arguments.
         reproducer_dir: where a failing pass writes its reproducer.
     """
     clock = PhaseClock()
@@ -70,7 +69,7 @@ def plan_program(
     # What is known by layers is read now: split-stages keeps only stages.
     with clock.phase("name layers"):
         layered = _layered(module, decisions, formed)
-    sources = _give_shardings(module, decisions, plan, specs or {}, paths) if decisions.is_wide else {}
+    sources = _give_shardings(module, decisions, plan, placed or {}, paths) if decisions.is_wide else {}
     localized = run_pipeline(module, decisions.localizing(), reproducer_dir=reproducer_dir, kept=formed.kept)
     clock.add(localized.phases)
     unsolved = None
@@ -118,14 +117,12 @@ def _layered(module: ir.Module, decisions: Decisions, formed: PipelineReport) ->
 
 
 def _give_shardings(
-    module: ir.Module, decisions: Decisions, plan: Plan | None, specs: Mapping[int, Spec], paths: Sequence[str]
+    module: ir.Module, decisions: Decisions, plan: Plan | None, placed: Mapping[int, GivenSpec], paths: Sequence[str]
 ) -> dict[int, str]:
     """Write the shardings of arguments from a plan or another step; returns who gave each, by the argument's number."""
     with module.context:
         ranks = [len(ir.RankedTensorType(value.type).shape) for value in body(main_function(module)).arguments]
         given = {} if plan is None else plan_specs(plan, paths, ranks)
-        # A step whose stages have different meshes does not run, so it has placed nothing.
-        placed = {number: GivenSpec(spec, decisions.meshes[0]) for number, spec in specs.items()}
         refuse_moved(given, placed, paths)
         refuse_overruled(module, {**given, **placed}, paths)
         write_specs(module, {**given, **placed}, decisions.meshes)

@@ -21,6 +21,7 @@ from bactrian.driver.arrays.placement import ArgumentPlacement
 from bactrian.driver.capture.argument_info import ArgumentInfo, ResultInfo
 from bactrian.driver.capture.call_signature import aval_key
 from bactrian.driver.capture.captured_step import Captured
+from bactrian.driver.run.distributed_meshes import meshes_of
 from bactrian.driver.run.input_check import refuse_different_inputs
 from bactrian.driver.run.session import Session
 from bactrian.driver.source import line_here
@@ -229,7 +230,7 @@ class Compiled:
                 for stage in stages
             },
             specs={stage: program.values[pieces[stage].value].spec for stage in stages},
-            meshes={stage: program.mesh(stage) for stage in stages},
+            stage_meshes=meshes_of(program),
             key_impl=info.key_impl,
             num_stages=self.plan.num_stages,
             weak_type=info.weak_type,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import socket
 from collections.abc import Sequence
 from typing import Any
@@ -12,7 +11,7 @@ import jax
 from bactrian.driver.xla.compile_stage import JaxDevice
 from bactrian.driver.xla.loopback import LOOPBACK, use_loopback
 from bactrian.passes.frame.errors import ConfigError
-from bactrian.passes.machine.spec import MeshAxes, axes_text
+from bactrian.passes.machine.spec import MeshAxes, axes_text, num_devices
 from bactrian.runtime.control import Control
 from bactrian.runtime.staged_program import StagedProgram
 
@@ -43,8 +42,8 @@ def join_ranks(control: Control) -> None:
     )
 
 
-def ranks_per_mesh(meshes: Sequence[MeshAxes], world: Any, local: Sequence[JaxDevice]) -> int:
-    """How many ranks' devices a mesh is made of; 1 where a rank has enough by itself.
+def ranks_of_stages(meshes: Sequence[MeshAxes], world: Any, local: Sequence[JaxDevice]) -> tuple[int, ...]:
+    """How many ranks' devices the mesh of each stage is made of; 1 where a rank has enough by itself.
 
     Args:
         meshes: names and sizes of the axes of each stage's mesh.
@@ -52,18 +51,29 @@ def ranks_per_mesh(meshes: Sequence[MeshAxes], world: Any, local: Sequence[JaxDe
         local: this rank's devices.
 
     Raises:
-        ConfigError: stages have different meshes; there are not the devices, or the ranks are not joined, or can't be
-            divided so.
+        ConfigError: there are not the devices, or the ranks are not joined, or can't be divided so.
     """
-    _refuse_different(meshes)
-    sizes = [math.prod(size for _, size in mesh) for mesh in meshes]
-    needed, each = max(sizes), len(local)
-    if needed <= each:
-        return 1
-    stage = sizes.index(needed)
-    words = ",".join(f"{name}={size}" for name, size in meshes[stage])
-    several = world.num_ranks > 1
-    mesh = f"stage {stage} has a mesh of {needed} devices ({words})"
+    sizes, each = [num_devices(mesh) for mesh in meshes], len(local)
+    if max(sizes) <= each:
+        return (1,) * len(meshes)
+    _check_ranks_of(meshes, sizes.index(max(sizes)), world, each)
+    for stage, needed in enumerate(sizes):
+        if needed > each and needed % each:
+            raise ConfigError(
+                f"{_mesh_of(stage, meshes)}, each rank has {each}, which does not divide {needed}",
+                why="a mesh has all devices of some ranks, or some of one",
+                fix=f"take a mesh of a multiple of {each} devices, or ranks with another number of them",
+            )
+    return tuple(max(1, needed // each) for needed in sizes)
+
+
+def _mesh_of(stage: int, meshes: Sequence[MeshAxes]) -> str:
+    return f"stage {stage} has a mesh of {num_devices(meshes[stage])} devices ({axes_text(meshes[stage])})"
+
+
+def _check_ranks_of(meshes: Sequence[MeshAxes], stage: int, world: Any, each: int) -> None:
+    """Refuse ranks whose devices can't make up a mesh together."""
+    several, needed = world.num_ranks > 1, num_devices(meshes[stage])
     whose = "each rank" if several else "this process"
     makes = f"bactrian run --devices {needed}, or XLA_FLAGS=--xla_force_host_platform_device_count={needed}"
     if not several or not jax.distributed.is_initialized():
@@ -72,38 +82,12 @@ def ranks_per_mesh(meshes: Sequence[MeshAxes], world: Any, local: Sequence[JaxDe
             'cluster_detection_method="mpi4py") under mpirun, before jax is used; '
         )
         raise ConfigError(
-            f"{mesh}, {whose} has {each}",
+            f"{_mesh_of(stage, meshes)}, {whose} has {each}",
             why="the devices of one mesh belong to one process, unless jax.distributed joins several",
             fix=f"{joins if several else ''}{makes}, makes as many of a CPU; or take a smaller mesh",
         )
     _check_joined(world)
     _check_equal_shares(each)
-    if needed % each:
-        raise ConfigError(
-            f"{mesh}, {whose} has {each}, which does not divide {needed}",
-            why="a mesh has all devices of some ranks, or some of one",
-            fix=f"take a mesh of a multiple of {each} devices, or ranks with another number of them",
-        )
-    ranks = needed // each
-    if world.num_ranks % ranks:
-        raise ConfigError(
-            f"{mesh}, which takes {ranks} ranks of {each} devices, but {world.num_ranks} ranks were started",
-            why=f"{world.num_ranks} is no multiple of {ranks}",
-            fix=f"start {world.num_ranks // ranks * ranks or ranks} or {(world.num_ranks // ranks + 1) * ranks} ranks",
-        )
-    return ranks
-
-
-def _refuse_different(meshes: Sequence[MeshAxes]) -> None:
-    """The one place that refuses stages whose meshes differ: they are planned, but not run yet."""
-    other = next((stage for stage, mesh in enumerate(meshes) if mesh != meshes[0]), None)
-    if other is not None:
-        raise ConfigError(
-            "running stages on different meshes is not supported yet: "
-            f"stage 0 has {axes_text(meshes[0])}, stage {other} has {axes_text(meshes[other])}",
-            why="devices are dealt to stages in groups of one size",
-            fix="make a plan in which all stages have the same mesh",
-        )
 
 
 def _check_joined(world: Any) -> None:
@@ -137,6 +121,6 @@ def devices_of_ranks(ranks: Sequence[int]) -> list[JaxDevice]:
     return sorted(mine, key=lambda device: (place[device.process_index], device.id))
 
 
-def meshes_of(program: StagedProgram) -> list[MeshAxes]:
+def meshes_of(program: StagedProgram) -> tuple[MeshAxes, ...]:
     """The mesh of every stage."""
-    return [program.mesh(stage) for stage in range(program.num_stages)]
+    return tuple(program.mesh(stage) for stage in range(program.num_stages))

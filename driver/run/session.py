@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from jax.sharding import Sharding
 
 from bactrian.driver.planning.staged_plan import StagedPlan
 from bactrian.driver.ranks import World
-from bactrian.driver.run.distributed_meshes import devices_of_ranks, meshes_of, ranks_per_mesh
+from bactrian.driver.run.distributed_meshes import devices_of_ranks, meshes_of, ranks_of_stages
 from bactrian.driver.xla.compile_stage import (
     CompiledFunction,
     JaxDevice,
@@ -26,7 +27,7 @@ from bactrian.driver.xla.compile_stage import (
 )
 from bactrian.passes.frame.errors import ConfigError
 from bactrian.passes.frame.phase_times import PhaseClock, PhaseTime
-from bactrian.passes.machine.spec import UNSHARDED, MeshAxes, Spec
+from bactrian.passes.machine.spec import MeshAxes, Spec, axes_text, num_devices
 from bactrian.runtime import faults
 from bactrian.runtime.control import Control
 from bactrian.runtime.executor import Executor, Meter, run_together
@@ -35,6 +36,7 @@ from bactrian.runtime.instruction_checks import StreamStatistics, check_streams
 from bactrian.runtime.instructions import InstructionStream, Slot
 from bactrian.runtime.mesh_groups import share_streams
 from bactrian.runtime.rank_lifecycle import pin_cores
+from bactrian.runtime.stage_groups import StageGroups, deal_stages
 from bactrian.runtime.staged_program import StagedProgram
 from bactrian.runtime.timeline import Tracer, gather_traces, write_trace
 from bactrian.runtime.transports.choose import choose
@@ -51,8 +53,7 @@ class Places:
 
     def of_slot(self, slot: Slot) -> Sharding:
         """The sharding of a slot."""
-        spec = self._program.values[slot.value].spec if slot.value >= 0 else UNSHARDED
-        return self.of_spec(slot.stage, spec)
+        return self.of_spec(slot.stage, self._program.spec_on(slot.value, slot.stage))
 
     def of_value(self, value: int) -> Sharding:
         """The sharding of a value of the staged program."""
@@ -126,68 +127,62 @@ class Session:
 
 
 def num_groups(mesh: MeshAxes) -> int:
-    """How many stages can have ranks of their own, each as many as such a mesh takes."""
+    """How many stages can have ranks of their own, each as many as such a mesh takes.
+
+    Raises:
+        ConfigError: the ranks or their devices do not fit the mesh.
+    """
     world = World.current()
-    return 1 if world.num_ranks == 1 else world.num_ranks // ranks_per_mesh([mesh], world, jax.local_devices())
+    if world.num_ranks == 1:
+        return 1
+    (ranks,) = ranks_of_stages([mesh], world, jax.local_devices())
+    if world.num_ranks % ranks:
+        groups = world.num_ranks // ranks
+        raise ConfigError(
+            f"a mesh {axes_text(mesh)} takes {ranks} ranks, but {world.num_ranks} ranks were started",
+            why=f"{world.num_ranks} is no multiple of {ranks}",
+            fix=f"start {groups * ranks or ranks} or {(groups + 1) * ranks} ranks",
+        )
+    return world.num_ranks // ranks
 
 
-def check_ranks(meshes: Sequence[MeshAxes], world: World) -> int:
-    """The ranks that each mesh takes.
+def groups_of_stages(meshes: Sequence[MeshAxes], world: World) -> StageGroups:
+    """The ranks of each stage; in one process the streams, each of which is a rank of its own.
 
     Raises:
         ConfigError: the ranks or their devices do not fit the stages' meshes.
     """
-    shared = ranks_per_mesh(meshes, world, jax.local_devices())
-    stage_ranks(len(meshes), world.num_ranks, shared)
-    return shared
-
-
-def stage_ranks(num_stages: int, num_ranks: int, ranks_per_mesh: int = 1) -> tuple[int, ...]:
-    """Stages dealt round to ranks, or to groups of consecutive ranks, consecutive stages to different ones.
-
-    Raises:
-        ConfigError: there are more ranks than stages have use for.
-    """
-    groups = num_ranks // ranks_per_mesh
-    if groups > num_stages:
-        each, most = ranks_per_mesh, num_stages * ranks_per_mesh
-        fitting = f"{each} ranks" if num_stages == 1 else f"a multiple of {each} ranks up to {most}"
-        if each == 1 < num_stages:
-            fitting = f"1 to {num_stages} ranks"
-        whose = "one rank" if each == 1 else f"{each} ranks"
-        raise ConfigError(
-            f"the plan has {num_stages} stage{'s' * (num_stages > 1)}, but {num_ranks} ranks were started",
-            why=f"a stage belongs to {whose}, so a rank without a stage would have nothing to do",
-            fix=f"start {fitting}, or ask for num_stages={groups}",
-        )
-    return tuple(stage % groups for stage in range(num_stages))
+    local = jax.local_devices()
+    ranks = ranks_of_stages(meshes, world, local)
+    if world.num_ranks > 1:
+        return deal_stages(ranks, world.num_ranks)
+    sizes = [num_devices(mesh) for mesh in meshes]
+    return deal_stages(ranks, len(lots_of_devices(sizes, len(local))))
 
 
 def open_session(staged: StagedPlan, world: World) -> Session:
     """Compile this process's stages and build its instruction streams (collective under MPI)."""
     program, clock = staged.program, PhaseClock()
     local = jax.local_devices()
-    shared = ranks_per_mesh(meshes_of(program), world, local)
+    groups = groups_of_stages(meshes_of(program), world)
     several = world.num_ranks > 1
-    num_ranks = world.num_ranks if several else _own_ranks(program, len(local))
-    groups = stage_ranks(program.num_stages, num_ranks, shared)
     with clock.phase("build instructions"):
-        streams = share_streams(build_streams(program, groups, broadcast_results=several), program, shared)
+        streams = share_streams(build_streams(program, groups.of_stage, broadcast_results=several), program, groups)
         statistics = check_streams(streams)
     mesh_control = None
     if several:
         own = (streams[world.rank],)
-        if shared > 1:
-            mesh_control = world.control.split(world.rank // shared)
-            local = devices_of_ranks(own[0].mesh_ranks)
-        devices = {stage: _devices_of(program, stage, i, local) for i, stage in enumerate(own[0].stages)}
+        of_group = world.control.split(groups.of_rank(world.rank)) if max(groups.sizes) > 1 else None
+        if own[0].mesh_ranks:
+            mesh_control, local = of_group, devices_of_ranks(own[0].mesh_ranks)
+        devices = _devices_of_rank(program, own[0].stages, local)
     else:
         own = streams
-        devices = {stage: _devices_of(program, stage, rank, local) for stage, rank in enumerate(groups)}
-    transports = choose(world.control, [stream.rank for stream in own], device_array, ranks_per_mesh=shared)
+        devices = _devices_in_process(program, local)
+    transports = choose(world.control, [stream.rank for stream in own], device_array, ranks_per_mesh=max(groups.sizes))
     functions = _compile(staged, devices, clock)
     on_cores = all(device.platform == "cpu" for mesh in devices.values() for device in mesh)
-    inline = several and (len(pin_cores()) == 1 or shared > 1) and on_cores
+    inline = several and (len(pin_cores()) == 1 or bool(own[0].mesh_ranks)) and on_cores
     places = Places(program, devices)
 
     def make(tracer: Tracer | None = None, meter: Meter | None = None) -> tuple[Executor, ...]:
@@ -210,17 +205,43 @@ def open_session(staged: StagedPlan, world: World) -> Session:
     )
 
 
-def _own_ranks(program: StagedProgram, num_devices: int) -> int:
-    """How many stages can have devices of their own in one process, all meshes taken to be as large as the largest."""
-    largest = max(program.num_devices(stage) for stage in range(program.num_stages))
-    return min(program.num_stages, num_devices // largest)
+def lots_of_devices(sizes: Sequence[int], num_devices: int) -> tuple[range, ...]:
+    """Lots of devices to which stages are dealt round: as many lots as there are devices for. Stages of one lot share it.
+
+    Args:
+        sizes: devices of each stage's mesh.
+        num_devices: that there are, enough for each mesh.
+
+    >>> lots_of_devices([2, 1, 1], 4), lots_of_devices([2, 1, 1], 3)
+    ((range(0, 2), range(2, 3), range(3, 4)), (range(0, 2), range(2, 3)))
+    """
+    ends = list[int]()
+    for count in range(len(sizes), 0, -1):
+        ends = list(itertools.accumulate(max(sizes[lot::count]) for lot in range(count)))
+        if ends[-1] <= num_devices:
+            break
+    return tuple(range(start, end) for start, end in itertools.pairwise([0, *ends]))
 
 
-def _devices_of(program: StagedProgram, stage: int, place: int, local: Sequence[JaxDevice]) -> tuple[JaxDevice, ...]:
-    """The devices of a stage's mesh: the ``place``-th lot of so many, beginning again when there are no more."""
-    count = program.num_devices(stage)
-    first = count * (place % (len(local) // count))
-    return tuple(local[first : first + count])
+def _devices_in_process(program: StagedProgram, local: Sequence[JaxDevice]) -> dict[int, tuple[JaxDevice, ...]]:
+    """The devices of every stage's mesh in one process."""
+    sizes = [program.num_devices(stage) for stage in range(program.num_stages)]
+    lots = lots_of_devices(sizes, len(local))
+    starts = [lots[stage % len(lots)].start for stage in range(len(sizes))]
+    return {stage: tuple(local[start : start + sizes[stage]]) for stage, start in enumerate(starts)}
+
+
+def _devices_of_rank(
+    program: StagedProgram, stages: Sequence[int], local: Sequence[JaxDevice]
+) -> dict[int, tuple[JaxDevice, ...]]:
+    """The devices of the meshes of a rank's stages: the next ones, from the first again where too few are left."""
+    found, start = dict[int, tuple[JaxDevice, ...]](), 0
+    for stage in stages:
+        count = program.num_devices(stage)
+        start = start if start + count <= len(local) else 0
+        found[stage] = tuple(local[start : start + count])
+        start += count
+    return found
 
 
 def _compile(

@@ -19,6 +19,8 @@ _MANUAL = "sdy.manual_computation"
 def verify(view: ModuleView) -> None:
     """``docs/ir.md``, section 8a."""
     meshes = mesh_axes(view.module)
+    if all(num_devices(axes) == 1 for axes in meshes.values()):
+        return  # nothing was sharded
     for each in view.module.body.operations:
         op = each.operation
         if op.name != "func.func" or op == view.main:
@@ -26,6 +28,8 @@ def verify(view: ModuleView) -> None:
         axes = meshes.get(ir.StringAttr(op.attributes["sym_name"]).value.partition(".")[0], ())
         if num_devices(axes) > 1:
             _verify_function(op)
+        else:
+            _verify_program(op)
 
 
 def _verify_function(function: ir.Operation) -> None:
@@ -44,7 +48,12 @@ def _verify_function(function: ir.Operation) -> None:
         for sharding, entry, value in zip(shardings, entries, values, strict=True):
             if SHARDING in entry and spec_of(entry[SHARDING]) != spec_of(sharding):
                 raise error_at(PassError, value, f"{name} has {sharding} where the function has {entry[SHARDING]}")
-    for op in nested_operations(manual):
+    _verify_program(manual)
+
+
+def _verify_program(around: ir.Operation) -> None:
+    """What one device runs is without shardings."""
+    for op in nested_operations(around):
         if SHARDING in op.attributes:
             raise error_at(PassError, op, f"an op of the program of one device has {SHARDING}")
         if op.name.startswith("sdy.") and op.name != "sdy.return":

@@ -44,14 +44,15 @@ def mesh_attribute(axes: MeshAxes) -> ir.Attribute:
 def make_user_mesh(module: ir.Module, meshes: Iterable[MeshAxes]) -> None:
     """Make the mesh `USER_MESH`, if it is not there, with each axis of the stages' meshes. Its context is entered.
 
-    Axes are read by name; of one that stages have in several sizes, it has the first.
+    Axes are read by name; of one that stages have in several sizes, it has the first size larger than 1.
     """
     if USER_MESH in mesh_axes(module):
         return
     axes: dict[str, int] = {}
     for mesh in meshes:
         for name, size in mesh:
-            axes.setdefault(name, size)
+            if axes.get(name, 1) == 1:
+                axes[name] = size
     with ir.InsertionPoint.at_block_begin(module.body), ir.Location.unknown():
         sdy.MeshOp(USER_MESH, mesh_attribute(tuple(axes.items())))
 

@@ -59,6 +59,21 @@ def meshes_text(meshes: Sequence[MeshAxes]) -> str:
     return ";".join(axes_text(axes) for axes in several)
 
 
+def meshes_of_stages(meshes: Sequence[MeshAxes], num_stages: int) -> tuple[MeshAxes, ...]:
+    """The mesh of each stage, where one stands for all of them.
+
+    Raises:
+        ConfigError: there are neither one nor as many as stages.
+    """
+    if len(meshes) not in (1, num_stages):
+        raise ConfigError(
+            f"mesh is {';'.join(map(axes_text, meshes))}: {len(meshes)} meshes for "
+            f"{num_stages} stage{'s' * (num_stages > 1)}",
+            fix="give one mesh for all stages, or one for each",
+        )
+    return tuple(meshes) if len(meshes) == num_stages else tuple(meshes) * num_stages
+
+
 def num_devices(axes: MeshAxes) -> int:
     """Devices of a mesh."""
     return math.prod(size for _, size in axes)

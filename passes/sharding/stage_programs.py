@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from jaxlib.mlir import ir
 
-from bactrian.passes.frame.errors import ConfigError, PassError
+from bactrian.passes.frame.errors import PassError
 from bactrian.passes.ir.attributes import FIRST_DEVICES, NUM_MICROBATCHES, NUM_STAGES, integer_attribute
 from bactrian.passes.ir.meshes import USER_MESH, mesh_axes
 from bactrian.passes.ir.module_schedule import fused_phases, schedule_of
@@ -51,8 +51,7 @@ def stage_meshes(module: ir.Module) -> dict[str, MeshAxes]:
     """The axes of every stage's mesh by its symbol, in the order of the stages; nothing where all have one device.
 
     Raises:
-        PassError: a mesh of several devices belongs to no stage.
-        ConfigError: only some stages have several devices.
+        PassError: a mesh of several devices belongs to no stage, or a stage has no mesh.
     """
     stages = integer_attribute(module.operation, NUM_STAGES) or 1
     meshes = mesh_axes(module)
@@ -65,11 +64,10 @@ def stage_meshes(module: ir.Module) -> dict[str, MeshAxes]:
             f"mesh @{strange[0]} has several devices, but belongs to no stage",
             fix="run adopt-shardings first, or call it @stage0",
         )
-    if narrow := [name for name in names if name not in wide]:
-        raise ConfigError(
-            f"mesh @{wide[0]} has several devices, @{narrow[0]} has one",
-            why="mixing sharded and single-device stages is not supported yet",
-            fix="give every stage a mesh of several devices, or every stage one device",
+    if missing := [name for name in names if name not in meshes]:
+        raise PassError(
+            f"stage {names.index(missing[0])} has no mesh",
+            fix=f"run assign-stages first, or add sdy.mesh @{missing[0]}",
         )
     return {name: meshes[name] for name in names}
 
