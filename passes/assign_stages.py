@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import sdy
 
 from bactrian.passes.frame.base import Pass, PassContext, Statistic, option
 from bactrian.passes.frame.errors import ConfigError
@@ -27,9 +26,9 @@ from bactrian.passes.ir.attributes import (
     required_integer,
 )
 from bactrian.passes.ir.main_dataflow import MainDataflow
-from bactrian.passes.ir.meshes import mesh_attribute
+from bactrian.passes.ir.meshes import make_stage_meshes
 from bactrian.passes.ir.regions import main_function
-from bactrian.passes.machine.spec import MeshAxes, meshes_of_stages, parse_meshes
+from bactrian.passes.machine.spec import meshes_of_stages, parse_meshes
 from bactrian.passes.stages import layer_partitioning
 from bactrian.passes.stages.op_times import OpTimes
 from bactrian.passes.stages.uneven_stages import warn_of_uneven_stages
@@ -161,7 +160,7 @@ class AssignStages(Pass):
         of_ops = [None if layer is None else stages[layer] for layer in layers]
         warn_of_uneven_stages(flow, op_seconds, of_ops, len(starts), bool(argument_pinned_stages(main)), ctx)
         module.operation.attributes[NUM_STAGES] = integer(len(starts))
-        _make_meshes(module, meshes)
+        make_stage_meshes(module, meshes)
         ctx.keep(flow)
         ctx.keep(times)
         ctx.count("cut-bytes", sum(crossing[start] for start in starts[1:]))
@@ -204,16 +203,3 @@ def _layer_costs(
             change[min(ends) + 1] += sizes[value]
             change[max(ends) + 1] -= sizes[value]
     return total, list(itertools.accumulate(change[:num_layers]))
-
-
-def _make_meshes(module: ir.Module, meshes: Sequence[MeshAxes]) -> None:
-    """One mesh per stage, at the top of the module; meshes that are there already stay."""
-    present = {
-        ir.StringAttr(op.operation.attributes["sym_name"]).value
-        for op in module.body.operations
-        if op.operation.name == "sdy.mesh"
-    }
-    with ir.InsertionPoint.at_block_begin(module.body), ir.Location.unknown():
-        for stage, axes in enumerate(meshes):
-            if f"stage{stage}" not in present:
-                sdy.MeshOp(f"stage{stage}", mesh_attribute(axes))

@@ -32,7 +32,8 @@ class GroupLayers(Pass):
     The forward ops are cut into ``num-layers`` contiguous groups, where the fewest bytes cross, so that a step takes
     about equally long on each: the roofline time of its forward ops, and of the backward and update ops that go with
     them, on a device of ``cluster``. What every stage will compute for itself (a mask of positions in the batch) crosses
-    no cut. A part that `jax.checkpoint` computes again is cut only if that makes the slowest layer much faster. If
+    no cut. Where blocks of the model repeat, cuts are at the same place of each, if that costs no bytes and leaves the layers about
+    as even: then layers are equal, and with ``most-layers`` there is one for each block. A part that `jax.checkpoint` computes again is cut only if that makes the slowest layer much faster. If
     the program has stage boundaries, cuts are made only there; the boundaries are removed. Backward and update ops may
     stand anywhere, so they go where the bytes times the layers that they travel are least: a residual is free
     from the layer that makes it to the last that reads it in the forward phase, an argument is free where the forward
@@ -98,6 +99,9 @@ class GroupLayers(Pass):
     )
 
     num_layers: int = option(0, help="how many layers to make; 0: one more than there are stage boundaries")
+    most_layers: int = option(
+        0, help="if num-layers is 0: find how many, one for each block that repeats, and no more than this"
+    )
     num_stages: int = option(0, help="stages that will be made of the layers, for errors to name; 0: not known")
     epsilon: float = option(0.1, help="by how much a layer's predicted time may exceed an even share")
     cluster: str = option(
@@ -106,9 +110,10 @@ class GroupLayers(Pass):
     small_bytes: int = option(256, help="an argument of at most this many bytes is read anywhere for free")
 
     def check_options(self) -> None:
-        """Neither the number of layers nor the slack is negative."""
-        if self.num_layers < 0:
-            raise ConfigError(f"option num-layers of {self.name} is {self.num_layers}, must not be negative")
+        """Neither a number of layers nor the slack is negative."""
+        for option_name, value in (("num-layers", self.num_layers), ("most-layers", self.most_layers)):
+            if value < 0:
+                raise ConfigError(f"option {option_name} of {self.name} is {value}, must not be negative")
         if not 0 <= self.epsilon <= 1000:
             raise ConfigError(f"option epsilon of {self.name} is {self.epsilon}, must be from 0 to 1000")
 
@@ -117,7 +122,9 @@ class GroupLayers(Pass):
         program = LayeredProgram.of(module, MainDataflow.kept_or_read(module, ctx), self.small_bytes)
         times = OpTimes.of(module, self.cluster, ctx.remark)
         main = main_function(module)
-        layers = cut_forward(program, times.seconds, self.num_layers, self.num_stages, self.epsilon, main, ctx)
+        layers = cut_forward(
+            program, times.seconds, self.num_layers, self.num_stages, self.epsilon, self.most_layers, main, ctx
+        )
         if layers is None:
             return
         num_layers = max(self.num_layers, 1 + max((layer for layer in layers if layer is not None), default=0))

@@ -4,7 +4,7 @@ accessors in Python."""
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import sdy
@@ -12,6 +12,9 @@ from jaxlib.mlir.dialects import sdy
 from bactrian.passes.machine.spec import MeshAxes, Spec
 
 SHARDING = "sdy.sharding"
+ONE_DEVICE: MeshAxes = (("data", 1),)
+"""The mesh of a stage without one."""
+
 USER_MESH = "user"
 """The symbol of the mesh that user-specified shardings are over until ``solve-shardings``."""
 
@@ -33,12 +36,21 @@ def mesh_axes(module: ir.Module) -> dict[str, MeshAxes]:
 def stage_axes(module: ir.Module, num_stages: int) -> tuple[MeshAxes, ...]:
     """The axes of every stage's mesh; one device where there is none."""
     known = mesh_axes(module)
-    return tuple(known.get(f"stage{stage}", (("data", 1),)) for stage in range(num_stages))
+    return tuple(known.get(f"stage{stage}", ONE_DEVICE) for stage in range(num_stages))
 
 
 def mesh_attribute(axes: MeshAxes) -> ir.Attribute:
     """``#sdy.mesh`` of axes."""
     return sdy.MeshAttr.get([sdy.MeshAxisAttr.get(name, size) for name, size in axes])
+
+
+def make_stage_meshes(module: ir.Module, meshes: Sequence[MeshAxes]) -> None:
+    """Make the mesh of each stage, in the order of the stages; one that is there stays. Its context is entered."""
+    present = mesh_axes(module)
+    with ir.InsertionPoint.at_block_begin(module.body), ir.Location.unknown():
+        for stage, axes in enumerate(meshes):
+            if f"stage{stage}" not in present:
+                sdy.MeshOp(f"stage{stage}", mesh_attribute(axes))
 
 
 def make_user_mesh(module: ir.Module, meshes: Iterable[MeshAxes]) -> None:

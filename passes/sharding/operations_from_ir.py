@@ -56,37 +56,59 @@ class FlowOp:
     reads: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class FlowFacts:
+    """What is known of a program whatever part of it is read, found once.
+
+    Attributes:
+        flow: the data flow.
+        value_of: of each value the one that it is (`forwarded_values`).
+        from_memory: whether each value must exist (`read_from_memory`).
+        defers: ops whose sums can wait (`deferred_sums`).
+        in_backward: values that the backward phase reads.
+        by_microbatches: values that the forward or the backward phase reads.
+    """
+
+    flow: LoopFlow
+    value_of: list[int]
+    from_memory: list[bool]
+    defers: dict[int, Defers]
+    in_backward: frozenset[int]
+    by_microbatches: frozenset[int]
+
+    @classmethod
+    def of(cls, main: ir.Operation) -> FlowFacts:
+        """Read ``@main``."""
+        flow = LoopFlow.of(main)
+        value_of = forwarded_values(flow)
+        return cls(
+            flow=flow,
+            value_of=value_of,
+            from_memory=read_from_memory(flow, value_of),
+            defers=deferred_sums(flow, value_of, [forwards(flow, index) for index in range(len(flow.ops))]),
+            in_backward=_read_in(flow, value_of, (BACKWARD,)),
+            by_microbatches=_read_in(flow, value_of, (FORWARD, BACKWARD)),
+        )
+
+
 class OperationReader:
     """Reads op by op, in their order."""
 
     def __init__(
         self,
-        flow: LoopFlow,
+        facts: FlowFacts,
         mesh: Mesh,
         device: Device,
         num_microbatches: int,
         remark: Callable[[ir.Operation, str], None],
         in_flight: int,
     ) -> None:
-        self._flow, self._mesh, self._device = flow, mesh, device
+        self._facts, self._flow, self._mesh, self._device = facts, facts.flow, mesh, device
         self._num_microbatches, self._remark, self._in_flight = num_microbatches, remark, in_flight
         self._model = CostModel()
-        self._free = [False] * len(flow.values)
-        self._kept = [True] * len(flow.values)  # takes memory: all but what is made here, and fused
-        self.value_of = forwarded_values(flow)
-        self._from_memory = read_from_memory(flow, self.value_of)
-        self.defers = deferred_sums(flow, self.value_of, [forwards(flow, index) for index in range(len(flow.ops))])
-        self._in_backward = self._read_in((BACKWARD,))
-        self._read_by_microbatches = self._read_in((FORWARD, BACKWARD))
-
-    def _read_in(self, phases: Collection[str]) -> set[int]:
-        """The values that ops of some phases read."""
-        return {
-            self.value_of[value]
-            for reads, phase in zip(self._flow.operands, self._flow.phases, strict=True)
-            if phase in phases
-            for value in reads
-        }
+        self._free = [False] * len(facts.flow.values)
+        self._kept = [True] * len(facts.flow.values)  # takes memory: all but what is made here, and fused
+        self.value_of = facts.value_of
 
     def runs_per_step(self, index: int) -> float:
         """How often in a step an entry runs, but for loops."""
@@ -95,11 +117,11 @@ class OperationReader:
     def _live_instances(self, index: int) -> int:
         """How many of an entry's results are there at once."""
         activations = self._flow.phases[index] == FORWARD
-        return self._in_flight if activations and self._in_backward.intersection(self._flow.results[index]) else 1
+        return self._in_flight if activations and self._facts.in_backward.intersection(self._flow.results[index]) else 1
 
     def _is_held(self, index: int) -> bool:
         """Whether what an entry makes once is there for all microbatches."""
-        return self._flow.phases[index] == PREPARE and not self._read_by_microbatches.isdisjoint(
+        return self._flow.phases[index] == PREPARE and not self._facts.by_microbatches.isdisjoint(
             self._flow.results[index]
         )
 
@@ -143,7 +165,7 @@ class OperationReader:
                 self._remark(op, f"{op.name} can't be sharded: every device does all of it")
             rule = replicated_rule(*shapes)
         separate = is_separate(self._flow, index)
-        keeps = separate or any(self._from_memory[value] for value in results)
+        keeps = separate or any(self._facts.from_memory[value] for value in results)
         is_there = bool(given) and self._kept[operands[0]]  # what a constraint makes is what it reads
         keeps = keeps and not is_there
         for value in results:
@@ -154,17 +176,23 @@ class OperationReader:
             rule=None if is_free else rule,
             seconds=0.0
             if is_there
-            else op_seconds(op, self._model, self._device, keeps, separate, self._from_memory, operands),
+            else op_seconds(op, self._model, self._device, keeps, separate, self._facts.from_memory, operands),
             repack_seconds=repack_seconds(op, self._device),
             runs_per_step=self.runs_per_step(index) * self._flow.iterations[index],
             materialized=keeps,
             constraint_specs=given,
             live_whole_step=ACCUMULATE in op.attributes or self._is_held(index),
             live_instances=self._live_instances(index),
-            defers=self.defers.get(index, Defers.NOT),
+            defers=self._facts.defers.get(index, Defers.NOT),
             reshards_per_step=self._reshards_per_step(index, read[: len(rule.operands)]),
         )
         return FlowOp(index, operation, rule, read[: len(rule.operands)])
+
+
+def _read_in(flow: LoopFlow, value_of: list[int], phases: Collection[str]) -> frozenset[int]:
+    """The values that ops of some phases read."""
+    reads = zip(flow.operands, flow.phases, strict=True)
+    return frozenset(value_of[value] for values, phase in reads if phase in phases for value in values)
 
 
 def forwarded_values(flow: LoopFlow) -> list[int]:

@@ -16,6 +16,7 @@ from bactrian.passes.machine.cluster import Cluster
 from bactrian.passes.machine.host_group import HostGroup
 from bactrian.passes.machine.mesh import Mesh
 from bactrian.passes.machine.spec import MeshAxes, num_devices
+from bactrian.passes.sharding.operations_from_ir import FlowFacts
 from bactrian.passes.sharding.work_from_ir import Reading, read_program
 
 
@@ -88,8 +89,9 @@ def read_stages(
         PassError, ProgramError: as `read_program`.
     """
     hosts = stage_hosts(module, meshes, cluster)
+    facts = FlowFacts.of(main_function(module))
     return [
-        read_stage(module, stage, own.mesh(axes), own, remark)
+        read_stage(module, stage, own.mesh(axes), own, remark, facts)
         for stage, (axes, own) in enumerate(zip(meshes.values(), hosts, strict=True))
     ]
 
@@ -121,7 +123,12 @@ def stage_hosts(module: ir.Module, meshes: dict[str, MeshAxes], cluster: Cluster
 
 
 def read_stage(
-    module: ir.Module, stage: int, mesh: Mesh, hosts: HostGroup, remark: Callable[[ir.Operation, str], None]
+    module: ir.Module,
+    stage: int,
+    mesh: Mesh,
+    hosts: HostGroup,
+    remark: Callable[[ir.Operation, str], None],
+    facts: FlowFacts | None = None,
 ) -> StageProgram:
     """The program of one stage, whatever the others' meshes and shardings are.
 
@@ -132,6 +139,7 @@ def read_stage(
         mesh: its devices.
         hosts: that these belong to.
         remark: told of ops that nothing is known of.
+        facts: of ``@main``, where they are known.
 
     Raises:
         PassError, ProgramError: as `read_program`.
@@ -141,6 +149,6 @@ def read_stage(
     stages = integer_attribute(module.operation, NUM_STAGES) or 1
     schedule = schedule_of(module)
     in_flight = 1 if schedule is None else schedule.in_flight(stage, stages, microbatches)
-    reading = read_program(main, mesh, hosts, microbatches, remark, in_flight, stage if stages > 1 else None)
+    reading = read_program(main, mesh, hosts, microbatches, remark, in_flight, stage if stages > 1 else None, facts)
     reading = replace(reading, fused=fused_phases(module, main, stage))
     return StageProgram(stage, f"stage{stage}", mesh, hosts.memory_bytes, reading, stages, microbatches)

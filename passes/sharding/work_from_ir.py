@@ -25,7 +25,7 @@ from bactrian.passes.machine.mesh import Mesh
 from bactrian.passes.machine.spec import Spec
 from bactrian.passes.sharding.fusion_costs import remark_missing_rates
 from bactrian.passes.sharding.loop_dataflow import END, OP, LoopFlow
-from bactrian.passes.sharding.operations_from_ir import FlowOp, OperationReader, forwards
+from bactrian.passes.sharding.operations_from_ir import FlowFacts, FlowOp, OperationReader, forwards
 from bactrian.passes.sharding.sharding_model import ShardingProblem, Tensor
 from bactrian.passes.sharding.strategies import Exchange, Strategy
 from bactrian.passes.sharding.user_shardings import (
@@ -89,6 +89,7 @@ def read_program(
     remark: Callable[[ir.Operation, str], None],
     in_flight: int = 1,
     stage: int | None = None,
+    facts: FlowFacts | None = None,
 ) -> Reading:
     """Read ``@main``.
 
@@ -100,15 +101,17 @@ def read_program(
         remark: told of ops that nothing is known of.
         in_flight: microbatches whose activations are there at once.
         stage: only what this one does; what others send it is an input.
+        facts: of ``main``, where they are known.
 
     Raises:
         PassError: no op has a rule; a sharding that is given names other axes.
         ProgramError: a sharding that is given does not cut evenly.
     """
-    flow = LoopFlow.of(main)
+    facts = FlowFacts.of(main) if facts is None else facts
+    flow = facts.flow
     _check_rules(flow)
     refuse_result_shardings(main)
-    reader = OperationReader(flow, mesh, hosts.device, num_microbatches, remark, in_flight)
+    reader = OperationReader(facts, mesh, hosts.device, num_microbatches, remark, in_flight)
     portion = _Portion.of(main, flow, stage)
     _remark_unknown_loops(flow, portion, remark)
     remark_missing_rates((flow.ops[index] for index in portion.entries), hosts.device, remark)
@@ -123,7 +126,7 @@ def read_program(
     counted = dict(_counted(flow, own, result_updates(main)))
     position = {entry.index: at for at, entry in enumerate(parts)}
     problem = ShardingProblem(
-        values=_tensors(flow, reader),
+        values=_tensors(facts),
         inputs=inputs,
         ops=tuple(entry.op for entry in parts),
         updates=tuple(dict.fromkeys(_updates(main, flow, value_of, inputs, there))),
@@ -201,9 +204,10 @@ def _inputs(flow: LoopFlow, portion: _Portion, read: set[int], made: set[int]) -
     return *arguments, *sorted(value for value in read - made if value >= flow.num_arguments)
 
 
-def _tensors(flow: LoopFlow, reader: OperationReader) -> tuple[Tensor, ...]:
+def _tensors(facts: FlowFacts) -> tuple[Tensor, ...]:
     """All values of the flow."""
-    partial = {value for index in reader.defers for value in flow.results[index]}
+    flow = facts.flow
+    partial = {value for index in facts.defers for value in flow.results[index]}
     values = enumerate(zip(flow.values, flow.sizes, strict=True))
     return tuple(Tensor(value_shape(value), size, number in partial) for number, (value, size) in values)
 

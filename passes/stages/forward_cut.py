@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -13,13 +14,18 @@ from bactrian.passes.ir.regions import has_product
 from bactrian.passes.sharding.loop_dataflow import WHILE
 from bactrian.passes.stages import layer_partitioning
 from bactrian.passes.stages.layer_graph import LayeredProgram
+from bactrian.passes.stages.layer_partitioning import Ints
 from bactrian.passes.stages.pinned_arguments import PinnedArguments, PinnedReads
 from bactrian.passes.stages.placement_by_forward import place_by_forward
+from bactrian.passes.stages.repeated_blocks import BlockCuts, block_cuts, repeated_runs
 from bactrian.passes.stages.uneven_stages import FAR
 
 _PAYS = 1.5
 """How much faster the slowest layer has to become for a part that is computed again to be cut: the layer of its end then
 computes all of it again, and gets what its beginning reads, parameters included."""
+
+_ABOUT_AS_EVEN = 1.15
+"""The slowest layer of a cut that leaves repeated blocks whole, as a multiple of that of another cut."""
 
 _Limit = tuple[str, str]  # where cuts may be, and what to do where that is not even
 _AT_BOUNDARIES: _Limit = ("at stage boundaries", "move or remove some of them")
@@ -33,6 +39,7 @@ def cut_forward(
     num_layers: int,
     num_stages: int,
     epsilon: float,
+    most_layers: int,
     main: ir.Operation,
     ctx: PassContext,
 ) -> list[int | None] | None:
@@ -43,7 +50,7 @@ def cut_forward(
     Args:
         program: the program.
         seconds: of one run of each op.
-        num_layers, num_stages, epsilon: the options of ``group-layers``.
+        num_layers, num_stages, epsilon, most_layers: the options of ``group-layers``.
         main: the function, for errors.
         ctx: told of errors, and of layers that are not even.
     """
@@ -65,10 +72,14 @@ def cut_forward(
     ]
     crossing = layer_partitioning.cut_bytes(len(ops), lifetimes)
     allowed = _marker_positions([program.marker[i] for i in ops], weighty)
+    between = _between_blocks(program, ops, weighty, seconds, crossing) if allowed is None else None
+    if not num_layers and between is not None and most_layers:
+        num_layers, allowed = _found_layers(between, weighty, most_layers)
     num_layers = num_layers or len(allowed or ()) + 1
     limits = () if allowed is None else (_AT_BOUNDARIES,)
     weights = _weights(program, ops, seconds) if sum(weighty) >= num_layers > 1 else []
-    request = _Request(weights, weighty, crossing, num_layers, epsilon, allowed, None, kind, limits, num_stages)
+    blocks = None if between is None else between.between
+    request = _Request(weights, weighty, crossing, num_layers, epsilon, allowed, None, kind, limits, num_stages, blocks)
     layers: list[int | None] = [None] * len(flow.ops)
     groups = _groups(program, ops, request, main, ctx)
     if groups is None:
@@ -124,6 +135,36 @@ def _order(program: LayeredProgram, ops: list[int], weighty: list[bool]) -> list
     ]
     anchors = [heavy or program.marker[op] for op, heavy in zip(ops, weighty, strict=True)]
     return layer_partitioning.normalized_order(operands, anchors)
+
+
+def _between_blocks(
+    program: LayeredProgram, ops: list[int], weighty: list[bool], seconds: Sequence[float], crossing: Ints
+) -> BlockCuts:
+    """Where cuts keep repeated blocks equal; everywhere, if no block repeats."""
+    places = [place for place, heavy in enumerate(weighty) if heavy]
+    keys = [_anchor_key(program.flow.ops[ops[place]]) for place in places]
+    runs = repeated_runs(keys, places, [seconds[ops[place]] for place in places])
+    return block_cuts(runs, places, crossing)
+
+
+def _anchor_key(op: ir.Operation) -> tuple[object, ...]:
+    """What an op does, and to what shapes."""
+    attributes = op.attributes
+    items = (attributes[number] for number in range(len(attributes)))
+    return op.name, *((item.name, item.attr) for item in items), *(value.type for value in (*op.operands, *op.results))
+
+
+def _found_layers(blocks: BlockCuts, weighty: list[bool], most: int) -> tuple[int, list[int]]:
+    """How many layers there are if all cuts between blocks, or within them as well, are made, but no more than ``most``;
+    and where these cuts are."""
+    fine, coarse = (_num_groups(positions, weighty) for positions in (blocks.all, blocks.between))
+    return (fine, list(blocks.all)) if fine <= most else (min(coarse, most), list(blocks.between))
+
+
+def _num_groups(positions: Sequence[int], weighty: list[bool]) -> int:
+    """The most groups with weight that cuts at some of the positions make."""
+    before = list(itertools.accumulate(weighty, initial=0))
+    return len({before[position] for position in positions} - {0, before[-1]}) + 1
 
 
 def _kept_positions(program: LayeredProgram, position: dict[int, int]) -> list[int] | None:
@@ -185,7 +226,8 @@ def _marker_positions(marker: Sequence[bool], weighty: Sequence[bool]) -> list[i
 
 @dataclass(frozen=True)
 class _Request:
-    """A cut that is wanted. ``kind`` says what has weight (one, several), ``limits`` where cuts may be."""
+    """A cut that is wanted. ``kind`` says what has weight (one, several), ``limits`` where cuts may be, ``blocks`` where they
+    keep repeated blocks equal."""
 
     weights: list[float]
     weighty: list[bool]
@@ -197,6 +239,7 @@ class _Request:
     kind: tuple[str, str]
     limits: tuple[_Limit, ...]
     num_stages: int
+    blocks: tuple[int, ...] | None = None
 
     def check(self, main: ir.Operation, ctx: PassContext) -> bool:
         """Whether there can be so many layers; reports an error if not."""
@@ -227,9 +270,20 @@ class _Request:
         ctx.error(main, message, why=why, fix=f"{name} <= {most}{or_else}")
 
     def cut(self) -> layer_partitioning.LayerCut | None:
-        """The cheapest cut, or None."""
+        """The cheapest cut, or None; between repeated blocks, where no more bytes cross and layers are about as even."""
+        anywhere = self._cut_at(self.allowed)
+        if anywhere is None or self.blocks is None:
+            return anywhere
+        at = self.blocks if self.allowed is None else tuple(sorted({*self.blocks}.intersection(self.allowed)))
+        between = self._cut_at(at)
+        if between is None or between.bytes > anywhere.bytes:
+            return anywhere
+        even = max((1 + self.epsilon) * anywhere.share, _ABOUT_AS_EVEN * anywhere.largest)
+        return between if between.largest <= even else anywhere
+
+    def _cut_at(self, allowed: Sequence[int] | None) -> layer_partitioning.LayerCut | None:
         return layer_partitioning.cut(
-            self.weights, self.weighty, self.crossing, self.num_layers, self.epsilon, self.allowed, self.choices
+            self.weights, self.weighty, self.crossing, self.num_layers, self.epsilon, allowed, self.choices
         )
 
     def remark(self, cut: layer_partitioning.LayerCut, main: ir.Operation, ctx: PassContext) -> None:

@@ -1,0 +1,104 @@
+"""A function applied to many tasks by processes of their own, which import what it needs and nothing of the caller's script.
+
+Neither `multiprocessing` start method will do: a fork is unsafe beside the threads of JAX, and the others run the caller's
+main script again.
+"""
+
+from __future__ import annotations
+
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from queue import SimpleQueue
+from typing import Any, TypeVar
+
+_Task = TypeVar("_Task")
+_Result = TypeVar("_Result")
+
+
+class Workers:
+    """Processes that are there as long as the context is entered; with one, all is done in this process.
+
+    Args:
+        count: how many.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._count = count if count > 1 else 0
+        self._processes = list[subprocess.Popen[bytes]]()
+        self._free = SimpleQueue[subprocess.Popen[bytes]]()
+
+    def __enter__(self) -> Workers:
+        # -P: the working directory is no place to import from.
+        command = [sys.executable, "-P", "-m", __name__]
+        for _ in range(self._count):
+            self._processes.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE))
+            self._free.put(self._processes[-1])
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self._processes:
+            process.kill()
+            process.communicate()
+
+    def map(self, function: Callable[[_Task], _Result], tasks: Sequence[_Task]) -> list[_Result]:
+        """The results of all tasks, in their order.
+
+        Args:
+            function: of a module that can be imported. Tasks and results are pickled.
+            tasks: are begun in their order.
+
+        Raises:
+            Exception: what the function raised for the first task that failed.
+        """
+        if not self._processes:
+            return [function(task) for task in tasks]
+
+        def run(task: _Task) -> _Result:
+            process = self._free.get()
+            try:
+                return _ask(process, function, task)
+            finally:
+                self._free.put(process)
+
+        with ThreadPoolExecutor(self._count) as pool:
+            return list(pool.map(run, tasks))
+
+
+def _ask(worker: subprocess.Popen[bytes], function: Callable[[_Task], _Result], task: _Task) -> _Result:
+    assert worker.stdin is not None and worker.stdout is not None
+    try:
+        pickle.dump((function, task), worker.stdin)
+        worker.stdin.flush()
+        result, error = pickle.load(worker.stdout)
+    except (EOFError, BrokenPipeError) as broken:
+        raise RuntimeError(f"a worker process ended with exit status {worker.wait()}") from broken
+    if error is not None:
+        raise error
+    return result
+
+
+def _serve() -> None:
+    """Answer the tasks of standard input on standard output; what the function prints goes to standard error."""
+    answers = sys.stdout.buffer
+    sys.stdout = sys.stderr
+    while True:
+        try:
+            function, task = pickle.load(sys.stdin.buffer)
+        except EOFError:
+            return
+        pickle.dump(_answer(function, task), answers)
+        answers.flush()
+
+
+def _answer(function: Callable[[Any], Any], task: Any) -> tuple[Any, Exception | None]:
+    try:
+        return function(task), None
+    except Exception as error:
+        return None, error
+
+
+if __name__ == "__main__":
+    _serve()
