@@ -13,7 +13,6 @@ from bactrian.driver.planning.decisions import Decisions
 from bactrian.driver.planning.options import Options, check_stages, cluster_file
 from bactrian.driver.planning.plan_broadcast import staged_together
 from bactrian.driver.planning.plan_program import plan_program
-from bactrian.driver.planning.plan_shardings import GivenSpec
 from bactrian.driver.ranks import World
 from bactrian.driver.run.session import num_groups
 from bactrian.driver.source import line_here
@@ -91,7 +90,7 @@ class Traced:
                 num_microbatches=self.captured.num_microbatches,
                 plan=plan,
                 paths=[argument.path for argument in self.captured.arguments],
-                placed=self._placed_specs(),
+                placed=None if self.placed is None else self.placed.specs,
             )
         return Planned(self.captured, staged, check_inputs=self.options.check_inputs)
 
@@ -144,13 +143,9 @@ class Traced:
         one_device: MeshAxes = (("data", 1),)
         return asked or placed or (one_device,)
 
-    def _placed_specs(self) -> dict[int, GivenSpec]:
-        given = {} if self.placed is None else self.placed.given
-        return {number: GivenSpec(spec, mesh) for number, (spec, mesh) in given.items()}
-
     def _strategy(self) -> str:
         """How shardings are chosen; arguments that are placed already leave a baseline nothing to say."""
-        if self.options.strategy != "auto" and self.placed is not None and self.placed.specs:
+        if self.options.strategy != "auto" and self.placed is not None and self.placed.shardings:
             raise ConfigError(
                 f"strategy is {self.options.strategy}, but another step has placed the arguments",
                 where=line_here(),

@@ -24,6 +24,28 @@ module @two_stages attributes {bactrian.num_stages = 2 : i64} {
 
 // -----
 
+module @other_axis_of_a_stage attributes {bactrian.num_stages = 1 : i64} {
+  sdy.mesh @stage0 = <["data"=4]>
+  // expected-error@+1 {{is not over whole axes of the mesh}}
+  func.func public @main(%x: tensor<4xf32> {bactrian.role = "batch", bactrian.stage_shardings = {stage0 = #sdy.sharding<@stage0, [{"model"}]>}}) -> tensor<4xf32> {
+    %y = stablehlo.sine %x {bactrian.phase = "forward", sdy.sharding_rule = #sdy.op_sharding_rule<([i])->([i]) {i=4}>} : tensor<4xf32>
+    return %y : tensor<4xf32>
+  }
+}
+
+// -----
+
+module @other_rank attributes {bactrian.num_stages = 1 : i64} {
+  sdy.mesh @stage0 = <["data"=4]>
+  // expected-error@+1 {{has 2 dims, its value 1}}
+  func.func public @main(%x: tensor<4xf32> {bactrian.role = "batch", bactrian.stage_shardings = {stage0 = #sdy.sharding<@stage0, [{}, {}]>}}) -> tensor<4xf32> {
+    %y = stablehlo.sine %x {bactrian.phase = "forward", sdy.sharding_rule = #sdy.op_sharding_rule<([i])->([i]) {i=4}>} : tensor<4xf32>
+    return %y : tensor<4xf32>
+  }
+}
+
+// -----
+
 module @other_axis attributes {bactrian.num_stages = 1 : i64} {
   sdy.mesh @stage0 = <["data"=4]>
   sdy.mesh @other = <["model"=1]>

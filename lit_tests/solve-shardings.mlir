@@ -255,3 +255,20 @@ module @four_devices_and_one attributes {bactrian.num_stages = 2 : i64} {
     return %z : tensor<4096x64xf32>
   }
 }
+
+// -----
+
+// An argument that two stages read is given each stage's own sharding, where it is given one; then nothing is left of it.
+// CHECK-LABEL: module @given_by_stage
+module @given_by_stage attributes {bactrian.num_stages = 2 : i64} {
+  sdy.mesh @stage0 = <["x"=2]>
+  sdy.mesh @stage1 = <["y"=2]>
+  // CHECK: %[[W:[a-z0-9]+]]: tensor<64x64xf32> {bactrian.role = "state", sdy.sharding = #sdy.sharding<@stage0, [{"x"}, {}]>}
+  // CHECK: sdy.reshard %[[W]] <@stage1, [{}, {"y"}]>
+  // CHECK-NOT: bactrian.stage_shardings
+  func.func public @main(%x: tensor<64x64xf32> {bactrian.role = "batch"}, %w: tensor<64x64xf32> {bactrian.role = "state", bactrian.stage_shardings = {stage0 = #sdy.sharding<@stage0, [{"x"}, {}]>, stage1 = #sdy.sharding<@stage1, [{}, {"y"}]>}}) -> tensor<64x64xf32> {
+    %y = stablehlo.dot_general %x, %w, contracting_dims = [1] x [0] {bactrian.phase = "forward", bactrian.stage = 0 : i64} : (tensor<64x64xf32>, tensor<64x64xf32>) -> tensor<64x64xf32>
+    %z = stablehlo.dot_general %y, %w, contracting_dims = [1] x [0] {bactrian.phase = "forward", bactrian.stage = 1 : i64} : (tensor<64x64xf32>, tensor<64x64xf32>) -> tensor<64x64xf32>
+    return %z : tensor<64x64xf32>
+  }
+}

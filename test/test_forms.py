@@ -45,6 +45,7 @@ LACKING = [
     ("formed", "captured", "flatten-calls", "= 2 : i64", "= 2 : i32", 1, "bactrian.num_microbatches is 2 : i32, must be an"),
     ("formed", "captured", "flatten-calls", "bactrian.role = ", "bactrian.roll = ", 2, "did you mean bactrian.role?"),
     ("formed", "captured", "flatten-calls", "bactrian.updates = 0", "bactrian.updates = 2", 2, "number of one of 2 arguments"),
+    ("formed", "captured", "flatten-calls", '"batch"}', '"batch", bactrian.stage_shardings = {stage0 = #sdy.sharding<@stage1, [{}, {}]>}}', 2, "a sharding over each mesh by its name"),
     ("formed", "placed", "split-stages", "stage = 0", "stage = 1", 3, "must be the number of one of 1 stages"),
     ("formed", "placed", "assign-stages", 'phase = "backward"', 'role = "batch"', 3, "an op has bactrian.role, which stands on an argument"),
     ("formed", "placed", "split-stages", 'phase = "backward"', "phase = 3 : i64", 3, "bactrian.phase is 3 : i64, must be one of forward, "),

@@ -20,13 +20,13 @@ class PlacedArguments:
         num_stages: of the step that placed them.
         stages: the stages that hold each, by argument number.
         meshes: of every stage, if any has several devices.
-        specs: how the mesh of the first stage that holds it shards each, by argument number.
+        shardings: how the mesh of each stage that holds it shards it: argument number, and pairs (stage, spec).
     """
 
     num_stages: int
     stages: tuple[tuple[int, tuple[int, ...]], ...]
     meshes: tuple[MeshAxes, ...] = ()
-    specs: tuple[tuple[int, Spec], ...] = ()
+    shardings: tuple[tuple[int, tuple[tuple[int, Spec], ...]], ...] = ()
 
     @classmethod
     def of(cls, leaves: Sequence[Any]) -> PlacedArguments | None:
@@ -65,11 +65,10 @@ class PlacedArguments:
                 )
         if all(num_devices(mesh) == 1 for mesh in meshes):
             return cls(first.placement.num_stages, stages)
-        specs = tuple((number, leaf.placement.specs[leaf.stages[0]]) for number, leaf in placed)
-        return cls(first.placement.num_stages, stages, meshes, specs)
+        shardings = tuple((number, tuple(sorted(leaf.placement.specs.items()))) for number, leaf in placed)
+        return cls(first.placement.num_stages, stages, meshes, shardings)
 
     @property
-    def given(self) -> dict[int, tuple[Spec, MeshAxes]]:
-        """How each is sharded, and over which mesh, by argument number."""
-        stages = dict(self.stages)
-        return {number: (spec, self.meshes[stages[number][0]]) for number, spec in self.specs}
+    def specs(self) -> dict[int, dict[int, Spec]]:
+        """How each is sharded, by argument number and stage."""
+        return {number: dict(of_stages) for number, of_stages in self.shardings}

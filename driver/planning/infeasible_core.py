@@ -11,10 +11,10 @@ from jaxlib.mlir import ir
 from bactrian.driver.planning.memory_refinement import ModuleFactory, clone_unsolved
 from bactrian.passes.frame.errors import ConfigError, InfeasiblePlanError
 from bactrian.passes.frame.location import name_stack, user_place
-from bactrian.passes.ir.attributes import argument_attributes
+from bactrian.passes.ir.attributes import STAGE_SHARDINGS, argument_attributes
 from bactrian.passes.ir.meshes import SHARDING
 from bactrian.passes.ir.regions import body, main_function, nested_operations
-from bactrian.passes.sharding.user_shardings import CONSTRAINT
+from bactrian.passes.sharding.user_shardings import CONSTRAINT, is_given
 from bactrian.passes.sharding.value_names import place_text
 
 _SECONDS = 60.0
@@ -71,7 +71,7 @@ def _found(module: ir.Module) -> dict[str, list[int | ir.Operation]]:
     main = main_function(module)
     found = dict[str, list[int | ir.Operation]]()
     for number, entry in enumerate(argument_attributes(main)):
-        if SHARDING in entry:
+        if is_given(entry):
             path = name_stack(body(main).arguments[number].location) or f"argument {number}"
             found.setdefault(f"the sharding of {path}", []).append(number)
     for op in nested_operations(main):
@@ -90,7 +90,8 @@ def _with(unsolved: ir.Operation, kept: Collection[str]) -> ir.Module:
     for name, givers in _found(module).items():
         for giver in () if name in kept else givers:
             if isinstance(giver, int):
-                del entries[giver][SHARDING]
+                for attribute in (SHARDING, STAGE_SHARDINGS):
+                    entries[giver].pop(attribute, None)
             else:
                 giver.results[0].replace_all_uses_with(giver.operands[0])
                 giver.erase()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -15,7 +15,7 @@ from bactrian.driver.planning.layer_names import name_layers
 from bactrian.driver.planning.memory_refinement import MemoryRefinementResult, clone_unsolved, is_fitting, refine_memory
 from bactrian.driver.planning.plan_remarks import remarks_of
 from bactrian.driver.planning.plan_shardings import (
-    GivenSpec,
+    GivenSpecs,
     as_before,
     plan_specs,
     refuse_moved,
@@ -52,7 +52,7 @@ def plan_program(
     num_microbatches: int,
     plan: Plan | None = None,
     paths: Sequence[str] = (),
-    placed: Mapping[int, GivenSpec] | None = None,
+    placed: GivenSpecs | None = None,
     reproducer_dir: str | None = None,
 ) -> StagedPlan:
     """Run the passes on a captured module (which is consumed) and say what is predicted of the outcome.
@@ -117,15 +117,16 @@ def _layered(module: ir.Module, decisions: Decisions, formed: PipelineReport) ->
 
 
 def _give_shardings(
-    module: ir.Module, decisions: Decisions, plan: Plan | None, placed: Mapping[int, GivenSpec], paths: Sequence[str]
+    module: ir.Module, decisions: Decisions, plan: Plan | None, placed: GivenSpecs, paths: Sequence[str]
 ) -> dict[int, str]:
     """Write the shardings of arguments from a plan or another step; returns who gave each, by the argument's number."""
     with module.context:
         ranks = [len(ir.RankedTensorType(value.type).shape) for value in body(main_function(module)).arguments]
         given = {} if plan is None else plan_specs(plan, paths, ranks)
         refuse_moved(given, placed, paths)
-        refuse_overruled(module, {**given, **placed}, paths)
-        write_specs(module, {**given, **placed}, decisions.meshes)
+        both = {number: {**given.get(number, {}), **placed.get(number, {})} for number in {**given, **placed}}
+        refuse_overruled(module, both, decisions.meshes, paths)
+        write_specs(module, both)
     return dict.fromkeys(given, "the plan that was applied") | dict.fromkeys(placed, "another step")
 
 

@@ -3,53 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from jaxlib.mlir import ir
 
 from bactrian.passes.frame.errors import ConfigError
-from bactrian.passes.ir.attributes import SHARDING_ESTIMATES, argument_attributes
-from bactrian.passes.ir.meshes import SHARDING, USER_MESH, make_user_mesh, moved_to_mesh, sharding_attribute, spec_of
+from bactrian.passes.ir.attributes import SHARDING_ESTIMATES, STAGE_SHARDINGS, argument_attributes
+from bactrian.passes.ir.meshes import SHARDING, USER_MESH, moved_to_mesh, sharding_attribute, spec_of
 from bactrian.passes.ir.regions import main_function
 from bactrian.passes.machine.spec import REPLICATED, MeshAxes, Spec
 from bactrian.passes.plan.schema import Plan
 from bactrian.passes.plan.stage_sharding import ShardingFigures, ShardingPlan
 from bactrian.runtime.staged_program import StagedProgram
 
-
-@dataclass(frozen=True)
-class GivenSpec:
-    """A sharding that an argument is given.
-
-    Attributes:
-        spec: the sharding.
-        mesh: names and sizes of the axes of the mesh that it is over.
-    """
-
-    spec: Spec
-    mesh: MeshAxes
+GivenSpecs = Mapping[int, Mapping[int, Spec]]
+"""The shardings that arguments are given, by their number and by stage."""
 
 
-def plan_specs(plan: Plan, paths: Sequence[str], ranks: Sequence[int]) -> dict[int, GivenSpec]:
-    """The shardings that a plan gives to arguments, by number; ``paths`` and ``ranks`` are the arguments'.
+def plan_specs(plan: Plan, paths: Sequence[str], ranks: Sequence[int]) -> GivenSpecs:
+    """The shardings that a plan gives to arguments; ``paths`` and ``ranks`` are the arguments'.
 
     Raises:
         ConfigError: it names an argument that is not there, or gives one an invalid sharding.
     """
-    shardings = dict[str, tuple[str, MeshAxes]]()
-    for stage in plan.stages:  # of an argument that several stages read, the first one's
-        for path, text in () if stage.sharding is None else stage.sharding.shardings:
-            shardings.setdefault(path, (text, stage.mesh))
     numbers = {path: number for number, path in enumerate(paths)}
-    unknown = [path for path in shardings if path not in numbers]
-    if unknown:
-        raise ConfigError(
-            f"the plan has a sharding for {unknown[0]}, which is no argument of the step", fix="take it out of the plan"
-        )
-    return {
-        numbers[path]: GivenSpec(check_spec(text, ranks[numbers[path]], axes, path), axes)
-        for path, (text, axes) in shardings.items()
-    }
+    found = dict[int, dict[int, Spec]]()
+    for stage in plan.stages:
+        for path, text in () if stage.sharding is None else stage.sharding.shardings:
+            if path not in numbers:
+                raise ConfigError(
+                    f"the plan has a sharding for {path}, which is no argument of the step",
+                    fix="take it out of the plan",
+                )
+            spec = check_spec(text, ranks[numbers[path]], stage.mesh, path)
+            found.setdefault(numbers[path], {})[stage.stage] = spec
+    return found
 
 
 def check_spec(text: str, rank: int, axes: MeshAxes, path: str) -> Spec:
@@ -78,54 +66,55 @@ def check_spec(text: str, rank: int, axes: MeshAxes, path: str) -> Spec:
     return spec
 
 
-def refuse_moved(given: Mapping[int, GivenSpec], placed: Mapping[int, GivenSpec], paths: Sequence[str]) -> None:
+def refuse_moved(given: GivenSpecs, placed: GivenSpecs, paths: Sequence[str]) -> None:
     """Refuse a plan for arguments that another step has placed otherwise.
 
     Raises:
         ConfigError: names the first one.
     """
     for number in sorted(given.keys() & placed.keys()):
-        if given[number].spec != placed[number].spec:
-            raise ConfigError(
-                f"the plan has the sharding {given[number].spec} for {paths[number]}, "
-                f"which another step has placed as {placed[number].spec}",
-                why="arguments that are placed stay where they are",
-                fix="pass bactrian.gather(...) of the state, or leave the plan out",
-            )
+        for stage in sorted(given[number].keys() & placed[number].keys()):
+            if given[number][stage] != placed[number][stage]:
+                raise ConfigError(
+                    f"the plan has the sharding {given[number][stage]} for {paths[number]}, "
+                    f"which another step has placed as {placed[number][stage]}",
+                    why="arguments that are placed stay where they are",
+                    fix="pass bactrian.gather(...) of the state, or leave the plan out",
+                )
 
 
-def refuse_overruled(module: ir.Module, given: Mapping[int, GivenSpec], paths: Sequence[str]) -> None:
+def refuse_overruled(module: ir.Module, given: GivenSpecs, meshes: Sequence[MeshAxes], paths: Sequence[str]) -> None:
     """Refuse shardings of a plan, or of another step, for arguments for which the program specifies other ones.
 
     Args:
         module: whose arguments have the shardings that users asked for, after ``adopt-shardings``.
-        given: to arguments, by number.
+        given: to arguments.
+        meshes: of the stages.
         paths: of the arguments.
 
     Raises:
         ConfigError: names the first one.
     """
     for number, entry in enumerate(argument_attributes(main_function(module))):
-        if number not in given or SHARDING not in entry:
-            continue
-        spec, asked = given[number].spec, spec_of(moved_to_mesh(entry[SHARDING], USER_MESH, given[number].mesh))
-        if asked != spec:
-            raise ConfigError(
-                f"{paths[number]} is {spec} in the plan or from another step, and the program asks for {asked}",
-                why="with_sharding_constraint, in_shardings and arguments that are sharded specify its sharding",
-                fix="specify the same sharding; or make the plan again, and pass bactrian.gather(...) of the state",
-            )
+        for stage, spec in given.get(number, {}).items() if SHARDING in entry else ():
+            asked = spec_of(moved_to_mesh(entry[SHARDING], USER_MESH, meshes[stage]))
+            if asked != spec:
+                raise ConfigError(
+                    f"{paths[number]} is {spec} in the plan or from another step, and the program asks for {asked}",
+                    why="with_sharding_constraint, in_shardings and arguments that are sharded specify its sharding",
+                    fix="specify the same sharding; or make the plan again, and pass bactrian.gather(...) of the state",
+                )
 
 
-def write_specs(module: ir.Module, given: Mapping[int, GivenSpec], meshes: Sequence[MeshAxes]) -> None:
-    """Give arguments of ``@main`` their shardings, over the mesh ``@user`` with the axes of the stages' meshes."""
+def write_specs(module: ir.Module, given: GivenSpecs) -> None:
+    """Give arguments of ``@main`` their shardings, each over the mesh of its stage."""
     if not given:
         return
-    make_user_mesh(module, meshes)
     main = main_function(module)
     entries = argument_attributes(main)
-    for number, each in given.items():
-        entries[number][SHARDING] = sharding_attribute(each.spec, USER_MESH)
+    for number, specs in given.items():
+        shardings = {f"stage{stage}": sharding_attribute(spec, f"stage{stage}") for stage, spec in specs.items()}
+        entries[number][STAGE_SHARDINGS] = ir.DictAttr.get(shardings)
     main.attributes["arg_attrs"] = ir.ArrayAttr.get([ir.DictAttr.get(entry) for entry in entries])
 
 

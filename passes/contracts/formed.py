@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import sdy
 
 from bactrian.passes.contracts.module_view import ModuleView
 from bactrian.passes.frame.diagnostics import error_at
@@ -40,11 +41,13 @@ from bactrian.passes.ir.attributes import (
     SHARDING_ESTIMATES,
     SOLVE,
     STAGE,
+    STAGE_SHARDINGS,
     UPDATES,
     argument_attributes,
     integer_attribute,
     result_attributes,
 )
+from bactrian.passes.ir.meshes import mesh_name
 from bactrian.passes.ir.regions import nested_operations
 
 _PREFIX = "bactrian."
@@ -85,6 +88,12 @@ def _kind(kind: type[ir.Attribute], allowed: str) -> _Form:
     return _Form(allowed, lambda attribute: isinstance(attribute, kind))
 
 
+def _is_stage_shardings(attribute: ir.Attribute) -> bool:
+    return isinstance(attribute, ir.DictAttr) and all(
+        sdy.TensorShardingAttr.isinstance(item.attr) and mesh_name(item.attr) == item.name for item in attribute
+    )
+
+
 _COUNT = _integer(1, MAX_COUNT)
 _NUMBER = _integer(0, MAX_COUNT - 1)
 _UNIT = _kind(ir.UnitAttr, "without a value")
@@ -105,6 +114,7 @@ _OF_MODULE: dict[str, _Form] = {
 _OF_ARGUMENT: dict[str, _Form] = {
     ROLE: _TEXT,
     PINNED_STAGES: _list(_NUMBER, "a list of stages"),
+    STAGE_SHARDINGS: _Form("a sharding over each mesh by its name", _is_stage_shardings),
     ARGUMENT: _NUMBER,
     ROWS: _list(_integer(0, 2**63 - 1), "a list of the first row and the one behind the last"),
     ACCUMULATOR: _UNIT,

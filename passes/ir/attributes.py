@@ -31,6 +31,7 @@ SOLVE = "bactrian.solve"
 ROLE = "bactrian.role"
 UPDATES = "bactrian.updates"
 PINNED_STAGES = "bactrian.pinned_stages"
+STAGE_SHARDINGS = "bactrian.stage_shardings"
 ARGUMENT = "bactrian.argument"
 RESULT = "bactrian.result"
 ROWS = "bactrian.rows"  # of the argument or result, beside `ARGUMENT` or `RESULT`: first and behind the last

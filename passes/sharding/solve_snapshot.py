@@ -11,11 +11,11 @@ from bactrian.passes.frame import registry
 from bactrian.passes.frame.errors import ConfigError, PassError, ProgramError
 from bactrian.passes.frame.module_text import parse_module
 from bactrian.passes.ir.attributes import SOLVE, argument_attributes
-from bactrian.passes.ir.meshes import SHARDING
 from bactrian.passes.ir.regions import main_function
 from bactrian.passes.machine.cluster import CPU_CLUSTER, Cluster
 from bactrian.passes.machine.cluster_file import file_text, parse_cluster, split_table
 from bactrian.passes.sharding.baselines import check_strategy
+from bactrian.passes.sharding.user_shardings import is_given
 
 _AGAIN = "write it again with `bactrian plan --save`"
 
@@ -122,5 +122,5 @@ def _word(fields: Mapping[str, ir.Attribute], name: str, source: str) -> str:
 
 def _given(module: ir.Module, sources: Mapping[str, str]) -> dict[int, str]:
     entries = argument_attributes(main_function(module))
-    placed = [number for number, entry in enumerate(entries) if SHARDING in entry]
+    placed = [number for number, entry in enumerate(entries) if is_given(entry)]
     return {number: sources.get(str(number), "the program") for number in placed}

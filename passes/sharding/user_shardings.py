@@ -9,7 +9,7 @@ from jaxlib.mlir.dialects import sdy
 
 from bactrian.passes.frame.diagnostics import error_at
 from bactrian.passes.frame.errors import PassError, ProgramError
-from bactrian.passes.ir.attributes import argument_attributes, result_attributes, stage_of
+from bactrian.passes.ir.attributes import STAGE_SHARDINGS, argument_attributes, result_attributes, stage_of
 from bactrian.passes.ir.main_dataflow import MainDataflow
 from bactrian.passes.ir.meshes import SHARDING, USER_MESH, erase_meshes, mesh_name, moved_to_mesh
 from bactrian.passes.ir.regions import body, main_function, nested_operations, terminator, top_level
@@ -38,10 +38,15 @@ def refuse_result_shardings(main: ir.Operation) -> None:
             )
 
 
+def is_given(entry: Mapping[str, ir.Attribute]) -> bool:
+    """Whether an argument with these attributes is given a sharding, on all stages or on some."""
+    return SHARDING in entry or STAGE_SHARDINGS in entry
+
+
 def fixed_arguments(
-    main: ir.Operation, flow: MainDataflow, mesh: Mesh, inputs: Collection[int]
+    main: ir.Operation, flow: MainDataflow, mesh: Mesh, mesh_symbol: str, inputs: Collection[int]
 ) -> list[tuple[int, Spec]]:
-    """Those of some arguments that have a sharding.
+    """Those of some arguments that a stage is given a sharding for: the one for its mesh alone, else that for all.
 
     Raises:
         PassError: one leaves a dim open.
@@ -49,13 +54,15 @@ def fixed_arguments(
     """
     found = list[tuple[int, Spec]]()
     for number, entry in enumerate(argument_attributes(main)):
-        if SHARDING in entry and number in inputs:
-            spec, open_ = _checked(entry[SHARDING], flow.values[number], mesh)
+        of_stages = ir.DictAttr(entry.get(STAGE_SHARDINGS, ir.DictAttr.get()))
+        sharding = of_stages[mesh_symbol] if mesh_symbol in of_stages else entry.get(SHARDING)
+        if sharding is not None and number in inputs:
+            spec, open_ = _checked(sharding, flow.values[number], mesh)
             if open_:
                 raise error_at(
                     PassError,
                     flow.values[number],
-                    f"sharding {entry[SHARDING]} of argument {number} leaves a dim open",
+                    f"sharding {sharding} of argument {number} leaves a dim open",
                     fix="give the axes of every dim, or constrain the argument with sdy.sharding_constraint",
                 )
             found.append((number, spec))
@@ -94,9 +101,12 @@ def _checked(sharding: ir.Attribute, value: ir.Value, mesh: Mesh) -> tuple[Spec,
     """A sharding that was asked for, and the dims that are open.
 
     Raises:
+        PassError: it is of another rank.
         ProgramError: it does not split the value into equal shards.
     """
     (spec, open_), shape = _spec_of(sharding, value, mesh), value_shape(value)
+    if len(spec.dims) != len(shape):
+        raise error_at(PassError, value, f"sharding {sharding} has {len(spec.dims)} dims, its value {len(shape)}")
     for dim, (size, axes) in enumerate(zip(shape, spec.dims, strict=True)):
         count = mesh.group_size(axes)
         if size % count:
@@ -144,7 +154,7 @@ def drop_user_mesh(module: ir.Module, meshes: Mapping[str, MeshAxes]) -> None:
     """Erase the mesh ``@user``, once the shardings of stages are written: what is still over it moves to a stage's mesh.
 
     That is the sharding of an argument that no op reads, which stays on the first stage, and of a constraint in the
-    regions of an op that every device does whole.
+    regions of an op that every device does whole. What arguments were given for single stages is gone too.
 
     Args:
         module: whose shardings are chosen.
@@ -153,6 +163,7 @@ def drop_user_mesh(module: ir.Module, meshes: Mapping[str, MeshAxes]) -> None:
     main, names = main_function(module), list(meshes)
     entries = argument_attributes(main)
     for entry in entries:
+        entry.pop(STAGE_SHARDINGS, None)
         if SHARDING in entry and mesh_name(entry[SHARDING]) == USER_MESH:
             entry[SHARDING] = moved_to_mesh(entry[SHARDING], names[0], meshes[names[0]])
     if entries:

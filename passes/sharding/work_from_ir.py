@@ -130,7 +130,7 @@ def read_program(
         inputs=inputs,
         ops=tuple(entry.op for entry in parts),
         updates=tuple(dict.fromkeys(_updates(main, flow, value_of, inputs, there))),
-        pinned=tuple(_fixed(main, flow, mesh, inputs, counted)),
+        pinned=tuple(_fixed(main, flow, mesh, f"stage{stage or 0}", inputs, counted)),
         loads=tuple(_loads(main, flow, hosts, inputs, num_microbatches)),
         live_out=tuple(value for value in dict.fromkeys(_needed_later(flow, value_of, portion)) if value in there),
         preferred=tuple((value, _whole(flow, value)) for value in counted),
@@ -241,11 +241,16 @@ def _needed_later(flow: LoopFlow, value_of: list[int], portion: _Portion) -> lis
 
 
 def _fixed(
-    main: ir.Operation, flow: LoopFlow, mesh: Mesh, inputs: tuple[int, ...], counted: dict[int, int]
+    main: ir.Operation,
+    flow: LoopFlow,
+    mesh: Mesh,
+    mesh_symbol: str,
+    inputs: tuple[int, ...],
+    counted: dict[int, int],
 ) -> list[tuple[int, Spec]]:
     """The shardings of inputs that users gave; a counter is replicated."""
     own = frozenset(inputs)
-    fixed = dict(fixed_arguments(main, flow, mesh, own) + constrained_values(flow, mesh, own))
+    fixed = dict(fixed_arguments(main, flow, mesh, mesh_symbol, own) + constrained_values(flow, mesh, own))
     fixed |= {argument: _whole(flow, argument) for argument in counted.values() if argument in own}
     return sorted(fixed.items())
 
