@@ -1,0 +1,196 @@
+"""The search for a pipeline: stages, places, meshes and options of layers with the least step time, and how good it is.
+
+The step time (`step_time`) is a sum over stages and round trips, plus ``m - 1`` times the period, plus the slowest update.
+For limits on the period and on the update, the recurrence has the least sum; over all limits the step time is made least by
+branch and bound: of the pipelines whose period is from ``a`` to ``b`` and whose update from ``c`` to ``d``, none takes less
+than ``sum within (b, d) + (m - 1) a + c``.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from bactrian.passes.pipelining.pipeline_problem import (
+    PipelineChoice,
+    PipelineProblem,
+    Place,
+    StageChoice,
+    round_trips,
+)
+from bactrian.passes.pipelining.recurrence import Run
+from bactrian.passes.pipelining.stage_costs import choose_options
+from bactrian.passes.pipelining.stage_tables import Limits, StageTables
+from bactrian.passes.pipelining.step_time import period_seconds, step_seconds
+
+TOLERANCE = 1e-3
+_NARROW = 1e-6  # a box is not split where the step time in it differs by no more than this share of the step
+_STRICT = (
+    1e-2  # where it differs by no more than this, a pipeline within the limits is looked for, round trips included
+)
+_TRIES = 20  # of periods for the first pipeline, before any is allowed
+
+
+def search_pipeline(
+    problem: PipelineProblem, *, tolerance: float = TOLERANCE, incumbent: float = math.inf
+) -> PipelineChoice | None:
+    """The pipeline of the least step time.
+
+    Args:
+        problem: layers, options and hosts.
+        tolerance: the search ends when no other pipeline is faster by more than this share of the step.
+        incumbent: seconds of a step that must be beaten.
+
+    Returns:
+        None where nothing fits, or nothing is faster than the incumbent.
+    """
+    return _Search(problem, tolerance, incumbent).run()
+
+
+@dataclass(order=True)
+class _Box:
+    """Pipelines whose period and update lie above and within limits, and what none of them takes less than."""
+
+    bound: float
+    number: int
+    above: Limits = field(compare=False)
+    within: Limits = field(compare=False)
+    sum_seconds: float = field(compare=False)
+
+
+class _Search:
+    """One search, with the best pipeline so far."""
+
+    def __init__(self, problem: PipelineProblem, tolerance: float, incumbent: float) -> None:
+        self._problem, self._tolerance = problem, tolerance
+        self._tables = StageTables(problem)
+        self._repeats = problem.num_microbatches - 1  # periods of a step beside the sum
+        self._best: PipelineChoice | None = None
+        self._step_seconds = incumbent
+        self._num_runs = 0
+        self._numbers = itertools.count()
+
+    def run(self) -> PipelineChoice | None:
+        """Find a first pipeline, then branch and bound."""
+        least = self._tables.least_above(Limits()) if self._tables.submeshes else None
+        if least is None or not self._begin(least):
+            return None
+        bound = self._branch(least)
+        if self._best is None:
+            return None
+        return replace(self._best, bound_seconds=min(bound, self._step_seconds), num_runs=self._num_runs)
+
+    def _begin(self, least: Limits) -> bool:
+        """Look within longer and longer periods until there are pipelines; whether there are."""
+        period, tries = least.period * 1.05, 0
+        while not math.isfinite(self._take(Limits(period), least)):
+            if period == math.inf:
+                return False
+            period, tries = period * 1.3 if tries < _TRIES else math.inf, tries + 1
+        return True
+
+    def _branch(self, least: Limits) -> float:
+        """Split boxes, the one of the least bound first; returns what no pipeline takes less than."""
+        spare = self._step_seconds - self._tables.fewest_seconds()
+        period = (spare - least.update) / self._repeats if self._repeats else math.inf
+        boxes, narrow = list[_Box](), math.inf
+        self._push(boxes, least, Limits(period, spare - self._repeats * least.period))
+        while boxes and boxes[0].bound < self._step_seconds * (1 - self._tolerance):
+            box = heapq.heappop(boxes)
+            above, within = box.above, box.within
+            periods, updates = self._widths(above, within)
+            if max(periods, updates) <= _NARROW * self._step_seconds:
+                narrow = min(narrow, box.bound)
+            elif periods >= updates:
+                middle = (above.period + within.period) / 2
+                self._push(boxes, replace(above, period=middle), within, box.sum_seconds)
+                self._push(boxes, above, replace(within, period=middle))
+            else:
+                middle = (above.update + within.update) / 2
+                self._push(boxes, replace(above, update=middle), within, box.sum_seconds)
+                self._push(boxes, above, replace(within, update=middle))
+        return min([narrow, *(box.bound for box in boxes[:1])])
+
+    def _widths(self, above: Limits, within: Limits) -> tuple[float, float]:
+        """By how many seconds of the step the periods and the updates of a box differ at most."""
+        periods = self._repeats * (within.period - above.period) if self._repeats else 0.0
+        return periods, within.update - above.update
+
+    def _push(self, boxes: list[_Box], above: Limits, within: Limits, sum_seconds: float | None = None) -> None:
+        """Add a box, unless it is seen to have no pipeline; the recurrence is run if its sum is not known yet."""
+        least = self._tables.least_above(within)
+        if least is None:
+            return
+        above = Limits(max(above.period, least.period), max(above.update, least.update))
+        if sum_seconds is None:
+            sum_seconds = self._take(within, above)
+        bound = sum_seconds + self._repeats * above.period + above.update
+        heapq.heappush(boxes, _Box(bound, next(self._numbers), above, within, sum_seconds))
+
+    def _take(self, within: Limits, above: Limits) -> float:
+        """Run the recurrence within limits and take what is better than the best; returns the least sum.
+
+        Args:
+            within: the limits.
+            above: what period and update are not below, so that what can't be better need not be looked at.
+        """
+        run = self._run(within, above, strict=False)
+        is_small = sum(self._widths(above, within)) <= _STRICT * self._step_seconds
+        if is_small and math.isfinite(within.period) and math.isfinite(run.least):
+            stages = _Stages(self._tables, run.places(run.seconds.index(run.least) + 1), within)
+            if stages.period_seconds > within.period * (1 + 1e-9):
+                self._run(within, above, strict=True)
+        return run.least
+
+    def _run(self, within: Limits, above: Limits, *, strict: bool) -> Run:
+        beside = self._repeats * above.period + above.update
+        run = Run(self._tables, within, strict=strict, allowance=self._step_seconds - beside)
+        self._num_runs += 1
+        for num_stages, seconds in enumerate(run.seconds, 1):
+            if seconds + beside < self._step_seconds:
+                stages = _Stages(self._tables, run.places(num_stages), within)
+                if stages.step_seconds < self._step_seconds:
+                    self._consider(stages)
+        return run
+
+    def _consider(self, stages: _Stages) -> None:
+        """Choose the options of the layers, and take the pipeline if it is better than the best.
+
+        What a second of the update counts depends on whether its stage is the slowest in it, or of a microbatch, or both.
+        """
+        for weight in (0.0, 1 / self._problem.num_microbatches, 1.0):
+            choice = PipelineChoice.of(self._problem, stages.with_options(weight))
+            if choice.step_seconds < self._step_seconds:
+                self._best, self._step_seconds = choice, choice.step_seconds
+
+
+class _Stages:
+    """Stages at their places, with the menus that take least, before options are chosen."""
+
+    def __init__(self, tables: StageTables, places: Sequence[Place], limits: Limits) -> None:
+        self._tables, self._places = tables, places
+        found = [
+            tables.stage(len(places) - stage, place.submesh, limits, place.first_layer, place.end_layer)
+            for stage, place in enumerate(places)
+        ]
+        self._menus = [menu for menu, _, _ in found]
+        self._in_flight = [tables.in_flight[len(places) - stage] for stage in range(len(places))]
+        seconds, updates = [each for _, each, _ in found], [each for _, _, each in found]
+        trips, count = round_trips(tables.problem, places), tables.problem.num_microbatches
+        self.period_seconds = period_seconds(seconds, trips, self._in_flight, count)
+        self.step_seconds = step_seconds(seconds, trips, updates, self._in_flight, count)
+
+    def with_options(self, update_weight: float) -> list[StageChoice]:
+        """The stages with an option for each layer."""
+        problem, found = self._tables.problem, list[StageChoice]()
+        for place, menu, in_flight in zip(self._places, self._menus, self._in_flight, strict=True):
+            kinds = problem.kinds[place.first_layer : place.end_layer]
+            memory = problem.line.kinds[place.submesh.kind].memory_bytes
+            numbers = choose_options(menu.options, kinds, in_flight, memory, update_weight)
+            assert numbers is not None, "the tables said that it fits"
+            options = tuple(menu.options[kind][number] for kind, number in zip(kinds, numbers, strict=True))
+            found.append(StageChoice(place, menu.mesh, in_flight, options))
+        return found

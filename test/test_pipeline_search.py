@@ -1,0 +1,201 @@
+"""The search for a pipeline against brute force: every cut, place, mesh and option of every layer of small instances."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+
+from bactrian.passes.pipelining.host_line import HostKind, HostLine, Link
+from bactrian.passes.pipelining.layer_options import LayerOption, Menu
+from bactrian.passes.pipelining.pipeline_problem import FixedStages, PipelineProblem
+from bactrian.passes.pipelining.pipeline_search import search_pipeline
+from bactrian.passes.pipelining.step_time import step_seconds
+from bactrian.passes.schedules.by_name import SCHEDULES
+
+MEMORY = 100.0
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What brute force puts on the line: layers, devices, the kind of host, a menu."""
+
+    first: int
+    end: int
+    device: int
+    kind: int
+    menu: Menu
+
+    @property
+    def size(self) -> int:
+        """Devices of the mesh."""
+        return math.prod(size for _, size in self.menu.mesh)
+
+
+def instance(seed: int, *, same_updates: bool = True) -> PipelineProblem:
+    """A random problem of at most 6 layers and 4 devices."""
+    rng = random.Random(seed)
+    num_kinds = rng.randint(1, 3)
+    kinds = tuple(rng.randrange(num_kinds) for _ in range(rng.randint(1, 6)))
+    sizes = rng.choice([[1], [2], [3], [4], [1, 1], [2, 2], [1, 2], [3, 1], [1, 1, 2], [1, 1, 1, 1], [2, 1, 1]])
+    several = rng.random() < 0.5  # kinds of hosts also where they have equally many devices
+    by_size: dict[tuple[int, int], int] = {}
+    hosts = tuple(by_size.setdefault((size, n * several), len(by_size)) for n, size in enumerate(sizes))
+    slow = rng.choice([0.1, 1.0, 5.0, 50.0])  # seconds of all that crosses a border at once
+    host_kinds = tuple(
+        HostKind(size, MEMORY, Link(0.01, 1e3 / slow), Link(0.02, rng.uniform(100, 300) / slow)) for size, _ in by_size
+    )
+    menus = tuple(tuple(menus_of(rng, size, sizes, num_kinds, same_updates)) for size, _ in by_size)
+    borders = (0.0, *(rng.choice([0.0, rng.uniform(1, 100)]) for _ in kinds[1:]))
+    schedule = SCHEDULES[rng.choice(sorted(SCHEDULES))]
+    return PipelineProblem(
+        kinds,
+        borders,
+        HostLine(host_kinds, hosts),
+        menus,
+        rng.choice([1, 2, 3, 4, 8, 32]),
+        schedule,
+        fixed(rng, len(kinds)),
+    )
+
+
+def menus_of(rng: random.Random, per_host: int, sizes: list[int], num_kinds: int, same_updates: bool) -> Iterator[Menu]:
+    """Menus of meshes that such hosts have, some of them twice."""
+    for devices in sorted({*range(1, per_host + 1), *range(per_host, sum(sizes) + 1, per_host)}):
+        for mesh in ((("data", devices),), (("model", devices),))[: rng.randint(1, 2)]:
+            options = list[tuple[LayerOption, ...]]()
+            for _ in range(num_kinds):
+                seconds, update = rng.uniform(1, 3) / devices ** rng.uniform(0.5, 1), rng.uniform(0, 3)
+                options.append(
+                    tuple(
+                        LayerOption(
+                            seconds * slow,
+                            2 * seconds * slow,
+                            update if same_updates else rng.uniform(0, 3),
+                            rng.uniform(5, 40) / devices,
+                            rng.uniform(0, 20) / slow**2,
+                            rng.choice([0.0, 5.0, 20.0]),
+                        )
+                        for slow in (1.0, rng.uniform(1, 1.2), rng.uniform(1, 1.5))[: rng.randint(1, 3)]
+                    )
+                )
+            yield Menu(mesh, tuple(options))
+
+
+def fixed(rng: random.Random, num_layers: int) -> FixedStages:
+    """Mostly nothing; else a number of stages, their layers, or their meshes."""
+    count = rng.randint(1, min(3, num_layers))
+    first_layers = (0, *sorted(rng.sample(range(1, num_layers), count - 1)))
+    mesh = ((rng.choice(["data", "model"]), rng.randint(1, 2)),)
+    choices = [FixedStages(count), FixedStages(first_layers=first_layers), FixedStages(count, first_layers)]
+    choices += [FixedStages(meshes=(mesh,)), FixedStages(count, meshes=(mesh, (("data", 1),), mesh)[:count])]
+    return rng.choice([*[FixedStages()] * 8, *choices])
+
+
+def frontier(problem: PipelineProblem, chosen: Chosen, in_flight: int) -> list[tuple[float, float]]:
+    """Seconds and update seconds of every choice of options that fits and that no other beats."""
+    found = set[tuple[float, float]]()
+    for options in itertools.product(*(chosen.menu.options[kind] for kind in problem.kinds[chosen.first : chosen.end])):
+        memory = sum(o.state_bytes + in_flight * o.kept_bytes for o in options) + max(o.working_bytes for o in options)
+        if memory <= problem.line.kinds[chosen.kind].memory_bytes:
+            found.add(
+                (sum(o.forward_seconds + o.backward_seconds for o in options), sum(o.update_seconds for o in options))
+            )
+    return [a for a in found if not any(b != a and b[0] <= a[0] and b[1] <= a[1] for b in found)]
+
+
+def pipelines(problem: PipelineProblem, num_stages: int) -> Iterator[list[Chosen]]:
+    """All cuts of the layers, with all meshes at all places of the line."""
+    host_of = [h for h, kind in enumerate(problem.line.hosts) for _ in range(problem.line.kinds[kind].num_devices)]
+    for cuts in itertools.combinations(range(1, len(problem.kinds)), num_stages - 1):
+        bounds = [0, *cuts, len(problem.kinds)]
+        if problem.fixed.first_layers not in (None, tuple(bounds[:-1])):
+            continue
+
+        def placed(stage: int, device: int, bounds: list[int] = bounds) -> Iterator[list[Chosen]]:
+            if stage == num_stages:
+                yield []
+                return
+            for start in range(device, len(host_of)):
+                kind = problem.line.hosts[host_of[start]]
+                for menu in problem.menus[kind]:
+                    chosen = Chosen(bounds[stage], bounds[stage + 1], start, kind, menu)
+                    if is_place(problem, chosen, host_of) and has_mesh(problem.fixed, menu, stage):
+                        yield from ([chosen, *rest] for rest in placed(stage + 1, start + chosen.size))
+
+        yield from placed(0, 0)
+
+
+def is_place(problem: PipelineProblem, chosen: Chosen, host_of: list[int]) -> bool:
+    """Whether a mesh lies within a host, or has all devices of hosts of one kind."""
+    hosts = host_of[chosen.device : chosen.device + chosen.size]
+    if len(hosts) < chosen.size or any(problem.line.hosts[host] != chosen.kind for host in hosts):
+        return False
+    return len(set(hosts)) == 1 or all(hosts.count(host) == host_of.count(host) for host in hosts)
+
+
+def has_mesh(fixed: FixedStages, menu: Menu, stage: int) -> bool:
+    """Whether a stage's mesh is the one that is decided."""
+    return fixed.meshes is None or menu.mesh == fixed.meshes[stage if len(fixed.meshes) > 1 else 0]
+
+
+def trips_of(problem: PipelineProblem, chosen: list[Chosen]) -> list[float]:
+    """Seconds there and back between neighbours."""
+    host_of = [h for h, kind in enumerate(problem.line.hosts) for _ in range(problem.line.kinds[kind].num_devices)]
+    found = list[float]()
+    for a, b in itertools.pairwise(chosen):
+        nbytes = problem.border_bytes[b.first]
+        kinds = problem.line.kinds[a.kind], problem.line.kinds[b.kind]
+        if host_of[a.device + a.size - 1] == host_of[b.device]:
+            link = kinds[0].intra_host
+            rate, latency = min(a.size, b.size) * link.bytes_per_second, link.latency
+        else:
+            hosts = [max(1, each.size // kind.num_devices) for each, kind in zip((a, b), kinds, strict=True)]
+            rate = min(n * kind.inter_host.bytes_per_second for n, kind in zip(hosts, kinds, strict=True))
+            latency = max(kind.inter_host.latency for kind in kinds)
+        found.append(nbytes / rate + 2 * latency if nbytes else 0.0)
+    return found
+
+
+def brute_force(problem: PipelineProblem) -> float:
+    """The least step time of all there is."""
+    best, m = math.inf, problem.num_microbatches
+    known = {}
+    for count in range(1, len(problem.kinds) + 1):
+        if problem.fixed.known_stages not in (None, count):
+            continue
+        in_flight = [problem.schedule.in_flight(stage, count, m) for stage in range(count)]
+        for chosen in pipelines(problem, count):
+            fronts = list[list[tuple[float, float]]]()
+            for each, k in zip(chosen, in_flight, strict=True):
+                key = each.first, each.end, each.kind, id(each.menu), k
+                if key not in known:
+                    known[key] = frontier(problem, each, k)
+                fronts.append(known[key])
+            trips = trips_of(problem, chosen)
+            for taken in itertools.product(*fronts):
+                seconds, updates = [t for t, _ in taken], [u for _, u in taken]
+                best = min(best, step_seconds(seconds, trips, updates, in_flight, m))
+    return best
+
+
+def check(seed: int) -> None:
+    """The search finds what brute force finds, and bounds it."""
+    problem = instance(seed)
+    best, found = brute_force(problem), search_pipeline(problem, tolerance=1e-9)
+    assert (found is None) == math.isinf(best), seed
+    if found is not None:
+        assert found.step_seconds == pytest.approx(best, rel=1e-6), seed
+        assert found.bound_seconds <= best * (1 + 1e-9), seed
+        for stage in found.stages:
+            assert stage.memory_bytes <= MEMORY * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("first", range(0, 40, 10))
+def test_equals_brute_force(first: int) -> None:
+    for seed in range(first, first + 10):
+        check(seed)
