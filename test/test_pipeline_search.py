@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import random
@@ -12,10 +13,16 @@ import pytest
 
 from bactrian.passes.pipelining.host_line import HostKind, HostLine, Link
 from bactrian.passes.pipelining.layer_options import LayerOption, Menu
-from bactrian.passes.pipelining.pipeline_problem import FixedStages, PipelineProblem
+from bactrian.passes.pipelining.pipeline_problem import (
+    FixedStages,
+    PipelineChoice,
+    PipelineProblem,
+    in_flight_by_stages_left,
+)
 from bactrian.passes.pipelining.pipeline_search import search_pipeline
 from bactrian.passes.pipelining.step_time import step_seconds
 from bactrian.passes.schedules.by_name import SCHEDULES
+from bactrian.passes.schedules.schedule import Schedule
 
 MEMORY = 100.0
 
@@ -164,7 +171,7 @@ def trips_of(problem: PipelineProblem, chosen: list[Chosen]) -> list[float]:
 def brute_force(problem: PipelineProblem) -> float:
     """The least step time of all there is."""
     best, m = math.inf, problem.num_microbatches
-    known = {}
+    known = dict[tuple[int, int, int, int, int], list[tuple[float, float]]]()
     for count in range(1, len(problem.kinds) + 1):
         if problem.fixed.known_stages not in (None, count):
             continue
@@ -186,16 +193,83 @@ def brute_force(problem: PipelineProblem) -> float:
 def check(seed: int) -> None:
     """The search finds what brute force finds, and bounds it."""
     problem = instance(seed)
-    best, found = brute_force(problem), search_pipeline(problem, tolerance=1e-9)
+    best, found = brute_force(problem), search_pipeline(problem, tolerance=1e-6)
     assert (found is None) == math.isinf(best), seed
     if found is not None:
-        assert found.step_seconds == pytest.approx(best, rel=1e-6), seed
-        assert found.bound_seconds <= best * (1 + 1e-9), seed
-        for stage in found.stages:
-            assert stage.memory_bytes <= MEMORY * (1 + 1e-9)
+        assert best * (1 - 1e-9) <= found.step_seconds <= best * (1 + 1e-5), seed
+        assert best * (1 - 1e-5) <= found.bound_seconds <= best * (1 + 1e-9), seed
+        check_stages(problem, found)
 
 
-@pytest.mark.parametrize("first", range(0, 40, 10))
-def test_equals_brute_force(first: int) -> None:
-    for seed in range(first, first + 10):
+def check_stages(problem: PipelineProblem, found: PipelineChoice) -> None:
+    """The stages have all layers, fit, stand where brute force may put them, and take what is said."""
+    host_of = [h for h, kind in enumerate(problem.line.hosts) for _ in range(problem.line.kinds[kind].num_devices)]
+    chosen = list[Chosen]()
+    for number, stage in enumerate(found.stages):
+        place = stage.place
+        (menu,) = (each for each in problem.menus[place.submesh.kind] if each.mesh == stage.mesh)
+        chosen.append(Chosen(place.first_layer, place.end_layer, place.first_device, place.submesh.kind, menu))
+        assert is_place(problem, chosen[-1], host_of)
+        assert stage.memory_bytes <= problem.line.kinds[place.submesh.kind].memory_bytes * (1 + 1e-9)
+        for kind, option in zip(problem.kinds[place.first_layer : place.end_layer], stage.options, strict=True):
+            assert option in menu.options[kind]
+        assert stage.in_flight == problem.schedule.in_flight(number, len(found.stages), problem.num_microbatches)
+    assert [each.first for each in chosen] == [0, *(each.end for each in chosen[:-1])]
+    assert chosen[-1].end == len(problem.kinds)
+    assert all(a.device + a.size <= b.device for a, b in itertools.pairwise(chosen))
+    seconds, updates = [s.seconds for s in found.stages], [s.update_seconds for s in found.stages]
+    in_flight = [stage.in_flight for stage in found.stages]
+    step = step_seconds(seconds, trips_of(problem, chosen), updates, in_flight, problem.num_microbatches)
+    assert found.step_seconds == pytest.approx(step, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    "seeds",
+    [range(24), *(pytest.param(range(n, n + 100), marks=pytest.mark.long) for n in range(0, 500, 100))],
+    ids=lambda seeds: f"{seeds.start}-{seeds.stop}",
+)
+def test_equals_brute_force(seeds: range) -> None:
+    for seed in seeds:
         check(seed)
+
+
+@pytest.mark.parametrize("seed", range(1000, 1012))
+def test_bounds_what_differs_in_updates(seed: int) -> None:
+    # Then the fastest choice of a stage need not be the best of the step, and the bound is below it.
+    problem = instance(seed, same_updates=False)
+    best, found = brute_force(problem), search_pipeline(problem)
+    assert (found is None) == math.isinf(best)
+    if found is not None:
+        assert found.bound_seconds <= best * (1 + 1e-9)
+        assert best * (1 - 1e-9) <= found.step_seconds <= best * 1.05
+        check_stages(problem, found)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=lambda schedule: schedule.name)
+def test_in_flight_counts_from_the_end(schedule: Schedule) -> None:
+    for m in (1, 2, 5, 8):
+        counted = in_flight_by_stages_left(schedule, 6, m)
+        for stages in range(1, 7):
+            assert [schedule.in_flight(s, stages, m) for s in range(stages)] == counted[stages:0:-1]
+
+
+def test_nothing_beats_a_good_incumbent() -> None:
+    problem = instance(0)
+    found = search_pipeline(problem)
+    assert found is not None
+    assert search_pipeline(problem, incumbent=found.step_seconds * 0.9) is None
+
+
+def test_idle_slow_hosts() -> None:
+    """A host that would make the pipeline slower stays idle, wherever it stands."""
+    kinds = tuple(HostKind(1, MEMORY, Link(0.0, 1e9), Link(0.0, 1e9)) for _ in range(2))
+    option = LayerOption(1.0, 2.0, 0.0, 1.0, 1.0, 0.0)
+    mesh = (("data", 1),)
+    slow = Menu(mesh, ((dataclasses.replace(option, forward_seconds=50.0),),))
+    for hosts in itertools.permutations((0, 0, 1)):
+        line = HostLine(kinds, hosts)
+        menus = (Menu(mesh, ((option,),)),), (slow,)
+        found = search_pipeline(PipelineProblem((0,) * 4, (0.0,) * 4, line, menus, 8, SCHEDULES["1f1b"]))
+        assert found is not None
+        assert [hosts[stage.place.first_device] for stage in found.stages] == [0, 0]
+        assert found.step_seconds == pytest.approx(6.0 * (8 + 1))

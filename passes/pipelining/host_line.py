@@ -11,6 +11,8 @@ from itertools import accumulate
 import numpy as np
 from numpy.typing import NDArray
 
+from bactrian.passes.machine.cluster import Cluster
+
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
 
@@ -59,6 +61,20 @@ class HostLine:
 
     kinds: tuple[HostKind, ...]
     hosts: tuple[int, ...]
+
+    @classmethod
+    def of(cls, cluster: Cluster) -> HostLine:
+        """The hosts of a cluster, in its order."""
+        kinds = [
+            HostKind(
+                group.devices_per_host,
+                group.memory_bytes,
+                Link(group.intra_host_latency, group.intra_host_bytes_per_second),
+                Link(group.inter_host_latency, group.inter_host_bytes_per_second),
+            )
+            for group in cluster.groups
+        ]
+        return cls(tuple(kinds), tuple(kind for kind, group in enumerate(cluster.groups) for _ in range(group.hosts)))
 
     @cached_property
     def first_devices(self) -> tuple[int, ...]:

@@ -27,7 +27,7 @@ from bactrian.passes.pipelining.stage_tables import Limits, StageTables
 from bactrian.passes.pipelining.step_time import period_seconds, step_seconds
 
 TOLERANCE = 1e-3
-_NARROW = 1e-6  # a box is not split where the step time in it differs by no more than this share of the step
+MOST_RUNS = 200
 _STRICT = (
     1e-2  # where it differs by no more than this, a pipeline within the limits is looked for, round trips included
 )
@@ -35,19 +35,24 @@ _TRIES = 20  # of periods for the first pipeline, before any is allowed
 
 
 def search_pipeline(
-    problem: PipelineProblem, *, tolerance: float = TOLERANCE, incumbent: float = math.inf
+    problem: PipelineProblem,
+    *,
+    tolerance: float = TOLERANCE,
+    most_runs: int = MOST_RUNS,
+    incumbent: float = math.inf,
 ) -> PipelineChoice | None:
     """The pipeline of the least step time.
 
     Args:
         problem: layers, options and hosts.
         tolerance: the search ends when no other pipeline is faster by more than this share of the step.
+        most_runs: of the recurrence, after which it ends too.
         incumbent: seconds of a step that must be beaten.
 
     Returns:
         None where nothing fits, or nothing is faster than the incumbent.
     """
-    return _Search(problem, tolerance, incumbent).run()
+    return _Search(problem, tolerance, most_runs, incumbent).run()
 
 
 @dataclass(order=True)
@@ -64,8 +69,8 @@ class _Box:
 class _Search:
     """One search, with the best pipeline so far."""
 
-    def __init__(self, problem: PipelineProblem, tolerance: float, incumbent: float) -> None:
-        self._problem, self._tolerance = problem, tolerance
+    def __init__(self, problem: PipelineProblem, tolerance: float, most_runs: int, incumbent: float) -> None:
+        self._problem, self._tolerance, self._most_runs = problem, tolerance, most_runs
         self._tables = StageTables(problem)
         self._repeats = problem.num_microbatches - 1  # periods of a step beside the sum
         self._best: PipelineChoice | None = None
@@ -98,11 +103,13 @@ class _Search:
         period = (spare - least.update) / self._repeats if self._repeats else math.inf
         boxes, narrow = list[_Box](), math.inf
         self._push(boxes, least, Limits(period, spare - self._repeats * least.period))
-        while boxes and boxes[0].bound < self._step_seconds * (1 - self._tolerance):
+        while (
+            boxes and boxes[0].bound < self._step_seconds * (1 - self._tolerance) and self._num_runs < self._most_runs
+        ):
             box = heapq.heappop(boxes)
             above, within = box.above, box.within
             periods, updates = self._widths(above, within)
-            if max(periods, updates) <= _NARROW * self._step_seconds:
+            if max(periods, updates) <= self._tolerance / 2 * self._step_seconds:
                 narrow = min(narrow, box.bound)
             elif periods >= updates:
                 middle = (above.period + within.period) / 2

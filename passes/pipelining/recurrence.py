@@ -126,12 +126,12 @@ class Run:
 
     def _stage(self, left: int, behind: Floats, binding: Floats) -> tuple[Floats, Floats]:
         """``G`` and ``E`` for so many stages, from ``H`` and what of ``E`` binds them."""
-        seconds, excess = np.full_like(behind, math.inf), np.full_like(behind, -math.inf)
+        seconds, excess = np.full_like(behind, math.inf), np.full_like(behind, -self._limits.period)
         for number, submesh in enumerate(self._submeshes):
             starts = self._positions.starts[submesh]
             ends = starts + submesh.num_devices // self._positions.unit
             following, before = behind[number][:, ends], binding[number][:, ends]
-            best, most = np.full_like(following, math.inf), np.full_like(following, -math.inf)
+            best, most = np.full_like(following, math.inf), np.full_like(following, -self._limits.period)
             for num_layers, costs in self._tables.by_length(left, submesh, self._limits):
                 own = costs[:, None]
                 over = own + before[num_layers:] if self._strict else None
