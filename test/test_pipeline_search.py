@@ -197,7 +197,9 @@ def check(seed: int) -> None:
     assert (found is None) == math.isinf(best), seed
     if found is not None:
         assert best * (1 - 1e-9) <= found.step_seconds <= best * (1 + 1e-5), seed
-        assert best * (1 - 1e-5) <= found.bound_seconds <= best * (1 + 1e-9), seed
+        assert found.bound_seconds <= best * (1 + 1e-9), seed
+        if problem.schedule.name == "gpipe":  # others wait for round trips, of which the bound has the longest alone
+            assert found.bound_seconds >= best * (1 - 1e-5), seed
         check_stages(problem, found)
 
 
