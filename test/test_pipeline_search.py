@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from bactrian.passes.pipelining.host_line import HostKind, HostLine, Link
+from bactrian.passes.pipelining.host_line import HostKind, HostLine, HostLink
 from bactrian.passes.pipelining.layer_options import LayerOption, Menu
 from bactrian.passes.pipelining.pipeline_problem import (
     FixedStages,
@@ -54,7 +54,8 @@ def instance(seed: int, *, same_updates: bool = True) -> PipelineProblem:
     hosts = tuple(by_size.setdefault((size, n * several), len(by_size)) for n, size in enumerate(sizes))
     slow = rng.choice([0.1, 1.0, 5.0, 50.0])  # seconds of all that crosses a border at once
     host_kinds = tuple(
-        HostKind(size, MEMORY, Link(0.01, 1e3 / slow), Link(0.02, rng.uniform(100, 300) / slow)) for size, _ in by_size
+        HostKind(size, MEMORY, HostLink(0.01, 1e3 / slow), HostLink(0.02, rng.uniform(100, 300) / slow))
+        for size, _ in by_size
     )
     menus = tuple(tuple(menus_of(rng, size, sizes, num_kinds, same_updates)) for size, _ in by_size)
     borders = (0.0, *(rng.choice([0.0, rng.uniform(1, 100)]) for _ in kinds[1:]))
@@ -264,7 +265,7 @@ def test_nothing_beats_a_good_incumbent() -> None:
 
 def test_idle_slow_hosts() -> None:
     """A host that would make the pipeline slower stays idle, wherever it stands."""
-    kinds = tuple(HostKind(1, MEMORY, Link(0.0, 1e9), Link(0.0, 1e9)) for _ in range(2))
+    kinds = tuple(HostKind(1, MEMORY, HostLink(0.0, 1e9), HostLink(0.0, 1e9)) for _ in range(2))
     option = LayerOption(1.0, 2.0, 0.0, 1.0, 1.0, 0.0)
     mesh = (("data", 1),)
     slow = Menu(mesh, ((dataclasses.replace(option, forward_seconds=50.0),),))

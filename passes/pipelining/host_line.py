@@ -18,7 +18,7 @@ Integers = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Link:
+class HostLink:
     """Seconds of the smallest message, and bytes per second."""
 
     latency: float
@@ -38,8 +38,8 @@ class HostKind:
 
     num_devices: int
     memory_bytes: float
-    intra_host: Link
-    inter_host: Link
+    intra_host: HostLink
+    inter_host: HostLink
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,8 @@ class HostLine:
             HostKind(
                 group.devices_per_host,
                 group.memory_bytes,
-                Link(group.intra_host_latency, group.intra_host_bytes_per_second),
-                Link(group.inter_host_latency, group.inter_host_bytes_per_second),
+                HostLink(group.intra_host_latency, group.intra_host_bytes_per_second),
+                HostLink(group.inter_host_latency, group.inter_host_bytes_per_second),
             )
             for group in cluster.groups
         ]

@@ -21,7 +21,7 @@ from bactrian.passes.pipelining.pipeline_problem import (
     StageChoice,
     round_trips,
 )
-from bactrian.passes.pipelining.recurrence import Run
+from bactrian.passes.pipelining.recurrence import Recurrence
 from bactrian.passes.pipelining.stage_costs import choose_options
 from bactrian.passes.pipelining.stage_tables import Limits, StageTables
 from bactrian.passes.pipelining.step_time import period_seconds, step_seconds
@@ -138,7 +138,7 @@ class _Search:
         heapq.heappush(boxes, _Box(bound, next(self._numbers), above, within, sum_seconds))
 
     def _take(self, within: Limits, above: Limits) -> float:
-        """Run the recurrence within limits and take what is better than the best; returns the least sum.
+        """Recurrence the recurrence within limits and take what is better than the best; returns the least sum.
 
         Args:
             within: the limits.
@@ -152,9 +152,9 @@ class _Search:
                 self._run(within, above, strict=True)
         return run.least
 
-    def _run(self, within: Limits, above: Limits, *, strict: bool) -> Run:
+    def _run(self, within: Limits, above: Limits, *, strict: bool) -> Recurrence:
         beside = self._repeats * above.period + above.update
-        run = Run(self._tables, within, strict=strict, allowance=self._step_seconds - beside)
+        run = Recurrence(self._tables, within, strict=strict, allowance=self._step_seconds - beside)
         self._num_runs += 1
         for num_stages, seconds in enumerate(run.seconds, 1):
             if seconds + beside < self._step_seconds:

@@ -16,7 +16,7 @@ let be ``k[q]`` microbatches in flight, the longest round trip exceeds the micro
 
     E[q] = C + max(-T, X - (k[q] - k[q - 1]) T + E[q - 1])        must not be above 0 where k[q] < m
 
-`Run` leaves that out but for the way to the last stage, ``G[q] <= k[q] T``, so that no pipeline within the limits
+`Recurrence` leaves that out but for the way to the last stage, ``G[q] <= k[q] T``, so that no pipeline within the limits
 takes less than it says; or, ``strict``, it keeps ``E`` beside the least ``G`` of every place, so that all it finds is within
 the limits.
 """
@@ -64,7 +64,7 @@ class _Positions:
         return cls(unit, starts, hosts, np.searchsorted(hosts, all_positions), inside)
 
 
-class Run:
+class Recurrence:
     """What the recurrence says within limits.
 
     Attributes:
