@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 from jaxlib.mlir import ir
 
 from bactrian.passes.frame.base import PassContext
@@ -17,7 +17,14 @@ from bactrian.passes.stages.layer_graph import LayeredProgram
 from bactrian.passes.stages.layer_partitioning import Ints
 from bactrian.passes.stages.pinned_arguments import PinnedArguments, PinnedReads
 from bactrian.passes.stages.placement_by_forward import place_by_forward
-from bactrian.passes.stages.repeated_blocks import BlockCuts, block_cuts, repeated_runs
+from bactrian.passes.stages.repeated_blocks import (
+    OpsInOrder,
+    RunCuts,
+    allowed_cuts,
+    block_layers,
+    repeated_runs,
+    run_cuts,
+)
 from bactrian.passes.stages.uneven_stages import FAR
 
 _PAYS = 1.5
@@ -72,16 +79,21 @@ def cut_forward(
     ]
     crossing = layer_partitioning.cut_bytes(len(ops), lifetimes)
     allowed = _marker_positions([program.marker[i] for i in ops], weighty)
-    between = _between_blocks(program, ops, weighty, seconds, crossing) if allowed is None else None
-    if not num_layers and between is not None and most_layers:
-        num_layers, allowed = _found_layers(between, weighty, most_layers)
-    num_layers = num_layers or len(allowed or ()) + 1
-    limits = () if allowed is None else (_AT_BOUNDARIES,)
-    weights = _weights(program, ops, seconds) if sum(weighty) >= num_layers > 1 else []
-    blocks = None if between is None else between.between
-    request = _Request(weights, weighty, crossing, num_layers, epsilon, allowed, None, kind, limits, num_stages, blocks)
+    cuts = _run_cuts(program, ops, weighty, seconds, crossing) if allowed is None else []
     layers: list[int | None] = [None] * len(flow.ops)
-    groups = _groups(program, ops, request, main, ctx)
+    if not num_layers and allowed is None and most_layers:
+        starts = block_layers(cuts, OpsInOrder(_weights(program, ops, seconds), weighty, crossing), most_layers)
+        ctx.count("cut-bytes", int(crossing[starts].sum()))
+        groups = (np.searchsorted(starts, np.arange(len(ops)), side="right") - 1).tolist()
+    else:
+        num_layers = num_layers or len(allowed or ()) + 1
+        limits = () if allowed is None else (_AT_BOUNDARIES,)
+        weights = _weights(program, ops, seconds) if sum(weighty) >= num_layers > 1 else []
+        blocks = allowed_cuts(cuts, len(ops)) if cuts else None
+        request = _Request(
+            weights, weighty, crossing, num_layers, epsilon, allowed, None, kind, limits, num_stages, blocks
+        )
+        groups = _groups(program, ops, request, main, ctx)
     if groups is None:
         return None
     for op, group in zip(ops, groups, strict=True):
@@ -137,14 +149,14 @@ def _order(program: LayeredProgram, ops: list[int], weighty: list[bool]) -> list
     return layer_partitioning.normalized_order(operands, anchors)
 
 
-def _between_blocks(
+def _run_cuts(
     program: LayeredProgram, ops: list[int], weighty: list[bool], seconds: Sequence[float], crossing: Ints
-) -> BlockCuts:
-    """Where cuts keep repeated blocks equal; everywhere, if no block repeats."""
+) -> list[RunCuts]:
+    """Where cuts keep repeated blocks equal, by runs of such."""
     places = [place for place, heavy in enumerate(weighty) if heavy]
     keys = [_anchor_key(program.flow.ops[ops[place]]) for place in places]
     runs = repeated_runs(keys, places, [seconds[ops[place]] for place in places])
-    return block_cuts(runs, places, crossing)
+    return run_cuts(runs, places, crossing)
 
 
 def _anchor_key(op: ir.Operation) -> tuple[object, ...]:
@@ -152,19 +164,6 @@ def _anchor_key(op: ir.Operation) -> tuple[object, ...]:
     attributes = op.attributes
     items = (attributes[number] for number in range(len(attributes)))
     return op.name, *((item.name, item.attr) for item in items), *(value.type for value in (*op.operands, *op.results))
-
-
-def _found_layers(blocks: BlockCuts, weighty: list[bool], most: int) -> tuple[int, list[int]]:
-    """How many layers there are if all cuts between blocks, or within them as well, are made, but no more than ``most``;
-    and where these cuts are."""
-    fine, coarse = (_num_groups(positions, weighty) for positions in (blocks.all, blocks.between))
-    return (fine, list(blocks.all)) if fine <= most else (min(coarse, most), list(blocks.between))
-
-
-def _num_groups(positions: Sequence[int], weighty: list[bool]) -> int:
-    """The most groups with weight that cuts at some of the positions make."""
-    before = list(itertools.accumulate(weighty, initial=0))
-    return len({before[position] for position in positions} - {0, before[-1]}) + 1
 
 
 def _kept_positions(program: LayeredProgram, position: dict[int, int]) -> list[int] | None:
@@ -239,7 +238,7 @@ class _Request:
     kind: tuple[str, str]
     limits: tuple[_Limit, ...]
     num_stages: int
-    blocks: tuple[int, ...] | None = None
+    blocks: list[int] | None = None
 
     def check(self, main: ir.Operation, ctx: PassContext) -> bool:
         """Whether there can be so many layers; reports an error if not."""
@@ -274,7 +273,7 @@ class _Request:
         anywhere = self._cut_at(self.allowed)
         if anywhere is None or self.blocks is None:
             return anywhere
-        at = self.blocks if self.allowed is None else tuple(sorted({*self.blocks}.intersection(self.allowed)))
+        at = self.blocks if self.allowed is None else sorted({*self.blocks}.intersection(self.allowed))
         between = self._cut_at(at)
         if between is None or between.bytes > anywhere.bytes:
             return anywhere

@@ -6,13 +6,18 @@ at the same place of each block. What repeats is found among the anchors, the op
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from bactrian.passes.stages import layer_partitioning
 from bactrian.passes.stages.layer_partitioning import Floats, Ints
+
+_LEAST_REST = 0.1  # of the weight of a block, for a layer of its own between runs
+_SLACK_OF_REST = 0.5  # by which a layer between runs may exceed an even share
 
 
 @dataclass(frozen=True)
@@ -68,50 +73,112 @@ def _stretches(flags: NDArray[np.bool_]) -> list[tuple[int, int]]:
 
 
 @dataclass(frozen=True)
-class BlockCuts:
-    """Positions between ops where cuts keep repeated blocks equal.
+class RunCuts:
+    """The cuts of one run, in order: its ends as well, where its blocks are as long there as elsewhere.
 
     Attributes:
-        between: the blocks, and outside of all runs.
-        within: blocks as well, where no more bytes cross than between them.
+        between: its blocks.
+        within: these, and places in its blocks where no more bytes cross.
     """
 
     between: tuple[int, ...]
     within: tuple[int, ...]
 
+
+@dataclass(frozen=True)
+class OpsInOrder:
+    """Forward ops in a row.
+
+    Attributes:
+        weights: of each op: the predicted time of a step that goes with it.
+        is_anchor: whether each op is one.
+        crossing: bytes that live across each position, as `layer_partitioning.cut_bytes` gives them.
+    """
+
+    weights: Sequence[float]
+    is_anchor: Sequence[bool]
+    crossing: Ints
+
     @property
-    def all(self) -> tuple[int, ...]:
-        """All of them, in order."""
-        return tuple(sorted({*self.between, *self.within}))
+    def places(self) -> list[int]:
+        """The positions of the anchors."""
+        return [place for place, heavy in enumerate(self.is_anchor) if heavy]
 
 
-def block_cuts(runs: Sequence[RepeatedRun], places: Sequence[int], crossing: Ints) -> BlockCuts:
-    """Where to cut so that repeated blocks are equal.
+def run_cuts(runs: Sequence[RepeatedRun], places: Sequence[int], crossing: Ints) -> list[RunCuts]:
+    """Where to cut runs so that their blocks are equal.
 
     Args:
         runs: of anchors.
         places: the position of each anchor among the ops.
-        crossing: bytes that live across each position, as `layer_partitioning.cut_bytes` gives them.
+        crossing: bytes that live across each position.
     """
-    inside, between, within = set[int](), set[int](), set[int]()
+    found = list[RunCuts]()
     for run in runs:
-        end = run.first + run.length
-        before = places[run.first - 1] + 1 if run.first else 0
-        inside.update(range(before, places[end] + 1 if end < len(places) else len(crossing)))
         classes = _classes(run, places, crossing)
         least = min(cost for cost, _ in classes)
         cheapest = [positions for cost, positions in classes if cost <= least]
-        between.update(cheapest[0])
-        within.update(position for positions in cheapest[1:] for position in positions)
-    between.update(position for position in range(1, len(crossing) - 1) if position not in inside)
-    return BlockCuts(tuple(sorted(between)), tuple(sorted(within - between)))
+        within = sorted({position for positions in cheapest for position in positions})
+        found.append(RunCuts(tuple(cheapest[0]), tuple(within)))
+    return found
+
+
+def allowed_cuts(cuts: Sequence[RunCuts], num_ops: int) -> list[int]:
+    """All positions where cuts keep repeated blocks equal: between them, and anywhere outside of runs."""
+    found = set(range(1, num_ops))
+    for each in cuts:
+        found -= set(range(each.between[0], each.between[-1] + 1))
+        found |= set(each.between)
+    return sorted(found & set(range(1, num_ops)))
+
+
+def block_layers(cuts: Sequence[RunCuts], ops: OpsInOrder, most: int) -> list[int]:
+    """The first position of each layer, if there is a layer for each block.
+
+    Parts of blocks are layers where there are few of them, several blocks where there are many. What lies between runs is
+    as many layers as it has weights of a block: a small part belongs to the block beside it.
+
+    Args:
+        cuts: of the runs, in their order.
+        ops: that are cut.
+        most: layers in runs.
+    """
+    num_ops, before = len(ops.weights), np.concatenate([[0.0], np.cumsum(np.asarray(ops.weights, np.float64))])
+    fine = sum(len(each.within) for each in cuts) <= most
+    positions = [each.within if fine else each.between for each in cuts]
+    together = max(1, -(-sum(map(len, positions)) // most))
+    positions = [(each[0], *each[1:-1][together - 1 :: together], each[-1]) for each in positions]
+    blocks = [before[end] - before[first] for each in positions for first, end in itertools.pairwise(each)]
+    block = float(np.mean(blocks)) if blocks else 0.0
+    starts, inner, first = {0}, [list(dict.fromkeys(each)) for each in positions], 0
+    for number, own in enumerate([*inner, []]):
+        end = own[0] if own else num_ops
+        if before[end] - before[first] >= _LEAST_REST * block:
+            starts.update(_rest(ops, first, end, block, most))
+        elif number and len(inner[number - 1]) > 1:
+            starts.discard(first)  # it goes with the block before it
+        elif own:
+            own.pop(0)
+        starts.update(own)
+        first = own[-1] if own else first
+    return sorted(start for start in starts if start < num_ops)
+
+
+def _rest(ops: OpsInOrder, first: int, end: int, block: float, most: int) -> list[int]:
+    """The first position of each layer of what lies between runs, or of all where nothing repeats."""
+    anchors = ops.is_anchor[first:end]
+    weights = ops.weights[first:end]
+    count = min(sum(anchors), most if not block else max(1, round(sum(weights) / block)))
+    crossing = ops.crossing[first : end + 1]
+    made = layer_partitioning.cut(weights, anchors, crossing, count, _SLACK_OF_REST) if count > 1 else None
+    return [first] if made is None else [first + start for start in made.starts]
 
 
 def _classes(run: RepeatedRun, places: Sequence[int], crossing: Ints) -> list[tuple[float, list[int]]]:
     """For each anchor of a period, the cheapest place for cuts before it: the mean of their bytes inside of the run, and the
     positions of the cuts, also before the first block and behind the last one."""
     found = list[tuple[float, list[int]]]()
-    first, end = run.first, run.first + run.length
+    first, end, num_ops = run.first, run.first + run.length, len(crossing) - 1
     for shift in range(run.period):
         inner = [at for at in range(first + shift, end, run.period) if at > first]
         gap = min(places[at] - places[at - 1] for at in inner)
@@ -119,10 +186,10 @@ def _classes(run: RepeatedRun, places: Sequence[int], crossing: Ints) -> list[tu
         costs = [float(crossing[starts + distance].mean()) for distance in range(gap)]
         distance = gap - 1 - int(np.argmin(costs[::-1]))  # of equal ones the latest, as everywhere
         positions: list[int] = (starts + distance).tolist()
-        if shift == 0 and first and (before := places[first] - (gap - 1 - distance)) > places[first - 1]:
+        before, behind = places[first] - (gap - 1 - distance), places[end - 1] + 1 + distance
+        if shift == 0 and before > (places[first - 1] if first else -1):
             positions.insert(0, before)
-        behind = places[end - 1] + 1 + distance
-        if (run.length - shift) % run.period == 0 and end < len(places) and behind <= places[end]:
+        if (run.length - shift) % run.period == 0 and behind <= (places[end] if end < len(places) else num_ops):
             positions.append(behind)
         found.append((costs[distance], positions))
     return found
