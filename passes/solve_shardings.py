@@ -18,7 +18,7 @@ from bactrian.passes.machine.cluster_file import cluster_or_cores
 from bactrian.passes.network.solver import Solution, solve
 from bactrian.passes.sharding.baseline_costs import BaselinePlan, no_worse_than_baselines, solve_baseline
 from bactrian.passes.sharding.baselines import AUTO, BASELINES, check_strategy, pin_baseline
-from bactrian.passes.sharding.cost_breakdown import CostBreakdown, cost_breakdown
+from bactrian.passes.sharding.cost_breakdown import CostBreakdown, cost_breakdown, phase_seconds
 from bactrian.passes.sharding.infeasible import out_of_memory
 from bactrian.passes.sharding.loop_dataflow import capture_unchanged
 from bactrian.passes.sharding.reduce_scatter_choice import prefer_reduce_scatters
@@ -84,7 +84,7 @@ class SolveShardings(Pass):
     Output:
 
     ```mlir
-    module attributes {bactrian.num_microbatches = 1 : i64, bactrian.num_stages = 1 : i64, bactrian.sharding = [{bound_seconds = 1.9398655999999998E-4 : f64, communication_seconds = 0.000000e+00 : f64, given = 0 : i64, limit_bytes = 4294967296 : i64, memory_bytes = [{bytes = 262144 : i64, name = "batch"}, {bytes = 262144 : i64, name = "activations"}, {bytes = 16384 : i64, name = "parameters"}], seconds = 1.9398655999999998E-4 : f64, sent_bytes = {}, strategy = "auto"}]} {
+    module attributes {bactrian.num_microbatches = 1 : i64, bactrian.num_stages = 1 : i64, bactrian.sharding = [{bound_seconds = 1.9398655999999998E-4 : f64, communication_seconds = 0.000000e+00 : f64, given = 0 : i64, limit_bytes = 4294967296 : i64, memory_bytes = [{bytes = 262144 : i64, name = "batch"}, {bytes = 262144 : i64, name = "activations"}, {bytes = 16384 : i64, name = "parameters"}], phase_seconds = {backward = 0.000000e+00 : f64, forward = 1.9398655999999998E-4 : f64, prepare = 0.000000e+00 : f64, update = 0.000000e+00 : f64}, seconds = 1.9398655999999998E-4 : f64, sent_bytes = {}, strategy = "auto"}]} {
       sdy.mesh @stage0 = <["data"=4]>
       func.func public @main(%x: tensor<4096x64xf32> {bactrian.role = "batch", sdy.sharding = #sdy.sharding<@stage0, [{"data"}, {}]>}, %w: tensor<64x64xf32> {bactrian.role = "state", sdy.sharding = #sdy.sharding<@stage0, [{}, {}]>}) -> (tensor<4096x64xf32> {sdy.sharding = #sdy.sharding<@stage0, [{"data"}, {}]>}) {
         %y = stablehlo.dot_general %x, %w, contracting_dims = [1] x [0] {bactrian.phase = "forward", bactrian.stage = 0 : i64, sdy.sharding = #sdy.sharding_per_value<[<@stage0, [{"data"}, {}]>]>} : (tensor<4096x64xf32>, tensor<64x64xf32>) -> tensor<4096x64xf32>
@@ -223,6 +223,7 @@ class SolveShardings(Pass):
             f"{'a step' if program.only is None else f'stage {program.only}'} takes {solution.cost:.4g} s ({gap}), a device holds {solution.memory / 2**20:.1f} MiB",
         )
         taken = cost_breakdown(stage.model, stage.reading, roles, solution.choice, stage.shardings)
+        by_phase = phase_seconds(stage.model, stage.reading, stage.shardings)
         if program.mesh.num_devices > 1 and is_repeated(program.reading, taken):
             self._warn_of_repeated_work(main, stage, taken, roles, ctx)
         given = sum(number < program.reading.flow.num_arguments for number, _ in program.reading.problem.pinned)
@@ -234,6 +235,7 @@ class SolveShardings(Pass):
             "bound_seconds": _number(solution.lower_bound),
             "communication_seconds": _number(taken.communication_seconds),
             "limit_bytes": integer(self._limit(program)),
+            "phase_seconds": ir.DictAttr.get({phase: _number(seconds) for phase, seconds in by_phase.items()}),
             "sent_bytes": ir.DictAttr.get({kind: integer(nbytes) for kind, nbytes in sent.items()}),
             "memory_bytes": ir.ArrayAttr.get(
                 [ir.DictAttr.get({"name": ir.StringAttr.get(n), "bytes": integer(b)}) for n, b in taken.memory]

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from bactrian.passes.frame.errors import ConfigError
+from bactrian.passes.pipelining.pipeline_events import ONCE, Task
 from bactrian.runtime.instructions import (
     ArgumentSlot,
     Arrive,
@@ -24,7 +25,7 @@ from bactrian.runtime.instructions import (
     Wait,
 )
 from bactrian.runtime.staged_program import StagedProgram
-from bactrian.runtime.unrolled_step import INDEX, ONCE, Key, Task, UnrolledStep, relative_cost, simulate
+from bactrian.runtime.unrolled_step import INDEX, Key, UnrolledStep, relative_cost, simulate
 
 _LOAD_AHEAD_BYTES = 16 << 20  # of device memory, for pieces of the batch that are loaded while a rank waits
 _START = -1  # place in the global order of what is there before the first task

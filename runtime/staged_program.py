@@ -42,6 +42,9 @@ def _item_bytes(dtype: str) -> int:
     return np.dtype(getattr(ml_dtypes, dtype, dtype)).itemsize
 
 
+ONCE_PER_STEP = ("prepare", "initialize", "update")  # phases of calls
+
+
 @dataclass(frozen=True)
 class Call:
     """One stage function at its place in the data flow.
@@ -63,6 +66,11 @@ class Call:
     donated: tuple[int, ...] = ()
     carries: tuple[tuple[int, int], ...] = ()
     index_input: int | None = None
+
+    @property
+    def runs_once(self) -> bool:
+        """Whether it is made once per step, and not for each microbatch."""
+        return self.phase in ONCE_PER_STEP
 
 
 @dataclass(frozen=True)

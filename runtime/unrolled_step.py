@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from bactrian.passes.frame.errors import PassError
+from bactrian.passes.pipelining.pipeline_events import ONCE, Task
 from bactrian.passes.schedules.schedule import parse_token
-from bactrian.runtime.staged_program import Call, StagedProgram
+from bactrian.runtime.staged_program import ONCE_PER_STEP, Call, StagedProgram
 
-ONCE = -1
 INDEX = -1  # value id of a microbatch's number
 
 _PHASES = {"F": ("forward",), "B": ("backward",), "FB": ("forward", "backward", "forward_backward")}
@@ -27,13 +27,6 @@ class Key(NamedTuple):
     microbatch: int
     stage: int
     copy: int = 0
-
-
-class Task(NamedTuple):
-    """One call of a stage function."""
-
-    call: int
-    microbatch: int
 
 
 @dataclass
@@ -76,7 +69,7 @@ class UnrolledStep:
                 self.arguments.add(piece.value)
         for call in program.calls:
             self.carried |= {call.outputs[o] for _, o in call.carries}
-        self.stage_tasks = [self._tasks_of(stage) for stage in range(program.num_stages)]
+        self.stage_tasks = [stage_tasks(program, stage) for stage in range(program.num_stages)]
         for tasks in self.stage_tasks:
             for task in tasks:
                 self._connect(task)
@@ -99,24 +92,6 @@ class UnrolledStep:
     def call(self, task: Task) -> Call:
         """The call of a task."""
         return self.program.calls[task.call]
-
-    def _tasks_of(self, stage: int) -> list[Task]:
-        """A stage's tasks in its order: preparation, the tokens, initialization right before its first reader, the update rounds."""
-        program = self.program
-        mine = [i for i, call in enumerate(program.calls) if call.stage == stage]
-        first = [i for i in mine if program.calls[i].phase == "initialize"]
-        made = {value for i in first for value in program.calls[i].outputs}
-        updates = [i for i in mine if program.calls[i].phase == "update"]
-        tasks = [Task(i, ONCE) for i in mine if program.calls[i].phase == "prepare"]
-        for token in program.order[stage]:
-            kind, microbatch = parse_token(token)
-            now = [i for i in mine if program.calls[i].phase in _PHASES[kind]]
-            if first and any(made.intersection(program.calls[i].inputs) for i in now):
-                tasks += [Task(i, ONCE) for i in first]
-                first = []
-            tasks += [Task(i, microbatch) for i in now]
-        tasks += [Task(i, ONCE) for i in first]
-        return tasks + [Task(i, ONCE) for i in sorted(updates, key=lambda i: program.calls[i].round)]
 
     def _connect(self, task: Task) -> None:
         call, microbatch = self.call(task), task.microbatch
@@ -142,7 +117,7 @@ class UnrolledStep:
         """Every call runs for every microbatch, and everything read exists, on the reader's stage."""
         program = self.program
         for i, call in enumerate(program.calls):
-            wanted = [ONCE] if call.phase in ("prepare", "initialize", "update") else range(program.num_microbatches)
+            wanted = [ONCE] if call.runs_once else range(program.num_microbatches)
             for microbatch in wanted:
                 if Task(i, microbatch) not in self.reads:
                     raise PassError(
@@ -167,6 +142,25 @@ class UnrolledStep:
             raise PassError(f"{reader} reads a transferred batch piece", fix="give the stage its own batch piece")
         if origin not in self.producer and origin.value not in self.arguments and origin.value not in self.batches:
             raise PassError(f"{reader} reads value {key.value} of microbatch {key.microbatch}, which nothing makes")
+
+
+def stage_tasks(program: StagedProgram, stage: int) -> list[Task]:
+    """A stage's tasks in its order: preparation, the tokens, initialization before its first reader, the update rounds."""
+    calls = {
+        kind: [i for i, call in enumerate(program.calls) if call.stage == stage and call.phase in phases]
+        for kind, phases in (*_PHASES.items(), *((phase, (phase,)) for phase in ONCE_PER_STEP))
+    }
+    first = calls["initialize"]
+    made = {value for i in first for value in program.calls[i].outputs}
+    tasks = [Task(i, ONCE) for i in calls["prepare"]]
+    for token in program.order[stage]:
+        kind, microbatch = parse_token(token)
+        if first and any(made.intersection(program.calls[i].inputs) for i in calls[kind]):
+            tasks += [Task(i, ONCE) for i in first]
+            first = []
+        tasks += [Task(i, microbatch) for i in calls[kind]]
+    tasks += [Task(i, ONCE) for i in first]
+    return tasks + [Task(i, ONCE) for i in sorted(calls["update"], key=lambda i: program.calls[i].round)]
 
 
 def relative_cost(call: Call) -> float:

@@ -20,7 +20,7 @@ from bactrian.passes.machine.cluster_file import cluster_of
 from bactrian.passes.machine.spec import MeshAxes
 from bactrian.passes.network.problem import CostNetwork
 from bactrian.passes.network.solver import solve
-from bactrian.passes.sharding.sharding_model import ShardingModel, seconds_of
+from bactrian.passes.sharding.sharding_model import ShardingModel, step_seconds
 from bactrian.passes.sharding.shardings_to_ir import Writer, write_stages
 from bactrian.passes.sharding.strategies import Defers
 from bactrian.passes.sharding.work_from_ir import read_program
@@ -185,7 +185,7 @@ def test_gradients_are_reduced_once_per_step(seed: int) -> None:
     choice = solve(model.network, 30.0).choice
     assert waiting(model, choice)
     shardings = model.shardings(choice)
-    assert seconds_of(model, shardings) == pytest.approx(shardings.seconds)
+    assert step_seconds(model, shardings).total == pytest.approx(shardings.seconds)
     with module.context, ir.Location.unknown():
         writer = Writer(main_function(module), reading, model, shardings, "stage0", MICROBATCHES)
         write_stages([writer])

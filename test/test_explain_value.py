@@ -22,7 +22,7 @@ from bactrian.passes.machine.spec import MeshAxes
 from bactrian.passes.sharding.baselines import pin_baseline
 from bactrian.passes.sharding.cost_breakdown import bytes_sent
 from bactrian.passes.sharding.explain import Alternative, Explanation, StageExplainer
-from bactrian.passes.sharding.sharding_model import ShardingModel, seconds_of
+from bactrian.passes.sharding.sharding_model import ShardingModel, step_seconds
 from bactrian.passes.sharding.shardings_to_ir import Writer, write_stages
 from bactrian.passes.sharding.stage_programs import StageProgram
 from bactrian.passes.sharding.value_names import NamedValue, find_value, named_values
@@ -95,7 +95,7 @@ def brute_force(stage: StageExplainer, value: int, limit: int) -> dict[str, tupl
         peak = int(model.network.peak(choice))
         least, lowest = best.get(text, (None, peak))
         if peak <= limit:
-            seconds = seconds_of(model, shardings)
+            seconds = step_seconds(model, shardings).total
             least = seconds if least is None else min(least, seconds)
         best[text] = least, min(lowest, peak)
     return best

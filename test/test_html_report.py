@@ -21,16 +21,21 @@ from bactrian.driver.report.step_timeline import StepTimeline, measured_timeline
 from bactrian.passes.frame.errors import ConfigError
 from bactrian.passes.plan.schema import LayerPlan, Plan, Remark, StagePlan
 from bactrian.passes.plan.stage_sharding import ShardingFigures, ShardingPlan
+from bactrian.passes.plan.step_timing import StageTiming, TransferTiming
 
 HOSTILE = "</script><script>alert(1)</script>{{ 7 * 7 }}\x1b[2J\x9b31m\u202e\"'&<!--"
 
 
 def chain_plan(num_stages: int = 3, num_microbatches: int = 4, seconds: float = 1.2) -> Plan:
-    """Of `chain`, all stages busy for as long."""
-    stages = tuple(
-        StagePlan(s, s, s, forward_flops=10, backward_flops=20, predicted_seconds=seconds) for s in range(num_stages)
+    """Of `chain`, all stages busy for as long, a third of it in the forwards; transfers take no time."""
+    timing = StageTiming(seconds / num_microbatches / 3, 2 * seconds / num_microbatches / 3)
+    stages = tuple(StagePlan(s, s, s, predicted_seconds=seconds, timing=timing) for s in range(num_stages))
+    program = chain(num_stages, num_microbatches)
+    transfers = tuple(
+        TransferTiming(program.values[moved.source].stage, program.values[moved.target].stage, 8, 0.0, 0.0)
+        for moved in program.transfers
     )
-    return Plan(num_stages, num_microbatches, "1f1b", num_stages, stages)
+    return Plan(num_stages, num_microbatches, "1f1b", num_stages, stages, transfers=transfers)
 
 
 def chain_timeline(plan: Plan) -> StepTimeline:
@@ -154,7 +159,7 @@ def test_the_predicted_timeline_is_the_pipeline_of_the_plan() -> None:
 
 def test_no_times_no_timeline() -> None:
     plan = chain_plan()
-    stages = (dataclasses.replace(plan.stages[0], predicted_seconds=None), *plan.stages[1:])
+    stages = (dataclasses.replace(plan.stages[0], timing=None), *plan.stages[1:])
     assert predicted_timeline(dataclasses.replace(plan, stages=stages), chain(3, 4)) is None
 
 

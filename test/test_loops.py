@@ -24,9 +24,9 @@ from bactrian.passes.ir.regions import main_function, nested_operations
 from bactrian.passes.machine.cluster import CPU_HOST
 from bactrian.passes.machine.spec import MeshAxes
 from bactrian.passes.network.solver import solve
-from bactrian.passes.sharding.cost_breakdown import bytes_sent
+from bactrian.passes.sharding.cost_breakdown import bytes_sent, phase_seconds
 from bactrian.passes.sharding.loop_dataflow import capture_unchanged
-from bactrian.passes.sharding.sharding_model import seconds_of
+from bactrian.passes.sharding.sharding_model import step_seconds
 from bactrian.passes.sharding.shardings_to_ir import Writer, write_stages
 from bactrian.passes.sharding.work_from_ir import read_program
 
@@ -78,7 +78,8 @@ def solved(function: Any, arguments: Any, axes: MeshAxes) -> tuple[ir.Module, Wr
     reading, model = sharded.read(module, axes)
     solution = solve(model.network, 60.0)
     shardings = model.shardings(solution.choice)
-    assert seconds_of(model, shardings) == pytest.approx(solution.cost, rel=1e-9)
+    assert step_seconds(model, shardings).total == pytest.approx(solution.cost, rel=1e-9)
+    assert sum(phase_seconds(model, reading, shardings).values()) == pytest.approx(solution.cost, rel=1e-9)
     with module.context, ir.Location.unknown():
         writer = Writer(main_function(module), reading, model, shardings, "stage0")
         expected = bytes_sent(model, reading, shardings, 1, result_updates(main_function(module)), shardings.arguments)

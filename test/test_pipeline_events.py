@@ -14,10 +14,10 @@ from bactrian.passes.frame.errors import PassError
 from bactrian.passes.pipelining.pipeline_events import (
     ONCE,
     Function,
-    FunctionCall,
     Message,
     Pipeline,
     PipelineTimes,
+    Task,
     simulate,
 )
 from bactrian.passes.pipelining.stage_chain import StageSeconds, stage_chain
@@ -171,8 +171,8 @@ def test_invariants_where_links_are_shared(seed: int) -> None:
 def two_meshes(*messages: Message, first: tuple[Message, ...] = (), microbatches: int = 1) -> Pipeline:
     """One second on mesh 0, then two on mesh 1, for each microbatch; then one for the update of mesh 1."""
     functions = (Function("a", 0, 1.0, messages=messages), Function("b", 1, 2.0), Function("c", 1, 1.0, False))
-    calls = [[FunctionCall(f, m) for m in range(microbatches)] for f in range(2)]
-    return Pipeline(functions, (tuple(calls[0]), (*calls[1], FunctionCall(2, ONCE))), microbatches, first)
+    calls = [[Task(f, m) for m in range(microbatches)] for f in range(2)]
+    return Pipeline(functions, (tuple(calls[0]), (*calls[1], Task(2, ONCE))), microbatches, first)
 
 
 def test_messages_of_one_link_follow_each_other() -> None:
@@ -191,7 +191,7 @@ def test_latency_does_not_keep_the_link() -> None:
 
 def test_the_last_microbatch_sends_what_is_read_once() -> None:
     times = simulate(two_meshes(Message(1, 0.0), Message(2, 9.0), microbatches=3))
-    assert [sent.sender for sent in times.messages if sent.reader == FunctionCall(2, ONCE)] == [FunctionCall(0, 2)]
+    assert [sent.sender for sent in times.messages if sent.reader == Task(2, ONCE)] == [Task(0, 2)]
     assert times.begins[1][-1] == 3 + 9
 
 
@@ -204,7 +204,7 @@ def test_what_is_there_before_the_step_is_sent_at_once() -> None:
 def test_meshes_that_wait_for_each_other_are_refused() -> None:
     functions = (Function("a", 0, 1.0, messages=(Message(1, 0.0),)), Function("b", 1, 1.0, messages=(Message(0, 0.0),)))
     with pytest.raises(PassError, match="mesh 0 waits for ever at a of microbatch 0"):
-        simulate(Pipeline(functions, ((FunctionCall(0, 0),), (FunctionCall(1, 0),)), 1))
+        simulate(Pipeline(functions, ((Task(0, 0),), (Task(1, 0),)), 1))
 
 
 @pytest.mark.parametrize("microbatches", [128, pytest.param(1024, marks=pytest.mark.long)])

@@ -23,7 +23,7 @@ from bactrian.passes.sharding.sharding_model import (
     ShardingProblem,
     Shardings,
     Tensor,
-    seconds_of,
+    step_seconds,
 )
 from bactrian.passes.sharding.strategies import strategies
 from bactrian.passes.spmd.halo import Halo
@@ -231,7 +231,7 @@ def check_least(seed: int) -> None:
         model = ShardingModel(problem, LINE)
     costs = dict[tuple[int, ...], float]()
     for choice, shardings in everything(model):
-        costs[choice] = seconds_of(model, shardings)
+        costs[choice] = step_seconds(model, shardings).total
     sample = next(iter(costs))
     assert model.network.cost(sample) == pytest.approx(costs[sample], rel=1e-9, abs=1e-18)
     peaks = {choice: model.network.peak(choice) for choice in costs}
@@ -243,7 +243,7 @@ def check_least(seed: int) -> None:
         assert solution.optimal
         assert solution.cost == pytest.approx(min(allowed), rel=1e-9, abs=1e-18)
         assert solution.cost >= least * (1 - 1e-9)
-        assert seconds_of(limited, limited.shardings(solution.choice)) == pytest.approx(
+        assert step_seconds(limited, limited.shardings(solution.choice)).total == pytest.approx(
             solution.cost, rel=1e-9, abs=1e-18
         )
 

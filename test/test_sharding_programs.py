@@ -14,7 +14,8 @@ from bactrian.passes.ir.attributes import result_updates
 from bactrian.passes.ir.regions import main_function, nested_operations
 from bactrian.passes.machine.spec import MeshAxes
 from bactrian.passes.network.solver import solve
-from bactrian.passes.sharding.sharding_model import ShardingModel, seconds_of
+from bactrian.passes.sharding.cost_breakdown import phase_seconds
+from bactrian.passes.sharding.sharding_model import ShardingModel, step_seconds
 from bactrian.passes.sharding.shardings_to_ir import Writer, write_stages
 from bactrian.passes.sharding.work_from_ir import Reading
 
@@ -27,7 +28,8 @@ def solved(body: str, axes: MeshAxes = AXES) -> tuple[ir.Module, Reading, Shardi
     reading, model = sharded.read(module, axes)
     solution = solve(model.network, 30.0)
     shardings = model.shardings(solution.choice)
-    assert seconds_of(model, shardings) == pytest.approx(solution.cost, rel=1e-9)
+    assert step_seconds(model, shardings).total == pytest.approx(solution.cost, rel=1e-9)
+    assert sum(phase_seconds(model, reading, shardings).values()) == pytest.approx(solution.cost, rel=1e-9)
     with module.context, ir.Location.unknown():
         writer = Writer(main_function(module), reading, model, shardings, "stage0")
         write_stages([writer])

@@ -141,7 +141,8 @@ def test_a_stage_of_one_device_beside_one_of_two_is_predicted_and_not_warned_of(
     planned = traced(mesh="data=2;data=1").plan()
     sharding = planned.plan.stages[1].sharding
     assert sharding is not None and sharding.communication_seconds == 0
-    assert planned.plan.stages[1].predicted_seconds == sharding.seconds > 0
+    # The seconds of the choice of shardings have what stage 0 sends too, which is a transfer of the step.
+    assert 0 < planned.plan.stages[1].predicted_seconds < sharding.seconds
     assert not any("of stage 1 repeats all of its work" in remark.message for remark in planned.plan.remarks)
 
 

@@ -8,8 +8,9 @@ import pytest
 from staged_programs import Builder, chain, random_program
 
 from bactrian.passes.frame.errors import PassError
+from bactrian.passes.pipelining.pipeline_events import ONCE, Task
 from bactrian.runtime.staged_program import Call
-from bactrian.runtime.unrolled_step import ONCE, Task, UnrolledStep, relative_cost, simulate
+from bactrian.runtime.unrolled_step import UnrolledStep, relative_cost, simulate
 
 
 def forwards(stages: int, microbatches: int) -> UnrolledStep:

@@ -18,6 +18,7 @@ from bactrian.driver.planning.plan_shardings import (
     GivenSpecs,
     as_before,
     plan_specs,
+    read_timings,
     refuse_moved,
     refuse_overruled,
     write_specs,
@@ -29,15 +30,18 @@ from bactrian.driver.planning.predictions import (
     placed_ops,
     stage_plan,
     stage_work,
-    step_seconds,
 )
+from bactrian.driver.planning.simulated_step import simulated, transfer_timings
 from bactrian.driver.planning.staged_plan import StagedPlan
 from bactrian.passes.frame.errors import InfeasiblePlanError
 from bactrian.passes.frame.phase_times import PhaseClock
 from bactrian.passes.frame.pipeline import PipelineReport, run_pipeline
+from bactrian.passes.ir.attributes import read_first_devices
 from bactrian.passes.ir.main_dataflow import MainDataflow
 from bactrian.passes.ir.regions import body, main_function
+from bactrian.passes.machine.cluster_file import cluster_or_cores
 from bactrian.passes.plan.schema import LayerPlan, Plan, StagePlan
+from bactrian.passes.plan.step_timing import StageTiming, TransferTiming
 from bactrian.passes.sharding.solve_snapshot import before_solving
 from bactrian.passes.stages.op_times import OpTimes
 
@@ -72,6 +76,8 @@ def plan_program(
     sources = _give_shardings(module, decisions, plan, placed or {}, paths) if decisions.is_wide else {}
     localized = run_pipeline(module, decisions.localizing(), reproducer_dir=reproducer_dir, kept=formed.kept)
     clock.add(localized.phases)
+    with clock.phase("predict"):
+        timings = _one_device_timings(module, decisions, platform)
     unsolved = None
     if decisions.is_wide:
         # The choice of shardings starts from here each time that it is made: with less memory, or for an explanation.
@@ -79,9 +85,9 @@ def plan_program(
             unsolved = before_solving(module, fingerprint, decisions.cluster, decisions.strategy, sources)
     fitted = _refine_memory(module, unsolved, decisions, localized, paths, reproducer_dir, clock)
     with clock.phase("predict"):
-        stages = _stage_plans(fitted, layered, decisions, plan, platform, num_microbatches)
-    shardings = [stage.sharding for stage in stages if stage.sharding is not None]
-    timed = is_timed(platform, decisions.cluster)
+        stages = _stage_plans(fitted, layered, timings, decisions, plan, num_microbatches)
+        is_known = all(stage.timing is not None for stage in stages)
+        transfers = _transfers(fitted, decisions.cluster) if is_known else ()
     made = Plan(
         num_stages=decisions.num_stages,
         num_microbatches=num_microbatches,
@@ -91,11 +97,13 @@ def plan_program(
         layers=layered.names,
         fingerprint=fingerprint,
         platform=platform,
-        predicted_step_seconds=step_seconds(layered.work, shardings, num_microbatches, timed),
         peak_memory_bytes=max((s.device_memory_bytes or 0 for s in stages), default=0),
         options=plan.options if plan is not None else (),
         remarks=remarks_of((*formed.diagnostics, *localized.diagnostics, *fitted.report.diagnostics)),
+        transfers=transfers,
     )
+    with clock.phase("simulate"):
+        made, _ = simulated(made, fitted.program)
     return StagedPlan(made, fitted.module, decisions.donate, unsolved, clock.phases)
 
 
@@ -114,6 +122,25 @@ def _layered(module: ir.Module, decisions: Decisions, formed: PipelineReport) ->
         starts = first_layers(ops, decisions.num_stages, decisions.num_layers)
         layers = tuple(range(start, end) for start, end in pairwise((*starts, decisions.num_layers)))
         return _Layered(name_layers(ops, decisions.num_layers), layers, stage_work(ops, decisions.num_stages))
+
+
+def _one_device_timings(module: ir.Module, decisions: Decisions, platform: str) -> tuple[StageTiming, ...]:
+    """The seconds of each stage on one device; nothing where a file says nothing of the devices, or stages have several.
+
+    The ops are those that run: residuals are chosen, and what no microbatch changes is apart.
+    """
+    if decisions.is_wide or not is_timed(platform, decisions.cluster):
+        return ()
+    with module.context:
+        times = OpTimes.of(module, decisions.cluster, lambda op, text: None)  # told of before, if at all
+        ops = placed_ops(MainDataflow.of(main_function(module)), times)
+        return tuple(work.timing for work in stage_work(ops, decisions.num_stages))
+
+
+def _transfers(fitted: MemoryRefinementResult, cluster: str) -> tuple[TransferTiming, ...]:
+    with fitted.module.context:
+        firsts = read_first_devices(fitted.module)
+    return transfer_timings(fitted.program, cluster_or_cores(cluster), firsts)
 
 
 def _give_shardings(
@@ -160,11 +187,12 @@ def _refine_memory(
 def _stage_plans(
     fitted: MemoryRefinementResult,
     layered: _Layered,
+    timings: Sequence[StageTiming],
     decisions: Decisions,
     plan: Plan | None,
-    platform: str,
     num_microbatches: int,
 ) -> tuple[StagePlan, ...]:
+    timings = read_timings(fitted.module, num_microbatches) or timings
     shardings = list(fitted.shardings)
     if plan is not None:
         shardings = [as_before(new, stage.sharding) for new, stage in zip(shardings, plan.stages, strict=False)]
@@ -175,7 +203,7 @@ def _stage_plans(
             layered.of_stages[stage],
             layered.work[stage],
             num_microbatches=num_microbatches,
-            is_timed=is_timed(platform, decisions.cluster),
+            timing=timings[stage] if timings else None,
             sharding=shardings[stage] if shardings else None,
         )
         for stage in range(decisions.num_stages)

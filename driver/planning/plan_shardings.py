@@ -8,12 +8,21 @@ from dataclasses import replace
 from jaxlib.mlir import ir
 
 from bactrian.passes.frame.errors import ConfigError
-from bactrian.passes.ir.attributes import SHARDING_ESTIMATES, STAGE_SHARDINGS, argument_attributes
+from bactrian.passes.ir.attributes import (
+    BACKWARD,
+    FORWARD,
+    PREPARE,
+    SHARDING_ESTIMATES,
+    STAGE_SHARDINGS,
+    UPDATE,
+    argument_attributes,
+)
 from bactrian.passes.ir.meshes import SHARDING, USER_MESH, moved_to_mesh, sharding_attribute, spec_of
 from bactrian.passes.ir.regions import main_function
 from bactrian.passes.machine.spec import REPLICATED, MeshAxes, Spec
 from bactrian.passes.plan.schema import Plan
 from bactrian.passes.plan.stage_sharding import ShardingFigures, ShardingPlan
+from bactrian.passes.plan.step_timing import StageTiming
 from bactrian.runtime.staged_program import StagedProgram
 
 GivenSpecs = Mapping[int, Mapping[int, Spec]]
@@ -125,6 +134,20 @@ def read_shardings(module: ir.Module, program: StagedProgram, paths: Sequence[st
             return ()
         found = ir.ArrayAttr(module.operation.attributes[SHARDING_ESTIMATES])
         return tuple(_read(ir.DictAttr(entry), stage, program, paths) for stage, entry in enumerate(found))
+
+
+def read_timings(module: ir.Module, num_microbatches: int) -> tuple[StageTiming, ...]:
+    """The seconds of each stage that ``solve-shardings`` has written; nothing where it had nothing to choose."""
+    with module.context:
+        if SHARDING_ESTIMATES not in module.operation.attributes:
+            return ()
+        found = ir.ArrayAttr(module.operation.attributes[SHARDING_ESTIMATES])
+        return tuple(_timing(ir.DictAttr(ir.DictAttr(entry)["phase_seconds"]), num_microbatches) for entry in found)
+
+
+def _timing(seconds: ir.DictAttr, num_microbatches: int) -> StageTiming:
+    forward, backward, update, prepare = (_float(seconds[phase]) for phase in (FORWARD, BACKWARD, UPDATE, PREPARE))
+    return StageTiming(forward / num_microbatches, backward / num_microbatches, update, prepare)
 
 
 def as_before(new: ShardingPlan, old: ShardingPlan | None) -> ShardingPlan:

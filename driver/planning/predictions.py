@@ -1,19 +1,30 @@
-"""What is predicted of a step: the work of every stage, and how long a pipeline of such stages takes."""
+"""What is predicted of every stage: its work, its memory and what it sends."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from jaxlib.mlir import ir
 
 from bactrian.driver.planning.stage_traffic import StageTraffic
-from bactrian.passes.ir.attributes import layer_of, phase_of, stage_of
+from bactrian.passes.ir.attributes import (
+    BACKWARD,
+    FORWARD,
+    INITIALIZE,
+    PHASES,
+    PREPARE,
+    UPDATE,
+    layer_of,
+    phase_of,
+    stage_of,
+)
 from bactrian.passes.ir.main_dataflow import MainDataflow
 from bactrian.passes.ir.op_costs import CostModel
 from bactrian.passes.plan.schema import StagePlan
 from bactrian.passes.plan.stage_sharding import ShardingPlan
+from bactrian.passes.plan.step_timing import StageTiming
 from bactrian.passes.schedules.schedule import peak_in_flight
 from bactrian.passes.stages.op_times import OpTimes
 from bactrian.runtime.staged_program import StagedProgram
@@ -67,7 +78,7 @@ def first_layers(ops: Iterable[PlacedOp], num_stages: int, num_layers: int) -> t
 
 @dataclass
 class StageWork:
-    """Flops and predicted seconds of a stage on one device, by phase: of one microbatch, and for the update of one step."""
+    """Flops and predicted seconds of a stage on one device, by phase: of one microbatch, or once per step."""
 
     flops: dict[str, float] = field(default_factory=dict[str, float])
     seconds: dict[str, float] = field(default_factory=dict[str, float])
@@ -78,14 +89,11 @@ class StageWork:
         self.seconds[op.phase] = self.seconds.get(op.phase, 0.0) + op.seconds
 
     @property
-    def microbatch_seconds(self) -> float:
-        """Forward and backward of one microbatch."""
-        return self.seconds.get("forward", 0.0) + self.seconds.get("backward", 0.0)
-
-    @property
-    def update_seconds(self) -> float:
-        """What runs once per step."""
-        return self.seconds.get("update", 0.0)
+    def timing(self) -> StageTiming:
+        """The seconds alone; what is initialized counts as the update."""
+        seconds = {phase: self.seconds.get(phase, 0.0) for phase in PHASES}
+        update = seconds[INITIALIZE] + seconds[UPDATE]
+        return StageTiming(seconds[FORWARD], seconds[BACKWARD], update, seconds[PREPARE])
 
 
 def stage_work(ops: Iterable[PlacedOp], num_stages: int) -> tuple[StageWork, ...]:
@@ -96,37 +104,6 @@ def stage_work(ops: Iterable[PlacedOp], num_stages: int) -> tuple[StageWork, ...
     return work
 
 
-def step_seconds(
-    work: Sequence[StageWork], shardings: Sequence[ShardingPlan], num_microbatches: int, is_timed: bool
-) -> float | None:
-    """Seconds of one step of a pipeline of ``S`` stages on ``m`` microbatches; None where the devices are not known.
-
-    A microbatch passes all stages, one after the other, and the slowest stage sets the pace of the others. Transfers
-    between stages count nothing: they are taken to hide behind computation.
-
-    On stages of one device, with ``t_s`` seconds of stage ``s`` for a microbatch and ``u_s`` for the update::
-
-        sum_s t_s + (m - 1) max_s t_s + max_s u_s
-
-    On meshes the solver knows ``T_s``, the busy seconds of stage ``s`` in a step, update included. With all stages as
-    slow as the slowest, a microbatch takes ``max_s T_s / m`` on each of them, and there are ``m + S - 1`` such slots::
-
-        max_s T_s (m + S - 1) / m
-
-    ``T_s`` is one figure for the whole step, so its part for the update, which runs once, is stretched by
-    ``(m + S - 1) / m`` too: this formula counts that many updates, the one for stages of one device counts one.
-
-    Example: two stages that are busy for 4 s and 6 s of a step of 3 microbatches take 6 (3 + 1) / 3 = 8 s.
-    """
-    if shardings:
-        return max(s.seconds for s in shardings) * (num_microbatches + len(shardings) - 1) / num_microbatches
-    if not is_timed:
-        return None
-    per_microbatch = [stage.microbatch_seconds for stage in work]
-    update = max(stage.update_seconds for stage in work)
-    return sum(per_microbatch) + (num_microbatches - 1) * max(per_microbatch) + update
-
-
 def stage_plan(
     program: StagedProgram,
     stage: int,
@@ -134,7 +111,7 @@ def stage_plan(
     work: StageWork,
     *,
     num_microbatches: int,
-    is_timed: bool,
+    timing: StageTiming | None,
     sharding: ShardingPlan | None,
 ) -> StagePlan:
     """What is predicted of one stage.
@@ -145,12 +122,11 @@ def stage_plan(
         layers: that it is made of.
         work: its ops.
         num_microbatches: of a step.
-        is_timed: whether anything is known of the speed of its device.
+        timing: its seconds; None where nothing is known of the speed of its devices.
         sharding: on a mesh, what was chosen.
     """
     traffic = StageTraffic(program, stage)
     parameters = traffic.state_values(lambda phase: phase != "update")
-    seconds = work.microbatch_seconds * num_microbatches + work.update_seconds if is_timed else None
     return StagePlan(
         stage=stage,
         first_layer=layers[0],
@@ -166,6 +142,7 @@ def stage_plan(
         sent_bytes_forward=traffic.sent_bytes(("forward",)),
         sent_bytes_backward=traffic.sent_bytes(("backward", "forward_backward")),
         update_sent_bytes=traffic.sent_bytes(None),
-        predicted_seconds=seconds if sharding is None else sharding.seconds,
+        predicted_seconds=None if timing is None else timing.busy_seconds(num_microbatches),
         sharding=sharding,
+        timing=timing,
     )

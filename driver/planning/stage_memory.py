@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from bactrian.passes.peak.estimate import FunctionMemory
-from bactrian.runtime.unrolled_step import INDEX, ONCE, Key, UnrolledStep
+from bactrian.passes.pipelining.pipeline_events import ONCE
+from bactrian.runtime.unrolled_step import INDEX, Key, UnrolledStep
 
 
 @dataclass(frozen=True)

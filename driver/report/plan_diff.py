@@ -6,12 +6,13 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from bactrian.passes.plan.schema import LayerPlan, Plan, StagePlan
+from bactrian.passes.plan.step_timing import StageTiming
 
 if TYPE_CHECKING:
     from rich.text import Text
 
 
-_Record = Plan | StagePlan | LayerPlan
+_Record = Plan | StagePlan | LayerPlan | StageTiming
 
 
 def render_diff(a: Plan, b: Plan) -> Text:
@@ -27,7 +28,7 @@ def diff(a: Plan, b: Plan) -> list[str]:
 
     Predictions come with their relative change: ``stage 1: activation_bytes 100 → 150 (+50.0 %)``.
     """
-    lines = _differences(a, b, "", skip={"stages", "layers", "options", "remarks"})
+    lines = _differences(a, b, "", skip={"stages", "layers", "options", "remarks", "transfers"})
     before, after = dict(a.options), dict(b.options)
     for name in sorted(before.keys() | after.keys()):
         lines += _difference(f"option {name}", before.get(name), after.get(name))
@@ -37,7 +38,7 @@ def diff(a: Plan, b: Plan) -> list[str]:
         elif stage >= a.num_stages:
             lines.append(f"stage {stage}: only in the second plan")
         else:
-            lines += _differences(a.stages[stage], b.stages[stage], f"stage {stage}: ", skip=set())
+            lines += _stage_differences(a.stages[stage], b.stages[stage], f"stage {stage}: ")
     if a.num_layers == b.num_layers and a.layers and b.layers:
         for old, new in zip(a.layers, b.layers, strict=True):
             lines += _differences(old, new, f"layer {old.layer}: ", skip=set())
@@ -47,6 +48,13 @@ def diff(a: Plan, b: Plan) -> list[str]:
         only = (remark for remark in one.remarks if remark not in other.remarks)
         lines += [f"{remark.severity} only in the {name} plan: {remark.message}" for remark in only]
     return lines
+
+
+def _stage_differences(a: StagePlan, b: StagePlan, prefix: str) -> list[str]:
+    lines = _differences(a, b, prefix, skip={"timing"})
+    if a.timing is None or b.timing is None:
+        return lines + _difference(f"{prefix}timing", a.timing, b.timing)
+    return lines + _differences(a.timing, b.timing, prefix, skip=set())
 
 
 def _differences(a: _Record, b: _Record, prefix: str, skip: set[str]) -> list[str]:

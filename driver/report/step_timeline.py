@@ -10,10 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+from bactrian.driver.planning.simulated_step import simulated
 from bactrian.passes.frame.errors import ConfigError
+from bactrian.passes.pipelining.pipeline_events import ONCE, Task
 from bactrian.passes.plan.schema import Plan
-from bactrian.runtime.staged_program import Call, StagedProgram
-from bactrian.runtime.unrolled_step import UnrolledStep, simulate
+from bactrian.runtime.staged_program import StagedProgram
+from bactrian.runtime.unrolled_step import stage_tasks
 
 COMPUTING = ("prepare", "initialize", "forward", "backward", "forward_backward", "update")
 TRANSFERRING = ("send", "receive")
@@ -78,41 +80,25 @@ class StepTimeline:
 def predicted_timeline(plan: Plan, program: StagedProgram) -> StepTimeline | None:
     """The step as the plan predicts it; None where no times were predicted.
 
-    A stage's busy seconds are dealt to its microbatches evenly, and to forward and backward as their flops are.
+    A stage receives while it waits for a message that is under way.
     """
-    if any(stage.predicted_seconds is None for stage in plan.stages):
+    _, times = simulated(plan, program)
+    if times is None:
         return None
-    step = UnrolledStep(program)
-
-    def cost(call: Call) -> float:
-        return _seconds_of(plan, call, program.num_microbatches)
-
-    ends = simulate(step, tuple(range(plan.num_stages)), cost)
-    rows: list[TimelineRow] = []
-    for stage, tasks in enumerate(step.stage_tasks):
-        bars = (
-            TimelineBar(
-                step.call(task).phase,
-                task.microbatch if task.microbatch >= 0 else None,
-                ends[task] - cost(step.call(task)),
-                ends[task],
-            )
-            for task in tasks
-        )
-        rows.append(TimelineRow(stage, f"stage {stage}", tuple(bar for bar in bars if bar.end > bar.begin)))
-    return StepTimeline(tuple(rows))
+    bars: list[list[TimelineBar]] = [[] for _ in plan.stages]
+    for stage in range(plan.num_stages):
+        spans = zip(stage_tasks(program, stage), times.begins[stage], times.ends[stage], strict=True)
+        for task, begin, end in spans:
+            if end > begin:
+                bars[stage].append(_bar(program.calls[task.call].phase, task, begin, end))
+    for stage, task, begin, end in times.waits:
+        bars[stage].append(_bar("receive", task, begin, end))
+    rows = (tuple(sorted(mine, key=lambda bar: bar.begin)) for mine in bars)
+    return StepTimeline(tuple(TimelineRow(stage, f"stage {stage}", row) for stage, row in enumerate(rows)))
 
 
-def _seconds_of(plan: Plan, call: Call, num_microbatches: int) -> float:
-    stage = plan.stages[call.stage]
-    each = (stage.predicted_seconds or 0.0) / num_microbatches
-    shares = {"forward": stage.forward_flops or 0, "backward": stage.backward_flops or 0}
-    total = sum(shares.values())
-    if call.phase == "forward_backward":
-        return each
-    if call.phase not in shares:
-        return 0.0
-    return each * (shares[call.phase] / total if total else 0.5)
+def _bar(kind: str, task: Task, begin: float, end: float) -> TimelineBar:
+    return TimelineBar(kind, None if task.microbatch == ONCE else task.microbatch, begin, end)
 
 
 def measured_timeline(path: str | Path, plan: Plan) -> StepTimeline:

@@ -107,6 +107,13 @@ def read_schedule(module: ir.Module) -> str | None:
     return string_attribute(module.operation, SCHEDULE)
 
 
+def read_first_devices(module: ir.Module) -> tuple[int, ...] | None:
+    """``bactrian.first_devices`` of a module, or None where it is absent."""
+    if FIRST_DEVICES not in module.operation.attributes:
+        return None
+    return tuple(ir.DenseI64ArrayAttr(module.operation.attributes[FIRST_DEVICES]))
+
+
 def phase_of(op: ir.Operation) -> str | None:
     """``bactrian.phase`` of an op."""
     return string_attribute(op, PHASE)

@@ -58,10 +58,10 @@ class Function:
     messages: tuple[Message, ...] = ()
 
 
-class FunctionCall(NamedTuple):
-    """One call of a function."""
+class Task(NamedTuple):
+    """One call of a stage function: the number of the function, and the microbatch, or `ONCE`."""
 
-    function: int
+    call: int
     microbatch: int
 
 
@@ -80,7 +80,7 @@ class Pipeline:
     """
 
     functions: tuple[Function, ...]
-    order: tuple[tuple[FunctionCall, ...], ...]
+    order: tuple[tuple[Task, ...], ...]
     num_microbatches: int
     first: tuple[Message, ...] = ()
 
@@ -88,12 +88,21 @@ class Pipeline:
 class MessageTimes(NamedTuple):
     """When a message is ready to be sent, gets its links, and can be read; in seconds from the beginning of the step."""
 
-    sender: FunctionCall | None
-    reader: FunctionCall
+    sender: Task | None
+    reader: Task
     message: Message
     ready: float
     begin: float
     arrive: float
+
+
+class ExposedWait(NamedTuple):
+    """A mesh has nothing to do while the last message for a call is under way."""
+
+    mesh: int
+    task: Task
+    begin: float
+    end: float
 
 
 class MeshTimes(NamedTuple):
@@ -125,6 +134,7 @@ class PipelineTimes:
         seconds: of the step: until the last call has ended.
         begins, ends: of every mesh's calls, in its order.
         meshes: what each does with its time.
+        waits: of all meshes.
         messages: in the order in which they are ready.
     """
 
@@ -132,6 +142,7 @@ class PipelineTimes:
     begins: tuple[tuple[float, ...], ...]
     ends: tuple[tuple[float, ...], ...]
     meshes: tuple[MeshTimes, ...]
+    waits: tuple[ExposedWait, ...]
     messages: tuple[MessageTimes, ...]
 
 
@@ -173,7 +184,7 @@ class _Events:
         self._free: dict[Hashable, float] = {}  # when a link is free
         self._begins: list[list[float]] = [[] for _ in pipeline.order]
         self._ends: list[list[float]] = [[] for _ in pipeline.order]
-        self._exposed = [0.0] * len(pipeline.order)
+        self._waits = list[ExposedWait]()
         self._messages = list[MessageTimes]()
 
     def run(self) -> None:
@@ -185,11 +196,11 @@ class _Events:
             self._send(message, None, 0.0)
         while self._running:
             now, mesh = heappop(self._running)
-            call = pipeline.order[mesh][self._at[mesh]]
+            task = pipeline.order[mesh][self._at[mesh]]
             self._at[mesh] += 1
             self._go_on(mesh, now)
-            for message in pipeline.functions[call.function].messages:
-                self._send(message, call, now)
+            for message in pipeline.functions[task.call].messages:
+                self._send(message, task, now)
         for mesh, since in enumerate(self._idle_since):
             if since is not None:
                 raise self._stuck(mesh)
@@ -199,25 +210,24 @@ class _Events:
         order = self._pipeline.order[mesh]
         if self._at[mesh] == len(order):
             return
-        call = order[self._at[mesh]]
-        number = self._base[call.function] + max(0, call.microbatch)
+        task = order[self._at[mesh]]
+        number = self._base[task.call] + max(0, task.microbatch)
         if self._missing[number]:
             self._idle_since[mesh] = now
         else:
-            self._begin(mesh, call.function, number, now)
+            self._begin(mesh, task, number, now)
 
-    def _begin(self, mesh: int, function: int, number: int, free: float) -> None:
+    def _begin(self, mesh: int, task: Task, number: int, free: float) -> None:
         there = self._there[number]
-        begin = free
-        if there > free:
-            begin = there
-            self._exposed[mesh] += there - max(free, self._ready[number])
-        end = begin + self._pipeline.functions[function].seconds
+        begin, since = max(free, there), max(free, self._ready[number])
+        if begin > since:
+            self._waits.append(ExposedWait(mesh, task, since, begin))
+        end = begin + self._pipeline.functions[task.call].seconds
         self._begins[mesh].append(begin)
         self._ends[mesh].append(end)
         heappush(self._running, (end, mesh))
 
-    def _send(self, message: Message, sender: FunctionCall | None, now: float) -> None:
+    def _send(self, message: Message, sender: Task | None, now: float) -> None:
         pipeline, reader, microbatch = self._pipeline, message.reader, 0
         if not pipeline.functions[reader].per_microbatch:
             if sender is not None and sender.microbatch not in (ONCE, pipeline.num_microbatches - 1):
@@ -232,7 +242,7 @@ class _Events:
             self._free[link] = free
         arrive = free + message.latency_seconds
         per_microbatch = pipeline.functions[reader].per_microbatch
-        read_by = FunctionCall(reader, microbatch if per_microbatch else ONCE)
+        read_by = Task(reader, microbatch if per_microbatch else ONCE)
         self._messages.append(MessageTimes(sender, read_by, message, now, begin, arrive))
         number = self._base[reader] + microbatch
         self._missing[number] -= 1
@@ -242,13 +252,13 @@ class _Events:
         since = self._idle_since[mesh]
         if since is not None and not self._missing[number] and pipeline.order[mesh][self._at[mesh]] == read_by:
             self._idle_since[mesh] = None
-            self._begin(mesh, reader, number, since)
+            self._begin(mesh, read_by, number, since)
 
     def _stuck(self, mesh: int) -> PassError:
-        call = self._pipeline.order[mesh][self._at[mesh]]
-        name = self._pipeline.functions[call.function].name
+        task = self._pipeline.order[mesh][self._at[mesh]]
+        name = self._pipeline.functions[task.call].name
         return PassError(
-            f"mesh {mesh} waits for ever at {name} of microbatch {call.microbatch}",
+            f"mesh {mesh} waits for ever at {name} of microbatch {task.microbatch}",
             why="what it needs is never sent: the orders of the meshes wait for each other",
         )
 
@@ -257,10 +267,13 @@ class _Events:
         seconds = max((ends[-1] for ends in self._ends if ends), default=0.0)
         communication = [0.0] * len(self._ends)
         for sent in self._messages:
-            communication[self._pipeline.functions[sent.reader.function].mesh] += sent.arrive - sent.ready
+            communication[self._pipeline.functions[sent.reader.call].mesh] += sent.arrive - sent.ready
+        exposed = [0.0] * len(self._ends)
+        for wait in self._waits:
+            exposed[wait.mesh] += wait.end - wait.begin
         meshes = list[MeshTimes]()
         for mesh, (begins, ends) in enumerate(zip(self._begins, self._ends, strict=True)):
-            busy, exposed = sum(ends) - sum(begins), self._exposed[mesh]
-            meshes.append(MeshTimes(busy, seconds - busy - exposed, exposed, communication[mesh]))
+            busy = sum(ends) - sum(begins)
+            meshes.append(MeshTimes(busy, seconds - busy - exposed[mesh], exposed[mesh], communication[mesh]))
         begins, ends = tuple(map(tuple, self._begins)), tuple(map(tuple, self._ends))
-        return PipelineTimes(seconds, begins, ends, tuple(meshes), tuple(self._messages))
+        return PipelineTimes(seconds, begins, ends, tuple(meshes), tuple(self._waits), tuple(self._messages))

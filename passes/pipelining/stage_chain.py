@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
-from bactrian.passes.pipelining.pipeline_events import ONCE, Function, FunctionCall, Message, Pipeline
+from bactrian.passes.pipelining.pipeline_events import ONCE, Function, Message, Pipeline, Task
 from bactrian.passes.schedules.schedule import Schedule, parse_token
 
 
@@ -33,7 +33,7 @@ def stage_chain(schedule: Schedule, stages: Sequence[StageSeconds], num_microbat
 
     Function ``3 s`` is the forward of stage ``s``, ``3 s + 1`` its backward, ``3 s + 2`` its update.
     """
-    functions, order = list[Function](), list[tuple[FunctionCall, ...]]()
+    functions, order = list[Function](), list[tuple[Task, ...]]()
     last = len(stages) - 1
     for number, (stage, tokens) in enumerate(zip(stages, schedule.order(last + 1, num_microbatches), strict=True)):
         forwards, backwards = tuple[Message, ...](), tuple[Message, ...]()
@@ -49,6 +49,6 @@ def stage_chain(schedule: Schedule, stages: Sequence[StageSeconds], num_microbat
             Function(f"stage{number}.backward", number, stage.backward, messages=backwards),
             Function(f"stage{number}.update", number, stage.update, per_microbatch=False),
         ]
-        calls = [FunctionCall(3 * number + "FB".index(kind), m) for kind, m in map(parse_token, tokens)]
-        order.append((*calls, FunctionCall(3 * number + 2, ONCE)))
+        calls = [Task(3 * number + "FB".index(kind), m) for kind, m in map(parse_token, tokens)]
+        order.append((*calls, Task(3 * number + 2, ONCE)))
     return Pipeline(tuple(functions), tuple(order), num_microbatches)

@@ -16,6 +16,7 @@ from bactrian.passes.frame.views import Viewable, view
 from bactrian.passes.machine.spec import axes_text
 from bactrian.passes.plan.json_fields import Option, add_record, as_mapping, check_types, decode, encode
 from bactrian.passes.plan.stage_sharding import ShardingPlan
+from bactrian.passes.plan.step_timing import StageTiming, TransferTiming
 
 VERSION = 2
 PLAN_FILE = "plan.json"
@@ -57,6 +58,7 @@ class StagePlan:
     update_sent_bytes: int | None = None
     predicted_seconds: float | None = None
     sharding: ShardingPlan | None = None
+    timing: StageTiming | None = None
 
     @property
     def num_layers(self) -> int:
@@ -133,6 +135,7 @@ class Plan(Viewable):
     peak_memory_bytes: int | None = None  # of the device that needs most
     options: tuple[tuple[str, Option], ...] = ()
     remarks: tuple[Remark, ...] = ()  # each once
+    transfers: tuple[TransferTiming, ...] = ()  # as many as the program in stages has, in its order
     version: int = field(default=VERSION, kw_only=True)
 
     def __post_init__(self) -> None:

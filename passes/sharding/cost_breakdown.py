@@ -10,7 +10,7 @@ import numpy as np
 from bactrian.passes.ir.attributes import BACKWARD, FORWARD, ONCE_PER_STEP, PREPARE, UPDATE
 from bactrian.passes.machine.spec import Spec
 from bactrian.passes.sharding.baselines import Roles
-from bactrian.passes.sharding.sharding_model import ShardingModel, Shardings
+from bactrian.passes.sharding.sharding_model import ShardingModel, Shardings, step_seconds
 from bactrian.passes.sharding.work_from_ir import Reading
 
 _OF_PHASE = {PREPARE: "prepared", FORWARD: "activations", BACKWARD: "gradients", UPDATE: "update"}
@@ -56,6 +56,30 @@ def cost_breakdown(
             memory[name] = memory.get(name, 0) + round(nbytes)
     communication = max(0.0, shardings.seconds - computing - loading)
     return CostBreakdown(computing, communication, tuple(sorted(memory.items(), key=lambda x: -x[1])))
+
+
+def phase_seconds(model: ShardingModel, reading: Reading, shardings: Shardings) -> dict[str, float]:
+    """The seconds of a step in each phase, without what the values of other stages take to come here.
+
+    Batches are loaded in the forward phase; what is initialized, or done for the results alone, counts as the update.
+    """
+
+    def phase_of(index: int) -> str:
+        phase = flow.phases[index]
+        return phase if phase in (PREPARE, FORWARD, BACKWARD) else UPDATE
+
+    flow, taken = reading.flow, step_seconds(model, shardings)
+    found: dict[str, float] = dict.fromkeys((PREPARE, FORWARD, BACKWARD, UPDATE), 0.0)
+    for (number, _), seconds in zip(reading.problem.loads, taken.loads, strict=True):
+        if number < flow.num_arguments:
+            found[FORWARD] += seconds
+    for entry, seconds in zip(reading.ops, taken.ops, strict=True):
+        found[phase_of(entry.index)] += seconds
+    phase_of_carried = {reading.value_of[result]: phase_of(loop.end) for loop in flow.loops for result in loop.results}
+    for (_, number, _), seconds in zip(reading.problem.loop_carried, taken.loops, strict=True):
+        found[phase_of_carried[number]] += seconds
+    found[UPDATE] += taken.updates
+    return found
 
 
 def bytes_sent(

@@ -328,29 +328,56 @@ class ShardingModel:
         return self._blocks[key]
 
 
-def seconds_of(model: ShardingModel, shardings: Shardings) -> float:
-    """The predicted seconds of shardings, added up op by op: what the network's cost must equal."""
+@dataclass(frozen=True)
+class StepSeconds:
+    """The predicted seconds of a step, by what takes them.
+
+    Attributes:
+        loads: of each entry of the problem's ``loads``.
+        ops: of each op: its work, its reductions and exchanges, and bringing its operands to it; 0 of a free one.
+        updates: bringing the next values of arguments to the shardings of these.
+        loops: of each entry of ``loop_carried``.
+    """
+
+    loads: tuple[float, ...]
+    ops: tuple[float, ...]
+    updates: float
+    loops: tuple[float, ...]
+
+    @property
+    def total(self) -> float:
+        """Of the step: what the network's cost must equal."""
+        return sum(self.loads) + sum(self.ops) + self.updates + sum(self.loops)
+
+
+def step_seconds(model: ShardingModel, shardings: Shardings) -> StepSeconds:
+    """The predicted seconds of shardings, op by op."""
     problem = model.problem
     specs: dict[int, Spec] = dict(shardings.arguments)
-    total = sum(seconds / specs[number].num_shards(model.mesh.sizes) for number, seconds in problem.loads)
+
+    def reshard(value: int, needed: Spec) -> float:
+        path = model.tables[value].path(specs[value], needed) if value in specs else ()
+        return sum(step.seconds for step in path)
+
+    ops = list[float]()
     for op, strategy in zip(problem.ops, shardings.chosen, strict=True):
         if strategy is None:
+            ops.append(0.0)
             continue
-        total += op.runs_per_step * (model.computing(op, strategy) + strategy.sending_seconds)
+        seconds = op.runs_per_step * (model.computing(op, strategy) + strategy.sending_seconds)
         for position, (value, needed) in enumerate(zip(op.operands, strategy.operands, strict=True)):
-            if value in specs:
-                path = model.tables[value].path(specs[value], needed)
-                total += op.reshards_of(position) * sum(step.seconds for step in path)
+            seconds += op.reshards_of(position) * reshard(value, needed)
+        ops.append(seconds)
         specs.update(zip(op.results, strategy.results, strict=True))
-    for value, number in problem.updates:
-        if value in specs:
-            path = model.tables[value].path(specs[value], shardings.arguments[number])
-            total += sum(step.seconds for step in path)
-    for value, number, per_step in problem.loop_carried:
-        if value in specs:
-            path = model.tables[value].path(specs[value], specs[number])
-            total += per_step * sum(step.seconds for step in path)
-    return total
+    return StepSeconds(
+        loads=tuple(seconds / specs[number].num_shards(model.mesh.sizes) for number, seconds in problem.loads),
+        ops=tuple(ops),
+        updates=sum(reshard(value, shardings.arguments[number]) for value, number in problem.updates),
+        loops=tuple(
+            per_step * reshard(value, specs[number]) if value in specs else 0.0
+            for value, number, per_step in problem.loop_carried
+        ),
+    )
 
 
 def _whole_bytes(usage: _Matrix) -> _Matrix:

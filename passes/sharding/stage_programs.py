@@ -8,7 +8,13 @@ from dataclasses import dataclass, replace
 from jaxlib.mlir import ir
 
 from bactrian.passes.frame.errors import PassError
-from bactrian.passes.ir.attributes import FIRST_DEVICES, NUM_MICROBATCHES, NUM_STAGES, integer_attribute
+from bactrian.passes.ir.attributes import (
+    FIRST_DEVICES,
+    NUM_MICROBATCHES,
+    NUM_STAGES,
+    integer_attribute,
+    read_first_devices,
+)
 from bactrian.passes.ir.meshes import USER_MESH, mesh_axes
 from bactrian.passes.ir.module_schedule import fused_phases, schedule_of
 from bactrian.passes.ir.regions import main_function
@@ -106,11 +112,11 @@ def stage_hosts(module: ir.Module, meshes: dict[str, MeshAxes], cluster: Cluster
         PassError: the module places other stages, or places them where their meshes can't be.
     """
     counts = [num_devices(axes) for axes in meshes.values()]
-    if FIRST_DEVICES not in module.operation.attributes:
+    firsts = read_first_devices(module)
+    if firsts is None:
         if len(cluster.groups) == 1:
             return cluster.groups * len(counts)
         return tuple(map(cluster.group_of, cluster.places(counts)))
-    firsts = list(ir.DenseI64ArrayAttr(module.operation.attributes[FIRST_DEVICES]))
     if len(firsts) != len(counts):
         raise PassError(f"{FIRST_DEVICES} places {len(firsts)} stages, the module has {len(counts)}")
     for stage, (first, count) in enumerate(zip(firsts, counts, strict=True)):
