@@ -103,22 +103,24 @@ def plan_slices(
     passed: dict[tuple[int, int], list[Box]] = {}
     load = _Load()
     share = sum(num_elements([tile]) for tile in holders) / len(source)
+    parts: list[tuple[Box, list[int], list[int]]] = []
     for tile, needing in _by_tile(target).items():
         for held, holding in holders.items():
             common = overlap(held, tile)
-            if common is None:
-                continue
-            ways = len(needing) if num_elements([common]) >= whole else 1
-            for part in _parts(common, ways):
-                elements = num_elements([part])
-                receiver = min(needing, key=lambda r: (load.receive.get(r, 0), r))
-                sender = _sender(holding, receiver * len(source) // len(target), load.send, elements, share)
-                load.receive[receiver] = load.receive.get(receiver, 0) + elements
-                load.send[sender] = load.send.get(sender, 0) + elements
-                sent.setdefault((sender, receiver), []).append(part)
-                for other in needing:
-                    if other != receiver:
-                        passed.setdefault((receiver, other), []).append(part)
+            if common is not None:
+                ways = len(needing) if num_elements([common]) >= whole else 1
+                parts += [(part, holding, needing) for part in _parts(common, ways)]
+    # The largest first: what is left for the end is small, and evens out what ranks send and receive (Graham 1969).
+    for part, holding, needing in sorted(parts, key=lambda each: -num_elements([each[0]])):
+        elements = num_elements([part])
+        receiver = min(needing, key=lambda r: (load.receive.get(r, 0), r))
+        sender = _sender(holding, receiver * len(source) // len(target), load.send, elements, share)
+        load.receive[receiver] = load.receive.get(receiver, 0) + elements
+        load.send[sender] = load.send.get(sender, 0) + elements
+        sent.setdefault((sender, receiver), []).append(part)
+        for other in needing:
+            if other != receiver:
+                passed.setdefault((receiver, other), []).append(part)
     return Slices(
         {pair: tuple(boxes) for pair, boxes in sorted(sent.items())},
         {pair: tuple(boxes) for pair, boxes in sorted(passed.items())},

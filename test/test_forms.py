@@ -48,7 +48,7 @@ LACKING = [
     ("formed", "captured", "flatten-calls", '"batch"}', '"batch", bactrian.stage_shardings = {stage0 = #sdy.sharding<@stage1, [{}, {}]>}}', 2, "a sharding over each mesh by its name"),
     ("formed", "placed", "split-stages", "stage = 0", "stage = 1", 3, "must be the number of one of 1 stages"),
     ("formed", "placed", "assign-stages", 'phase = "backward"', 'role = "batch"', 3, "an op has bactrian.role, which stands on an argument"),
-    ("formed", "placed", "split-stages", 'phase = "backward"', "phase = 3 : i64", 3, "bactrian.phase is 3 : i64, must be one of forward, "),
+    ("formed", "placed", "split-stages", 'phase = "backward"', "phase = 3 : i64", 3, "bactrian.phase is 3 : i64, must be one of prepare, "),
     ("typed", "captured", "infer-phases", '"batch"})', '"batch"}, %z: tensor<?xf32> {bactrian.role = "batch"})', 2, "is dynamic, must be static"),
     ("typed", "captured", "infer-phases", '"batch"})', '"batch"}, %z: tensor<*xf32> {bactrian.role = "batch"})', 2, "must be a tensor of known shape"),
     ("typed", "captured", "infer-phases", '"batch"})', '"batch"}, %z: tensor<2305843009213693952xf32> {bactrian.role = "batch"})', 2, "at most 2^48 bytes"),
