@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from clusters import cluster_text
 from jaxlib.mlir import ir
 
 import bactrian
-from bactrian.driver.planning.stage_memory import stage_peak
+from bactrian.driver.planning.stage_memory import fewer_microbatches, stage_peak
 from bactrian.driver.planning.staged_plan import StagedPlan
 from bactrian.driver.xla.compile_stage import compile_function, function_texts
 from bactrian.passes.frame.context import make_context
@@ -25,8 +26,10 @@ from bactrian.passes.peak.estimate import FunctionMemory, function_memory, modul
 from bactrian.passes.peak.fusion import fuse
 from bactrian.passes.peak.live_ranges import schedule, temporary_bytes
 from bactrian.passes.peak.value_graph import Graph, Kind
+from bactrian.passes.schedules.by_name import schedule_named
+from bactrian.passes.schedules.schedule import fused, parse_token
 from bactrian.runtime.staged_program import StagedProgram
-from bactrian.runtime.unrolled_step import UnrolledStep
+from bactrian.runtime.unrolled_step import Key, UnrolledStep
 
 Loss = Callable[[Any, jax.Array], jax.Array]
 
@@ -163,6 +166,46 @@ def test_what_lies_there_while_a_function_runs_counts(tmp_path: Path) -> None:
     assert peak.function == "stage0.forward"
     assert peak.nbytes == (1 << 40) + sum(map(held, others))
     assert waiting
+
+
+def slow_peak(step: UnrolledStep, stage: int, functions: dict[str, FunctionMemory]) -> int:
+    """What `stage_peak` finds, buffer by buffer."""
+    program, tasks = step.program, step.stage_tasks[stage]
+    used = dict[Key, list[int]]()
+    for at, task in enumerate(tasks):
+        for key in (*step.reads[task], *step.writes[task]):
+            used.setdefault(key, []).append(at)
+    lasting = {p.value for p in program.arguments if p.role != "batch"} | {p.value for p in program.results}
+    peaks = list[int]()
+    for at, task in enumerate(tasks):
+        peak = functions[step.call(task).function].peak
+        for key, times in used.items():
+            root = key.value in lasting and key.value >= 0
+            start = -1 if root and key.value in step.arguments else times[0]
+            end = len(tasks) if root else times[-1]
+            if key.value >= 0 and start < at < end and at not in times:
+                peak += program.values[key.value].nbytes
+        peaks.append(peak)
+    return max(peaks)
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "gpipe", "eager-1f1b"])
+def test_many_microbatches_hold_what_a_few_do(tmp_path: Path, schedule: str) -> None:
+    program = planned(tmp_path, "mlp", num_microbatches=8, num_stages=3, schedule=schedule, mesh=None).program
+    orders = [{parse_token(token)[0] for token in order} for order in program.order]
+
+    def of(count: int) -> StagedProgram:
+        tokens = schedule_named(schedule).order(3, count)
+        own = (fused(order) if "FB" in kinds else order for order, kinds in zip(tokens, orders, strict=True))
+        return replace(program, num_microbatches=count, order=tuple(own))
+
+    whole = of(40)
+    few = fewer_microbatches(whole)
+    assert few.num_microbatches == {"1f1b": 8, "gpipe": 40, "eager-1f1b": 12}[schedule]
+    for stage in range(3):
+        functions = {call.function: FunctionMemory(len(call.phase), 0, 0, 0) for call in program.calls}
+        found = [stage_peak(UnrolledStep(each), stage, functions).nbytes for each in (few, whole)]
+        assert found == [slow_peak(UnrolledStep(whole), stage, functions)] * 2
 
 
 def test_shardings_are_chosen_to_fit(tmp_path: Path) -> None:

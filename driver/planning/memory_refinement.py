@@ -9,7 +9,7 @@ from jaxlib.mlir import ir
 
 from bactrian.driver.planning.extract import extract
 from bactrian.driver.planning.plan_shardings import read_shardings
-from bactrian.driver.planning.stage_memory import StagePeak, stage_peak
+from bactrian.driver.planning.stage_memory import StagePeak, fewer_microbatches, stage_peak
 from bactrian.passes.frame.errors import InfeasiblePlanError
 from bactrian.passes.frame.phase_times import PhaseClock
 from bactrian.passes.frame.pipeline import PipelineReport
@@ -54,7 +54,7 @@ class MemoryRefinement:
             InfeasiblePlanError: it was the last one, and does not fit.
         """
         functions = module_memory(module)
-        step = UnrolledStep(program)
+        step = UnrolledStep(fewer_microbatches(program))
         self._peaks = [stage_peak(step, stage, functions) for stage in range(program.num_stages)]
         self.shardings = tuple(
             replace(each, peak_bytes=peak.nbytes, temporary_bytes=peak.temporaries, bound_seconds=bound)
