@@ -19,9 +19,11 @@ def tiles(plan: Plan, predicted: StepTimeline | None, measured: StepTimeline | N
     """The figures at the head."""
     found = [("Step", human_seconds(plan.predicted_step_seconds), "predicted")]
     if measured is not None:
-        found.append(("Step", human_seconds(measured.seconds), _against(measured.seconds, plan.predicted_step_seconds)))
+        found.append(
+            ("Measured step", human_seconds(measured.seconds), _against(measured.seconds, plan.predicted_step_seconds))
+        )
     if predicted is not None and plan.num_stages > 1:
-        found.append(("Idle", f"{100 * predicted.bubble_share:.1f} %", "of all stages' time, the bubble"))
+        found.append(("Idle", f"{100 * predicted.bubble_share:.1f} %", "of the stages' time"))
     slowest = max(plan.stages, key=lambda stage: stage.predicted_seconds or 0.0)
     if slowest.predicted_seconds is not None and plan.num_stages > 1:
         found.append(("Slowest stage", str(slowest.stage), f"busy {human_seconds(slowest.predicted_seconds)}"))
@@ -40,8 +42,8 @@ def tiles(plan: Plan, predicted: StepTimeline | None, measured: StepTimeline | N
 
 def _against(measured: float, predicted: float | None) -> str:
     if not predicted:
-        return "measured"
-    return f"measured, {100 * (measured / predicted - 1):+.1f} % to predicted"
+        return "the last of the trace"
+    return f"{100 * (measured / predicted - 1):+.1f} % to predicted"
 
 
 def stages_section(plan: Plan) -> dict[str, Any]:
@@ -84,7 +86,8 @@ def _stages_lead(plan: Plan) -> str:
     if shares:
         slowest = max(range(len(shares)), key=lambda stage: shares[stage])
         above = 100 * (shares[slowest] * len(shares) - 1)
-        text += f" Stage {slowest} has most work, {above:.1f} % above the mean: the others wait for it."
+        if above >= 0.05:
+            text += f" Stage {slowest} has most work, {above:.1f} % above the mean: the others wait for it."
     return text
 
 
@@ -98,7 +101,11 @@ def _meter(values: Sequence[float | None], index: int, text: str) -> dict[str, A
     value, most = values[index], max((value or 0.0 for value in values), default=0.0)
     if value is None or most == 0:
         return {"width": None, "text": text, "most": False}
-    return {"width": f"{100 * value / most:.4g}", "text": text, "most": value == most and len(values) > 1}
+    return {
+        "width": f"{100 * value / most:.4g}",
+        "text": text,
+        "most": value == most and min(value or 0.0 for value in values) < most,
+    }
 
 
 def time_section(plan: Plan, predicted: StepTimeline | None, measured: StepTimeline | None) -> dict[str, Any]:

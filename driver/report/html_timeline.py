@@ -46,6 +46,7 @@ def timeline_section(plan: Plan, predicted: StepTimeline | None, measured: StepT
             for title, timeline in shown
         ],
         "extent": f"{extent:.9g}",
+        "name_length": max(len(row.name) for _, timeline in shown for row in timeline.rows),
         "row_height": max(10, min(_ROW_PIXELS, 640 // num_rows)),
         "kinds": [(kind, name) for kind, name in _KIND_NAMES.items() if kind in kinds],
         "ticks": list(_ticks(extent)),
@@ -83,7 +84,9 @@ def _ticks(extent: float) -> Iterator[dict[str, Any]]:
     for number in range(math.floor(5 * extent / step * (1 + 1e-9)) + 1):
         seconds = number * step / 5
         major = number % 5 == 0
-        yield {"x": f"{100 * seconds / extent:.6g}", "text": _tick_text(seconds, step), "major": major}
+        at = 100 * seconds / extent
+        anchor = "start" if number == 0 else "end" if at > 97 else ""
+        yield {"x": f"{at:.6g}", "text": _tick_text(seconds, extent), "major": major, "anchor": anchor}
 
 
 def _round_up(value: float) -> float:
@@ -92,6 +95,6 @@ def _round_up(value: float) -> float:
     return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= value * (1 - 1e-9))
 
 
-def _tick_text(seconds: float, step: float) -> str:
-    scale, unit = (1.0, "s") if step >= 1 else (1e-3, "ms") if step >= 1e-3 else (1e-6, "µs")
+def _tick_text(seconds: float, extent: float) -> str:
+    scale, unit = (1.0, "s") if extent >= 1 else (1e-3, "ms") if extent >= 1e-3 else (1e-6, "µs")
     return f"{seconds / scale:.4g} {unit}"
