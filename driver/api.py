@@ -58,6 +58,7 @@ def parallelize(
     axis_name: str | None = None,
     mesh: str | Mapping[str, int] | Sequence[Mapping[str, int]] | None = None,
     strategy: str = "auto",
+    remat: str | Sequence[str] | None = None,
     check_inputs: bool = True,
 ) -> Parallelized: ...
 @overload
@@ -79,6 +80,7 @@ def parallelize(
     axis_name: str | None = None,
     mesh: str | Mapping[str, int] | Sequence[Mapping[str, int]] | None = None,
     strategy: str = "auto",
+    remat: str | Sequence[str] | None = None,
     check_inputs: bool = True,
 ) -> Callable[[Callable[..., Any]], Parallelized]: ...
 def parallelize(
@@ -99,6 +101,7 @@ def parallelize(
     axis_name: str | None = None,
     mesh: str | Mapping[str, int] | Sequence[Mapping[str, int]] | None = None,
     strategy: str = "auto",
+    remat: str | Sequence[str] | None = None,
     check_inputs: bool = True,
 ) -> Parallelized | Callable[[Callable[..., Any]], Parallelized]:
     """Run a train step as a pipeline over the ranks of this job.
@@ -113,8 +116,7 @@ def parallelize(
         schedule: ``1f1b``, the default, ``eager-1f1b`` or ``gpipe``.
         batch_argnums: positional arguments whose leaves have the batch as dim 0; argument 1 by default.
         state: the result that is an argument's next value, by index; others are matched by tree, shapes and dtypes.
-        cluster: the TOML file that describes the machines (`bactrian.passes.machine.cluster_file.read_cluster` says how); by
-            default the cores of this host.
+        cluster: the TOML file of the machines (`bactrian.passes.machine.cluster_file.read_cluster`); or this host's cores.
         plan: a `Plan`, or the folder or file of a saved one; its decisions are applied instead of found.
         donate: let the step reuse the buffers of the state that it is given.
         forward_only: ``fun`` takes no gradient and is run as a forward pipeline.
@@ -128,6 +130,8 @@ def parallelize(
             of the step is sharded over them so that a step takes the least time. One device by default. Stages with meshes
             of their own take a list of these, or one text, as in ``"data=2;data=4"``: one for each stage.
         strategy: ``auto``, or a baseline: ``data``, ``zero1``, ``zero2``, ``zero3``, ``megatron``; it leaves some open.
+        remat: what layers compute again in their backward phase: ``none``; ``products``, all but products without batch
+            dims; or ``all``, but for what comes into them. One word, or one for each layer, of which so many are made.
         check_inputs: compare batch and state between ranks; False for a loader that gives each rank its own part only.
 
     Returns:

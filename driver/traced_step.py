@@ -18,6 +18,7 @@ from bactrian.driver.run.session import num_groups
 from bactrian.driver.source import line_here
 from bactrian.passes.frame.errors import ConfigError
 from bactrian.passes.machine.spec import MeshAxes, meshes_of_stages, meshes_text, num_devices
+from bactrian.passes.plan.remat_words import words_of_layers
 from bactrian.passes.plan.schema import Plan
 from bactrian.runtime import faults
 
@@ -56,7 +57,8 @@ class Traced:
             cluster: the file that describes the machines, in the place of what ``parallelize`` was told.
             num_stages: overrides what ``parallelize`` was told; by default that of the step that placed the state,
                 or one per rank.
-            num_layers: groups of forward ops that stages are made of; as many as stages by default.
+            num_layers: groups of forward ops that stages are made of; by default as many as ``remat`` has words, or as
+                stages.
             plan: decisions to apply, in the place of those that ``parallelize`` was told.
             compare: on a mesh, predict what the baselines would take too.
 
@@ -110,12 +112,15 @@ class Traced:
             num_stages = self.placed.num_stages
         else:
             num_stages = len(meshes) if len(meshes) > 1 else num_groups(*meshes)
+        remat = self.options.remat
+        num_layers = num_layers or (len(remat) if len(remat) > 1 else num_stages)
         return Decisions(
-            num_layers or num_stages,
+            num_layers,
             meshes_of_stages(meshes, num_stages),
             donate=self.options.donate,
             cluster=cluster,
             strategy=self._strategy(),
+            remat=words_of_layers(remat, num_layers),
         )
 
     def plan_with_all(self) -> Planned:

@@ -3,7 +3,10 @@
 // RUN: bactrian-opt %s --assign-stages | FileCheck %s --check-prefix=EACH
 // RUN: bactrian-opt %s --assign-stages='num-stages=2 mesh=data=2,model=4' | FileCheck %s --check-prefix=MESH
 // RUN: bactrian-opt %s --assign-stages='num-stages=2 mesh=data=2,model=4;data=8' | FileCheck %s --check-prefix=MESHES
+// RUN: bactrian-opt %s --assign-stages='num-stages=2 remat=all' | FileCheck %s --check-prefix=REMAT
 
+// One word is that of all layers.
+// REMAT: bactrian.remat = ["all", "all", "all"]
 // Every stage has the mesh that is asked for.
 // MESH: sdy.mesh @stage0 = <["data"=2, "model"=4]>
 // MESH-NEXT: sdy.mesh @stage1 = <["data"=2, "model"=4]>

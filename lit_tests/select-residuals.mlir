@@ -90,3 +90,53 @@ module @fused_stage attributes {bactrian.num_stages = 1 : i64, bactrian.schedule
     return %q, %g : tensor<64xf32>, tensor<64xf32>
   }
 }
+
+// -----
+
+// A layer keeps what comes into it. It is computed again, product included, from behind a barrier that waits for the
+// gradient; what its op gives to the next layer is kept.
+// CHECK-LABEL: module @layers_again
+module @layers_again attributes {bactrian.num_layers = 2 : i64, bactrian.num_stages = 1 : i64, bactrian.remat = ["all", "none"]} {
+  // CHECK: func.func public @main(%[[W:[^:]*]]: {{.*}}, %[[X:[^:]*]]:
+  func.func public @main(%w: tensor<64x64xf32> {bactrian.role = "state"}, %x: tensor<64x64xf32> {bactrian.role = "batch"})
+      -> (tensor<64x64xf32>, tensor<64x64xf32>) {
+    // CHECK: %[[H:.*]] = stablehlo.dot_general %[[X]], %[[W]]{{.*}}bactrian.phase = "forward"
+    %h = stablehlo.dot_general %x, %w, contracting_dims = [1] x [0] {bactrian.layer = 0 : i64, bactrian.phase = "forward", bactrian.stage = 0 : i64}
+      : (tensor<64x64xf32>, tensor<64x64xf32>) -> tensor<64x64xf32>
+    // CHECK: %[[Y:.*]] = stablehlo.sine %[[H]] {{.*}}bactrian.phase = "forward"
+    %y = stablehlo.sine %h {bactrian.layer = 0 : i64, bactrian.phase = "forward", bactrian.stage = 0 : i64} : tensor<64x64xf32>
+    // CHECK: %[[Z:.*]] = stablehlo.sine %[[Y]] {{.*}}bactrian.phase = "forward"
+    %z = stablehlo.sine %y {bactrian.layer = 1 : i64, bactrian.phase = "forward", bactrian.stage = 0 : i64} : tensor<64x64xf32>
+    %c = stablehlo.cosine %h {bactrian.layer = 0 : i64, bactrian.phase = "backward", bactrian.stage = 0 : i64} : tensor<64x64xf32>
+    // CHECK: %[[G:.*]] = stablehlo.cosine %[[Y]] {{.*}}bactrian.phase = "backward"
+    %g = stablehlo.cosine %y {bactrian.layer = 1 : i64, bactrian.phase = "backward", bactrian.stage = 0 : i64} : tensor<64x64xf32>
+    // CHECK: %[[B:.*]]:3 = stablehlo.optimization_barrier {bactrian.layer = 0 : i64, bactrian.phase = "backward", bactrian.stage = 0 : i64} %[[X]], %[[W]], %[[G]] :
+    // CHECK: %[[HH:.*]] = stablehlo.dot_general %[[B]]#0, %[[B]]#1{{.*}}bactrian.phase = "backward"
+    // CHECK: %[[C:.*]] = stablehlo.cosine %[[HH]] {{.*}}bactrian.phase = "backward"
+    // CHECK: stablehlo.multiply %[[B]]#2, %[[C]]
+    %d = stablehlo.multiply %g, %c {bactrian.layer = 0 : i64, bactrian.phase = "backward", bactrian.stage = 0 : i64} : tensor<64x64xf32>
+    return %z, %d : tensor<64x64xf32>, tensor<64x64xf32>
+  }
+}
+
+// -----
+
+// The product with a weight is kept, that of two activations is not.
+// CHECK-LABEL: module @products_are_kept
+module @products_are_kept attributes {bactrian.num_layers = 1 : i64, bactrian.num_stages = 1 : i64, bactrian.remat = ["products"]} {
+  // CHECK: func.func public @main(%[[W:[^:]*]]: {{.*}}, %[[X:[^:]*]]:
+  func.func public @main(%w: tensor<64x64xf32> {bactrian.role = "state"}, %x: tensor<2x64x64xf32> {bactrian.role = "batch"})
+      -> (tensor<2x64x64xf32>, tensor<2x64x64xf32>) {
+    // CHECK: %[[H:.*]] = stablehlo.dot_general %[[X]], %[[W]]{{.*}}bactrian.phase = "forward"
+    %h = stablehlo.dot_general %x, %w, contracting_dims = [2] x [0] {bactrian.layer = 0 : i64, bactrian.phase = "forward", bactrian.stage = 0 : i64}
+      : (tensor<2x64x64xf32>, tensor<64x64xf32>) -> tensor<2x64x64xf32>
+    %y = stablehlo.dot_general %h, %h, batching_dims = [0] x [0], contracting_dims = [2] x [2] {bactrian.layer = 0 : i64, bactrian.phase = "forward", bactrian.stage = 0 : i64}
+      : (tensor<2x64x64xf32>, tensor<2x64x64xf32>) -> tensor<2x64x64xf32>
+    // CHECK: %[[B:.*]] = stablehlo.optimization_barrier {{{.*}}} %[[H]] :
+    // CHECK-NOT: stablehlo.dot_general{{.*}}contracting_dims = [2] x [0]
+    // CHECK: %[[Y:.*]] = stablehlo.dot_general %[[B]], %[[B]]{{.*}}bactrian.phase = "backward"
+    // CHECK: stablehlo.cosine %[[Y]]
+    %g = stablehlo.cosine %y {bactrian.layer = 0 : i64, bactrian.phase = "backward", bactrian.stage = 0 : i64} : tensor<2x64x64xf32>
+    return %y, %g : tensor<2x64x64xf32>, tensor<2x64x64xf32>
+  }
+}

@@ -16,6 +16,7 @@ from bactrian.passes.ir.attributes import (
     NUM_LAYERS,
     NUM_MICROBATCHES,
     NUM_STAGES,
+    REMAT,
     STAGE,
     UPDATE,
     argument_pinned_stages,
@@ -29,6 +30,7 @@ from bactrian.passes.ir.main_dataflow import MainDataflow
 from bactrian.passes.ir.meshes import make_stage_meshes
 from bactrian.passes.ir.regions import main_function
 from bactrian.passes.machine.spec import meshes_of_stages, parse_meshes
+from bactrian.passes.plan.remat_words import parse_remat, words_of_layers
 from bactrian.passes.stages import layer_partitioning
 from bactrian.passes.stages.op_times import OpTimes
 from bactrian.passes.stages.uneven_stages import warn_of_uneven_stages
@@ -41,11 +43,12 @@ class AssignStages(Pass):
     The slowest stage sets the pace of a pipeline, so the longest time that a stage takes of a step, as it is predicted for
     a device of ``cluster``, is made as short as it can be; among equals, the fewest bytes cross between stages. Or the first layer of each stage is
     given with ``boundaries``. Every stage gets a mesh: of one device, or with the axes of ``mesh``, which names one mesh
-    for all stages or one for each.
+    for all stages or one for each. ``remat`` says what layers compute again in their backward phase, which
+    ``select-residuals`` carries out.
 
     Requires: ``bactrian.num_layers`` and ``bactrian.layer`` (``group-layers``).
     Ensures: ``bactrian.num_stages``; ``bactrian.stage`` on every op that has a layer, growing with the layer; meshes
-    ``@stage0``, ``@stage1``, ... at the top of the module.
+    ``@stage0``, ``@stage1``, ... at the top of the module; ``bactrian.remat``, if a layer is computed again.
 
     Input:
 
@@ -93,6 +96,9 @@ class AssignStages(Pass):
         help='the mesh of all stages, as in "data=2,model=4", or of each, as in "data=2;data=4"; '
         "one device if not given",
     )
+    remat: str = option(
+        "", help="none, products or all for all layers, or such a word for each, as in none,all: what is computed again"
+    )
     cluster: str = option(
         "", help="TOML file of the devices that time is predicted for; the cores of this host if empty"
     )
@@ -103,6 +109,7 @@ class AssignStages(Pass):
             raise ConfigError(f"option num-stages of {self.name} is {self.num_stages}, must not be negative")
         if self.mesh.strip():
             parse_meshes(self.mesh)
+        parse_remat(self.remat)
         starts = self._given()
         if starts is None:
             return
@@ -161,6 +168,8 @@ class AssignStages(Pass):
         warn_of_uneven_stages(flow, op_seconds, of_ops, len(starts), bool(argument_pinned_stages(main)), ctx)
         module.operation.attributes[NUM_STAGES] = integer(len(starts))
         make_stage_meshes(module, meshes)
+        if words := words_of_layers(parse_remat(self.remat), num_layers):
+            module.operation.attributes[REMAT] = ir.ArrayAttr.get([ir.StringAttr.get(word) for word in words])
         ctx.keep(flow)
         ctx.keep(times)
         ctx.count("cut-bytes", sum(crossing[start] for start in starts[1:]))

@@ -34,7 +34,12 @@ def import_step(mesh: str = "") -> Passes:
 
 
 def form_stages(
-    num_stages: int = 0, num_layers: int = 0, boundaries: str = "", mesh: str = "", cluster: str = ""
+    num_stages: int = 0,
+    num_layers: int = 0,
+    boundaries: str = "",
+    mesh: str = "",
+    cluster: str = "",
+    remat: str = "",
 ) -> Passes:
     """Group ops into layers, and layers into pipeline stages, each with a mesh."""
     from bactrian.passes.assign_stages import AssignStages
@@ -42,7 +47,7 @@ def form_stages(
 
     return (
         GroupLayers(num_layers=num_layers, num_stages=num_stages, cluster=cluster),
-        AssignStages(num_stages=num_stages, boundaries=boundaries, mesh=mesh, cluster=cluster),
+        AssignStages(num_stages=num_stages, boundaries=boundaries, mesh=mesh, remat=remat, cluster=cluster),
     )
 
 
@@ -107,9 +112,9 @@ def emit_stages(donate: bool = True) -> Passes:
     )
 
 
-def up_to_stages(num_stages: int, num_layers: int, boundaries: str, mesh: str, cluster: str) -> Passes:
+def up_to_stages(num_stages: int, num_layers: int, boundaries: str, mesh: str, cluster: str, remat: str = "") -> Passes:
     """The part of `stage_step` after which the planner measures ops and names layers, while ops still have layers."""
-    return (*import_step(mesh), *form_stages(num_stages, num_layers, boundaries, mesh, cluster))
+    return (*import_step(mesh), *form_stages(num_stages, num_layers, boundaries, mesh, cluster, remat))
 
 
 def up_to_shardings(mesh: str, cluster: str = "") -> Passes:
@@ -140,10 +145,11 @@ def stage_step(
     cluster: str = "",
     strategy: str = "auto",
     donate: bool = True,
+    remat: str = "",
 ) -> Passes:
     """Turn a captured step into scheduled stages: everything here, in order."""
     return (
-        *up_to_stages(num_stages, num_layers or num_stages, boundaries, mesh, cluster),
+        *up_to_stages(num_stages, num_layers or num_stages, boundaries, mesh, cluster, remat),
         *up_to_shardings(mesh, cluster),
         *up_to_schedule(mesh, cluster, strategy, donate),
     )

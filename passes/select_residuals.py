@@ -23,6 +23,7 @@ from bactrian.passes.ir.module_schedule import schedule_of
 from bactrian.passes.ir.op_traits import SLOW_TO_RECOMPUTE
 from bactrian.passes.ir.regions import custom_call_target, main_function
 from bactrian.passes.stages.layer_placement import LayerPlacement
+from bactrian.passes.stages.rematerialization import LayersAgain, Rematerializer
 
 # Prices are eighths of a byte: XLA fuses a simple op into its reader, which costs an eighth of keeping its result.
 _KEEP, _FUSED_OP, _SLOW_OP = 8, 1, 16
@@ -43,8 +44,16 @@ class SelectResiduals(Pass):
 
     A stage whose forward and backward phases are one function (the last one of 1F1B) keeps nothing, and is left alone.
 
-    Requires: ``bactrian.phase`` and ``bactrian.stage`` on every op (``assign-stages``).
-    Ensures: the values that go from a stage's forward to its backward phase are the cheapest set.
+    A layer whose word in ``bactrian.remat`` is ``all`` keeps only what comes into it, and the backward phase computes the
+    rest again, products included; with ``products``, products without batch dims are kept too. What a layer gives to
+    others comes into these. A layer is computed again behind an optimization barrier that waits for a gradient of the
+    layer, as with ``jax.checkpoint``: else XLA would see that all of it is there already, or do it too early. Bits from a
+    key are drawn again, and are the same.
+
+    Requires: ``bactrian.phase`` and ``bactrian.stage`` on every op (``assign-stages``); ``bactrian.layer`` on those that
+    are computed again.
+    Ensures: the values that go from a stage's forward to its backward phase are the cheapest set, and in layers that are
+    computed again what their words say.
 
     Input:
 
@@ -99,44 +108,80 @@ class SelectResiduals(Pass):
         """One minimum cut per stage, then clones."""
         main = main_function(module)
         flow = MainDataflow.of(main)
-        num_stages, keys = read_num_stages(module), phase_keys(flow)
-        rule = _Rule(flow, argument_roles(main))
+        num_stages = read_num_stages(module)
+        rule = _Rule(flow, argument_roles(main), LayersAgain.of(module, flow))
         schedule = schedule_of(module)
         for stage in sorted(rule.wanted):
             if schedule is None or not schedule.fuses(stage, num_stages):  # one function keeps nothing for another
                 ctx.count("kept-bytes", rule.solve(stage, self.overhead_bytes))
-        ctx.count("recomputed", clone_into_readers(flow, keys, phase_key, copy_phase, rule))
+        number = {op: index for index, op in enumerate(flow.ops)}
+        if rule.again_by_layer:
+            writer = Rematerializer(flow, rule.constant)
+            for (layer, _), again in sorted(rule.again_by_layer.items(), reverse=True):
+                writer.write(sorted(again), layer)
+                ctx.count("recomputed", len(again))
+            writer.order()
+            flow = MainDataflow.of(main)
+        numbers = [number.get(op, -1) for op in flow.ops]  # what was written now is no one else's
+        ctx.count(
+            "recomputed",
+            clone_into_readers(
+                flow,
+                phase_keys(flow),
+                phase_key,
+                copy_phase,
+                lambda index, key: numbers[index] >= 0 and rule(numbers[index], key),
+            ),
+        )
 
 
 class _Rule:
     """Which forward ops a later phase of the same stage computes again.
 
     Attributes:
-        wanted: by stage, the values of the forward phase and of the batch that its backward ops read.
+        wanted: by stage, the values of the forward phase and of the batch that its backward ops read, and what else those
+            ops read that are computed again because their layer is.
+        again_by_layer: these ops, by layer and stage.
+        constant: of each op whether it is an elementwise one on constants.
     """
 
-    def __init__(self, flow: MainDataflow, roles: list[str]) -> None:
+    def __init__(self, flow: MainDataflow, roles: list[str], layers: LayersAgain) -> None:
         self._flow, phases = flow, flow.phases
         self._again: set[int] = set()  # forward ops that the backward phase computes again
         self._simple = [is_elementwise(op) or custom_call_target(op) == MICROBATCH_INDEX for op in flow.ops]
-        self._constant: list[bool] = []  # of each op: it depends on no argument
+        self.constant: list[bool] = []
+        self._layers = layers
         self._free = [roles[i] != "batch" for i in range(flow.num_arguments)]  # of each value: it is there anyway
         constant = [False] * len(flow.values)
         for index, simple in enumerate(self._simple):
-            self._constant.append(simple and all(constant[value] for value in flow.operands[index]))
+            self.constant.append(simple and all(constant[value] for value in flow.operands[index]))
             for result in flow.results[index]:
-                constant[result] = self._constant[index]
-                self._free.append(self._constant[index] or phases[index] == PREPARE)
+                constant[result] = self.constant[index]
+                self._free.append(self.constant[index] or phases[index] == PREPARE)
         self.wanted: dict[int, dict[int, None]] = {}
+        self.again_by_layer: dict[tuple[int, int], set[int]] = {}
         self._materialized: set[int] = set()  # values that a backward op reads from memory, whatever makes them
         for index, phase in enumerate(phases):
             stage = flow.stages[index]
-            if phase != BACKWARD or stage is None:
-                continue
+            if phase == BACKWARD and stage is not None:
+                self._want(index, stage)
+
+    def _want(self, index: int, stage: int) -> None:
+        """Note what an op of the backward phase reads; and what the ops read that are computed again for it."""
+        flow, stack = self._flow, [index]
+        while stack:
+            index = stack.pop()
             fuses = self._simple[index] or flow.ops[index].name == "stablehlo.reduce"
             for value in flow.operands[index]:
                 producer = flow.producer[value]
-                if self._free[value] or (producer >= 0 and phases[producer] != FORWARD):
+                if self._free[value] or (producer >= 0 and flow.phases[producer] != FORWARD):
+                    continue
+                layer = self._layers.again[producer] if producer >= 0 and flow.stages[producer] == stage else None
+                if layer is not None:
+                    again = self.again_by_layer.setdefault((layer, stage), set())
+                    if producer not in again:
+                        again.add(producer)
+                        stack.append(producer)
                     continue
                 self.wanted.setdefault(stage, {})[value] = None
                 if not fuses:
@@ -146,7 +191,7 @@ class _Rule:
         """Whether a reader in group ``key`` (stage, phase) may have its own copy."""
         if not isinstance(key, tuple) or key[0] != self._flow.stages[index]:
             return False
-        return self._constant[index] or (key[1] == BACKWARD and index in self._again)
+        return self.constant[index] or (key[1] == BACKWARD and index in self._again)
 
     def solve(self, stage: int, overhead: int) -> int:
         """Decide for one stage; gives the bytes that are kept."""
@@ -188,6 +233,7 @@ class _Rule:
             and self._simple[index]
             and self._flow.phases[index] == FORWARD
             and self._flow.stages[index] == stage
+            and not self._layers.ends[index]
         )
 
     def _price(self, value: int) -> int:

@@ -46,6 +46,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--strategy", metavar="NAME", help="auto, data, zero1, zero2, zero3 or megatron, on a mesh")
     parser.add_argument(
+        "--remat",
+        metavar="WORD[,...]",
+        help="none, products or all: what layers compute again; one word, or one for each",
+    )
+    parser.add_argument(
         "--compare-xla",
         action="store_true",
         help="compile for virtual devices, and compare what XLA sends with the plan",
@@ -68,7 +73,7 @@ def run(options: argparse.Namespace) -> int:
     if options.compare_xla or options.timing:
         use_virtual_devices(max(map(num_devices, meshes), default=8))
     step, arguments = _model(options) if options.model is not None else _script(options)
-    names = ("num_stages", "num_microbatches", "schedule", "mesh", "strategy")
+    names = ("num_stages", "num_microbatches", "schedule", "mesh", "strategy", "remat")
     changes = {name: value for name in names if (value := getattr(options, name)) is not None}
     traced = step.with_options(**changes).trace(*arguments)
     planned = traced.plan(options.cluster, compare=True)

@@ -23,6 +23,7 @@ class Decisions:
         strategy: how shardings are chosen, as ``solve-shardings`` knows it.
         compare: whether the baselines are solved too.
         time_limit: seconds for the choice of shardings.
+        remat: what layers compute again: a word for each, or none.
     """
 
     num_layers: int
@@ -33,6 +34,7 @@ class Decisions:
     strategy: str = "auto"
     compare: bool = False
     time_limit: float = 60.0
+    remat: tuple[str, ...] = ()
 
     @classmethod
     def of_plan(cls, plan: Plan, donate: bool, cluster: str = "") -> Decisions:
@@ -40,7 +42,7 @@ class Decisions:
         firsts = tuple(stage.first_layer for stage in plan.stages)
         meshes = tuple(stage.mesh for stage in plan.stages)
         strategy = next((stage.sharding.strategy for stage in plan.stages if stage.sharding is not None), "auto")
-        return cls(plan.num_layers, meshes, firsts, donate, cluster, strategy)
+        return cls(plan.num_layers, meshes, firsts, donate, cluster, strategy, remat=plan.remat)
 
     @property
     def num_stages(self) -> int:
@@ -60,7 +62,8 @@ class Decisions:
     def forming(self) -> Passes:
         """The passes up to ``assign-stages``."""
         boundaries = ",".join(map(str, self.first_layers))
-        return pipelines.up_to_stages(self.num_stages, self.num_layers, boundaries, self.mesh_text, self.cluster)
+        remat = ",".join(self.remat)
+        return pipelines.up_to_stages(self.num_stages, self.num_layers, boundaries, self.mesh_text, self.cluster, remat)
 
     def localizing(self) -> Passes:
         """The passes from there to what ``solve-shardings`` reads."""

@@ -13,6 +13,7 @@ from bactrian.passes.frame.errors import ConfigError
 from bactrian.passes.frame.fields import MAX_COUNT
 from bactrian.passes.machine.cluster_file import read_cluster
 from bactrian.passes.machine.spec import MeshAxes, meshes_of_stages, meshes_text, num_devices, parse_axes, parse_meshes
+from bactrian.passes.plan.remat_words import NO_REMAT, check_words, parse_remat, words_of_layers
 from bactrian.passes.plan.schema import Plan
 from bactrian.passes.schedules.by_name import DEFAULT_SCHEDULE, schedule_named
 from bactrian.passes.sharding.baselines import check_strategy
@@ -44,6 +45,7 @@ class Options:
     mesh: tuple[MeshAxes, ...]
     cluster: str
     strategy: str
+    remat: tuple[str, ...]
     check_inputs: bool
     given: Mapping[str, Any] = field(compare=False, repr=False)
 
@@ -60,8 +62,12 @@ class Options:
         if plan is not None and not isinstance(plan, Plan):
             plan = given["plan"] = Plan.load(plan)  # what is changed later is held against the same plan
         mesh, strategy = given_meshes(given.get("mesh")), given.get("strategy", "auto")
+        remat = remat_words(given.get("remat"))
         if plan is not None:
             _check_against_plan(plan, given, mesh, strategy)
+            if remat and words_of_layers(remat, plan.num_layers) != plan.remat:
+                has = ", ".join(plan.remat) or NO_REMAT
+                raise ConfigError(f"remat is {', '.join(remat)}, but the plan has {has}", fix=_LEAVE_OUT)
         return cls(
             num_stages=given.get("num_stages") if plan is None else plan.num_stages,
             num_microbatches=given.get("num_microbatches", 1) if plan is None else plan.num_microbatches,
@@ -78,6 +84,7 @@ class Options:
             mesh=mesh,
             cluster=cluster_file(given["cluster"]) if "cluster" in given else "",
             strategy=strategy,
+            remat=remat if plan is None else plan.remat,
             check_inputs=given.get("check_inputs", True),
             given=given,
         )
@@ -159,6 +166,21 @@ def _axis_name(name: Any) -> str | None:
     if name is not None and not isinstance(name, str):
         raise ConfigError(f"axis_name is {name!r}", fix="give the name of one axis, as jax.pmap has it")
     return name
+
+
+def remat_words(remat: Any) -> tuple[str, ...]:
+    """The words of a user's ``remat``: one, several in a text with commas or in a sequence; none for None.
+
+    Raises:
+        ConfigError: they are none.
+    """
+    if remat is None:
+        return ()
+    words = parse_remat(remat) if isinstance(remat, str) else remat
+    if not isinstance(words, Sequence) or not words or not all(isinstance(word, str) for word in words):
+        raise ConfigError(f"remat is {remat!r}", fix='give a word, as in remat="all", or one for each layer')
+    check_words(words)
+    return tuple(words)
 
 
 def given_meshes(mesh: Any) -> tuple[MeshAxes, ...]:

@@ -44,6 +44,7 @@ def staged_together(
             "num_stages": str(options.num_stages),
             "the mesh": meshes_text(meshes),
             "the strategy": options.strategy,
+            "remat": ", ".join(options.remat) or "none",
             "donate": str(options.donate),
             "the cluster file": _cluster_words(options.cluster),
             "the plan that is applied": "none" if options.plan is None else options.plan.to_json(),

@@ -95,6 +95,7 @@ def plan_program(
         num_layers=decisions.num_layers,
         stages=stages,
         layers=layered.names,
+        remat=decisions.remat,
         fingerprint=fingerprint,
         platform=platform,
         peak_memory_bytes=max((s.device_memory_bytes or 0 for s in stages), default=0),

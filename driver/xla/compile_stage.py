@@ -28,6 +28,10 @@ from bactrian.passes.ir.regions import main_function
 from bactrian.passes.machine.spec import MeshAxes, Spec, num_devices
 from bactrian.runtime.transports.interface import device_array as plain_device_array
 
+_DROPS_BARRIERS = "cse_barrier_expander"
+"""XLA's pass that takes optimization barriers out. For CPUs it runs before equal ops are merged, and before the order of
+work is chosen: what a barrier keeps from being computed early, or once, would be."""
+
 JaxDevice = Any  # jax.Device, which its own stubs declare as a variable
 CompiledFunction = Callable[[Sequence[jax.Array]], list[jax.Array]]
 
@@ -96,6 +100,9 @@ def _compile(module: ir.Module, devices: Sequence[JaxDevice]) -> Any:
     if len(devices) > 1:  # the partitioner has a manual computation over all axes to take out, and nothing to partition
         options.executable_build_options.use_spmd_partitioning = True
         options.executable_build_options.use_shardy_partitioner = True
+    if client.platform == "cpu":
+        debug = options.executable_build_options.debug_options
+        debug.xla_disable_hlo_passes = ",".join(filter(None, (debug.xla_disable_hlo_passes, _DROPS_BARRIERS)))
     prepare_for_xla(module)
     return compiler.compile_or_get_cached(
         client, module, np.array(devices), options, [], xla_client.DeviceList(tuple(devices))

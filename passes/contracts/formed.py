@@ -32,6 +32,7 @@ from bactrian.passes.ir.attributes import (
     PHASE,
     PHASES,
     PINNED_STAGES,
+    REMAT,
     RESULT,
     ROLE,
     ROUND,
@@ -49,6 +50,7 @@ from bactrian.passes.ir.attributes import (
 )
 from bactrian.passes.ir.meshes import mesh_name
 from bactrian.passes.ir.regions import nested_operations
+from bactrian.passes.plan.remat_words import WORDS
 
 _PREFIX = "bactrian."
 
@@ -106,6 +108,7 @@ _OF_MODULE: dict[str, _Form] = {
     NUM_STAGES: _COUNT,
     LOOPED_MICROBATCHES: _COUNT,
     SCHEDULE: _TEXT,
+    REMAT: _list(_word(WORDS), f"a list of {', '.join(WORDS)}, one for each layer"),
     ORDER: _list(_list(_TEXT, ""), "a list of strings for each stage"),
     SHARDING_ESTIMATES: _list(_DICTIONARY, "a list of a dictionary for each stage"),
     SENT_BYTES: _DICTIONARY,

@@ -21,6 +21,7 @@ NUM_LAYERS = "bactrian.num_layers"
 NUM_STAGES = "bactrian.num_stages"
 FIRST_DEVICES = "bactrian.first_devices"  # of every stage, on the cluster's line
 SCHEDULE = "bactrian.schedule"
+REMAT = "bactrian.remat"
 LOOPED_MICROBATCHES = "bactrian.looped_microbatches"
 ORDER = "bactrian.order"
 SHARDING_ESTIMATES = "bactrian.sharding"
@@ -112,6 +113,14 @@ def read_first_devices(module: ir.Module) -> tuple[int, ...] | None:
     if FIRST_DEVICES not in module.operation.attributes:
         return None
     return tuple(ir.DenseI64ArrayAttr(module.operation.attributes[FIRST_DEVICES]))
+
+
+def read_remat(module: ir.Module) -> tuple[str, ...]:
+    """``bactrian.remat`` of a module: a word for each layer; no words where it is absent."""
+    attributes = module.operation.attributes
+    if REMAT not in attributes:
+        return ()
+    return tuple(ir.StringAttr(word).value for word in ir.ArrayAttr(attributes[REMAT]))
 
 
 def phase_of(op: ir.Operation) -> str | None:

@@ -74,7 +74,7 @@ COSTED_ALONE = _OWN_KERNEL | _ops("dynamic_update_slice gather optimization_barr
 
 HAS_OWN_BUFFER = _OWN_KERNEL | _ops("if reduce_scatter rng")
 """Ops that XLA for CPUs does not fuse into readers. Unlike in `COSTED_ALONE`, a gather and an update of a slice can be
-fused, and barriers are gone before buffers are assigned."""
+fused, and barriers only keep ops apart."""
 
 ASSOCIATIVE = _ops("add and maximum minimum multiply or xor")
 """Ops of two operands that fold a list of values in any grouping (floating-point sums and products round differently)."""

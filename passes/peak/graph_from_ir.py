@@ -12,7 +12,7 @@ from jaxlib.mlir.dialects import stablehlo
 from bactrian.passes.ir.attributes import ALIAS, argument_attributes
 from bactrian.passes.ir.constants import elements_text, splat_text
 from bactrian.passes.ir.meshes import SHARDING
-from bactrian.passes.ir.op_traits import HAS_OWN_BUFFER, without_dialect
+from bactrian.passes.ir.op_traits import BARRIER, HAS_OWN_BUFFER, without_dialect
 from bactrian.passes.ir.regions import body, nested_operations
 from bactrian.passes.ir.tensor_sizes import type_bytes
 from bactrian.passes.peak.collective_nodes import collective_node
@@ -22,6 +22,7 @@ from bactrian.passes.spmd.collectives import COLLECTIVES
 _VIEWS = frozenset({"reshape", "bitcast_convert"})
 _FIRM = without_dialect(HAS_OWN_BUFFER)
 _LOOPS = frozenset({"while", "case", "if"})
+_IN_PLACE = frozenset({"while", "optimization_barrier"})
 _INDEX = 4  # bytes of one
 _DIMS = re.compile(r"\[([^\]]*)\]")
 
@@ -60,9 +61,7 @@ class _Reader:
     def _read(self, op: ir.Operation) -> None:
         name = op.name.rpartition(".")[2]
         reads = [self._of(value) for value in op.operands]
-        if name == "optimization_barrier":  # gone before values are looked at: what it kept apart is one again
-            self._node |= zip(op.results, reads, strict=True)
-        elif name in _LOOPS or len(op.results) != 1:
+        if name in _LOOPS or op.name == BARRIER or len(op.results) != 1:
             self._several(op, name, reads)
         elif op.name in COLLECTIVES:
             self._node[op.results[0]] = collective_node(self.graph, op, reads[0])
@@ -119,7 +118,7 @@ class _Reader:
                 rounds.append(inner)
         whole = graph.add(name, Kind.FIRM, reads, (), 0, inside=tuple(rounds))
         for position, result in enumerate(op.results):
-            place = position if name == "while" else None
+            place = position if name in _IN_PLACE else None
             self._node[result] = graph.add("part", Kind.PART, (whole,), *_local(result), key=position, place=place)
 
     def _dot(self, op: ir.Operation, reads: list[int]) -> int:

@@ -53,6 +53,11 @@ def buffers(graph: Graph, fused: Fused, flip: bool = False) -> list[Buffer]:
     for reader, reads in fused.reads.items():
         for number in reads:
             last[number] = max(last[number], time[reader])
+    forwarded = {number: source for number in fused.made if (source := _forwarded(graph, fused, number)) is not None}
+    for number, source in reversed(forwarded.items()):
+        last[source] = max(last[source], last[number])
+    for number, source in forwarded.items():
+        last[number] = last[source]
     held = _held(graph, fused, steps, time, last)
     places = list[_DonatedBuffer]()
     for position, argument in graph.aliases.items():
@@ -95,6 +100,15 @@ def schedule(graph: Graph, fused: Fused, flip: bool = False) -> list[list[int]]:
                 queue.append(reader)
     assert len(order) == len(steps), "combined collectives depend on each other"
     return order
+
+
+def _forwarded(graph: Graph, fused: Fused, number: int) -> int | None:
+    """The value that a result of an optimization barrier is; None for what has a buffer of its own."""
+    node = graph.nodes[number]
+    if node.kind is not Kind.PART or node.place is None:
+        return None
+    whole = graph.nodes[node.operands[0]]
+    return fused.root[whole.operands[node.place]] if whole.name == "optimization_barrier" else None
 
 
 def _post_order(fused: Fused) -> list[int]:
@@ -192,6 +206,10 @@ def _held(
                 inner = max(map(temporary_bytes, node.inside))
                 found.append(Buffer(at, at, inner, number))
             if number in outside or not node.nbytes:
+                continue
+            if (source := _forwarded(graph, fused, number)) is not None:
+                if source in place:
+                    place[number] = place[source]
                 continue
             source = _taken_over(graph, fused, number, time, place, last)
             if source is None:

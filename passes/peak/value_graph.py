@@ -55,7 +55,7 @@ class Node:
         group: firm nodes of one group that do not depend on each other are one op.
         key: equal nodes have equal keys; None for one that is like no other.
         dims: of a reduction those over which it goes, of a broadcast those along which values repeat.
-        place: of a part, the operand of its op whose buffer it takes over.
+        place: of a part, the operand of its op whose buffer it takes over; for an optimization barrier, which it is.
     """
 
     name: str

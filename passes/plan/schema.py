@@ -15,6 +15,7 @@ from bactrian.passes.frame.files import write_whole
 from bactrian.passes.frame.views import Viewable, view
 from bactrian.passes.machine.spec import axes_text
 from bactrian.passes.plan.json_fields import Option, add_record, as_mapping, check_types, decode, encode
+from bactrian.passes.plan.remat_words import check_words
 from bactrian.passes.plan.stage_sharding import ShardingPlan
 from bactrian.passes.plan.step_timing import StageTiming, TransferTiming
 
@@ -129,6 +130,7 @@ class Plan(Viewable):
     num_layers: int
     stages: tuple[StagePlan, ...]
     layers: tuple[LayerPlan, ...] = ()
+    remat: tuple[str, ...] = ()  # a word for each layer; none where nothing is computed again
     fingerprint: str = ""  # of the program; "" fits every program
     platform: str = "cpu"
     predicted_step_seconds: float | None = None
@@ -269,6 +271,9 @@ def _check_decisions(plan: Plan) -> None:
     numbers = [layer.layer for layer in plan.layers]
     if numbers and (len(numbers) != plan.num_layers or numbers != list(range(len(numbers)))):
         problems.append(f"layers should be numbered 0 to {plan.num_layers - 1} in order, or be left out")
+    if plan.remat and len(plan.remat) != plan.num_layers:
+        problems.append(f"remat has {len(plan.remat)} words, should have one for each of the {plan.num_layers} layers")
+    check_words(plan.remat)
     following = 0
     for position, stage in enumerate(plan.stages):
         if stage.stage != position:
