@@ -22,6 +22,7 @@ from bactrian.passes.pipelining.pipeline_problem import (
     round_trips,
 )
 from bactrian.passes.pipelining.recurrence import Recurrence
+from bactrian.passes.pipelining.round_trip_search import RoundTripSearch
 from bactrian.passes.pipelining.stage_costs import choose_options
 from bactrian.passes.pipelining.stage_tables import Limits, StageTables
 from bactrian.passes.pipelining.step_time import period_seconds, step_seconds
@@ -138,36 +139,37 @@ class _Search:
         heapq.heappush(boxes, _Box(bound, next(self._numbers), above, within, sum_seconds))
 
     def _take(self, within: Limits, above: Limits) -> float:
-        """Recurrence the recurrence within limits and take what is better than the best; returns the least sum.
+        """Take what is better than the best within limits; returns what no sum there is below.
 
         Args:
             within: the limits.
             above: what period and update are not below, so that what can't be better need not be looked at.
         """
-        run = self._run(within, above, strict=False)
-        is_small = sum(self._widths(above, within)) <= _STRICT * self._step_seconds
-        if is_small and math.isfinite(within.period) and math.isfinite(run.least):
-            stages = _Stages(self._tables, run.places(run.seconds.index(run.least) + 1), within)
-            if stages.period_seconds > within.period * (1 + 1e-9):
-                self._run(within, above, strict=True)
-        return run.least
-
-    def _run(self, within: Limits, above: Limits, *, strict: bool) -> Recurrence:
         beside = self._repeats * above.period + above.update
-        run = Recurrence(self._tables, within, strict=strict, allowance=self._step_seconds - beside)
+        found = Recurrence(self._tables, within, self._step_seconds - beside)
         self._num_runs += 1
-        for num_stages, seconds in enumerate(run.seconds, 1):
+        least = found.least
+        if not math.isfinite(least):
+            return least
+        for num_stages, seconds in enumerate(found.seconds, 1):
             if seconds + beside < self._step_seconds:
-                stages = _Stages(self._tables, run.places(num_stages), within)
-                if stages.step_seconds < self._step_seconds:
-                    self._consider(stages)
-        return run
+                places = found.places(num_stages)
+                stages = _Stages(self._tables, places, within)
+                self._consider(stages)
+                if seconds == least and stages.period_seconds > within.period * (1 + 1e-9):
+                    strict = RoundTripSearch.of(found)
+                    least = strict.seconds
+                    if strict.places is not None:
+                        self._consider(_Stages(self._tables, strict.places, within))
+        return least
 
     def _consider(self, stages: _Stages) -> None:
         """Choose the options of the layers, and take the pipeline if it is better than the best.
 
         What a second of the update counts depends on whether its stage is the slowest in it, or of a microbatch, or both.
         """
+        if stages.step_seconds >= self._step_seconds:
+            return
         for weight in (0.0, 1 / self._problem.num_microbatches, 1.0):
             choice = PipelineChoice.of(self._problem, stages.with_options(weight))
             if choice.step_seconds < self._step_seconds:

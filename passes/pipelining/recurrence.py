@@ -11,19 +11,15 @@ on several hosts, of which kind these are, and over which link it talks to its n
 from a sender ``s`` that ends before device ``p``; what lies between ``p`` and ``p'`` stays idle. Behind the last layer, ``H``
 is 0. A stage that begins later within a host has no advantage.
 
-The period (`step_time.period_seconds`) must not exceed its limit ``T``. Seen from the first of ``q`` stages, of which it is
-let be ``k[q]`` microbatches in flight, the longest round trip exceeds the microbatches that may be on it times ``T`` by::
-
-    E[q] = C + max(-T, X - (k[q] - k[q - 1]) T + E[q - 1])        must not be above 0 where k[q] < m
-
-`Recurrence` leaves that out but for the way to the last stage, ``G[q] <= k[q] T``, so that no pipeline within the limits
-takes less than it says; or, ``strict``, it keeps ``E`` beside the least ``G`` of every place, so that all it finds is within
-the limits.
+The period (`step_time.period_seconds`) must not exceed its limit ``T``. Of that, the recurrence knows the seconds of every
+stage, and the round trip to the last stage, ``G[q] <= k[q] T`` where fewer than all microbatches may be in flight at the
+first of ``q`` stages: no pipeline within the limits takes less than it says. `round_trip_search` has the others.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,9 +28,11 @@ from bactrian.passes.pipelining.host_line import Floats, HostLine, Integers, Sub
 from bactrian.passes.pipelining.pipeline_problem import Place
 from bactrian.passes.pipelining.stage_tables import Limits, StageTables
 
+SLACK = 1e-12  # of limits, for sums in other orders
+
 
 @dataclass(frozen=True)
-class _Positions:
+class Positions:
     """Places on the line in units of several devices, where all submeshes in use are made of such.
 
     Attributes:
@@ -52,7 +50,7 @@ class _Positions:
     inside: Integers
 
     @classmethod
-    def of(cls, line: HostLine, submeshes: list[Submesh]) -> _Positions:
+    def of(cls, line: HostLine, submeshes: list[Submesh]) -> Positions:
         per_host = [line.kinds[kind].num_devices for kind in line.hosts]
         unit = math.gcd(*per_host, *(submesh.num_devices for submesh in submeshes))
         hosts = np.array(line.first_devices) // unit
@@ -68,21 +66,23 @@ class Recurrence:
     """What the recurrence says within limits.
 
     Attributes:
-        seconds: by the number of stages, from 1 on: the least sum of seconds of a microbatch over stages and round trips.
+        submeshes: that stages may have within the limits.
+        positions: of the line, in the largest unit of devices that these have in common.
+        trips_between, trips_inside: seconds of round trips by sender, receiver and first layer of the receiver, between
+            hosts, and within one; infinite where that has no room for another stage.
+        stages: ``G`` by submesh, first layer and position, for 1, 2, ... stages.
+        seconds: the least of it for a whole pipeline of 1, 2, ... stages.
     """
 
-    def __init__(
-        self, tables: StageTables, limits: Limits, *, strict: bool = False, allowance: float = math.inf
-    ) -> None:
+    def __init__(self, tables: StageTables, limits: Limits, allowance: float = math.inf) -> None:
         """``allowance``: sums of as many seconds or more are of no interest, and left out."""
-        self._tables, self._limits, self._strict, self._allowance = tables, limits, strict, allowance
-        self._submeshes = [each for each in tables.submeshes if tables.is_usable(each, limits)]
-        self._positions = _Positions.of(tables.problem.line, self._submeshes)
-        self._trips_between, self._trips_inside = self._round_trips()
-        self._stages: list[Floats] = []  # G by submesh, first layer and position, for 1, 2, ... stages
-        self._behind: list[Floats] = []  # H, for 0, 1, ... stages
+        self.tables, self.limits, self.allowance = tables, limits, allowance
+        self.submeshes = [each for each in tables.submeshes if tables.is_usable(each, limits)]
+        self.positions = Positions.of(tables.problem.line, self.submeshes)
+        self.trips_between, self.trips_inside = self._round_trips()
+        self.stages: list[Floats] = []
         self.seconds: list[float] = []
-        if self._submeshes:
+        if self.submeshes:
             self._fill()
 
     @property
@@ -92,130 +92,118 @@ class Recurrence:
 
     def _round_trips(self) -> tuple[Floats, Floats]:
         """Seconds by sender, receiver and first layer of the receiver: between hosts, and within one, where it has room."""
-        line = self._tables.problem.line
-        nbytes = np.array([*self._tables.problem.border_bytes, 0.0])
-        between = np.full((len(self._submeshes), len(self._submeshes), len(nbytes)), math.inf)
+        line = self.tables.problem.line
+        nbytes = np.array([*self.tables.problem.border_bytes, 0.0])
+        between = np.full((len(self.submeshes), len(self.submeshes), len(nbytes)), math.inf)
         inside = between.copy()
-        for s, sender in enumerate(self._submeshes):
-            for r, receiver in enumerate(self._submeshes):
+        for s, sender in enumerate(self.submeshes):
+            for r, receiver in enumerate(self.submeshes):
                 between[s, r] = line.round_trip(nbytes, sender, receiver, in_host=False)
                 if all(each.num_devices < line.kinds[each.kind].num_devices for each in (sender, receiver)):
                     inside[s, r] = line.round_trip(nbytes, sender, receiver, in_host=True)
         return between, inside
 
     def _fill(self) -> None:
-        shape = len(self._submeshes), self._tables.problem.num_layers + 1, len(self._positions.next_host)
-        behind, binding = np.full(shape, math.inf), np.full(shape, -self._limits.period)
+        shape = len(self.submeshes), self.tables.problem.num_layers + 1, len(self.positions.next_host)
+        behind = np.full(shape, math.inf)
         behind[:, -1] = 0.0
-        known = self._tables.problem.fixed.known_stages
-        for left in range(1, self._tables.most_stages + 1):
-            self._behind.append(behind)
-            seconds, excess = self._stage(left, behind, binding)
-            seconds[seconds + self._tables.before[:, None] >= self._allowance] = math.inf
-            self._stages.append(seconds)
-            whole = float(seconds[:, 0, self._positions.hosts].min())
+        known = self.tables.problem.fixed.known_stages
+        for left in range(1, self.tables.most_stages + 1):
+            stage = self._stage(left, behind)
+            stage[stage + self.tables.before[:, None] >= self.allowance] = math.inf
+            self.stages.append(stage)
+            whole = float(stage[:, 0, self.positions.hosts].min())
             self.seconds.append(whole if known in (None, left) else math.inf)
-            if not np.isfinite(seconds).any():
+            if not np.isfinite(stage).any():
                 break
-            behind, binding = self._seen_from_before(left, seconds, excess)
+            behind = self._seen_from_before(stage)
 
-    def _is_bound(self, left: int) -> bool:
-        """Whether the first of so many stages waits for round trips."""
-        in_flight = self._tables.in_flight
-        return left < len(in_flight) and in_flight[left] < self._tables.problem.num_microbatches
+    def _stage(self, left: int, behind: Floats) -> Floats:
+        """``G`` for so many stages, from ``H`` behind the first of them."""
+        stage = np.full_like(behind, math.inf)
+        for number, submesh in enumerate(self.submeshes):
+            starts = self.positions.starts[submesh]
+            following = behind[number][:, starts + submesh.num_devices // self.positions.unit]
+            best = np.full_like(following, math.inf)
+            for num_layers, costs in self.tables.by_length(left, submesh, self.limits):
+                np.minimum(best[:-num_layers], costs[:, None] + following[num_layers:], out=best[:-num_layers])
+            stage[number][:, starts] = best
+        if self.tables.waits(left):
+            stage[stage > self.tables.in_flight[left] * self.limits.period * (1 + SLACK)] = math.inf
+        return stage
 
-    def _stage(self, left: int, behind: Floats, binding: Floats) -> tuple[Floats, Floats]:
-        """``G`` and ``E`` for so many stages, from ``H`` and what of ``E`` binds them."""
-        seconds, excess = np.full_like(behind, math.inf), np.full_like(behind, -self._limits.period)
-        for number, submesh in enumerate(self._submeshes):
-            starts = self._positions.starts[submesh]
-            ends = starts + submesh.num_devices // self._positions.unit
-            following, before = behind[number][:, ends], binding[number][:, ends]
-            best, most = np.full_like(following, math.inf), np.full_like(following, -self._limits.period)
-            for num_layers, costs in self._tables.by_length(left, submesh, self._limits):
-                own = costs[:, None]
-                over = own + before[num_layers:] if self._strict else None
-                if over is not None and self._is_bound(left):
-                    own = np.where(over <= 0.0, own, math.inf)
-                _take(best[:-num_layers], most[:-num_layers], own + following[num_layers:], over)
-            seconds[number][:, starts], excess[number][:, starts] = best, most
-        if self._is_bound(left) and not self._strict:
-            limit = self._tables.in_flight[left] * self._limits.period
-            seconds[seconds > limit * (1 + 1e-12)] = math.inf
-        return seconds, excess
+    def _seen_from_before(self, stage: Floats) -> Floats:
+        """``H``, from ``G`` of as many stages."""
+        behind = np.empty_like(stage)
+        at_hosts, at_inside = stage[:, :, self.positions.hosts], stage[:, :, self.positions.inside]
+        for sender in range(len(self.submeshes)):
+            best = np.full((stage.shape[1], len(self.positions.hosts) + 1), math.inf)
+            best[:, :-1] = (self.trips_between[sender][:, :, None] + at_hosts).min(axis=0)
+            best = np.minimum.accumulate(best[:, ::-1], axis=1)[:, ::-1]  # hosts between stay idle
+            behind[sender] = best[:, self.positions.next_host]
+            if at_inside.size and np.isfinite(self.trips_inside[sender]).any():
+                nearer = (self.trips_inside[sender][:, :, None] + at_inside).min(axis=0)
+                inside = self.positions.inside
+                behind[sender][:, inside] = np.minimum(behind[sender][:, inside], nearer)
+        return behind
 
-    def _seen_from_before(self, left: int, seconds: Floats, excess: Floats) -> tuple[Floats, Floats]:
-        """``H`` and what of ``E`` binds the stage before, from ``G`` and ``E`` of so many stages."""
-        behind, binding = np.empty_like(seconds), np.empty_like(seconds)
-        hosts, inside = self._positions.hosts, self._positions.inside
-        next_host = self._positions.next_host
-        at_hosts = seconds[:, :, hosts], excess[:, :, hosts]
-        at_inside = seconds[:, :, inside], excess[:, :, inside]
-        best = np.full((seconds.shape[1], len(hosts) + 1), math.inf)
-        most = np.full_like(best, -self._limits.period)
-        for sender in range(len(self._submeshes)):
-            best[:, :-1], most[:, :-1] = self._least(left, self._trips_between[sender][:, :, None], *at_hosts)
-            self._skip_hosts(best, most)
-            behind[sender], binding[sender] = best[:, next_host], most[:, next_host]
-            trips = self._trips_inside[sender][:, :, None]
-            if len(inside) and np.isfinite(trips).any():
-                nearer, binds = behind[sender][:, inside], binding[sender][:, inside]
-                _take(nearer, binds, *self._least(left, trips, *at_inside))
-                behind[sender][:, inside], binding[sender][:, inside] = nearer, binds
-        return behind, binding
+    def beginnings(self, left: int) -> Iterator[tuple[float, int, int]]:
+        """Of pipelines of so many stages: the least sum, and the submesh and position of their first stage."""
+        for position in self.positions.hosts.tolist():
+            for number in range(len(self.submeshes)):
+                yield float(self.stages[left - 1][number, 0, position]), number, position
 
-    def _least(self, left: int, trips: Floats, seconds: Floats, excess: Floats) -> tuple[Floats, Floats]:
-        """The least over the receivers of ``G`` with the round trip to it, and what of its ``E`` binds the sender."""
-        total, period, in_flight = trips + seconds, self._limits.period, self._tables.in_flight
-        if not self._strict or not self._is_bound(left + 1):
-            least = total.min(axis=0)
-            return least, np.full_like(least, -period)
-        receiver = total.argmin(axis=0)[None]
-        bound = np.maximum(-period, trips - (in_flight[left + 1] - in_flight[left]) * period + excess)
-        return np.take_along_axis(total, receiver, 0)[0], np.take_along_axis(bound, receiver, 0)[0]
+    def followers(self, left: int, sender: int, first: int, position: int) -> Iterator[tuple[float, float, int, int]]:
+        """The stages that may be the first of ``left`` behind a sender.
 
-    def _skip_hosts(self, best: Floats, most: Floats) -> None:
-        """Let the best of a later host stand for an earlier one where that is less: the hosts between stay idle."""
-        if not self._strict:
-            best[:] = np.minimum.accumulate(best[:, ::-1], axis=1)[:, ::-1]
-            return
-        for host in range(best.shape[1] - 2, -1, -1):
-            _take(best[:, host], most[:, host], best[:, host + 1], most[:, host + 1])
+        Args:
+            left: stages, from the one that is asked for on.
+            sender: the submesh before.
+            first: the first layer.
+            position: behind the sender.
+
+        Yields:
+            The least sum from there on, the seconds of the round trip before, the submesh, and where it begins.
+        """
+        stage = self.stages[left - 1][:, first]
+        if position in self.positions.inside:
+            for number in np.flatnonzero(
+                np.isfinite(stage[:, position] + self.trips_inside[sender, :, first])
+            ).tolist():
+                yield float(stage[number, position]), float(self.trips_inside[sender, number, first]), number, position
+        hosts = self.positions.hosts[self.positions.next_host[position] :]
+        for number, host in np.argwhere(np.isfinite(stage[:, hosts])).tolist():
+            trip = float(self.trips_between[sender, number, first])
+            yield float(stage[number, hosts[host]]), trip, number, int(hosts[host])
 
     def places(self, num_stages: int) -> tuple[Place, ...]:
         """The stages of the least sum for so many of them."""
-        unit, found = self._positions.unit, list[Place]()
-        first, position, sender = 0, 0, -1
+        _, number, position = min(self.beginnings(num_stages))
+        first, found = 0, list[Place]()
         for left in range(num_stages, 0, -1):
-            sender, position = self._next_place(left, first, position, sender)
-            submesh, end = self._submeshes[sender], position + self._submeshes[sender].num_devices // unit
-            totals = [
-                (float(costs[first] + self._behind[left - 1][sender, first + num_layers, end]), first + num_layers)
-                for num_layers, costs in self._tables.by_length(left, submesh, self._limits)
-                if first < len(costs)
-            ]
-            following = min(totals)[1]
-            found.append(Place(first, following, submesh, position * unit))
-            first, position = following, end
+            behind = self.behind(number, position)
+            choices = list[tuple[float, int, int, int]]()
+            for num_layers, costs in self.tables.by_length(left, self.submeshes[number], self.limits):
+                end = first + num_layers
+                if end <= self.tables.problem.num_layers and math.isfinite(costs[first]):
+                    following = (
+                        [
+                            (least + trip, other, place)
+                            for least, trip, other, place in self.followers(left - 1, number, end, behind)
+                        ]
+                        if left > 1
+                        else [(0.0, 0, 0)] * (end == self.tables.problem.num_layers)
+                    )
+                    choices += [(float(costs[first]) + rest, end, other, place) for rest, other, place in following]
+            _, end, other, place = min(choices)
+            found.append(self.place(number, first, end, position))
+            first, number, position = end, other, place
         return tuple(found)
 
-    def _next_place(self, left: int, first: int, position: int, sender: int) -> tuple[int, int]:
-        """Submesh and position of the first of so many stages, behind a sender, or at any host if there is none before."""
-        places, seconds = self._positions, self._stages[left - 1][:, first]
-        hosts = places.hosts[places.next_host[position] :]
-        totals = seconds[:, hosts]
-        if sender >= 0:
-            totals = totals + self._trips_between[sender, :, first, None]
-            if position not in places.hosts and position < places.next_host.size - 1:
-                inside = seconds[:, position] + self._trips_inside[sender, :, first]
-                if not totals.size or inside.min() < totals.min():
-                    return int(inside.argmin()), position
-        number, host = np.unravel_index(totals.argmin(), totals.shape)
-        return int(number), int(hosts[host])
+    def place(self, number: int, first: int, end: int, position: int) -> Place:
+        """A stage in devices of the line."""
+        return Place(first, end, self.submeshes[number], position * self.positions.unit)
 
-
-def _take(best: Floats, most: Floats, seconds: Floats, excess: Floats | None) -> None:
-    """Put what is less into ``best``, and what stands beside it into ``most``, in place."""
-    if excess is not None:
-        np.copyto(most, excess, where=seconds < best)
-    np.minimum(best, seconds, out=best)
+    def behind(self, number: int, position: int) -> int:
+        """The position behind a submesh."""
+        return position + self.submeshes[number].num_devices // self.positions.unit

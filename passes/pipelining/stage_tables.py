@@ -49,6 +49,10 @@ class StageTables:
         self.in_flight = in_flight_by_stages_left(problem.schedule, self.most_stages, problem.num_microbatches)
         self._seconds: dict[tuple[int, Submesh], tuple[float, Floats]] = {}  # with the longest
 
+    def waits(self, stages_left: int) -> bool:
+        """Whether the stage that is so many from the end waits for round trips: not all microbatches may be in flight."""
+        return self.in_flight[stages_left] < self.problem.num_microbatches
+
     def seconds(self, in_flight: int, submesh: Submesh, longest: float = math.inf) -> Floats:
         """Seconds of a microbatch, by menu of the submesh and class of layer ranges; those above the longest may be infinite."""
         key = in_flight, submesh
