@@ -15,6 +15,10 @@ from bactrian.passes.ir.attributes import (
     MICROBATCH_INDEX,
     ONCE_PER_STEP,
     PREPARE,
+    ROLE,
+    argument_attributes,
+    argument_pinned_stages,
+    result_updates,
 )
 from bactrian.passes.ir.op_costs import CostModel
 from bactrian.passes.ir.op_traits import MATRIX_PRODUCTS
@@ -30,10 +34,11 @@ from bactrian.passes.sharding.fusion_costs import (
     repack_seconds,
 )
 from bactrian.passes.sharding.loop_dataflow import CARRY, INSIDE, OP, LoopFlow
-from bactrian.passes.sharding.sharding_model import ShardedOp
+from bactrian.passes.sharding.sharding_model import ShardedOp, Tensor
 from bactrian.passes.sharding.strategies import Defers
 from bactrian.passes.sharding.user_shardings import (
     given_specs,
+    refuse_result_shardings,
 )
 from bactrian.passes.spmd.op_rules import rule_of
 from bactrian.passes.spmd.sharding_rules import Rule, elementwise, replicated_rule
@@ -67,6 +72,10 @@ class FlowFacts:
         defers: ops whose sums can wait (`deferred_sums`).
         in_backward: values that the backward phase reads.
         by_microbatches: values that the forward or the backward phase reads.
+        tensors: all values.
+        updates: for each result, the argument whose next value it is.
+        batch: the arguments that are parts of the batch.
+        pinned: the stages that hold an argument already.
     """
 
     flow: LoopFlow
@@ -75,20 +84,47 @@ class FlowFacts:
     defers: dict[int, Defers]
     in_backward: frozenset[int]
     by_microbatches: frozenset[int]
+    tensors: tuple[Tensor, ...]
+    updates: list[int | None]
+    batch: tuple[int, ...]
+    pinned: dict[int, tuple[int, ...]]
 
     @classmethod
     def of(cls, main: ir.Operation) -> FlowFacts:
-        """Read ``@main``."""
+        """Read ``@main``.
+
+        Raises:
+            PassError: a result has a sharding.
+        """
+        refuse_result_shardings(main)
         flow = LoopFlow.of(main)
         value_of = forwarded_values(flow)
+        defers = deferred_sums(flow, value_of, [forwards(flow, index) for index in range(len(flow.ops))])
         return cls(
             flow=flow,
             value_of=value_of,
             from_memory=read_from_memory(flow, value_of),
-            defers=deferred_sums(flow, value_of, [forwards(flow, index) for index in range(len(flow.ops))]),
+            defers=defers,
             in_backward=_read_in(flow, value_of, (BACKWARD,)),
             by_microbatches=_read_in(flow, value_of, (FORWARD, BACKWARD)),
+            tensors=_tensors(flow, defers),
+            updates=result_updates(main),
+            batch=_batch_arguments(main),
+            pinned=argument_pinned_stages(main),
         )
+
+
+def _tensors(flow: LoopFlow, defers: Collection[int]) -> tuple[Tensor, ...]:
+    """All values of the flow."""
+    partial = {value for index in defers for value in flow.results[index]}
+    values = enumerate(zip(flow.values, flow.sizes, strict=True))
+    return tuple(Tensor(value_shape(value), size, number in partial) for number, (value, size) in values)
+
+
+def _batch_arguments(main: ir.Operation) -> tuple[int, ...]:
+    batch = ir.StringAttr.get("batch")
+    entries = argument_attributes(main)
+    return tuple(number for number, entry in enumerate(entries) if ROLE in entry and entry[ROLE] == batch)
 
 
 class OperationReader:

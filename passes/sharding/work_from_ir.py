@@ -12,11 +12,7 @@ from bactrian.passes.frame.errors import PassError
 from bactrian.passes.ir.attributes import (
     COUNTER,
     ONCE_PER_STEP,
-    ROLE,
     UPDATE,
-    argument_attributes,
-    argument_pinned_stages,
-    result_updates,
 )
 from bactrian.passes.ir.op_costs import trip_count
 from bactrian.passes.ir.tensor_sizes import value_shape
@@ -26,12 +22,11 @@ from bactrian.passes.machine.spec import Spec
 from bactrian.passes.sharding.fusion_costs import remark_missing_rates
 from bactrian.passes.sharding.loop_dataflow import END, OP, LoopFlow
 from bactrian.passes.sharding.operations_from_ir import FlowFacts, FlowOp, OperationReader, forwards
-from bactrian.passes.sharding.sharding_model import ShardingProblem, Tensor
+from bactrian.passes.sharding.sharding_model import ShardingProblem
 from bactrian.passes.sharding.strategies import Exchange, Strategy
 from bactrian.passes.sharding.user_shardings import (
     constrained_values,
     fixed_arguments,
-    refuse_result_shardings,
 )
 from bactrian.passes.spmd.op_rules import RULE
 
@@ -110,9 +105,8 @@ def read_program(
     facts = FlowFacts.of(main) if facts is None else facts
     flow = facts.flow
     _check_rules(flow)
-    refuse_result_shardings(main)
     reader = OperationReader(facts, mesh, hosts.device, num_microbatches, remark, in_flight)
-    portion = _Portion.of(main, flow, stage)
+    portion = _Portion.of(facts, stage)
     _remark_unknown_loops(flow, portion, remark)
     remark_missing_rates((flow.ops[index] for index in portion.entries), hosts.device, remark)
     own = [index for index in portion.entries if flow.kinds[index] != END and not forwards(flow, index)]
@@ -123,15 +117,15 @@ def read_program(
     read = {value for entry in parts for value in entry.op.operands} | {value for value, _, _ in carried}
     inputs = _inputs(flow, portion, read, made)
     there = made.union(inputs)
-    counted = dict(_counted(flow, own, result_updates(main)))
+    counted = dict(_counted(flow, own, facts.updates))
     position = {entry.index: at for at, entry in enumerate(parts)}
     problem = ShardingProblem(
-        values=_tensors(facts),
+        values=facts.tensors,
         inputs=inputs,
         ops=tuple(entry.op for entry in parts),
-        updates=tuple(dict.fromkeys(_updates(main, flow, value_of, inputs, there))),
+        updates=tuple(dict.fromkeys(_updates(facts, inputs, there))),
         pinned=tuple(_fixed(main, flow, mesh, f"stage{stage or 0}", inputs, counted)),
-        loads=tuple(_loads(main, flow, hosts, inputs, num_microbatches)),
+        loads=tuple(_loads(facts, hosts, inputs, num_microbatches)),
         live_out=tuple(value for value in dict.fromkeys(_needed_later(flow, value_of, portion)) if value in there),
         preferred=tuple((value, _whole(flow, value)) for value in counted),
         batch_instances=in_flight,
@@ -157,15 +151,16 @@ class _Portion:
     arguments: frozenset[int]
 
     @classmethod
-    def of(cls, main: ir.Operation, flow: LoopFlow, stage: int | None) -> _Portion:
+    def of(cls, facts: FlowFacts, stage: int | None) -> _Portion:
         """The portion of a stage; everything where there is one stage (None)."""
+        flow = facts.flow
         entries = tuple(range(len(flow.ops) - 1))
         if stage is None:
             return cls(entries, (), frozenset(range(flow.num_arguments)))
         return cls(
             entries=tuple(index for index in entries if flow.stages[index] == stage),
             others=tuple(index for index in entries if flow.stages[index] not in (None, stage)),
-            arguments=frozenset(number for number, stages in argument_pinned_stages(main).items() if stage in stages),
+            arguments=frozenset(number for number, stages in facts.pinned.items() if stage in stages),
         )
 
 
@@ -204,28 +199,20 @@ def _inputs(flow: LoopFlow, portion: _Portion, read: set[int], made: set[int]) -
     return *arguments, *sorted(value for value in read - made if value >= flow.num_arguments)
 
 
-def _tensors(facts: FlowFacts) -> tuple[Tensor, ...]:
-    """All values of the flow."""
-    flow = facts.flow
-    partial = {value for index in facts.defers for value in flow.results[index]}
-    values = enumerate(zip(flow.values, flow.sizes, strict=True))
-    return tuple(Tensor(value_shape(value), size, number in partial) for number, (value, size) in values)
-
-
-def _updates(
-    main: ir.Operation, flow: LoopFlow, value_of: list[int], inputs: tuple[int, ...], there: set[int]
-) -> Iterator[tuple[int, int]]:
+def _updates(facts: FlowFacts, inputs: tuple[int, ...], there: set[int]) -> Iterator[tuple[int, int]]:
     """The next values of a stage's arguments, and these; without those that stay as they are."""
-    for value, argument in zip(flow.operands[-1], result_updates(main), strict=True):
-        if argument in inputs and value_of[value] in there and value_of[value] != argument:
+    value_of, own = facts.value_of, frozenset(inputs)
+    for value, argument in zip(facts.flow.operands[-1], facts.updates, strict=True):
+        if argument in own and value_of[value] in there and value_of[value] != argument:
             yield value_of[value], argument
 
 
 def _loads(
-    main: ir.Operation, flow: LoopFlow, hosts: HostGroup, inputs: tuple[int, ...], num_microbatches: int
+    facts: FlowFacts, hosts: HostGroup, inputs: tuple[int, ...], num_microbatches: int
 ) -> Iterator[tuple[int, float]]:
     """Seconds of a step that inputs take: batches from the host, then what other stages send."""
-    for number in _batch_arguments(main):
+    flow = facts.flow
+    for number in facts.batch:
         if number in inputs:
             yield number, num_microbatches * flow.sizes[number] / hosts.device.bytes_per_second
     for number in inputs:
@@ -300,9 +287,3 @@ def first_arguments(readings: Iterable[Reading]) -> list[frozenset[int]]:
         found.append(arguments - claimed)
         claimed |= arguments
     return found
-
-
-def _batch_arguments(main: ir.Operation) -> list[int]:
-    batch = ir.StringAttr.get("batch")
-    entries = argument_attributes(main)
-    return [number for number, entry in enumerate(entries) if ROLE in entry and entry[ROLE] == batch]
