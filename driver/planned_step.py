@@ -8,6 +8,7 @@ from bactrian.driver.capture.captured_step import Captured
 from bactrian.driver.planning.explain_value import explain
 from bactrian.driver.planning.plan_broadcast import outline, with_shardings_of_rank_0
 from bactrian.driver.planning.plan_remarks import log_once
+from bactrian.driver.planning.predicted_trace import write_predicted_trace
 from bactrian.driver.planning.staged_plan import StagedPlan
 from bactrian.driver.ranks import World
 from bactrian.driver.report.explanation_table import render_value
@@ -21,6 +22,7 @@ from bactrian.driver.xla.compare_bytes import Comparison, compare
 from bactrian.passes.frame.phase_times import Timing
 from bactrian.passes.frame.reproducer import versions
 from bactrian.passes.frame.views import view
+from bactrian.passes.peak.estimate import module_memory
 from bactrian.passes.plan.schema import Plan
 from bactrian.passes.sharding.explain import Explanation
 from bactrian.runtime import lockstep
@@ -78,6 +80,14 @@ class Planned:
             ConfigError: the file can't be written; the trace can't be read, or is of another plan.
         """
         write_report(path, self.plan, self.staged.program, name=self.captured.name, trace=trace)
+
+    def write_trace(self, path: str | Path) -> None:
+        """Write the predicted step as a Chrome trace, as ``compiled.write_trace`` writes the measured ones.
+
+        Raises:
+            ConfigError: no times were predicted; the file can't be written.
+        """
+        write_predicted_trace(path, self.plan, self.staged.program, module_memory(self.staged.module))
 
     def explain(self, value: str, *, stage: int | None = None, time_limit: float = 60.0) -> Explanation:
         """Which shardings a value could have, what a step would take with each, and what bound the choice.

@@ -65,18 +65,28 @@ class Tracer:
             else:
                 name = f"{'SEND' if isinstance(instruction, Send) else 'FORWARD'} to rank {instruction.destination}"
                 flows = [("s", f"{stream.rank}>{instruction.destination}:{instruction.tag}")]
-        label = f"{name} m{microbatch}" if microbatch >= 0 else name
-        row: Event = {"pid": stream.rank, "tid": stage}
-        bar = {"name": label, "ph": "X", "ts": begin, "dur": end - begin, "cat": type(instruction).__name__.lower()}
-        self.events.append({**row, **bar})
-        for flow in flows:
+        category = type(instruction).__name__.lower()
+        self.events.append(bar(stream.rank, stage, name, microbatch, begin, end, category))
+        for end_of_flow in flows:
+            side, message = end_of_flow
             # Bound to the end of the receive's bar, to the beginning of the send's.
-            when = begin if flow[0] == "s" else end
-            extra = {"bp": "e"} if flow[0] == "f" else {}
+            when = begin if side == "s" else end
             # The n-th message with a tag, step by step: both ends count alike.
-            count = self._counts[flow] = self._counts.get(flow, -1) + 1
-            event = {**row, "name": "message", "cat": "message", "ph": flow[0], "ts": when}
-            self.events.append({**event, "id": f"{flow[1]}#{count}", **extra})
+            count = self._counts[end_of_flow] = self._counts.get(end_of_flow, -1) + 1
+            self.events.append(flow(stream.rank, stage, side, f"{message}#{count}", when))
+
+
+def bar(rank: int, stage: int, name: str, microbatch: int, begin: float, end: float, category: str) -> Event:
+    """Something that takes time, in microseconds; ``microbatch`` is -1 for what is done once per step."""
+    label = f"{name} m{microbatch}" if microbatch >= 0 else name
+    event: Event = {"pid": rank, "tid": stage, "name": label, "ph": "X"}
+    return {**event, "ts": begin, "dur": end - begin, "cat": category}
+
+
+def flow(rank: int, stage: int, side: str, message: str, when: float) -> Event:
+    """The beginning (``s``) or the end (``f``) of the arrow of a message."""
+    event: Event = {"pid": rank, "tid": stage, "name": "message", "cat": "message", "ph": side, "ts": when}
+    return {**event, "id": message} | ({"bp": "e"} if side == "f" else {})
 
 
 def gather_traces(tracer: Tracer, control: Control) -> list[Event]:

@@ -168,7 +168,7 @@ def test_invariants_where_links_are_shared(seed: int) -> None:
     check(pipeline, simulate(pipeline))
 
 
-def two_meshes(*messages: Message, first: tuple[Message, ...] = (), microbatches: int = 1) -> Pipeline:
+def two_meshes(*messages: Message, first: tuple[tuple[int, Message], ...] = (), microbatches: int = 1) -> Pipeline:
     """One second on mesh 0, then two on mesh 1, for each microbatch; then one for the update of mesh 1."""
     functions = (Function("a", 0, 1.0, messages=messages), Function("b", 1, 2.0), Function("c", 1, 1.0, False))
     calls = [[Task(f, m) for m in range(microbatches)] for f in range(2)]
@@ -196,7 +196,7 @@ def test_the_last_microbatch_sends_what_is_read_once() -> None:
 
 
 def test_what_is_there_before_the_step_is_sent_at_once() -> None:
-    times = simulate(two_meshes(Message(1, 0.0), first=(Message(1, 4.0),), microbatches=2))
+    times = simulate(two_meshes(Message(1, 0.0), first=((0, Message(1, 4.0)),), microbatches=2))
     assert times.begins[1] == (4.0, 6.0, 8.0)
     assert times.meshes[1].exposed == 4.0 and times.meshes[0].exposed == 0.0
 

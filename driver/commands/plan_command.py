@@ -64,6 +64,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--save", metavar="DIR", help="write plan.json, staged.mlir and, on a mesh, solve.mlir into this folder"
     )
     parser.add_argument("--report", metavar="FILE", help="write the plan, with its timeline, as one HTML file")
+    parser.add_argument(
+        "--trace", metavar="FILE", help="write the predicted step as a Chrome trace, as runs write theirs"
+    )
     parser.add_argument("--json", action="store_true", help="print the plan as JSON instead of a table")
 
 
@@ -81,6 +84,8 @@ def run(options: argparse.Namespace) -> int:
         planned.save(options.save)
     if options.report:
         planned.write_report(options.report)
+    if options.trace:
+        planned.write_trace(options.trace)
     comparison = planned.compare_xla() if options.compare_xla else None
     timing = planned.compile().timing if options.timing else None
     if options.json:

@@ -99,20 +99,23 @@ def _origins(program: StagedProgram) -> dict[int, int]:
     return origins
 
 
-def _messages(plan: Plan, program: StagedProgram) -> tuple[list[list[Message]], list[Message]]:
+def _messages(plan: Plan, program: StagedProgram) -> tuple[list[list[Message]], list[tuple[int, Message]]]:
     """What each call sends, and what is sent before the step; what nobody reads is not sent."""
     maker_of = {value: number for number, call in enumerate(program.calls) for value in call.outputs}
     reader_of = dict[int, int]()
     for number, call in enumerate(program.calls):
         for value in call.inputs:
             reader_of.setdefault(value, number)
-    sent, first = [list[Message]() for _ in program.calls], list[Message]()
+    sent, first = [list[Message]() for _ in program.calls], list[tuple[int, Message]]()
     for (target, origin), timing in zip(_origins(program).items(), plan.transfers, strict=True):
         if target in reader_of:
             message = Message(
                 reader_of[target], timing.link_seconds, timing.links, timing.latency_seconds, timing.nbytes
             )
-            (sent[maker_of[origin]] if origin in maker_of else first).append(message)
+            if origin in maker_of:
+                sent[maker_of[origin]].append(message)
+            else:
+                first.append((timing.source, message))
     return sent, first
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import accumulate
 
 from bactrian.passes.peak.estimate import FunctionMemory
 from bactrian.passes.pipelining.pipeline_events import ONCE
@@ -49,15 +50,32 @@ def fewer_microbatches(program: StagedProgram) -> StagedProgram:
 
 
 def stage_peak(step: UnrolledStep, stage: int, functions: Mapping[str, FunctionMemory]) -> StagePeak:
-    """The peak memory of a stage's devices in one step.
+    """The peak memory of a stage's devices in one step: the most of `memory_over_time`.
+
+    Args:
+        step: all of it.
+        stage: whose devices.
+        functions: the memory of each, by its symbol.
+    """
+    found = StagePeak("", 0, 0)
+    held = memory_over_time(step, stage, functions)
+    for task, nbytes in zip(step.stage_tasks[stage], held, strict=True):
+        if nbytes > found.nbytes:
+            function = step.call(task).function
+            found = StagePeak(function, nbytes, functions[function].temporaries)
+    return found
+
+
+def memory_over_time(step: UnrolledStep, stage: int, functions: Mapping[str, FunctionMemory]) -> list[int]:
+    """The most bytes of each of a stage's devices during each of its tasks.
 
     State and constants are there during the whole step; what a function gives until its last reader on the stage has
     run; what comes from the host or from another stage from its first reader on.
 
     Args:
-        functions: the memory of each, by its symbol.
+        step, stage, functions: as of `stage_peak`.
     """
-    program = step.program
+    program, tasks = step.program, step.stage_tasks[stage]
     sizes = dict(program.mesh(stage))
 
     @cache
@@ -66,23 +84,20 @@ def stage_peak(step: UnrolledStep, stage: int, functions: Mapping[str, FunctionM
         return own.nbytes // own.spec.num_shards(sizes)
 
     spans = _spans(step, stage)
-    tasks = step.stage_tasks[stage]
-    # What is held while a task runs, but for what is first or last used then: the running sum of what comes and goes.
-    changes = [0] * (len(tasks) + 2)
+    changes = [0] * (len(tasks) + 1)
     for key, (first, last) in spans.items():
-        if last - first > 1:
+        if last - first > 1:  # there while others run
             changes[first + 1] += held(key.value)
             changes[last] -= held(key.value)
-    found, lasting = StagePeak("", 0, 0), 0
-    for at, task in enumerate(tasks):
-        lasting += changes[at]
-        function, own = step.call(task).function, {*step.reads[task], *step.writes[task]}
-        memory = functions[function]
-        within = (key for key in own if key in spans and spans[key][0] < at < spans[key][1])
-        others = lasting - sum(held(key.value) for key in within)
-        if memory.peak + others > found.nbytes:
-            found = StagePeak(function, memory.peak + others, memory.temporaries)
+    found = list[int]()
+    for at, (task, others) in enumerate(zip(tasks, accumulate(changes), strict=False)):
+        own = {key for key in (*step.reads[task], *step.writes[task]) if key in spans and _is_inside(at, spans[key])}
+        found.append(functions[step.call(task).function].peak + others - sum(held(key.value) for key in own))
     return found
+
+
+def _is_inside(at: int, span: tuple[int, int]) -> bool:
+    return span[0] < at < span[1]
 
 
 def _spans(step: UnrolledStep, stage: int) -> dict[Key, tuple[int, int]]:

@@ -76,18 +76,22 @@ class Pipeline:
         functions: of all meshes.
         order: of every mesh, its calls.
         num_microbatches: how often functions of each microbatch are called.
-        first: messages that are ready when the step begins.
+        first: messages that are ready when the step begins, with the meshes that send them.
     """
 
     functions: tuple[Function, ...]
     order: tuple[tuple[Task, ...], ...]
     num_microbatches: int
-    first: tuple[Message, ...] = ()
+    first: tuple[tuple[int, Message], ...] = ()
 
 
 class MessageTimes(NamedTuple):
-    """When a message is ready to be sent, gets its links, and can be read; in seconds from the beginning of the step."""
+    """When a message is ready to be sent, gets its links, and can be read; in seconds from the beginning of the step.
 
+    ``source`` is the mesh that sends it, ``sender`` the call that makes it; None where it is there before the step.
+    """
+
+    source: int
     sender: Task | None
     reader: Task
     message: Message
@@ -176,7 +180,7 @@ class _Events:
                 number = count if several and functions[message.reader].per_microbatch else 1
                 for call in range(first, first + number):
                     self._missing[call] += 1
-        for message in pipeline.first:
+        for _, message in pipeline.first:
             self._missing[base[message.reader]] += 1
         self._at = [0] * len(pipeline.order)  # the place in its order of the call that a mesh makes or waits for
         self._idle_since: list[float | None] = [None] * len(pipeline.order)  # of meshes that wait for a message
@@ -192,15 +196,15 @@ class _Events:
         pipeline = self._pipeline
         for mesh in range(len(pipeline.order)):
             self._go_on(mesh, 0.0)
-        for message in pipeline.first:
-            self._send(message, None, 0.0)
+        for source, message in pipeline.first:
+            self._send(message, source, None, 0.0)
         while self._running:
             now, mesh = heappop(self._running)
             task = pipeline.order[mesh][self._at[mesh]]
             self._at[mesh] += 1
             self._go_on(mesh, now)
             for message in pipeline.functions[task.call].messages:
-                self._send(message, task, now)
+                self._send(message, mesh, task, now)
         for mesh, since in enumerate(self._idle_since):
             if since is not None:
                 raise self._stuck(mesh)
@@ -227,7 +231,7 @@ class _Events:
         self._ends[mesh].append(end)
         heappush(self._running, (end, mesh))
 
-    def _send(self, message: Message, sender: Task | None, now: float) -> None:
+    def _send(self, message: Message, source: int, sender: Task | None, now: float) -> None:
         pipeline, reader, microbatch = self._pipeline, message.reader, 0
         if not pipeline.functions[reader].per_microbatch:
             if sender is not None and sender.microbatch not in (ONCE, pipeline.num_microbatches - 1):
@@ -243,7 +247,7 @@ class _Events:
         arrive = free + message.latency_seconds
         per_microbatch = pipeline.functions[reader].per_microbatch
         read_by = Task(reader, microbatch if per_microbatch else ONCE)
-        self._messages.append(MessageTimes(sender, read_by, message, now, begin, arrive))
+        self._messages.append(MessageTimes(source, sender, read_by, message, now, begin, arrive))
         number = self._base[reader] + microbatch
         self._missing[number] -= 1
         if arrive > self._there[number]:
