@@ -62,7 +62,7 @@ def sharded_plan(name: str = "state['w']") -> Plan:
     )
     layers = tuple(LayerPlan(k, f"stablehlo.dot_general at {name}:7", (f"block_{k}",)) for k in range(2))
     remarks = (Remark("warning", f"uneven {name}", "train.py:3", "why", "fix"), Remark("remark", "a constant"))
-    return Plan(2, 4, "1f1b", 2, stages, layers, "ab" * 32, remarks=remarks, options=(("o", name),))
+    return Plan(2, 4, "1f1b", 2, stages, layers, fingerprint="ab" * 32, remarks=remarks, options=(("o", name),))
 
 
 def rows_of(page: Element, section: str) -> list[list[str]]:
