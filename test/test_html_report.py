@@ -15,10 +15,13 @@ from test_explain_command import STEP
 from test_plan import random_plan
 
 from bactrian.driver import cli
+from bactrian.driver.planning.held_memory import held_memory
 from bactrian.driver.planning.saved_plan import load_program
+from bactrian.driver.planning.simulated_step import simulated
 from bactrian.driver.report.html_report import render_report, write_report
 from bactrian.driver.report.step_timeline import StepTimeline, measured_timeline, predicted_timeline
 from bactrian.passes.frame.errors import ConfigError
+from bactrian.passes.pipelining.pipeline_events import PipelineTimes
 from bactrian.passes.plan.schema import LayerPlan, Plan, Remark, StagePlan
 from bactrian.passes.plan.stage_sharding import ShardingFigures, ShardingPlan
 from bactrian.passes.plan.step_timing import StageTiming, TransferTiming
@@ -26,22 +29,26 @@ from bactrian.passes.plan.step_timing import StageTiming, TransferTiming
 HOSTILE = "</script><script>alert(1)</script>{{ 7 * 7 }}\x1b[2J\x9b31m\u202e\"'&<!--"
 
 
-def chain_plan(num_stages: int = 3, num_microbatches: int = 4, seconds: float = 1.2) -> Plan:
+def chain_plan(num_stages: int = 3, num_microbatches: int = 4, seconds: float = 1.2, schedule: str = "1f1b") -> Plan:
     """Of `chain`, all stages busy for as long, a third of it in the forwards; transfers take no time."""
     timing = StageTiming(seconds / num_microbatches / 3, 2 * seconds / num_microbatches / 3)
     stages = tuple(StagePlan(s, s, s, predicted_seconds=seconds, timing=timing) for s in range(num_stages))
-    program = chain(num_stages, num_microbatches)
+    program = chain(num_stages, num_microbatches, schedule)
     transfers = tuple(
         TransferTiming(program.values[moved.source].stage, program.values[moved.target].stage, 8, 0.0, 0.0)
         for moved in program.transfers
     )
-    return Plan(num_stages, num_microbatches, "1f1b", num_stages, stages, transfers=transfers)
+    return Plan(num_stages, num_microbatches, schedule, num_stages, stages, transfers=transfers)
+
+
+def chain_times(plan: Plan) -> PipelineTimes:
+    _, times = simulated(plan, chain(plan.num_stages, plan.num_microbatches, plan.schedule))
+    assert times is not None
+    return times
 
 
 def chain_timeline(plan: Plan) -> StepTimeline:
-    timeline = predicted_timeline(plan, chain(plan.num_stages, plan.num_microbatches))
-    assert timeline is not None
-    return timeline
+    return predicted_timeline(chain(plan.num_stages, plan.num_microbatches), chain_times(plan))
 
 
 def sharded_plan(name: str = "state['w']") -> Plan:
@@ -157,10 +164,28 @@ def test_the_predicted_timeline_is_the_pipeline_of_the_plan() -> None:
     assert label == "stage 2 computes for 1.20 s of 1.80 s, 66.7 %"
 
 
-def test_no_times_no_timeline() -> None:
-    plan = chain_plan()
-    stages = (dataclasses.replace(plan.stages[0], timing=None), *plan.stages[1:])
-    assert predicted_timeline(dataclasses.replace(plan, stages=stages), chain(3, 4)) is None
+def test_the_time_of_each_stage_adds_up_to_the_step() -> None:
+    plan, _ = simulated(chain_plan(seconds=1.2), chain(3, 4))
+    rows = rows_of(read_page(render_report(plan)), "time")
+    assert rows[2] == ["stage 2", "", "1.20 s66.7 %", "0.00 s0.0 %", "0.00 s0.0 %", "600 ms33.3 %"]
+    (section,) = read_page(render_report(plan)).find("section", id="time")
+    widths = [[rect.attributes["width"] for rect in svg.find("rect")] for svg in section.find("svg")]
+    assert [sum(float(width.removesuffix("%")) for width in row) for row in widths] == pytest.approx([200 / 3] * 3)
+
+
+def test_memory_over_a_step_is_drawn_beside_its_peak() -> None:
+    plan, times = simulated(chain_plan(2), chain(2, 4))
+    assert times is not None
+    held = held_memory(chain(2, 4), times)
+    stages = tuple(
+        dataclasses.replace(s, state_bytes=300, activation_bytes=100, microbatches_in_flight=1) for s in plan.stages
+    )
+    page = read_page(render_report(dataclasses.replace(plan, stages=stages), chain_timeline(plan), None, held))
+    curves = page.find("svg", class_="curve")
+    assert [curve.attributes["aria-label"].partition(":")[0] for curve in curves] == ["stage 0", "stage 1"]
+    assert all(
+        re.fullmatch(r"M0 100(H\d+V[\d.]+)+H400V100Z", curve.find("path")[0].attributes["d"]) for curve in curves
+    )
 
 
 def run(stage: int, name: str, begin: float, seconds: float, category: str = "run", rank: int = 0) -> dict[str, Any]:

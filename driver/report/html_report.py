@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bactrian import __version__
+from bactrian.driver.planning.held_memory import HeldMemory, held_memory
+from bactrian.driver.planning.simulated_step import simulated
 from bactrian.driver.report.html_sections import (
     baselines_section,
     memory_section,
@@ -54,9 +56,13 @@ def write_report(
     Raises:
         ConfigError: the file can't be written; the trace can't be read, or is of another plan.
     """
-    predicted = None if program is None else predicted_timeline(plan, program)
     measured = None if trace is None else measured_timeline(trace, plan)
-    text = render_report(plan, predicted, measured, name=name)
+    _, times = (plan, None) if program is None else simulated(plan, program)
+    if program is None or times is None:
+        text = render_report(plan, None, measured, name=name)
+    else:
+        predicted = predicted_timeline(program, times)
+        text = render_report(plan, predicted, measured, held_memory(program, times), name=name)
     try:
         write_whole(path, text)
     except OSError as error:
@@ -67,7 +73,12 @@ def write_report(
 
 
 def render_report(
-    plan: Plan, predicted: StepTimeline | None = None, measured: StepTimeline | None = None, *, name: str = ""
+    plan: Plan,
+    predicted: StepTimeline | None = None,
+    measured: StepTimeline | None = None,
+    held: Sequence[HeldMemory] = (),
+    *,
+    name: str = "",
 ) -> str:
     """The report as text.
 
@@ -75,6 +86,7 @@ def render_report(
         plan: what it is of.
         predicted: the timeline of a step.
         measured: the same of a run.
+        held: what a device of each stage holds in the predicted step.
         name: of the step, for people.
     """
     context: dict[str, Any] = {
@@ -87,8 +99,8 @@ def render_report(
         "provenance": _provenance(plan),
         **stages_section(plan),
         **timeline_section(plan, predicted, measured),
-        **time_section(plan, predicted, measured),
-        **memory_section(plan),
+        **time_section(plan, measured),
+        **memory_section(plan, held, 0.0 if predicted is None else predicted.seconds),
         **sharding_section(plan),
         **baselines_section(plan),
     }

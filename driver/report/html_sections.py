@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
+from bactrian.driver.planning.held_memory import HeldMemory
 from bactrian.driver.report.plan_table import kept_text, layer_range, mesh_text, sent_text
 from bactrian.driver.report.step_timeline import TRANSFERRING, StepTimeline, TimelineRow
 from bactrian.passes.frame.units import human_bytes, human_count, human_seconds
@@ -13,6 +15,13 @@ from bactrian.passes.plan.schema import LayerPlan, Plan, StagePlan
 from bactrian.passes.plan.stage_sharding import ShardingPlan
 
 _NUM_AXIS_COLOURS = 4
+_CURVE_WIDTH = 400
+_SHARE_KINDS = (
+    ("forward_backward", "forward and backward"),
+    ("update", "once per step"),
+    ("receive", "waiting for transfers"),
+    ("idle", "idle"),
+)
 
 
 def tiles(plan: Plan, predicted: StepTimeline | None, measured: StepTimeline | None) -> list[dict[str, str]]:
@@ -108,46 +117,75 @@ def _meter(values: Sequence[float | None], index: int, text: str) -> dict[str, A
     }
 
 
-def time_section(plan: Plan, predicted: StepTimeline | None, measured: StepTimeline | None) -> dict[str, Any]:
+def time_section(plan: Plan, measured: StepTimeline | None) -> dict[str, Any]:
     """How the time of each stage is spent: of a predicted step, and of a measured one."""
-    rows: list[dict[str, Any]] = []
-    if predicted is not None:
-        rows += [_predicted_share(plan, row, predicted.seconds) for row in predicted.rows]
+    rows = [row for stage in plan.stages if (row := _predicted_share(plan, stage)) is not None]
     if measured is not None:
-        rows += [_measured_share(row, measured.seconds, first=i == 0) for i, row in enumerate(measured.rows)]
-    kinds = [("forward", "computes"), ("communication", "communicates"), ("idle", "idle")]
-    lead = "Of a step, how long each stage computes, exchanges values between its devices, and waits."
-    return {"shares": rows, "share_kinds": kinds, "shares_lead": lead}
+        rows += [_measured_share(row, measured.seconds, is_first=i == 0) for i, row in enumerate(measured.rows)]
+    lead = "What each stage does in a step: forward and backward of all microbatches, what is done once, and waiting."
+    if any(stage.sharding is not None for stage in plan.stages):
+        lead += " Collectives are the part of the computing in which the devices of a stage exchange values."
+    return {
+        "shares": rows,
+        "share_kinds": _SHARE_KINDS,
+        "shares_lead": lead,
+        "has_collectives": any(stage.sharding is not None for stage in plan.stages),
+    }
 
 
-def _predicted_share(plan: Plan, row: TimelineRow, seconds: float) -> dict[str, Any]:
-    sharding = plan.stages[row.stage].sharding
-    communication = 0.0 if sharding is None else sharding.communication_seconds
-    return _share(row.name, row.computing_seconds - communication, communication, seconds)
+def _predicted_share(plan: Plan, stage: StagePlan) -> dict[str, Any] | None:
+    timing = stage.timing
+    if timing is None or timing.bubble_seconds is None or timing.exposed_seconds is None:
+        return None
+    computing = plan.num_microbatches * (timing.forward_seconds + timing.backward_seconds)
+    spent = (computing, timing.once_seconds, timing.exposed_seconds, timing.bubble_seconds)
+    row = _share(f"stage {stage.stage}", spent)
+    if stage.sharding is not None:
+        row["collectives"] = human_seconds(stage.sharding.communication_seconds)
+    return row
 
 
-def _measured_share(row: TimelineRow, seconds: float, first: bool) -> dict[str, Any]:
-    share = _share(f"{row.name}, measured", row.computing_seconds, row.seconds_of(TRANSFERRING), seconds)
-    return share | {"first": first}
+def _measured_share(row: TimelineRow, seconds: float, is_first: bool) -> dict[str, Any]:
+    once, waiting = row.seconds_of(("prepare", "initialize", "update")), row.seconds_of(TRANSFERRING)
+    idle = max(0.0, seconds - row.computing_seconds - waiting)
+    share = _share(f"{row.name}, measured", (row.computing_seconds - once, once, waiting, idle))
+    return share | {"first": is_first}
 
 
-def _share(name: str, computing: float, communicating: float, seconds: float) -> dict[str, Any]:
-    idle = max(0.0, seconds - computing - communicating)
+def _share(name: str, spent: Sequence[float]) -> dict[str, Any]:
+    """A row of the table; ``spent`` are the seconds of each of `_SHARE_KINDS`."""
+    total, begin = sum(spent), 0.0
     parts: list[dict[str, str]] = []
-    begin = 0.0
-    for kind, value in (("forward", computing), ("communication", communicating), ("idle", idle)):
-        percent = 100 * value / seconds
-        text = {"text": human_seconds(value), "share": f"{percent:.1f} %"}
+    for (kind, title), seconds in zip(_SHARE_KINDS, spent, strict=True):
+        percent = 100 * seconds / total if total else 0.0
+        text = {"title": title, "text": human_seconds(seconds), "share": f"{percent:.1f} %"}
         parts.append({"kind": kind, "x": f"{begin:.6g}", "width": f"{percent:.6g}", **text})
         begin += percent
-    label = ", ".join(f"{part['share']} {part['kind']}" for part in parts)
-    return {"name": name, "label": f"{name}: {label}", "parts": parts, "first": False}
+    label = ", ".join(f"{part['share']} {part['title']}" for part in parts)
+    return {"name": name, "label": f"{name}: {label}", "parts": parts, "first": False, "collectives": ""}
 
 
-def memory_section(plan: Plan) -> dict[str, Any]:
-    """What a device of each stage holds at its fullest moment."""
-    memories = [_memory(stage) for stage in plan.stages if stage.device_memory_bytes]
-    lead = "What the device that needs most holds at its fullest moment."
+def memory_section(plan: Plan, held: Sequence[HeldMemory], seconds: float) -> dict[str, Any]:
+    """What a device of each stage holds at its fullest moment, and over a step where that is known.
+
+    Args:
+        plan: what it is of.
+        held: of each stage over a step, or nothing.
+        seconds: of the step.
+    """
+    most = max((stage.device_memory_bytes or 0 for stage in plan.stages), default=0)
+    most = max(most, *(each.most for each in held), 1)
+    memories = [
+        _memory(stage) | {"curve": _curve(held[stage.stage], stage, seconds, most) if held and seconds else None}
+        for stage in plan.stages
+        if stage.device_memory_bytes
+    ]
+    lead = "What a device of each stage holds at its fullest moment, by class."
+    if held and seconds:
+        lead += (
+            " Above it, over one step: what lasts, and what comes and goes. All stages have one scale; a line is the "
+            "predicted peak, which counts copies and temporaries of functions too."
+        )
     return {"memories": memories, "memory_lead": lead}
 
 
@@ -168,6 +206,30 @@ def _memory(stage: StagePlan) -> dict[str, Any]:
             for name, nbytes in parts
             if nbytes
         ],
+    }
+
+
+def _curve(held: HeldMemory, stage: StagePlan, seconds: float, most: int) -> dict[str, Any]:
+    """A curve in a box of `_CURVE_WIDTH` times 100, whose top is ``most`` bytes: of each column the fullest moment."""
+    columns = [0] * _CURVE_WIDTH
+    for (begin, nbytes), (end, _) in zip(held.points, (*held.points[1:], (seconds, 0)), strict=True):
+        first = min(int(begin / seconds * _CURVE_WIDTH), _CURVE_WIDTH - 1)
+        last = min(math.ceil(end / seconds * _CURVE_WIDTH), _CURVE_WIDTH) if end > begin else first + 1
+        for column in range(first, last):
+            columns[column] = max(columns[column], nbytes)
+    path, before = ["M0 100"], None
+    for column, nbytes in enumerate(columns):
+        if nbytes != before:
+            path.append(f"H{column}V{100 * (1 - nbytes / most):.4g}")
+            before = nbytes
+    peak = None if stage.sharding is None else stage.sharding.peak_bytes
+    return {
+        "path": f"{''.join(path)}H{_CURVE_WIDTH}V100Z",
+        "width": _CURVE_WIDTH,
+        "lasting": f"{100 * held.lasting / most:.4g}",
+        "lasting_top": f"{100 * (1 - held.lasting / most):.4g}",
+        "peak": None if peak is None else f"{100 * (1 - peak / most):.4g}",
+        "label": f"stage {stage.stage}: {human_bytes(held.lasting)} last, at most {human_bytes(held.most)} are held",
     }
 
 

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from bactrian.driver.planning.simulated_step import simulated
 from bactrian.passes.frame.errors import ConfigError
-from bactrian.passes.pipelining.pipeline_events import ONCE, Task
+from bactrian.passes.pipelining.pipeline_events import ONCE, PipelineTimes, Task
 from bactrian.passes.plan.schema import Plan
 from bactrian.runtime.staged_program import StagedProgram
 from bactrian.runtime.unrolled_step import stage_tasks
@@ -77,16 +76,10 @@ class StepTimeline:
         return 1 - sum(row.computing_seconds for row in self.rows) / whole if whole else 0.0
 
 
-def predicted_timeline(plan: Plan, program: StagedProgram) -> StepTimeline | None:
-    """The step as the plan predicts it; None where no times were predicted.
-
-    A stage receives while it waits for a message that is under way.
-    """
-    _, times = simulated(plan, program)
-    if times is None:
-        return None
-    bars: list[list[TimelineBar]] = [[] for _ in plan.stages]
-    for stage in range(plan.num_stages):
+def predicted_timeline(program: StagedProgram, times: PipelineTimes) -> StepTimeline:
+    """The step as it was simulated. A stage receives while it waits for a message that is under way."""
+    bars: list[list[TimelineBar]] = [[] for _ in range(program.num_stages)]
+    for stage in range(program.num_stages):
         spans = zip(stage_tasks(program, stage), times.begins[stage], times.ends[stage], strict=True)
         for task, begin, end in spans:
             if end > begin:
