@@ -63,7 +63,8 @@ class SolveShardings(Pass):
     is resharded before it.
 
     Each stage is a program of its own; what it gets of other stages comes with the sharding that it needs, in an
-    ``sdy.reshard`` from one mesh to another.
+    ``sdy.reshard`` from one mesh to another. Each element crosses once, whatever the two shardings, so these don't depend on
+    each other: the receiver pays for what its devices gather from each other after that.
 
     Requires: ``sdy.sharding_rule`` on ops (``func.func(sdy-populate-op-sharding-rules)``); a mesh ``@stage<s>`` for
     each stage.

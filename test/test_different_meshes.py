@@ -79,7 +79,7 @@ def test_state_that_several_stages_read_and_results_of_all(tmp_path: Path, mesh:
         found = step(weights, batch)
         assert_equal_step(bactrian.gather(found), expected)
         weights = found[0]
-    assert cut(step.compiled)
+    assert any(value.spec.axes for value in step.compiled.session.staged.program.values)
 
 
 def weights_and_batch() -> tuple[list[np.ndarray], np.ndarray]:

@@ -76,6 +76,7 @@ def test_meshes_over_several_ranks_equal_one_device(
         pytest.param("mlp/plain", "data=1;model=2", 1, 3, [1, 2], marks=pytest.mark.long),  # a rank for each device
         pytest.param("mlp/plain", "data=4;data=1", 4, 2, [4, 1], marks=pytest.mark.long),  # a rank for each stage
         pytest.param("mlp/plain", "data=3;data=2;data=1", 1, 6, [3, 2, 1], marks=pytest.mark.long),
+        pytest.param("mlp/plain", "data=2,model=3;model=8", 8, 2, [6, 8], marks=pytest.mark.long),
         pytest.param("mlp/plain", "data=2;data=1;model=2;data=1", 1, 3, [2, 1, 2, 1], marks=pytest.mark.long),
         pytest.param("gpt-tied-dropout/linen", "data=4;data=2", 2, 3, [4, 2], marks=pytest.mark.long),
         pytest.param("encoder-decoder/linen", "data=1;data=2,model=2", 2, 3, [1, 4], marks=pytest.mark.long),

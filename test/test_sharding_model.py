@@ -192,7 +192,13 @@ def programs(seed: int) -> ShardingProblem:
         values.append(tensor)
     last = len(values) - 1
     return ShardingProblem(
-        tuple(values), (0, 1), tuple(operations), updates=((last, 0),), loads=((1, 1e-6),), live_out=(last,)
+        tuple(values),
+        (0, 1),
+        tuple(operations),
+        updates=((last, 0),),
+        loads=((1, 1e-6),) * (seed % 2),
+        received=((1, 2.0),) * (1 - seed % 2),
+        live_out=(last,),
     )
 
 
@@ -200,6 +206,15 @@ DOT8 = Rule((8, 8, 8), (((0,), (1,)), ((1,), (2,))), (((0,), (2,)),), frozenset(
 ROWS8 = Halo(operand=0, dim=0, shape=(8, 8), element_bytes=4, advance=8, overlap=2, padding=1)
 WINDOWS8 = Rule((8, 8), (((0,), (1,)),), (((0,), (1,)),), halos=(ROWS8,))
 LINE = Mesh((Axis("x", 4, 1e-7, 1e-8),))
+
+
+def test_what_is_received_is_gathered_from_equal_parts() -> None:
+    """Twice a step; of 256 bytes each of 4 devices gets 64, which 4 shards need, and gathers what a replicated value needs."""
+    values = (Tensor((8, 8), 256), Tensor((8, 8), 256))
+    problem = ShardingProblem(values, (0,), (ShardedOp((0,), (1,), elementwise((8, 8), 1)),), received=((0, 2.0),))
+    model = ShardingModel(problem, LINE)
+    costs = dict(zip(map(str, model.input_specs[0]), model.network.costs[0], strict=True))
+    assert costs == {"-,-": pytest.approx(2 * (1e-7 + 3 * 64 * 1e-8)), "x,-": 0.0, "-,x": 0.0}
 
 
 def everything(model: ShardingModel) -> Iterator[tuple[tuple[int, ...], Shardings]]:
@@ -226,7 +241,13 @@ def check_least(seed: int) -> None:
     model = ShardingModel(problem, LINE)
     if model.network.num_strategies > 30:
         problem = ShardingProblem(
-            problem.values, (0, 1), problem.ops[:2], ((3, 0),), loads=problem.loads, live_out=(3,)
+            problem.values,
+            (0, 1),
+            problem.ops[:2],
+            ((3, 0),),
+            loads=problem.loads,
+            received=problem.received,
+            live_out=(3,),
         )
         model = ShardingModel(problem, LINE)
     costs = dict[tuple[int, ...], float]()

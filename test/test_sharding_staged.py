@@ -108,4 +108,4 @@ def test_a_stage_is_read_and_priced_without_the_others() -> None:
     for name in ("costs", "usages", "edge_costs"):
         for one, other in zip(*(getattr(network, name) for network in networks), strict=True):
             np.testing.assert_array_equal(one, other)
-    assert wide[0].reading.problem.inputs and wide[1].reading.problem.loads  # the second stage receives from the first
+    assert wide[0].reading.problem.received and wide[1].reading.problem.received  # gradients, and what they belong to

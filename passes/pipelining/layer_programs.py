@@ -258,14 +258,14 @@ def _program(reading: Reading, layer: int, main: ir.Operation, exchange: _Exchan
     )
     phases = (reading.flow.phases[entry.index] for entry in reading.ops)
     return LayerProgram(
-        problem=_renumbered(problem, number, len(arguments)),
+        problem=_renumbered(problem, number),
         phases=tuple(phase if phase in (FORWARD, BACKWARD) else ONCE for phase in phases),
         roles=roles,
         borders=borders,
     )
 
 
-def _renumbered(problem: ShardingProblem, number: dict[int, int], num_arguments: int) -> ShardingProblem:
+def _renumbered(problem: ShardingProblem, number: dict[int, int]) -> ShardingProblem:
     """A layer's problem with its own values only, numbered from 0; what comes from other layers costs no load."""
 
     def known(values: Sequence[int]) -> tuple[int, ...]:
@@ -281,7 +281,8 @@ def _renumbered(problem: ShardingProblem, number: dict[int, int], num_arguments:
         ops=tuple(map(op_of, problem.ops)),
         updates=tuple((number[value], number[argument]) for value, argument in problem.updates),
         pinned=tuple((number[value], spec) for value, spec in problem.pinned),
-        loads=tuple((number[value], seconds) for value, seconds in problem.loads if value < num_arguments),
+        loads=tuple((number[value], seconds) for value, seconds in problem.loads),
+        received=(),  # what layers give each other stays on their mesh
         live_out=known(problem.live_out),
         preferred=tuple((number[value], spec) for value, spec in problem.preferred if value in number),
         loop_carried=tuple((number[a], number[b], times) for a, b, times in problem.loop_carried if a in number),

@@ -70,9 +70,7 @@ def phase_seconds(model: ShardingModel, reading: Reading, shardings: Shardings) 
 
     flow, taken = reading.flow, step_seconds(model, shardings)
     found: dict[str, float] = dict.fromkeys((PREPARE, FORWARD, BACKWARD, UPDATE), 0.0)
-    for (number, _), seconds in zip(reading.problem.loads, taken.loads, strict=True):
-        if number < flow.num_arguments:
-            found[FORWARD] += seconds
+    found[FORWARD] += sum(taken.loads)
     for entry, seconds in zip(reading.ops, taken.ops, strict=True):
         found[phase_of(entry.index)] += seconds
     phase_of_carried = {reading.value_of[result]: phase_of(loop.end) for loop in flow.loops for result in loop.results}

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from bactrian.passes.machine.mesh import Mesh
+from bactrian.passes.machine.mesh_transfers import replication_seconds
 from bactrian.passes.machine.spec import Spec
 from bactrian.passes.network.problem import CostNetwork
 from bactrian.passes.sharding.network_nodes import NetworkNodes
@@ -78,8 +79,10 @@ class ShardingProblem:
         ops: in program order.
         updates: pairs (value, argument): the value is the argument's next one, in its place and with its sharding.
         pinned: specs that are decided already, by input: what users ask for, and what a baseline says.
-        loads: for inputs that come from the host or from other stages, the seconds of a step that all of one takes one
-            device.
+        loads: for inputs that come from the host, the seconds of a step that all of one takes one device.
+        received: inputs that other stages send, and how often in a step. Each element arrives once, in equal parts on all
+            devices, whatever the sharding there and here; what more a sharding needs of it, devices gather from each
+            other (`replication_seconds`).
         live_out: values that must be there when the program ends, with any spec.
         preferred: values (no arguments) and the specs that their ops leave them with, where these can.
         batch_instances: how many microbatches of an input that comes anew with each are there at once.
@@ -95,6 +98,7 @@ class ShardingProblem:
     updates: tuple[tuple[int, int], ...] = ()
     pinned: tuple[tuple[int, Spec], ...] = ()
     loads: tuple[tuple[int, float], ...] = ()
+    received: tuple[tuple[int, float], ...] = ()
     live_out: tuple[int, ...] = ()
     preferred: tuple[tuple[int, Spec], ...] = ()
     batch_instances: int = 1
@@ -214,15 +218,20 @@ class ShardingModel:
         problem = self.problem
         end = len(problem.ops) + 1
         last = self._last_reads(end)
-        own, loads = {value for value, _ in problem.updates}.union(problem.in_place), dict(problem.loads)
+        own = {value for value, _ in problem.updates}.union(problem.in_place)
+        loads, received = dict(problem.loads), dict(problem.received)
         costs, usages, intervals = list[_Matrix](), list[_Matrix](), list[tuple[int, int]]()
         specs_of: dict[int, tuple[int, _Matrix]] = {}  # value -> node, number of its spec by strategy
         for number, specs in zip(problem.inputs, self.input_specs, strict=True):
             table = self.tables[number]
             index = np.array([table.number[spec] for spec in specs])
             specs_of[number] = len(costs), index
-            costs.append(loads.get(number, 0.0) * table.shares[index])
-            usages.append(_whole_bytes((problem.batch_instances if number in loads else 1) * table.local[index]))
+            if number in received:
+                costs.append(received[number] * self._replications(number, specs))
+            else:
+                costs.append(loads.get(number, 0.0) * table.shares[index])
+            each_microbatch = number in loads or number in received
+            usages.append(_whole_bytes((problem.batch_instances if each_microbatch else 1) * table.local[index]))
             intervals.append((0, end))
         edges, matrices = list[tuple[int, int]](), list[_Matrix]()
 
@@ -261,6 +270,11 @@ class ShardingModel:
             node, index = specs_of[number]
             connect(value, node, index, per_step)
         return CostNetwork(tuple(costs), tuple(usages), tuple(intervals), tuple(edges), tuple(matrices), self.memory)
+
+    def _replications(self, value: int, specs: Sequence[Spec]) -> _Matrix:
+        """Seconds until a received value is there with each of some specs, behind its transfer."""
+        nbytes = float(self.problem.values[value].nbytes)
+        return np.array([replication_seconds(self.mesh, spec, nbytes) for spec in specs])
 
     def op_nodes(self) -> Iterator[tuple[int, int, tuple[Strategy, ...]]]:
         """The node, the position and the strategies of each op that is not free."""
@@ -334,12 +348,14 @@ class StepSeconds:
 
     Attributes:
         loads: of each entry of the problem's ``loads``.
+        received: of each entry of its ``received``.
         ops: of each op: its work, its reductions and exchanges, and bringing its operands to it; 0 of a free one.
         updates: bringing the next values of arguments to the shardings of these.
         loops: of each entry of ``loop_carried``.
     """
 
     loads: tuple[float, ...]
+    received: tuple[float, ...]
     ops: tuple[float, ...]
     updates: float
     loops: tuple[float, ...]
@@ -347,13 +363,13 @@ class StepSeconds:
     @property
     def total(self) -> float:
         """Of the step: what the network's cost must equal."""
-        return sum(self.loads) + sum(self.ops) + self.updates + sum(self.loops)
+        return sum(self.loads) + sum(self.received) + sum(self.ops) + self.updates + sum(self.loops)
 
 
 def step_seconds(model: ShardingModel, shardings: Shardings) -> StepSeconds:
     """The predicted seconds of shardings, op by op."""
-    problem = model.problem
-    specs: dict[int, Spec] = dict(shardings.arguments)
+    problem, arguments = model.problem, shardings.arguments
+    specs: dict[int, Spec] = dict(arguments)
 
     def reshard(value: int, needed: Spec) -> float:
         path = model.tables[value].path(specs[value], needed) if value in specs else ()
@@ -370,9 +386,13 @@ def step_seconds(model: ShardingModel, shardings: Shardings) -> StepSeconds:
         ops.append(seconds)
         specs.update(zip(op.results, strategy.results, strict=True))
     return StepSeconds(
-        loads=tuple(seconds / specs[number].num_shards(model.mesh.sizes) for number, seconds in problem.loads),
+        loads=tuple(seconds / arguments[number].num_shards(model.mesh.sizes) for number, seconds in problem.loads),
+        received=tuple(
+            per_step * replication_seconds(model.mesh, arguments[number], float(problem.values[number].nbytes))
+            for number, per_step in problem.received
+        ),
         ops=tuple(ops),
-        updates=sum(reshard(value, shardings.arguments[number]) for value, number in problem.updates),
+        updates=sum(reshard(value, arguments[number]) for value, number in problem.updates),
         loops=tuple(
             per_step * reshard(value, specs[number]) if value in specs else 0.0
             for value, number, per_step in problem.loop_carried

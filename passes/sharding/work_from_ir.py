@@ -126,6 +126,7 @@ def read_program(
         updates=tuple(dict.fromkeys(_updates(facts, inputs, there))),
         pinned=tuple(_fixed(main, flow, mesh, f"stage{stage or 0}", inputs, counted)),
         loads=tuple(_loads(facts, hosts, inputs, num_microbatches)),
+        received=tuple(_received(flow, inputs, num_microbatches)),
         live_out=tuple(value for value in dict.fromkeys(_needed_later(flow, value_of, portion)) if value in there),
         preferred=tuple((value, _whole(flow, value)) for value in counted),
         batch_instances=in_flight,
@@ -210,15 +211,18 @@ def _updates(facts: FlowFacts, inputs: tuple[int, ...], there: set[int]) -> Iter
 def _loads(
     facts: FlowFacts, hosts: HostGroup, inputs: tuple[int, ...], num_microbatches: int
 ) -> Iterator[tuple[int, float]]:
-    """Seconds of a step that inputs take: batches from the host, then what other stages send."""
+    """Seconds of a step that batches take from the host."""
     flow = facts.flow
     for number in facts.batch:
         if number in inputs:
             yield number, num_microbatches * flow.sizes[number] / hosts.device.bytes_per_second
+
+
+def _received(flow: LoopFlow, inputs: tuple[int, ...], num_microbatches: int) -> Iterator[tuple[int, int]]:
+    """The inputs that other stages send, and how often in a step."""
     for number in inputs:
         if number >= flow.num_arguments:
-            times = _times(flow, number, num_microbatches)
-            yield number, times * flow.sizes[number] / hosts.intra_host_bytes_per_second
+            yield number, _times(flow, number, num_microbatches)
 
 
 def _needed_later(flow: LoopFlow, value_of: list[int], portion: _Portion) -> list[int]:
