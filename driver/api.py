@@ -24,6 +24,7 @@ from bactrian.driver.run.compiled_step import Compiled
 from bactrian.driver.source import line_here
 from bactrian.driver.traced_step import Traced
 from bactrian.passes.frame.errors import ConfigError
+from bactrian.passes.frame.visible import visible
 from bactrian.passes.machine.spec import num_devices
 from bactrian.passes.plan.schema import Plan
 from bactrian.runtime import lockstep, rank_lifecycle
@@ -293,6 +294,6 @@ class Parallelized:
                     axis_name=o.axis_name,
                 )
             for remark in captured.remarks:
-                _log.warning("%s", remark)
+                _log.warning("%s", visible(remark))
             self._captured[signature] = captured
         return self._captured[signature]

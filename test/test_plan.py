@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,14 +14,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bactrian.driver.report.plan_diff import diff
-from bactrian.driver.report.plan_table import stage_reasons
-from bactrian.driver.report.terminal import WIDTH
+from bactrian.driver.report.plan_diff import diff, render_diff
+from bactrian.driver.report.plan_table import render_explanation, render_plan, stage_reasons
+from bactrian.driver.report.terminal import WIDTH, RichView
 from bactrian.passes.frame.errors import ConfigError, ProgramError
 from bactrian.passes.frame.units import human_bytes, human_count, human_seconds
 from bactrian.passes.frame.views import Viewable
-from bactrian.passes.plan.schema import STAGED_FILE, LayerPlan, Plan, StagePlan, fingerprint_text
-from bactrian.passes.plan.stage_sharding import ShardingPlan
+from bactrian.passes.plan.schema import STAGED_FILE, LayerPlan, Plan, Remark, StagePlan, fingerprint_text
+from bactrian.passes.plan.stage_sharding import ShardingFigures, ShardingPlan
 from bactrian.passes.schedules.by_name import SCHEDULES
 
 
@@ -253,6 +254,42 @@ assert "jax" not in sys.modules
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.count("1 stage · 4 microbatches · 1f1b · 2 layers · 1 cpu device") == 2
+
+
+HOSTILE = "block\x1b[2J\x9b31m\u202e\x07"
+
+
+def hostile_plan() -> Plan:
+    """A plan whose names would clear a terminal, recolour it, and turn its lines around."""
+    sharding = ShardingPlan(compared=(ShardingFigures(HOSTILE, 1.0),), memory_bytes=((HOSTILE, 5),))
+    return small(
+        layers=tuple(LayerPlan(k, HOSTILE, (HOSTILE,)) for k in range(3)),
+        stages=(StagePlan(0, 0, 1, ((HOSTILE, 2),), sharding=sharding), StagePlan(1, 2, 2)),
+        schedule=HOSTILE,
+        options=((HOSTILE, HOSTILE),),
+        remarks=(Remark("warning", HOSTILE, HOSTILE, HOSTILE, HOSTILE),),
+    )
+
+
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_control_characters_of_names_reach_no_terminal(
+    is_terminal: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if is_terminal:
+        monkeypatch.setenv("FORCE_COLOR", "1")
+    plan = hostile_plan()
+    for table in (render_plan(plan), render_explanation(plan), render_diff(small(), plan)):
+        RichView(table).show()
+        shown = capsys.readouterr().out
+        ours = re.sub(r"\x1b\[[\d;]*m", "", shown) if is_terminal else shown  # the colours of the table itself
+        assert ours.count("block\\x1b[2J") >= 2 and not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]", ours)
+
+
+def test_control_characters_of_names_are_in_no_error_or_remark() -> None:
+    error = ConfigError(HOSTILE, where=HOSTILE, why=HOSTILE, fix=HOSTILE)
+    for text in (str(error), hostile_plan().remarks[0].text()):
+        assert text.count("block\\x1b[2J\\x9b31m\\u202e\\x07") == 4 and text.replace("\n", "").isprintable()
+    assert error.message == HOSTILE  # what is compared and passed on stays as it is
 
 
 @pytest.mark.parametrize("name", ["w[/x]", "[bold]", ":smile:"])

@@ -58,7 +58,7 @@ def run(options: argparse.Namespace) -> int:
 
     found = explain_saved(options.plan, options.value, options.stage, options.time_limit)
     if options.json:
-        sys.stdout.write(json.dumps(found.to_dict(), indent=2, ensure_ascii=False) + "\n")
+        sys.stdout.write(json.dumps(found.to_dict(), indent=2) + "\n")
         return 0
     RichView(render_value(found)).show()
     return 0

@@ -8,12 +8,25 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from bactrian.passes.frame.visible import visible
+
 if TYPE_CHECKING:
-    from rich.console import Console, RenderableType
+    from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 
 WIDTH = 100
 _PLAIN: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False}
 """Names of users' programs are shown as they are, also where rich would read ``[/x]`` or ``:x:`` as something else."""
+
+
+@dataclass(frozen=True)
+class _WithoutControls:
+    """What another renderable prints, with the control characters of users' names as escapes; rich's own stay."""
+
+    renderable: RenderableType
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for segment in console.render(self.renderable, options):
+            yield segment if segment.control else segment._replace(text=visible(segment.text))
 
 
 @dataclass(frozen=True)
@@ -26,13 +39,13 @@ class RichView:
         """As plain text of at most 100 columns, without spaces at the ends of lines."""
         console = _console(record=False)
         with console.capture() as capture:
-            console.print(self.renderable)
+            console.print(_WithoutControls(self.renderable))
         return "\n".join(line.rstrip() for line in capture.get().splitlines())
 
     def html(self) -> str:
         """As a piece of HTML with inline styles."""
         console = _console(record=True)
-        console.print(self.renderable)
+        console.print(_WithoutControls(self.renderable))
         frame = "<pre style=\"font-family:Menlo,'DejaVu Sans Mono',Consolas,monospace;line-height:1.25\">{code}</pre>"
         return console.export_html(inline_styles=True, code_format=frame)
 
@@ -42,7 +55,7 @@ class RichView:
 
         console = Console(**_PLAIN)
         if console.is_terminal:
-            console.print(self.renderable)
+            console.print(_WithoutControls(self.renderable))
         else:
             print(self.text())
 

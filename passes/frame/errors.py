@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from bactrian.passes.frame.visible import visible
+
 
 @dataclass(frozen=True, order=True)
 class SourcePlace:
@@ -18,7 +20,7 @@ class SourcePlace:
 
 
 class BactrianError(Exception):
-    """Base of every error that Bactrian raises on purpose.
+    """Base of every error that Bactrian raises on purpose. Its text has no control characters, whatever names it quotes.
 
     Args:
         message: what can't be done, with numbers; lower case, no full stop.
@@ -38,7 +40,7 @@ class BactrianError(Exception):
         for label, text in (("where", where), ("why", why), ("fix", fix)):
             if text:
                 lines.append(f"  {label}: {text}")
-        super().__init__("\n".join(lines))
+        super().__init__(visible("\n".join(lines)))
 
 
 class ProgramError(BactrianError):

@@ -13,6 +13,7 @@ from bactrian.passes.frame.errors import ConfigError, ProgramError
 from bactrian.passes.frame.fields import MAX_COUNT
 from bactrian.passes.frame.files import write_whole
 from bactrian.passes.frame.views import Viewable, view
+from bactrian.passes.frame.visible import visible
 from bactrian.passes.machine.spec import axes_text
 from bactrian.passes.plan.json_fields import Option, add_record, as_mapping, check_types, decode, encode
 from bactrian.passes.plan.remat_words import check_words
@@ -104,9 +105,9 @@ class Remark:
     fix: str = ""
 
     def text(self) -> str:
-        """The message with its where, why and fix, one per line."""
+        """The message with its where, why and fix, one per line; without control characters."""
         parts = (("where", self.where), ("why", self.why), ("fix", self.fix))
-        return "\n".join([self.message, *(f"  {name}: {part}" for name, part in parts if part)])
+        return visible("\n".join([self.message, *(f"  {name}: {part}" for name, part in parts if part)]))
 
 
 add_record(LayerPlan, "a list of layers")
