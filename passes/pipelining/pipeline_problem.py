@@ -124,15 +124,11 @@ class PipelineChoice:
         stages: along the line.
         step_seconds: of the closed form (`step_time`).
         period_seconds: between two microbatches.
-        bound_seconds: no choice of stages, places, meshes and options takes less.
-        num_runs: of the recurrence.
     """
 
     stages: tuple[StageChoice, ...]
     step_seconds: float
     period_seconds: float
-    bound_seconds: float = 0.0
-    num_runs: int = 0
 
     @classmethod
     def of(cls, problem: PipelineProblem, stages: Sequence[StageChoice]) -> PipelineChoice:
@@ -145,11 +141,6 @@ class PipelineChoice:
             step_seconds(seconds, trips, updates, in_flight, problem.num_microbatches),
             period_seconds(seconds, trips, in_flight, problem.num_microbatches),
         )
-
-    @property
-    def gap(self) -> float:
-        """By how much a better choice could be faster at most, as a share of the step."""
-        return 1 - self.bound_seconds / self.step_seconds
 
 
 def round_trips(problem: PipelineProblem, places: Sequence[Place]) -> list[float]:

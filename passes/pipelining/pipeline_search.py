@@ -32,7 +32,23 @@ MOST_RUNS = 200
 _STRICT = (
     1e-2  # where it differs by no more than this, a pipeline within the limits is looked for, round trips included
 )
+_MOST_MEMORY = 2.0**30  # times that of a device
 _TRIES = 20  # of periods for the first pipeline, before any is allowed
+
+
+@dataclass(frozen=True)
+class PipelineSearch:
+    """What a search found.
+
+    Attributes:
+        choice: the best pipeline; None where nothing fits, or nothing is faster than what had to be beaten.
+        bound_seconds: no pipeline takes less for a step; infinite where none fits.
+        num_runs: of the recurrence.
+    """
+
+    choice: PipelineChoice | None
+    bound_seconds: float
+    num_runs: int
 
 
 def search_pipeline(
@@ -41,19 +57,50 @@ def search_pipeline(
     tolerance: float = TOLERANCE,
     most_runs: int = MOST_RUNS,
     incumbent: float = math.inf,
-) -> PipelineChoice | None:
-    """The pipeline of the least step time.
+) -> PipelineSearch:
+    """Search for the pipeline of the least step time.
 
     Args:
         problem: layers, options and hosts.
         tolerance: the search ends when no other pipeline is faster by more than this share of the step.
         most_runs: of the recurrence, after which it ends too.
         incumbent: seconds of a step that must be beaten.
-
-    Returns:
-        None where nothing fits, or nothing is faster than the incumbent.
     """
     return _Search(problem, tolerance, most_runs, incumbent).run()
+
+
+def least_memory(problem: PipelineProblem) -> tuple[float, tuple[StageChoice, ...]] | None:
+    """The least memory that a pipeline fits into, as a multiple of what devices have, to one part in a hundred.
+
+    Returns:
+        It, with the stages that fit into it; None where no pipeline fits into any memory.
+    """
+    found, low, high = None, 0.0, 1.0
+    while found is None or high > low * 1.01:
+        factor = high if found is None else (low + high) / 2
+        stages = _any_stages(_with_memory(problem, factor))
+        if stages is not None:
+            found, high = (factor, stages), factor
+        elif found is None and factor > _MOST_MEMORY:
+            return None
+        else:
+            low, high = factor, factor * 2 if found is None else high
+    return found
+
+
+def _with_memory(problem: PipelineProblem, factor: float) -> PipelineProblem:
+    kinds = tuple(replace(kind, memory_bytes=kind.memory_bytes * factor) for kind in problem.line.kinds)
+    return replace(problem, line=replace(problem.line, kinds=kinds))
+
+
+def _any_stages(problem: PipelineProblem) -> tuple[StageChoice, ...] | None:
+    """The stages of the least sum, whatever the period; None where nothing fits."""
+    tables = StageTables(problem)
+    found = Recurrence(tables, Limits()) if tables.submeshes else None
+    if found is None or not math.isfinite(found.least):
+        return None
+    stages = _Stages(tables, found.places(found.seconds.index(found.least) + 1), Limits())
+    return tuple(stages.with_options(0.0))
 
 
 @dataclass(order=True)
@@ -79,15 +126,13 @@ class _Search:
         self._num_runs = 0
         self._numbers = itertools.count()
 
-    def run(self) -> PipelineChoice | None:
+    def run(self) -> PipelineSearch:
         """Find a first pipeline, then branch and bound."""
         least = self._tables.least_above(Limits()) if self._tables.submeshes else None
-        if least is None or not self._begin(least):
-            return None
-        bound = self._branch(least)
-        if self._best is None:
-            return None
-        return replace(self._best, bound_seconds=min(bound, self._step_seconds), num_runs=self._num_runs)
+        if least is None:
+            return PipelineSearch(None, math.inf, 0)
+        bound = self._branch(least) if math.isfinite(self._step_seconds) or self._begin(least) else math.inf
+        return PipelineSearch(self._best, min(bound, self._step_seconds), self._num_runs)
 
     def _begin(self, least: Limits) -> bool:
         """Look within longer and longer periods until there are pipelines; whether there are."""

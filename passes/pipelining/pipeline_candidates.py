@@ -1,0 +1,165 @@
+"""The best pipeline over what is left open: the order of the kinds of hosts, and the schedule."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from bactrian.passes.frame.errors import ConfigError, InfeasiblePlanError
+from bactrian.passes.frame.units import human_bytes
+from bactrian.passes.machine.cluster import Cluster
+from bactrian.passes.machine.spec import axes_text, num_devices
+from bactrian.passes.pipelining.host_line import HostLine
+from bactrian.passes.pipelining.layer_options import Menu
+from bactrian.passes.pipelining.pipeline_problem import FixedStages, PipelineChoice, PipelineProblem
+from bactrian.passes.pipelining.pipeline_search import least_memory, search_pipeline
+from bactrian.passes.schedules.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class PipelineRequest:
+    """What a pipeline is chosen for.
+
+    Attributes:
+        kinds, border_bytes: of the layers, as `PipelineProblem` has them.
+        menus: by group of the cluster's hosts.
+        cluster: the hosts.
+        num_microbatches: of a step.
+        schedules: of which one is chosen.
+        fixed: what is decided already.
+    """
+
+    kinds: tuple[int, ...]
+    border_bytes: tuple[float, ...]
+    menus: tuple[tuple[Menu, ...], ...]
+    cluster: Cluster
+    num_microbatches: int
+    schedules: tuple[Schedule, ...]
+    fixed: FixedStages = field(default_factory=FixedStages)
+
+
+@dataclass(frozen=True)
+class ChosenPipeline:
+    """The best pipeline.
+
+    Attributes:
+        choice: its stages and their time.
+        schedule: that it follows.
+        first_devices: of each stage's mesh, as the cluster numbers devices.
+        bound_seconds: no other pipeline takes less, whatever its schedule.
+    """
+
+    choice: PipelineChoice
+    schedule: Schedule
+    first_devices: tuple[int, ...]
+    bound_seconds: float
+
+
+def choose_pipeline(request: PipelineRequest) -> ChosenPipeline:
+    """The pipeline of the least step time.
+
+    Stages follow one another along the line of hosts, so all orders of the kinds of hosts are tried.
+
+    Raises:
+        ConfigError: what is fixed can't be.
+        InfeasiblePlanError: no pipeline fits into memory.
+    """
+    _check_fixed(request)
+    best: ChosenPipeline | None = None
+    bound = math.inf
+    problems = list[PipelineProblem]()
+    for order in itertools.permutations(range(len(request.cluster.groups))):
+        for schedule in request.schedules:
+            problem = _problem(request, order, schedule)
+            problems.append(problem)
+            found = search_pipeline(problem, incumbent=math.inf if best is None else best.choice.step_seconds)
+            bound = min(bound, found.bound_seconds)
+            if found.choice is not None:
+                best = ChosenPipeline(found.choice, schedule, _first_devices(request, order, found.choice), 0.0)
+    if best is None:
+        raise _shortage(request, problems)
+    return replace(best, bound_seconds=bound)
+
+
+def _problem(request: PipelineRequest, order: Sequence[int], schedule: Schedule) -> PipelineProblem:
+    cluster = Cluster(request.cluster.name, tuple(request.cluster.groups[group] for group in order))
+    return PipelineProblem(
+        request.kinds,
+        request.border_bytes,
+        HostLine.of(cluster),
+        tuple(request.menus[group] for group in order),
+        request.num_microbatches,
+        schedule,
+        request.fixed,
+    )
+
+
+def _first_devices(request: PipelineRequest, order: Sequence[int], choice: PipelineChoice) -> tuple[int, ...]:
+    """The first device of each stage, from its place on the line of groups in some order."""
+    groups = request.cluster.groups
+    before = dict(zip(order, itertools.accumulate((groups[g].num_devices for g in order[:-1]), initial=0), strict=True))
+    shift = {group: request.cluster.first_devices[group] - before[group] for group in order}
+    places = [stage.place for stage in choice.stages]
+    return tuple(place.first_device + shift[order[place.submesh.kind]] for place in places)
+
+
+def _check_fixed(request: PipelineRequest) -> None:
+    """Refuse numbers of stages and meshes that the program or the cluster does not have."""
+    fixed, cluster, num_layers = request.fixed, request.cluster, len(request.kinds)
+    stages = fixed.known_stages or 1
+    if stages > num_layers:
+        raise InfeasiblePlanError(
+            f"cannot make {stages} stages of {num_layers} layer{'s' * (num_layers > 1)}",
+            why="a stage has at least one layer",
+            fix=f"ask for at most {num_layers} stages",
+        )
+    if fixed.first_layers is not None and fixed.first_layers[-1] >= num_layers:
+        raise ConfigError(
+            f"cannot begin a stage at layer {fixed.first_layers[-1]}: the program has {num_layers} layers",
+            fix="boundaries name the first layer of each stage, layers count from 0",
+        )
+    meshes = fixed.meshes or ((("data", 1),),)
+    meshes = meshes if len(meshes) == stages else meshes * stages
+    needed = sum(map(num_devices, meshes))
+    if needed > cluster.num_devices:
+        raise ConfigError(
+            f"{stages} stage{'s' * (stages > 1)} on {' and '.join(dict.fromkeys(map(axes_text, meshes)))} need {needed} "
+            f"devices, {cluster.name} has {cluster.num_devices}",
+            why=cluster.description,
+            fix="take fewer stages or smaller meshes, or describe a larger cluster",
+        )
+
+
+def _shortage(request: PipelineRequest, problems: Sequence[PipelineProblem]) -> InfeasiblePlanError:
+    """How much memory is missing, where, and what would fit."""
+    cluster = request.cluster
+    found = [(least, problem) for problem in problems if (least := least_memory(problem)) is not None]
+    if not found:
+        return InfeasiblePlanError(
+            f"cannot place the program on {cluster.name}: no mesh of its devices can run all layers",
+            why=cluster.description,
+            fix="leave the meshes open, or describe other hosts",
+        )
+    (factor, stages), problem = min(found, key=lambda each: each[0][0])
+    number = max(
+        range(len(stages)), key=lambda s: stages[s].memory_bytes / _capacity(problem, stages[s].place.submesh.kind)
+    )
+    stage = stages[number]
+    has = _capacity(problem, stage.place.submesh.kind)
+    state = sum(option.state_bytes for option in stage.options)
+    kept = stage.in_flight * sum(option.kept_bytes for option in stage.options)
+    layers = f"{stage.place.first_layer} to {stage.place.end_layer - 1}"
+    return InfeasiblePlanError(
+        f"cannot place the program on {cluster.name}: devices need {human_bytes(round(has * factor))} at least, "
+        f"they have {human_bytes(round(has))}",
+        why=f"in the leanest plan of {len(stages)} stages and {request.num_microbatches} microbatches, stage {number} "
+        f"(layers {layers}, on {axes_text(stage.mesh)}) has {human_bytes(round(state))} of state and "
+        f"{human_bytes(round(kept))} for {stage.in_flight} microbatches in flight on each device",
+        fix="take more or larger devices, more microbatches, or a smaller dtype; or leave remat, stages and schedule open",
+    )
+
+
+def _capacity(problem: PipelineProblem, kind: int) -> float:
+    return problem.line.kinds[kind].memory_bytes
