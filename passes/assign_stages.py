@@ -13,6 +13,7 @@ from jaxlib.mlir import ir
 from bactrian.passes.frame.base import Pass, PassContext, Statistic, option
 from bactrian.passes.frame.errors import ConfigError
 from bactrian.passes.ir.attributes import (
+    FIRST_DEVICES,
     NUM_LAYERS,
     NUM_MICROBATCHES,
     NUM_STAGES,
@@ -24,6 +25,7 @@ from bactrian.passes.ir.attributes import (
     integer,
     integer_attribute,
     layer_of,
+    read_first_layers,
     required_integer,
 )
 from bactrian.passes.ir.main_dataflow import MainDataflow
@@ -42,7 +44,7 @@ class AssignStages(Pass):
 
     The slowest stage sets the pace of a pipeline, so the longest time that a stage takes of a step, as it is predicted for
     a device of ``cluster``, is made as short as it can be; among equals, the fewest bytes cross between stages. Or the first layer of each stage is
-    given with ``boundaries``. Every stage gets a mesh: of one device, or with the axes of ``mesh``, which names one mesh
+    given: with ``boundaries``, or by ``choose-pipeline`` where no option says how many stages there are. Every stage gets a mesh: of one device, or with the axes of ``mesh``, which names one mesh
     for all stages or one for each. ``remat`` says what layers compute again in their backward phase, which
     ``select-residuals`` carries out.
 
@@ -99,6 +101,9 @@ class AssignStages(Pass):
     remat: str = option(
         "", help="none, products or all for all layers, or such a word for each, as in none,all: what is computed again"
     )
+    first_devices: str = option(
+        "", help='the first device of each stage on the line of hosts, as in "0,8"; along the line if not given'
+    )
     cluster: str = option(
         "", help="TOML file of the devices that time is predicted for; the cores of this host if empty"
     )
@@ -124,6 +129,16 @@ class AssignStages(Pass):
                 f"num-stages is {self.num_stages}"
             )
 
+    def _first_devices(self, num_stages: int) -> list[int]:
+        words = self.first_devices.split(",")
+        if len(words) != num_stages or not all(word.strip().isdecimal() for word in words):
+            raise ConfigError(
+                f"option first-devices of {self.name} is {self.first_devices!r}, "
+                f"must be a number for each of the {num_stages} stages",
+                fix='as in "0,8"',
+            )
+        return [int(word) for word in words]
+
     def _given(self) -> list[int] | None:
         if not self.boundaries.strip():
             return None
@@ -148,6 +163,8 @@ class AssignStages(Pass):
         ]
         seconds, crossing = _layer_costs(flow, op_seconds, argument_roles(main), layers, num_layers)
         given = self._given()
+        if given is None and self.num_stages == 0 and (chosen := read_first_layers(module)) is not None:
+            given = list(chosen)
         starts = given if given is not None else self._balanced(seconds, crossing, main, ctx)
         if starts is None:
             return
@@ -168,6 +185,8 @@ class AssignStages(Pass):
         warn_of_uneven_stages(flow, op_seconds, of_ops, len(starts), bool(argument_pinned_stages(main)), ctx)
         module.operation.attributes[NUM_STAGES] = integer(len(starts))
         make_stage_meshes(module, meshes)
+        if self.first_devices.strip():
+            module.operation.attributes[FIRST_DEVICES] = ir.DenseI64ArrayAttr.get(self._first_devices(len(starts)))
         if words := words_of_layers(parse_remat(self.remat), num_layers):
             module.operation.attributes[REMAT] = ir.ArrayAttr.get([ir.StringAttr.get(word) for word in words])
         ctx.keep(flow)

@@ -40,14 +40,44 @@ def form_stages(
     mesh: str = "",
     cluster: str = "",
     remat: str = "",
+    most_layers: int = 0,
+    first_devices: str = "",
 ) -> Passes:
     """Group ops into layers, and layers into pipeline stages, each with a mesh."""
     from bactrian.passes.assign_stages import AssignStages
     from bactrian.passes.group_layers import GroupLayers
 
     return (
-        GroupLayers(num_layers=num_layers, num_stages=num_stages, cluster=cluster),
-        AssignStages(num_stages=num_stages, boundaries=boundaries, mesh=mesh, remat=remat, cluster=cluster),
+        GroupLayers(num_layers=num_layers, num_stages=num_stages, most_layers=most_layers, cluster=cluster),
+        AssignStages(
+            num_stages=num_stages,
+            boundaries=boundaries,
+            mesh=mesh,
+            remat=remat,
+            first_devices=first_devices,
+            cluster=cluster,
+        ),
+    )
+
+
+def find_stages(
+    most_layers: int,
+    num_stages: int = 0,
+    mesh: str = "",
+    schedule: str = "",
+    remat: str = "",
+    cluster: str = "",
+    num_workers: int = 1,
+) -> Passes:
+    """Group ops into layers, and find the pipeline that takes a step the least time."""
+    from bactrian.passes.choose_pipeline import ChoosePipeline
+    from bactrian.passes.group_layers import GroupLayers
+
+    return (
+        GroupLayers(most_layers=most_layers, num_stages=num_stages, cluster=cluster),
+        ChoosePipeline(
+            num_stages=num_stages, mesh=mesh, schedule=schedule, remat=remat, cluster=cluster, num_workers=num_workers
+        ),
     )
 
 

@@ -23,6 +23,7 @@ PASSES: dict[str, str] = {
     "verify-program": "bactrian.passes.verify_program:VerifyProgram",
     "infer-phases": "bactrian.passes.infer_phases:InferPhases",
     "group-layers": "bactrian.passes.group_layers:GroupLayers",
+    "choose-pipeline": "bactrian.passes.choose_pipeline:ChoosePipeline",
     "assign-stages": "bactrian.passes.assign_stages:AssignStages",
     "clone-cheap-ops": "bactrian.passes.clone_cheap_ops:CloneCheapOps",
     "hoist-invariants": "bactrian.passes.hoist_invariants:HoistInvariants",

@@ -19,6 +19,7 @@ MICROBATCH_INDEX = "bactrian.microbatch_index"  # also on the argument of a stag
 NUM_MICROBATCHES = "bactrian.num_microbatches"
 NUM_LAYERS = "bactrian.num_layers"
 NUM_STAGES = "bactrian.num_stages"
+FIRST_LAYERS = "bactrian.first_layers"  # of every stage
 FIRST_DEVICES = "bactrian.first_devices"  # of every stage, on the cluster's line
 SCHEDULE = "bactrian.schedule"
 REMAT = "bactrian.remat"
@@ -106,6 +107,13 @@ def read_num_microbatches(module: ir.Module) -> int:
 def read_schedule(module: ir.Module) -> str | None:
     """``bactrian.schedule`` of a module, or None where it is absent."""
     return string_attribute(module.operation, SCHEDULE)
+
+
+def read_first_layers(module: ir.Module) -> tuple[int, ...] | None:
+    """``bactrian.first_layers`` of a module, or None where it is absent."""
+    if FIRST_LAYERS not in module.operation.attributes:
+        return None
+    return tuple(ir.DenseI64ArrayAttr(module.operation.attributes[FIRST_LAYERS]))
 
 
 def read_first_devices(module: ir.Module) -> tuple[int, ...] | None:

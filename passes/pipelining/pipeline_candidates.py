@@ -125,7 +125,8 @@ def _check_fixed(request: PipelineRequest) -> None:
     needed = sum(map(num_devices, meshes))
     if needed > cluster.num_devices:
         raise ConfigError(
-            f"{stages} stage{'s' * (stages > 1)} on {' and '.join(dict.fromkeys(map(axes_text, meshes)))} need {needed} "
+            f"{stages} stage{'s' * (stages > 1)} on {' and '.join(dict.fromkeys(map(axes_text, meshes)))} "
+            f"need{'s' * (stages == 1)} {needed} "
             f"devices, {cluster.name} has {cluster.num_devices}",
             why=cluster.description,
             fix="take fewer stages or smaller meshes, or describe a larger cluster",
