@@ -68,7 +68,37 @@ def gpt(layers: int = 4, width: int = 128, batch: int = 16) -> Program:
     return step, jax.device_get(state), next(example.batches(text, batch, args.length, 0))
 
 
-PROGRAMS: dict[str, Callable[..., Program]] = {"mlp": mlp, "gpt": gpt}
+def words(vocabulary: int = 4096, width: int = 128, layers: int = 6, batch: int = 16, length: int = 64) -> Program:
+    """An embedding, residual layers, and a head that takes most of the time; cross-entropy, SGD."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    import bactrian
+
+    random = np.random.default_rng(7)
+    state = {
+        "embedding": random.standard_normal((vocabulary, width), dtype=np.float32) / width,
+        "layers": [random.standard_normal((width, width), dtype=np.float32) / width for _ in range(layers)],
+        "head": random.standard_normal((width, vocabulary), dtype=np.float32) / width,
+    }
+    data = {name: random.integers(0, vocabulary, (batch, length), np.int32) for name in ("word", "next")}
+
+    def loss(state: Any, batch: Any) -> jax.Array:
+        x = state["embedding"][batch["word"]]
+        for w in state["layers"]:
+            x = x + jax.nn.relu(x @ w)
+        scores = jax.nn.log_softmax(x @ state["head"])
+        return -jnp.take_along_axis(scores, batch["next"][..., None], -1).mean()
+
+    def step(state: Any, batch: Any) -> Any:
+        value, gradients = bactrian.value_and_grad(loss)(state, batch)
+        return jax.tree.map(lambda p, g: p - 1e-3 * g, state, gradients), value
+
+    return bactrian.parallelize(step), state, data
+
+
+PROGRAMS: dict[str, Callable[..., Program]] = {"mlp": mlp, "gpt": gpt, "words": words}
 
 
 def wait(tree: Any) -> None:
@@ -213,6 +243,8 @@ def measure_pipeline(args: argparse.Namespace) -> dict[str, Any]:
     """Blocks of steps, in turn plain and with each call of a stage function timed, so that both see the same machine."""
     step, state, batch = PROGRAMS[args.model]()
     step = step.with_options(num_stages=args.stages, num_microbatches=args.microbatches, schedule=args.schedule)
+    if args.cluster:
+        step = step.with_options(cluster=args.cluster)
     _, state, losses = time_steps(step, state, batch, args.warmup)
     compiled = step.compiled
     plain, timed, own = list[float](), list[float](), list[list[float]]()
@@ -232,15 +264,34 @@ def measure_pipeline(args: argparse.Namespace) -> dict[str, Any]:
     ideals = [ideal_seconds(lists, calls) for calls in zip(*by_rank, strict=True)]
     medians = [median_of_functions(runs, steps) for runs, steps in zip(lists, by_rank, strict=True)]
     calls = [[mine[run.function] for run in runs] for runs, mine in zip(lists, medians, strict=True)]
-    return {
+    functions = {symbol: value for mine in medians for symbol, value in mine.items()}
+    return predicted(compiled, functions) | {
         "seconds": plain,
         "timed_seconds": timed,
         "ideal_seconds": ideals,
         "efficiency": median(ideal / real for ideal, real in zip(ideals, timed, strict=True)),
         "efficiency_of_medians": ideal_seconds(lists, calls) / median(plain),
-        "function_seconds": {symbol: value for mine in medians for symbol, value in mine.items()},
+        "function_seconds": functions,
         "loss_first": losses[0],
         "loss_last": later[-1],
+    }
+
+
+def predicted(compiled: Any, measured: dict[str, float]) -> dict[str, Any]:
+    """What the plan predicts of a step and of each call; and of a step whose calls take what was measured."""
+    from dataclasses import replace
+
+    from bactrian.driver.planning.simulated_step import pipeline_of
+    from bactrian.passes.pipelining.pipeline_events import simulate
+
+    pipeline = pipeline_of(compiled.plan, compiled.session.staged.program)
+    if pipeline is None:
+        return {}
+    functions = tuple(replace(each, seconds=measured[each.name]) for each in pipeline.functions)
+    return {
+        "predicted_seconds": compiled.plan.predicted_step_seconds,
+        "predicted_functions": {each.name: each.seconds for each in pipeline.functions},
+        "simulated_seconds": simulate(replace(pipeline, functions=functions)).seconds,
     }
 
 
@@ -360,6 +411,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=24)
     parser.add_argument("--microbatches", type=int, default=8)
     parser.add_argument("--schedule", default="1f1b")
+    parser.add_argument("--cluster", help="the file of the machine, for what is predicted")
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--core", type=int, help="pin this process to one core, before jax starts")

@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import first_step
 import layouts
 import pipeline
+import predicted
 import suite
 import worker
 
@@ -46,6 +47,19 @@ def test_median_of_functions_is_over_all_microbatches() -> None:
     runs = [run("stage0.forward", 0), run("stage0.forward", 1), run("stage0.update", -1)]
     medians = worker.median_of_functions(runs, [[1.0, 2.0, 9.0], [3.0, 4.0, 5.0]])
     assert medians == {"stage0.forward": 2.5, "stage0.update": 7.0}
+
+
+def test_predicted_steps_are_compared_by_their_order_and_by_their_calls() -> None:
+    assert predicted.rank_correlation([1.0, 2.0, 3.0, 4.0], [9.0, 8.0, 7.0, 6.0]) == -1.0
+    assert predicted.rank_correlation([1.0, 2.0, 3.0], [1.0, 3.0, 2.0]) == 0.5
+    assert len(predicted.PLANS) == 10 and len({plan[0] for plan in predicted.PLANS}) == 3
+    step, state, batch = worker.mlp(width=8, batch=4, length=2, layers=2)
+    compiled = step.with_options(num_stages=2, num_microbatches=2).trace(state, batch).plan().compile()
+    calls = {call.function: 1.0 for call in compiled.session.staged.program.calls}
+    found = worker.predicted(compiled, calls)
+    assert found["predicted_seconds"] == compiled.plan.predicted_step_seconds
+    assert found["simulated_seconds"] >= 2 + 2 + 1  # a forward, two fused ones, a backward, an update
+    assert found["predicted_functions"].keys() == calls.keys()
 
 
 def test_interval_holds_the_median_of_paired_quotients() -> None:
