@@ -21,7 +21,7 @@ HOSTS = HostGroup("small", 2, 4, 1 << 20, Device("small", {"default": 1e11}, 1e1
 """Two hosts of four devices with a MiB each."""
 
 
-def blocks_step(blocks: int, microbatches: int = 4) -> ir.Module:
+def blocks_step(blocks: int, rows: int = ROWS, microbatches: int = 4) -> ir.Module:
     """The step with phases: each block adds a two-layer perceptron of its normalized input to it."""
 
     def norm(x: jax.Array) -> jax.Array:
@@ -47,7 +47,7 @@ def blocks_step(blocks: int, microbatches: int = 4) -> ir.Module:
         "blocks": [(array(WIDTH, 4 * WIDTH), array(4 * WIDTH, WIDTH)) for _ in range(blocks)],
         "head": array(WIDTH, VOCABULARY),
     }
-    tokens = jax.ShapeDtypeStruct((microbatches * ROWS, LENGTH), jnp.int32)
+    tokens = jax.ShapeDtypeStruct((microbatches * rows, LENGTH), jnp.int32)
     traced = bactrian.parallelize(step, num_microbatches=microbatches).trace(params, {"x": tokens, "y": tokens})
     module = traced.captured.module(None)
     run_pipeline(module, pipelines.import_step())

@@ -49,19 +49,23 @@ class CostModel:
             known = self._sizes[type_] = tensor_size(type_)
         return known
 
+    def size_of(self, value: ir.Value) -> TensorSize:
+        """Size of a value."""
+        return self.size(value.type)
+
     def cost(self, op: ir.Operation) -> OpCost:
         """Flops and bytes of one op, ops in its regions included."""
         results = op.results
         if not len(results):
             return _UNKNOWN
-        first = self.size(results[0].type)
+        first = self.size_of(results[0])
         name = op.name
         if name in NO_TRAFFIC:
             return OpCost(0.0, 0.0, first.dtype)
         if len(op.regions) and name in _CONTROL_FLOW:
             return _CONTROL_FLOW[name](self, op)
-        operands = [self.size(value.type) for value in op.operands]
-        written = first.bytes if len(results) == 1 else sum(self.size(value.type).bytes for value in results)
+        operands = [self.size_of(value) for value in op.operands]
+        written = first.bytes if len(results) == 1 else sum(self.size_of(value).bytes for value in results)
         traffic = float(written + sum(operand.bytes for operand in operands))
         if name in _SPECIAL:
             flops, traffic, dtype = _SPECIAL[name](op, operands, first, traffic)
@@ -77,7 +81,7 @@ class CostModel:
 
     def result_bytes(self, op: ir.Operation) -> list[int]:
         """Bytes of each result of an op."""
-        return [self.size(value.type).bytes for value in op.results]
+        return [self.size_of(value).bytes for value in op.results]
 
     def block_cost(self, block: ir.Block) -> OpCost:
         """Sum over the ops of a block."""

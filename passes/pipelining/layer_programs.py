@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import math
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -27,9 +28,11 @@ from bactrian.passes.ir.attributes import (
     result_updates,
 )
 from bactrian.passes.ir.meshes import ONE_DEVICE, SHARDING, USER_MESH, make_stage_meshes, mesh_axes
+from bactrian.passes.ir.op_costs import CostModel, TensorSize
 from bactrian.passes.ir.regions import body, main_function, nested_operations
 from bactrian.passes.machine.host_group import HostGroup
 from bactrian.passes.machine.mesh import Axis, Mesh
+from bactrian.passes.pipelining.batch_dims import BatchDims, follow_rows
 from bactrian.passes.pipelining.layers import FROM_LAYER, ONCE, Border, LayerProgram, ProgramLayers
 from bactrian.passes.sharding.loop_dataflow import OP, LoopFlow, capture_unchanged
 from bactrian.passes.sharding.operations_from_ir import FlowFacts
@@ -51,6 +54,23 @@ def read_layers(module: ir.Module, hosts: HostGroup, cluster: str = "") -> Progr
         ConfigError: the user has given shardings.
         PassError, ProgramError: as `read_program`.
     """
+    (layers,) = read_layers_of_sizes(module, hosts, (_rows(main_function(module)),), cluster)
+    return layers
+
+
+def read_layers_of_sizes(
+    module: ir.Module, hosts: HostGroup, sizes: Sequence[int], cluster: str = ""
+) -> tuple[ProgramLayers, ...]:
+    """The layers of a module for some sizes of microbatch, whatever size it was traced with.
+
+    Args:
+        module, hosts, cluster: as of `read_layers`.
+        sizes: rows of the batch in a microbatch.
+
+    Raises:
+        ConfigError: as `read_layers`; another size can't be told from that of the module.
+        PassError, ProgramError: as `read_program`.
+    """
     if USER_MESH in mesh_axes(module):
         raise ConfigError(
             "cannot choose meshes for a program with shardings of its own",
@@ -63,16 +83,21 @@ def read_layers(module: ir.Module, hosts: HostGroup, cluster: str = "") -> Progr
     capture_unchanged(main)
     facts = FlowFacts.of(main)
     exchange = _Exchange.of(facts)
+    keys = _LayerKeys(main, facts, exchange).of_layers(num_layers)
     numbers: dict[Hashable, int] = {}
-    kind_of = tuple(
-        numbers.setdefault(key, len(numbers)) for key in _LayerKeys(main, facts, exchange).of_layers(num_layers)
+    kind_of = tuple(numbers.setdefault(key, len(numbers)) for key in keys)
+    reader = _LayerReader(main, hosts, facts, exchange)
+    kinds = [reader.read(kind_of.index(kind)) for kind in range(len(numbers))]
+    rows, border_bytes = _rows(main), exchange.border_bytes(facts.flow, num_layers)
+    return tuple(
+        ProgramLayers(
+            kinds=tuple(kind.program for kind in kinds) if size == rows else reader.scaled(kinds, rows, size),
+            kind_of=kind_of,
+            border_bytes=tuple(nbytes * size // rows for nbytes in border_bytes),
+            rows=size,
+        )
+        for size in sizes
     )
-    first = [kind_of.index(kind) for kind in range(len(numbers))]
-    kinds = tuple(
-        _program(read_program(main, _MESH, hosts, 1, _nothing, 1, layer, facts), layer, main, exchange)
-        for layer in first
-    )
-    return ProgramLayers(kinds, kind_of, exchange.border_bytes(facts.flow, num_layers), _rows(main))
 
 
 def _nothing(op: ir.Operation, text: str) -> None:
@@ -241,28 +266,91 @@ def _regions_key(op: ir.Operation) -> Hashable:
     return tuple(found)
 
 
-def _program(reading: Reading, layer: int, main: ir.Operation, exchange: _Exchange) -> LayerProgram:
-    """A layer's program, from its reading as a stage."""
-    problem, arguments = reading.problem, argument_attributes(main)
-    number: dict[int, int] = {}
-    for value in (*problem.inputs, *(v for op in problem.ops for v in (*op.operands, *op.results))):
-        number.setdefault(value, len(number))
-    roles = tuple(
-        ir.StringAttr(arguments[value][ROLE]).value if value < len(arguments) else FROM_LAYER
-        for value in problem.inputs
-    )
-    borders = tuple(
-        Border(at, is_up, exchange.made_by[value] != layer)
-        for value, at in number.items()
-        for is_up in exchange.directions(value, layer)
-    )
-    phases = (reading.flow.phases[entry.index] for entry in reading.ops)
-    return LayerProgram(
-        problem=_renumbered(problem, number),
-        phases=tuple(phase if phase in (FORWARD, BACKWARD) else ONCE for phase in phases),
-        roles=roles,
-        borders=borders,
-    )
+@dataclass(frozen=True)
+class _ReadLayer:
+    """A layer as it was traced.
+
+    Attributes:
+        layer: its number.
+        program: what it does.
+        reading: as a stage.
+        number: of each value of the reading that it has, its number in the program.
+    """
+
+    layer: int
+    program: LayerProgram
+    reading: Reading
+    number: dict[int, int]
+
+
+@dataclass(frozen=True)
+class _LayerReader:
+    """Reads layers of a module in which they are stages."""
+
+    main: ir.Operation
+    hosts: HostGroup
+    facts: FlowFacts
+    exchange: _Exchange
+
+    def read(self, layer: int) -> _ReadLayer:
+        """One layer."""
+        reading = self._read_program(layer, CostModel())
+        problem, arguments = reading.problem, argument_attributes(self.main)
+        number: dict[int, int] = {}
+        for value in (*problem.inputs, *(v for op in problem.ops for v in (*op.operands, *op.results))):
+            number.setdefault(value, len(number))
+        roles = tuple(
+            ir.StringAttr(arguments[value][ROLE]).value if value < len(arguments) else FROM_LAYER
+            for value in problem.inputs
+        )
+        borders = tuple(
+            Border(at, is_up, self.exchange.made_by[value] != layer)
+            for value, at in number.items()
+            for is_up in self.exchange.directions(value, layer)
+        )
+        phases = (reading.flow.phases[entry.index] for entry in reading.ops)
+        program = LayerProgram(
+            problem=_renumbered(problem, number),
+            phases=tuple(phase if phase in (FORWARD, BACKWARD) else ONCE for phase in phases),
+            roles=roles,
+            borders=borders,
+        )
+        return _ReadLayer(layer, program, reading, number)
+
+    def scaled(self, kinds: Sequence[_ReadLayer], rows: int, new_rows: int) -> tuple[LayerProgram, ...]:
+        """The programs of layers for another size of microbatch."""
+        dims = [BatchDims(kind.program, tuple(entry.rule for entry in kind.reading.ops)) for kind in kinds]
+        follow_rows(dims, rows, new_rows)
+        found = list[LayerProgram]()
+        for kind, own in zip(kinds, dims, strict=True):
+            shapes, flow = own.shapes(rows, new_rows), self.facts.flow
+            sizes = {
+                flow.values[value]: shapes[kind.number[same]]
+                for value, same in enumerate(self.facts.value_of)
+                if same in kind.number
+            }
+            again = self._read_program(kind.layer, _ResizedCostModel(sizes))
+            found.append(own.scaled(rows, new_rows, [op.seconds for op in again.problem.ops]))
+        return tuple(found)
+
+    def _read_program(self, layer: int, model: CostModel) -> Reading:
+        return read_program(self.main, _MESH, self.hosts, 1, _nothing, 1, layer, self.facts, model)
+
+
+class _ResizedCostModel(CostModel):
+    """Costs of ops whose values have other shapes than their types say."""
+
+    def __init__(self, shapes: dict[ir.Value, tuple[int, ...]]) -> None:
+        super().__init__()
+        self._shapes = shapes
+
+    def size_of(self, value: ir.Value) -> TensorSize:
+        """Size of a value of `shapes`, or as its type says."""
+        typed, shape = self.size(value.type), self._shapes.get(value)
+        if shape is None or shape == typed.shape:
+            return typed
+        elements = math.prod(shape)
+        return TensorSize(elements, typed.bytes * elements // typed.elements, typed.dtype, shape)
 
 
 def _renumbered(problem: ShardingProblem, number: dict[int, int]) -> ShardingProblem:

@@ -85,14 +85,14 @@ def op_seconds(
     if separate:
         return device.seconds(cost)
     flops = cost.flops / device.rate(cost.dtype)
-    made = [model.size(value.type).bytes for value in op.results]
+    made = [model.size_of(value).bytes for value in op.results]
     read = [
-        model.size(value.type).bytes if from_memory[number] else 0
+        model.size_of(value).bytes if from_memory[number] else 0
         for value, number in zip(op.operands, operands, strict=False)
     ]
     if op.name == "stablehlo.dynamic_slice":
         read[:1] = [min(read[0], *made)]
     if op.name == DYNAMIC_UPDATE_SLICE:
-        made, read[0] = [model.size(op.operands[1].type).bytes], 0
+        made, read[0] = [model.size_of(op.operands[1]).bytes], 0
     moved = sum(read) + (sum(made) if keeps else 0)
     return max(flops, moved / device.bytes_per_second)

@@ -138,10 +138,11 @@ class OperationReader:
         num_microbatches: int,
         remark: Callable[[ir.Operation, str], None],
         in_flight: int,
+        model: CostModel,
     ) -> None:
         self._facts, self._flow, self._mesh, self._device = facts, facts.flow, mesh, device
         self._num_microbatches, self._remark, self._in_flight = num_microbatches, remark, in_flight
-        self._model = CostModel()
+        self._model = model
         self._free = [False] * len(facts.flow.values)
         self._kept = [True] * len(facts.flow.values)  # takes memory: all but what is made here, and fused
         self.value_of = facts.value_of

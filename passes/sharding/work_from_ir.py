@@ -14,7 +14,7 @@ from bactrian.passes.ir.attributes import (
     ONCE_PER_STEP,
     UPDATE,
 )
-from bactrian.passes.ir.op_costs import trip_count
+from bactrian.passes.ir.op_costs import CostModel, trip_count
 from bactrian.passes.ir.tensor_sizes import value_shape
 from bactrian.passes.machine.host_group import HostGroup
 from bactrian.passes.machine.mesh import Mesh
@@ -85,6 +85,7 @@ def read_program(
     in_flight: int = 1,
     stage: int | None = None,
     facts: FlowFacts | None = None,
+    model: CostModel | None = None,
 ) -> Reading:
     """Read ``@main``.
 
@@ -97,21 +98,21 @@ def read_program(
         in_flight: microbatches whose activations are there at once.
         stage: only what this one does; what others send it is an input.
         facts: of ``main``, where they are known.
+        model: of the costs of ops, where it is another one.
 
     Raises:
         PassError: no op has a rule; a sharding that is given names other axes.
         ProgramError: a sharding that is given does not cut evenly.
     """
     facts = FlowFacts.of(main) if facts is None else facts
-    flow = facts.flow
+    flow, value_of = facts.flow, facts.value_of
     _check_rules(flow)
-    reader = OperationReader(facts, mesh, hosts.device, num_microbatches, remark, in_flight)
+    reader = OperationReader(facts, mesh, hosts.device, num_microbatches, remark, in_flight, model or CostModel())
     portion = _Portion.of(facts, stage)
     _remark_unknown_loops(flow, portion, remark)
     remark_missing_rates((flow.ops[index] for index in portion.entries), hosts.device, remark)
     own = [index for index in portion.entries if flow.kinds[index] != END and not forwards(flow, index)]
     parts = tuple(reader.entry(index) for index in own)
-    value_of = reader.value_of
     carried = tuple(_carried(flow, value_of, portion, reader))
     made = {value for index in own for value in flow.results[index]}
     read = {value for entry in parts for value in entry.op.operands} | {value for value, _, _ in carried}
