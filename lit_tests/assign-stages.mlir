@@ -4,6 +4,7 @@
 // RUN: bactrian-opt %s --assign-stages='num-stages=2 mesh=data=2,model=4' | FileCheck %s --check-prefix=MESH
 // RUN: bactrian-opt %s --assign-stages='num-stages=2 mesh=data=2,model=4;data=8' | FileCheck %s --check-prefix=MESHES
 // RUN: bactrian-opt %s --assign-stages='num-stages=2 remat=all' | FileCheck %s --check-prefix=REMAT
+// RUN: bactrian-opt %s --assign-stages='num-stages=2 mesh=data=1;data=4' | FileCheck %s --check-prefix=UNEQUAL
 
 // One word is that of all layers.
 // REMAT: bactrian.remat = ["all", "all", "all"]
@@ -23,6 +24,11 @@
 // CHECK-NEXT: bactrian.layer = 2 : i64, bactrian.phase = "forward", bactrian.stage = 1
 // CHECK-NEXT: bactrian.layer = 2 : i64, bactrian.phase = "backward", bactrian.stage = 1
 // CHECK-NEXT: bactrian.layer = 1 : i64, bactrian.phase = "update", bactrian.stage = 0
+
+// A stage of four devices gets more of the layers than one of a single device.
+// UNEQUAL: bactrian.layer = 0 : i64, bactrian.phase = "forward", bactrian.stage = 0
+// UNEQUAL-NEXT: bactrian.layer = 1 : i64, bactrian.phase = "forward", bactrian.stage = 1
+// UNEQUAL-NEXT: bactrian.layer = 2 : i64, bactrian.phase = "forward", bactrian.stage = 1
 
 // GIVEN: bactrian.num_stages = 2
 // GIVEN: bactrian.layer = 0 : i64, bactrian.phase = "forward", bactrian.stage = 0

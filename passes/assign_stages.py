@@ -29,9 +29,9 @@ from bactrian.passes.ir.attributes import (
     required_integer,
 )
 from bactrian.passes.ir.main_dataflow import MainDataflow
-from bactrian.passes.ir.meshes import make_stage_meshes
+from bactrian.passes.ir.meshes import make_stage_meshes, stage_axes
 from bactrian.passes.ir.regions import main_function
-from bactrian.passes.machine.spec import meshes_of_stages, parse_meshes
+from bactrian.passes.machine.spec import MeshAxes, meshes_of_stages, num_devices, parse_meshes
 from bactrian.passes.plan.remat_words import parse_remat, words_of_layers
 from bactrian.passes.stages import layer_partitioning
 from bactrian.passes.stages.op_times import OpTimes
@@ -43,7 +43,8 @@ class AssignStages(Pass):
     """Put consecutive layers together into stages.
 
     The slowest stage sets the pace of a pipeline, so the longest time that a stage takes of a step, as it is predicted for
-    a device of ``cluster``, is made as short as it can be; among equals, the fewest bytes cross between stages. Or the first layer of each stage is
+    a device of ``cluster``, is made as short as it can be; among equals, the fewest bytes cross between stages. On meshes
+    of different sizes that is the time of one device over the devices of the stage. Or the first layer of each stage is
     given: with ``boundaries``, or by ``choose-pipeline`` where no option says how many stages there are. Every stage gets a mesh: of one device, or with the axes of ``mesh``, which names one mesh
     for all stages or one for each. ``remat`` says what layers compute again in their backward phase, which
     ``select-residuals`` carries out.
@@ -165,7 +166,10 @@ class AssignStages(Pass):
         given = self._given()
         if given is None and self.num_stages == 0 and (chosen := read_first_layers(module)) is not None:
             given = list(chosen)
-        starts = given if given is not None else self._balanced(seconds, crossing, main, ctx)
+        num_stages = len(given) if given is not None else self.num_stages or num_layers
+        make_stage_meshes(module, self._meshes(num_stages))
+        devices = list(map(num_devices, stage_axes(module, num_stages)))
+        starts = given if given is not None else self._balanced(seconds, crossing, devices, main, ctx)
         if starts is None:
             return
         if starts[-1] >= num_layers:
@@ -175,16 +179,14 @@ class AssignStages(Pass):
                 fix="boundaries name the first layer of each stage, layers count from 0",
             )
             return
-        meshes = meshes_of_stages(parse_meshes(self.mesh) if self.mesh.strip() else [(("data", 1),)], len(starts))
         stages = [bisect.bisect_right(starts, layer) - 1 for layer in range(num_layers)]
         attributes = [integer(stage) for stage in stages]
         for op, layer in zip(flow.ops, layers, strict=True):
             if layer is not None:
                 op.attributes[STAGE] = attributes[layer]
         of_ops = [None if layer is None else stages[layer] for layer in layers]
-        warn_of_uneven_stages(flow, op_seconds, of_ops, len(starts), bool(argument_pinned_stages(main)), ctx)
+        warn_of_uneven_stages(flow, op_seconds, of_ops, devices, bool(argument_pinned_stages(main)), ctx)
         module.operation.attributes[NUM_STAGES] = integer(len(starts))
-        make_stage_meshes(module, meshes)
         if self.first_devices.strip():
             module.operation.attributes[FIRST_DEVICES] = ir.DenseI64ArrayAttr.get(self._first_devices(len(starts)))
         if words := words_of_layers(parse_remat(self.remat), num_layers):
@@ -193,18 +195,22 @@ class AssignStages(Pass):
         ctx.keep(times)
         ctx.count("cut-bytes", sum(crossing[start] for start in starts[1:]))
 
+    def _meshes(self, num_stages: int) -> tuple[MeshAxes, ...]:
+        one_device: MeshAxes = (("data", 1),)
+        return meshes_of_stages(parse_meshes(self.mesh) if self.mesh.strip() else (one_device,), num_stages)
+
     def _balanced(
-        self, seconds: list[float], crossing: list[int], main: ir.Operation, ctx: PassContext
+        self, seconds: list[float], crossing: list[int], devices: list[int], main: ir.Operation, ctx: PassContext
     ) -> list[int] | None:
-        if self.num_stages > len(seconds):
+        if len(devices) > len(seconds):
             ctx.error(
                 main,
-                f"cannot make {self.num_stages} stages of {len(seconds)} layer{'s' * (len(seconds) > 1)}",
+                f"cannot make {len(devices)} stages of {len(seconds)} layer{'s' * (len(seconds) > 1)}",
                 why="a stage has at least one layer",
-                fix=f"group-layers with num-layers={self.num_stages} or more, or ask for at most {len(seconds)} stages",
+                fix=f"group-layers with num-layers={len(devices)} or more, or ask for at most {len(seconds)} stages",
             )
             return None
-        return list(layer_partitioning.balance(seconds, crossing, self.num_stages or len(seconds)))
+        return list(layer_partitioning.balance(seconds, crossing, devices))
 
 
 def _layer_costs(

@@ -183,11 +183,12 @@ def test_balance_is_optimal_on_random_layers():
         num_groups = rng.randint(1, size)
         weights = [rng.randint(1, 9) for _ in range(size)]
         crossing = [rng.randint(0, 9) for _ in range(size)]
-        found = layer_partitioning.balance(weights, crossing, num_groups)
+        devices = [rng.choice([1, 2, 4]) if seed % 2 else 2 for _ in range(num_groups)]
+        found = layer_partitioning.balance(weights, crossing, devices)
 
-        def key(starts, weights=weights, crossing=crossing):
+        def key(starts, weights=weights, crossing=crossing, devices=devices):
             ends = (*starts[1:], len(weights))
-            largest = max(sum(weights[a:b]) for a, b in zip(starts, ends, strict=True))
+            largest = max(sum(weights[a:b]) / n for a, b, n in zip(starts, ends, devices, strict=True))
             return largest, sum(crossing[start] for start in starts[1:])
 
         options = [(0, *cuts) for cuts in itertools.combinations(range(1, size), num_groups - 1)]

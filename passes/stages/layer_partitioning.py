@@ -276,24 +276,26 @@ def _window_minimum(row: Ints, first: Ints, last: Ints) -> Ints:
     return result
 
 
-def balance(weights: Sequence[float], crossing: Sequence[int], num_groups: int) -> tuple[int, ...]:
-    """Contiguous groups with the smallest largest weight; ties go to the fewest bytes across the cuts.
+def balance(weights: Sequence[float], crossing: Sequence[int], devices: Sequence[int]) -> tuple[int, ...]:
+    """Contiguous groups with the smallest largest weight per device; ties go to the fewest bytes across the cuts.
 
     Args:
         weights: of each layer.
         crossing: ``crossing[p]`` is the bytes that cross the position before layer ``p``; entry 0 is not used.
-        num_groups: at most ``len(weights)``.
+        devices: of each group, of which there are at most ``len(weights)``.
 
     Returns:
-        The first layer of each group. ``balance([4, 1, 1, 2], [0, 0, 0, 0], 2) == (0, 1)``.
+        The first layer of each group. ``balance([4, 1, 1, 2], [0, 0, 0, 0], [1, 1]) == (0, 1)``;
+        with twice the devices for the first group, ``[2, 1]``, it is ``(0, 2)`` or ``(0, 3)``, whatever crosses less.
     """
-    size = len(weights)
+    size, num_groups = len(weights), len(devices)
     before = np.concatenate([[0.0], np.cumsum(np.asarray(weights, dtype=np.float64))])
     worst = np.full((num_groups + 1, size + 1), np.inf)
     worst[0, 0] = 0.0
     for k in range(1, num_groups + 1):
         for end in range(k, size + 1):
-            worst[k, end] = np.maximum(worst[k - 1, k - 1 : end], before[end] - before[k - 1 : end]).min()
+            shares = (before[end] - before[k - 1 : end]) / devices[k - 1]
+            worst[k, end] = np.maximum(worst[k - 1, k - 1 : end], shares).min()
     limit = float(worst[num_groups, size]) * (1 + 1e-9)
     spent: list[list[tuple[float, int]]] = [[(np.inf, 0)] * (size + 1) for _ in range(num_groups + 1)]
     spent[0][0] = (0.0, 0)
@@ -302,7 +304,7 @@ def balance(weights: Sequence[float], crossing: Sequence[int], num_groups: int) 
             options = [
                 (spent[k - 1][start][0] + (crossing[start] if start else 0), start)
                 for start in range(k - 1, end)
-                if before[end] - before[start] <= limit
+                if (before[end] - before[start]) / devices[k - 1] <= limit
             ]
             spent[k][end] = min(options, default=(np.inf, 0))
     starts: list[int] = []

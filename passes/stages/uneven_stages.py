@@ -28,7 +28,7 @@ def warn_of_uneven_stages(
     flow: MainDataflow,
     seconds: Sequence[float],
     stages: Sequence[int | None],
-    num_stages: int,
+    devices: Sequence[int],
     is_pinned: bool,
     ctx: PassContext,
 ) -> None:
@@ -38,19 +38,19 @@ def warn_of_uneven_stages(
         flow: of ``@main``.
         seconds: that each op takes of a step.
         stages: of each op.
-        num_stages: how many there are.
+        devices: of each stage; its time is taken to be shared by them.
         is_pinned: whether another step has placed arguments.
         ctx: told of it.
     """
-    taken = [defaultdict[str, float](float) for _ in range(num_stages)]
+    taken = [defaultdict[str, float](float) for _ in devices]
     for index, (stage, phase) in enumerate(zip(stages, flow.phases, strict=True)):
         if stage is not None and phase is not None:
-            taken[stage][phase] += seconds[index]
+            taken[stage][phase] += seconds[index] / devices[stage]
     totals = [sum(each.values()) for each in taken]
-    share = sum(totals) / num_stages
+    share = sum(total * count for total, count in zip(totals, devices, strict=True)) / sum(devices)
     if not share:
         return
-    slowest = max(range(num_stages), key=totals.__getitem__)
+    slowest = max(range(len(devices)), key=totals.__getitem__)
     idle = [stage for stage, total in enumerate(totals) if total < _IDLE * share]
     if totals[slowest] <= FAR * share and not idle:
         return
@@ -60,7 +60,7 @@ def warn_of_uneven_stages(
     own = [index for index, stage in enumerate(stages) if stage == slowest]
     forward = [index for index in own if flow.phases[index] == FORWARD]
     heaviest = max(forward or own, key=seconds.__getitem__)
-    part = seconds[heaviest] / (taken[slowest][FORWARD] or totals[slowest])
+    part = seconds[heaviest] / devices[slowest] / (taken[slowest][FORWARD] or totals[slowest])
     heavy, updates_most = flow.ops[heaviest], taken[slowest][UPDATE] > _MOSTLY * totals[slowest]
     takes = f"one {heavy.name} takes {100 * part:.0f} % of its forward phase, and an op is not cut"
     read_elsewhere = _read_elsewhere(flow, stages, slowest)
