@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -97,8 +98,17 @@ def made(loss: Loss, **options: Any) -> Any:
     return bactrian.parallelize(step, **given)
 
 
-@pytest.mark.parametrize("name", LOSSES)
-@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "-".join(map(str, list(options.values())[:-1])))
+SHORT = ("attention-1", "dropout-1-1", "checkpoint-2-gpipe", "dropout-3", "mlp-2-data=2")
+
+
+def cases() -> Iterator[Any]:
+    """Every loss with all options; few in the short form."""
+    for name, options in itertools.product(LOSSES, OPTIONS):
+        words = "-".join([name, *map(str, list(options.values())[:-1])])
+        yield pytest.param(name, options, id=words, marks=() if words in SHORT else pytest.mark.long)
+
+
+@pytest.mark.parametrize(("name", "options"), [*cases()])
 def test_numbers_are_those_of_one_device(name: str, options: dict[str, Any]) -> None:
     step = made(LOSSES[name], **options)
     reference = step.reference(matrices(LAYERS), batch())
@@ -128,7 +138,7 @@ def temporaries(planned_step: Any, function: str) -> tuple[int, int]:
     return found.temp_size_in_bytes, module_memory(module)[function].temporaries
 
 
-@pytest.mark.parametrize("loss", ["mlp", "attention"])
+@pytest.mark.parametrize("loss", ["mlp", pytest.param("attention", marks=pytest.mark.long)])
 @pytest.mark.parametrize(
     ("options", "function"),
     [({}, "stage0.forward_backward"), ({"schedule": "gpipe"}, "stage0.backward")],

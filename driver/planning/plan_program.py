@@ -36,7 +36,7 @@ from bactrian.driver.planning.staged_plan import StagedPlan
 from bactrian.passes.frame.errors import InfeasiblePlanError
 from bactrian.passes.frame.phase_times import PhaseClock
 from bactrian.passes.frame.pipeline import PipelineReport, run_pipeline
-from bactrian.passes.ir.attributes import read_first_devices
+from bactrian.passes.ir.attributes import read_first_devices, read_remat
 from bactrian.passes.ir.main_dataflow import MainDataflow
 from bactrian.passes.ir.regions import body, main_function
 from bactrian.passes.machine.cluster_file import cluster_or_cores
@@ -95,7 +95,7 @@ def plan_program(
         num_layers=decisions.num_layers,
         stages=stages,
         layers=layered.names,
-        remat=decisions.remat,
+        remat=layered.remat,
         fingerprint=fingerprint,
         platform=platform,
         peak_memory_bytes=max((s.device_memory_bytes or 0 for s in stages), default=0),
@@ -110,10 +110,12 @@ def plan_program(
 
 @dataclass(frozen=True)
 class _Layered:
-    """What is read of a program while its ops have layers: their names, which of them are a stage, the work of each stage."""
+    """What is read of a program while its ops have layers: their names, which of them are a stage, what they compute
+    again, the work of each stage."""
 
     names: tuple[LayerPlan, ...]
     of_stages: tuple[range, ...]
+    remat: tuple[str, ...]
     work: tuple[StageWork, ...]
 
 
@@ -122,7 +124,8 @@ def _layered(module: ir.Module, decisions: Decisions, formed: PipelineReport) ->
         ops = placed_ops(formed.kept[MainDataflow], formed.kept[OpTimes])
         starts = first_layers(ops, decisions.num_stages, decisions.num_layers)
         layers = tuple(range(start, end) for start, end in pairwise((*starts, decisions.num_layers)))
-        return _Layered(name_layers(ops, decisions.num_layers), layers, stage_work(ops, decisions.num_stages))
+        work = stage_work(ops, decisions.num_stages)
+        return _Layered(name_layers(ops, decisions.num_layers), layers, read_remat(module), work)
 
 
 def _one_device_timings(module: ir.Module, decisions: Decisions, platform: str) -> tuple[StageTiming, ...]:

@@ -137,6 +137,7 @@ def stage_plan(
         parameter_bytes=sum(program.values[value].nbytes for value in parameters),
         state_bytes=sum(program.values[v].nbytes for v in traffic.state_values(lambda phase: True)),
         mesh=program.mesh(stage),
+        prepared_bytes=traffic.prepared_bytes(),
         activation_bytes=traffic.activation_bytes(),
         microbatches_in_flight=peak_in_flight(program.order[stage]),
         sent_bytes_forward=traffic.sent_bytes(("forward",)),

@@ -24,10 +24,16 @@ class StageTraffic:
         here = {value for value in state if self._program.values[value].stage == self._stage}
         return sorted(read & here)
 
+    def _prepared(self) -> set[int]:
+        return {value for call in self._calls if call.phase == "prepare" for value in call.outputs}
+
+    def prepared_bytes(self) -> int:
+        """Bytes of what the stage makes once per step and holds for all microbatches."""
+        return sum(self._program.values[value].nbytes for value in self._prepared())
+
     def activation_bytes(self) -> int:
         """Bytes that a microbatch leaves between its forward and its backward on this stage."""
-        there = {piece.value for piece in self._program.arguments}
-        there |= {value for call in self._calls if call.phase == "prepare" for value in call.outputs}
+        there = {piece.value for piece in self._program.arguments} | self._prepared()
         carried = {call.inputs[position] for call in self._calls for position, _ in call.carries}
         kept: set[int] = set()
         for call in self._calls:

@@ -194,7 +194,8 @@ def _memory(stage: StagePlan) -> dict[str, Any]:
         parts = list(stage.sharding.memory_bytes)
     else:
         kept = (stage.activation_bytes or 0) * (stage.microbatches_in_flight or 0)
-        parts = [("state", stage.state_bytes or 0), ("kept for backward", kept)]
+        prepared = ("prepared for all microbatches", stage.prepared_bytes or 0)
+        parts = [("state", stage.state_bytes or 0), prepared, ("kept for backward", kept)]
     most = max((nbytes for _, nbytes in parts), default=0)
     limit = None if stage.sharding is None else stage.sharding.limit_bytes
     peak = human_bytes(stage.device_memory_bytes) + (f" of {human_bytes(limit)}" if limit else "")

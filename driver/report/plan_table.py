@@ -41,10 +41,21 @@ def module_names(plan: Plan, stage: StagePlan) -> list[str]:
     )
 
 
+def remat_text(words: Sequence[str]) -> str:
+    """What layers compute again: ``remat all``, or ``remat all 0–2, none 3``."""
+    runs = [(word, [layer for layer, _ in run]) for word, run in groupby(enumerate(words), key=lambda item: item[1])]
+    if len(runs) == 1:
+        return f"remat {runs[0][0]}"
+    ranges = (f"{word} {run[0]}" + (f"–{run[-1]}" if len(run) > 1 else "") for word, run in runs)
+    return f"remat {', '.join(ranges)}"
+
+
 def plan_lines(plan: Plan) -> list[str]:
     """The heading: what was decided for the whole step, then what it is predicted to take."""
     decided = [_counted(plan.num_stages, "stage"), _counted(plan.num_microbatches, "microbatch", "es")]
     decided.append("forward only" if plan.forward_only else plan.schedule)
+    if plan.remat:
+        decided.append(remat_text(plan.remat))
     decided += [_counted(plan.num_layers, "layer"), _counted(plan.num_devices, f"{plan.platform} device")]
     if plan.num_devices > plan.num_stages and _equal_meshes(plan):
         decided.append(f"each on {mesh_text(plan.stages[0])}")
@@ -285,10 +296,11 @@ def stage_reasons(plan: Plan, stage: StagePlan) -> list[str]:
     if stage.memory_bytes is not None:
         in_flight = _counted(stage.microbatches_in_flight or 0, "microbatch", "es")
         whole = " for the whole stage, unsharded" if stage.num_devices > 1 else " of state and residuals"
+        held = f"state {human_bytes(stage.state_bytes)}"
+        if stage.prepared_bytes:
+            held += f", {human_bytes(stage.prepared_bytes)} made once per step"
         kept = f"{human_bytes(stage.activation_bytes)} kept for each of {in_flight}"
-        lines.append(
-            f"memory   {human_bytes(stage.memory_bytes)}{whole}: state {human_bytes(stage.state_bytes)}, {kept} in flight"
-        )
+        lines.append(f"memory   {human_bytes(stage.memory_bytes)}{whole}: {held}, {kept} in flight")
     return lines or ["nothing was predicted for it"]
 
 

@@ -53,6 +53,7 @@ class StagePlan:
     num_parameters: int | None = None
     parameter_bytes: int | None = None
     state_bytes: int | None = None  # parameters included
+    prepared_bytes: int | None = None  # made once per step for all microbatches, such as casts of parameters
     activation_bytes: int | None = None  # kept from forward to backward
     microbatches_in_flight: int | None = None
     sent_bytes_forward: int | None = None
@@ -79,10 +80,11 @@ class StagePlan:
 
     @property
     def memory_bytes(self) -> int | None:
-        """Bytes of state plus the activations of all microbatches in flight."""
+        """Bytes of state and of what is prepared, plus the activations of all microbatches in flight."""
         if self.state_bytes is None or self.activation_bytes is None or self.microbatches_in_flight is None:
             return None
-        return self.state_bytes + self.activation_bytes * self.microbatches_in_flight
+        held = self.state_bytes + (self.prepared_bytes or 0)
+        return held + self.activation_bytes * self.microbatches_in_flight
 
     @property
     def device_memory_bytes(self) -> int | None:

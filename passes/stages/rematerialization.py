@@ -155,13 +155,14 @@ class Rematerializer:
         return 0 <= producer < len(self._constant) and self._constant[producer]
 
     def _dependents(self, readers: Iterable[int]) -> set[int]:
-        """The ops that can't run before a layer is computed again."""
+        """The backward ops that can't run before a layer is computed again."""
         found, stack = set[int](), list(readers)
         while stack:
             index = stack.pop()
             if index not in found:
                 found.add(index)
-                stack.extend(user for value in self._results[index] for user in self._users[value])
+                users = (user for value in self._results[index] for user in self._users[value])
+                stack.extend(user for user in users if self._phases[user] == BACKWARD)
         return found
 
     def _gate(self, waiting: set[int], layer: int, stage: int | None) -> int | None:
