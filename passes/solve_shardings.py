@@ -135,7 +135,8 @@ class SolveShardings(Pass):
         capture_unchanged(main)
         with ctx.clock.phase("read"):
             programs = read_stages(module, meshes, cluster, ctx.remark)
-        solved = [self._solve_stage(program, roles, ctx.clock) for program in programs]
+        known: dict[bytes, Solution] = {}
+        solved = [self._solve_stage(program, roles, known, ctx.clock) for program in programs]
         ctx.count("strategies", sum(stage.model.network.num_strategies for stage in solved))
         writers = [stage.writer(main) for stage in solved]
         with ctx.clock.phase("write"):
@@ -148,8 +149,17 @@ class SolveShardings(Pass):
         warn_of_uneven_meshes(main, [stage.solution.cost for stage in solved], ctx)
         module.operation.attributes[SHARDING_ESTIMATES] = ir.ArrayAttr.get(estimates)
 
-    def _solve_stage(self, program: StageProgram, roles: Sequence[str], clock: PhaseClock) -> _SolvedStage:
-        """Choose the shardings of one stage."""
+    def _solve_stage(
+        self, program: StageProgram, roles: Sequence[str], known: dict[bytes, Solution], clock: PhaseClock
+    ) -> _SolvedStage:
+        """Choose the shardings of one stage, as of an equal one before it, if they fit here too.
+
+        Args:
+            program: of the stage.
+            roles: of the arguments.
+            known: solutions of other stages, by what their costs are; this one's is added.
+            clock: of what takes time.
+        """
         mesh, reading, limit = program.mesh, program.reading, self._limit(program)
         names = BASELINES if self.compare else ()
         baselines: dict[str, BaselinePlan | None] = {}
@@ -160,7 +170,11 @@ class SolveShardings(Pass):
             reading = pin_baseline(reading, mesh, roles, self.strategy)
         model = ShardingModel(reading.problem, mesh, limit)
         with clock.phase("solve"):  # the network is built when it is first asked for
-            solution = prefer_reduce_scatters(model, self._solved(program, model, roles, baselines))
+            costs = model.network.costs_digest()
+            solution = known[costs].on(model.network) if costs in known else None
+            if solution is None:
+                solution = known[costs] = self._solved(program, model, roles, baselines)
+            solution = prefer_reduce_scatters(model, solution)
         shardings = model.shardings(solution.choice)
         return _SolvedStage(program, reading, model, solution, shardings, baselines)
 

@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import first_step
 import layouts
 import pipeline
+import plan as plans
 import predicted
 import suite
 import worker
@@ -103,3 +104,34 @@ def test_table_of_bytes() -> None:
     Console(width=120, file=file).print(layouts.table_of_bytes({"model": "mlp", "rows": {"zero1": row}}))
     text = file.getvalue()
     assert "2.000" in text and "7" in text
+
+
+def test_manual_plans_use_all_devices_and_the_whole_batch() -> None:
+    from bactrian.passes.machine.spec import num_devices, parse_axes
+
+    made = list(plans.grid(64, 8, 48, 1024))
+    assert len(made) == len(set(made)) > 100
+    for each in made:
+        axes = parse_axes(each.mesh)
+        assert num_devices(axes) * each.num_stages == 64 and each.num_stages <= 48
+        assert 1024 // each.num_microbatches // dict(axes)["data"] in (1, 2, 4)
+    assert [(each.num_stages, each.num_microbatches) for each in plans.candidates("gpt-39B", "alpa", 64, 8)] == [
+        (16, 1024)
+    ]
+    assert [each.num_stages for each in plans.candidates("gpt-1.3B", "inter", 4, 8)] == [4]
+    assert {each.mesh for each in plans.candidates("gpt-2.6B", "intra", 8, 8)} == {"data=1,model=8"}
+    assert plans.candidates("gpt-125M", "alpa", 1, 8) == []
+
+
+def test_a_plan_is_made_and_shown_beside_what_was_measured() -> None:
+    cluster = f"{plans.DATA}:h100"
+    row = plans.make("moe-380M", plans.Manual("data=1", 2, 256), cluster)
+    assert row["step_s"] > 0 and row["pflops"] > 0 and row["cpu_s"] > 0
+    failed = plans.make("moe-380M", plans.Manual("data=1", 1000, 256), cluster)
+    assert failed["error"].startswith("1000 stages need") and "step_s" not in failed
+    file = io.StringIO()
+    alpa = {"devices": 8, "plan": "alpa"}
+    Console(width=200, file=file).print(plans.table([row | alpa, failed | alpa, row | alpa | {"plan": "inter"}]))
+    lines = file.getvalue().splitlines()
+    assert sum("0.36" in line for line in lines) == 2, "what was measured of Alpa's plan on 8 devices"
+    assert any("1000 stages need" in line for line in lines)

@@ -6,6 +6,7 @@ import gzip
 import itertools
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,33 @@ def test_equals_brute_force() -> None:
     # The last two were once a crash and a forbidden choice: nodes whose costs all become infinite while others go.
     solved = sum(check_against_brute_force(seed) for seed in (*range(250), 1671, 2076))
     assert 100 < solved < 250, "both kinds should be there"
+
+
+def test_an_optimum_without_memory_is_that_of_equal_costs_wherever_it_fits() -> None:
+    used = refused = 0
+    for seed in range(60):
+        problem = random_network(seed)
+        if problem.limit is None:
+            continue
+        other = replace(problem, usages=tuple(2 * usages for usages in problem.usages))
+        assert other.costs_digest() == problem.costs_digest()
+        costs = (problem.costs[0] + 1, *problem.costs[1:])
+        assert replace(problem, costs=costs).costs_digest() != problem.costs_digest()
+        try:
+            found = solve(replace(problem, limit=None))
+            assert found.is_free
+            bound = solve(problem)
+        except InfeasiblePlanError:
+            continue
+        assert bound.is_free or bound.on(other) is None, "the limit may have decided"
+        taken = found.on(other)
+        if taken is None:
+            assert not other.is_feasible(found.choice)
+            refused += 1
+        else:
+            assert taken.cost == brute_force(other) and taken.memory == 2 * found.memory
+            used += 1
+    assert used and refused
 
 
 def complete(num_nodes: int, size: int, offset: int, spread: int, seed: int) -> CostNetwork:

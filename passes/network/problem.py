@@ -6,6 +6,7 @@ Without the limit it is MAP inference in a pairwise Markov random field, also ca
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 import math
 import zlib
@@ -79,6 +80,14 @@ class CostNetwork:
     def num_strategies(self) -> int:
         """Strategies of all nodes together."""
         return sum(map(len, self.costs))
+
+    def costs_digest(self) -> bytes:
+        """Equal for networks that differ in memory alone: in usages, live ranges and the limit."""
+        made = hashlib.sha256()
+        for array in (np.array(self.edges, np.int64), *self.costs, *self.edge_costs):
+            made.update(f"{array.dtype.str}{array.shape}".encode())
+            made.update(repr(array.tolist()).encode() if array.dtype.hasobject else array.tobytes())
+        return made.digest()
 
     def cost(self, choice: Sequence[int]) -> int | float:
         """The exact cost of a choice: integers stay integers, whatever their size."""

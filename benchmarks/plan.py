@@ -1,0 +1,229 @@
+"""Plans of Alpa's models, predicted: what it takes to make them, and what a step takes with them.
+
+    python benchmarks/plan.py                                   # every model that was run on 2 devices or more
+    python benchmarks/plan.py --models gpt-39B --plans alpa,intra --json out.json
+    python benchmarks/plan.py --models gpt-76B --devices 1024 --cluster benchmarks/alpa.toml:h100
+
+A plan is made in a process of its own, from the Python function to a plan whose stages are all solved; nothing runs. Plans
+are ``alpa``, the one that Alpa published; ``megatron``, the fastest of a grid of manual plans (tensor × pipeline × data
+parallelism × microbatches × rematerialization); ``inter``, a stage for each device; ``intra``, one stage over all devices.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+import tomllib
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+DATA = Path(__file__).with_name("alpa.toml")
+PLANS = ("alpa", "megatron", "inter", "intra")
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Manual:
+    """A plan by hand: equal meshes, and what is computed again in every layer."""
+
+    mesh: str
+    num_stages: int
+    num_microbatches: int
+    remat: str = "none"
+    strategy: str = "auto"
+
+
+def published(name: str) -> Iterator[Manual]:
+    """Alpa's plan of a model, with the rematerialization that fits: Alpa's runs compute every layer again."""
+    found = tomllib.loads(DATA.read_text())["plan"].get(name)
+    if found is not None:
+        yield Manual(found["mesh"], found["stages"], found["microbatches"], "all")
+
+
+def grid(devices: int, per_host: int, blocks: int, batch: int) -> Iterator[Manual]:
+    """Manual plans as Megatron's users try them: powers of two, tensor parallelism within a host, 1 to 4 examples at once on
+    each data-parallel replica."""
+    for tensor in _powers(min(per_host, devices)):
+        for stages in _powers(devices // tensor):
+            data = devices // (tensor * stages)
+            if stages > blocks:
+                continue
+            for size in (1, 2, 4):
+                if batch % (size * data) == 0:
+                    for remat in ("none", "products", "all"):
+                        mesh = f"data={data},model={tensor}"
+                        yield Manual(mesh, stages, batch // (size * data), remat, "megatron")
+
+
+def inter_only(devices: int, blocks: int, batch: int) -> Iterator[Manual]:
+    """A stage for each device, and sequences or images one by one."""
+    if devices <= blocks:
+        yield Manual("data=1", devices, batch, "all")
+
+
+def intra_only(devices: int, per_host: int, batch: int) -> Iterator[Manual]:
+    """One stage over all devices; as many examples at once as there are hosts, or four times as many."""
+    model = min(devices, per_host)
+    for size in (1, 4):
+        yield Manual(f"data={devices // model},model={model}", 1, batch // (size * devices // model), "all")
+
+
+def _powers(most: int) -> Iterator[int]:
+    power = 1
+    while power <= most:
+        yield power
+        power *= 2
+
+
+def candidates(name: str, plan: str, devices: int, per_host: int) -> list[Manual]:
+    """The manual plans of a kind for a model."""
+    from bactrian.driver.models.alpa_suite import model_named
+
+    model = model_named(name)
+    batch = model.batch
+    blocks = len(model.training().parameters["blocks"])
+    match plan:
+        case "alpa":
+            return list(published(name))
+        case "megatron":
+            return list(grid(devices, per_host, blocks, batch))
+        case "inter":
+            return list(inter_only(devices, blocks, batch))
+        case _:
+            return list(intra_only(devices, per_host, batch))
+
+
+def make(name: str, manual: Manual, cluster: str) -> Row:
+    """A plan, made in this process."""
+    import bactrian
+    from bactrian.driver.models.alpa_suite import model_named
+
+    begin, worked = time.perf_counter(), time.process_time()
+    program = model_named(name).training()
+    blocks = len(program.parameters["blocks"])
+    row: Row = {"model": name, **asdict(manual)}
+    try:
+        step = bactrian.parallelize(
+            program.step,
+            num_stages=manual.num_stages,
+            num_microbatches=manual.num_microbatches,
+            mesh=None if manual.mesh == "data=1" else manual.mesh,
+            cluster=cluster,
+            remat=manual.remat,
+            strategy=manual.strategy,
+        )
+        traced = step.trace(*program.shapes())
+        row["capture_s"] = time.perf_counter() - begin
+        plan = traced.plan(num_layers=max(blocks, manual.num_stages)).plan
+        flops = sum((stage.forward_flops or 0) + (stage.backward_flops or 0) for stage in plan.stages)
+        row |= {
+            "step_s": plan.predicted_step_seconds,
+            "pflops": flops * plan.num_microbatches / (plan.predicted_step_seconds or 1.0) / 1e15,
+            "device_bytes": plan.peak_memory_bytes,
+        }
+    except bactrian.BactrianError as error:
+        row["error"] = str(error).splitlines()[0]
+    row |= {
+        "wall_s": time.perf_counter() - begin,
+        "cpu_s": time.process_time() - worked,
+        "planner_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10,
+    }
+    return row
+
+
+def make_apart(name: str, manual: Manual, args: argparse.Namespace) -> Row:
+    """A plan, made in a process of its own, which is ended when it takes too long."""
+    alone = json.dumps([name, asdict(manual)])
+    command = [sys.executable, __file__, "--alone", alone, "--cluster", args.cluster]
+    try:
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, timeout=args.timeout)
+        return json.loads(done.stdout.splitlines()[-1])
+    except subprocess.TimeoutExpired:
+        return {"model": name, **asdict(manual), "error": f"not made in {args.timeout:.0f} s", "wall_s": args.timeout}
+
+
+def run(args: argparse.Namespace) -> list[Row]:
+    """The fastest plan of each kind for each model."""
+    from bactrian.driver.models.alpa_suite import SUITE
+    from bactrian.passes.machine.cluster_file import read_cluster
+
+    cluster, rows = read_cluster(args.cluster), list[Row]()
+    per_host = cluster.groups[0].devices_per_host
+    for name in args.models.split(",") if args.models else [n for n, m in SUITE.items() if m.devices > 1]:
+        devices = args.devices or SUITE[name].devices
+        for plan in args.plans.split(","):
+            tried = [
+                make_apart(name, manual, args) for manual in candidates(name, plan, devices, per_host)[: args.most]
+            ]
+            for row in tried:
+                print(json.dumps(row), file=sys.stderr, flush=True)
+            if tried:
+                fastest = min(tried, key=lambda row: row.get("step_s", float("inf")))
+                rows.append({"plan": plan, "devices": devices, "tried": len(tried), **fastest})
+    return rows
+
+
+def measured(row: Row) -> float | None:
+    """What Alpa's authors measured of the plan, in PFLOPS of all devices."""
+    found = tomllib.loads(DATA.read_text())["measured"][row["model"].partition("-")[0]]
+    if row["plan"] != "alpa" or row["devices"] not in found["devices"]:
+        return None
+    return found["alpa"][found["devices"].index(row["devices"])]
+
+
+def table(rows: list[Row]) -> Any:
+    """What people look at."""
+    from rich.table import Table
+
+    made = Table()
+    for text in ("model", "devices", "plan", "stages", "mesh", "µbatches", "remat", "step", "PFLOPS", "measured",
+                 "memory", "made in", "CPU", "planner"):  # fmt: skip
+        made.add_column(text, justify="left" if text in ("model", "plan", "mesh", "remat") else "right")
+    for row in rows:
+        known = measured(row)
+        made.add_row(
+            row["model"], str(row["devices"]), row["plan"], str(row["num_stages"]), row["mesh"],
+            str(row["num_microbatches"]), row["remat"],
+            f"{row['step_s']:.4g} s" if "step_s" in row else row["error"],
+            f"{row['pflops']:.3g}" if "pflops" in row else "", "" if known is None else f"{known:.3g}",
+            f"{row['device_bytes'] / 2**30:.1f} GiB" if row.get("device_bytes") else "",
+            f"{row['wall_s']:.0f} s", f"{row['cpu_s']:.0f} s" if "cpu_s" in row else "",
+            f"{row['planner_bytes'] / 2**30:.2f} GiB" if "planner_bytes" in row else "",
+        )  # fmt: skip
+    return made
+
+
+def main() -> None:
+    """Run and print."""
+    from rich.console import Console
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--models", help="of the suite, as in gpt-39B,moe-70B; by default all that were run on several devices"
+    )
+    parser.add_argument("--plans", default=",".join(PLANS))
+    parser.add_argument("--devices", type=int, default=0, help="by default those that a model was run on")
+    parser.add_argument("--cluster", default=f"{DATA}:p3_16xlarge", metavar="FILE[:NAME]")
+    parser.add_argument("--timeout", type=float, default=600.0, help="seconds for a plan")
+    parser.add_argument("--most", type=int, help="of the grid's plans; all by default")
+    parser.add_argument("--json", type=Path, help="file for all figures")
+    parser.add_argument("--alone", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.alone:
+        name, manual = json.loads(args.alone)
+        print(json.dumps(make(name, Manual(**manual), args.cluster)))
+        return
+    rows = run(args)
+    Console(width=180).print(table(rows))
+    if args.json:
+        args.json.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
