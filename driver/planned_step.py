@@ -14,6 +14,7 @@ from bactrian.driver.ranks import World
 from bactrian.driver.report.explanation_table import render_value
 from bactrian.driver.report.html_report import write_report
 from bactrian.driver.report.plan_table import render_plan
+from bactrian.driver.report.run_report import report_if_asked
 from bactrian.driver.report.terminal import RichView
 from bactrian.driver.report.timing_table import render_timing
 from bactrian.driver.run.compiled_step import Compiled
@@ -131,5 +132,6 @@ class Planned:
         if world.rank == 0:
             for remark in self.plan.remarks:
                 log_once(remark)
+            report_if_asked(self.plan, self.staged.program, self.captured.name)
         staged = self.staged if self._is_shared else with_shardings_of_rank_0(self.staged, world)
         return Compiled(self.captured, open_session(staged, world), check_inputs=self._check_inputs)

@@ -18,6 +18,7 @@ from bactrian.driver import cli
 from bactrian.driver.planning.held_memory import held_memory
 from bactrian.driver.planning.saved_plan import load_program
 from bactrian.driver.planning.simulated_step import simulated
+from bactrian.driver.report import run_report
 from bactrian.driver.report.html_report import render_report, write_report
 from bactrian.driver.report.step_timeline import StepTimeline, measured_timeline, predicted_timeline
 from bactrian.passes.frame.errors import ConfigError
@@ -341,3 +342,27 @@ def test_a_staged_program_of_another_plan_is_refused(saved: Path) -> None:
 def test_options_that_go_together(capsys: pytest.CaptureFixture[str], words: list[str], message: str) -> None:
     assert cli.main(["explain", "plan", *words]) == 3
     assert message in capsys.readouterr().err
+
+
+def test_the_steps_of_a_run_leave_their_reports(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    plan, program = chain_plan(), chain(3, 4)
+    monkeypatch.setattr(run_report, "_files", {})
+    run_report.report_if_asked(plan, program, "step")
+    monkeypatch.setenv(run_report.PLAN_REPORT_VARIABLE, str(tmp_path / "plan.html"))
+    for name in ("step", "evaluate/<lambda>", "step"):
+        run_report.report_if_asked(plan, program, name)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["plan-evaluate_lambda_.html", "plan.html"]
+    assert read_page((tmp_path / "plan.html").read_text()).find("h1")[0].text == "step"
+    monkeypatch.setattr(run_report, "_files", {})
+    monkeypatch.setenv(run_report.PLAN_REPORT_VARIABLE, str(tmp_path / "none" / "plan.html"))
+    run_report.report_if_asked(plan, program, "step")
+    assert "cannot write the report" in caplog.text
+
+
+def test_a_run_refuses_a_report_in_no_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "train.py").write_text("raise AssertionError")
+    report = tmp_path / "none" / "plan.html"
+    assert cli.main(["run", "--report", str(report), str(tmp_path / "train.py")]) == 3
+    assert f"cannot write the report {report}: there is no folder {report.parent}" in capsys.readouterr().err

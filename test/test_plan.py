@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from bactrian.driver.report.cut_reasons import cut_reasons, moved_layers
 from bactrian.driver.report.plan_diff import diff, render_diff
 from bactrian.driver.report.plan_table import render_explanation, render_plan, stage_reasons
 from bactrian.driver.report.terminal import WIDTH, RichView
@@ -22,6 +23,7 @@ from bactrian.passes.frame.units import human_bytes, human_count, human_seconds
 from bactrian.passes.frame.views import Viewable
 from bactrian.passes.plan.schema import STAGED_FILE, LayerPlan, Plan, Remark, StagePlan, fingerprint_text
 from bactrian.passes.plan.stage_sharding import ShardingFigures, ShardingPlan
+from bactrian.passes.plan.step_timing import StageTiming
 from bactrian.passes.schedules.by_name import SCHEDULES
 
 
@@ -237,8 +239,103 @@ def test_diff_names_decisions_and_relative_changes() -> None:
         "stage 1: mesh [data=1] → [data=2, model=4]",
         "stage 1: state_bytes unknown → 100",
     ]
-    one = Plan(1, 4, "1f1b", 3, (StagePlan(0, 0, 2),))
-    assert "stage 1: only in the first plan" in diff(a, one)
+
+
+def test_diff_says_how_cuts_and_meshes_differ() -> None:
+    wide = (("data", 2), ("model", 2))
+    names = tuple(LayerPlan(k, modules=(f"block_{k}",)) for k in range(3))
+    a = small(layers=names)
+    b = small(layers=names, stages=(StagePlan(0, 0, 0), StagePlan(1, 1, 2)))
+    assert diff(a, b) == [
+        "layers of stages 0–1 · 2 → 0 · 1–2",
+        "stage 1 begins at layer 2 (block_2) → layer 1 (block_1)",
+    ]
+    c = small(layers=names, num_stages=3, stages=tuple(StagePlan(s, s, s, wide) for s in range(3)))
+    assert diff(a, c) == [
+        "num_stages 2 → 3 (+50.0 %)",
+        "layers of stages 0–1 · 2 → 0 · 1 · 2",
+        "meshes of stages 2 × 1 device → 3 × data=2 model=2",
+        "devices 2 → 12 (+500.0 %)",
+    ]
+
+
+def test_diff_says_which_shardings_differ() -> None:
+    def with_sharding(*stage: ShardingPlan) -> Plan:
+        return small(stages=(StagePlan(0, 0, 1, sharding=stage[0] if stage else None), StagePlan(1, 2, 2)))
+
+    one = ShardingPlan(seconds=2.0, shardings=(("w", "data,-"), ("b", "-")), compared=(ShardingFigures("data", 3.0),))
+    other = ShardingPlan(seconds=1.0, shardings=(("w", "-,data"), ("b", "-")), compared=(ShardingFigures("data", 4.5),))
+    assert diff(with_sharding(one), with_sharding(other)) == [
+        "stage 0: seconds 2 → 1 (-50.0 %)",
+        "stage 0: sharding of w data,- → -,data",
+        "stage 0: baseline data: seconds 3 → 4.5 (+50.0 %)",
+    ]
+    assert diff(with_sharding(one), with_sharding()) == ["stage 0: sharding only in the first plan"]
+    assert diff(with_sharding(), with_sharding(one)) == ["stage 0: sharding only in the second plan"]
+    turned = dataclasses.replace(one, shardings=one.shardings[::-1])
+    assert diff(with_sharding(one), with_sharding(turned)) == ["stage 0: shardings in another order"]
+    more = dataclasses.replace(one, seconds=2.0 + 1e-12, compared=())
+    assert diff(with_sharding(one), with_sharding(more)) == [
+        "stage 0: seconds 2.0 → 2.000000000001 (+0.0 %)",
+        "stage 0: baseline data only in the first plan",
+    ]
+
+
+def timed(layers: list[float], cut: int, speeds: tuple[float, float] = (1.0, 1.0), count: int = 9) -> Plan:
+    """A plan of two stages over layers of so many seconds; ``cut`` is the first layer of the second."""
+    ranges = ((0, cut - 1), (cut, len(layers) - 1))
+    busy = [sum(layers[first : last + 1]) / speed for (first, last), speed in zip(ranges, speeds, strict=True)]
+    stages = tuple(
+        StagePlan(s, *ranges[s], timing=StageTiming(busy[s] / 3, 2 * busy[s] / 3), predicted_seconds=busy[s] * count)
+        for s in range(2)
+    )
+    names = tuple(LayerPlan(k, "", (f"block_{k}",), each) for k, each in enumerate(layers))
+    step = sum(busy) + (count - 1) * max(busy)
+    return Plan(2, count, "1f1b", len(layers), stages, names, predicted_step_seconds=step)
+
+
+@pytest.mark.parametrize("speeds", [(1.0, 1.0), (1.0, 4.0)])
+def test_the_next_best_cut_takes_as_long_as_its_own_plan(speeds: tuple[float, float]) -> None:
+    layers = [1.0, 2.0, 1.0, 3.0]
+    for cut in (1, 2, 3):
+        plan = timed(layers, cut, speeds)
+        moved = {each.layer: each for each in moved_layers(plan)}
+        others = {cut - 1: cut - 1, cut: cut + 1}  # the layer that moves, and where the second stage begins then
+        assert moved.keys() == {layer for layer, other in others.items() if 0 < other < len(layers)}
+        for layer, each in moved.items():
+            other = timed(layers, others[layer], speeds)
+            assert each.added_seconds == pytest.approx(
+                (other.predicted_step_seconds or 0) - (plan.predicted_step_seconds or 0)
+            )
+        assert [each.added_seconds for each in moved_layers(plan)] == sorted(
+            each.added_seconds for each in moved.values()
+        )
+
+
+def test_the_cut_is_explained() -> None:
+    reasons = dict(cut_reasons(timed([1.0, 2.0, 1.0, 3.0], 3)))
+    assert reasons["pace"] == (
+        "stage 0 binds: it takes 4.00 s for a microbatch, 14.3 % more than the mean, and the others wait for it"
+    )
+    assert reasons["next best"].startswith(
+        "layer 2 (block_2) in stage 1 instead of 0 would take 0.00 s more a step (+0.0 %): the least of all cuts"
+    )
+    assert dict(cut_reasons(timed([1.0, 1.0], 1))) == {
+        "pace": "all stages take 1.00 s for a microbatch: none waits for a slower one",
+        "next best": "there is no other cut into so many stages: each has one layer",
+    }
+    assert cut_reasons(Plan(1, 1, "1f1b", 1, (StagePlan(0, 0, 0),))) == []
+    assert cut_reasons(small()) == []  # nothing was predicted
+
+
+def test_memory_binds_where_little_is_left() -> None:
+    def held(nbytes: int) -> str:
+        sharding = ShardingPlan(limit_bytes=512, peak_bytes=nbytes)
+        stages = (StagePlan(0, 0, 1, sharding=sharding), StagePlan(1, 2, 2, sharding=ShardingPlan(limit_bytes=2000)))
+        return dict(cut_reasons(small(stages=stages)))["memory"]
+
+    assert held(504) == "it binds: a device of stage 0, the fullest, holds 504 B of 512 B, 98.4 %"
+    assert held(256) == "it does not bind: a device of stage 0, the fullest, holds 256 B of 512 B, 50.0 %"
 
 
 def test_a_plan_of_the_public_name_can_be_printed() -> None:

@@ -7,6 +7,7 @@ import contextlib
 import os
 import shutil
 import sys
+from pathlib import Path
 
 from bactrian.driver.commands.argument_types import count, seconds
 from bactrian.driver.launch import user_script
@@ -45,6 +46,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="seconds that ranks may go on after a signal to stop, which is passed on to them (default: 30)",
     )
+    parser.add_argument(
+        "--report",
+        metavar="FILE",
+        help="write the plan of the script's step as one HTML file; of further steps, files beside it with their names",
+    )
     parser.add_argument("--hosts", "--hostfile", metavar="HOSTS", help=argparse.SUPPRESS)
     # One argument: of two, argparse would take a `--` between script and arguments away.
     parser.add_argument(
@@ -73,6 +79,8 @@ def run(options: argparse.Namespace) -> int:
             "--grace is for several ranks, but there is one process, which gets signals itself",
             fix="leave it out, or pass -n N",
         )
+    if options.report is not None:
+        _ask_for_report(Path(options.report).absolute())
     user_script.use_virtual_devices(options.devices or (8 if options.n is None else 1))
     if options.n is not None:
         from bactrian.driver.launch.launcher import GRACE_SECONDS, launch
@@ -100,3 +108,12 @@ def run(options: argparse.Namespace) -> int:
         sys.stderr.write(user_script.describe_failure(error, script, full=options.traceback))
         return exit_code_of(error)
     return 0
+
+
+def _ask_for_report(path: Path) -> None:
+    """Let the steps of this process, and of the ranks that it starts, leave their reports."""
+    from bactrian.driver.report.run_report import PLAN_REPORT_VARIABLE
+
+    if not path.parent.is_dir():
+        raise ConfigError(f"cannot write the report {path}: there is no folder {path.parent}", fix="make it first")
+    os.environ[PLAN_REPORT_VARIABLE] = str(path)

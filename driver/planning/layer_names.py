@@ -10,6 +10,7 @@ from jaxlib.mlir import ir
 
 from bactrian.driver.planning.predictions import PlacedOp
 from bactrian.passes.frame.location import name_stack, user_place
+from bactrian.passes.ir.attributes import BACKWARD, FORWARD
 from bactrian.passes.plan.schema import LayerPlan
 
 _WRAPPER = re.compile(r"^(?!jit\()[\w.-]+\((.*)\)$")
@@ -30,11 +31,20 @@ def _module_of(stack: str) -> str:
     return names[1] if len(names) > 1 else names[0] if names else ""
 
 
-def name_layers(ops: Sequence[PlacedOp], num_layers: int) -> tuple[LayerPlan, ...]:
-    """Each layer's modules, and the user's line of its first op that does arithmetic."""
+def name_layers(ops: Sequence[PlacedOp], num_layers: int, *, is_timed: bool) -> tuple[LayerPlan, ...]:
+    """Each layer's modules, the user's line of its first op that does arithmetic, and the seconds of a microbatch.
+
+    Args:
+        ops: with their layers.
+        num_layers: how many layers there are.
+        is_timed: whether anything is known of the speed of the devices.
+    """
+    seconds = [0.0] * num_layers
     first: dict[int, str] = {}
     modules: dict[int, dict[str, None]] = {layer: {} for layer in range(num_layers)}
     for placed in ops:
+        if placed.phase in (FORWARD, BACKWARD):
+            seconds[placed.layer or 0] += placed.seconds
         if placed.phase != "forward" or placed.flops == 0:
             continue
         op, layer = placed.op, placed.layer or 0
@@ -43,7 +53,10 @@ def name_layers(ops: Sequence[PlacedOp], num_layers: int) -> tuple[LayerPlan, ..
         name = _module_of(name_stack(op.location))
         if name:
             modules[layer][name] = None
-    return tuple(LayerPlan(layer, first.get(layer, ""), tuple(modules[layer])) for layer in range(num_layers))
+    return tuple(
+        LayerPlan(layer, first.get(layer, ""), tuple(modules[layer]), seconds[layer] if is_timed else None)
+        for layer in range(num_layers)
+    )
 
 
 def _first_op(op: ir.Operation) -> str:

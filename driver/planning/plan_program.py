@@ -72,7 +72,7 @@ def plan_program(
     clock.add(formed.phases)
     # What is known by layers is read now: split-stages keeps only stages.
     with clock.phase("name layers"):
-        layered = _layered(module, decisions, formed)
+        layered = _layered(module, decisions, formed, platform)
     sources = _give_shardings(module, decisions, plan, placed or {}, paths) if decisions.is_wide else {}
     localized = run_pipeline(module, decisions.localizing(), reproducer_dir=reproducer_dir, kept=formed.kept)
     clock.add(localized.phases)
@@ -119,13 +119,13 @@ class _Layered:
     work: tuple[StageWork, ...]
 
 
-def _layered(module: ir.Module, decisions: Decisions, formed: PipelineReport) -> _Layered:
+def _layered(module: ir.Module, decisions: Decisions, formed: PipelineReport, platform: str) -> _Layered:
     with module.context:
         ops = placed_ops(formed.kept[MainDataflow], formed.kept[OpTimes])
         starts = first_layers(ops, decisions.num_stages, decisions.num_layers)
         layers = tuple(range(start, end) for start, end in pairwise((*starts, decisions.num_layers)))
-        work = stage_work(ops, decisions.num_stages)
-        return _Layered(name_layers(ops, decisions.num_layers), layers, read_remat(module), work)
+        names = name_layers(ops, decisions.num_layers, is_timed=is_timed(platform, decisions.cluster))
+        return _Layered(names, layers, read_remat(module), stage_work(ops, decisions.num_stages))
 
 
 def _one_device_timings(module: ir.Module, decisions: Decisions, platform: str) -> tuple[StageTiming, ...]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from bactrian.driver.planning.held_memory import HeldMemory
+from bactrian.driver.report.cut_reasons import cut_reasons
 from bactrian.driver.report.plan_table import kept_text, layer_range, mesh_text, sent_text
 from bactrian.driver.report.step_timeline import TRANSFERRING, StepTimeline, TimelineRow
 from bactrian.passes.frame.units import human_bytes, human_count, human_seconds
@@ -59,12 +60,13 @@ def stages_section(plan: Plan) -> dict[str, Any]:
     """Layers in stages, and the figures of each stage."""
     busy = [stage.predicted_seconds for stage in plan.stages]
     memory = [None if stage.device_memory_bytes is None else float(stage.device_memory_bytes) for stage in plan.stages]
+    mean = sum(layer.seconds or 0.0 for layer in plan.layers) / plan.num_layers
     stages = [
         {
             "number": stage.stage,
             "range": layer_range(stage),
             "mesh": mesh_text(stage),
-            "layers": [_layer(plan, number) for number in range(stage.first_layer, stage.last_layer + 1)],
+            "layers": [_layer(plan, number, mean) for number in range(stage.first_layer, stage.last_layer + 1)],
             "busy": _meter(busy, stage.stage, human_seconds(stage.predicted_seconds)),
             "memory": _meter(memory, stage.stage, human_bytes(stage.device_memory_bytes)),
             "parameters": human_count(stage.num_parameters),
@@ -82,6 +84,7 @@ def stages_section(plan: Plan) -> dict[str, Any]:
         "strip_label": "; ".join(f"stage {s.stage}: layers {layer_range(s)} on {mesh_text(s)}" for s in plan.stages),
         "stages_lead": _stages_lead(plan),
         "stages_note": note,
+        "reasons": cut_reasons(plan),
         "has_layers": bool(plan.layers),
     }
 
@@ -100,9 +103,16 @@ def _stages_lead(plan: Plan) -> str:
     return text
 
 
-def _layer(plan: Plan, number: int) -> dict[str, Any]:
+def _layer(plan: Plan, number: int, mean: float) -> dict[str, Any]:
+    """One layer; its width is its seconds beside the mean, or that of all where no seconds are known."""
     layer = plan.layers[number] if plan.layers else LayerPlan(number)
-    return {"number": number, "names": ", ".join(layer.modules), "source": layer.first_op}
+    return {
+        "number": number,
+        "names": ", ".join(layer.modules),
+        "source": layer.first_op,
+        "weight": max(0.05, (layer.seconds or 0.0) / mean) if mean else 1.0,
+        "seconds": human_seconds(layer.seconds),
+    }
 
 
 def _meter(values: Sequence[float | None], index: int, text: str) -> dict[str, Any]:

@@ -6,11 +6,13 @@ from collections.abc import Callable, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING
 
+from bactrian.driver.report.cut_reasons import cut_reasons
 from bactrian.driver.report.sharding_table import compared_table, sharding_grid
 from bactrian.driver.report.terminal import RichView
 from bactrian.passes.frame.units import UNKNOWN, human_bytes, human_count, human_seconds
 from bactrian.passes.frame.views import view
 from bactrian.passes.plan.schema import Option, Plan, Remark, StagePlan, add_known
+from bactrian.passes.plan.step_timing import StageTiming
 
 if TYPE_CHECKING:
     from rich.console import Group, RenderableType
@@ -233,6 +235,20 @@ def sent_text(value: int | None) -> str:
     return "" if value == 0 else human_bytes(value)
 
 
+def _time_text(plan: Plan, timing: StageTiming) -> str:
+    """How a stage spends a step: ``forward 3.00 ms, backward 6.00 ms a microbatch, 1.00 ms once; 20.0 ms (25.0 %) idle``."""
+    text = f"forward {human_seconds(timing.forward_seconds)}, backward {human_seconds(timing.backward_seconds)} a microbatch"
+    if timing.once_seconds:
+        text += f", {human_seconds(timing.once_seconds)} once"
+    step = plan.predicted_step_seconds
+    share = f" ({100 * (timing.bubble_seconds or 0.0) / step:.1f} %)" if step else ""
+    text += f"; idle {human_seconds(timing.bubble_seconds)}{share}"
+    if timing.communication_seconds:
+        exposed, all_of_it = timing.exposed_seconds or 0.0, timing.communication_seconds
+        text += f", transfers {human_seconds(all_of_it)}, {human_seconds(all_of_it - exposed)} of it hidden"
+    return text
+
+
 def _counted(count: int, noun: str, plural: str = "s") -> str:
     return f"{count:,} {noun}{'' if count == 1 else plural}"
 
@@ -243,11 +259,14 @@ def option_text(value: Option) -> str:
 
 
 def render_explanation(plan: Plan) -> Group:
-    """The plan, then each stage in words: its layers, its load against the mean, what its cut sends, what it holds."""
+    """The plan, why it is cut so, then each stage in words: its layers, its load against the mean, how it spends a step,
+    what its cut sends, what it holds."""
     from rich.console import Group
     from rich.text import Text
 
-    parts: list[Text | Group] = [render_plan(plan)]
+    parts: list[RenderableType] = [render_plan(plan)]
+    if reasons := cut_reasons(plan):
+        parts += [Text("\nwhy this cut", style=f"bold {_ACCENT}"), _reason_grid(reasons)]
     for stage in plan.stages:
         color = _STAGE_COLORS[stage.stage % len(_STAGE_COLORS)]
         heading = Text(f"\nstage {stage.stage}", style=f"bold {color}")
@@ -258,6 +277,18 @@ def render_explanation(plan: Plan) -> Group:
         parts.append(heading)
         parts += [Text(f"  {line}") for line in stage_reasons(plan, stage)]
     return Group(*parts)
+
+
+def _reason_grid(reasons: Sequence[tuple[str, str]]) -> Table:
+    from rich.table import Table
+    from rich.text import Text
+
+    grid = Table.grid(padding=(0, 2, 0, 0))
+    grid.add_column(no_wrap=True)
+    grid.add_column()
+    for name, text in reasons:
+        grid.add_row(Text(f"  {name}"), Text(text))
+    return grid
 
 
 def stage_reasons(plan: Plan, stage: StagePlan) -> list[str]:
@@ -279,6 +310,8 @@ def stage_reasons(plan: Plan, stage: StagePlan) -> list[str]:
         lines.append(
             f"balance  {100 * share:.1f} % of the work, {where}{busy}" + (": the slowest stage" if slowest else "")
         )
+    if stage.timing is not None and stage.timing.bubble_seconds is not None:
+        lines.append(f"time     {_time_text(plan, stage.timing)}")
     sent = [
         f"{human_bytes(value)} {towards}"
         for value, towards in (

@@ -33,6 +33,7 @@ class LayerPlan:
     layer: int
     first_op: str = ""  # "stablehlo.dot_general at train.py:12"
     modules: tuple[str, ...] = ()  # the user's module names, in order of appearance
+    seconds: float | None = None  # predicted, of a microbatch on one device, forward and backward
 
 
 @dataclass(frozen=True)
