@@ -157,6 +157,26 @@ print("equal")
 
 
 @pytest.mark.mpi
+@pytest.mark.long
+def test_results_of_a_stage_whose_axes_others_do_not_have(tmp_path: Path) -> None:
+    """Gradients of each stage, sharded over its own axes, come to every rank."""
+    body = """
+@bactrian.parallelize(mesh="x=2;y=2", cluster=sys.argv[1], state={0: 0})
+def step(w, x):
+    loss, gradient = bactrian.value_and_grad(lambda w: jnp.mean(jnp.tanh(jnp.tanh(x @ w[0]) @ w[1]) ** 2))(w)
+    return jax.tree.map(lambda a, b: a - 0.1 * b, w, gradient), loss, gradient
+
+
+found = bactrian.gather(step(w, x))
+jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), found, step.reference(w, x))
+print("equal")
+"""
+    done = together(tmp_path, body)
+    assert done.returncode == 0, done.stderr
+    assert sorted(done.stdout.splitlines()) == ["equal", "equal"]
+
+
+@pytest.mark.mpi
 def test_ranks_that_ask_for_different_plans(tmp_path: Path) -> None:
     """Every rank raises the same error; one that the script doesn't catch ends the job."""
     body = """
