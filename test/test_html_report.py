@@ -132,6 +132,16 @@ def test_baselines_stand_beside_the_plan_the_fastest_first() -> None:
     ]
 
 
+def test_layers_have_their_names_lines_and_what_is_computed_again() -> None:
+    plan = dataclasses.replace(sharded_plan(), remat=("none", "all"))
+    (section,) = read_page(render_report(plan)).find("section", id="stages")
+    layers = [[cell.text for cell in row.children] for row in section.find("tbody")[1].find("tr")]
+    assert layers == [
+        ["0", "0", "–", "none", "block_0", "stablehlo.dot_general at state['w']:7"],
+        ["1", "1", "–", "all", "block_1", "stablehlo.dot_general at state['w']:7"],
+    ]
+
+
 def test_warnings_come_first() -> None:
     page = read_page(render_report(sharded_plan()))
     main = page.find("main")[0]
@@ -335,7 +345,7 @@ def test_a_staged_program_of_another_plan_is_refused(saved: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--trace", "t.json"], "--trace is shown in a report"),
+        (["--measured", "t.json"], "--measured is shown in a report"),
         (["--report", "r.html", "--value", "w"], "a report is of the whole plan"),
     ],
 )

@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print what --value finds as JSON instead of a table")
     parser.add_argument("--report", metavar="FILE", help="write the plan, with its timeline, as one HTML file")
     parser.add_argument(
-        "--trace",
+        "--measured",
         metavar="FILE",
         help="of a run of the plan (`compiled.write_trace`): its last step is in the report too",
     )
@@ -40,8 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Carry the command out; returns its exit code."""
-    if options.trace is not None and options.report is None:
-        raise ConfigError("explain --trace is shown in a report", fix="name the file to write with --report")
+    if options.measured is not None and options.report is None:
+        raise ConfigError("explain --measured is shown in a report", fix="name the file to write with --report")
     if options.value is None:
         if options.json or options.stage is not None:
             name = "--json" if options.json else "--stage"
@@ -70,4 +70,4 @@ def _write_report(plan: Plan, options: argparse.Namespace) -> None:
 
     folder = Path(options.plan).resolve()
     name = (folder if folder.is_dir() else folder.parent).name
-    write_report(options.report, plan, load_program(options.plan, plan), name=f"plan {name}", trace=options.trace)
+    write_report(options.report, plan, load_program(options.plan, plan), name=f"plan {name}", measured=options.measured)

@@ -42,7 +42,7 @@ _SECTIONS = (
 
 
 def write_report(
-    path: str | Path, plan: Plan, program: StagedProgram | None, *, name: str = "", trace: str | Path | None = None
+    path: str | Path, plan: Plan, program: StagedProgram | None, *, name: str = "", measured: str | Path | None = None
 ) -> None:
     """Write the report of a plan.
 
@@ -51,18 +51,19 @@ def write_report(
         plan: what it is of.
         program: in stages, for the timeline; None where it was not saved.
         name: of the step, for people; that of its program by default.
-        trace: of a run of the plan, written by ``compiled.write_trace``; its last step is shown beside the predicted one.
+        measured: the trace of a run of the plan, written by ``compiled.write_trace``; its last step is shown beside the
+            predicted one.
 
     Raises:
         ConfigError: the file can't be written; the trace can't be read, or is of another plan.
     """
-    measured = None if trace is None else measured_timeline(trace, plan)
+    run = None if measured is None else measured_timeline(measured, plan)
     _, times = (plan, None) if program is None else simulated(plan, program)
     if program is None or times is None:
-        text = render_report(plan, None, measured, name=name)
+        text = render_report(plan, None, run, name=name)
     else:
         predicted = predicted_timeline(program, times)
-        text = render_report(plan, predicted, measured, held_memory(program, times), name=name)
+        text = render_report(plan, predicted, run, held_memory(program, times), name=name)
     try:
         write_whole(path, text)
     except OSError as error:

@@ -85,7 +85,8 @@ def stages_section(plan: Plan) -> dict[str, Any]:
         "stages_lead": _stages_lead(plan),
         "stages_note": note,
         "reasons": cut_reasons(plan),
-        "has_layers": bool(plan.layers),
+        "has_layers": bool(plan.layers or plan.remat),
+        "has_remat": any(word != "none" for word in plan.remat),
     }
 
 
@@ -112,6 +113,7 @@ def _layer(plan: Plan, number: int, mean: float) -> dict[str, Any]:
         "source": layer.first_op,
         "weight": max(0.05, (layer.seconds or 0.0) / mean) if mean else 1.0,
         "seconds": human_seconds(layer.seconds),
+        "remat": plan.remat[number] if plan.remat else "none",
     }
 
 
