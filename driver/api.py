@@ -118,6 +118,8 @@ def parallelize(
         batch_argnums: positional arguments whose leaves have the batch as dim 0; argument 1 by default.
         state: the result that is an argument's next value, by index; others are matched by tree, shapes and dtypes.
         cluster: the TOML file of the machines (`bactrian.passes.machine.cluster_file.read_cluster`); or this host's cores.
+            With a file and without ``mesh``, all that is not given is found, so that a step takes the least time: stages,
+            a mesh for each, the number of microbatches, the schedule, and what layers compute again.
         plan: a `Plan`, or the folder or file of a saved one; its decisions are applied instead of found.
         donate: let the step reuse the buffers of the state that it is given.
         forward_only: ``fun`` takes no gradient and is run as a forward pipeline.
@@ -225,7 +227,8 @@ class Parallelized:
         Arguments that another step has placed stay on their stages: the plan will put there what reads them.
         """
         placed = PlacedArguments.of(flatten_call(self._parameters, args, kwargs).leaves)
-        return Traced(self._capture(args, kwargs), self.options, placed)
+        retrace = functools.partial(self._capture, args, kwargs)
+        return Traced(self._capture(args, kwargs), self.options, placed, retrace)
 
     def reference(self, *args: Any, **kwargs: Any) -> Any:
         """The same step as plain JAX on one device, one microbatch after another: the oracle.
@@ -272,21 +275,29 @@ class Parallelized:
         stages = "one stage per rank" if o.num_stages is None else f"{o.num_stages} stages"
         return f"<bactrian step {self.__name__}: {stages}, {o.num_microbatches} microbatches, {o.schedule}>"
 
-    def _capture(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Captured:
+    def _capture(
+        self,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        num_microbatches: int | None = None,
+        schedule: str | None = None,
+    ) -> Captured:
+        """The step as it was last captured, else as the options say; or for a number of microbatches and a schedule."""
         o = self.options
         if any(num_devices(mesh) > 1 for mesh in o.meshes):
             refuse_explicit_axes()
         call = flatten_call(self._parameters, args, kwargs)
         signature = call.signature, requested_shardings(call.leaves)
-        if signature not in self._captured:
+        known, wanted = self._captured.get(signature), (num_microbatches, schedule)
+        if known is None or (wanted != (None, None) and wanted != (known.num_microbatches, known.schedule)):
             with paused_collection():
                 captured = capture(
                     self.fun,
                     args,
                     kwargs,
                     batch_argnums=o.batch_argnums if "batch_argnums" in o.given else None,
-                    num_microbatches=o.num_microbatches,
-                    schedule=o.schedule,
+                    num_microbatches=num_microbatches or o.num_microbatches,
+                    schedule=schedule or o.schedule,
                     state=o.state,
                     forward_only=o.forward_only,
                     out_reduction=o.out_reduction,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +12,7 @@ from bactrian.driver.capture.captured_step import Captured
 from bactrian.driver.gc_pause import paused_collection
 from bactrian.driver.planned_step import Planned
 from bactrian.driver.planning.decisions import Decisions
+from bactrian.driver.planning.find_pipeline import FixedDecisions, find_pipeline
 from bactrian.driver.planning.options import Options, check_stages, cluster_file
 from bactrian.driver.planning.plan_broadcast import staged_together
 from bactrian.driver.planning.plan_program import plan_program
@@ -26,8 +29,15 @@ from bactrian.runtime import faults
 class Traced:
     """A traced step. `plan` cuts it into stages."""
 
-    def __init__(self, captured: Captured, options: Options, placed: PlacedArguments | None = None) -> None:
-        self.captured, self.options, self.placed = captured, options, placed
+    def __init__(
+        self,
+        captured: Captured,
+        options: Options,
+        placed: PlacedArguments | None,
+        retrace: Callable[[int, str], Captured],
+    ) -> None:
+        """``retrace``: the same step for another number of microbatches and another schedule."""
+        self.captured, self.options, self.placed, self._retrace = captured, options, placed, retrace
 
     @property
     def text(self) -> str:
@@ -53,6 +63,9 @@ class Traced:
     ) -> Planned:
         """Cut the program into stages; needs no device.
 
+        With a cluster file and no mesh, what is not given is found: stages, their meshes, microbatches, schedule, and what
+        layers compute again.
+
         Args:
             cluster: the file that describes the machines, in the place of what ``parallelize`` was told.
             num_stages: overrides what ``parallelize`` was told; by default that of the step that placed the state,
@@ -70,7 +83,9 @@ class Traced:
         faults.at("plan")
         cluster = self.options.cluster if cluster is None else cluster_file(cluster)
         plan = plan or self.options.plan
-        if plan is not None:
+        if plan is None and num_layers is None and self._finds(cluster):
+            decisions = self._find(num_stages, cluster)
+        elif plan is not None:
             check_stages(plan, num_stages or self.options.given.get("num_stages"), num_layers)
             decisions = self._decisions_of(plan, cluster)
         else:
@@ -95,6 +110,34 @@ class Traced:
                 placed=None if self.placed is None else self.placed.specs,
             )
         return Planned(self.captured, staged, check_inputs=self.options.check_inputs)
+
+    def _finds(self, cluster: str) -> bool:
+        """Whether stages and meshes are found: there is a cluster, and neither a mesh nor a step that placed the state."""
+        return bool(cluster) and not self.options.mesh and self.placed is None and not self.captured.forward_only
+
+    def _find(self, num_stages: int | None, cluster: str) -> Decisions:
+        """The pipeline of the least step time; the step is then traced as that has it."""
+        given, remat = self.options.given, self.options.remat
+        if self.options.strategy != "auto" or len(remat) > 1:
+            name = "strategy" if self.options.strategy != "auto" else "remat"
+            raise ConfigError(
+                f"cannot find stages and meshes with {name} {self.options.strategy if name == 'strategy' else ', '.join(remat)}",
+                why="it belongs to given meshes" if name == "strategy" else "layers are not known yet",
+                fix="give num_stages and mesh too" if name == "strategy" else "give one word for all layers",
+            )
+        fixed = FixedDecisions(
+            num_stages or self.options.num_stages,
+            given.get("num_microbatches"),
+            given.get("schedule"),
+            remat=remat[0] if remat else "",
+        )
+        batch = [argument.shape[0] for argument in self.captured.arguments if argument.role == "batch"]
+        with paused_collection():
+            found = find_pipeline(
+                lambda count: self._retrace(count, self.options.schedule).module(), math.gcd(*batch), fixed, cluster
+            )
+        self.captured = self._retrace(found.num_microbatches, found.chosen.schedule.name)
+        return found.decisions(self.options.donate, cluster)
 
     def _decisions_of(self, plan: Plan, cluster: str) -> Decisions:
         """The decisions of a plan, once it is seen that it fits this program and its options."""
@@ -130,9 +173,12 @@ class Traced:
             BactrianError: as `plan` does, on every rank; or ranks have other programs or options.
         """
         world, meshes = World.current(), self._meshes()
-        if world.num_ranks == 1 or all(num_devices(mesh) == 1 for mesh in meshes):
+        finds = self.options.plan is None and self._finds(self.options.cluster)
+        if world.num_ranks == 1 or (not finds and all(num_devices(mesh) == 1 for mesh in meshes)):
             return self.plan()
         staged = staged_together(lambda: self.plan().staged, self.fingerprint, self.options, meshes, world)
+        if finds:
+            self.captured = self._retrace(staged.plan.num_microbatches, staged.plan.schedule)
         return Planned(self.captured, staged, is_shared=True, check_inputs=self.options.check_inputs)
 
     def _meshes(self) -> tuple[MeshAxes, ...]:

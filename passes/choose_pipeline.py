@@ -32,7 +32,7 @@ from bactrian.passes.pipelining.layer_programs import read_layers
 from bactrian.passes.pipelining.layers import ProgramLayers
 from bactrian.passes.pipelining.pipeline_candidates import ChosenPipeline, PipelineRequest, choose_pipeline
 from bactrian.passes.pipelining.pipeline_problem import FixedStages
-from bactrian.passes.plan.remat_words import parse_remat, words_of_layers
+from bactrian.passes.plan.remat_words import parse_remat
 from bactrian.passes.schedules.by_name import SCHEDULES, schedule_named
 from bactrian.passes.stages.op_times import OpTimes
 
@@ -248,6 +248,5 @@ def _write(module: ir.Module, chosen: ChosenPipeline) -> None:
     attributes[FIRST_LAYERS] = ir.DenseI64ArrayAttr.get([stage.place.first_layer for stage in stages])
     attributes[FIRST_DEVICES] = ir.DenseI64ArrayAttr.get(list(chosen.first_devices))
     make_stage_meshes(module, [stage.mesh for stage in stages])
-    words = [option.remat for stage in stages for option in stage.options]
-    if remat := words_of_layers(words, len(words)):
-        attributes[REMAT] = ir.ArrayAttr.get([ir.StringAttr.get(word) for word in remat])
+    if chosen.remat:
+        attributes[REMAT] = ir.ArrayAttr.get([ir.StringAttr.get(word) for word in chosen.remat])

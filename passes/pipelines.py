@@ -142,9 +142,19 @@ def emit_stages(donate: bool = True) -> Passes:
     )
 
 
-def up_to_stages(num_stages: int, num_layers: int, boundaries: str, mesh: str, cluster: str, remat: str = "") -> Passes:
+def up_to_stages(
+    num_stages: int,
+    num_layers: int,
+    boundaries: str,
+    mesh: str,
+    cluster: str,
+    remat: str = "",
+    most_layers: int = 0,
+    first_devices: str = "",
+) -> Passes:
     """The part of `stage_step` after which the planner measures ops and names layers, while ops still have layers."""
-    return (*import_step(mesh), *form_stages(num_stages, num_layers, boundaries, mesh, cluster, remat))
+    formed = form_stages(num_stages, num_layers, boundaries, mesh, cluster, remat, most_layers, first_devices)
+    return (*import_step(mesh), *formed)
 
 
 def up_to_shardings(mesh: str, cluster: str = "") -> Passes:

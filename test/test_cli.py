@@ -139,7 +139,7 @@ def test_a_model_is_planned_by_its_name(tmp_path: Path, capsys: pytest.CaptureFi
     (path := tmp_path / "machines.toml").write_text(
         cluster_text("f32 = 67, bf16 = 989", 3350, 5, memory_gib=80) + OTHER
     )
-    options = ["--num-stages", "2", "--num-microbatches", "512", "--cluster", f"{path}:v100"]
+    options = ["--num-stages", "2", "--num-microbatches", "512", "--mesh", "data=1", "--cluster", f"{path}:v100"]
     assert cli.main(["plan", "--model", "moe-380M", *options, "--json"]) == 0
     plan = Plan.from_json(capsys.readouterr().out)
     assert [stage.mesh for stage in plan.stages] == [(("data", 1),)] * 2

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from bactrian.passes import pipelines
 from bactrian.passes.machine.spec import MeshAxes, meshes_text, num_devices
 from bactrian.passes.pipelines import Passes
+from bactrian.passes.plan.pipeline_record import PipelineRecord
 from bactrian.passes.plan.schema import Plan
 
 
@@ -24,6 +25,8 @@ class Decisions:
         compare: whether the baselines are solved too.
         time_limit: seconds for the choice of shardings.
         remat: what layers compute again: a word for each, or none.
+        first_devices: of every stage, on the cluster's line; along the line if not given.
+        record: how stages were found, where they were; then the program is grouped into layers as it was for that.
     """
 
     num_layers: int
@@ -35,6 +38,8 @@ class Decisions:
     compare: bool = False
     time_limit: float = 60.0
     remat: tuple[str, ...] = ()
+    first_devices: tuple[int, ...] = ()
+    record: PipelineRecord | None = None
 
     @classmethod
     def of_plan(cls, plan: Plan, donate: bool, cluster: str = "") -> Decisions:
@@ -42,7 +47,18 @@ class Decisions:
         firsts = tuple(stage.first_layer for stage in plan.stages)
         meshes = tuple(stage.mesh for stage in plan.stages)
         strategy = next((stage.sharding.strategy for stage in plan.stages if stage.sharding is not None), "auto")
-        return cls(plan.num_layers, meshes, firsts, donate, cluster, strategy, remat=plan.remat)
+        places = tuple(stage.first_device for stage in plan.stages if stage.first_device is not None)
+        return cls(
+            plan.num_layers,
+            meshes,
+            firsts,
+            donate,
+            cluster,
+            strategy,
+            remat=plan.remat,
+            first_devices=places if len(places) == plan.num_stages else (),
+            record=plan.pipeline,
+        )
 
     @property
     def num_stages(self) -> int:
@@ -61,9 +77,16 @@ class Decisions:
 
     def forming(self) -> Passes:
         """The passes up to ``assign-stages``."""
-        boundaries = ",".join(map(str, self.first_layers))
-        remat = ",".join(self.remat)
-        return pipelines.up_to_stages(self.num_stages, self.num_layers, boundaries, self.mesh_text, self.cluster, remat)
+        return pipelines.up_to_stages(
+            num_stages=self.num_stages,
+            num_layers=self.num_layers if self.record is None else 0,
+            boundaries=",".join(map(str, self.first_layers)),
+            mesh=self.mesh_text,
+            cluster=self.cluster,
+            remat=",".join(self.remat),
+            most_layers=0 if self.record is None else self.record.most_layers,
+            first_devices=",".join(map(str, self.first_devices)),
+        )
 
     def localizing(self) -> Passes:
         """The passes from there to what ``solve-shardings`` reads."""

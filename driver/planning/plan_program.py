@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 
@@ -102,7 +102,11 @@ def plan_program(
         options=plan.options if plan is not None else (),
         remarks=remarks_of((*formed.diagnostics, *localized.diagnostics, *fitted.report.diagnostics)),
         transfers=transfers,
+        pipeline=decisions.record,
     )
+    if decisions.first_devices:
+        places = zip(made.stages, decisions.first_devices, strict=True)
+        made = replace(made, stages=tuple(replace(stage, first_device=device) for stage, device in places))
     with clock.phase("simulate"):
         made, _ = simulated(made, fitted.program)
     return StagedPlan(made, fitted.module, decisions.donate, unsolved, clock.phases)

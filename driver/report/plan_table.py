@@ -68,6 +68,10 @@ def plan_lines(plan: Plan) -> list[str]:
         measure = "predicted peak" if any(map(_has_peak, plan.stages)) else "of state and residuals"
         predicted.append(f"{human_bytes(plan.peak_memory_bytes)} {measure} per device")
     lines = [" · ".join(decided)]
+    if (record := plan.pipeline) is not None:
+        fixed = f" · given: {', '.join(record.fixed)}" if record.fixed else ""
+        tried = ", ".join(str(each.num_microbatches) for each in record.tried)
+        lines.append(f"found among {tried} microbatches · no other is faster by more than {record.gap:.1%}{fixed}")
     return lines + (["predicted: " + " · ".join(predicted)] if predicted else [])
 
 

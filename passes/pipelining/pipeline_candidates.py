@@ -15,6 +15,7 @@ from bactrian.passes.pipelining.host_line import HostLine
 from bactrian.passes.pipelining.layer_options import Menu
 from bactrian.passes.pipelining.pipeline_problem import FixedStages, PipelineChoice, PipelineProblem
 from bactrian.passes.pipelining.pipeline_search import least_memory, search_pipeline
+from bactrian.passes.plan.remat_words import words_of_layers
 from bactrian.passes.schedules.schedule import Schedule
 
 
@@ -55,6 +56,12 @@ class ChosenPipeline:
     schedule: Schedule
     first_devices: tuple[int, ...]
     bound_seconds: float
+
+    @property
+    def remat(self) -> tuple[str, ...]:
+        """What each layer computes again; nothing where none does."""
+        words = [option.remat for stage in self.choice.stages for option in stage.options]
+        return words_of_layers(words, len(words))
 
 
 def choose_pipeline(request: PipelineRequest) -> ChosenPipeline:
@@ -153,11 +160,11 @@ def _shortage(request: PipelineRequest, problems: Sequence[PipelineProblem]) -> 
     kept = stage.in_flight * sum(option.kept_bytes for option in stage.options)
     layers = f"{stage.place.first_layer} to {stage.place.end_layer - 1}"
     return InfeasiblePlanError(
-        f"cannot place the program on {cluster.name}: devices need {human_bytes(round(has * factor))} at least, "
+        f"cannot place the program on {cluster.name}: devices need about {human_bytes(round(has * factor))}, "
         f"they have {human_bytes(round(has))}",
         why=f"in the leanest plan of {len(stages)} stages and {request.num_microbatches} microbatches, stage {number} "
         f"(layers {layers}, on {axes_text(stage.mesh)}) has {human_bytes(round(state))} of state and "
-        f"{human_bytes(round(kept))} for {stage.in_flight} microbatches in flight on each device",
+        f"{human_bytes(round(kept))} for {stage.in_flight} microbatch{'es' * (stage.in_flight > 1)} in flight on each device",
         fix="take more or larger devices, more microbatches, or a smaller dtype; or leave remat, stages and schedule open",
     )
 

@@ -16,6 +16,7 @@ from bactrian.passes.frame.views import Viewable, view
 from bactrian.passes.frame.visible import visible
 from bactrian.passes.machine.spec import axes_text
 from bactrian.passes.plan.json_fields import Option, add_record, as_mapping, check_types, decode, encode
+from bactrian.passes.plan.pipeline_record import PipelineRecord
 from bactrian.passes.plan.remat_words import check_words
 from bactrian.passes.plan.stage_sharding import ShardingPlan
 from bactrian.passes.plan.step_timing import StageTiming, TransferTiming
@@ -49,6 +50,7 @@ class StagePlan:
     first_layer: int
     last_layer: int  # inclusive
     mesh: tuple[tuple[str, int], ...] = (("data", 1),)
+    first_device: int | None = None  # on the cluster's line of hosts; where it is not given, stages lie along it
     forward_flops: int | None = None
     backward_flops: int | None = None
     num_parameters: int | None = None
@@ -141,6 +143,7 @@ class Plan(Viewable):
     peak_memory_bytes: int | None = None  # of the device that needs most
     options: tuple[tuple[str, Option], ...] = ()
     remarks: tuple[Remark, ...] = ()  # each once
+    pipeline: PipelineRecord | None = None  # where the stages were found
     transfers: tuple[TransferTiming, ...] = ()  # as many as the program in stages has, in its order
     version: int = field(default=VERSION, kw_only=True)
 

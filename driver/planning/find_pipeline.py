@@ -1,0 +1,188 @@
+"""The pipeline of a step, found: the number of microbatches here, all else by ``choose-pipeline`` for each number."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from jaxlib.mlir import ir
+
+from bactrian.driver.planning.decisions import Decisions
+from bactrian.passes import pipelines
+from bactrian.passes.frame.errors import InfeasiblePlanError, ProgramError
+from bactrian.passes.frame.phase_times import PhaseClock, PhaseTime
+from bactrian.passes.frame.pipeline import run_pipeline
+from bactrian.passes.ir.attributes import NUM_LAYERS, required_integer
+from bactrian.passes.machine.cluster_file import read_cluster
+from bactrian.passes.machine.host_cores import num_cores
+from bactrian.passes.machine.spec import MeshAxes, meshes_text
+from bactrian.passes.pipelining.pipeline_candidates import ChosenPipeline
+from bactrian.passes.plan.pipeline_record import PipelineRecord, TriedMicrobatches
+
+MOST_LAYERS = 96
+_DEVICES_OF_A_WORKER = 8  # with fewer devices there is too little to solve for more processes to pay
+
+
+@dataclass(frozen=True)
+class FixedDecisions:
+    """What the user decides about a pipeline; None, or nothing, is what is found.
+
+    Attributes:
+        num_stages, num_microbatches, schedule: as ``parallelize`` has them.
+        meshes: of all stages, or of each.
+        remat: one word for all layers.
+    """
+
+    num_stages: int | None = None
+    num_microbatches: int | None = None
+    schedule: str | None = None
+    meshes: tuple[MeshAxes, ...] = ()
+    remat: str = ""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of what is decided."""
+        given = {
+            "mesh": self.meshes,
+            "num_microbatches": self.num_microbatches,
+            "num_stages": self.num_stages,
+            "remat": self.remat,
+            "schedule": self.schedule,
+        }
+        return tuple(name for name, value in given.items() if value)
+
+
+@dataclass(frozen=True)
+class FoundPipeline:
+    """A pipeline for one number of microbatches.
+
+    Attributes:
+        num_microbatches: of a step.
+        num_layers: that the program was grouped into.
+        chosen: stages and schedule.
+        record: of the search.
+        phases: how long it took.
+    """
+
+    num_microbatches: int
+    num_layers: int
+    chosen: ChosenPipeline
+    record: PipelineRecord
+    phases: tuple[PhaseTime, ...]
+
+    def decisions(self, donate: bool, cluster: str) -> Decisions:
+        """What later passes carry out."""
+        stages = self.chosen.choice.stages
+        return Decisions(
+            self.num_layers,
+            tuple(stage.mesh for stage in stages),
+            tuple(stage.place.first_layer for stage in stages),
+            donate,
+            cluster,
+            remat=self.chosen.remat,
+            first_devices=self.chosen.first_devices,
+            record=self.record,
+        )
+
+
+def find_pipeline(
+    make_module: Callable[[int], ir.Module], rows: int, fixed: FixedDecisions, cluster: str
+) -> FoundPipeline:
+    """The pipeline of the least step time.
+
+    The step is traced for several numbers of microbatches: from one near four for each device, to fewer and to more as long
+    as that makes it faster.
+
+    Args:
+        make_module: the captured step for a number of microbatches.
+        rows: of the batch.
+        fixed: what is not searched for.
+        cluster: the file of the machines.
+
+    Raises:
+        ConfigError: decisions contradict each other, or the cluster does not have what they ask for.
+        ProgramError: the program can't be run as a pipeline.
+        InfeasiblePlanError: no pipeline fits into memory.
+    """
+    search = _MicrobatchSearch(make_module, fixed, cluster)
+    if fixed.num_microbatches is not None:
+        search.step_seconds(fixed.num_microbatches)
+    else:
+        counts = [count for count in range(1, rows + 1) if rows % count == 0]
+        wanted = 4 * read_cluster(cluster).num_devices
+        search.descend(counts, next((n for n, count in enumerate(counts) if count >= wanted), len(counts) - 1))
+    return search.best()
+
+
+class _MicrobatchSearch:
+    """Pipelines for numbers of microbatches, each searched once."""
+
+    def __init__(self, make_module: Callable[[int], ir.Module], fixed: FixedDecisions, cluster: str) -> None:
+        self._make_module, self._fixed, self._cluster = make_module, fixed, cluster
+        self._found: dict[int, FoundPipeline | InfeasiblePlanError | ProgramError] = {}
+        self._clock = PhaseClock()
+
+    def descend(self, counts: Sequence[int], start: int) -> None:
+        """Go from one number to its neighbours as long as steps get faster, or nothing has fitted yet."""
+        best = start
+        for step in (1, -1):
+            number = start
+            while 0 <= number + step < len(counts):
+                number += step
+                known = self.step_seconds(counts[best])
+                if self.step_seconds(counts[number]) < known:
+                    best = number
+                elif math.isfinite(known):
+                    break
+
+    def step_seconds(self, num_microbatches: int) -> float:
+        """Of the best pipeline; infinite where there is none."""
+        if num_microbatches not in self._found:
+            try:
+                self._found[num_microbatches] = self._searched(num_microbatches)
+            except (InfeasiblePlanError, ProgramError) as error:
+                self._found[num_microbatches] = error
+        found = self._found[num_microbatches]
+        return found.chosen.choice.step_seconds if isinstance(found, FoundPipeline) else math.inf
+
+    def _searched(self, num_microbatches: int) -> FoundPipeline:
+        module = self._make_module(num_microbatches)
+        fixed, num_devices = self._fixed, read_cluster(self._cluster).num_devices
+        passes = pipelines.find_stages(
+            most_layers=MOST_LAYERS,
+            num_stages=fixed.num_stages or 0,
+            mesh=meshes_text(fixed.meshes),
+            schedule=fixed.schedule or "",
+            remat=fixed.remat,
+            cluster=self._cluster,
+            num_workers=min(num_cores(), max(1, num_devices // _DEVICES_OF_A_WORKER)),
+        )
+        report = run_pipeline(module, (*pipelines.import_step(), *passes))
+        self._clock.add(report.phases)
+        chosen = report.kept[ChosenPipeline]
+        with module.context:
+            num_layers = required_integer(module.operation, NUM_LAYERS, "run group-layers first")
+        record = PipelineRecord(chosen.choice.step_seconds, chosen.bound_seconds, MOST_LAYERS, fixed.names)
+        return FoundPipeline(num_microbatches, num_layers, chosen, record, ())
+
+    def best(self) -> FoundPipeline:
+        """The fastest of all.
+
+        Raises:
+            InfeasiblePlanError, ProgramError: there is none; that of the smallest microbatch, which needs least.
+        """
+        found = [each for each in self._found.values() if isinstance(each, FoundPipeline)]
+        if not found:
+            error = self._found[max(self._found)]
+            assert not isinstance(error, FoundPipeline)
+            raise error
+        best = min(found, key=lambda each: (each.chosen.choice.step_seconds, each.num_microbatches))
+        tried = tuple(_tried(count, each) for count, each in sorted(self._found.items(), key=lambda item: item[0]))
+        return replace(best, record=replace(best.record, tried=tried), phases=self._clock.phases)
+
+
+def _tried(num_microbatches: int, found: FoundPipeline | InfeasiblePlanError | ProgramError) -> TriedMicrobatches:
+    if not isinstance(found, FoundPipeline):
+        return TriedMicrobatches(num_microbatches)
+    return TriedMicrobatches(num_microbatches, found.chosen.schedule.name, found.chosen.choice.step_seconds)

@@ -1,0 +1,41 @@
+"""How the stages of a plan were found, as plain data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from bactrian.passes.plan.json_fields import add_record
+
+
+@dataclass(frozen=True)
+class TriedMicrobatches:
+    """A number of microbatches for which a pipeline was searched: the best one, or none where nothing fits."""
+
+    num_microbatches: int
+    schedule: str = ""
+    step_seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class PipelineRecord:
+    """What was searched.
+
+    ``step_seconds`` is what the search's closed form has for a step, ``bound_seconds`` what no other pipeline of the same
+    number of microbatches is below, both of the options that the layers had. ``fixed`` names what the user decided.
+    ``most_layers`` is what the program was grouped with.
+    """
+
+    step_seconds: float
+    bound_seconds: float
+    most_layers: int
+    fixed: tuple[str, ...] = ()
+    tried: tuple[TriedMicrobatches, ...] = ()
+
+    @property
+    def gap(self) -> float:
+        """By how much another pipeline could be faster at most, as a share of the step."""
+        return 1 - self.bound_seconds / self.step_seconds
+
+
+add_record(TriedMicrobatches, "a list of numbers of microbatches")
+add_record(PipelineRecord, "an object, or null")

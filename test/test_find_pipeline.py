@@ -1,0 +1,153 @@
+"""A cluster file alone: stages, meshes, microbatches and schedule are found, run, saved, and refused where they can't be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import bactrian
+from bactrian.driver import cli
+from bactrian.passes.frame.errors import BactrianError, ConfigError, InfeasiblePlanError, ProgramError
+from bactrian.passes.plan.schema import Plan
+
+WIDTH, ROWS = 64, 8
+
+CLUSTER = """
+hosts = {hosts}
+devices_per_host = {devices}
+memory_gib = {memory}
+peak_tflops = {{ f32 = 0.001 }}
+memory_gb_per_s = 10
+intra_host_gb_per_s = 1
+inter_host_gb_per_s = 0.01
+intra_host_latency_us = 1
+inter_host_latency_us = 1
+"""
+
+
+def loss(params: list[jax.Array], batch: tuple[jax.Array, jax.Array]) -> jax.Array:
+    x, y = batch
+    for w in params:
+        x = jnp.tanh(x @ w)
+    return jnp.mean((x - y) ** 2)
+
+
+def train(params: list[jax.Array], batch: tuple[jax.Array, jax.Array]) -> tuple[list[jax.Array], jax.Array]:
+    value, gradients = bactrian.value_and_grad(loss)(params, batch)
+    return jax.tree.map(lambda w, g: w - 0.1 * g, params, gradients), value
+
+
+def arguments(layers: int = 4) -> tuple[Any, Any]:
+    keys = jax.random.split(jax.random.key(0), layers + 2)
+    params = [jax.random.normal(key, (WIDTH, WIDTH)) / 8 for key in keys[2:]]
+    return params, tuple(jax.random.normal(key, (ROWS, WIDTH)) for key in keys[:2])
+
+
+def cluster(tmp_path: Path, hosts: int = 2, devices: int = 1, memory: float = 1.0) -> str:
+    (path := tmp_path / f"{hosts}x{devices}.toml").write_text(
+        CLUSTER.format(hosts=hosts, devices=devices, memory=memory)
+    )
+    return str(path)
+
+
+def test_a_cluster_alone(tmp_path: Path) -> None:
+    """Two stages of two layers each; the run equals the reference, and the saved plan is the same plan."""
+    params, batch = arguments()
+    step = bactrian.parallelize(train, cluster=cluster(tmp_path), donate=False)
+    planned = step.trace(params, batch).plan()
+    plan, record = planned.plan, planned.plan.pipeline
+    assert [(s.first_layer, s.last_layer, s.mesh, s.first_device) for s in plan.stages] == [
+        (0, 1, (("data", 1),), 0),
+        (2, 3, (("data", 1),), 1),
+    ]
+    assert record is not None and record.fixed == ()
+    assert record.step_seconds == min(each.step_seconds for each in record.tried if each.step_seconds is not None)
+    assert plan.num_microbatches > 1 and record.bound_seconds <= record.step_seconds
+    assert record.step_seconds == pytest.approx(plan.predicted_step_seconds, rel=0.05)
+
+    expected = step.reference(params, batch)
+    for got, want in zip(jax.tree.leaves(bactrian.gather(step(params, batch))), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+
+    planned.save(tmp_path / "saved")
+    assert Plan.load(tmp_path / "saved") == plan
+    again = bactrian.parallelize(train, plan=tmp_path / "saved", cluster=cluster(tmp_path), donate=False)
+    assert again.trace(params, batch).plan().plan == plan
+
+
+def test_meshes_are_found(tmp_path: Path) -> None:
+    """One layer cannot be cut, so a pipeline of one stage has all devices."""
+    params, batch = arguments(1)
+    step = bactrian.parallelize(train, num_microbatches=1, cluster=cluster(tmp_path, 1, 2), donate=False)
+    (stage,) = step.trace(params, batch).plan().plan.stages
+    assert stage.num_devices == 2
+    expected = step.reference(params, batch)
+    for got, want in zip(jax.tree.leaves(bactrian.gather(step(params, batch))), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+
+
+def test_what_is_given_is_kept(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"num_stages": 1, "num_microbatches": 4, "schedule": "gpipe", "remat": "all"}
+    plan = bactrian.parallelize(train, cluster=cluster(tmp_path), **options).trace(*arguments()).plan().plan
+    assert (plan.num_stages, plan.num_microbatches, plan.schedule) == (1, 4, "gpipe")
+    assert plan.pipeline is not None
+    assert plan.pipeline.fixed == ("num_microbatches", "num_stages", "remat", "schedule")
+    assert [each.num_microbatches for each in plan.pipeline.tried] == [4]
+    assert set(plan.remat) <= {"all", "none"}
+
+
+@pytest.mark.parametrize(
+    ("options", "memory", "kind", "message"),
+    [
+        ({}, 1e-5, InfeasiblePlanError, "cannot place the program on 2x1: devices need"),
+        ({"num_stages": 9}, 1.0, InfeasiblePlanError, "cannot make 9 stages of 4 layers"),
+        ({"num_stages": 3}, 1.0, ConfigError, "3 stages on data=1 need 3 devices, 2x1 has 2"),
+        ({"num_microbatches": 5}, 1.0, ProgramError, "has 8 rows, which 5 microbatches do not divide"),
+        ({"remat": ("all", "none")}, 1.0, ConfigError, "cannot find stages and meshes with remat all, none"),
+    ],
+)
+def test_what_cannot_be_found(
+    tmp_path: Path, options: dict[str, Any], memory: float, kind: type[BactrianError], message: str
+) -> None:
+    options = {"num_microbatches": 2} | options
+    step = bactrian.parallelize(train, cluster=cluster(tmp_path, memory=memory), **options)
+    with pytest.raises(kind, match=message):
+        step.trace(*arguments()).plan()
+
+
+def test_the_missing_memory_is_enough(tmp_path: Path) -> None:
+    """With what the error says is needed, there is a plan; with less there is none. What layers may choose depends on it."""
+    shapes = arguments()
+    step = bactrian.parallelize(train, num_microbatches=4, cluster=cluster(tmp_path, memory=1e-5))
+    with pytest.raises(InfeasiblePlanError) as caught:
+        step.trace(*shapes).plan()
+    needed = float(caught.value.message.partition("need about ")[2].split()[0]) * 2**10 / 2**30
+    for factor, fits in ((1.25, True), (0.75, False)):
+        larger = step.with_options(cluster=cluster(tmp_path, memory=needed * factor)).trace(*shapes)
+        if fits:
+            assert larger.plan().plan.num_microbatches == 4
+        else:
+            with pytest.raises(InfeasiblePlanError, match="cannot place the program"):
+                larger.plan()
+
+
+def test_the_command_finds_all(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parent)
+    script = tmp_path / "train.py"
+    script.write_text(
+        "import bactrian, test_find_pipeline as here\n"
+        "step = bactrian.parallelize(here.train)\nexample_args = here.arguments()\n"
+    )
+    assert cli.main(["plan", f"{script}:step", "--cluster", cluster(tmp_path), "--json"]) == 0
+    plan = Plan.from_json(capsys.readouterr().out)
+    assert plan.num_stages == 2 and plan.pipeline is not None
+    assert cli.main(["plan", f"{script}:step", "--cluster", cluster(tmp_path), "--num-stages", "1"]) == 0
+    text = capsys.readouterr().out
+    assert "no other is faster by more than" in text and "given: num_stages" in text
