@@ -118,13 +118,11 @@ def parallelize(
         batch_argnums: positional arguments whose leaves have the batch as dim 0; argument 1 by default.
         state: the result that is an argument's next value, by index; others are matched by tree, shapes and dtypes.
         cluster: the TOML file of the machines (`bactrian.passes.machine.cluster_file.read_cluster`); or this host's cores.
-            With a file and without ``mesh``, all that is not given is found, so that a step takes the least time: stages,
-            a mesh for each, the number of microbatches, the schedule, and what layers compute again.
+            With a file and no ``mesh``, what is not given is found: stages, meshes, microbatches, schedule, remat.
         plan: a `Plan`, or the folder or file of a saved one; its decisions are applied instead of found.
         donate: let the step reuse the buffers of the state that it is given.
         forward_only: ``fun`` takes no gradient and is run as a forward pipeline.
-        out_reduction: for ``forward_only``, how results are put together over the microbatches: one word or a prefix
-            tree of ``concat``, ``mean``, ``sum``, ``last``.
+        out_reduction: of results of ``forward_only``: ``concat``, ``mean``, ``sum``, ``last``, or a prefix tree of these.
         static_argnums, static_argnames: arguments that the step sees as the Python values that they are, by position or
             by name, as for ``jax.jit``. They must be hashable; for each new value the step is traced again.
         axis_name: the axis of a step that was written for ``jax.pmap``, over which it calls ``pmean`` and its kin. The step

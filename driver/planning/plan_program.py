@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 
@@ -86,8 +86,7 @@ def plan_program(
     fitted = _refine_memory(module, unsolved, decisions, localized, paths, reproducer_dir, clock)
     with clock.phase("predict"):
         stages = _stage_plans(fitted, layered, timings, decisions, plan, num_microbatches)
-        is_known = all(stage.timing is not None for stage in stages)
-        transfers = _transfers(fitted, decisions.cluster) if is_known else ()
+        transfers = _transfers(fitted, decisions.cluster) if all(s.timing is not None for s in stages) else ()
     made = Plan(
         num_stages=decisions.num_stages,
         num_microbatches=num_microbatches,
@@ -104,9 +103,6 @@ def plan_program(
         transfers=transfers,
         pipeline=decisions.record,
     )
-    if decisions.first_devices:
-        places = zip(made.stages, decisions.first_devices, strict=True)
-        made = replace(made, stages=tuple(replace(stage, first_device=device) for stage, device in places))
     with clock.phase("simulate"):
         made, _ = simulated(made, fitted.program)
     return StagedPlan(made, fitted.module, decisions.donate, unsolved, clock.phases)
@@ -211,6 +207,7 @@ def _stage_plans(
             layered.of_stages[stage],
             layered.work[stage],
             num_microbatches=num_microbatches,
+            first_device=decisions.first_devices[stage] if decisions.first_devices else None,
             timing=timings[stage] if timings else None,
             sharding=shardings[stage] if shardings else None,
         )

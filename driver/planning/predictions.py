@@ -111,6 +111,7 @@ def stage_plan(
     work: StageWork,
     *,
     num_microbatches: int,
+    first_device: int | None,
     timing: StageTiming | None,
     sharding: ShardingPlan | None,
 ) -> StagePlan:
@@ -122,6 +123,7 @@ def stage_plan(
         layers: that it is made of.
         work: its ops.
         num_microbatches: of a step.
+        first_device: of its mesh, where it was given.
         timing: its seconds; None where nothing is known of the speed of its devices.
         sharding: on a mesh, what was chosen.
     """
@@ -130,6 +132,7 @@ def stage_plan(
     return StagePlan(
         stage=stage,
         first_layer=layers[0],
+        first_device=first_device,
         last_layer=layers[-1],
         forward_flops=round(work.flops.get("forward", 0.0)),
         backward_flops=round(work.flops.get("backward", 0.0)),
