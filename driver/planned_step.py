@@ -70,17 +70,18 @@ class Planned:
         """Write ``plan.json`` and ``staged.mlir`` into a folder; on a mesh ``solve.mlir`` too, for ``bactrian explain``."""
         self.staged.save(directory)
 
-    def write_report(self, path: str | Path, *, measured: str | Path | None = None) -> None:
+    def write_report(self, path: str | Path, *, measured: str | Path | None = None, name: str = "") -> None:
         """Write the plan, with the timeline of a step, as one HTML file that needs nothing else.
 
         Args:
             path: the file.
             measured: the trace of a run of this plan, written by ``compiled.write_trace``: its last step is shown too.
+            name: of the step, for people; its own by default.
 
         Raises:
             ConfigError: the file can't be written; the trace can't be read, or is of another plan.
         """
-        write_report(path, self.plan, self.staged.program, name=self.captured.name, measured=measured)
+        write_report(path, self.plan, self.staged.program, name=name or self.captured.name, measured=measured)
 
     def write_trace(self, path: str | Path) -> None:
         """Write the predicted step as a Chrome trace, as ``compiled.write_trace`` writes the measured ones.

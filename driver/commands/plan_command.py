@@ -83,7 +83,7 @@ def run(options: argparse.Namespace) -> int:
     if options.save:
         planned.save(options.save)
     if options.report:
-        planned.write_report(options.report)
+        planned.write_report(options.report, name=options.model or options.step)
     if options.trace:
         planned.write_trace(options.trace)
     comparison = planned.compare_xla() if options.compare_xla else None

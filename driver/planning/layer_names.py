@@ -25,6 +25,7 @@ def _module_of(stack: str) -> str:
         if (
             part
             and "(" not in part
+            and "->" not in part  # the text of an einsum
             and part not in ("checkpoint", "rematted_computation", "closed_call", "while", "body")
         ):
             names.append(part)
