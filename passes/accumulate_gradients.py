@@ -15,15 +15,17 @@ from bactrian.passes.ir.attributes import (
     INITIALIZE,
     MICROBATCH_INDEX,
     UPDATE,
+    AttributeDict,
     argument_roles,
+    layer_of,
     phase_and_stage,
     phase_of,
+    placement,
     read_num_microbatches,
-    required_phase,
     required_stage,
-    set_phase,
     set_stage,
     stage_of,
+    with_phase,
 )
 from bactrian.passes.ir.builders import binary, scalar_i32, splat
 from bactrian.passes.ir.cloning import StageRule, clone_into_readers, copy_stage, stage_key, stage_keys
@@ -138,21 +140,22 @@ class AccumulateGradients(Pass):
 
 @dataclass(frozen=True)
 class _Summand:
-    """A part of a sum, and the shape ops between what computes it and the sum."""
+    """A part of a sum, the op that computes it (none where it is an argument), and the shape ops between that and the sum."""
 
     value: ir.Value
+    source: ir.Operation | None
     shape_ops: list[ir.Operation]
 
 
 @dataclass(frozen=True)
 class _Operand:
     """One operand of the boundary. If it is a sum over several stages, the summands by stage and the shape ops behind
-    the sum (the last one first), which are done once per step on ``stage``; else no summands."""
+    the sum (the last one first), which are done once per step, and ``where`` that is; else no summands."""
 
     value: ir.Value
     kind: str
     reduction: str
-    stage: int = 0
+    where: AttributeDict = field(default_factory=dict[str, ir.Attribute])
     summands: dict[int, list[_Summand]] = field(default_factory=dict[int, list[_Summand]])
     shape_ops: list[ir.Operation] = field(default_factory=list[ir.Operation])
 
@@ -210,15 +213,13 @@ def _find_summands(value: ir.Value, kind: str, reduction: str) -> _Operand:
             stack.extend((operand, op) for operand in reversed(list(op.operands)))
             continue
         source, between = _skip_shape_ops(summand)
-        if isinstance(source.owner, ir.Block):  # any stage can have an argument: the one that reads it
-            stage = required_stage(between[0] if between else reader)
-        else:
-            stage = required_stage(source.owner.operation)
-        summands.setdefault(stage, []).append(_Summand(summand, between))
+        producer = None if isinstance(source.owner, ir.Block) else source.owner.operation
+        # Any stage can have an argument: the one that reads it.
+        stage = required_stage(producer or (between[0] if between else reader))
+        summands.setdefault(stage, []).append(_Summand(summand, producer, between))
     if len(summands) < 2:
         return whole
-    stage = required_stage(shape_ops[0] if shape_ops else add)
-    return _Operand(value, kind, reduction, stage, summands, shape_ops)
+    return _Operand(value, kind, reduction, placement(shape_ops[0] if shape_ops else add), summands, shape_ops)
 
 
 def _skip_shape_ops(value: ir.Value) -> tuple[ir.Value, list[ir.Operation]]:
@@ -231,15 +232,20 @@ def _skip_shape_ops(value: ir.Value) -> tuple[ir.Value, list[ir.Operation]]:
 
 
 def _sum_per_stage(operand: _Operand) -> list[ir.Value]:
-    """Add up the summands of each stage; their shape ops move to that stage."""
+    """Add up the summands of each stage, on the lowest of their layers; their shape ops move to the stage."""
     parts: list[ir.Value] = []
     for stage, summands in sorted(operand.summands.items()):
         for summand in summands:
             for op in summand.shape_ops:
                 set_stage(op, stage)
+                if summand.source is not None:
+                    copy_stage(op, summand.source)
+        sources = [summand.source for summand in summands if summand.source is not None]
+        lowest = min(sources, key=lambda source: layer_of(source) or 0, default=None)
+        where = phase_and_stage(BACKWARD, stage) if lowest is None else with_phase(placement(lowest), BACKWARD)
         total = summands[0].value
         for summand in summands[1:]:
-            total = _add(total, summand.value, BACKWARD, stage)
+            total = binary("stablehlo.add", total, summand.value, where)
         parts.append(total)
     return parts
 
@@ -257,21 +263,17 @@ def _private_producer(value: ir.Value) -> ir.Operation | None:
 
 def _join(operand: _Operand, parts: list[ir.Value], location: ir.Location) -> ir.Value:
     """Add the accumulated parts, and redo the shape ops that stood behind the sum."""
-    total = parts[0]
+    total, where = parts[0], with_phase(operand.where, UPDATE)
     with location:
         for part in parts[1:]:
-            total = _add(total, part, UPDATE, operand.stage)
+            total = binary("stablehlo.add", total, part, where)
     for op in reversed(operand.shape_ops):
         clone = op.clone().operation
         clone.operands[0] = total
-        set_phase(clone, UPDATE)
-        set_stage(clone, operand.stage)
+        for name, attribute in where.items():
+            clone.attributes[name] = attribute
         total = clone.results[0]
     return total
-
-
-def _add(left: ir.Value, right: ir.Value, phase: str, stage: int) -> ir.Value:
-    return binary("stablehlo.add", left, right, phase_and_stage(phase, stage))
 
 
 def _accumulate(main: ir.Operation, boundary: ir.Operation, count: int) -> int:
@@ -283,14 +285,14 @@ def _accumulate(main: ir.Operation, boundary: ir.Operation, count: int) -> int:
         if reduction in ("last", ACCUMULATED):
             continue
         value, result = boundary.operands[number], boundary.results[number]
-        phase, stage = _phase_and_stage_of(value, main)
+        where = _placement_of(value, main)
         with ir.InsertionPoint(boundary), boundary.location:
-            zeros = splat(result.type, 0, phase_and_stage(INITIALIZE, stage))
+            zeros = splat(result.type, 0, with_phase(where, INITIALIZE))
             accumulate = _concat if reduction == "concat" else _sum
-            boundary.operands[number] = accumulate(zeros, value, phase, stage)
+            boundary.operands[number] = accumulate(zeros, value, where)
         if reduction == "mean":
             with ir.InsertionPoint(after), boundary.location:
-                _divide(result, count, _reader_stage(result, main, stage))
+                _divide(result, count, _reader_placement(result, main, where))
         made += 1
     set_boundary_words(boundary, kinds, [ACCUMULATED] * len(kinds))
     return made
@@ -301,36 +303,33 @@ def _next_op(main: ir.Operation, op: ir.Operation) -> ir.Operation:
     return operations[operations.index(op) + 1]
 
 
-def _phase_and_stage_of(value: ir.Value, main: ir.Operation) -> tuple[str, int]:
+def _placement_of(value: ir.Value, main: ir.Operation) -> AttributeDict:
     """Where a boundary operand is accumulated: with its producer, or with the first reader of an argument."""
     owner = value.owner
     if not isinstance(owner, ir.Block):
-        op = owner.operation
-        return required_phase(op), required_stage(op)
+        return placement(owner.operation)
     for use in value.uses:
         reader = top_level(use.owner.operation, body(main))
-        stage, phase = stage_of(reader), phase_of(reader)
-        if stage is not None and phase not in (None, UPDATE):
-            return str(phase), stage
-    return FORWARD, 0  # only the boundary reads it: any stage will do
+        if stage_of(reader) is not None and phase_of(reader) not in (None, UPDATE):
+            return placement(reader)
+    return phase_and_stage(FORWARD, 0)  # only the boundary reads it: any stage will do
 
 
-def _reader_stage(result: ir.Value, main: ir.Operation, fallback: int) -> int:
-    """The stage of the update ops that read a boundary result, if they agree."""
-    readers = [stage_of(top_level(use.owner.operation, body(main))) for use in result.uses]
-    stages = {stage for stage in readers if stage is not None}
-    if len(stages) == 1:
-        return stages.pop()
-    return fallback
+def _reader_placement(result: ir.Value, main: ir.Operation, fallback: AttributeDict) -> AttributeDict:
+    """That of the update ops that read a boundary result, if they are of one stage."""
+    tops = (top_level(use.owner.operation, body(main)) for use in result.uses)
+    readers = [reader for reader in tops if stage_of(reader) is not None]
+    if len({stage_of(reader) for reader in readers}) != 1:
+        return with_phase(fallback, UPDATE)
+    return with_phase(placement(min(readers, key=lambda reader: layer_of(reader) or 0)), UPDATE)
 
 
-def _sum(zeros: ir.Value, value: ir.Value, phase: str, stage: int) -> ir.Value:
-    return binary("stablehlo.add", zeros, value, {**phase_and_stage(phase, stage), ACCUMULATE: ir.UnitAttr.get()})
+def _sum(zeros: ir.Value, value: ir.Value, where: AttributeDict) -> ir.Value:
+    return binary("stablehlo.add", zeros, value, {**where, ACCUMULATE: ir.UnitAttr.get()})
 
 
-def _concat(zeros: ir.Value, value: ir.Value, phase: str, stage: int) -> ir.Value:
+def _concat(zeros: ir.Value, value: ir.Value, where: AttributeDict) -> ir.Value:
     """Write a microbatch's rows at their place in the full batch's buffer."""
-    where = phase_and_stage(phase, stage)
     scalar = scalar_i32()
     tensor = ir.RankedTensorType(value.type)
     rows = tensor.shape[0]
@@ -351,9 +350,8 @@ def _concat(zeros: ir.Value, value: ir.Value, phase: str, stage: int) -> ir.Valu
     return op.results[0]
 
 
-def _divide(result: ir.Value, count: int, stage: int) -> None:
+def _divide(result: ir.Value, count: int, where: AttributeDict) -> None:
     """Divide an accumulated sum by the number of microbatches, for all its readers."""
-    where = phase_and_stage(UPDATE, stage)
     right = splat(result.type, count, where)
     op = ir.Operation.create("stablehlo.divide", results=[result.type], operands=[result, right], attributes=where)
     result.replace_all_uses_except(op.results[0], op)

@@ -21,8 +21,9 @@ HOSTS = HostGroup("small", 2, 4, 1 << 20, Device("small", {"default": 1e11}, 1e1
 """Two hosts of four devices with a MiB each."""
 
 
-def blocks_step(blocks: int, rows: int = ROWS, microbatches: int = 4) -> ir.Module:
-    """The step with phases: each block adds a two-layer perceptron of its normalized input to it."""
+def blocks_step(blocks: int, rows: int = ROWS, microbatches: int = 4, *, tied: bool = False) -> ir.Module:
+    """The step with phases: each block adds a two-layer perceptron of its normalized input to it. ``tied``: the head is the
+    embedding."""
 
     def norm(x: jax.Array) -> jax.Array:
         return x - x.mean(-1, keepdims=True)
@@ -31,7 +32,7 @@ def blocks_step(blocks: int, rows: int = ROWS, microbatches: int = 4) -> ir.Modu
         x = params["embedding"][batch["x"]]
         for up, down in params["blocks"]:
             x = x + jax.nn.relu(norm(x) @ up) @ down
-        logits = x @ params["head"]
+        logits = x @ (params["embedding"].T if tied else params["head"])
         chosen = jax.nn.one_hot(batch["y"], VOCABULARY)
         return -(jax.nn.log_softmax(logits) * chosen).sum(-1).mean()
 
@@ -45,8 +46,7 @@ def blocks_step(blocks: int, rows: int = ROWS, microbatches: int = 4) -> ir.Modu
     params = {
         "embedding": array(VOCABULARY, WIDTH),
         "blocks": [(array(WIDTH, 4 * WIDTH), array(4 * WIDTH, WIDTH)) for _ in range(blocks)],
-        "head": array(WIDTH, VOCABULARY),
-    }
+    } | ({} if tied else {"head": array(WIDTH, VOCABULARY)})
     tokens = jax.ShapeDtypeStruct((microbatches * rows, LENGTH), jnp.int32)
     traced = bactrian.parallelize(step, num_microbatches=microbatches).trace(params, {"x": tokens, "y": tokens})
     module = traced.captured.module(None)

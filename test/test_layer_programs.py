@@ -6,10 +6,14 @@ import layered_steps
 import pytest
 from jaxlib.mlir import ir
 
+from bactrian.passes import pipelines
 from bactrian.passes.assign_stages import AssignStages
 from bactrian.passes.frame.errors import ConfigError
 from bactrian.passes.frame.pipeline import run_pipeline
+from bactrian.passes.group_layers import GroupLayers
+from bactrian.passes.ir.attributes import ACCUMULATE, layer_of, phase_of, stage_of
 from bactrian.passes.ir.meshes import make_user_mesh
+from bactrian.passes.ir.regions import body, main_function
 from bactrian.passes.pipelining.layer_programs import read_layers
 from bactrian.passes.pipelining.layers import BACKWARD, FORWARD, ONCE, LayerProgram, ProgramLayers
 
@@ -94,3 +98,16 @@ def test_shardings_of_the_user_are_refused() -> None:
         make_user_mesh(module, [(("data", 2),)])
         with pytest.raises(ConfigError, match="cannot choose meshes for a program with shardings of its own"):
             read_layers(module, layered_steps.HOSTS)
+
+
+def test_clones_accumulators_and_parts_of_sums_have_a_layer() -> None:
+    module = layered_steps.blocks_step(3, tied=True)
+    run_pipeline(module, [GroupLayers(num_layers=4), AssignStages(num_stages=2), *pipelines.localize_stages()])
+    ops = [view.operation for view in body(main_function(module)).operations]
+    placed = [op for op in ops if stage_of(op) is not None]
+    layers = {stage: {layer_of(op) for op in placed if stage_of(op) == stage} for stage in (0, 1)}
+    assert layers[0] | layers[1] == {0, 1, 2, 3} and not layers[0] & layers[1]
+    assert {phase_of(op) for op in placed} >= {"initialize", "backward", "update"}
+    accumulators = [layer_of(op) for op in placed if ACCUMULATE in op.attributes]
+    assert len(accumulators) == 9  # two weights of three blocks, the embedding in two parts, the loss
+    assert set(accumulators) == {0, 1, 2, 3}

@@ -185,6 +185,17 @@ def phase_and_stage(phase: str, stage: int) -> AttributeDict:
     return {PHASE: ir.StringAttr.get(phase), STAGE: integer(stage)}
 
 
+def placement(op: ir.Operation) -> AttributeDict:
+    """The attributes of a new op beside another one, which must have a phase and a stage: these, and its layer if it has one."""
+    layer = {LAYER: op.attributes[LAYER]} if LAYER in op.attributes else {}
+    return {**phase_and_stage(required_phase(op), required_stage(op)), **layer}
+
+
+def with_phase(attributes: AttributeDict, phase: str) -> AttributeDict:
+    """The attributes of a new op of another phase."""
+    return {**attributes, PHASE: ir.StringAttr.get(phase)}
+
+
 def argument_attributes(function: ir.Operation) -> list[AttributeDict]:
     """A copy of the attributes of each argument of a function."""
     return _entries(function, "arg_attrs", len(_type_of(function).inputs))
