@@ -179,7 +179,7 @@ def test_a_thousand_random_transfers() -> None:
 )
 def test_streams_of_unequal_groups_send_each_value_once(ranks: list[int], num_ranks: int) -> None:
     """Stages over several ranks beside stages of one, whose meshes have two devices per rank."""
-    groups = deal_stages(ranks, num_ranks)
+    groups = deal_stages([2 * count for count in ranks], 2, num_ranks)
     program = chain(len(ranks), 3)
     meshes = tuple((("a", 2), ("b", count)) for count in ranks)
     for seed in range(4):

@@ -10,7 +10,7 @@ import pytest
 
 from bactrian.driver.cli import main
 from bactrian.driver.ranks import World
-from bactrian.driver.run.distributed_meshes import devices_of_ranks, ranks_of_stages
+from bactrian.driver.run.distributed_meshes import check_devices, devices_of_ranks
 from bactrian.driver.run.session import lots_of_devices
 from bactrian.passes.frame.errors import ConfigError
 from bactrian.runtime.control import SingleProcess
@@ -49,27 +49,41 @@ class Ranks(SingleProcess):
         self.rank, self.size = rank, size
 
 
-def ask(meshes: Sequence[tuple[tuple[str, int], ...]], num_ranks: int, each: int, rank: int = 0) -> tuple[int, ...]:
-    """`ranks_of_stages` on one of so many ranks."""
-    return ranks_of_stages(meshes, World(Ranks(rank, num_ranks)), [None] * each)
+def ask(meshes: Sequence[tuple[tuple[str, int], ...]], num_ranks: int, each: int, rank: int = 0) -> None:
+    """`check_devices` on one of so many ranks."""
+    check_devices(meshes, World(Ranks(rank, num_ranks)), [None] * each)
 
 
 def test_ranks_that_a_mesh_takes(joined: list[int]) -> None:
-    assert ask([MESH], 3, 4) == (1,)  # nothing has to be joined
+    ask([MESH], 3, 4)  # nothing has to be joined
     joined += [2, 2, 2, 2]
-    assert ask([MESH, MESH], 4, 2) == (2, 2)
-    assert ask([MESH], 4, 4) == (1,)
-    assert ask([MESH, (("data", 1),), (("data", 2),), (("data", 8),)], 4, 2) == (2, 1, 1, 4)
+    ask([MESH, (("data", 1),), (("data", 2),), (("data", 8),)], 4, 2)
     assert [d.id for d in devices_of_ranks([2, 3])] == [4096, 4097, 6144, 6145]
 
 
 def test_stages_are_dealt_to_groups_of_ranks() -> None:
-    assert deal_stages([2, 2, 2], 4) == StageGroups((0, 1, 0), (2, 2))
-    assert deal_stages([2, 1, 4], 7) == StageGroups((0, 1, 2), (2, 1, 4))
-    groups = deal_stages([2, 1, 2, 1], 3)
+    assert deal_stages([4, 4, 4], 2, 4) == StageGroups((0, 1, 0), (2, 2))
+    assert deal_stages([4, 1, 8], 2, 7) == StageGroups((0, 1, 2), (2, 1, 4))
+    groups = deal_stages([2, 1, 2, 1], 1, 3)
     assert groups == StageGroups((0, 1, 0, 1), (2, 1))
     assert [list(groups.ranks(group)) for group in (0, 1)] == [[0, 1], [2]]
     assert [groups.of_rank(rank) for rank in range(groups.num_ranks)] == [0, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "each", "num_ranks", "groups"),
+    [
+        ([2, 2, 2, 2], 4, 2, StageGroups((0, 1, 0, 1), (1, 1))),  # dealt round, no device is shared
+        ([4, 2, 2], 4, 2, StageGroups((0, 1, 1), (1, 1))),
+        ([4, 2, 2, 2, 2], 4, 4, StageGroups((0, 1, 1, 2, 3), (1, 1, 1, 1))),
+        ([8, 2, 2, 4, 8], 4, 6, StageGroups((0, 1, 1, 2, 3), (2, 1, 1, 2))),
+        ([4, 4, 2], 4, 2, StageGroups((0, 1, 0), (1, 1))),  # they must share
+    ],
+)
+def test_stages_share_no_devices_that_they_need_not(
+    sizes: list[int], each: int, num_ranks: int, groups: StageGroups
+) -> None:
+    assert deal_stages(sizes, each, num_ranks) == groups
 
 
 def test_devices_of_one_process() -> None:
@@ -86,7 +100,7 @@ def test_ranks_that_are_not_joined(joined: list[int]) -> None:
     assert "bactrian run --distributed" in str(error.value)
     assert 'cluster_detection_method="mpi4py"' in str(error.value)
     with pytest.raises(ConfigError, match="this process has 2"):
-        ranks_of_stages([MESH], World(), [None] * 2)
+        check_devices([MESH], World(), [None] * 2)
 
 
 def test_ranks_that_are_joined_otherwise(joined: list[int]) -> None:
@@ -114,7 +128,7 @@ def test_ranks_that_do_not_fit(
 
 
 @pytest.mark.parametrize(
-    ("ranks_of_stage", "num_ranks", "message", "fix"),
+    ("sizes", "num_ranks", "message", "fix"),
     [
         ([2], 4, "has 1 stage, but 4 ranks were started", "start 2 ranks, or ask for num_stages=2"),
         ([2] * 3, 8, "has 3 stages, but 8 ranks", "start 2, 4 or 6 ranks, or ask for num_stages=4"),
@@ -123,10 +137,17 @@ def test_ranks_that_do_not_fit(
         ([2, 1, 2, 1], 4, "has 4 stages, but 4 ranks", "start 3 or 6 ranks"),
     ],
 )
-def test_ranks_that_stages_have_no_use_for(ranks_of_stage: list[int], num_ranks: int, message: str, fix: str) -> None:
+def test_ranks_that_stages_have_no_use_for(sizes: list[int], num_ranks: int, message: str, fix: str) -> None:
     with pytest.raises(ConfigError, match=message) as error:
-        deal_stages(ranks_of_stage, num_ranks)
+        deal_stages(sizes, 1, num_ranks)
     assert str(error.value).endswith(fix)
+
+
+def test_ranks_that_fit_if_stages_lie_along_them_are_named() -> None:
+    with pytest.raises(ConfigError, match="has 4 stages, but 3 ranks were started") as error:
+        deal_stages([8, 4, 2, 2], 4, 3)
+    assert str(error.value).endswith("start 4 or 5 ranks")
+    assert "stages belong to 2, 1, 1, 1 ranks" in str(error.value)
 
 
 def test_one_process_has_nothing_to_join(tmp_path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -42,8 +42,8 @@ def join_ranks(control: Control) -> None:
     )
 
 
-def ranks_of_stages(meshes: Sequence[MeshAxes], world: Any, local: Sequence[JaxDevice]) -> tuple[int, ...]:
-    """How many ranks' devices the mesh of each stage is made of; 1 where a rank has enough by itself.
+def check_devices(meshes: Sequence[MeshAxes], world: Any, local: Sequence[JaxDevice]) -> None:
+    """Refuse meshes that ranks can't hold: a mesh has some of the devices of one rank, or all of several.
 
     Args:
         meshes: names and sizes of the axes of each stage's mesh.
@@ -55,7 +55,7 @@ def ranks_of_stages(meshes: Sequence[MeshAxes], world: Any, local: Sequence[JaxD
     """
     sizes, each = [num_devices(mesh) for mesh in meshes], len(local)
     if max(sizes) <= each:
-        return (1,) * len(meshes)
+        return
     _check_ranks_of(meshes, sizes.index(max(sizes)), world, each)
     for stage, needed in enumerate(sizes):
         if needed > each and needed % each:
@@ -64,7 +64,6 @@ def ranks_of_stages(meshes: Sequence[MeshAxes], world: Any, local: Sequence[JaxD
                 why="a mesh has all devices of some ranks, or some of one",
                 fix=f"take a mesh of a multiple of {each} devices, or ranks with another number of them",
             )
-    return tuple(max(1, needed // each) for needed in sizes)
 
 
 def _mesh_of(stage: int, meshes: Sequence[MeshAxes]) -> str:

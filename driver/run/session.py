@@ -16,7 +16,7 @@ from jax.sharding import Sharding
 
 from bactrian.driver.planning.staged_plan import StagedPlan
 from bactrian.driver.ranks import World
-from bactrian.driver.run.distributed_meshes import devices_of_ranks, meshes_of, ranks_of_stages
+from bactrian.driver.run.distributed_meshes import check_devices, devices_of_ranks, meshes_of
 from bactrian.driver.xla.compile_stage import (
     CompiledFunction,
     JaxDevice,
@@ -135,7 +135,9 @@ def num_groups(mesh: MeshAxes) -> int:
     world = World.current()
     if world.num_ranks == 1:
         return 1
-    (ranks,) = ranks_of_stages([mesh], world, jax.local_devices())
+    local = jax.local_devices()
+    check_devices([mesh], world, local)
+    ranks = max(1, num_devices(mesh) // len(local))
     if world.num_ranks % ranks:
         groups = world.num_ranks // ranks
         raise ConfigError(
@@ -153,11 +155,12 @@ def groups_of_stages(meshes: Sequence[MeshAxes], world: World) -> StageGroups:
         ConfigError: the ranks or their devices do not fit the stages' meshes.
     """
     local = jax.local_devices()
-    ranks = ranks_of_stages(meshes, world, local)
-    if world.num_ranks > 1:
-        return deal_stages(ranks, world.num_ranks)
     sizes = [num_devices(mesh) for mesh in meshes]
-    return deal_stages(ranks, len(lots_of_devices(sizes, len(local))))
+    check_devices(meshes, world, local)
+    if world.num_ranks > 1:
+        return deal_stages(sizes, len(local), world.num_ranks)
+    lots = len(lots_of_devices(sizes, len(local)))
+    return StageGroups(tuple(stage % lots for stage in range(len(sizes))), (1,) * lots)
 
 
 def open_session(staged: StagedPlan, world: World) -> Session:
