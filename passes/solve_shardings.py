@@ -15,7 +15,7 @@ from bactrian.passes.frame.phase_times import PhaseClock
 from bactrian.passes.ir.attributes import SHARDING_ESTIMATES, argument_roles, integer
 from bactrian.passes.ir.regions import main_function
 from bactrian.passes.machine.cluster_file import cluster_or_cores
-from bactrian.passes.network.solver import Solution, solve
+from bactrian.passes.network.solver import Solution, Solved, solve
 from bactrian.passes.sharding.baseline_costs import BaselinePlan, no_worse_than_baselines, solve_baseline
 from bactrian.passes.sharding.baselines import AUTO, BASELINES, check_strategy, pin_baseline
 from bactrian.passes.sharding.cost_breakdown import CostBreakdown, cost_breakdown, phase_seconds
@@ -135,8 +135,7 @@ class SolveShardings(Pass):
         capture_unchanged(main)
         with ctx.clock.phase("read"):
             programs = read_stages(module, meshes, cluster, ctx.remark)
-        known: dict[bytes, Solution] = {}
-        solved = [self._solve_stage(program, roles, known, ctx.clock) for program in programs]
+        solved = self._solve_stages(programs, roles, ctx.clock)
         ctx.count("strategies", sum(stage.model.network.num_strategies for stage in solved))
         writers = [stage.writer(main) for stage in solved]
         with ctx.clock.phase("write"):
@@ -149,15 +148,31 @@ class SolveShardings(Pass):
         warn_of_uneven_meshes(main, [stage.solution.cost for stage in solved], ctx)
         module.operation.attributes[SHARDING_ESTIMATES] = ir.ArrayAttr.get(estimates)
 
+    def _solve_stages(
+        self, programs: Sequence[StageProgram], roles: Sequence[str], clock: PhaseClock
+    ) -> list[_SolvedStage]:
+        """Choose the shardings of all stages.
+
+        The last ones go first: they have the fewest microbatches in flight, so that what is best for them is best for equal
+        stages before them, if it fits there.
+        """
+        known = Solved()
+        try:
+            return [self._solve_stage(program, roles, known, clock) for program in reversed(programs)][::-1]
+        except InfeasiblePlanError:
+            for program in programs:  # the first stage that does not fit is the one that holds most
+                self._solve_stage(program, roles, known, clock)
+            raise
+
     def _solve_stage(
-        self, program: StageProgram, roles: Sequence[str], known: dict[bytes, Solution], clock: PhaseClock
+        self, program: StageProgram, roles: Sequence[str], known: Solved, clock: PhaseClock
     ) -> _SolvedStage:
-        """Choose the shardings of one stage, as of an equal one before it, if they fit here too.
+        """Choose the shardings of one stage: those of an equal one, if they are best here too.
 
         Args:
             program: of the stage.
             roles: of the arguments.
-            known: solutions of other stages, by what their costs are; this one's is added.
+            known: the stages that are solved; this one is added.
             clock: of what takes time.
         """
         mesh, reading, limit = program.mesh, program.reading, self._limit(program)
@@ -170,10 +185,10 @@ class SolveShardings(Pass):
             reading = pin_baseline(reading, mesh, roles, self.strategy)
         model = ShardingModel(reading.problem, mesh, limit)
         with clock.phase("solve"):  # the network is built when it is first asked for
-            costs = model.network.costs_digest()
-            solution = known[costs].on(model.network) if costs in known else None
+            solution = known.find(model.network)
             if solution is None:
-                solution = known[costs] = self._solved(program, model, roles, baselines)
+                solution = self._solved(program, model, roles, baselines)
+                known.add(model.network, solution)
             solution = prefer_reduce_scatters(model, solution)
         shardings = model.shardings(solution.choice)
         return _SolvedStage(program, reading, model, solution, shardings, baselines)

@@ -20,7 +20,7 @@ from bactrian.passes.network import solver as solving
 from bactrian.passes.network.local_search import LocalSearch
 from bactrian.passes.network.problem import FORBIDDEN, CostNetwork, read_problem
 from bactrian.passes.network.reduced_network import ReducedNetwork
-from bactrian.passes.network.solver import solve
+from bactrian.passes.network.solver import Solved, solve
 
 
 @pytest.fixture(autouse=True)
@@ -114,30 +114,32 @@ def test_equals_brute_force() -> None:
     assert 100 < solved < 250, "both kinds should be there"
 
 
-def test_an_optimum_without_memory_is_that_of_equal_costs_wherever_it_fits() -> None:
+def test_an_optimum_is_that_of_a_tighter_network_where_it_fits() -> None:
     used = refused = 0
     for seed in range(60):
         problem = random_network(seed)
-        if problem.limit is None:
-            continue
-        other = replace(problem, usages=tuple(2 * usages for usages in problem.usages))
-        assert other.costs_digest() == problem.costs_digest()
-        costs = (problem.costs[0] + 1, *problem.costs[1:])
-        assert replace(problem, costs=costs).costs_digest() != problem.costs_digest()
+        usages = tuple(2 * usages for usages in problem.usages)
+        loose = replace(problem, limit=None if seed % 2 or problem.limit is None else 2 * problem.limit)
+        other = replace(problem, usages=usages)
+        costs = replace(problem, costs=(problem.costs[0] + 1, *problem.costs[1:]))
         try:
-            found = solve(replace(problem, limit=None))
-            assert found.is_free
-            bound = solve(problem)
+            solved, found = Solved(), solve(loose)
         except InfeasiblePlanError:
             continue
-        assert bound.is_free or bound.on(other) is None, "the limit may have decided"
-        taken = found.on(other)
+        solved.add(loose, found)
+        assert solved.find(costs) is None
+        assert (solved.find(loose) is None) == (not found.optimal)
+        taken = solved.find(other)
         if taken is None:
             assert not other.is_feasible(found.choice)
             refused += 1
         else:
             assert taken.cost == brute_force(other) and taken.memory == 2 * found.memory
             used += 1
+        if problem.limit is not None and loose.limit is None:
+            solved = Solved()
+            solved.add(other, replace(found, optimal=True))
+            assert solved.find(loose) is None, "the limit may have decided"
     assert used and refused
 
 

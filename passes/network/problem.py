@@ -89,6 +89,15 @@ class CostNetwork:
             made.update(repr(array.tolist()).encode() if array.dtype.hasobject else array.tobytes())
         return made.digest()
 
+    def is_tighter_than(self, other: CostNetwork) -> bool:
+        """Whether another network of equal costs allows every choice that this one allows, as its memory shows at once."""
+        if self.intervals != other.intervals or (other.limit is not None and self.limit is None):
+            return False
+        if self.limit is not None and other.limit is not None and self.limit > other.limit:
+            return False
+        pairs = zip(self.usages, other.usages, strict=True)
+        return other.limit is None or all(bool((own >= others).all()) for own, others in pairs)
+
     def cost(self, choice: Sequence[int]) -> int | float:
         """The exact cost of a choice: integers stay integers, whatever their size."""
         parts = [costs[k].item() for costs, k in zip(self.costs, choice, strict=True)]

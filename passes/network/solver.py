@@ -52,7 +52,6 @@ class Solution:
         optimal: whether it is proved that none costs less than this one: for integers exactly (as far as floating point proves anything;
             never where their sums leave 2^53), for other costs up to 1e-9 of the cost that a choice can save.
         memory: its peak: the most that it holds at any program point.
-        is_free: whether it is proved without the memory limit too: it is optimal wherever it fits, whatever is used.
         seconds: of the whole solve.
         figures: sizes on the way, for reports.
     """
@@ -64,17 +63,6 @@ class Solution:
     memory: int | float
     seconds: float
     figures: dict[str, int]
-    is_free: bool = False
-
-    def on(self, problem: CostNetwork) -> Solution | None:
-        """The solution of another network with equal costs; None where this one has nothing to say of it.
-
-        Args:
-            problem: of the same `CostNetwork.costs_digest`.
-        """
-        if not self.is_free or not problem.is_feasible(self.choice):
-            return None
-        return replace(self, memory=problem.peak(self.choice), seconds=0.0)
 
 
 def solve(problem: CostNetwork, time_limit: float = 60.0) -> Solution:
@@ -97,9 +85,26 @@ def solve(problem: CostNetwork, time_limit: float = 60.0) -> Solution:
         attempt = unlimited
     else:
         attempt.run()
-    found = attempt.solution()
-    is_free = found.optimal and (attempt is unlimited or problem.limit is None)
-    return replace(found, seconds=time.monotonic() - begin, is_free=is_free)
+    return replace(attempt.solution(), seconds=time.monotonic() - begin)
+
+
+class Solved:
+    """Networks that are solved, for those that differ from them in memory alone."""
+
+    def __init__(self) -> None:
+        self._by_costs: dict[bytes, list[tuple[CostNetwork, Solution]]] = {}
+
+    def find(self, problem: CostNetwork) -> Solution | None:
+        """The optimum of a network that allows whatever this one allows, if it fits here too: nothing is cheaper here."""
+        for known, solution in self._by_costs.get(problem.costs_digest(), ()):
+            if problem.is_tighter_than(known) and problem.is_feasible(solution.choice):
+                return replace(solution, memory=problem.peak(solution.choice), seconds=0.0)
+        return None
+
+    def add(self, problem: CostNetwork, solution: Solution) -> None:
+        """Keep a solution, if it is proved to be the optimum."""
+        if solution.optimal:
+            self._by_costs.setdefault(problem.costs_digest(), []).append((problem, solution))
 
 
 class _Attempt:
