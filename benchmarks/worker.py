@@ -244,7 +244,7 @@ def measure_pipeline(args: argparse.Namespace) -> dict[str, Any]:
     step, state, batch = PROGRAMS[args.model]()
     step = step.with_options(num_stages=args.stages, num_microbatches=args.microbatches, schedule=args.schedule)
     if args.cluster:
-        step = step.with_options(cluster=args.cluster)
+        step = step.with_options(cluster=args.cluster, mesh="data=1")
     _, state, losses = time_steps(step, state, batch, args.warmup)
     compiled = step.compiled
     plain, timed, own = list[float](), list[float](), list[list[float]]()

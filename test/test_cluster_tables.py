@@ -196,6 +196,9 @@ def test_a_profile_is_read_back() -> None:
     assert cluster.device.flops_per_second == {"f32": 4e12, "bf16": 9e12, "f16": 1e12, "default": 4e12}
     assert cluster.device.bytes_per_second == 2e11
     assert cluster.device.repack_bytes_per_second == math.inf  # not measured: nothing is paid for it
+    assert hosts_of(tomllib.loads(cluster_text(replace(profile(), call_seconds=4e-5)))).call_seconds == pytest.approx(
+        4e-5
+    )
     repacking = replace(profile(), repack_bytes_per_second=1.5e9)
     assert hosts_of(tomllib.loads(cluster_text(repacking))).device.repack_bytes_per_second == 1.5e9
     assert cluster.intra_host_latency == pytest.approx(2e-6, rel=1e-3)

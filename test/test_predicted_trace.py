@@ -39,16 +39,16 @@ def test_a_predicted_trace_is_read_as_a_measured_one(seed: int, tmp_path: Path) 
     plan = plan_of(program, random_timings(seed, program.num_stages), link=0.25)
     path = tmp_path / "predicted.json"
     write_predicted_trace(path, plan, program, idle(program))
-    predicted, read = predicted_timeline(plan, program), measured_timeline(path, plan)
-    assert predicted is not None and read.seconds == pytest.approx(predicted.seconds)
+    _, times = simulated(plan, program)
+    assert times is not None
+    predicted, read = predicted_timeline(program, times), measured_timeline(path, plan)
+    assert read.seconds == pytest.approx(predicted.seconds)
     for one, other in zip(predicted.rows, read.rows, strict=True):
         longer = [bar for bar in other.bars if bar.end - bar.begin > 1e-9]
         assert [(bar.kind, bar.begin, bar.end) for bar in sorted(longer, key=lambda bar: bar.begin)] == [
             (bar.kind, pytest.approx(bar.begin), pytest.approx(bar.end)) for bar in one.bars
         ]
     ends = [{event["id"]: event["pid"] for event in events_of(path, side)} for side in "sf"]
-    _, times = simulated(plan, program)
-    assert times is not None
     assert ends[0].keys() == ends[1].keys() and len(ends[0]) == len(times.messages)
     assert [ends[0][str(number)] for number in range(len(ends[0]))] == [each.source for each in times.messages]
 

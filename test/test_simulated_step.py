@@ -16,7 +16,7 @@ from staged_programs import chain, random_program
 from test_stage_hosts import FAST, MIXED, SLOW
 
 import bactrian
-from bactrian.driver.planning.simulated_step import pipeline_of, simulated, transfer_timings
+from bactrian.driver.planning.simulated_step import PlacedProgram, pipeline_of, simulated
 from bactrian.driver.report.plan_diff import diff
 from bactrian.passes.frame.errors import ConfigError
 from bactrian.passes.machine.cluster import CPU_CLUSTER, CPU_HOST, Cluster
@@ -35,7 +35,7 @@ from bactrian.runtime.unrolled_step import UnrolledStep
 
 def plan_of(program: StagedProgram, timings: list[StageTiming], *, link: float | None = None) -> Plan:
     """A plan for a program; with ``link``, each transfer takes so long, on the link between its two stages."""
-    transfers = transfer_timings(program, CPU_CLUSTER)
+    transfers = PlacedProgram.of(program, CPU_CLUSTER).transfers()
     if link is not None:
         transfers = tuple(dataclasses.replace(each, link_seconds=link, latency_seconds=0.0) for each in transfers)
     stages = tuple(StagePlan(s, s, s, timing=timing) for s, timing in enumerate(timings))
@@ -85,7 +85,9 @@ def test_messages_are_those_that_ranks_send(seed: int) -> None:
     times, found = simulate(pipeline), Counter[tuple[int, int, int]]()
     for each in times.messages:
         receiver = pipeline.functions[each.reader.call].mesh
-        senders = {t.source for t in transfer_timings(program, CPU_CLUSTER) if t.links == each.message.links}
+        senders = {
+            t.source for t in PlacedProgram.of(program, CPU_CLUSTER).transfers() if t.links == each.message.links
+        }
         found[min(senders), receiver, each.message.nbytes] += 1
     assert found == sent
 
@@ -103,6 +105,18 @@ def test_a_plan_says_what_its_step_takes() -> None:
     assert last.exposed_seconds and last.communication_seconds and last.communication_seconds > last.exposed_seconds
     again, _ = simulated(Plan.from_json(plan.to_json()), program)
     assert again == plan
+
+
+def test_calls_take_time_beside_their_work() -> None:
+    """A forward, two fused calls, a backward and the two rounds of the update follow each other."""
+    program = chain(2, 2)
+    cluster = Cluster("slow calls", (dataclasses.replace(CPU_HOST, call_seconds=1.0),))
+    timings = PlacedProgram.of(program, cluster).with_calls([StageTiming(1.0, 2.0)] * 2)
+    assert [timing.calls_seconds for timing in timings] == [7.0, 5.0]  # the first: zeros, F, F, B, B, and two rounds
+    plan, times = simulated(plan_of(program, list(timings), link=0.0), program)
+    assert times is not None and plan.predicted_step_seconds == (1 + 1) + 2 * (3 + 1) + (2 + 1) + 2 * 1
+    first = plan.stages[0].timing
+    assert first is not None and first.busy_seconds(2) == pytest.approx(times.meshes[0].busy)
 
 
 def test_a_plan_of_another_program_is_refused() -> None:
@@ -148,8 +162,8 @@ def test_plans_of_steps_have_the_simulated_seconds(tmp_path: Path) -> None:
     batch = {name: np.zeros((16, 32), np.float32) for name in "xy"}
     (tmp_path / "cluster.toml").write_text(SLOW + FAST)
 
-    def planned(**options: Any) -> Any:
-        step = bactrian.parallelize(sgd_step(chain_loss("abcd")), num_microbatches=4, **options)
+    def planned(mesh: str = "data=1", **options: Any) -> Any:
+        step = bactrian.parallelize(sgd_step(chain_loss("abcd")), num_microbatches=4, mesh=mesh, **options)
         return step.trace(state, batch).plan(str(tmp_path / "cluster.toml"))
 
     one, two, wide = planned(num_stages=1), planned(num_stages=2), planned(num_stages=2, mesh="data=2")

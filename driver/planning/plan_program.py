@@ -31,7 +31,7 @@ from bactrian.driver.planning.predictions import (
     stage_plan,
     stage_work,
 )
-from bactrian.driver.planning.simulated_step import simulated, transfer_timings
+from bactrian.driver.planning.simulated_step import PlacedProgram, simulated
 from bactrian.driver.planning.staged_plan import StagedPlan
 from bactrian.passes.frame.errors import InfeasiblePlanError
 from bactrian.passes.frame.phase_times import PhaseClock
@@ -85,8 +85,8 @@ def plan_program(
             unsolved = before_solving(module, fingerprint, decisions.cluster, decisions.strategy, sources)
     fitted = _refine_memory(module, unsolved, decisions, localized, paths, reproducer_dir, clock)
     with clock.phase("predict"):
+        timings, transfers = _on_devices(fitted, timings, decisions.cluster, num_microbatches)
         stages = _stage_plans(fitted, layered, timings, decisions, plan, num_microbatches)
-        transfers = _transfers(fitted, decisions.cluster) if all(s.timing is not None for s in stages) else ()
     made = Plan(
         num_stages=decisions.num_stages,
         num_microbatches=num_microbatches,
@@ -141,10 +141,24 @@ def _one_device_timings(module: ir.Module, decisions: Decisions, platform: str) 
         return tuple(work.timing for work in stage_work(ops, decisions.num_stages))
 
 
-def _transfers(fitted: MemoryRefinementResult, cluster: str) -> tuple[TransferTiming, ...]:
+def _on_devices(
+    fitted: MemoryRefinementResult, timings: Sequence[StageTiming], cluster: str, num_microbatches: int
+) -> tuple[tuple[StageTiming, ...], tuple[TransferTiming, ...]]:
+    """The seconds of each stage with those of its calls, and of each transfer; nothing where nothing is known.
+
+    Args:
+        fitted: the program; where its shardings are chosen, it says what stages take.
+        timings: of stages of one device.
+        cluster: the file of the devices.
+        num_microbatches: of a step.
+    """
+    timings = read_timings(fitted.module, num_microbatches) or timings
+    if not timings:
+        return (), ()
     with fitted.module.context:
         firsts = read_first_devices(fitted.module)
-    return transfer_timings(fitted.program, cluster_or_cores(cluster), firsts)
+    placed = PlacedProgram.of(fitted.program, cluster_or_cores(cluster), firsts)
+    return placed.with_calls(timings), placed.transfers()
 
 
 def _give_shardings(
@@ -196,7 +210,6 @@ def _stage_plans(
     plan: Plan | None,
     num_microbatches: int,
 ) -> tuple[StagePlan, ...]:
-    timings = read_timings(fitted.module, num_microbatches) or timings
     shardings = list(fitted.shardings)
     if plan is not None:
         shardings = [as_before(new, stage.sharding) for new, stage in zip(shardings, plan.stages, strict=False)]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from bactrian.passes.frame.errors import ConfigError
 from bactrian.passes.machine.cluster import Cluster
+from bactrian.passes.machine.host_group import HostGroup
 from bactrian.passes.machine.mesh_transfers import enough_hosts, mesh_transfer, replication_seconds, stage_devices
 from bactrian.passes.pipelining.pipeline_events import Function, Message, Pipeline, PipelineTimes, simulate
 from bactrian.passes.plan.schema import Plan
@@ -15,31 +16,52 @@ from bactrian.runtime.staged_program import Call, StagedProgram
 from bactrian.runtime.unrolled_step import stage_tasks
 
 
-def transfer_timings(
-    program: StagedProgram, cluster: Cluster, firsts: Sequence[int] | None = None
-) -> tuple[TransferTiming, ...]:
-    """How long each of the program's transfers takes on the links of a cluster.
+@dataclass(frozen=True)
+class PlacedProgram:
+    """A program in stages, whose meshes have their places on a cluster's line.
 
-    Args:
+    Attributes:
         program: in stages.
-        cluster: the devices of the stages.
-        firsts: the first device of every stage, if that is decided; else stages lie along the cluster's line.
-
-    Raises:
-        ConfigError: the cluster has no place for the stages.
+        cluster: the hosts; where all are equal, as many as are needed.
+        devices: of each stage, numbered along the line.
     """
-    counts = [program.num_devices(stage) for stage in range(program.num_stages)]
-    cluster = enough_hosts(cluster, counts)
-    devices = stage_devices(cluster, counts, firsts)
-    meshes = [cluster.group_of(mine[0]).mesh(program.mesh(stage)) for stage, mine in enumerate(devices)]
-    origins = _origins(program)
-    found = list[TransferTiming]()
-    for transfer in program.transfers:
-        value, source = program.values[transfer.target], program.values[origins[transfer.target]].stage
-        sent = mesh_transfer(cluster, devices[source], devices[value.stage], value.nbytes)
-        latency = sent.latency + replication_seconds(meshes[value.stage], value.spec, value.nbytes)
-        found.append(TransferTiming(source, value.stage, value.nbytes, sent.seconds, latency, sent.links))
-    return tuple(found)
+
+    program: StagedProgram
+    cluster: Cluster
+    devices: tuple[range, ...]
+
+    @classmethod
+    def of(cls, program: StagedProgram, cluster: Cluster, firsts: Sequence[int] | None = None) -> PlacedProgram:
+        """With the first device of every stage, if that is decided; else stages lie along the line.
+
+        Raises:
+            ConfigError: the cluster has no place for the stages.
+        """
+        counts = [program.num_devices(stage) for stage in range(program.num_stages)]
+        cluster = enough_hosts(cluster, counts)
+        return cls(program, cluster, stage_devices(cluster, counts, firsts))
+
+    def with_calls(self, timings: Sequence[StageTiming]) -> tuple[StageTiming, ...]:
+        """The seconds of the stages with what their calls take beside their work."""
+        return tuple(
+            replace(timing, calls_seconds=len(stage_tasks(self.program, stage)) * self._hosts(stage).call_seconds)
+            for stage, timing in enumerate(timings)
+        )
+
+    def transfers(self) -> tuple[TransferTiming, ...]:
+        """How long each of the program's transfers takes on the links."""
+        program, origins = self.program, _origins(self.program)
+        meshes = [self._hosts(stage).mesh(program.mesh(stage)) for stage in range(program.num_stages)]
+        found = list[TransferTiming]()
+        for transfer in program.transfers:
+            value, source = program.values[transfer.target], program.values[origins[transfer.target]].stage
+            sent = mesh_transfer(self.cluster, self.devices[source], self.devices[value.stage], value.nbytes)
+            latency = sent.latency + replication_seconds(meshes[value.stage], value.spec, value.nbytes)
+            found.append(TransferTiming(source, value.stage, value.nbytes, sent.seconds, latency, sent.links))
+        return tuple(found)
+
+    def _hosts(self, stage: int) -> HostGroup:
+        return self.cluster.group_of(self.devices[stage][0])
 
 
 def pipeline_of(plan: Plan, program: StagedProgram) -> Pipeline | None:
@@ -58,17 +80,18 @@ def pipeline_of(plan: Plan, program: StagedProgram) -> Pipeline | None:
         raise ConfigError("the plan and the program in stages do not belong together", fix="make the plan again")
     sent, first = _messages(plan, program)
     turns = plan.num_microbatches // program.num_microbatches
+    order = tuple(tuple(stage_tasks(program, stage)) for stage in range(program.num_stages))
+    extra = [timing.calls_seconds / max(1, len(tasks)) for timing, tasks in zip(timings, order, strict=True)]
     functions = tuple(
         Function(
             name=call.function,
             mesh=call.stage,
-            seconds=_call_seconds(program, call, timings[call.stage], turns),
+            seconds=_call_seconds(program, call, timings[call.stage], turns) + extra[call.stage],
             per_microbatch=not call.runs_once,
             messages=tuple(messages),
         )
         for call, messages in zip(program.calls, sent, strict=True)
     )
-    order = tuple(tuple(stage_tasks(program, stage)) for stage in range(program.num_stages))
     return Pipeline(functions, order, program.num_microbatches, tuple(first))
 
 

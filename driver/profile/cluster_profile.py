@@ -53,6 +53,7 @@ class Profile:
         bytes_per_second: of a device's memory; read and written by an elementwise op.
         samples: of collectives.
         repack_bytes_per_second: of both operands of a product that sums over rows; None where it takes no longer.
+        call_seconds: of a call that does next to nothing; None where that was not measured.
     """
 
     description: str
@@ -63,6 +64,7 @@ class Profile:
     bytes_per_second: float
     samples: tuple[Sample, ...]
     repack_bytes_per_second: float | None = None
+    call_seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,7 @@ def cluster_text(profile: Profile, name: str | None = None) -> str:
         ConfigError: the measurements are not usable as a cluster file, as when large messages took no longer than small ones.
     """
     link = fit_link(profile.samples)
-    repack = profile.repack_bytes_per_second
+    repack, call = profile.repack_bytes_per_second, profile.call_seconds
     rates = {"default": profile.flops_per_second["f32"]} | profile.flops_per_second
     lines = [
         f"# Measured by `bactrian profile-cluster` {__version__}: {profile.description}, all busy at once.",
@@ -117,6 +119,7 @@ def cluster_text(profile: Profile, name: str | None = None) -> str:
         f"memory_gib = {_number(profile.memory_bytes / 2**30)}  # {profile.memory_source}",
         f"memory_gb_per_s = {_number(profile.bytes_per_second / 1e9)}  # of a device: read and written by one op",
         *([f"repack_gb_per_s = {_number(repack / 1e9)}  # of operands of products over rows"] if repack else []),
+        *([f"call_us = {_number(call / 1e-6)}  # of a call of a stage function, beside its work"] if call else []),
         "# The model of a collective that has no table below: latency + bytes that a device sends / rate.",
         f"intra_host_gb_per_s = {_number(1e-9 / link.seconds_per_byte)}",
         f"intra_host_latency_us = {_number(link.latency / 1e-6)}",
@@ -174,6 +177,8 @@ def render_profile(profile: Profile) -> Group:
         rates.add_row(
             "repacking", f"{human_count(profile.repack_bytes_per_second, 'B/s')} of operands of products over rows"
         )
+    if profile.call_seconds is not None:
+        rates.add_row("call", f"{human_seconds(profile.call_seconds)} beside its work")
     rates.add_row("memory", f"{human_bytes(profile.memory_bytes)}, {profile.memory_source}")
     rates.add_row(
         "link", f"{human_seconds(link.latency)} + bytes sent / {human_count(1 / link.seconds_per_byte, 'B/s')}"

@@ -32,6 +32,7 @@ _DTYPES = {"f32": "float32", "bf16": "bfloat16", "f16": "float16", "f64": "float
 _ALL = PartitionSpec(("outer", "inner"))
 _LEAST_RUNS, _MOST_RUNS = 3, 100
 _REPACK_PAIRS = 15
+_CALL_RUNS, _CALL_VALUES = 200, 16
 _REPACK_NOISE = 0.05  # of the time of a product: what is less is not told from nothing
 
 
@@ -74,15 +75,17 @@ def profile_host(num_devices: int | None, seconds: float) -> Profile:
     num_samples = len(KINDS) * len(groups) * len(sizes.whole_bytes)
     memory_bytes, memory_source = _memory(devices)
     keep_memory()
-    with progress("measuring", total=num_samples + len(_DTYPES) + 2) as advance:
+    with progress("measuring", total=num_samples + len(_DTYPES) + 3) as advance:
         share = seconds / 2 / (len(_DTYPES) * len(sizes.widths) + 2)
         flops = {name: _matmul_rate(devices, dtype, sizes, share, advance) for name, dtype in _DTYPES.items()}
         rate = _elementwise_rate(devices, sizes.elementwise_bytes, share)
         advance()
         repack = _repack_rate(devices, sizes, share)
         advance()
+        call = _call_seconds(devices[0])
+        advance()
         samples = tuple(_samples(devices, groups, sizes, seconds / 2 / num_samples, advance))
-    return Profile(_describe(devices), len(devices), memory_bytes, memory_source, flops, rate, samples, repack)
+    return Profile(_describe(devices), len(devices), memory_bytes, memory_source, flops, rate, samples, repack, call)
 
 
 def _devices(num_devices: int | None) -> list[JaxDevice]:
@@ -195,6 +198,18 @@ def _repack_rate(devices: Sequence[JaxDevice], sizes: Sizes, share: float) -> fl
         more += taken
         nbytes += sizes.chain * 2 * 4 * width**2
     return nbytes / more
+
+
+def _call_seconds(device: JaxDevice) -> float:
+    """Of a call that adds one to each of a few numbers, until its results are there: what any call takes beside its work."""
+    numbers = [jax.device_put(np.float32(number), device) for number in range(_CALL_VALUES)]
+    compiled = jax.jit(lambda values: [value + 1 for value in values]).lower(numbers).compile()
+    runs = list[float]()
+    for _ in range(_CALL_RUNS):
+        start = time.perf_counter()
+        jax.block_until_ready(compiled(numbers))
+        runs.append(time.perf_counter() - start)
+    return statistics.median(runs)
 
 
 def _products(chain: int, dim: int, x: jax.Array, weights: jax.Array) -> jax.Array:

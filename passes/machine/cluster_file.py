@@ -29,6 +29,7 @@ _KEYS = {  # and whether they are needed
     "inter_host_gb_per_s": False,
     "intra_host_latency_us": False,
     "inter_host_latency_us": False,
+    "call_us": False,
     "name": False,
     "measured": False,
 }
@@ -42,6 +43,7 @@ _NUMBERS = {  # from the least to the most
     "inter_host_gb_per_s": _RATE,
     "intra_host_latency_us": _TIME,
     "inter_host_latency_us": _TIME,
+    "call_us": _TIME,
 }
 _WITH_TABLE = re.compile(r"(?P<path>.*\.toml):(?P<table>[^:/]+)", re.DOTALL)
 
@@ -78,7 +80,8 @@ def read_cluster(cluster: str | Path) -> Cluster:
     The keys of equal hosts are ``hosts``, ``devices_per_host``, ``memory_gib``, ``peak_tflops`` (a table by element type),
     ``memory_gb_per_s``, ``repack_gb_per_s`` (operands of products that sum over rows; nothing is paid without it),
     ``intra_host_gb_per_s`` (of a device), ``inter_host_gb_per_s`` (of a host; needed for more than one),
-    ``intra_host_latency_us``, ``inter_host_latency_us``; ``name``, which reports use; and ``measured``, tables
+    ``intra_host_latency_us``, ``inter_host_latency_us``; ``call_us`` (of a call of a stage function, beside its work; 0
+    without it); ``name``, which reports use; and ``measured``, tables
     ``[measured.<kind>.<devices of the group>]`` of collectives inside a host (`bactrian.passes.machine.collective_times`).
 
     Hosts of several kinds are tables ``[[groups]]`` of these keys, in the order of the line; beside them only ``name``
@@ -218,6 +221,7 @@ def _group(data: Table, name: str, where: str, has_others: bool = False) -> Host
         intra_host_latency=1e-6 * number.get("intra_host_latency_us", 5.0),
         inter_host_latency=1e-6 * number.get("inter_host_latency_us", 20.0),
         measured=_measured(data, count["devices_per_host"], name, where),
+        call_seconds=1e-6 * number.get("call_us", 0.0),
     )
 
 

@@ -26,6 +26,7 @@ class HostGroup:
         intra_host_latency, inter_host_latency: seconds of the smallest collective.
         measured: curves of collectives inside a host, which take the place of the formulas; at most one for each kind and
             size of the group.
+        call_seconds: what a call of a stage function takes beside its work.
     """
 
     name: str
@@ -38,6 +39,7 @@ class HostGroup:
     intra_host_latency: float = 5e-6
     inter_host_latency: float = 2e-5
     measured: tuple[Curve, ...] = ()
+    call_seconds: float = 0.0
 
     @property
     def num_devices(self) -> int:

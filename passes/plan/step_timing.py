@@ -15,6 +15,7 @@ class StageTiming:
         forward_seconds, backward_seconds: of one microbatch.
         update_seconds: once per step, after all microbatches.
         prepare_seconds: once per step, before the first.
+        calls_seconds: of a step, what its calls take beside their work; as much of each.
         bubble_seconds: of a step, in which it waits for other stages, or is done.
         exposed_seconds: of a step, in which it waits for a message that is under way.
         communication_seconds: of a step, for which messages to it are under way; those beyond ``exposed_seconds`` are
@@ -25,14 +26,15 @@ class StageTiming:
     backward_seconds: float = 0.0
     update_seconds: float = 0.0
     prepare_seconds: float = 0.0
+    calls_seconds: float = 0.0
     bubble_seconds: float | None = None
     exposed_seconds: float | None = None
     communication_seconds: float | None = None
 
     @property
     def once_seconds(self) -> float:
-        """What is done once per step."""
-        return self.prepare_seconds + self.update_seconds
+        """What is done once per step, and what calls take beside their work."""
+        return self.prepare_seconds + self.update_seconds + self.calls_seconds
 
     def busy_seconds(self, num_microbatches: int) -> float:
         """Of a step of so many microbatches."""
