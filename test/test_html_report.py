@@ -20,6 +20,7 @@ from bactrian.driver.planning.saved_plan import load_program
 from bactrian.driver.planning.simulated_step import simulated
 from bactrian.driver.report import run_report
 from bactrian.driver.report.html_report import render_report, write_report
+from bactrian.driver.report.plan_table import place_text
 from bactrian.driver.report.step_timeline import StepTimeline, measured_timeline, predicted_timeline
 from bactrian.passes.frame.errors import ConfigError
 from bactrian.passes.pipelining.pipeline_events import PipelineTimes
@@ -130,6 +131,16 @@ def test_baselines_stand_beside_the_plan_the_fastest_first() -> None:
         ["data", "3.00 s", "3.00 s", "3.00 s", "1.50 ×"],
         ["megatron", "does not fit", "does not fit", "–", ""],
     ]
+
+
+def test_stages_have_their_places_on_the_line_of_hosts() -> None:
+    plan = sharded_plan()
+    firsts = (4, 6)
+    stages = tuple(dataclasses.replace(s, first_device=first) for s, first in zip(plan.stages, firsts, strict=True))
+    rows = rows_of(read_page(render_report(dataclasses.replace(plan, stages=stages))), "stages")
+    assert [row[2] for row in rows] == ["data=2devices 4–5", "data=2 model=4devices 6–13"]
+    narrow = StagePlan(0, 0, 0, first_device=3)
+    assert (place_text(narrow), place_text(plan.stages[0])) == ("device 3", "")
 
 
 def test_layers_have_their_names_lines_and_what_is_computed_again() -> None:

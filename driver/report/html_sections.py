@@ -8,7 +8,7 @@ from typing import Any
 
 from bactrian.driver.planning.held_memory import HeldMemory
 from bactrian.driver.report.cut_reasons import cut_reasons
-from bactrian.driver.report.plan_table import kept_text, layer_range, mesh_text, sent_text
+from bactrian.driver.report.plan_table import kept_text, layer_range, mesh_text, place_text, sent_text
 from bactrian.driver.report.step_timeline import TRANSFERRING, StepTimeline, TimelineRow
 from bactrian.passes.frame.units import human_bytes, human_count, human_seconds
 from bactrian.passes.machine.spec import Spec
@@ -66,6 +66,7 @@ def stages_section(plan: Plan) -> dict[str, Any]:
             "number": stage.stage,
             "range": layer_range(stage),
             "mesh": mesh_text(stage),
+            "place": place_text(stage),
             "layers": [_layer(plan, number, mean) for number in range(stage.first_layer, stage.last_layer + 1)],
             "busy": _meter(busy, stage.stage, human_seconds(stage.predicted_seconds)),
             "memory": _meter(memory, stage.stage, human_bytes(stage.device_memory_bytes)),

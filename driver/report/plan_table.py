@@ -35,6 +35,14 @@ def mesh_text(stage: StagePlan) -> str:
     return " ".join(f"{name}={size}" for name, size in stage.mesh if size > 1) or "1 device"
 
 
+def place_text(stage: StagePlan) -> str:
+    """``devices 4–7``: where on the cluster's line of hosts its mesh is; nothing where that was not decided."""
+    if stage.first_device is None:
+        return ""
+    last = stage.first_device + stage.num_devices - 1
+    return f"device {last}" if stage.num_devices == 1 else f"devices {stage.first_device}–{last}"
+
+
 def module_names(plan: Plan, stage: StagePlan) -> list[str]:
     """The user's module names of a stage's layers, in order, each once."""
     layers = plan.layers[stage.first_layer : stage.last_layer + 1]
@@ -275,7 +283,8 @@ def render_explanation(plan: Plan) -> Group:
         color = _STAGE_COLORS[stage.stage % len(_STAGE_COLORS)]
         heading = Text(f"\nstage {stage.stage}", style=f"bold {color}")
         heading.append(
-            f"  {'layer' if stage.num_layers == 1 else 'layers'} {layer_range(stage)} on {mesh_text(stage)}",
+            f"  {'layer' if stage.num_layers == 1 else 'layers'} {layer_range(stage)} on {mesh_text(stage)}"
+            + (f", {place}" if (place := place_text(stage)) else ""),
             style="default",
         )
         parts.append(heading)
