@@ -28,7 +28,7 @@ from bactrian.passes.machine.host_group import HostGroup
 from bactrian.passes.machine.spec import MeshAxes, num_devices, parse_meshes
 from bactrian.passes.pipelining.layer_menus import SizedLayers, menus, mesh_shapes
 from bactrian.passes.pipelining.layer_options import Menu
-from bactrian.passes.pipelining.layer_programs import read_layers
+from bactrian.passes.pipelining.layer_programs import batch_rows, read_layers_of_sizes
 from bactrian.passes.pipelining.layers import ProgramLayers
 from bactrian.passes.pipelining.pipeline_candidates import ChosenPipeline, PipelineRequest, choose_pipeline
 from bactrian.passes.pipelining.pipeline_problem import FixedStages
@@ -50,7 +50,7 @@ class ChoosePipeline(Pass):
     of all combinations the one of the least step time is found for which each stage's memory fits, with as many
     microbatches in flight as the schedule has there. Transfers between stages, round trips that the schedule does not
     hide, and the update count. What is given with options is not searched for. The number of microbatches is that of the
-    module.
+    module; with ``num-microbatches``, layers are scaled to another one, for which the step has to be traced again.
 
     Requires: ``bactrian.num_layers`` and ``bactrian.layer`` (``group-layers``); ``bactrian.num_microbatches``.
     Ensures: ``bactrian.first_layers`` and ``bactrian.first_devices``, the first layer and the first device of each stage;
@@ -128,12 +128,14 @@ class ChoosePipeline(Pass):
     schedule: str = option("", help="the schedule; the best one if not given")
     remat: str = option("", help="none, products or all for all layers; found if not given")
     cluster: str = option("", help="TOML file of the devices; stages of one core of this host each if empty")
+    num_microbatches: int = option(0, help="how many microbatches to plan for; as many as the module has if 0")
     num_workers: int = option(1, help="processes that solve layers on meshes; the result is the same for any number")
 
     def check_options(self) -> None:
         """Decisions do not contradict each other."""
-        if self.num_stages < 0:
-            raise ConfigError(f"option num-stages of {self.name} is {self.num_stages}, must not be negative")
+        for name, value in (("num-stages", self.num_stages), ("num-microbatches", self.num_microbatches)):
+            if value < 0:
+                raise ConfigError(f"option {name} of {self.name} is {value}, must not be negative")
         if self.schedule:
             schedule_named(self.schedule)
         if len(parse_remat(self.remat)) > 1:
@@ -166,7 +168,7 @@ class ChoosePipeline(Pass):
 
     def apply(self, module: ir.Module, ctx: PassContext) -> None:
         """Read layers, solve them on meshes, search, write what was found."""
-        main, num_microbatches = main_function(module), read_num_microbatches(module)
+        main, num_microbatches = main_function(module), self.num_microbatches or read_num_microbatches(module)
         if argument_pinned_stages(main):
             raise error_at(
                 ConfigError,
@@ -176,7 +178,8 @@ class ChoosePipeline(Pass):
             )
         cluster = cluster_or_cores(self.cluster)
         with ctx.clock.phase("read layers"):
-            layers = [read_layers(module, group, self.cluster) for group in cluster.groups]
+            rows = self._rows(module, num_microbatches)
+            layers = [read_layers_of_sizes(module, group, (rows,), self.cluster)[0] for group in cluster.groups]
         with ctx.clock.phase("solve layers"):
             found = tuple(
                 self._menus(each, group, num_microbatches) for each, group in zip(layers, cluster.groups, strict=True)
@@ -190,6 +193,15 @@ class ChoosePipeline(Pass):
         ctx.count("kinds", len(layers[0].kinds))
         ctx.count("meshes", sum(map(len, found)))
         ctx.count("stages", len(chosen.choice.stages))
+
+    def _rows(self, module: ir.Module, num_microbatches: int) -> int:
+        """Of the batch in one of so many microbatches."""
+        rows = batch_rows(main_function(module)) * read_num_microbatches(module)
+        if rows % num_microbatches:
+            raise ConfigError(
+                f"option num-microbatches of {self.name} is {num_microbatches}, which does not divide {rows} rows of the batch"
+            )
+        return rows // num_microbatches
 
     def _request(
         self, layers: ProgramLayers, found: tuple[tuple[Menu, ...], ...], cluster: Cluster, num_microbatches: int

@@ -61,24 +61,35 @@ def form_stages(
 
 
 def find_stages(
-    most_layers: int,
     num_stages: int = 0,
+    num_microbatches: int = 0,
     mesh: str = "",
     schedule: str = "",
     remat: str = "",
     cluster: str = "",
     num_workers: int = 1,
 ) -> Passes:
-    """Group ops into layers, and find the pipeline that takes a step the least time."""
+    """Find the pipeline of grouped layers that takes a step the least time."""
     from bactrian.passes.choose_pipeline import ChoosePipeline
-    from bactrian.passes.group_layers import GroupLayers
 
     return (
-        GroupLayers(most_layers=most_layers, num_stages=num_stages, cluster=cluster),
         ChoosePipeline(
-            num_stages=num_stages, mesh=mesh, schedule=schedule, remat=remat, cluster=cluster, num_workers=num_workers
+            num_stages=num_stages,
+            mesh=mesh,
+            schedule=schedule,
+            remat=remat,
+            cluster=cluster,
+            num_microbatches=num_microbatches,
+            num_workers=num_workers,
         ),
     )
+
+
+def group_blocks(most_layers: int, num_stages: int = 0, cluster: str = "") -> Passes:
+    """Import a step, and group it into a layer for each block that repeats."""
+    from bactrian.passes.group_layers import GroupLayers
+
+    return (*import_step(), GroupLayers(most_layers=most_layers, num_stages=num_stages, cluster=cluster))
 
 
 def localize_stages(cluster: str = "") -> Passes:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +77,11 @@ def test_a_cluster_alone(tmp_path: Path) -> None:
     for got, want in zip(jax.tree.leaves(bactrian.gather(step(params, batch))), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
 
+    # Of other numbers of microbatches than the first, the layers were those of another trace.
+    count = record.tried[0].num_microbatches
+    traced = step.with_options(num_microbatches=count).trace(params, batch).plan().plan.pipeline
+    assert traced is not None and traced.step_seconds == record.tried[0].step_seconds
+
     planned.save(tmp_path / "saved")
     assert Plan.load(tmp_path / "saved") == plan
     again = bactrian.parallelize(train, plan=tmp_path / "saved", cluster=cluster(tmp_path), donate=False)
@@ -134,6 +142,27 @@ def test_the_missing_memory_is_enough(tmp_path: Path) -> None:
         else:
             with pytest.raises(InfeasiblePlanError, match="cannot place the program"):
                 larger.plan()
+
+
+@pytest.mark.long
+def test_plans_are_the_same_for_any_hash_seed(tmp_path: Path) -> None:
+    (script := tmp_path / "train.py").write_text(
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "import bactrian, test_find_pipeline as here\n"
+        "step = bactrian.parallelize(here.train)\nexample_args = here.arguments()\n"
+    )
+    command = [sys.executable, "-m", "bactrian.driver.cli", "plan", f"{script}:step", "--json", "--cluster"]
+    outputs = {
+        subprocess.run(
+            [*command, cluster(tmp_path)],
+            env=os.environ | {"PYTHONHASHSEED": seed},
+            cwd=tmp_path,
+            check=True,
+            capture_output=True,
+        ).stdout
+        for seed in ("1", "2")
+    }
+    assert len(outputs) == 1
 
 
 def test_the_command_finds_all(

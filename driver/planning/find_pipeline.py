@@ -10,7 +10,8 @@ from jaxlib.mlir import ir
 
 from bactrian.driver.planning.decisions import Decisions
 from bactrian.passes import pipelines
-from bactrian.passes.frame.errors import InfeasiblePlanError, ProgramError
+from bactrian.passes.frame.errors import ConfigError, InfeasiblePlanError, ProgramError
+from bactrian.passes.frame.module_text import copy_module
 from bactrian.passes.frame.phase_times import PhaseClock, PhaseTime
 from bactrian.passes.frame.pipeline import run_pipeline
 from bactrian.passes.ir.attributes import NUM_LAYERS, required_integer
@@ -121,6 +122,7 @@ class _MicrobatchSearch:
     def __init__(self, make_module: Callable[[int], ir.Module], fixed: FixedDecisions, cluster: str) -> None:
         self._make_module, self._fixed, self._cluster = make_module, fixed, cluster
         self._found: dict[int, FoundPipeline | InfeasiblePlanError | ProgramError] = {}
+        self._grouped: ir.Module | None = None
         self._clock = PhaseClock()
 
     def descend(self, counts: Sequence[int], start: int) -> None:
@@ -135,6 +137,8 @@ class _MicrobatchSearch:
                     best = number
                 elif math.isfinite(known):
                     break
+            if best != start:
+                return
 
     def step_seconds(self, num_microbatches: int) -> float:
         """Of the best pipeline; infinite where there is none."""
@@ -147,18 +151,33 @@ class _MicrobatchSearch:
         return found.chosen.choice.step_seconds if isinstance(found, FoundPipeline) else math.inf
 
     def _searched(self, num_microbatches: int) -> FoundPipeline:
+        """With the layers of the first trace, made larger or smaller, where that can be done; else traced again."""
+        if self._grouped is None:
+            self._grouped = self._group(num_microbatches)
+        try:
+            return self._choose(self._grouped, num_microbatches)
+        except ConfigError:
+            return self._choose(self._group(num_microbatches), num_microbatches)
+
+    def _group(self, num_microbatches: int) -> ir.Module:
         module = self._make_module(num_microbatches)
+        passes = pipelines.group_blocks(MOST_LAYERS, self._fixed.num_stages or 0, self._cluster)
+        self._clock.add(run_pipeline(module, passes).phases)
+        return module
+
+    def _choose(self, grouped: ir.Module, num_microbatches: int) -> FoundPipeline:
         fixed, num_devices = self._fixed, read_cluster(self._cluster).num_devices
         passes = pipelines.find_stages(
-            most_layers=MOST_LAYERS,
             num_stages=fixed.num_stages or 0,
+            num_microbatches=num_microbatches,
             mesh=meshes_text(fixed.meshes),
             schedule=fixed.schedule or "",
             remat=fixed.remat,
             cluster=self._cluster,
             num_workers=min(num_cores(), max(1, num_devices // _DEVICES_OF_A_WORKER)),
         )
-        report = run_pipeline(module, (*pipelines.import_step(), *passes))
+        module = copy_module(grouped)
+        report = run_pipeline(module, passes)
         self._clock.add(report.phases)
         chosen = report.kept[ChosenPipeline]
         with module.context:

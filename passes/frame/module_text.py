@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 
 from jaxlib.mlir import ir
@@ -76,3 +77,10 @@ def _check_string(string: str, place: SourcePlace) -> None:
 
 def _place(text: str, at: int, file: str) -> SourcePlace:
     return SourcePlace(file, text.count("\n", 0, at) + 1, at - text.rfind("\n", 0, at))
+
+
+def copy_module(module: ir.Module) -> ir.Module:
+    """A copy of a module, in its context."""
+    written = io.BytesIO()
+    module.operation.write_bytecode(written)
+    return ir.Module.parse(written.getvalue(), module.context)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 import math
 from collections.abc import Hashable, Iterator, Sequence
@@ -11,6 +10,7 @@ from dataclasses import dataclass, replace
 from jaxlib.mlir import ir
 
 from bactrian.passes.frame.errors import ConfigError
+from bactrian.passes.frame.module_text import copy_module
 from bactrian.passes.frame.pipeline import run_pipeline
 from bactrian.passes.ir.attributes import (
     BACKWARD,
@@ -54,7 +54,7 @@ def read_layers(module: ir.Module, hosts: HostGroup, cluster: str = "") -> Progr
         ConfigError: the user has given shardings.
         PassError, ProgramError: as `read_program`.
     """
-    (layers,) = read_layers_of_sizes(module, hosts, (_rows(main_function(module)),), cluster)
+    (layers,) = read_layers_of_sizes(module, hosts, (batch_rows(main_function(module)),), cluster)
     return layers
 
 
@@ -88,7 +88,7 @@ def read_layers_of_sizes(
     kind_of = tuple(numbers.setdefault(key, len(numbers)) for key in keys)
     reader = _LayerReader(main, hosts, facts, exchange)
     kinds = [reader.read(kind_of.index(kind)) for kind in range(len(numbers))]
-    rows, border_bytes = _rows(main), exchange.border_bytes(facts.flow, num_layers)
+    rows, border_bytes = batch_rows(main), exchange.border_bytes(facts.flow, num_layers)
     return tuple(
         ProgramLayers(
             kinds=tuple(kind.program for kind in kinds) if size == rows else reader.scaled(kinds, rows, size),
@@ -106,9 +106,7 @@ def _nothing(op: ir.Operation, text: str) -> None:
 
 def _localized(module: ir.Module, num_layers: int, cluster: str) -> ir.Module:
     """A copy in which each layer is a stage that has what it needs, and keeps for its backward phase what it must."""
-    written = io.BytesIO()
-    module.operation.write_bytecode(written)
-    copy = ir.Module.parse(written.getvalue(), module.context)
+    copy = copy_module(module)
     attributes = copy.operation.attributes
     attributes[NUM_STAGES] = integer(num_layers)
     if SCHEDULE in attributes:
@@ -123,7 +121,7 @@ def _localized(module: ir.Module, num_layers: int, cluster: str) -> ir.Module:
     return copy
 
 
-def _rows(main: ir.Operation) -> int:
+def batch_rows(main: ir.Operation) -> int:
     """Rows of the batch in a microbatch: 1 where there is no batch."""
     batch = ir.StringAttr.get("batch", main.context)
     for value, entry in zip(body(main).arguments, argument_attributes(main), strict=True):
