@@ -5,7 +5,7 @@
     python benchmarks/plan.py --models gpt-76B --devices 1024 --cluster benchmarks/alpa.toml:h100
 
 A plan is made in a process of its own, from the Python function to a plan whose stages are all solved; nothing runs. Plans
-are ``alpa``, the one that Alpa published; ``megatron``, the fastest of a grid of manual plans (tensor × pipeline × data
+are ``found``, where nothing is given; ``alpa``, the one that Alpa published; ``megatron``, the fastest of a grid of manual plans (tensor × pipeline × data
 parallelism × microbatches × rematerialization); ``inter``, a stage for each device; ``intra``, one stage over all devices.
 """
 
@@ -16,6 +16,7 @@ import json
 import resource
 import subprocess
 import sys
+import tempfile
 import time
 import tomllib
 from collections.abc import Iterator
@@ -24,18 +25,18 @@ from pathlib import Path
 from typing import Any
 
 DATA = Path(__file__).with_name("alpa.toml")
-PLANS = ("alpa", "megatron", "inter", "intra")
+PLANS = ("found", "alpa", "megatron", "inter", "intra")
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Manual:
-    """A plan by hand: equal meshes, and what is computed again in every layer."""
+    """A plan by hand: equal meshes, and what is computed again in every layer. What is None is found."""
 
-    mesh: str
-    num_stages: int
-    num_microbatches: int
-    remat: str = "none"
+    mesh: str | None
+    num_stages: int | None
+    num_microbatches: int | None
+    remat: str | None = "none"
     strategy: str = "auto"
 
 
@@ -58,7 +59,8 @@ def grid(devices: int, per_host: int, blocks: int, batch: int) -> Iterator[Manua
                 if batch % (size * data) == 0:
                     for remat in ("none", "products", "all"):
                         mesh = f"data={data},model={tensor}"
-                        yield Manual(mesh, stages, batch // (size * data), remat, "megatron")
+                        strategy = "megatron" if tensor * data > 1 else "auto"
+                        yield Manual(mesh, stages, batch // (size * data), remat, strategy)
 
 
 def inter_only(devices: int, blocks: int, batch: int) -> Iterator[Manual]:
@@ -89,6 +91,8 @@ def candidates(name: str, plan: str, devices: int, per_host: int) -> list[Manual
     batch = model.batch
     blocks = len(model.training().parameters["blocks"])
     match plan:
+        case "found":
+            return [Manual(None, None, None, None)]
         case "alpa":
             return list(published(name))
         case "megatron":
@@ -103,6 +107,7 @@ def make(name: str, manual: Manual, cluster: str) -> Row:
     """A plan, made in this process."""
     import bactrian
     from bactrian.driver.models.alpa_suite import model_named
+    from bactrian.passes.machine.spec import meshes_text
 
     begin, worked = time.perf_counter(), time.process_time()
     program = model_named(name).training()
@@ -113,19 +118,24 @@ def make(name: str, manual: Manual, cluster: str) -> Row:
             program.step,
             num_stages=manual.num_stages,
             num_microbatches=manual.num_microbatches,
-            mesh=None if manual.mesh == "data=1" else manual.mesh,
+            mesh=manual.mesh,
             cluster=cluster,
             remat=manual.remat,
             strategy=manual.strategy,
         )
         traced = step.trace(*program.shapes())
         row["capture_s"] = time.perf_counter() - begin
-        plan = traced.plan(num_layers=max(blocks, manual.num_stages)).plan
+        plan = traced.plan(num_layers=max(blocks, manual.num_stages) if manual.num_stages else None).plan
         flops = sum((stage.forward_flops or 0) + (stage.backward_flops or 0) for stage in plan.stages)
         row |= {
             "step_s": plan.predicted_step_seconds,
             "pflops": flops * plan.num_microbatches / (plan.predicted_step_seconds or 1.0) / 1e15,
+            "bound_s": None if plan.pipeline is None else plan.pipeline.bound_seconds,
             "device_bytes": plan.peak_memory_bytes,
+            "stages": plan.num_stages,
+            "meshes": meshes_text([stage.mesh for stage in plan.stages]),
+            "microbatches": plan.num_microbatches,
+            "computed_again": ",".join(sorted(set(plan.remat))) or "none",
         }
     except bactrian.BactrianError as error:
         row["error"] = str(error).splitlines()[0]
@@ -137,30 +147,52 @@ def make(name: str, manual: Manual, cluster: str) -> Row:
     return row
 
 
-def make_apart(name: str, manual: Manual, args: argparse.Namespace) -> Row:
+def make_apart(name: str, manual: Manual, cluster: str, timeout: float) -> Row:
     """A plan, made in a process of its own, which is ended when it takes too long."""
     alone = json.dumps([name, asdict(manual)])
-    command = [sys.executable, __file__, "--alone", alone, "--cluster", args.cluster]
+    command = [sys.executable, __file__, "--alone", alone, "--cluster", cluster]
     try:
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, timeout=args.timeout)
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, timeout=timeout)
         return json.loads(done.stdout.splitlines()[-1])
     except subprocess.TimeoutExpired:
-        return {"model": name, **asdict(manual), "error": f"not made in {args.timeout:.0f} s", "wall_s": args.timeout}
+        return {"model": name, **asdict(manual), "error": f"not made in {timeout:.0f} s", "wall_s": timeout}
 
 
-def run(args: argparse.Namespace) -> list[Row]:
+def with_devices(cluster: str, devices: int, folder: Path) -> str:
+    """A cluster file of the first devices of a cluster of equal hosts."""
+    from bactrian.passes.machine.cluster_file import read_cluster
+
+    hosts = read_cluster(cluster).only_group("this benchmark")
+    per_host = min(devices, hosts.devices_per_host)
+    rates = ", ".join(f"{dtype} = {rate / 1e12}" for dtype, rate in hosts.device.flops_per_second.items())
+    lines = {
+        "hosts": devices // per_host,
+        "devices_per_host": per_host,
+        "memory_gib": hosts.memory_bytes / 2**30,
+        "memory_gb_per_s": hosts.device.bytes_per_second / 1e9,
+        "peak_tflops": f"{{ {rates} }}",
+        "intra_host_gb_per_s": hosts.intra_host_bytes_per_second / 1e9,
+        "inter_host_gb_per_s": hosts.inter_host_bytes_per_second / 1e9,
+        "intra_host_latency_us": hosts.intra_host_latency / 1e-6,
+        "inter_host_latency_us": hosts.inter_host_latency / 1e-6,
+    }
+    path = folder / f"{hosts.name}-{devices}.toml"
+    path.write_text("".join(f"{key} = {value}\n" for key, value in lines.items()))
+    return str(path)
+
+
+def run(args: argparse.Namespace, folder: Path) -> list[Row]:
     """The fastest plan of each kind for each model."""
     from bactrian.driver.models.alpa_suite import SUITE
     from bactrian.passes.machine.cluster_file import read_cluster
 
-    cluster, rows = read_cluster(args.cluster), list[Row]()
-    per_host = cluster.groups[0].devices_per_host
+    rows, per_host = list[Row](), read_cluster(args.cluster).groups[0].devices_per_host
     for name in args.models.split(",") if args.models else [n for n, m in SUITE.items() if m.devices > 1]:
         devices = args.devices or SUITE[name].devices
+        cluster = with_devices(args.cluster, devices, folder)
         for plan in args.plans.split(","):
-            tried = [
-                make_apart(name, manual, args) for manual in candidates(name, plan, devices, per_host)[: args.most]
-            ]
+            manual = candidates(name, plan, devices, per_host)[: args.most]
+            tried = [make_apart(name, each, cluster, args.timeout) for each in manual]
             for row in tried:
                 print(json.dumps(row), file=sys.stderr, flush=True)
             if tried:
@@ -177,20 +209,28 @@ def measured(row: Row) -> float | None:
     return found["alpa"][found["devices"].index(row["devices"])]
 
 
+_GIVEN = (
+    ("stages", "num_stages"),
+    ("meshes", "mesh"),
+    ("microbatches", "num_microbatches"),
+    ("computed_again", "remat"),
+)  # what the plan has, and what was given
+
+
 def table(rows: list[Row]) -> Any:
     """What people look at."""
     from rich.table import Table
 
     made = Table()
-    for text in ("model", "devices", "plan", "stages", "mesh", "µbatches", "remat", "step", "PFLOPS", "measured",
+    for text in ("model", "devices", "plan", "stages", "mesh", "µbatches", "remat", "step", "bound", "PFLOPS", "measured",
                  "memory", "made in", "CPU", "planner"):  # fmt: skip
         made.add_column(text, justify="left" if text in ("model", "plan", "mesh", "remat") else "right")
     for row in rows:
         known = measured(row)
         made.add_row(
-            row["model"], str(row["devices"]), row["plan"], str(row["num_stages"]), row["mesh"],
-            str(row["num_microbatches"]), row["remat"],
+            row["model"], str(row["devices"]), row["plan"], *(str(row.get(key, row[given])) for key, given in _GIVEN),
             f"{row['step_s']:.4g} s" if "step_s" in row else row["error"],
+            f"{row['bound_s']:.4g} s" if row.get("bound_s") else "",
             f"{row['pflops']:.3g}" if "pflops" in row else "", "" if known is None else f"{known:.3g}",
             f"{row['device_bytes'] / 2**30:.1f} GiB" if row.get("device_bytes") else "",
             f"{row['wall_s']:.0f} s", f"{row['cpu_s']:.0f} s" if "cpu_s" in row else "",
@@ -219,7 +259,8 @@ def main() -> None:
         name, manual = json.loads(args.alone)
         print(json.dumps(make(name, Manual(**manual), args.cluster)))
         return
-    rows = run(args)
+    with tempfile.TemporaryDirectory() as folder:
+        rows = run(args, Path(folder))
     Console(width=180).print(table(rows))
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1) + "\n")

@@ -123,6 +123,17 @@ def test_manual_plans_use_all_devices_and_the_whole_batch() -> None:
     assert plans.candidates("gpt-125M", "alpa", 1, 8) == []
 
 
+def test_a_cluster_of_the_first_devices(tmp_path: Path) -> None:
+    from bactrian.passes.machine.cluster_file import read_cluster
+
+    whole = read_cluster(f"{plans.DATA}:p3_16xlarge").groups[0]
+    for devices, hosts, per_host in ((64, 8, 8), (16, 2, 8), (4, 1, 4)):
+        (made,) = read_cluster(plans.with_devices(f"{plans.DATA}:p3_16xlarge", devices, tmp_path)).groups
+        assert (made.hosts, made.devices_per_host) == (hosts, per_host)
+        assert made.device.flops_per_second == pytest.approx(whole.device.flops_per_second)
+        assert made.inter_host_latency == pytest.approx(whole.inter_host_latency)
+
+
 def test_a_plan_is_made_and_shown_beside_what_was_measured() -> None:
     cluster = f"{plans.DATA}:h100"
     row = plans.make("moe-380M", plans.Manual("data=1", 2, 256), cluster)
