@@ -140,10 +140,11 @@ def test_a_model_is_planned_by_its_name(tmp_path: Path, capsys: pytest.CaptureFi
         cluster_text("f32 = 67, bf16 = 989", 3350, 5, memory_gib=80) + OTHER
     )
     options = ["--num-stages", "2", "--num-microbatches", "512", "--mesh", "data=1", "--cluster", f"{path}:v100"]
+    options += ["--remat", "products,all"]
     assert cli.main(["plan", "--model", "moe-380M", *options, "--json"]) == 0
     plan = Plan.from_json(capsys.readouterr().out)
     assert [stage.mesh for stage in plan.stages] == [(("data", 1),)] * 2
-    assert plan.predicted_step_seconds > 1
+    assert plan.predicted_step_seconds > 1 and plan.remat == ("products", "all")
     assert [remark.message for remark in plan.remarks if "no rate" in remark.message] == []
 
 

@@ -13,6 +13,7 @@ import pytest
 from numerics import assert_equal_step
 
 import bactrian
+from bactrian.driver.report.plan_table import remat_text
 from bactrian.driver.xla.compile_stage import compile_function, function_texts
 from bactrian.passes.frame.errors import ConfigError
 from bactrian.passes.peak.estimate import module_memory
@@ -174,6 +175,12 @@ def test_a_plan_says_it_and_applies_it() -> None:
     again = planned(LOSSES["mlp"], plan=plan).plan
     assert again == plan
     assert planned(LOSSES["mlp"], num_stages=2, remat="none").plan.remat == ()
+
+
+def test_the_table_says_it() -> None:
+    plan = planned(LOSSES["mlp"], num_stages=2, remat=["all", "all", "none", "products"]).plan
+    assert "remat all 0–1, none 2, products 3" in str(plan)
+    assert remat_text(("all",) * 3) == "remat all"
 
 
 @pytest.mark.parametrize(
