@@ -16,6 +16,7 @@ from test_plan import random_plan
 
 from bactrian.driver import cli
 from bactrian.driver.planning.held_memory import held_memory
+from bactrian.driver.planning.predicted_trace import write_predicted_trace
 from bactrian.driver.planning.saved_plan import load_program
 from bactrian.driver.planning.simulated_step import simulated
 from bactrian.driver.report import run_report
@@ -23,6 +24,7 @@ from bactrian.driver.report.html_report import render_report, write_report
 from bactrian.driver.report.plan_table import place_text
 from bactrian.driver.report.step_timeline import StepTimeline, measured_timeline, predicted_timeline
 from bactrian.passes.frame.errors import ConfigError
+from bactrian.passes.peak.estimate import FunctionMemory
 from bactrian.passes.pipelining.pipeline_events import PipelineTimes
 from bactrian.passes.plan.schema import LayerPlan, Plan, Remark, StagePlan
 from bactrian.passes.plan.stage_sharding import ShardingFigures, ShardingPlan
@@ -255,6 +257,18 @@ def test_the_measured_timeline_is_the_last_step_of_a_trace(tmp_path: Path) -> No
     assert timeline.rows[0].computing_seconds == pytest.approx(4.125)
     page = read_page(render_report(plan, None, timeline))
     assert [title.text for title in page.find("h3")] == ["Measured 4.88 s, 15.4 % of it idle"]
+
+
+def test_a_predicted_trace_read_as_a_measured_one_is_the_predicted_timeline(tmp_path: Path) -> None:
+    plan, program = chain_plan(), chain(3, 4)
+    functions = {call.function: FunctionMemory(1, 1, 0, 0) for call in program.calls}
+    write_predicted_trace(tmp_path / "trace.json", plan, program, functions)
+    measured, predicted = measured_timeline(tmp_path / "trace.json", plan), chain_timeline(plan)
+    assert measured.seconds == pytest.approx(predicted.seconds)
+    for one, other in zip(measured.rows, predicted.rows, strict=True):
+        shown = [[(b.kind, b.microbatch) for b in row.bars if b.end > b.begin] for row in (one, other)]
+        times = [[t for b in row.bars if b.end > b.begin for t in (b.begin, b.end)] for row in (one, other)]
+        assert shown[0] == shown[1] and times[0] == pytest.approx(times[1])
 
 
 def test_ranks_that_share_a_mesh_have_rows_of_their_own(tmp_path: Path) -> None:
