@@ -161,7 +161,7 @@ def _split_steps(events: list[dict[str, Any]]) -> list[list[TimelineBar]]:
         category, match = event["cat"], _LABEL.fullmatch(event["name"])
         assert match is not None  # it matches every text
         microbatch = None if match["microbatch"] is None else int(match["microbatch"])
-        kind = _KIND_OF_CATEGORY.get(category) or match["name"].split(".")[1]
+        kind = _KIND_OF_CATEGORY.get(category) or _phase_of(match["name"])
         if kind not in (*COMPUTING, *TRANSFERRING):
             raise ValueError(f"a phase: {event['name']}")
         begin = float(event["ts"]) / 1e6
@@ -178,6 +178,11 @@ def _split_steps(events: list[dict[str, Any]]) -> list[list[TimelineBar]]:
         arrived = []
     steps[-1] += arrived
     return steps
+
+
+def _phase_of(function: str) -> str:
+    """The phase of a stage function: ``update`` of ``stage0.update`` and of its next round, ``stage0.update_1``."""
+    return re.sub(r"_\d+$", "", function.split(".")[1])
 
 
 def _check_microbatches(timeline: StepTimeline, plan: Plan, path: str | Path) -> None:
