@@ -82,6 +82,7 @@ class Recurrence:
         self.trips_between, self.trips_inside = self._round_trips()
         self.stages: list[Floats] = []
         self.seconds: list[float] = []
+        self._costs: dict[tuple[int, int], list[tuple[int, Floats]]] = {}
         if self.submeshes:
             self._fill()
 
@@ -125,7 +126,7 @@ class Recurrence:
             starts = self.positions.starts[submesh]
             following = behind[number][:, starts + submesh.num_devices // self.positions.unit]
             best = np.full_like(following, math.inf)
-            for num_layers, costs in self.tables.by_length(left, submesh, self.limits):
+            for num_layers, costs in self.costs(left, number):
                 np.minimum(best[:-num_layers], costs[:, None] + following[num_layers:], out=best[:-num_layers])
             stage[number][:, starts] = best
         if self.tables.waits(left):
@@ -146,6 +147,12 @@ class Recurrence:
                 inside = self.positions.inside
                 behind[sender][:, inside] = np.minimum(behind[sender][:, inside], nearer)
         return behind
+
+    def costs(self, left: int, number: int) -> list[tuple[int, Floats]]:
+        """The seconds of the first of so many stages on a submesh, as `StageTables.by_length` has them."""
+        if (left, number) not in self._costs:
+            self._costs[left, number] = self.tables.by_length(left, self.submeshes[number], self.limits)
+        return self._costs[left, number]
 
     def beginnings(self, left: int) -> Iterator[tuple[float, int, int]]:
         """Of pipelines of so many stages: the least sum, and the submesh and position of their first stage."""
@@ -183,7 +190,7 @@ class Recurrence:
         for left in range(num_stages, 0, -1):
             behind = self.behind(number, position)
             choices = list[tuple[float, int, int, int]]()
-            for num_layers, costs in self.tables.by_length(left, self.submeshes[number], self.limits):
+            for num_layers, costs in self.costs(left, number):
                 end = first + num_layers
                 if end <= self.tables.problem.num_layers and math.isfinite(costs[first]):
                     following = (

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from bactrian.passes.pipelining.pipeline_problem import Place
 from bactrian.passes.pipelining.recurrence import SLACK, Recurrence
 
-MOST_STAGES_TRIED = 20_000
+MOST_STAGES_TRIED = 3_000
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def _extended(recurrence: Recurrence, begun: _Begun) -> Iterator[tuple[float, _B
     """The next stage of all lengths, and where the one after it may begin; with the least sum that each may come to."""
     tables, left, period = recurrence.tables, begun.left, recurrence.limits.period
     waits, end = tables.waits(left), recurrence.behind(begun.number, begun.position)
-    for num_layers, costs in tables.by_length(left, recurrence.submeshes[begun.number], recurrence.limits):
+    for num_layers, costs in recurrence.costs(left, begun.number):
         own = float(costs[begun.first]) if begun.first < len(costs) else math.inf
         excess = own + max(-period, begun.excess) if waits else -math.inf
         if not math.isfinite(own) or excess > SLACK * period:

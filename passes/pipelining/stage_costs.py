@@ -16,6 +16,10 @@ import numpy as np
 from bactrian.passes.pipelining.host_line import Floats, Integers
 from bactrian.passes.pipelining.layer_options import LayerOption
 
+_Chosen = tuple[float, float, tuple[int, ...]]  # seconds, bytes, the option of each layer
+
+_MOST_LEVELS = 6  # of the working memory
+
 OptionsByKind = Sequence[Sequence[LayerOption]]
 
 
@@ -66,8 +70,8 @@ def least_seconds(
 ) -> Floats:
     """By class of ranges, the fewest seconds of a microbatch, forward and backward, of choices that fit into memory.
 
-    It is exact. For each bound on the working memory, the choices that no other beats in both bytes and seconds are grown
-    by one layer at a time.
+    For each bound on the working memory, the choices that no other beats in both bytes and seconds are grown by one layer at
+    a time. It is exact where options have no more than six working memories; of more, every so many are such bounds.
 
     Args:
         options: by kind of layer.
@@ -81,8 +85,7 @@ def least_seconds(
     """
     best = np.full(len(ranges.steps), math.inf)
     fastest = _sums([min((_seconds(o) for o in of_kind), default=math.inf) for of_kind in options], ranges)
-    levels = sorted({option.working_bytes for of_kind in options for option in of_kind}, reverse=True)
-    for level in levels:
+    for level in _levels(options):
         usable = [[option for option in of_kind if option.working_bytes <= level] for of_kind in options]
         best = np.minimum(best, _least_within(usable, ranges, in_flight, memory_bytes - level, longest))
         if (best[fastest <= longest] <= fastest[fastest <= longest]).all():
@@ -149,28 +152,44 @@ def choose_options(
     Returns:
         None where nothing fits.
     """
-    best: tuple[float, float, tuple[int, ...]] | None = None
-    for level in sorted({option.working_bytes for kind in set(kinds) for option in options[kind]}):
-        choices: list[tuple[float, float, tuple[int, ...]]] = [(0.0, 0.0, ())]
-        for kind in kinds:
+    best: _Chosen | None = None
+    for level in _levels([options[kind] for kind in sorted(set(kinds))]):
+        fronts = {
+            kind: _undominated(
+                [
+                    (_seconds(option) + update_weight * option.update_seconds, _held(option, in_flight), (number,))
+                    for number, option in enumerate(options[kind])
+                    if option.working_bytes <= level
+                ]
+            )
+            for kind in set(kinds)
+        }
+        heaviest = max((front[0][1] for front in fronts.values() if front), default=0.0)
+        choices: list[_Chosen] = [(0.0, 0.0, ())]
+        for left, kind in zip(range(len(kinds) - 1, -1, -1), kinds, strict=True):
             grown = [
-                (
-                    seconds + _seconds(option) + update_weight * option.update_seconds,
-                    memory + _held(option, in_flight),
-                    (*chosen, number),
-                )
+                (seconds + own, memory + held, (*chosen, *number))
                 for seconds, memory, chosen in choices
-                for number, option in enumerate(options[kind])
-                if option.working_bytes <= level and memory + _held(option, in_flight) <= memory_bytes - level
+                for own, held, number in fronts[kind]
+                if memory + held <= memory_bytes - level
             ]
             choices = _undominated(grown)
+            spare = memory_bytes - level - heaviest * left
+            enough = next((place for place, choice in enumerate(choices) if choice[1] <= spare), len(choices))
+            choices = choices[: enough + 1]
         if choices and (best is None or choices[0][:2] < best[:2]):
             best = choices[0]
     return None if best is None else best[2]
 
 
-def _undominated(choices: list[tuple[float, float, tuple[int, ...]]]) -> list[tuple[float, float, tuple[int, ...]]]:
-    kept, least = list[tuple[float, float, tuple[int, ...]]](), math.inf
+def _levels(options: OptionsByKind) -> list[float]:
+    """Bounds on the working memory that are tried, the largest first."""
+    levels = sorted({option.working_bytes for of_kind in options for option in of_kind}, reverse=True)
+    return levels[:: max(1, -(-len(levels) // _MOST_LEVELS))]
+
+
+def _undominated(choices: list[_Chosen]) -> list[_Chosen]:
+    kept, least = list[_Chosen](), math.inf
     for choice in sorted(choices):
         if choice[1] < least:
             least = choice[1]
