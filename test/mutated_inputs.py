@@ -37,8 +37,10 @@ from bactrian.driver.planning.plan_program import plan_program
 from bactrian.passes import pipelines
 from bactrian.passes.frame import pipeline
 from bactrian.passes.frame.context import make_context
+from bactrian.passes.plan.pipeline_record import PipelineRecord, TriedMicrobatches
 from bactrian.passes.plan.schema import PLAN_FILE, UNSOLVED_FILE, LayerPlan, Plan, StagePlan
 from bactrian.passes.plan.stage_sharding import ShardingFigures, ShardingPlan
+from bactrian.passes.plan.step_timing import StageTiming, TransferTiming
 
 LIT = Path(__file__).resolve().parent.parent / "lit_tests"
 CAPTURED = Path(__file__).resolve().with_name("captured.mlir")
@@ -121,14 +123,20 @@ PLAN = Plan(
     schedule="1f1b",
     num_layers=3,
     stages=(
-        StagePlan(0, 0, 1, (("data", 2), ("model", 1)), 10, 20, 5, 20, 40, 64, 2, 16, 16, 32, 0.5, SHARDING),
-        StagePlan(1, 2, 2, (("data", 2), ("model", 1)), 10, 20, 5, 20, 40, 64, 1, 0, 16, 32, 0.25),
+        StagePlan(
+            0, 0, 1, (("data", 2), ("model", 1)), 0, 10, 20, 5, 20, 40, 8, 64, 2, 16, 16, 32, 0.5, SHARDING,
+            StageTiming(0.01, 0.02, 0.1, 0.05, 0.001, 0.2, 0.1, 0.15),
+        ),
+        StagePlan(1, 2, 2, (("data", 2), ("model", 1)), 2, 10, 20, 5, 20, 40, 0, 64, 1, 0, 16, 32, 0.25),
     ),
     layers=tuple(LayerPlan(layer, "stablehlo.add at a.py:1", (f"block{layer}",)) for layer in range(3)),
     predicted_step_seconds=0.75,
     peak_memory_bytes=1 << 20,
     options=(("epsilon", 0.1), ("strategy", "auto")),
-).to_json()
+    remat=("none", "all", "products"),
+    pipeline=PipelineRecord(0.75, 0.5, 8, ("schedule",), (TriedMicrobatches(4, "1f1b", 0.75), TriedMicrobatches(8))),
+    transfers=(TransferTiming(0, 1, 64, 0.001, 0.0001, ("host 0",)),),
+).to_json()  # fmt: skip
 CLUSTER = cluster_text(
     "f32 = 1e-5, default = 2e-5",
     0.001,

@@ -141,7 +141,7 @@ def test_differences(lines: tuple[str, ...], found: list[tuple[str, int, float, 
 def test_no_mesh_and_no_devices(slow: Path) -> None:
     built = models.train_case("mlp/plain", microbatches=1).make()
     with pytest.raises(ConfigError, match="every stage has one device") as caught:
-        planned(built, slow).compare_xla()
+        planned(built, slow, mesh="data=1").compare_xla()
     assert caught.value.fix
     with pytest.raises(ConfigError, match="mesh of 8 devices: this process has 4") as caught:
         compare(planned(built, slow, mesh="data=8").staged, jax.devices()[:4])

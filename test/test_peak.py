@@ -191,7 +191,7 @@ def slow_peak(step: UnrolledStep, stage: int, functions: dict[str, FunctionMemor
 
 @pytest.mark.parametrize("schedule", ["1f1b", "gpipe", "eager-1f1b"])
 def test_many_microbatches_hold_what_a_few_do(tmp_path: Path, schedule: str) -> None:
-    program = planned(tmp_path, "mlp", num_microbatches=8, num_stages=3, schedule=schedule, mesh=None).program
+    program = planned(tmp_path, "mlp", num_microbatches=8, num_stages=3, schedule=schedule, mesh="data=1").program
     orders = [{parse_token(token)[0] for token in order} for order in program.order]
 
     def of(count: int) -> StagedProgram:
