@@ -79,7 +79,7 @@ def plan_lines(plan: Plan) -> list[str]:
     if (record := plan.pipeline) is not None:
         fixed = f" · given: {', '.join(record.fixed)}" if record.fixed else ""
         tried = ", ".join(str(each.num_microbatches) for each in record.tried)
-        lines.append(f"found among {tried} microbatches · no other is faster by more than {record.gap:.1%}{fixed}")
+        lines.append(f"found among {tried} microbatches · within {record.gap:.1%} of the search's bound{fixed}")
     return lines + (["predicted: " + " · ".join(predicted)] if predicted else [])
 
 

@@ -20,9 +20,10 @@ class TriedMicrobatches:
 class PipelineRecord:
     """What was searched.
 
-    ``step_seconds`` is what the search's closed form has for a step, ``bound_seconds`` what no other pipeline of the same
-    number of microbatches is below, both of the options that the layers had. ``fixed`` names what the user decided.
-    ``most_layers`` is what the program was grouped with.
+    ``step_seconds`` is what the search's closed form has for a step, ``bound_seconds`` what it has proved of all others of
+    the same number of microbatches. Both are of the options that the layers had, whose working memory is rounded up
+    where there are more than a few. ``fixed`` names what the user decided, ``most_layers`` is what the program was
+    grouped with.
     """
 
     step_seconds: float
@@ -33,8 +34,8 @@ class PipelineRecord:
 
     @property
     def gap(self) -> float:
-        """By how much another pipeline could be faster at most, as a share of the step."""
-        return 1 - self.bound_seconds / self.step_seconds
+        """By how much the step is above its bound, as a share of the step."""
+        return 1 - self.bound_seconds / self.step_seconds if self.step_seconds else 0.0
 
 
 add_record(TriedMicrobatches, "a list of numbers of microbatches")
