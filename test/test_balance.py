@@ -43,6 +43,13 @@ def shares(planned: Planned) -> list[float]:
     return [(share or 0.0) * planned.plan.num_stages for share in planned.plan.time_shares()]
 
 
+def balance(planned: Planned) -> list[float]:
+    """As `shares`, of what layers take before it is known what stages keep and compute again."""
+    plan = planned.plan
+    seconds = [sum(layer.seconds or 0.0 for layer in plan.layers[s.first_layer : s.last_layer + 1]) for s in plan.stages]
+    return [plan.num_stages * each / sum(seconds) for each in seconds]
+
+
 def rotated(x: jax.Array, position: jax.Array) -> jax.Array:
     angle = position[:, :, None, None].astype(jnp.float32) * 0.01 ** jnp.linspace(0, 1, SIZE // 2)
     a, b = jnp.split(x, 2, axis=-1)
@@ -135,8 +142,11 @@ def test_stages_are_balanced_by_predicted_time_on_the_devices_that_they_get(tmp_
     slow_arithmetic = traced.plan(cluster(tmp_path, 1e-3, 1e3))
     slow_memory = traced.plan(cluster(tmp_path, 1e3, 0.1))
     for planned in (cores, slow_arithmetic, slow_memory):
-        # Not below 1.25: what is computed again in the backward is known only when there are stages.
-        assert max(shares(planned)) < 1.4
+        assert max(balance(planned)) < 1.25
+    for planned in (cores, slow_arithmetic):
+        assert max(shares(planned)) < 1.25
+    # What is kept and what is computed again is known only when there are stages; here it moves bytes to the second.
+    assert max(shares(slow_memory)) < 1.4
     first_flops = [planned.plan.stages[0].flops or 0 for planned in (slow_memory, slow_arithmetic)]
     assert first_flops[0] < 0.8 * first_flops[1], "the bytes are in front, the flops behind"
     seconds = [planned.plan.predicted_step_seconds for planned in (cores, slow_memory)]
