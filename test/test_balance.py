@@ -46,7 +46,9 @@ def shares(planned: Planned) -> list[float]:
 def balance(planned: Planned) -> list[float]:
     """As `shares`, of what layers take before it is known what stages keep and compute again."""
     plan = planned.plan
-    seconds = [sum(layer.seconds or 0.0 for layer in plan.layers[s.first_layer : s.last_layer + 1]) for s in plan.stages]
+    seconds = [
+        sum(layer.seconds or 0.0 for layer in plan.layers[s.first_layer : s.last_layer + 1]) for s in plan.stages
+    ]
     return [plan.num_stages * each / sum(seconds) for each in seconds]
 
 
