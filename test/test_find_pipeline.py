@@ -88,6 +88,18 @@ def test_a_cluster_alone(tmp_path: Path) -> None:
     assert again.trace(params, batch).plan().plan == plan
 
 
+@pytest.mark.parametrize(("num_stages", "calls"), [(None, [1]), (2, [2 * 4 + 2, 4 + 2])])
+def test_calls_of_stage_functions_count(tmp_path: Path, num_stages: int | None, calls: list[int]) -> None:
+    """Calls that take longer than all work: one stage, whose step is a loop, is faster than a pipeline of many calls."""
+    (slow := tmp_path / "slow.toml").write_text(Path(cluster(tmp_path)).read_text() + "call_us = 100_000\n")
+    step = bactrian.parallelize(train, num_stages=num_stages, num_microbatches=4, cluster=str(slow))
+    plan = step.trace(*arguments()).plan().plan
+    timings = [stage.timing for stage in plan.stages]
+    assert [timing.calls_seconds for timing in timings if timing] == pytest.approx([0.1 * number for number in calls])
+    assert plan.pipeline is not None
+    assert plan.pipeline.step_seconds == pytest.approx(plan.predicted_step_seconds, rel=0.12)
+
+
 def test_meshes_are_found(tmp_path: Path) -> None:
     """One layer cannot be cut, so a pipeline of one stage has all devices."""
     params, batch = arguments(1)

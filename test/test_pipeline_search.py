@@ -53,8 +53,15 @@ def instance(seed: int, *, same_updates: bool = True) -> PipelineProblem:
     by_size: dict[tuple[int, int], int] = {}
     hosts = tuple(by_size.setdefault((size, n * several), len(by_size)) for n, size in enumerate(sizes))
     slow = rng.choice([0.1, 1.0, 5.0, 50.0])  # seconds of all that crosses a border at once
+    call = rng.choice([0.0, 0.1, 2.0])
     host_kinds = tuple(
-        HostKind(size, MEMORY, HostLink(0.01, 1e3 / slow), HostLink(0.02, rng.uniform(100, 300) / slow))
+        HostKind(
+            size,
+            MEMORY,
+            HostLink(0.01, 1e3 / slow),
+            HostLink(0.02, rng.uniform(100, 300) / slow),
+            call * rng.uniform(0.5, 1),
+        )
         for size, _ in by_size
     )
     menus = tuple(tuple(menus_of(rng, size, sizes, num_kinds, same_updates)) for size, _ in by_size)
@@ -151,6 +158,19 @@ def has_mesh(fixed: FixedStages, menu: Menu, stage: int) -> bool:
     return fixed.meshes is None or menu.mesh == fixed.meshes[stage if len(fixed.meshes) > 1 else 0]
 
 
+def calls_of(problem: PipelineProblem, chosen: list[Chosen]) -> tuple[list[float], list[float]]:
+    """By stage, seconds of the calls of a microbatch, one where the last stage fuses them, and of the two others of a step.
+
+    A loop over the microbatches of a single stage of one device is one call of the step.
+    """
+    is_fused = problem.schedule.name != "gpipe"
+    calls = [problem.line.kinds[each.kind].call_seconds for each in chosen]
+    if is_fused and len(chosen) == chosen[0].size == 1:
+        return [0.0], calls
+    twice = [2 * seconds for seconds in calls]
+    return [*twice[:-1], calls[-1] if is_fused else twice[-1]], twice
+
+
 def trips_of(problem: PipelineProblem, chosen: list[Chosen]) -> list[float]:
     """Seconds there and back between neighbours."""
     host_of = [h for h, kind in enumerate(problem.line.hosts) for _ in range(problem.line.kinds[kind].num_devices)]
@@ -184,9 +204,10 @@ def brute_force(problem: PipelineProblem) -> float:
                 if key not in known:
                     known[key] = frontier(problem, each, k)
                 fronts.append(known[key])
-            trips = trips_of(problem, chosen)
+            trips, (calls, once) = trips_of(problem, chosen), calls_of(problem, chosen)
             for taken in itertools.product(*fronts):
-                seconds, updates = [t for t, _ in taken], [u for _, u in taken]
+                seconds = [t + call for (t, _), call in zip(taken, calls, strict=True)]
+                updates = [u + call for (_, u), call in zip(taken, once, strict=True)]
                 best = min(best, step_seconds(seconds, trips, updates, in_flight, m))
     return best
 
@@ -219,7 +240,15 @@ def check_stages(problem: PipelineProblem, found: PipelineChoice) -> None:
     assert [each.first for each in chosen] == [0, *(each.end for each in chosen[:-1])]
     assert chosen[-1].end == len(problem.kinds)
     assert all(a.device + a.size <= b.device for a, b in itertools.pairwise(chosen))
-    seconds, updates = [s.seconds for s in found.stages], [s.update_seconds for s in found.stages]
+    calls, once = calls_of(problem, chosen)
+    seconds = [
+        call + sum(option.forward_seconds + option.backward_seconds for option in stage.options)
+        for call, stage in zip(calls, found.stages, strict=True)
+    ]
+    updates = [
+        call + sum(option.update_seconds for option in stage.options)
+        for call, stage in zip(once, found.stages, strict=True)
+    ]
     in_flight = [stage.in_flight for stage in found.stages]
     step = step_seconds(seconds, trips_of(problem, chosen), updates, in_flight, problem.num_microbatches)
     assert found.step_seconds == pytest.approx(step, rel=1e-9)

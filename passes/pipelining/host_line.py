@@ -34,12 +34,14 @@ class HostKind:
         memory_bytes: of one device.
         intra_host: from one device to another of its host.
         inter_host: from one host to another; its devices share it.
+        call_seconds: what a call of a stage function takes beside its work.
     """
 
     num_devices: int
     memory_bytes: float
     intra_host: HostLink
     inter_host: HostLink
+    call_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,7 @@ class HostLine:
                 group.memory_bytes,
                 HostLink(group.intra_host_latency, group.intra_host_bytes_per_second),
                 HostLink(group.inter_host_latency, group.inter_host_bytes_per_second),
+                group.call_seconds,
             )
             for group in cluster.groups
         ]

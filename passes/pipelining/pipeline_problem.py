@@ -72,6 +72,27 @@ class PipelineProblem:
         """Of the program."""
         return len(self.kinds)
 
+    def calls(self, stages_left: int, submesh: Submesh, *, is_only: bool) -> tuple[int, int]:
+        """How many calls the stage that is so many from the end makes for a microbatch, and beside these for a step.
+
+        A forward and a backward, which the schedule may fuse; and one for the accumulators, and the update. On one
+        device, a pipeline of a single fused stage is one call (``loop-microbatches``).
+
+        Args:
+            stages_left: 1 for the last stage.
+            submesh: of the stage.
+            is_only: whether it has all layers.
+        """
+        if not self.schedule.fuses(0, stages_left):
+            return 2, 2
+        return (0, 1) if is_only and submesh.num_devices == 1 else (1, 2)
+
+    def call_seconds(self, stages_left: int, submesh: Submesh, *, is_only: bool) -> tuple[float, float]:
+        """What `calls` take beside their work."""
+        seconds = self.line.kinds[submesh.kind].call_seconds
+        per_microbatch, per_step = self.calls(stages_left, submesh, is_only=is_only)
+        return per_microbatch * seconds, per_step * seconds
+
 
 @dataclass(frozen=True)
 class Place:
@@ -92,22 +113,24 @@ class StageChoice:
         mesh: the axes of its devices.
         in_flight: microbatches that it holds at most.
         options: of each layer.
+        call_seconds: what the calls of a microbatch take beside their work, and the other calls of a step.
     """
 
     place: Place
     mesh: MeshAxes
     in_flight: int
     options: tuple[LayerOption, ...]
+    call_seconds: tuple[float, float] = (0.0, 0.0)
 
     @property
     def seconds(self) -> float:
         """Of a microbatch, forward and backward."""
-        return sum(option.forward_seconds + option.backward_seconds for option in self.options)
+        return self.call_seconds[0] + sum(option.forward_seconds + option.backward_seconds for option in self.options)
 
     @property
     def update_seconds(self) -> float:
         """Once per step."""
-        return sum(option.update_seconds for option in self.options)
+        return self.call_seconds[1] + sum(option.update_seconds for option in self.options)
 
     @property
     def memory_bytes(self) -> float:

@@ -246,5 +246,7 @@ class _Stages:
             numbers = choose_options(menu.options, kinds, in_flight, memory, update_weight)
             assert numbers is not None, "the tables said that it fits"
             options = tuple(menu.options[kind][number] for kind, number in zip(kinds, numbers, strict=True))
-            found.append(StageChoice(place, menu.mesh, in_flight, options))
+            left, is_only = len(self._places) - len(found), len(self._places) == 1
+            calls = problem.call_seconds(left, place.submesh, is_only=is_only)
+            found.append(StageChoice(place, menu.mesh, in_flight, options, calls))
         return found

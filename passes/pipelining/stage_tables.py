@@ -54,7 +54,10 @@ class StageTables:
         return self.in_flight[stages_left] < self.problem.num_microbatches
 
     def seconds(self, in_flight: int, submesh: Submesh, longest: float = math.inf) -> Floats:
-        """Seconds of a microbatch, by menu of the submesh and class of layer ranges; those above the longest may be infinite."""
+        """Seconds of a microbatch, by menu of the submesh and class of layer ranges; those above the longest may be infinite.
+
+        What calls take is not among them.
+        """
         key = in_flight, submesh
         known, found = self._seconds.get(key, (-math.inf, np.zeros(0)))
         if longest > known:
@@ -69,12 +72,30 @@ class StageTables:
     def _updates(self) -> dict[Submesh, Floats]:
         return {
             submesh: np.stack([least_updates(menu.options, self.ranges) for menu in menus])
+            + self._fewest_calls[submesh][1]
             for submesh, menus in self.menus.items()
         }
 
+    def _calls(self, stages_left: int, submesh: Submesh) -> Floats:
+        """Seconds of the calls of a microbatch, and of the other calls of a step, by class of layer ranges."""
+        seconds = [self.problem.call_seconds(stages_left, submesh, is_only=is_only) for is_only in (False, True)]
+        found = np.repeat(np.array(seconds[0])[:, None], len(self.ranges.steps), axis=1)
+        found[:, self.ranges.classes[0, -1]] = seconds[1]
+        return found
+
+    @cached_property
+    def _fewest_calls(self) -> dict[Submesh, Floats]:
+        lefts = range(1, self.most_stages + 1)
+        return {each: np.min([self._calls(left, each) for left in lefts], axis=0) for each in self.submeshes}
+
+    def _fewest(self, submesh: Submesh) -> Floats:
+        """`seconds` and calls of stages with as few microbatches in flight, and as few calls, as any has."""
+        return self.seconds(min(self.in_flight[1:]), submesh) + self._fewest_calls[submesh][0]
+
     def within(self, stages_left: int, submesh: Submesh, limits: Limits) -> Floats:
         """Seconds of a microbatch by menu of the submesh and class of ranges, infinite where it exceeds a limit."""
-        found = self._limited(self.seconds(self.in_flight[stages_left], submesh, limits.period), submesh, limits)
+        work = self.seconds(self.in_flight[stages_left], submesh, limits.period)
+        found = self._limited(work + self._calls(stages_left, submesh)[0], submesh, limits)
         for number, menu in enumerate(self.menus[submesh]):
             if not self.problem.fixed.allows_mesh(menu.mesh, stages_left):
                 found[number] = math.inf
@@ -86,8 +107,7 @@ class StageTables:
 
     def is_usable(self, submesh: Submesh, limits: Limits) -> bool:
         """Whether any range of layers may run on the submesh within limits, with as few microbatches in flight as there are."""
-        seconds = self.seconds(min(self.in_flight[1:]), submesh)
-        return bool(np.isfinite(self._limited(seconds, submesh, limits)).any())
+        return bool(np.isfinite(self._limited(self._fewest(submesh), submesh, limits)).any())
 
     def by_length(self, stages_left: int, submesh: Submesh, limits: Limits) -> list[tuple[int, Floats]]:
         """The least seconds on the submesh of so many layers by the first of them, for each number of layers that there may be."""
@@ -131,7 +151,7 @@ class StageTables:
         """By layer, the least sum of weights of stages of the layers before it, with as few microbatches in flight as any has."""
         edges = list[Floats]()
         for submesh in self.submeshes:
-            seconds = self._limited(self.seconds(min(self.in_flight[1:]), submesh), submesh, limits).min(axis=0)
+            seconds = self._limited(self._fewest(submesh), submesh, limits).min(axis=0)
             weights = np.where(np.isfinite(seconds), weight(submesh, seconds), math.inf)
             edges.append(np.append(weights, math.inf)[self.ranges.classes])
         least = np.min(edges, axis=0)
@@ -146,8 +166,8 @@ class StageTables:
 
         Stages alone, wherever they stand, need more devices than there are.
         """
-        least_in_flight = [self.seconds(min(self.in_flight[1:]), submesh) for submesh in self.submeshes]
-        period = self._least(least_in_flight, lambda value: replace(within, period=min(value, within.period)))
+        fewest = [self._fewest(submesh) for submesh in self.submeshes]
+        period = self._least(fewest, lambda value: replace(within, period=min(value, within.period)))
         update = self._least(self._updates.values(), lambda value: replace(within, update=min(value, within.update)))
         return None if period is None or update is None else Limits(period, update)
 
