@@ -6,7 +6,7 @@ import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, overload
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, overload
 
 from jax.core import Tracer
 
@@ -44,8 +44,8 @@ _INSTEAD = {  # of what jitted functions have
 def parallelize(
     fun: Callable[..., Any],
     *,
-    num_stages: int | None = None,
-    num_microbatches: int | None = None,
+    num_stages: int | Literal["auto"] | None = None,
+    num_microbatches: int | Literal["auto"] | None = None,
     schedule: str | None = None,
     batch_argnums: int | Sequence[int] | None = None,
     state: Mapping[int, int | None] | None = None,
@@ -58,6 +58,7 @@ def parallelize(
     static_argnames: str | Sequence[str] = (),
     axis_name: str | None = None,
     mesh: str | Mapping[str, int] | Sequence[Mapping[str, int]] | None = None,
+    boundaries: str | Sequence[int] | None = None,
     strategy: str = "auto",
     remat: str | Sequence[str] | None = None,
     check_inputs: bool = True,
@@ -66,8 +67,8 @@ def parallelize(
 def parallelize(
     fun: None = None,
     *,
-    num_stages: int | None = None,
-    num_microbatches: int | None = None,
+    num_stages: int | Literal["auto"] | None = None,
+    num_microbatches: int | Literal["auto"] | None = None,
     schedule: str | None = None,
     batch_argnums: int | Sequence[int] | None = None,
     state: Mapping[int, int | None] | None = None,
@@ -80,6 +81,7 @@ def parallelize(
     static_argnames: str | Sequence[str] = (),
     axis_name: str | None = None,
     mesh: str | Mapping[str, int] | Sequence[Mapping[str, int]] | None = None,
+    boundaries: str | Sequence[int] | None = None,
     strategy: str = "auto",
     remat: str | Sequence[str] | None = None,
     check_inputs: bool = True,
@@ -87,8 +89,8 @@ def parallelize(
 def parallelize(
     fun: Callable[..., Any] | None = None,
     *,
-    num_stages: int | None = None,
-    num_microbatches: int | None = None,
+    num_stages: int | Literal["auto"] | None = None,
+    num_microbatches: int | Literal["auto"] | None = None,
     schedule: str | None = None,
     batch_argnums: int | Sequence[int] | None = None,
     state: Mapping[int, int | None] | None = None,
@@ -101,6 +103,7 @@ def parallelize(
     static_argnames: str | Sequence[str] = (),
     axis_name: str | None = None,
     mesh: str | Mapping[str, int] | Sequence[Mapping[str, int]] | None = None,
+    boundaries: str | Sequence[int] | None = None,
     strategy: str = "auto",
     remat: str | Sequence[str] | None = None,
     check_inputs: bool = True,
@@ -118,18 +121,18 @@ def parallelize(
         batch_argnums: positional arguments whose leaves have the batch as dim 0; argument 1 by default.
         state: the result that is an argument's next value, by index; others are matched by tree, shapes and dtypes.
         cluster: the TOML file of the machines (`bactrian.passes.machine.cluster_file.read_cluster`); or this host's cores.
-            With a file and no ``mesh``, what is not given is found: stages, meshes, microbatches, schedule, remat.
+            With a file and no ``mesh``, or where anything is ``"auto"``, all that is not given is found.
         plan: a `Plan`, or the folder or file of a saved one; its decisions are applied instead of found.
         donate: let the step reuse the buffers of the state that it is given.
         forward_only: ``fun`` takes no gradient and is run as a forward pipeline.
         out_reduction: of results of ``forward_only``: ``concat``, ``mean``, ``sum``, ``last``, or a prefix tree of these.
-        static_argnums, static_argnames: arguments that the step sees as the Python values that they are, by position or
-            by name, as for ``jax.jit``. They must be hashable; for each new value the step is traced again.
-        axis_name: the axis of a step that was written for ``jax.pmap``, over which it calls ``pmean`` and its kin. The step
-            then is that of the only device, which has the whole batch.
+        static_argnums, static_argnames: arguments that the step sees as Python values, as for ``jax.jit``. For each new
+            value the step is traced again.
+        axis_name: the axis of a step that was written for ``jax.pmap``: its one device then has the whole batch.
         mesh: the axes of the devices of a stage, as in ``{"data": 2, "model": 4}`` or ``"data=2,model=4"``; each value
-            of the step is sharded over them so that a step takes the least time. One device by default. Stages with meshes
-            of their own take a list of these, or one text, as in ``"data=2;data=4"``: one for each stage.
+            of the step is sharded over them so that a step takes the least time. One device by default. A list of these,
+            or one text, as in ``"data=2;data=4"``, has one for each stage.
+        boundaries: the first layer of each stage, as in ``(0, 3, 5)``, of those that plans list; the rest is found.
         strategy: ``auto``, or a baseline: ``data``, ``zero1``, ``zero2``, ``zero3``, ``megatron``; it leaves some open.
         remat: what layers compute again in their backward phase: ``none``; ``products``, all but products without batch
             dims; or ``all``, but for what comes into them. One word, or one for each layer, of which so many are made.

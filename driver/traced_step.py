@@ -21,6 +21,7 @@ from bactrian.driver.run.session import num_groups
 from bactrian.driver.source import line_here
 from bactrian.passes.frame.errors import ConfigError
 from bactrian.passes.machine.spec import MeshAxes, meshes_of_stages, meshes_text, num_devices
+from bactrian.passes.plan.pipeline_record import FOUND
 from bactrian.passes.plan.remat_words import words_of_layers
 from bactrian.passes.plan.schema import Plan
 from bactrian.runtime import faults
@@ -63,8 +64,8 @@ class Traced:
     ) -> Planned:
         """Cut the program into stages; needs no device.
 
-        With a cluster file and no mesh, what is not given is found: stages, their meshes, microbatches, schedule, and what
-        layers compute again.
+        With a cluster file and no mesh, or where anything is ``auto``, what is not given is found: stages, their meshes,
+        microbatches, schedule, and what layers compute again.
 
         Args:
             cluster: the file that describes the machines, in the place of what ``parallelize`` was told.
@@ -86,7 +87,7 @@ class Traced:
         if plan is None and num_layers is None and self._finds(cluster):
             decisions = self._find(num_stages, cluster)
         elif plan is not None:
-            check_stages(plan, num_stages or self.options.given.get("num_stages"), num_layers)
+            check_stages(plan, num_stages or self.options.decided("num_stages"), num_layers)
             decisions = self._decisions_of(plan, cluster)
         else:
             decisions = self._decisions(num_stages or self.options.num_stages, num_layers, cluster)
@@ -112,12 +113,38 @@ class Traced:
         return Planned(self.captured, staged, check_inputs=self.options.check_inputs)
 
     def _finds(self, cluster: str) -> bool:
-        """Whether stages and meshes are found: there is a cluster, and neither a mesh nor a step that placed the state."""
+        """Whether the pipeline is found: where it is asked for, or there is a cluster, and neither a mesh nor a step that
+        placed the state."""
+        if self.options.finds:
+            self._check_can_find(cluster)
+            return True
         return bool(cluster) and not self.options.mesh and self.placed is None and not self.captured.forward_only
+
+    def _check_can_find(self, cluster: str) -> None:
+        asked = "stages with given boundaries" if self.options.boundaries else f"what is {FOUND}"
+        if not cluster:
+            raise ConfigError(
+                f"cannot find {asked}: there is no cluster file",
+                why="a pipeline is found for devices whose rates, links and memory are known",
+                fix="give cluster='cluster.toml', as `bactrian profile-cluster` writes one",
+            )
+        if self.captured.forward_only:
+            raise ConfigError(
+                f"cannot find {asked}: the step takes no gradient",
+                why="the search knows steps with a backward phase",
+                fix="give num_stages, num_microbatches and mesh",
+            )
+        if self.placed is not None:
+            raise ConfigError(
+                f"cannot find {asked}: another step has placed the arguments",
+                where=line_here(),
+                why="steps that share state share its stages and meshes",
+                fix=f"leave {FOUND} and boundaries out, or pass bactrian.gather(...) of the state",
+            )
 
     def _find(self, num_stages: int | None, cluster: str) -> Decisions:
         """The pipeline of the least step time; the step is then traced as that has it."""
-        given, remat = self.options.given, self.options.remat
+        remat = self.options.remat
         if self.options.strategy != "auto" or len(remat) > 1:
             name = "strategy" if self.options.strategy != "auto" else "remat"
             raise ConfigError(
@@ -127,9 +154,11 @@ class Traced:
             )
         fixed = FixedDecisions(
             num_stages or self.options.num_stages,
-            given.get("num_microbatches"),
-            given.get("schedule"),
-            remat=remat[0] if remat else "",
+            self.options.decided("num_microbatches"),
+            self.options.decided("schedule"),
+            self.options.boundaries,
+            self.options.mesh,
+            remat[0] if remat else "",
         )
         batch = [argument.shape[0] for argument in self.captured.arguments if argument.role == "batch"]
         with paused_collection():

@@ -63,6 +63,7 @@ def form_stages(
 def find_stages(
     num_stages: int = 0,
     num_microbatches: int = 0,
+    boundaries: str = "",
     mesh: str = "",
     schedule: str = "",
     remat: str = "",
@@ -75,6 +76,7 @@ def find_stages(
     return (
         ChoosePipeline(
             num_stages=num_stages,
+            boundaries=boundaries,
             mesh=mesh,
             schedule=schedule,
             remat=remat,

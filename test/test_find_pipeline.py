@@ -16,6 +16,7 @@ import pytest
 import bactrian
 from bactrian.driver import cli
 from bactrian.passes.frame.errors import BactrianError, ConfigError, InfeasiblePlanError, ProgramError
+from bactrian.passes.machine.spec import axes_text
 from bactrian.passes.plan.schema import Plan
 
 WIDTH, ROWS = 64, 8
@@ -122,6 +123,75 @@ def test_what_is_given_is_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("options", "stages"),
+    [
+        ({"boundaries": (0, 3)}, [(0, None), (3, None)]),
+        ({"mesh": "model=2", "num_stages": "auto"}, [(0, "model=2"), (2, "model=2")]),
+        ({"mesh": "model=2", "num_stages": 1, "num_microbatches": "auto"}, [(0, "model=2")]),
+        ({"mesh": "model=2;data=1", "schedule": "auto"}, [(0, "model=2"), (3, "data=1")]),
+        ({"mesh": "data=2;data=1", "boundaries": "0,1"}, [(0, "data=2"), (1, "data=1")]),
+    ],
+)
+def test_holes(tmp_path: Path, options: dict[str, Any], stages: list[tuple[int, str | None]]) -> None:
+    """What is given stands in the plan, and is named; the rest is found; the run of the last one equals the reference."""
+    params, batch = arguments()
+    step = bactrian.parallelize(train, cluster=cluster(tmp_path, 2, 2), donate=False, **options)
+    plan = step.trace(params, batch).plan().plan
+    assert [stage.first_layer for stage in plan.stages] == [first for first, _ in stages]
+    for stage, (_, mesh) in zip(plan.stages, stages, strict=True):
+        assert mesh in (None, axes_text(stage.mesh))
+    assert plan.pipeline is not None
+    assert plan.pipeline.fixed == tuple(sorted(name for name, value in options.items() if value != "auto"))
+    assert len(plan.pipeline.tried) > 1
+    if options.keys() != {"mesh", "boundaries"}:
+        return
+    expected = step.reference(params, batch)
+    for got, want in zip(jax.tree.leaves(bactrian.gather(step(params, batch))), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_stages": 3, "boundaries": (0, 2)}, "num_stages is 3, but boundaries are those of 2 stages"),
+        ({"mesh": "data=2;data=1;data=1", "boundaries": "0,2"}, "3 meshes for 2 stages"),
+        ({"boundaries": (1, 2)}, "not the first layer of each stage"),
+        ({"boundaries": "0,x"}, "not the first layer of each stage"),
+        ({"boundaries": (0, 9)}, "cannot begin a stage at layer 9: the program has 4 layers"),
+        ({"mesh": "data=3", "num_stages": "auto"}, "stage 0 of 3 devices has no place in 2x2"),
+        ({"mesh": "data=1;data=2;data=1", "remat": "auto"}, "stage 2 of 1 device has no place in 2x2"),
+        ({"mesh": "data=8", "schedule": "auto"}, "1 stage on data=8 needs 8 devices, 2x2 has 4"),
+        ({"mesh": "data=2", "schedule": "auto", "strategy": "zero1"}, "with strategy zero1"),
+        ({"num_stages": "auto", "cluster": None}, "cannot find what is auto: there is no cluster file"),
+        ({"boundaries": (0, 2), "cluster": None}, "with given boundaries: there is no cluster file"),
+        ({"mesh": "data=2", "num_stages": "auto", "forward_only": True}, "the step takes no gradient"),
+    ],
+)
+def test_contradictions(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        given: dict[str, Any] = {
+            "cluster": cluster(tmp_path, 2, 2),
+            "num_microbatches": 2,
+            "out_reduction": "mean",
+        } | options
+        made = bactrian.parallelize(loss if "forward_only" in options else train, **given)
+        made.trace(*arguments()).plan()
+
+
+def test_a_plan_decides_all(tmp_path: Path) -> None:
+    made = bactrian.parallelize(train, cluster=cluster(tmp_path), boundaries=(0, 1), num_microbatches=4)
+    plan = made.trace(*arguments()).plan().plan
+    assert made.with_options(plan=plan).options.boundaries == (0, 1)
+    contradictions: tuple[tuple[dict[str, Any], str], ...] = (
+        ({"num_stages": "auto"}, "num_stages is auto, but a plan is given"),
+        ({"boundaries": (0, 2)}, "boundaries are 0, 2, but the plan has 0, 1"),
+    )
+    for options, message in contradictions:
+        with pytest.raises(ConfigError, match=message):
+            bactrian.parallelize(train, plan=plan, **options)
+
+
+@pytest.mark.parametrize(
     ("options", "memory", "kind", "message"),
     [
         ({}, 1e-5, InfeasiblePlanError, "cannot place the program on 2x1: devices need"),
@@ -192,3 +262,8 @@ def test_the_command_finds_all(
     assert cli.main(["plan", f"{script}:step", "--cluster", cluster(tmp_path), "--num-stages", "1"]) == 0
     text = capsys.readouterr().out
     assert "of the search's bound" in text and "given: num_stages" in text
+    words = ["--mesh", "data=1", "--num-stages", "auto", "--boundaries", "0,1", "--json"]
+    assert cli.main(["plan", f"{script}:step", "--cluster", cluster(tmp_path), *words]) == 0
+    plan = Plan.from_json(capsys.readouterr().out)
+    assert [stage.first_layer for stage in plan.stages] == [0, 1]
+    assert cli.main(["plan", f"{script}:step", "--cluster", cluster(tmp_path), "--mesh", "auto"]) == 0

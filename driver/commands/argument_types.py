@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from bactrian.passes.plan.pipeline_record import FOUND
+
 _MOST_RANKS = 65536
 
 
@@ -12,6 +14,11 @@ def count(text: str) -> int:
     if not text.isdecimal() or not 1 <= int(text) <= _MOST_RANKS:
         raise argparse.ArgumentTypeError(f"should be a whole number from 1 to {_MOST_RANKS}, got {text!r}")
     return int(text)
+
+
+def count_or_auto(text: str) -> int | str:
+    """A number, or ``auto`` for the one that is found."""
+    return text if text == FOUND else count(text)
 
 
 def whole_number(text: str) -> int:

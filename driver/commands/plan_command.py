@@ -7,13 +7,14 @@ import json
 import sys
 from typing import TYPE_CHECKING, Any
 
-from bactrian.driver.commands.argument_types import count
+from bactrian.driver.commands.argument_types import count, count_or_auto
 from bactrian.driver.commands.python_target import kind, load
 from bactrian.driver.launch.user_script import use_virtual_devices
 from bactrian.driver.report.plan_table import render_plan
 from bactrian.driver.report.terminal import RichView
 from bactrian.passes.frame.errors import ConfigError
 from bactrian.passes.machine.spec import num_devices, parse_meshes
+from bactrian.passes.plan.pipeline_record import FOUND
 
 if TYPE_CHECKING:
     from bactrian.driver.xla.compare_bytes import Comparison
@@ -33,9 +34,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="script.py:example_args",
         help="its example arguments, a tuple or a function that makes one (default: example_args of the same script)",
     )
-    parser.add_argument("--num-stages", type=count, metavar="S", help="pipeline stages")
-    parser.add_argument("--num-microbatches", type=count, metavar="M", help="microbatches per step")
+    parser.add_argument(
+        "--num-stages", type=count_or_auto, metavar="S", help="pipeline stages; here and below, auto is found"
+    )
+    parser.add_argument("--num-microbatches", type=count_or_auto, metavar="M", help="microbatches per step")
     parser.add_argument("--schedule", help="order of the microbatches: 1f1b, eager-1f1b or gpipe")
+    parser.add_argument("--boundaries", metavar="L,M,...", help="the first layer of each stage; the rest is found")
     parser.add_argument(
         "--mesh", metavar="A=N,B=M", help="devices of each stage by axes, as in data=2,model=4, or data=2;data=4"
     )
@@ -72,11 +76,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Carry the command out; returns its exit code."""
-    meshes = () if options.mesh is None else parse_meshes(options.mesh)
+    meshes = () if options.mesh in (None, FOUND) else parse_meshes(options.mesh)
     if options.compare_xla or options.timing:
         use_virtual_devices(max(map(num_devices, meshes), default=8))
     step, arguments = _model(options) if options.model is not None else _script(options)
-    names = ("num_stages", "num_microbatches", "schedule", "mesh", "strategy", "remat")
+    names = ("num_stages", "num_microbatches", "schedule", "mesh", "boundaries", "strategy", "remat")
     changes = {name: value for name in names if (value := getattr(options, name)) is not None}
     traced = step.with_options(**changes).trace(*arguments)
     planned = traced.plan(options.cluster, compare=True)

@@ -31,6 +31,7 @@ class FixedDecisions:
 
     Attributes:
         num_stages, num_microbatches, schedule: as ``parallelize`` has them.
+        boundaries: the first layer of each stage.
         meshes: of all stages, or of each.
         remat: one word for all layers.
     """
@@ -38,6 +39,7 @@ class FixedDecisions:
     num_stages: int | None = None
     num_microbatches: int | None = None
     schedule: str | None = None
+    boundaries: tuple[int, ...] = ()
     meshes: tuple[MeshAxes, ...] = ()
     remat: str = ""
 
@@ -45,6 +47,7 @@ class FixedDecisions:
     def names(self) -> tuple[str, ...]:
         """The names of what is decided."""
         given = {
+            "boundaries": self.boundaries,
             "mesh": self.meshes,
             "num_microbatches": self.num_microbatches,
             "num_stages": self.num_stages,
@@ -170,6 +173,7 @@ class _MicrobatchSearch:
         passes = pipelines.find_stages(
             num_stages=fixed.num_stages or 0,
             num_microbatches=num_microbatches,
+            boundaries=",".join(map(str, fixed.boundaries)),
             mesh=meshes_text(fixed.meshes),
             schedule=fixed.schedule or "",
             remat=fixed.remat,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import itertools
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from numbers import Integral
@@ -13,12 +15,15 @@ from bactrian.passes.frame.errors import ConfigError
 from bactrian.passes.frame.fields import MAX_COUNT
 from bactrian.passes.machine.cluster_file import read_cluster
 from bactrian.passes.machine.spec import MeshAxes, meshes_of_stages, meshes_text, num_devices, parse_axes, parse_meshes
+from bactrian.passes.plan.pipeline_record import FOUND
 from bactrian.passes.plan.remat_words import NO_REMAT, check_words, parse_remat, words_of_layers
 from bactrian.passes.plan.schema import Plan
 from bactrian.passes.schedules.by_name import DEFAULT_SCHEDULE, schedule_named
 from bactrian.passes.sharding.baselines import check_strategy
 
 _LEAVE_OUT = "leave it out, or make the plan again"
+
+_FINDABLE = ("num_stages", "num_microbatches", "schedule", "mesh", "remat")
 
 
 @dataclass(frozen=True)
@@ -27,6 +32,8 @@ class Options:
 
     Attributes:
         mesh: of each stage, or one of all stages, as it was given; `meshes` has those of a plan.
+        boundaries: the first layer of each stage; none if they are open.
+        finds: whether the user asks for a search: something is ``auto``, or stages have given layers.
         given: what `of` was told, without what is None.
     """
 
@@ -43,10 +50,12 @@ class Options:
     static_argnames: tuple[str, ...]
     axis_name: str | None
     mesh: tuple[MeshAxes, ...]
+    boundaries: tuple[int, ...]
     cluster: str
     strategy: str
     remat: tuple[str, ...]
     check_inputs: bool
+    finds: bool
     given: Mapping[str, Any] = field(compare=False, repr=False)
 
     @classmethod
@@ -57,14 +66,19 @@ class Options:
             ConfigError: an option is not known, is wrong, or differs from the plan.
         """
         _check_names(user_options)
-        given = {name: value for name, value in user_options.items() if value is not None}
-        plan = given.get("plan")
+        told = {name: value for name, value in user_options.items() if value is not None}
+        plan = told.get("plan")
         if plan is not None and not isinstance(plan, Plan):
-            plan = given["plan"] = Plan.load(plan)  # what is changed later is held against the same plan
+            plan = told["plan"] = Plan.load(plan)  # what is changed later is held against the same plan
+        found = [name for name in _FINDABLE if isinstance(told.get(name), str) and told[name] == FOUND]
+        if found and plan is not None:
+            raise ConfigError(f"{found[0]} is {FOUND}, but a plan is given", fix=_LEAVE_OUT)
+        given = {name: value for name, value in told.items() if name not in found}
+        boundaries = _boundaries(given.get("boundaries"))
         mesh, strategy = given_meshes(given.get("mesh")), given.get("strategy", "auto")
         remat = remat_words(given.get("remat"))
         if plan is not None:
-            _check_against_plan(plan, given, mesh, strategy)
+            _check_against_plan(plan, given, mesh, boundaries, strategy)
             if remat and words_of_layers(remat, plan.num_layers) != plan.remat:
                 has = ", ".join(plan.remat) or NO_REMAT
                 raise ConfigError(f"remat is {', '.join(remat)}, but the plan has {has}", fix=_LEAVE_OUT)
@@ -82,16 +96,23 @@ class Options:
             static_argnames=_argnames(given.get("static_argnames", ())),
             axis_name=_axis_name(given.get("axis_name")),
             mesh=mesh,
+            boundaries=boundaries,
             cluster=cluster_file(given["cluster"]) if "cluster" in given else "",
             strategy=strategy,
             remat=remat if plan is None else plan.remat,
             check_inputs=given.get("check_inputs", True),
-            given=given,
+            finds=plan is None and bool(found or boundaries),
+            given=told,
         )
 
     def changed(self, **user_options: Any) -> Options:
         """These options with some given anew, as `of` takes them."""
         return Options.of(**{**self.given, **user_options})
+
+    def decided(self, name: str) -> Any:
+        """What the user said of an option; None where it is left open or to be found."""
+        value = self.given.get(name)
+        return None if isinstance(value, str) and value == FOUND else value
 
     @property
     def meshes(self) -> tuple[MeshAxes, ...]:
@@ -106,16 +127,28 @@ class Options:
                 raise ConfigError(f"{name} is {count!r}", fix=f"give a number from 1 to {MAX_COUNT}, or leave it out")
         schedule_named(self.schedule)
         check_strategy(self.strategy)
-        if self.num_stages is not None and self.mesh:
-            meshes_of_stages(self.mesh, self.num_stages)
+        self._check_number_of_stages()
         if self.strategy != "auto" and all(num_devices(axes) == 1 for axes in self.mesh):
             raise ConfigError(
                 f"strategy is {self.strategy}, but there is no mesh", fix='give a mesh, as in mesh="data=8"'
             )
 
+    def _check_number_of_stages(self) -> None:
+        """Stages, their meshes and their boundaries are equally many."""
+        stages, boundaries = self.num_stages, self.boundaries
+        if boundaries and stages not in (None, len(boundaries)):
+            raise ConfigError(
+                f"num_stages is {stages}, but boundaries are those of {len(boundaries)} stages",
+                why=f"they begin at layers {', '.join(map(str, boundaries))}",
+                fix="leave out one of the two",
+            )
+        count = len(boundaries) or stages
+        if count is not None and self.mesh:
+            meshes_of_stages(self.mesh, count)
+
 
 def _check_names(user_options: Mapping[str, Any]) -> None:
-    known = [each.name for each in fields(Options) if each.name != "given"]
+    known = [each.name for each in fields(Options) if each.name not in ("given", "finds")]
     for name in user_options:
         if name not in known:
             nearest = difflib.get_close_matches(name, known, n=1)
@@ -123,12 +156,22 @@ def _check_names(user_options: Mapping[str, Any]) -> None:
             raise ConfigError(f"unknown option {name!r}", fix=fix)
 
 
-def _check_against_plan(plan: Plan, given: Mapping[str, Any], meshes: tuple[MeshAxes, ...], strategy: str) -> None:
+def _check_against_plan(
+    plan: Plan,
+    given: Mapping[str, Any],
+    meshes: tuple[MeshAxes, ...],
+    boundaries: tuple[int, ...],
+    strategy: str,
+) -> None:
     """Refuse an option that was given and says otherwise than the plan."""
     check_stages(plan, given.get("num_stages"))
     for name, has in (("num_microbatches", plan.num_microbatches), ("schedule", plan.schedule)):
         if given.get(name, has) != has:
             raise ConfigError(f"{name} is {given[name]}, but the plan has {has}", fix=_LEAVE_OUT)
+    planned_layers = tuple(stage.first_layer for stage in plan.stages)
+    if boundaries not in ((), planned_layers):
+        has = ", ".join(map(str, planned_layers))
+        raise ConfigError(f"boundaries are {', '.join(map(str, boundaries))}, but the plan has {has}", fix=_LEAVE_OUT)
     if strategy != "auto":
         raise ConfigError(
             f"strategy is {strategy}, but a plan is given", fix="leave out one of the two: a plan decides the shardings"
@@ -181,6 +224,24 @@ def remat_words(remat: Any) -> tuple[str, ...]:
         raise ConfigError(f"remat is {remat!r}", fix='give a word, as in remat="all", or one for each layer')
     check_words(words)
     return tuple(words)
+
+
+def _boundaries(boundaries: Any) -> tuple[int, ...]:
+    """The first layer of each stage, from a text with commas or a sequence; none for None."""
+    if boundaries is None:
+        return ()
+    words = boundaries.split(",") if isinstance(boundaries, str) else boundaries
+    try:
+        found = tuple(int(word) if isinstance(word, str) else operator.index(word) for word in words)
+    except (TypeError, ValueError):
+        found = ()
+    if found[:1] != (0,) or any(a >= b for a, b in itertools.pairwise(found)):
+        raise ConfigError(
+            f"boundaries is {boundaries!r}, not the first layer of each stage",
+            why="stages follow one another, and the first one begins at layer 0",
+            fix="as in (0, 3, 5)",
+        )
+    return found
 
 
 def given_meshes(mesh: Any) -> tuple[MeshAxes, ...]:

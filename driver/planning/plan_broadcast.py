@@ -42,6 +42,7 @@ def staged_together(
         {
             "the program": fingerprint,
             "num_stages": str(options.num_stages),
+            "boundaries": ", ".join(map(str, options.boundaries)) or "none",
             "the mesh": meshes_text(meshes),
             "the strategy": options.strategy,
             "remat": ", ".join(options.remat) or "none",

@@ -83,7 +83,7 @@ class Cluster:
             place = self.next_place(device, count)
             if place is None:
                 raise ConfigError(
-                    f"stage {stage} of {count} devices has no place in {self.name}",
+                    f"stage {stage} of {count} device{'s' * (count > 1)} has no place in {self.name}",
                     why=f"{self.num_devices - device} of {self.num_devices} devices are behind the stages before it: "
                     f"{self.description}; a mesh lies within a host or fills hosts of one kind",
                     fix="take fewer stages or smaller meshes, or describe a larger cluster",

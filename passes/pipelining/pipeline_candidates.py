@@ -138,6 +138,20 @@ def _check_fixed(request: PipelineRequest) -> None:
             why=cluster.description,
             fix="take fewer stages or smaller meshes, or describe a larger cluster",
         )
+    _check_places(cluster, [num_devices(mesh) for mesh in meshes])
+
+
+def _check_places(cluster: Cluster, sizes: Sequence[int]) -> None:
+    """Refuse meshes that can't lie along the hosts, in any order of their kinds."""
+    errors = list[ConfigError]()
+    for groups in itertools.permutations(cluster.groups):
+        try:
+            Cluster(cluster.name, groups).places(sizes)
+        except ConfigError as error:
+            errors.append(error)
+        else:
+            return
+    raise errors[0]
 
 
 def _shortage(request: PipelineRequest, problems: Sequence[PipelineProblem]) -> InfeasiblePlanError:

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from bactrian.passes.plan.json_fields import add_record
 
+FOUND = "auto"
+"""What a user says of a decision that is to be found."""
+
 
 @dataclass(frozen=True)
 class TriedMicrobatches:
