@@ -134,7 +134,7 @@ PLAN = Plan(
     peak_memory_bytes=1 << 20,
     options=(("epsilon", 0.1), ("strategy", "auto")),
     remat=("none", "all", "products"),
-    pipeline=PipelineRecord(0.75, 0.5, 8, ("schedule",), (TriedMicrobatches(4, "1f1b", 0.75), TriedMicrobatches(8))),
+    pipeline=PipelineRecord(0.75, 0.5, 0.7, 8, ("schedule",), (TriedMicrobatches(4, "1f1b", 0.75), TriedMicrobatches(8))),
     transfers=(TransferTiming(0, 1, 64, 0.001, 0.0001, ("host 0",)),),
 ).to_json()  # fmt: skip
 CLUSTER = cluster_text(

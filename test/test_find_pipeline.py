@@ -70,9 +70,9 @@ def test_a_cluster_alone(tmp_path: Path) -> None:
         (2, 3, (("data", 1),), 1),
     ]
     assert record is not None and record.fixed == ()
-    assert record.step_seconds == min(each.step_seconds for each in record.tried if each.step_seconds is not None)
+    assert record.simulated_seconds == min(each.step_seconds for each in record.tried if each.step_seconds is not None)
     assert plan.num_microbatches > 1 and record.bound_seconds <= record.step_seconds
-    assert record.step_seconds == pytest.approx(plan.predicted_step_seconds, rel=0.05)
+    assert record.simulated_seconds == pytest.approx(plan.predicted_step_seconds, rel=0.05)
 
     expected = step.reference(params, batch)
     for got, want in zip(jax.tree.leaves(bactrian.gather(step(params, batch))), jax.tree.leaves(expected), strict=True):
@@ -81,7 +81,7 @@ def test_a_cluster_alone(tmp_path: Path) -> None:
     # Of other numbers of microbatches than the first, the layers were those of another trace.
     count = record.tried[0].num_microbatches
     traced = step.with_options(num_microbatches=count).trace(params, batch).plan().plan.pipeline
-    assert traced is not None and traced.step_seconds == record.tried[0].step_seconds
+    assert traced is not None and traced.simulated_seconds == record.tried[0].step_seconds
 
     planned.save(tmp_path / "saved")
     assert Plan.load(tmp_path / "saved") == plan
@@ -98,7 +98,7 @@ def test_calls_of_stage_functions_count(tmp_path: Path, num_stages: int | None, 
     timings = [stage.timing for stage in plan.stages]
     assert [timing.calls_seconds for timing in timings if timing] == pytest.approx([0.1 * number for number in calls])
     assert plan.pipeline is not None
-    assert plan.pipeline.step_seconds == pytest.approx(plan.predicted_step_seconds, rel=0.12)
+    assert plan.pipeline.simulated_seconds == pytest.approx(plan.predicted_step_seconds, rel=1e-2)
 
 
 def test_meshes_are_found(tmp_path: Path) -> None:

@@ -151,7 +151,7 @@ class _MicrobatchSearch:
             except (InfeasiblePlanError, ProgramError) as error:
                 self._found[num_microbatches] = error
         found = self._found[num_microbatches]
-        return found.chosen.choice.step_seconds if isinstance(found, FoundPipeline) else math.inf
+        return found.chosen.simulated_seconds if isinstance(found, FoundPipeline) else math.inf
 
     def _searched(self, num_microbatches: int) -> FoundPipeline:
         """With the layers of the first trace, made larger or smaller, where that can be done; else traced again."""
@@ -186,7 +186,8 @@ class _MicrobatchSearch:
         chosen = report.kept[ChosenPipeline]
         with module.context:
             num_layers = required_integer(module.operation, NUM_LAYERS, "run group-layers first")
-        record = PipelineRecord(chosen.choice.step_seconds, chosen.bound_seconds, MOST_LAYERS, fixed.names)
+        closed_form = chosen.choice.step_seconds
+        record = PipelineRecord(closed_form, chosen.bound_seconds, chosen.simulated_seconds, MOST_LAYERS, fixed.names)
         return FoundPipeline(num_microbatches, num_layers, chosen, record, ())
 
     def best(self) -> FoundPipeline:
@@ -200,7 +201,7 @@ class _MicrobatchSearch:
             error = self._found[max(self._found)]
             assert not isinstance(error, FoundPipeline)
             raise error
-        best = min(found, key=lambda each: (each.chosen.choice.step_seconds, each.num_microbatches))
+        best = min(found, key=lambda each: (each.chosen.simulated_seconds, each.num_microbatches))
         tried = tuple(_tried(count, each) for count, each in sorted(self._found.items(), key=lambda item: item[0]))
         return replace(best, record=replace(best.record, tried=tried), phases=self._clock.phases)
 
@@ -208,4 +209,4 @@ class _MicrobatchSearch:
 def _tried(num_microbatches: int, found: FoundPipeline | InfeasiblePlanError | ProgramError) -> TriedMicrobatches:
     if not isinstance(found, FoundPipeline):
         return TriedMicrobatches(num_microbatches)
-    return TriedMicrobatches(num_microbatches, found.chosen.schedule.name, found.chosen.choice.step_seconds)
+    return TriedMicrobatches(num_microbatches, found.chosen.schedule.name, found.chosen.simulated_seconds)

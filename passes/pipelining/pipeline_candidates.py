@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from bactrian.passes.frame.errors import ConfigError, InfeasiblePlanError
 from bactrian.passes.frame.units import human_bytes
@@ -15,8 +15,12 @@ from bactrian.passes.pipelining.host_line import HostLine
 from bactrian.passes.pipelining.layer_options import Menu
 from bactrian.passes.pipelining.pipeline_problem import FixedStages, PipelineChoice, PipelineProblem
 from bactrian.passes.pipelining.pipeline_search import least_memory, search_pipeline
+from bactrian.passes.pipelining.simulated_choice import simulated_seconds
 from bactrian.passes.plan.remat_words import words_of_layers
 from bactrian.passes.schedules.schedule import Schedule
+
+_MOST_SIMULATED = 2  # of one schedule
+_EQUAL = 1e-9  # pipelines that differ by no larger share take equally long: the first is chosen
 
 
 @dataclass(frozen=True)
@@ -49,13 +53,15 @@ class ChosenPipeline:
         choice: its stages and their time.
         schedule: that it follows.
         first_devices: of each stage's mesh, as the cluster numbers devices.
-        bound_seconds: no other pipeline takes less, whatever its schedule.
+        bound_seconds: no other pipeline takes less in closed form, whatever its schedule.
+        simulated_seconds: of a step, by its events.
     """
 
     choice: PipelineChoice
     schedule: Schedule
     first_devices: tuple[int, ...]
     bound_seconds: float
+    simulated_seconds: float
 
     @property
     def remat(self) -> tuple[str, ...]:
@@ -67,27 +73,42 @@ class ChosenPipeline:
 def choose_pipeline(request: PipelineRequest) -> ChosenPipeline:
     """The pipeline of the least step time.
 
-    Stages follow one another along the line of hosts, so all orders of the kinds of hosts are tried.
+    Stages follow one another along the line of hosts, so all orders of the kinds of hosts are tried. The best of each
+    schedule in closed form, and others that come close, are simulated; the one whose events take least is chosen.
 
     Raises:
         ConfigError: what is fixed can't be.
         InfeasiblePlanError: no pipeline fits into memory.
     """
     _check_fixed(request)
-    best: ChosenPipeline | None = None
-    bound = math.inf
-    problems = list[PipelineProblem]()
+    least = bound = math.inf
+    problems, candidates = list[PipelineProblem](), list[_Candidate]()
     for order in itertools.permutations(range(len(request.cluster.groups))):
         for schedule in request.schedules:
             problem = _problem(request, order, schedule)
             problems.append(problem)
-            found = search_pipeline(problem, incumbent=math.inf if best is None else best.choice.step_seconds)
+            found = search_pipeline(problem, incumbent=least)
             bound = min(bound, found.bound_seconds)
-            if found.choice is not None:
-                best = ChosenPipeline(found.choice, schedule, _first_devices(request, order, found.choice), 0.0)
-    if best is None:
+            for choice in found.best(_MOST_SIMULATED):
+                seconds = simulated_seconds(problem, choice)
+                candidates.append(_Candidate(schedule, order, choice, seconds))
+                least = min(least, max(seconds, choice.step_seconds))
+    if not candidates:
         raise _shortage(request, problems)
-    return replace(best, bound_seconds=bound)
+    fastest = min(each.seconds for each in candidates)
+    chosen = next(each for each in candidates if each.seconds <= fastest * (1 + _EQUAL))
+    first_devices = _first_devices(request, chosen.order, chosen.choice)
+    return ChosenPipeline(chosen.choice, chosen.schedule, first_devices, bound, chosen.seconds)
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """A pipeline that is among the best in closed form, the order of the kinds of hosts, and seconds by its events."""
+
+    schedule: Schedule
+    order: tuple[int, ...]
+    choice: PipelineChoice
+    seconds: float
 
 
 def _problem(request: PipelineRequest, order: Sequence[int], schedule: Schedule) -> PipelineProblem:

@@ -25,7 +25,7 @@ from bactrian.passes.pipelining.recurrence import Recurrence
 from bactrian.passes.pipelining.round_trip_search import RoundTripSearch
 from bactrian.passes.pipelining.stage_costs import choose_options
 from bactrian.passes.pipelining.stage_tables import Limits, StageTables
-from bactrian.passes.pipelining.step_time import period_seconds, step_seconds
+from bactrian.passes.pipelining.step_time import MOST_ABOVE, period_seconds, step_seconds
 
 TOLERANCE = 1e-3
 MOST_RUNS = 200
@@ -44,11 +44,18 @@ class PipelineSearch:
         choice: the best pipeline; None where nothing fits, or nothing is faster than what had to be beaten.
         bound_seconds: no pipeline takes less for a step; infinite where none fits.
         num_runs: of the recurrence.
+        others: pipelines of other numbers of stages that the search came by, and that take little longer than the best,
+            or than what had to be beaten; the fastest first.
     """
 
     choice: PipelineChoice | None
     bound_seconds: float
     num_runs: int
+    others: tuple[PipelineChoice, ...] = ()
+
+    def best(self, most: int) -> tuple[PipelineChoice, ...]:
+        """The fastest, at most so many."""
+        return ((self.choice, *self.others) if self.choice is not None else self.others)[:most]
 
 
 def search_pipeline(
@@ -122,6 +129,7 @@ class _Search:
         self._tables = StageTables(problem)
         self._repeats = problem.num_microbatches - 1  # periods of a step beside the sum
         self._best: PipelineChoice | None = None
+        self._by_stages: dict[int, PipelineChoice] = {}
         self._step_seconds = incumbent
         self._num_runs = 0
         self._numbers = itertools.count()
@@ -132,7 +140,10 @@ class _Search:
         if least is None:
             return PipelineSearch(None, math.inf, 0)
         bound = self._branch(least) if math.isfinite(self._step_seconds) or self._begin(least) else math.inf
-        return PipelineSearch(self._best, min(bound, self._step_seconds), self._num_runs)
+        limit = self._step_seconds * (1 + MOST_ABOVE)
+        others = [each for each in self._by_stages.values() if each is not self._best and each.step_seconds <= limit]
+        others.sort(key=lambda each: each.step_seconds)
+        return PipelineSearch(self._best, min(bound, self._step_seconds), self._num_runs, tuple(others))
 
     def _begin(self, least: Limits) -> bool:
         """Look within longer and longer periods until there are pipelines; whether there are."""
@@ -209,14 +220,18 @@ class _Search:
         return least
 
     def _consider(self, stages: _Stages) -> None:
-        """Choose the options of the layers, and take the pipeline if it is better than the best.
+        """Choose the options of the layers, and take the pipeline if it is the best, or close and the best of its stages.
 
         What a second of the update counts depends on whether its stage is the slowest in it, or of a microbatch, or both.
         """
-        if stages.step_seconds >= self._step_seconds:
+        known = self._by_stages.get(stages.num_stages)
+        least = math.inf if known is None else known.step_seconds
+        if stages.step_seconds >= min(least, self._step_seconds * (1 + MOST_ABOVE)):
             return
         for weight in (0.0, 1 / self._problem.num_microbatches, 1.0):
             choice = PipelineChoice.of(self._problem, stages.with_options(weight))
+            if choice.step_seconds < least:
+                self._by_stages[stages.num_stages], least = choice, choice.step_seconds
             if choice.step_seconds < self._step_seconds:
                 self._best, self._step_seconds = choice, choice.step_seconds
 
@@ -230,6 +245,7 @@ class _Stages:
             tables.stage(len(places) - stage, place.submesh, limits, place.first_layer, place.end_layer)
             for stage, place in enumerate(places)
         ]
+        self.num_stages = len(places)
         self._menus = [menu for menu, _, _ in found]
         self._in_flight = [tables.in_flight[len(places) - stage] for stage in range(len(places))]
         seconds, updates = [each for _, each, _ in found], [each for _, _, each in found]

@@ -14,6 +14,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+MOST_ABOVE = 0.12
+"""The share by which the closed form may exceed the events: of pipelines no farther apart, the slower may be the faster."""
+
 
 def period_seconds(
     seconds: Sequence[float], round_trips: Sequence[float], in_flight: Sequence[int], num_microbatches: int

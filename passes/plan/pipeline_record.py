@@ -12,7 +12,7 @@ FOUND = "auto"
 
 @dataclass(frozen=True)
 class TriedMicrobatches:
-    """A number of microbatches for which a pipeline was searched: the best one, or none where nothing fits."""
+    """A number of microbatches for which a pipeline was searched: the best one, simulated, or none where nothing fits."""
 
     num_microbatches: int
     schedule: str = ""
@@ -24,13 +24,14 @@ class PipelineRecord:
     """What was searched.
 
     ``step_seconds`` is what the search's closed form has for a step, ``bound_seconds`` what it has proved of all others of
-    the same number of microbatches. Both are of the options that the layers had, whose working memory is rounded up
-    where there are more than a few. ``fixed`` names what the user decided, ``most_layers`` is what the program was
-    grouped with.
+    the same number of microbatches, ``simulated_seconds`` what its events take. All are of the options that the layers
+    had, whose working memory is rounded up where there are more than a few. ``fixed`` names what the user decided,
+    ``most_layers`` is what the program was grouped with.
     """
 
     step_seconds: float
     bound_seconds: float
+    simulated_seconds: float
     most_layers: int
     fixed: tuple[str, ...] = ()
     tried: tuple[TriedMicrobatches, ...] = ()
