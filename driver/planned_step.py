@@ -20,7 +20,7 @@ from bactrian.driver.report.timing_table import render_timing
 from bactrian.driver.run.compiled_step import Compiled
 from bactrian.driver.run.session import groups_of_stages, open_session
 from bactrian.driver.xla.compare_bytes import Comparison, compare
-from bactrian.passes.frame.phase_times import Timing
+from bactrian.passes.frame.phase_times import Timing, merged
 from bactrian.passes.frame.reproducer import versions
 from bactrian.passes.frame.views import view
 from bactrian.passes.peak.estimate import module_memory
@@ -49,7 +49,7 @@ class Planned:
     @property
     def timing(self) -> Timing:
         """Where the time went so far: trace, lower, each pass. `Compiled.timing` goes on with compiling."""
-        return Timing((*self.captured.phases, *self.staged.phases))
+        return Timing(merged((*self.captured.phases, *self.staged.phases)))
 
     @property
     def staged_text(self) -> str:

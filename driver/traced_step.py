@@ -20,6 +20,7 @@ from bactrian.driver.ranks import World
 from bactrian.driver.run.session import num_groups
 from bactrian.driver.source import line_here
 from bactrian.passes.frame.errors import ConfigError
+from bactrian.passes.frame.phase_times import PhaseClock
 from bactrian.passes.machine.spec import MeshAxes, meshes_of_stages, meshes_text, num_devices
 from bactrian.passes.plan.pipeline_record import FOUND
 from bactrian.passes.plan.remat_words import words_of_layers
@@ -83,9 +84,9 @@ class Traced:
         """
         faults.at("plan")
         cluster = self.options.cluster if cluster is None else cluster_file(cluster)
-        plan = plan or self.options.plan
+        plan, clock = plan or self.options.plan, PhaseClock()
         if plan is None and num_layers is None and self._finds(cluster):
-            decisions = self._find(num_stages, cluster)
+            decisions = self._find(num_stages, cluster, clock)
         elif plan is not None:
             check_stages(plan, num_stages or self.options.decided("num_stages"), num_layers)
             decisions = self._decisions_of(plan, cluster)
@@ -110,6 +111,7 @@ class Traced:
                 paths=[argument.path for argument in self.captured.arguments],
                 placed=None if self.placed is None else self.placed.specs,
             )
+        staged.phases = (*clock.phases, *staged.phases)
         return Planned(self.captured, staged, check_inputs=self.options.check_inputs)
 
     def _finds(self, cluster: str) -> bool:
@@ -142,7 +144,7 @@ class Traced:
                 fix=f"leave {FOUND} and boundaries out, or pass bactrian.gather(...) of the state",
             )
 
-    def _find(self, num_stages: int | None, cluster: str) -> Decisions:
+    def _find(self, num_stages: int | None, cluster: str, clock: PhaseClock) -> Decisions:
         """The pipeline of the least step time; the step is then traced as that has it."""
         remat = self.options.remat
         if self.options.strategy != "auto" or len(remat) > 1:
@@ -161,10 +163,15 @@ class Traced:
             remat[0] if remat else "",
         )
         batch = [argument.shape[0] for argument in self.captured.arguments if argument.role == "batch"]
-        with paused_collection():
+        with paused_collection(), clock.phase("find pipeline"):
             found = find_pipeline(
-                lambda count: self._retrace(count, self.options.schedule).module(), math.gcd(*batch), fixed, cluster
+                lambda count: self._retrace(count, self.options.schedule).module(),
+                math.gcd(*batch),
+                fixed,
+                cluster,
+                clock,
             )
+        clock.add(self.captured.phases)
         self.captured = self._retrace(found.num_microbatches, found.chosen.schedule.name)
         return found.decisions(self.options.donate, cluster)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -14,10 +16,12 @@ from bactrian.passes.frame.errors import ConfigError, InfeasiblePlanError
 from bactrian.passes.ir.attributes import (
     FIRST_DEVICES,
     FIRST_LAYERS,
+    NUM_LAYERS,
     REMAT,
     SCHEDULE,
     argument_pinned_stages,
     read_num_microbatches,
+    required_integer,
 )
 from bactrian.passes.ir.main_dataflow import MainDataflow
 from bactrian.passes.ir.meshes import ONE_DEVICE, make_stage_meshes
@@ -30,7 +34,7 @@ from bactrian.passes.pipelining.layer_menus import SizedLayers, menus, mesh_shap
 from bactrian.passes.pipelining.layer_options import Menu
 from bactrian.passes.pipelining.layer_programs import batch_rows, read_layers_of_sizes
 from bactrian.passes.pipelining.layers import ProgramLayers
-from bactrian.passes.pipelining.pipeline_candidates import ChosenPipeline, PipelineRequest, choose_pipeline
+from bactrian.passes.pipelining.pipeline_candidates import ChosenPipeline, PipelineRequest, check_fixed, choose_pipeline
 from bactrian.passes.pipelining.pipeline_problem import FixedStages
 from bactrian.passes.plan.remat_words import parse_remat
 from bactrian.passes.schedules.by_name import SCHEDULES, schedule_named
@@ -177,6 +181,10 @@ class ChoosePipeline(Pass):
                 fix="give num_stages and mesh of that step, or pass bactrian.gather(...) of the state",
             )
         cluster = cluster_or_cores(self.cluster)
+        with _errors_at(main):
+            check_fixed(
+                self._fixed(), cluster, required_integer(module.operation, NUM_LAYERS, "run group-layers first")
+            )
         with ctx.clock.phase("read layers"):
             rows = self._rows(module, num_microbatches)
             layers = [read_layers_of_sizes(module, group, (rows,), self.cluster)[0] for group in cluster.groups]
@@ -184,8 +192,8 @@ class ChoosePipeline(Pass):
             found = tuple(
                 self._menus(each, group, num_microbatches) for each, group in zip(layers, cluster.groups, strict=True)
             )
-        with ctx.clock.phase("search"):
-            chosen = _chosen(self._request(layers[0], found, cluster, num_microbatches), main)
+        with ctx.clock.phase("search"), _errors_at(main):
+            chosen = choose_pipeline(self._request(layers[0], found, cluster, num_microbatches))
         _write(module, chosen)
         for analysis in (ctx.kept(MainDataflow), ctx.kept(OpTimes), chosen):
             if analysis is not None:
@@ -226,10 +234,11 @@ class ChoosePipeline(Pass):
         return tuple(_with_remat(menu, words[0]) for menu in found) if words else found
 
 
-def _chosen(request: PipelineRequest, main: ir.Operation) -> ChosenPipeline:
-    """The best pipeline; errors stand at the function."""
+@contextmanager
+def _errors_at(main: ir.Operation) -> Generator[None]:
+    """Errors of the block stand at the function."""
     try:
-        return choose_pipeline(request)
+        yield
     except (ConfigError, InfeasiblePlanError) as error:
         raise error_at(type(error), main, error.message, why=error.why, fix=error.fix) from None
 

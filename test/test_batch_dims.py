@@ -13,7 +13,7 @@ from jaxlib.mlir import ir
 
 import bactrian
 from bactrian.passes import pipelines
-from bactrian.passes.frame.errors import ConfigError
+from bactrian.passes.frame.errors import OtherSizeError
 from bactrian.passes.frame.pipeline import run_pipeline
 from bactrian.passes.group_layers import GroupLayers
 from bactrian.passes.pipelining.layer_programs import read_layers, read_layers_of_sizes
@@ -91,15 +91,20 @@ def test_rows_are_followed_through_reshapes(model: Model) -> None:
     ("model", "rows", "why"),
     [
         (lambda w, x: jnp.tanh(x[1:] + x[:-1]) @ w, 4, "an op takes a part of a dim of"),
+        (
+            lambda w, x: convolution(w, x.transpose(1, 0, 2)),
+            4,
+            "a dim of 8 that has rows of the batch is read through windows",
+        ),
         (lambda w, x: jnp.tanh(x.reshape(2, -1, WIDTH).mean(1)) @ w, 2, "a dim of 2 for 8 rows would be 0"),
     ],
-    ids=["windows", "groups"],
+    ids=["slices", "windows", "groups"],
 )
 def test_what_rows_do_not_fit_is_refused(model: Model, rows: int, why: str) -> None:
-    with pytest.raises(ConfigError, match=f"cannot tell what layers take with {rows} rows .* with 8\n  why: {why}"):
+    with pytest.raises(OtherSizeError, match=f"cannot tell what layers take with {rows} rows .* with 8\n  why: {why}"):
         traced(*step_of(model, 8), rows)
 
 
 def test_a_single_row_is_refused() -> None:
-    with pytest.raises(ConfigError, match="dims of one row look like other dims of one"):
+    with pytest.raises(OtherSizeError, match="dims of one row look like other dims of one"):
         traced(*step_of(attention, 1), 2)

@@ -15,6 +15,7 @@ import pytest
 
 import bactrian
 from bactrian.driver import cli
+from bactrian.driver.report.cut_reasons import plan_reasons
 from bactrian.passes.frame.errors import BactrianError, ConfigError, InfeasiblePlanError, ProgramError
 from bactrian.passes.machine.spec import axes_text
 from bactrian.passes.plan.schema import Plan
@@ -208,6 +209,44 @@ def test_what_cannot_be_found(
     step = bactrian.parallelize(train, cluster=cluster(tmp_path, memory=memory), **options)
     with pytest.raises(kind, match=message):
         step.trace(*arguments()).plan()
+
+
+def test_numbers_of_microbatches_that_do_not_fit(tmp_path: Path) -> None:
+    """The plan, its explanation and its report say why; the times of the search are among those of the plan."""
+    planned = bactrian.parallelize(train, cluster=cluster(tmp_path, 1, memory=1.5e-4)).trace(*arguments()).plan()
+    assert planned.plan.pipeline is not None
+    refused = [each for each in planned.plan.pipeline.tried if each.step_seconds is None]
+    assert [each.num_microbatches for each in refused] == [1]
+    assert refused[0].reason.startswith("cannot place the program on 1x1: devices need about")
+    reasons = dict(plan_reasons(planned.plan))
+    assert reasons["given"] == "nothing but the cluster; all was found"
+    assert reasons["no plan"] == f"of 1 microbatch: {refused[0].reason}"
+    planned.write_report(tmp_path / "report.html")
+    assert refused[0].reason in (tmp_path / "report.html").read_text()
+    (search,) = (phase for phase in planned.timing.phases if phase.name == "find pipeline")
+    assert {"trace", "group-layers", "choose-pipeline"} <= {part.name for part in search.parts}
+
+
+def test_only_another_size_is_traced_again(tmp_path: Path) -> None:
+    """A step whose rows are read through windows is traced for each number of microbatches; other errors end the search."""
+    traces = list[int]()
+
+    def windows(params: list[jax.Array], batch: tuple[jax.Array, jax.Array]) -> jax.Array:
+        traces.append(len(batch[0]))
+        x, y = batch
+        return jnp.mean((jnp.cumsum(x @ params[0], axis=0) - y) ** 2)
+
+    def step(params: list[jax.Array], batch: tuple[jax.Array, jax.Array]) -> Any:
+        value, gradients = bactrian.value_and_grad(windows)(params, batch)
+        return jax.tree.map(lambda w, g: w - 0.1 * g, params, gradients), value
+
+    plan = bactrian.parallelize(step, cluster=cluster(tmp_path)).trace(*arguments(1)).plan().plan
+    assert plan.pipeline is not None
+    assert {ROWS // each.num_microbatches for each in plan.pipeline.tried} <= set(traces)
+    traces.clear()
+    with pytest.raises(ConfigError, match="1 stage on data=8 needs 8 devices"):
+        bactrian.parallelize(step, cluster=cluster(tmp_path), mesh="data=8", remat="auto").trace(*arguments(1)).plan()
+    assert traces == [8, 1]  # as it was given, and for the first number of microbatches
 
 
 def test_the_missing_memory_is_enough(tmp_path: Path) -> None:

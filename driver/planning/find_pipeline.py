@@ -10,9 +10,9 @@ from jaxlib.mlir import ir
 
 from bactrian.driver.planning.decisions import Decisions
 from bactrian.passes import pipelines
-from bactrian.passes.frame.errors import ConfigError, InfeasiblePlanError, ProgramError
+from bactrian.passes.frame.errors import InfeasiblePlanError, OtherSizeError, ProgramError
 from bactrian.passes.frame.module_text import copy_module
-from bactrian.passes.frame.phase_times import PhaseClock, PhaseTime
+from bactrian.passes.frame.phase_times import PhaseClock
 from bactrian.passes.frame.pipeline import run_pipeline
 from bactrian.passes.ir.attributes import NUM_LAYERS, required_integer
 from bactrian.passes.machine.cluster_file import read_cluster
@@ -66,14 +66,12 @@ class FoundPipeline:
         num_layers: that the program was grouped into.
         chosen: stages and schedule.
         record: of the search.
-        phases: how long it took.
     """
 
     num_microbatches: int
     num_layers: int
     chosen: ChosenPipeline
     record: PipelineRecord
-    phases: tuple[PhaseTime, ...]
 
     def decisions(self, donate: bool, cluster: str) -> Decisions:
         """What later passes carry out."""
@@ -91,7 +89,7 @@ class FoundPipeline:
 
 
 def find_pipeline(
-    make_module: Callable[[int], ir.Module], rows: int, fixed: FixedDecisions, cluster: str
+    make_module: Callable[[int], ir.Module], rows: int, fixed: FixedDecisions, cluster: str, clock: PhaseClock
 ) -> FoundPipeline:
     """The pipeline of the least step time.
 
@@ -103,13 +101,14 @@ def find_pipeline(
         rows: of the batch.
         fixed: what is not searched for.
         cluster: the file of the machines.
+        clock: measures tracing and passes.
 
     Raises:
         ConfigError: decisions contradict each other, or the cluster does not have what they ask for.
         ProgramError: the program can't be run as a pipeline.
         InfeasiblePlanError: no pipeline fits into memory.
     """
-    search = _MicrobatchSearch(make_module, fixed, cluster)
+    search = _MicrobatchSearch(make_module, fixed, cluster, clock)
     if fixed.num_microbatches is not None:
         search.step_seconds(fixed.num_microbatches)
     else:
@@ -122,11 +121,13 @@ def find_pipeline(
 class _MicrobatchSearch:
     """Pipelines for numbers of microbatches, each searched once."""
 
-    def __init__(self, make_module: Callable[[int], ir.Module], fixed: FixedDecisions, cluster: str) -> None:
-        self._make_module, self._fixed, self._cluster = make_module, fixed, cluster
+    def __init__(
+        self, make_module: Callable[[int], ir.Module], fixed: FixedDecisions, cluster: str, clock: PhaseClock
+    ) -> None:
+        self._make_module, self._fixed, self._cluster, self._clock = make_module, fixed, cluster, clock
         self._found: dict[int, FoundPipeline | InfeasiblePlanError | ProgramError] = {}
-        self._grouped: ir.Module | None = None
-        self._clock = PhaseClock()
+        self._grouped: ir.Module | None = None  # of the first number
+        self._is_scalable = True  # to other numbers, as far as is known
 
     def descend(self, counts: Sequence[int], start: int) -> None:
         """Go from one number to its neighbours as long as steps get faster, or nothing has fitted yet."""
@@ -157,13 +158,17 @@ class _MicrobatchSearch:
         """With the layers of the first trace, made larger or smaller, where that can be done; else traced again."""
         if self._grouped is None:
             self._grouped = self._group(num_microbatches)
-        try:
             return self._choose(self._grouped, num_microbatches)
-        except ConfigError:
-            return self._choose(self._group(num_microbatches), num_microbatches)
+        if self._is_scalable:
+            try:
+                return self._choose(self._grouped, num_microbatches)
+            except OtherSizeError:
+                self._is_scalable = False
+        return self._choose(self._group(num_microbatches), num_microbatches)
 
     def _group(self, num_microbatches: int) -> ir.Module:
-        module = self._make_module(num_microbatches)
+        with self._clock.phase("trace"):
+            module = self._make_module(num_microbatches)
         passes = pipelines.group_blocks(MOST_LAYERS, self._fixed.num_stages or 0, self._cluster)
         self._clock.add(run_pipeline(module, passes).phases)
         return module
@@ -188,7 +193,7 @@ class _MicrobatchSearch:
             num_layers = required_integer(module.operation, NUM_LAYERS, "run group-layers first")
         closed_form = chosen.choice.step_seconds
         record = PipelineRecord(closed_form, chosen.bound_seconds, chosen.simulated_seconds, MOST_LAYERS, fixed.names)
-        return FoundPipeline(num_microbatches, num_layers, chosen, record, ())
+        return FoundPipeline(num_microbatches, num_layers, chosen, record)
 
     def best(self) -> FoundPipeline:
         """The fastest of all.
@@ -203,10 +208,10 @@ class _MicrobatchSearch:
             raise error
         best = min(found, key=lambda each: (each.chosen.simulated_seconds, each.num_microbatches))
         tried = tuple(_tried(count, each) for count, each in sorted(self._found.items(), key=lambda item: item[0]))
-        return replace(best, record=replace(best.record, tried=tried), phases=self._clock.phases)
+        return replace(best, record=replace(best.record, tried=tried))
 
 
 def _tried(num_microbatches: int, found: FoundPipeline | InfeasiblePlanError | ProgramError) -> TriedMicrobatches:
     if not isinstance(found, FoundPipeline):
-        return TriedMicrobatches(num_microbatches)
+        return TriedMicrobatches(num_microbatches, reason=found.message)
     return TriedMicrobatches(num_microbatches, found.chosen.schedule.name, found.chosen.simulated_seconds)

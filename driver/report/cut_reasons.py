@@ -61,6 +61,31 @@ def _step(seconds: list[float], num_microbatches: int) -> float:
     return sum(seconds) + (num_microbatches - 1) * max(seconds)
 
 
+def plan_reasons(plan: Plan) -> list[tuple[str, str]]:
+    """How the plan came about, in lines with a name each: what was given and found, and why the cut is what it is."""
+    return [*_search_reasons(plan), *cut_reasons(plan)]
+
+
+def _search_reasons(plan: Plan) -> list[tuple[str, str]]:
+    if (record := plan.pipeline) is None:
+        return []
+    given = (
+        f"{', '.join(record.fixed)}; all else was found" if record.fixed else "nothing but the cluster; all was found"
+    )
+    lines = [("given", given)]
+    tried = [each for each in record.tried if each.step_seconds is not None]
+    steps = [f"{each.num_microbatches} in {human_seconds(each.step_seconds)} ({each.schedule})" for each in tried]
+    if steps:
+        lines.append(("microbatches", f"the best steps of the search: {', '.join(steps)}"))
+    refused = [each for each in record.tried if each.step_seconds is None]
+    lines += [("no plan", f"of {_microbatches(each.num_microbatches)}: {each.reason}") for each in refused]
+    return lines
+
+
+def _microbatches(count: int) -> str:
+    return f"{count} microbatch{'es' * (count > 1)}"
+
+
 def cut_reasons(plan: Plan) -> list[tuple[str, str]]:
     """Why this cut, in lines with a name each; nothing of a plan of one stage."""
     if plan.num_stages == 1:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from bactrian.driver.planning.held_memory import HeldMemory
-from bactrian.driver.report.cut_reasons import cut_reasons
+from bactrian.driver.report.cut_reasons import plan_reasons
 from bactrian.driver.report.plan_table import kept_text, layer_range, mesh_text, place_text, sent_text
 from bactrian.driver.report.step_timeline import TRANSFERRING, StepTimeline, TimelineRow
 from bactrian.passes.frame.units import human_bytes, human_count, human_seconds
@@ -85,7 +85,7 @@ def stages_section(plan: Plan) -> dict[str, Any]:
         "strip_label": "; ".join(f"stage {s.stage}: layers {layer_range(s)} on {mesh_text(s)}" for s in plan.stages),
         "stages_lead": _stages_lead(plan),
         "stages_note": note,
-        "reasons": cut_reasons(plan),
+        "reasons": plan_reasons(plan),
         "has_layers": bool(plan.layers or plan.remat),
         "has_remat": any(word != "none" for word in plan.remat),
     }

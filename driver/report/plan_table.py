@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from bactrian.driver.report.cut_reasons import cut_reasons
+from bactrian.driver.report.cut_reasons import plan_reasons
 from bactrian.driver.report.sharding_table import compared_table, sharding_grid
 from bactrian.driver.report.terminal import RichView
 from bactrian.passes.frame.units import UNKNOWN, human_bytes, human_count, human_seconds
@@ -277,8 +277,8 @@ def render_explanation(plan: Plan) -> Group:
     from rich.text import Text
 
     parts: list[RenderableType] = [render_plan(plan)]
-    if reasons := cut_reasons(plan):
-        parts += [Text("\nwhy this cut", style=f"bold {_ACCENT}"), _reason_grid(reasons)]
+    if reasons := plan_reasons(plan):
+        parts += [Text("\nwhy this plan", style=f"bold {_ACCENT}"), _reason_grid(reasons)]
     for stage in plan.stages:
         color = _STAGE_COLORS[stage.stage % len(_STAGE_COLORS)]
         heading = Text(f"\nstage {stage.stage}", style=f"bold {color}")

@@ -55,6 +55,10 @@ class ConfigError(BactrianError):
     exit_code = 3
 
 
+class OtherSizeError(ConfigError):
+    """What a program takes with microbatches of another size can't be told from this trace of it: trace it with them."""
+
+
 class InfeasiblePlanError(BactrianError):
     """No plan satisfies the constraints.
 

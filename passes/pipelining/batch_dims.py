@@ -10,10 +10,11 @@ rows while it is traced, and no value has as a dim of its rows, is taken to stay
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
-from bactrian.passes.frame.errors import ConfigError
+from bactrian.passes.frame.errors import OtherSizeError
 from bactrian.passes.pipelining.layers import LayerProgram
 from bactrian.passes.spmd.halo import Halo
 from bactrian.passes.spmd.sharding_rules import Rule
@@ -83,6 +84,9 @@ class BatchDims:
         Args:
             rows, new_rows: as they are, and as they will be.
             seconds: of its ops, with these shapes.
+
+        Raises:
+            OtherSizeError: an op reads rows in a way that can't be scaled.
         """
         problem = self.program.problem
         shapes = self.shapes(rows, new_rows)
@@ -93,7 +97,8 @@ class BatchDims:
         )
         ops = list(problem.ops)
         for number, (op, rule) in enumerate(zip(problem.ops, self.rules, strict=True)):
-            made = self._scaled_rule((*op.operands, *op.results), rule, rows, new_rows, shapes)
+            with _telling(rows, new_rows):
+                made = self._scaled_rule((*op.operands, *op.results), rule, rows, new_rows, shapes)
             ops[number] = replace(op, seconds=seconds[number], rule=None if op.rule is None else made)
         loads = tuple((value, took * growth[value]) for value, took in problem.loads)
         return replace(self.program, problem=replace(problem, values=values, ops=tuple(ops), loads=loads))
@@ -183,9 +188,9 @@ def follow_rows(layers: Sequence[BatchDims], rows: int, new_rows: int) -> None:
         rows, new_rows: in a microbatch, as it is and as it will be.
 
     Raises:
-        ConfigError: they can't be told, or the other number of rows does not fit.
+        OtherSizeError: they can't be told, or the other number of rows does not fit.
     """
-    try:
+    with _telling(rows, new_rows):
         if rows == 1:
             raise _InexactError("dims of one row look like other dims of one")
         borders: dict[Shape, list[_Parts | None]] = {}
@@ -205,8 +210,15 @@ def follow_rows(layers: Sequence[BatchDims], rows: int, new_rows: int) -> None:
             raise _InexactError("some dims of what layers give each other are not known")
         for layer in layers:
             layer.shapes(rows, new_rows)
+
+
+@contextmanager
+def _telling(rows: int, new_rows: int) -> Generator[None]:
+    """What can't be followed in the block is an error for the user."""
+    try:
+        yield
     except _InexactError as error:
-        raise ConfigError(
+        raise OtherSizeError(
             f"cannot tell what layers take with {new_rows} rows in a microbatch from what they take with {rows}",
             why=str(error),
             fix=f"trace the step with microbatches of {new_rows} rows",

@@ -68,7 +68,8 @@ def read_layers_of_sizes(
         sizes: rows of the batch in a microbatch.
 
     Raises:
-        ConfigError: as `read_layers`; another size can't be told from that of the module.
+        ConfigError: as `read_layers`.
+        OtherSizeError: another size can't be told from that of the module.
         PassError, ProgramError: as `read_program`.
     """
     if USER_MESH in mesh_axes(module):

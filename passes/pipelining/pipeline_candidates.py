@@ -77,10 +77,8 @@ def choose_pipeline(request: PipelineRequest) -> ChosenPipeline:
     schedule in closed form, and others that come close, are simulated; the one whose events take least is chosen.
 
     Raises:
-        ConfigError: what is fixed can't be.
         InfeasiblePlanError: no pipeline fits into memory.
     """
-    _check_fixed(request)
     least = bound = math.inf
     problems, candidates = list[PipelineProblem](), list[_Candidate]()
     for order in itertools.permutations(range(len(request.cluster.groups))):
@@ -133,9 +131,13 @@ def _first_devices(request: PipelineRequest, order: Sequence[int], choice: Pipel
     return tuple(place.first_device + shift[order[place.submesh.kind]] for place in places)
 
 
-def _check_fixed(request: PipelineRequest) -> None:
-    """Refuse numbers of stages and meshes that the program or the cluster does not have."""
-    fixed, cluster, num_layers = request.fixed, request.cluster, len(request.kinds)
+def check_fixed(fixed: FixedStages, cluster: Cluster, num_layers: int) -> None:
+    """Refuse decisions that the program or the cluster can't have, whatever layers take.
+
+    Raises:
+        InfeasiblePlanError: there are more stages than layers.
+        ConfigError: a stage begins behind the last layer; the cluster has no room for the meshes.
+    """
     stages = fixed.known_stages or 1
     if stages > num_layers:
         raise InfeasiblePlanError(

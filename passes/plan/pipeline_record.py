@@ -12,11 +12,12 @@ FOUND = "auto"
 
 @dataclass(frozen=True)
 class TriedMicrobatches:
-    """A number of microbatches for which a pipeline was searched: the best one, simulated, or none where nothing fits."""
+    """A number of microbatches for which a pipeline was searched: the best one, simulated, or why there is none."""
 
     num_microbatches: int
     schedule: str = ""
     step_seconds: float | None = None
+    reason: str = ""
 
 
 @dataclass(frozen=True)
