@@ -89,22 +89,24 @@ def solve(problem: CostNetwork, time_limit: float = 60.0) -> Solution:
 
 
 class Solved:
-    """Networks that are solved, for those that differ from them in memory alone."""
+    """Networks that are solved, for equal ones, and for those that differ from them in memory alone."""
 
     def __init__(self) -> None:
         self._by_costs: dict[bytes, list[tuple[CostNetwork, Solution]]] = {}
 
     def find(self, problem: CostNetwork) -> Solution | None:
-        """The optimum of a network that allows whatever this one allows, if it fits here too: nothing is cheaper here."""
+        """The optimum of a network that allows whatever this one allows, if it fits here too: nothing is cheaper here. Of
+        an equal network whatever was found."""
         for known, solution in self._by_costs.get(problem.costs_digest(), ()):
-            if problem.is_tighter_than(known) and problem.is_feasible(solution.choice):
+            if not problem.is_tighter_than(known) or not problem.is_feasible(solution.choice):
+                continue
+            if solution.optimal or known.is_tighter_than(problem):
                 return replace(solution, memory=problem.peak(solution.choice), seconds=0.0)
         return None
 
     def add(self, problem: CostNetwork, solution: Solution) -> None:
-        """Keep a solution, if it is proved to be the optimum."""
-        if solution.optimal:
-            self._by_costs.setdefault(problem.costs_digest(), []).append((problem, solution))
+        """Keep a solution."""
+        self._by_costs.setdefault(problem.costs_digest(), []).append((problem, solution))
 
 
 class _Attempt:
