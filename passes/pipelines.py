@@ -122,7 +122,7 @@ def prepare_shardings() -> Passes:
 
 def shard_stages(
     cluster: str = "",
-    memory_bytes: str = "",
+    memory_bytes: int = 0,
     time_limit: float = 60.0,
     strategy: str = "auto",
     compare: bool = False,
@@ -181,7 +181,7 @@ def up_to_schedule(
     cluster: str,
     strategy: str,
     donate: bool,
-    memory_bytes: str = "",
+    memory_bytes: int = 0,
     time_limit: float = 60.0,
     compare: bool = False,
 ) -> Passes:

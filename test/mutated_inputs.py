@@ -37,7 +37,7 @@ from bactrian.driver.planning.plan_program import plan_program
 from bactrian.passes import pipelines
 from bactrian.passes.frame import pipeline
 from bactrian.passes.frame.context import make_context
-from bactrian.passes.plan.pipeline_record import PipelineRecord, TriedMicrobatches
+from bactrian.passes.plan.pipeline_record import OtherPipeline, PipelineRecord, TriedMicrobatches
 from bactrian.passes.plan.schema import PLAN_FILE, UNSOLVED_FILE, LayerPlan, Plan, StagePlan
 from bactrian.passes.plan.stage_sharding import ShardingFigures, ShardingPlan
 from bactrian.passes.plan.step_timing import StageTiming, TransferTiming
@@ -134,7 +134,16 @@ PLAN = Plan(
     peak_memory_bytes=1 << 20,
     options=(("epsilon", 0.1), ("strategy", "auto")),
     remat=("none", "all", "products"),
-    pipeline=PipelineRecord(0.75, 0.5, 0.7, 8, ("schedule",), (TriedMicrobatches(4, "1f1b", 0.75), TriedMicrobatches(8))),
+    pipeline=PipelineRecord(
+        0.75,
+        0.5,
+        0.7,
+        8,
+        4,
+        ("schedule",),
+        (TriedMicrobatches(4, "1f1b", 0.75), TriedMicrobatches(8)),
+        OtherPipeline(3, "1f1b", 0.8),
+    ),
     transfers=(TransferTiming(0, 1, 64, 0.001, 0.0001, ("host 0",)),),
 ).to_json()  # fmt: skip
 CLUSTER = cluster_text(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -16,8 +17,10 @@ import pytest
 import bactrian
 from bactrian.driver import cli
 from bactrian.driver.report.cut_reasons import plan_reasons
+from bactrian.driver.report.plan_table import plan_lines
 from bactrian.passes.frame.errors import BactrianError, ConfigError, InfeasiblePlanError, ProgramError
 from bactrian.passes.machine.spec import axes_text
+from bactrian.passes.plan.pipeline_record import OtherPipeline
 from bactrian.passes.plan.schema import Plan
 
 WIDTH, ROWS = 64, 8
@@ -75,6 +78,10 @@ def test_a_cluster_alone(tmp_path: Path) -> None:
     assert plan.num_microbatches > 1 and record.bound_seconds <= record.step_seconds
     assert record.simulated_seconds == pytest.approx(plan.predicted_step_seconds, rel=0.05)
 
+    other = OtherPipeline(1, "1f1b", 1.5 * record.simulated_seconds)
+    said = plan_lines(dataclasses.replace(plan, pipeline=dataclasses.replace(record, next_best=other)))
+    assert "next best: 1 stage with 1f1b, 50.0% longer" in said
+
     expected = step.reference(params, batch)
     for got, want in zip(jax.tree.leaves(bactrian.gather(step(params, batch))), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
@@ -100,6 +107,8 @@ def test_calls_of_stage_functions_count(tmp_path: Path, num_stages: int | None, 
     assert [timing.calls_seconds for timing in timings if timing] == pytest.approx([0.1 * number for number in calls])
     assert plan.pipeline is not None
     assert plan.pipeline.simulated_seconds == pytest.approx(plan.predicted_step_seconds, rel=1e-2)
+    (said,) = [line for line in plan_lines(plan) if line.startswith(("one program", "next best"))] or [None]
+    assert said == ("one program on 1 of 2 devices beats every pipeline" if num_stages is None else None)
 
 
 def test_meshes_are_found(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from bactrian.passes.pipelining.pipeline_events import simulate
 from bactrian.passes.pipelining.pipeline_search import search_pipeline
 from bactrian.passes.pipelining.simulated_choice import simulated_seconds
 from bactrian.passes.pipelining.stage_chain import StageSeconds, stage_chain
+from bactrian.passes.plan.pipeline_record import OtherPipeline
 from bactrian.passes.schedules.by_name import SCHEDULES
 
 ONE_DEVICE = (("data", 1),)
@@ -66,3 +67,15 @@ def test_events_decide_between_schedules() -> None:
     assert chosen.simulated_seconds == min(one.simulated_seconds for one in each)
     assert chosen.schedule.name != "gpipe" == min(each, key=lambda one: one.choice.step_seconds).schedule.name
     assert chosen.bound_seconds <= min(one.choice.step_seconds for one in each)
+
+
+def test_the_next_best_has_another_number_of_stages() -> None:
+    """Of one microbatch, two stages take the way between them longer."""
+    group = dataclasses.replace(
+        CPU_HOST, hosts=2, devices_per_host=1, inter_host_latency=0.0, inter_host_bytes_per_second=1.0
+    )
+    menu = Menu(ONE_DEVICE, ((option(2.0, 3.0),),))
+    for sent, other in ((1.0, OtherPipeline(2, "1f1b", 11.0)), (2.0, None)):
+        request = PipelineRequest((0, 0), (0.0, sent), ((menu,),), Cluster("c", (group,)), 1, (SCHEDULES["1f1b"],))
+        chosen = choose_pipeline(request)
+        assert len(chosen.choice.stages) == 1 and chosen.next_best == other

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from bactrian.passes import pipelines
@@ -93,18 +92,15 @@ class Decisions:
         """The passes from there to what ``solve-shardings`` reads."""
         return pipelines.up_to_shardings(self.mesh_text, self.cluster)
 
-    def emitting(self, memory_bytes: Sequence[int] = ()) -> Passes:
-        """The passes from there to the scheduled module.
-
-        Args:
-            memory_bytes: of a device of each stage that shardings may fill; what the cluster says if not given.
-        """
+    def emitting(self, memory_bytes: int = 0) -> Passes:
+        """The passes from there to the scheduled module, with shardings that hold less than some bytes of a device; 0
+        for what the cluster says."""
         return pipelines.up_to_schedule(
             self.mesh_text,
             self.cluster,
             self.strategy,
             self.donate,
-            ",".join(map(str, memory_bytes)),
+            memory_bytes,
             self.time_limit,
             self.compare,
         )

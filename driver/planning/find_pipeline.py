@@ -192,7 +192,15 @@ class _MicrobatchSearch:
         with module.context:
             num_layers = required_integer(module.operation, NUM_LAYERS, "run group-layers first")
         closed_form = chosen.choice.step_seconds
-        record = PipelineRecord(closed_form, chosen.bound_seconds, chosen.simulated_seconds, MOST_LAYERS, fixed.names)
+        record = PipelineRecord(
+            closed_form,
+            chosen.bound_seconds,
+            chosen.simulated_seconds,
+            MOST_LAYERS,
+            num_devices,
+            fixed.names,
+            next_best=chosen.next_best,
+        )
         return FoundPipeline(num_microbatches, num_layers, chosen, record)
 
     def best(self) -> FoundPipeline:

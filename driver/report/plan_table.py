@@ -11,6 +11,7 @@ from bactrian.driver.report.sharding_table import compared_table, sharding_grid
 from bactrian.driver.report.terminal import RichView
 from bactrian.passes.frame.units import UNKNOWN, human_bytes, human_count, human_seconds
 from bactrian.passes.frame.views import view
+from bactrian.passes.plan.pipeline_record import PipelineRecord
 from bactrian.passes.plan.schema import Option, Plan, Remark, StagePlan, add_known
 from bactrian.passes.plan.step_timing import StageTiming
 
@@ -80,7 +81,20 @@ def plan_lines(plan: Plan) -> list[str]:
         fixed = f" · given: {', '.join(record.fixed)}" if record.fixed else ""
         tried = ", ".join(str(each.num_microbatches) for each in record.tried)
         lines.append(f"found among {tried} microbatches · within {record.gap:.1%} of the search's bound{fixed}")
+        lines += _next_best(plan, record)
     return lines + (["predicted: " + " · ".join(predicted)] if predicted else [])
+
+
+def _next_best(plan: Plan, record: PipelineRecord) -> list[str]:
+    """What another number of stages would take; where one program beats every pipeline, that."""
+    lines, other = list[str](), record.next_best
+    could_be_cut = plan.num_layers > 1 and not {"boundaries", "mesh", "num_stages"}.intersection(record.fixed)
+    if plan.num_stages == 1 and record.num_devices > 1 and could_be_cut:
+        lines.append(f"one program on {plan.num_devices} of {record.num_devices} devices beats every pipeline")
+    if other is not None:
+        longer = other.step_seconds / record.simulated_seconds - 1
+        lines.append(f"next best: {_counted(other.num_stages, 'stage')} with {other.schedule}, {longer:.1%} longer")
+    return [" · ".join(lines)] if lines else []
 
 
 def _has_peak(stage: StagePlan) -> bool:

@@ -16,6 +16,7 @@ from bactrian.passes.pipelining.layer_options import Menu
 from bactrian.passes.pipelining.pipeline_problem import FixedStages, PipelineChoice, PipelineProblem
 from bactrian.passes.pipelining.pipeline_search import least_memory, search_pipeline
 from bactrian.passes.pipelining.simulated_choice import simulated_seconds
+from bactrian.passes.plan.pipeline_record import OtherPipeline
 from bactrian.passes.plan.remat_words import words_of_layers
 from bactrian.passes.schedules.schedule import Schedule
 
@@ -55,6 +56,7 @@ class ChosenPipeline:
         first_devices: of each stage's mesh, as the cluster numbers devices.
         bound_seconds: no other pipeline takes less in closed form, whatever its schedule.
         simulated_seconds: of a step, by its events.
+        next_best: the fastest of those that were simulated and have another number of stages.
     """
 
     choice: PipelineChoice
@@ -62,6 +64,7 @@ class ChosenPipeline:
     first_devices: tuple[int, ...]
     bound_seconds: float
     simulated_seconds: float
+    next_best: OtherPipeline | None = None
 
     @property
     def remat(self) -> tuple[str, ...]:
@@ -96,7 +99,9 @@ def choose_pipeline(request: PipelineRequest) -> ChosenPipeline:
     fastest = min(each.seconds for each in candidates)
     chosen = next(each for each in candidates if each.seconds <= fastest * (1 + _EQUAL))
     first_devices = _first_devices(request, chosen.order, chosen.choice)
-    return ChosenPipeline(chosen.choice, chosen.schedule, first_devices, bound, chosen.seconds)
+    others = [each for each in candidates if each.num_stages != chosen.num_stages]
+    next_best = min(others, key=lambda each: each.seconds).summary if others else None
+    return ChosenPipeline(chosen.choice, chosen.schedule, first_devices, bound, chosen.seconds, next_best)
 
 
 @dataclass(frozen=True)
@@ -107,6 +112,16 @@ class _Candidate:
     order: tuple[int, ...]
     choice: PipelineChoice
     seconds: float
+
+    @property
+    def num_stages(self) -> int:
+        """Of the pipeline."""
+        return len(self.choice.stages)
+
+    @property
+    def summary(self) -> OtherPipeline:
+        """For the plan."""
+        return OtherPipeline(self.num_stages, self.schedule.name, self.seconds)
 
 
 def _problem(request: PipelineRequest, order: Sequence[int], schedule: Schedule) -> PipelineProblem:

@@ -21,21 +21,33 @@ class TriedMicrobatches:
 
 
 @dataclass(frozen=True)
+class OtherPipeline:
+    """A pipeline of another number of stages, for the same number of microbatches, and what its step takes, simulated."""
+
+    num_stages: int
+    schedule: str
+    step_seconds: float
+
+
+@dataclass(frozen=True)
 class PipelineRecord:
     """What was searched.
 
     ``step_seconds`` is what the search's closed form has for a step, ``bound_seconds`` what it has proved of all others of
     the same number of microbatches, ``simulated_seconds`` what its events take. All are of the options that the layers
     had, whose working memory is rounded up where there are more than a few. ``fixed`` names what the user decided,
-    ``most_layers`` is what the program was grouped with.
+    ``most_layers`` is what the program was grouped with, ``num_devices`` what the cluster has. ``next_best`` is the fastest
+    pipeline of another number of stages, if any came close.
     """
 
     step_seconds: float
     bound_seconds: float
     simulated_seconds: float
     most_layers: int
+    num_devices: int
     fixed: tuple[str, ...] = ()
     tried: tuple[TriedMicrobatches, ...] = ()
+    next_best: OtherPipeline | None = None
 
     @property
     def gap(self) -> float:
@@ -44,4 +56,5 @@ class PipelineRecord:
 
 
 add_record(TriedMicrobatches, "a list of numbers of microbatches")
+add_record(OtherPipeline, "an object, or null")
 add_record(PipelineRecord, "an object, or null")
