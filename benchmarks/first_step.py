@@ -95,9 +95,9 @@ def stages(count: int) -> Case:
 
 def gpt(count: int) -> Case:
     """The example's GPT of width 32 with AdamW and dropout, unrolled, in four stages."""
-    import worker
+    import programs
 
-    step, state, batch = worker.gpt(layers=count, width=32, batch=4)
+    step, state, batch = programs.gpt(layers=count, width=32, batch=4)
     return step.with_options(num_stages=4, num_microbatches=2), state, batch
 
 

@@ -55,11 +55,12 @@ def ratio(over: Any, under: Any) -> Any:
     return np.median(np.asarray(over) / np.asarray(under), axis=-1)
 
 
-def worker(*arguments: str, ranks: int | None = None) -> Row:
-    """One measurement; with ``ranks``, under mpirun with a core for each."""
+def worker(*arguments: str, ranks: int | None = None, devices: int = 1) -> Row:
+    """One measurement; with ``ranks``, under mpirun with a core for each, or with so many for its devices."""
     start = [sys.executable]
     if ranks is not None:
         start += ["-m", "bactrian.driver.cli", "run", "-n", str(ranks)]
+        start += ["--devices", str(devices)] if devices > 1 else []
     return last_json([*start, str(HERE / "worker.py"), *arguments])
 
 

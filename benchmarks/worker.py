@@ -6,99 +6,17 @@ The hooks into the compiled step are `time_functions` and `replace_functions`; e
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import os
-import sys
 import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from statistics import median
 from typing import Any
 
+from programs import PROGRAMS, gpt, mlp
+
 BLOCK = 4  # steps
-Program = tuple[Any, Any, Any]  # parallelized step, state, batch
-
-
-def mlp(width: int = 512, batch: int = 32, length: int = 128, layers: int = 8) -> Program:
-    """``y = x + relu(x W + b)``, mean squared error, SGD with 1e-3: the torch peer's model."""
-    import jax
-    import jax.numpy as jnp
-    import numpy as np
-
-    import bactrian
-
-    random = np.random.default_rng(7)
-    bound = width**-0.5
-    state = [
-        {
-            "w": random.uniform(-bound, bound, (width, width)).astype(np.float32),
-            "b": random.uniform(-bound, bound, width).astype(np.float32),
-        }
-        for _ in range(layers)
-    ]
-    data = tuple(random.standard_normal((2, batch, length, width), dtype=np.float32))
-
-    def loss(layers: Any, batch: Any) -> jax.Array:
-        x, y = batch
-        for layer in layers:
-            x = x + jax.nn.relu(x @ layer["w"] + layer["b"])
-        return jnp.square(x - y).mean()
-
-    def step(state: Any, batch: Any) -> Any:
-        value, gradients = bactrian.value_and_grad(loss)(state, batch)
-        return jax.tree.map(lambda p, g: p - 1e-3 * g, state, gradients), value
-
-    return bactrian.parallelize(step), state, data
-
-
-def gpt(layers: int = 4, width: int = 128, batch: int = 16) -> Program:
-    """The example's GPT with AdamW and dropout."""
-    import jax
-
-    sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
-    example = importlib.import_module("train_gpt")
-    args = argparse.Namespace(
-        layers=layers, width=width, heads=4, length=128, batch=batch, dropout=0.1,
-        rate=3e-3, steps=400, seed=0, stages=None, microbatches=8, schedule="1f1b",
-    )  # fmt: skip
-    state, step, _ = example.make_steps(args)
-    text, _ = example.read_text()
-    return step, jax.device_get(state), next(example.batches(text, batch, args.length, 0))
-
-
-def words(vocabulary: int = 4096, width: int = 128, layers: int = 6, batch: int = 16, length: int = 64) -> Program:
-    """An embedding, residual layers, and a head that takes most of the time; cross-entropy, SGD."""
-    import jax
-    import jax.numpy as jnp
-    import numpy as np
-
-    import bactrian
-
-    random = np.random.default_rng(7)
-    state = {
-        "embedding": random.standard_normal((vocabulary, width), dtype=np.float32) / width,
-        "layers": [random.standard_normal((width, width), dtype=np.float32) / width for _ in range(layers)],
-        "head": random.standard_normal((width, vocabulary), dtype=np.float32) / width,
-    }
-    data = {name: random.integers(0, vocabulary, (batch, length), np.int32) for name in ("word", "next")}
-
-    def loss(state: Any, batch: Any) -> jax.Array:
-        x = state["embedding"][batch["word"]]
-        for w in state["layers"]:
-            x = x + jax.nn.relu(x @ w)
-        scores = jax.nn.log_softmax(x @ state["head"])
-        return -jnp.take_along_axis(scores, batch["next"][..., None], -1).mean()
-
-    def step(state: Any, batch: Any) -> Any:
-        value, gradients = bactrian.value_and_grad(loss)(state, batch)
-        return jax.tree.map(lambda p, g: p - 1e-3 * g, state, gradients), value
-
-    return bactrian.parallelize(step), state, data
-
-
-PROGRAMS: dict[str, Callable[..., Program]] = {"mlp": mlp, "gpt": gpt, "words": words}
 
 
 def wait(tree: Any) -> None:
@@ -242,9 +160,10 @@ def _round(function: str) -> int:
 def measure_pipeline(args: argparse.Namespace) -> dict[str, Any]:
     """Blocks of steps, in turn plain and with each call of a stage function timed, so that both see the same machine."""
     step, state, batch = PROGRAMS[args.model]()
-    step = step.with_options(num_stages=args.stages, num_microbatches=args.microbatches, schedule=args.schedule)
-    if args.cluster:
-        step = step.with_options(cluster=args.cluster, mesh="data=1")
+    if args.plan:
+        step = step.with_options(plan=args.plan, cluster=args.cluster)
+    else:
+        step = step.with_options(num_stages=args.stages, num_microbatches=args.microbatches, schedule=args.schedule)
     _, state, losses = time_steps(step, state, batch, args.warmup)
     compiled = step.compiled
     plain, timed, own = list[float](), list[float](), list[list[float]]()
@@ -411,7 +330,8 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=24)
     parser.add_argument("--microbatches", type=int, default=8)
     parser.add_argument("--schedule", default="1f1b")
-    parser.add_argument("--cluster", help="the file of the machine, for what is predicted")
+    parser.add_argument("--plan", help="a saved plan, in the place of stages, microbatches and schedule")
+    parser.add_argument("--cluster", default="", help="the file of the machine that the plan was made for")
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--core", type=int, help="pin this process to one core, before jax starts")

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from rich.console import Console
@@ -21,7 +22,9 @@ import layouts
 import pipeline
 import plan as plans
 import predicted
+import programs
 import suite
+import unequal
 import worker
 
 
@@ -53,14 +56,46 @@ def test_median_of_functions_is_over_all_microbatches() -> None:
 def test_predicted_steps_are_compared_by_their_order_and_by_their_calls() -> None:
     assert predicted.rank_correlation([1.0, 2.0, 3.0, 4.0], [9.0, 8.0, 7.0, 6.0]) == -1.0
     assert predicted.rank_correlation([1.0, 2.0, 3.0], [1.0, 3.0, 2.0]) == 0.5
-    assert len(predicted.PLANS) == 10 and len({plan[0] for plan in predicted.PLANS}) == 3
-    step, state, batch = worker.mlp(width=8, batch=4, length=2, layers=2)
+    assert len(predicted.PLANS) == 10 and [plan[0] for plan in predicted.PLANS if not plan[1]] == [
+        "mlp",
+        "gpt",
+        "words",
+    ]
+    assert len({plan[0] for plan in predicted.PLANS}) == 3
+    step, state, batch = programs.mlp(width=8, batch=4, length=2, layers=2)
     compiled = step.with_options(num_stages=2, num_microbatches=2).trace(state, batch).plan().compile()
     calls = {call.function: 1.0 for call in compiled.session.staged.program.calls}
     found = worker.predicted(compiled, calls)
     assert found["predicted_seconds"] == compiled.plan.predicted_step_seconds
     assert found["simulated_seconds"] >= 2 + 2 + 1  # a forward, two fused ones, a backward, an update
     assert found["predicted_functions"].keys() == calls.keys()
+
+
+def test_found_plans_are_compared_with_the_fastest() -> None:
+    rows = [("a", True, 1.0, 3.0), ("a", False, 2.0, 2.0), ("a", False, 0.5, 2.5), ("b", True, 1.0, 1.0)]
+    names = ("model", "found", "predicted_seconds", "measured_seconds")
+    shares = predicted.above_fastest([dict(zip(names, row, strict=True)) for row in rows])
+    assert shares == {"a": (0.5, 0.25), "b": (0.0, 0.0)}
+
+
+def test_cuts_of_equal_weight_are_the_nearest() -> None:
+    assert unequal.halves([1.0] * 5) in (2, 3)
+    assert unequal.halves([1.0, 1.0, 1.0, 1.0, 8.0]) == 4
+    assert unequal.halves([0.0, 3.0, 1.0, 1.0, 1.0]) == 2
+
+
+@pytest.mark.parametrize("name", ["mixture", "unet", "words"])
+def test_programs_have_a_gradient_for_all_of_their_state(name: str) -> None:
+    small: dict[str, dict[str, int]] = {
+        "mixture": {"width": 4, "experts": 2, "dense": 1, "mixed": 1, "batch": 2, "length": 4},
+        "unet": {"channels": 2, "size": 8, "batch": 2},
+        "words": {"vocabulary": 8, "width": 4, "layers": 1, "batch": 2, "length": 4},
+    }
+    step, state, batch = programs.PROGRAMS[name](**small[name])
+    new, loss = step.reference(state, batch)
+    assert np.isfinite(loss)
+    for before, after in zip(jax.tree.leaves(state), jax.tree.leaves(new), strict=True):
+        assert np.isfinite(after).all() and (np.asarray(after) != before).any()
 
 
 def test_interval_holds_the_median_of_paired_quotients() -> None:

@@ -25,11 +25,11 @@ def largest_error(model: str, stages: int, microbatches: int, schedule: str, ste
     """Run some steps on both sides, each with its own state; the largest relative error of loss and state."""
     import jax
     import numpy as np
-    import worker
+    import programs
 
     import bactrian
 
-    step, state, batch = worker.PROGRAMS[model]()
+    step, state, batch = programs.PROGRAMS[model]()
     step = step.with_options(num_stages=stages, num_microbatches=microbatches, schedule=schedule)
     ours, reference, worst = state, state, 0.0
     for _ in range(steps):
