@@ -3,12 +3,16 @@
 // RUN: not bactrian-opt %s --choose-pipeline=boundaries=1 2>&1 | FileCheck %s --check-prefix=BOUNDARIES
 // RUN: not bactrian-opt %s --choose-pipeline='num-stages=1 mesh=data=1;data=2' 2>&1 | FileCheck %s --check-prefix=COUNTS
 // RUN: not bactrian-opt %s --choose-pipeline=mesh=data=128 2>&1 | FileCheck %s --check-prefix=LARGE
+// RUN: not bactrian-opt %s --choose-pipeline='measured="0-2 on data=1 takes 2.0"' 2>&1 | FileCheck %s --check-prefix=MEASURED
+// RUN: not bactrian-opt %s --choose-pipeline='measured="0-3 on data=1 of 8 takes 2.0 1.0"' 2>&1 | FileCheck %s --check-prefix=LAYERS
 // RUN: not bactrian-opt %s --choose-pipeline=schedule=none 2>&1 | FileCheck %s --check-prefix=SCHEDULE
 
 // FAR: cannot begin a stage at layer 2: the program has 2 layers
 // BOUNDARIES: option boundaries of choose-pipeline is '1', must begin with 0 and grow
 // COUNTS: disagree about the number of stages: num-stages 1 means 1, mesh 'data=1;data=2' means 2
 // LARGE: 1 stage on data=128 needs 128 devices, cpu-host has 64
+// MEASURED: cannot read measured stage '0-2 on data=1 takes 2.0'
+// LAYERS: a measured stage ends at layer 2, the program has 2 layers
 // SCHEDULE: unknown schedule 'none'
 module attributes {bactrian.num_layers = 2 : i64, bactrian.num_microbatches = 8 : i64} {
   // expected-error@+1 {{cannot make 3 stages of 2 layers}}

@@ -1,6 +1,7 @@
 // RUN: bactrian-opt %s --choose-pipeline | FileCheck %s
 // RUN: bactrian-opt %s --choose-pipeline=num-stages=1 | FileCheck %s --check-prefix=ONE
 // RUN: bactrian-opt %s --choose-pipeline='boundaries=0,1 schedule=gpipe' | FileCheck %s --check-prefix=GIVEN
+// RUN: bactrian-opt %s --choose-pipeline='measured="0-2 on data=1 of 8 takes inf inf; 0-1 on data=1 of 8 takes 9.0 1.0; 0-3 on data=1 of 8 takes 1.0 1.0"' | FileCheck %s --check-prefix=MEASURED
 // RUN: bactrian-opt %s --choose-pipeline --assign-stages | FileCheck %s --check-prefix=ASSIGNED
 
 // Three equal layers on a device each: 8 microbatches take 10 periods of one layer, with fewer stages 16 or 24.
@@ -18,6 +19,9 @@
 // ONE-NOT: sdy.mesh @stage1
 // GIVEN: bactrian.first_layers = array<i64: 0, 1>
 // GIVEN-SAME: bactrian.schedule = "gpipe"
+
+// A stage of two layers can't run, and those of one layer are slow.
+// MEASURED: bactrian.first_layers = array<i64: 0>
 
 // The next pass carries it out.
 // ASSIGNED: bactrian.num_stages = 3

@@ -34,6 +34,7 @@ from bactrian.passes.pipelining.layer_menus import SizedLayers, menus, mesh_shap
 from bactrian.passes.pipelining.layer_options import Menu
 from bactrian.passes.pipelining.layer_programs import batch_rows, read_layers_of_sizes
 from bactrian.passes.pipelining.layers import ProgramLayers
+from bactrian.passes.pipelining.measured_stages import parse_stages
 from bactrian.passes.pipelining.pipeline_candidates import ChosenPipeline, PipelineRequest, check_fixed, choose_pipeline
 from bactrian.passes.pipelining.pipeline_problem import FixedStages
 from bactrian.passes.plan.remat_words import parse_remat
@@ -53,7 +54,8 @@ class ChoosePipeline(Pass):
     programs of their own, and for each mesh there are a few choices of their shardings and of what they compute again;
     of all combinations the one of the least step time is found for which each stage's memory fits, with as many
     microbatches in flight as the schedule has there. Transfers between stages, round trips that the schedule does not
-    hide, and the update count. What is given with options is not searched for. The number of microbatches is that of the
+    hide, and the update count. What is given with options is not searched for; with ``measured``, stages take as much
+    longer than their layers say as those that were measured did. The number of microbatches is that of the
     module; with ``num-microbatches``, layers are scaled to another one, for which the step has to be traced again.
 
     Requires: ``bactrian.num_layers`` and ``bactrian.layer`` (``group-layers``); ``bactrian.num_microbatches``.
@@ -133,6 +135,9 @@ class ChoosePipeline(Pass):
     remat: str = option("", help="none, products or all for all layers; found if not given")
     cluster: str = option("", help="TOML file of the devices; stages of one core of this host each if empty")
     num_microbatches: int = option(0, help="how many microbatches to plan for; as many as the module has if 0")
+    measured: str = option(
+        "", help="measured stages, as in '0-4 on data=2 of 8 takes 1.5 1.0; ...': factors of their predicted seconds"
+    )
     num_workers: int = option(1, help="processes that solve layers on meshes; the result is the same for any number")
 
     def check_options(self) -> None:
@@ -142,6 +147,7 @@ class ChoosePipeline(Pass):
                 raise ConfigError(f"option {name} of {self.name} is {value}, must not be negative")
         if self.schedule:
             schedule_named(self.schedule)
+        parse_stages(self.measured)
         if len(parse_remat(self.remat)) > 1:
             raise ConfigError(f"option remat of {self.name} is {self.remat!r}, must be one word for all layers")
         fixed = self._fixed()
@@ -216,7 +222,12 @@ class ChoosePipeline(Pass):
     ) -> PipelineRequest:
         schedules = (schedule_named(self.schedule),) if self.schedule else _SCHEDULES
         borders = tuple(map(float, layers.border_bytes))
-        return PipelineRequest(layers.kind_of, borders, found, cluster, num_microbatches, schedules, self._fixed())
+        measured = parse_stages(self.measured)
+        if (last := max((stage.end_layer for stage in measured), default=0)) > layers.num_layers:
+            raise ConfigError(f"a measured stage ends at layer {last - 1}, the program has {layers.num_layers} layers")
+        return PipelineRequest(
+            layers.kind_of, borders, found, cluster, num_microbatches, schedules, self._fixed(), measured
+        )
 
     def _menus(self, layers: ProgramLayers, group: HostGroup, num_microbatches: int) -> tuple[Menu, ...]:
         """What layers may choose on the meshes that stages may have on hosts of a group."""

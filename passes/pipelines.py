@@ -68,6 +68,7 @@ def find_stages(
     schedule: str = "",
     remat: str = "",
     cluster: str = "",
+    measured: str = "",
     num_workers: int = 1,
 ) -> Passes:
     """Find the pipeline of grouped layers that takes a step the least time."""
@@ -82,6 +83,7 @@ def find_stages(
             remat=remat,
             cluster=cluster,
             num_microbatches=num_microbatches,
+            measured=measured,
             num_workers=num_workers,
         ),
     )

@@ -8,11 +8,14 @@ import math
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
+from statistics import fmean
 
 import pytest
 
+from bactrian.passes.frame.errors import ConfigError
 from bactrian.passes.pipelining.host_line import HostKind, HostLine, HostLink
 from bactrian.passes.pipelining.layer_options import LayerOption, Menu
+from bactrian.passes.pipelining.measured_stages import MeasuredStage, parse_stages, stages_text
 from bactrian.passes.pipelining.pipeline_problem import (
     FixedStages,
     PipelineChoice,
@@ -114,6 +117,8 @@ def fixed(rng: random.Random, num_layers: int) -> FixedStages:
 def frontier(problem: PipelineProblem, chosen: Chosen, in_flight: int) -> list[tuple[float, float]]:
     """Seconds and update seconds of every choice of options that fits and that no other beats."""
     found = set[tuple[float, float]]()
+    if math.isinf(factors(problem, chosen)[0]):
+        return []
     for options in itertools.product(*(chosen.menu.options[kind] for kind in problem.kinds[chosen.first : chosen.end])):
         memory = sum(o.state_bytes + in_flight * o.kept_bytes for o in options) + max(o.working_bytes for o in options)
         if memory <= problem.line.kinds[chosen.kind].memory_bytes:
@@ -121,6 +126,37 @@ def frontier(problem: PipelineProblem, chosen: Chosen, in_flight: int) -> list[t
                 (sum(o.forward_seconds + o.backward_seconds for o in options), sum(o.update_seconds for o in options))
             )
     return [a for a in found if not any(b != a and b[0] <= a[0] and b[1] <= a[1] for b in found)]
+
+
+def factors(problem: PipelineProblem, chosen: Chosen) -> tuple[float, float]:
+    """By how much a stage takes longer than its options say: as those of the same layers, mesh and microbatches that were
+    measured, else as the mean of those on its mesh, else of all."""
+    own = sorted(problem.kinds[chosen.first : chosen.end])
+    usable = [each for each in problem.measured if math.isfinite(each.seconds_factor)]
+    same = [
+        each
+        for each in problem.measured
+        if each.mesh == chosen.menu.mesh
+        and each.num_microbatches == problem.num_microbatches
+        and sorted(problem.kinds[each.first_layer : each.end_layer]) == own
+    ]
+    found = same or [each for each in usable if each.mesh == chosen.menu.mesh] or usable
+    if not found:
+        return 1.0, 1.0
+    return fmean(each.seconds_factor for each in found), fmean(each.update_factor for each in found)
+
+
+def measured(problem: PipelineProblem, rng: random.Random) -> Iterator[MeasuredStage]:
+    """Stages that were measured, some of which can't run; some of another size of microbatch."""
+    meshes = [menu.mesh for menus in problem.menus for menu in menus]
+    for _ in range(rng.randint(1, 4)):
+        first = rng.randrange(problem.num_layers)
+        end, mesh = rng.randint(first + 1, problem.num_layers), rng.choice(meshes)
+        count = rng.choice([problem.num_microbatches, problem.num_microbatches, 5])
+        if rng.random() < 0.3:
+            yield MeasuredStage.unusable(first, end, mesh, count)
+        else:
+            yield MeasuredStage(first, end, mesh, count, rng.uniform(0.5, 4), rng.uniform(0.5, 4))
 
 
 def pipelines(problem: PipelineProblem, num_stages: int) -> Iterator[list[Chosen]]:
@@ -205,16 +241,16 @@ def brute_force(problem: PipelineProblem) -> float:
                     known[key] = frontier(problem, each, k)
                 fronts.append(known[key])
             trips, (calls, once) = trips_of(problem, chosen), calls_of(problem, chosen)
+            slower = [factors(problem, each) for each in chosen]
             for taken in itertools.product(*fronts):
-                seconds = [t + call for (t, _), call in zip(taken, calls, strict=True)]
-                updates = [u + call for (_, u), call in zip(taken, once, strict=True)]
+                seconds = [f * (t + call) for (t, _), call, (f, _) in zip(taken, calls, slower, strict=True)]
+                updates = [f * (u + call) for (_, u), call, (_, f) in zip(taken, once, slower, strict=True)]
                 best = min(best, step_seconds(seconds, trips, updates, in_flight, m))
     return best
 
 
-def check(seed: int) -> None:
+def check(seed: int, problem: PipelineProblem) -> None:
     """The search finds what brute force finds, and bounds it."""
-    problem = instance(seed)
     best, found = brute_force(problem), search_pipeline(problem, tolerance=1e-6)
     assert (found.choice is None) == math.isinf(best) == math.isinf(found.bound_seconds), seed
     if found.choice is not None:
@@ -240,14 +276,14 @@ def check_stages(problem: PipelineProblem, found: PipelineChoice) -> None:
     assert [each.first for each in chosen] == [0, *(each.end for each in chosen[:-1])]
     assert chosen[-1].end == len(problem.kinds)
     assert all(a.device + a.size <= b.device for a, b in itertools.pairwise(chosen))
-    calls, once = calls_of(problem, chosen)
+    (calls, once), slower = calls_of(problem, chosen), [factors(problem, each) for each in chosen]
     seconds = [
-        call + sum(option.forward_seconds + option.backward_seconds for option in stage.options)
-        for call, stage in zip(calls, found.stages, strict=True)
+        factor * (call + sum(option.forward_seconds + option.backward_seconds for option in stage.options))
+        for call, stage, (factor, _) in zip(calls, found.stages, slower, strict=True)
     ]
     updates = [
-        call + sum(option.update_seconds for option in stage.options)
-        for call, stage in zip(once, found.stages, strict=True)
+        factor * (call + sum(option.update_seconds for option in stage.options))
+        for call, stage, (_, factor) in zip(once, found.stages, slower, strict=True)
     ]
     in_flight = [stage.in_flight for stage in found.stages]
     step = step_seconds(seconds, trips_of(problem, chosen), updates, in_flight, problem.num_microbatches)
@@ -261,7 +297,14 @@ def check_stages(problem: PipelineProblem, found: PipelineChoice) -> None:
 )
 def test_equals_brute_force(seeds: range) -> None:
     for seed in seeds:
-        check(seed)
+        check(seed, instance(seed))
+
+
+@pytest.mark.parametrize("seeds", [range(16), pytest.param(range(16, 200), marks=pytest.mark.long)], ids=str)
+def test_equals_brute_force_with_measured_stages(seeds: range) -> None:
+    for seed in seeds:
+        problem = instance(seed)
+        check(seed, dataclasses.replace(problem, measured=tuple(measured(problem, random.Random(seed)))))
 
 
 @pytest.mark.parametrize("seed", range(1000, 1012))
@@ -274,6 +317,24 @@ def test_bounds_what_differs_in_updates(seed: int) -> None:
         assert found.bound_seconds <= best * (1 + 1e-9)
         assert best * (1 - 1e-9) <= found.choice.step_seconds <= best * 1.05
         check_stages(problem, found.choice)
+
+
+def test_measured_stages_as_text() -> None:
+    stages = (
+        MeasuredStage(0, 4, (("data", 2), ("model", 2)), 8, 1.5, 1 / 3),
+        MeasuredStage.unusable(4, 5, (("data", 1),), 1),
+    )
+    assert parse_stages(stages_text(stages)) == stages
+    assert parse_stages("") == ()
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["0-4", "4-4 on data=2 of 8 takes 1.0 1.0", "0-4 on data=2 of 8 takes 0.0 1.0", "0-4 on data=2 of 8 takes nan 1"],
+)
+def test_bad_measured_stages(text: str) -> None:
+    with pytest.raises(ConfigError, match="cannot read measured stage"):
+        parse_stages(text)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=lambda schedule: schedule.name)

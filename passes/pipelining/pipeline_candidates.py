@@ -13,6 +13,7 @@ from bactrian.passes.machine.cluster import Cluster
 from bactrian.passes.machine.spec import axes_text, num_devices
 from bactrian.passes.pipelining.host_line import HostLine
 from bactrian.passes.pipelining.layer_options import Menu
+from bactrian.passes.pipelining.measured_stages import MeasuredStage
 from bactrian.passes.pipelining.pipeline_problem import FixedStages, PipelineChoice, PipelineProblem
 from bactrian.passes.pipelining.pipeline_search import least_memory, search_pipeline
 from bactrian.passes.pipelining.simulated_choice import simulated_seconds
@@ -35,6 +36,7 @@ class PipelineRequest:
         num_microbatches: of a step.
         schedules: of which one is chosen.
         fixed: what is decided already.
+        measured: stages that correct what options say.
     """
 
     kinds: tuple[int, ...]
@@ -44,6 +46,7 @@ class PipelineRequest:
     num_microbatches: int
     schedules: tuple[Schedule, ...]
     fixed: FixedStages = field(default_factory=FixedStages)
+    measured: tuple[MeasuredStage, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -134,6 +137,7 @@ def _problem(request: PipelineRequest, order: Sequence[int], schedule: Schedule)
         request.num_microbatches,
         schedule,
         request.fixed,
+        request.measured,
     )
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from bactrian.passes.machine.spec import MeshAxes
 from bactrian.passes.pipelining.host_line import HostLine, Submesh
 from bactrian.passes.pipelining.layer_options import LayerOption, Menu
+from bactrian.passes.pipelining.measured_stages import MeasuredStage
 from bactrian.passes.pipelining.step_time import period_seconds, step_seconds
 from bactrian.passes.schedules.schedule import Schedule
 
@@ -57,6 +58,7 @@ class PipelineProblem:
         num_microbatches: of a step.
         schedule: that is followed.
         fixed: what is decided already.
+        measured: stages that correct what options say.
     """
 
     kinds: tuple[int, ...]
@@ -66,6 +68,7 @@ class PipelineProblem:
     num_microbatches: int
     schedule: Schedule
     fixed: FixedStages = field(default_factory=FixedStages)
+    measured: tuple[MeasuredStage, ...] = ()
 
     @property
     def num_layers(self) -> int:
@@ -114,6 +117,7 @@ class StageChoice:
         in_flight: microbatches that it holds at most.
         options: of each layer.
         call_seconds: what the calls of a microbatch take beside their work, and the other calls of a step.
+        seconds_factor, update_factor: by how much it takes longer than its options say, as far as stages were measured.
     """
 
     place: Place
@@ -121,16 +125,20 @@ class StageChoice:
     in_flight: int
     options: tuple[LayerOption, ...]
     call_seconds: tuple[float, float] = (0.0, 0.0)
+    seconds_factor: float = 1.0
+    update_factor: float = 1.0
 
     @property
     def seconds(self) -> float:
         """Of a microbatch, forward and backward."""
-        return self.call_seconds[0] + sum(option.forward_seconds + option.backward_seconds for option in self.options)
+        return self.seconds_factor * (
+            self.call_seconds[0] + sum(option.forward_seconds + option.backward_seconds for option in self.options)
+        )
 
     @property
     def update_seconds(self) -> float:
         """Once per step."""
-        return self.call_seconds[1] + sum(option.update_seconds for option in self.options)
+        return self.update_factor * (self.call_seconds[1] + sum(option.update_seconds for option in self.options))
 
     @property
     def memory_bytes(self) -> float:

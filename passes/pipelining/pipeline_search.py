@@ -246,9 +246,9 @@ class _Stages:
             for stage, place in enumerate(places)
         ]
         self.num_stages = len(places)
-        self._menus = [menu for menu, _, _ in found]
+        self._found = found
         self._in_flight = [tables.in_flight[len(places) - stage] for stage in range(len(places))]
-        seconds, updates = [each for _, each, _ in found], [each for _, _, each in found]
+        seconds, updates = [each.seconds for each in found], [each.update_seconds for each in found]
         trips, count = round_trips(tables.problem, places), tables.problem.num_microbatches
         self.period_seconds = period_seconds(seconds, trips, self._in_flight, count)
         self.step_seconds = step_seconds(seconds, trips, updates, self._in_flight, count)
@@ -256,7 +256,8 @@ class _Stages:
     def with_options(self, update_weight: float) -> list[StageChoice]:
         """The stages with an option for each layer."""
         problem, found = self._tables.problem, list[StageChoice]()
-        for place, menu, in_flight in zip(self._places, self._menus, self._in_flight, strict=True):
+        for place, cheapest, in_flight in zip(self._places, self._found, self._in_flight, strict=True):
+            menu, factors = cheapest.menu, (cheapest.seconds_factor, cheapest.update_factor)
             kinds = problem.kinds[place.first_layer : place.end_layer]
             memory = problem.line.kinds[place.submesh.kind].memory_bytes
             numbers = choose_options(menu.options, kinds, in_flight, memory, update_weight)
@@ -264,5 +265,5 @@ class _Stages:
             options = tuple(menu.options[kind][number] for kind, number in zip(kinds, numbers, strict=True))
             left, is_only = len(self._places) - len(found), len(self._places) == 1
             calls = problem.call_seconds(left, place.submesh, is_only=is_only)
-            found.append(StageChoice(place, menu.mesh, in_flight, options, calls))
+            found.append(StageChoice(place, menu.mesh, in_flight, options, calls, *factors))
         return found

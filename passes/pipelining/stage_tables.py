@@ -12,6 +12,7 @@ import numpy as np
 from bactrian.passes.machine.spec import num_devices
 from bactrian.passes.pipelining.host_line import Floats, Submesh
 from bactrian.passes.pipelining.layer_options import Menu
+from bactrian.passes.pipelining.measured_stages import Corrections
 from bactrian.passes.pipelining.pipeline_problem import PipelineProblem, in_flight_by_stages_left
 from bactrian.passes.pipelining.stage_costs import LayerRanges, least_seconds, least_updates
 
@@ -22,6 +23,24 @@ class Limits:
 
     period: float = math.inf
     update: float = math.inf
+
+
+@dataclass(frozen=True)
+class CheapestMenu:
+    """The menu that a stage takes the least seconds with.
+
+    Attributes:
+        menu: of its mesh.
+        seconds: of a microbatch.
+        update_seconds: the least of the update.
+        seconds_factor, update_factor: by how much both are longer than options and calls say.
+    """
+
+    menu: Menu
+    seconds: float
+    update_seconds: float
+    seconds_factor: float
+    update_factor: float
 
 
 class StageTables:
@@ -48,6 +67,7 @@ class StageTables:
             self.most_stages = min(self.most_stages, known)
         self.in_flight = in_flight_by_stages_left(problem.schedule, self.most_stages, problem.num_microbatches)
         self._seconds: dict[tuple[int, Submesh], tuple[float, Floats]] = {}  # with the longest
+        self._corrections = Corrections(problem.measured, problem.num_microbatches)
 
     def waits(self, stages_left: int) -> bool:
         """Whether the stage that is so many from the end waits for round trips: not all microbatches may be in flight."""
@@ -56,7 +76,7 @@ class StageTables:
     def seconds(self, in_flight: int, submesh: Submesh, longest: float = math.inf) -> Floats:
         """Seconds of a microbatch, by menu of the submesh and class of layer ranges; those above the longest may be infinite.
 
-        What calls take is not among them.
+        What calls take is not among them, and nothing is corrected by what was measured.
         """
         key = in_flight, submesh
         known, found = self._seconds.get(key, (-math.inf, np.zeros(0)))
@@ -71,8 +91,25 @@ class StageTables:
     @cached_property
     def _updates(self) -> dict[Submesh, Floats]:
         return {
-            submesh: np.stack([least_updates(menu.options, self.ranges) for menu in menus])
-            + self._fewest_calls[submesh][1]
+            submesh: _corrected(
+                np.stack([least_updates(menu.options, self.ranges) for menu in menus]) + self._fewest_calls[submesh][1],
+                self._update_factors[submesh],
+            )
+            for submesh, menus in self.menus.items()
+        }
+
+    @cached_property
+    def _seconds_factors(self) -> dict[Submesh, Floats]:
+        """By how much stages take longer than their options and calls say, by menu and class of ranges."""
+        return {
+            submesh: np.stack([self._corrections.of_seconds(menu.mesh, self.ranges) for menu in menus])
+            for submesh, menus in self.menus.items()
+        }
+
+    @cached_property
+    def _update_factors(self) -> dict[Submesh, Floats]:
+        return {
+            submesh: np.stack([self._corrections.of_updates(menu.mesh, self.ranges) for menu in menus])
             for submesh, menus in self.menus.items()
         }
 
@@ -90,12 +127,14 @@ class StageTables:
 
     def _fewest(self, submesh: Submesh) -> Floats:
         """`seconds` and calls of stages with as few microbatches in flight, and as few calls, as any has."""
-        return self.seconds(min(self.in_flight[1:]), submesh) + self._fewest_calls[submesh][0]
+        taken = self.seconds(min(self.in_flight[1:]), submesh) + self._fewest_calls[submesh][0]
+        return _corrected(taken, self._seconds_factors[submesh])
 
     def within(self, stages_left: int, submesh: Submesh, limits: Limits) -> Floats:
         """Seconds of a microbatch by menu of the submesh and class of ranges, infinite where it exceeds a limit."""
-        work = self.seconds(self.in_flight[stages_left], submesh, limits.period)
-        found = self._limited(work + self._calls(stages_left, submesh)[0], submesh, limits)
+        factors = self._seconds_factors[submesh]
+        work = self.seconds(self.in_flight[stages_left], submesh, limits.period / _least_factor(factors))
+        found = self._limited(_corrected(work + self._calls(stages_left, submesh)[0], factors), submesh, limits)
         for number, menu in enumerate(self.menus[submesh]):
             if not self.problem.fixed.allows_mesh(menu.mesh, stages_left):
                 found[number] = math.inf
@@ -125,14 +164,18 @@ class StageTables:
         firsts, ends = np.nonzero(np.isfinite(found))
         return [(length, found.diagonal(length)) for length in np.unique(ends - firsts).tolist()]
 
-    def stage(
-        self, stages_left: int, submesh: Submesh, limits: Limits, first: int, end: int
-    ) -> tuple[Menu, float, float]:
-        """The menu of the least seconds for layers ``first`` to before ``end``, these seconds, and the least of the update."""
+    def stage(self, stages_left: int, submesh: Submesh, limits: Limits, first: int, end: int) -> CheapestMenu:
+        """The menu of the least seconds for layers ``first`` to before ``end``."""
         number = self.ranges.classes[first, end]
         of_menus = self.within(stages_left, submesh, limits)[:, number]
         chosen = int(of_menus.argmin())
-        return self.menus[submesh][chosen], float(of_menus[chosen]), float(self._updates[submesh][chosen, number])
+        return CheapestMenu(
+            self.menus[submesh][chosen],
+            float(of_menus[chosen]),
+            float(self._updates[submesh][chosen, number]),
+            float(self._seconds_factors[submesh][chosen, number]),
+            float(self._update_factors[submesh][chosen, number]),
+        )
 
     def fewest_devices(self, limits: Limits) -> float:
         """Devices that stages within limits need, wherever they stand: no pipeline needs fewer. Infinite if there is none."""
@@ -182,3 +225,13 @@ class StageTables:
             else:
                 low = middle + 1
         return float(values[low]) if low < len(values) else None
+
+
+def _least_factor(factors: Floats) -> float:
+    """Of those that are finite; 1 without any."""
+    return float(factors.min(initial=math.inf, where=np.isfinite(factors))) if np.isfinite(factors).any() else 1.0
+
+
+def _corrected(seconds: Floats, factors: Floats) -> Floats:
+    """Seconds times factors, of which some are infinite."""
+    return np.where(np.isfinite(factors), seconds * np.where(np.isfinite(factors), factors, 1.0), math.inf)
