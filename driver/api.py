@@ -62,6 +62,7 @@ def parallelize(
     strategy: str = "auto",
     remat: str | Sequence[str] | None = None,
     check_inputs: bool = True,
+    profile: bool | str | Path = False,
 ) -> Parallelized: ...
 @overload
 def parallelize(
@@ -85,6 +86,7 @@ def parallelize(
     strategy: str = "auto",
     remat: str | Sequence[str] | None = None,
     check_inputs: bool = True,
+    profile: bool | str | Path = False,
 ) -> Callable[[Callable[..., Any]], Parallelized]: ...
 def parallelize(
     fun: Callable[..., Any] | None = None,
@@ -107,6 +109,7 @@ def parallelize(
     strategy: str = "auto",
     remat: str | Sequence[str] | None = None,
     check_inputs: bool = True,
+    profile: bool | str | Path = False,
 ) -> Parallelized | Callable[[Callable[..., Any]], Parallelized]:
     """Run a train step as a pipeline over the ranks of this job.
 
@@ -126,17 +129,16 @@ def parallelize(
         donate: let the step reuse the buffers of the state that it is given.
         forward_only: ``fun`` takes no gradient and is run as a forward pipeline.
         out_reduction: of results of ``forward_only``: ``concat``, ``mean``, ``sum``, ``last``, or a prefix tree of these.
-        static_argnums, static_argnames: arguments that the step sees as Python values, as for ``jax.jit``. For each new
-            value the step is traced again.
+        static_argnums, static_argnames: arguments that the step sees as Python values, as for ``jax.jit``.
         axis_name: the axis of a step that was written for ``jax.pmap``: its one device then has the whole batch.
-        mesh: the axes of the devices of a stage, as in ``{"data": 2, "model": 4}`` or ``"data=2,model=4"``; each value
-            of the step is sharded over them so that a step takes the least time. One device by default. A list of these,
-            or one text, as in ``"data=2;data=4"``, has one for each stage.
+        mesh: the axes of a stage's devices, over which values are sharded, as in ``{"data": 2, "model": 4}`` or
+            ``"data=2,model=4"``; one device by default. A list, or a text as in ``"data=2;data=4"``: of each stage.
         boundaries: the first layer of each stage, as in ``(0, 3, 5)``, of those that plans list; the rest is found.
         strategy: ``auto``, or a baseline: ``data``, ``zero1``, ``zero2``, ``zero3``, ``megatron``; it leaves some open.
         remat: what layers compute again in their backward phase: ``none``; ``products``, all but products without batch
             dims; or ``all``, but for what comes into them. One word, or one for each layer, of which so many are made.
         check_inputs: compare batch and state between ranks; False for a loader that gives each rank its own part only.
+        profile: compile and time stages on this host's devices, and plan with that. True, or a folder to keep it in.
 
     Returns:
         A `Parallelized`, to be called like ``fun``.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,16 +12,20 @@ from bactrian.driver.capture.captured_step import Captured
 from bactrian.driver.gc_pause import paused_collection
 from bactrian.driver.planned_step import Planned
 from bactrian.driver.planning.decisions import Decisions
-from bactrian.driver.planning.find_pipeline import FixedDecisions, find_pipeline
+from bactrian.driver.planning.find_pipeline import FixedDecisions, FoundPipeline, find_pipeline
 from bactrian.driver.planning.options import Options, check_stages, cluster_file
 from bactrian.driver.planning.plan_broadcast import staged_together
 from bactrian.driver.planning.plan_program import plan_program
+from bactrian.driver.planning.staged_plan import StagedPlan
+from bactrian.driver.profile.profiled_plan import find_profiled, profiled
+from bactrian.driver.profile.stage_profiler import StageProfiler, default_folder
 from bactrian.driver.ranks import World
 from bactrian.driver.run.session import num_groups
 from bactrian.driver.source import line_here
 from bactrian.passes.frame.errors import ConfigError
 from bactrian.passes.frame.phase_times import PhaseClock
 from bactrian.passes.machine.spec import MeshAxes, meshes_of_stages, meshes_text, num_devices
+from bactrian.passes.pipelining.measured_stages import MeasuredStage
 from bactrian.passes.plan.pipeline_record import FOUND
 from bactrian.passes.plan.remat_words import words_of_layers
 from bactrian.passes.plan.schema import Plan
@@ -84,15 +88,30 @@ class Traced:
         """
         faults.at("plan")
         cluster = self.options.cluster if cluster is None else cluster_file(cluster)
-        plan, clock = plan or self.options.plan, PhaseClock()
+        plan, clock, profiler = plan or self.options.plan, PhaseClock(), self._profiler(cluster)
         if plan is None and num_layers is None and self._finds(cluster):
-            decisions = self._find(num_stages, cluster, clock)
-        elif plan is not None:
+            staged = self._found(num_stages, cluster, compare, profiler, clock)
+            staged.phases = (*clock.phases, *staged.phases)
+            return Planned(self.captured, staged, check_inputs=self.options.check_inputs)
+        if plan is not None:
             check_stages(plan, num_stages or self.options.decided("num_stages"), num_layers)
             decisions = self._decisions_of(plan, cluster)
         else:
             decisions = self._decisions(num_stages or self.options.num_stages, num_layers, cluster)
-        decisions = replace(decisions, compare=compare)
+        staged = self._stage(replace(decisions, compare=compare), plan)
+        if profiler is not None:
+            staged = profiled(staged, profiler, clock)
+        staged.phases = (*clock.phases, *staged.phases)
+        return Planned(self.captured, staged, check_inputs=self.options.check_inputs)
+
+    def _stage(self, decisions: Decisions, plan: Plan | None = None) -> StagedPlan:
+        """The step as it was last captured, cut into the stages that are decided.
+
+        Args:
+            decisions: what the passes carry out.
+            plan: that is applied.
+        """
+        cluster = decisions.cluster
         if decisions.is_wide and not cluster and self.captured.platform != "cpu":
             raise ConfigError(
                 f"a mesh of {self.captured.platform} devices needs a cluster file",
@@ -100,7 +119,7 @@ class Traced:
                 fix="parallelize(cluster='cluster.toml')",
             )
         with paused_collection():
-            staged = plan_program(
+            return plan_program(
                 self.captured.module(self.placed),
                 decisions,
                 fingerprint=self.captured.fingerprint,
@@ -111,8 +130,42 @@ class Traced:
                 paths=[argument.path for argument in self.captured.arguments],
                 placed=None if self.placed is None else self.placed.specs,
             )
-        staged.phases = (*clock.phases, *staged.phases)
-        return Planned(self.captured, staged, check_inputs=self.options.check_inputs)
+
+    def _profiler(self, cluster: str) -> StageProfiler | None:
+        """What measures stages, if that was asked for."""
+        profile = self.options.profile
+        if profile is False:
+            return None
+        if not cluster:
+            raise ConfigError(
+                "cannot profile stages without a cluster file",
+                why="what is not measured is predicted of its devices",
+                fix="parallelize(cluster='cluster.toml'), as `bactrian profile-cluster` writes it",
+            )
+        if (ranks := World.current().num_ranks) > 1:
+            raise ConfigError(
+                f"cannot profile stages in a job of {ranks} ranks",
+                why="they keep the devices and cores that stages are measured on",
+                fix="plan before with `bactrian plan --profile --save plan`, and give parallelize(plan='plan')",
+            )
+        return StageProfiler(cluster, default_folder() if profile is True else Path(profile))
+
+    def _found(
+        self, num_stages: int | None, cluster: str, compare: bool, profiler: StageProfiler | None, clock: PhaseClock
+    ) -> StagedPlan:
+        """The pipeline of the least step time, cut into stages; with a profiler, the fastest of those that it measures."""
+
+        def find(measured: Sequence[MeasuredStage] = ()) -> FoundPipeline:
+            return self._find(num_stages, cluster, clock, measured)
+
+        def stage(found: FoundPipeline) -> StagedPlan:
+            return self._stage(replace(found.decisions(self.options.donate, cluster), compare=compare))
+
+        if profiler is None:
+            return stage(find())
+        staged = find_profiled(find, stage, profiler, clock)
+        self.captured = self._retrace(staged.plan.num_microbatches, staged.plan.schedule)
+        return staged
 
     def _finds(self, cluster: str) -> bool:
         """Whether the pipeline is found: where it is asked for, or there is a cluster, and neither a mesh nor a step that
@@ -144,8 +197,10 @@ class Traced:
                 fix=f"leave {FOUND} and boundaries out, or pass bactrian.gather(...) of the state",
             )
 
-    def _find(self, num_stages: int | None, cluster: str, clock: PhaseClock) -> Decisions:
-        """The pipeline of the least step time; the step is then traced as that has it."""
+    def _find(
+        self, num_stages: int | None, cluster: str, clock: PhaseClock, measured: Sequence[MeasuredStage]
+    ) -> FoundPipeline:
+        """The pipeline of the least step time, as far as stages were measured; the step is then traced as that has it."""
         remat = self.options.remat
         if self.options.strategy != "auto" or len(remat) > 1:
             name = "strategy" if self.options.strategy != "auto" else "remat"
@@ -170,10 +225,11 @@ class Traced:
                 fixed,
                 cluster,
                 clock,
+                measured,
             )
         clock.add(self.captured.phases)
         self.captured = self._retrace(found.num_microbatches, found.chosen.schedule.name)
-        return found.decisions(self.options.donate, cluster)
+        return found
 
     def _decisions_of(self, plan: Plan, cluster: str) -> Decisions:
         """The decisions of a plan, once it is seen that it fits this program and its options."""

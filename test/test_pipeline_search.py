@@ -130,20 +130,18 @@ def frontier(problem: PipelineProblem, chosen: Chosen, in_flight: int) -> list[t
 
 def factors(problem: PipelineProblem, chosen: Chosen) -> tuple[float, float]:
     """By how much a stage takes longer than its options say: as those of the same layers, mesh and microbatches that were
-    measured, else as the mean of those on its mesh, else of all."""
+    measured, else as the mean of those of the same mesh and microbatches, else as the least of all, or not at all."""
     own = sorted(problem.kinds[chosen.first : chosen.end])
     usable = [each for each in problem.measured if math.isfinite(each.seconds_factor)]
-    same = [
+    near = [
         each
         for each in problem.measured
-        if each.mesh == chosen.menu.mesh
-        and each.num_microbatches == problem.num_microbatches
-        and sorted(problem.kinds[each.first_layer : each.end_layer]) == own
+        if each.mesh == chosen.menu.mesh and each.num_microbatches == problem.num_microbatches
     ]
-    found = same or [each for each in usable if each.mesh == chosen.menu.mesh] or usable
-    if not found:
-        return 1.0, 1.0
-    return fmean(each.seconds_factor for each in found), fmean(each.update_factor for each in found)
+    same = [each for each in near if sorted(problem.kinds[each.first_layer : each.end_layer]) == own]
+    if found := same or [each for each in near if each in usable]:
+        return fmean(each.seconds_factor for each in found), fmean(each.update_factor for each in found)
+    return min([1.0, *(each.seconds_factor for each in usable)]), min([1.0, *(each.update_factor for each in usable)])
 
 
 def measured(problem: PipelineProblem, rng: random.Random) -> Iterator[MeasuredStage]:

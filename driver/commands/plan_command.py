@@ -65,6 +65,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="compile too, for virtual devices, and show the time of each phase: trace, lower, passes, compile",
     )
     parser.add_argument(
+        "--profile",
+        action="store_true",
+        help="compile and time stages on this host's devices, and plan with what they took",
+    )
+    parser.add_argument(
+        "--profile-dir",
+        metavar="DIR",
+        help="where --profile keeps what it measured (default: ~/.cache/bactrian/profiles)",
+    )
+    parser.add_argument(
         "--save", metavar="DIR", help="write plan.json, staged.mlir and, on a mesh, solve.mlir into this folder"
     )
     parser.add_argument("--report", metavar="FILE", help="write the plan, with its timeline, as one HTML file")
@@ -82,6 +92,8 @@ def run(options: argparse.Namespace) -> int:
     step, arguments = _model(options) if options.model is not None else _script(options)
     names = ("num_stages", "num_microbatches", "schedule", "mesh", "boundaries", "strategy", "remat")
     changes = {name: value for name in names if (value := getattr(options, name)) is not None}
+    if options.profile or options.profile_dir:
+        changes["profile"] = options.profile_dir or True
     traced = step.with_options(**changes).trace(*arguments)
     planned = traced.plan(options.cluster, compare=True)
     if options.save:

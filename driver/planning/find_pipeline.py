@@ -18,6 +18,7 @@ from bactrian.passes.ir.attributes import NUM_LAYERS, required_integer
 from bactrian.passes.machine.cluster_file import read_cluster
 from bactrian.passes.machine.host_cores import num_cores
 from bactrian.passes.machine.spec import MeshAxes, meshes_text
+from bactrian.passes.pipelining.measured_stages import MeasuredStage, stages_text
 from bactrian.passes.pipelining.pipeline_candidates import ChosenPipeline
 from bactrian.passes.plan.pipeline_record import PipelineRecord, TriedMicrobatches
 
@@ -89,7 +90,12 @@ class FoundPipeline:
 
 
 def find_pipeline(
-    make_module: Callable[[int], ir.Module], rows: int, fixed: FixedDecisions, cluster: str, clock: PhaseClock
+    make_module: Callable[[int], ir.Module],
+    rows: int,
+    fixed: FixedDecisions,
+    cluster: str,
+    clock: PhaseClock,
+    measured: Sequence[MeasuredStage] = (),
 ) -> FoundPipeline:
     """The pipeline of the least step time.
 
@@ -102,13 +108,14 @@ def find_pipeline(
         fixed: what is not searched for.
         cluster: the file of the machines.
         clock: measures tracing and passes.
+        measured: stages that correct what layers are said to take.
 
     Raises:
         ConfigError: decisions contradict each other, or the cluster does not have what they ask for.
         ProgramError: the program can't be run as a pipeline.
         InfeasiblePlanError: no pipeline fits into memory.
     """
-    search = _MicrobatchSearch(make_module, fixed, cluster, clock)
+    search = _MicrobatchSearch(make_module, fixed, cluster, clock, measured)
     if fixed.num_microbatches is not None:
         search.step_seconds(fixed.num_microbatches)
     else:
@@ -122,9 +129,15 @@ class _MicrobatchSearch:
     """Pipelines for numbers of microbatches, each searched once."""
 
     def __init__(
-        self, make_module: Callable[[int], ir.Module], fixed: FixedDecisions, cluster: str, clock: PhaseClock
+        self,
+        make_module: Callable[[int], ir.Module],
+        fixed: FixedDecisions,
+        cluster: str,
+        clock: PhaseClock,
+        measured: Sequence[MeasuredStage],
     ) -> None:
-        self._make_module, self._fixed, self._cluster, self._clock = make_module, fixed, cluster, clock
+        self._make_module, self._fixed, self._cluster = make_module, fixed, cluster
+        self._clock, self._measured = clock, measured
         self._found: dict[int, FoundPipeline | InfeasiblePlanError | ProgramError] = {}
         self._grouped: ir.Module | None = None  # of the first number
         self._is_scalable = True  # to other numbers, as far as is known
@@ -183,6 +196,7 @@ class _MicrobatchSearch:
             schedule=fixed.schedule or "",
             remat=fixed.remat,
             cluster=self._cluster,
+            measured=stages_text(self._measured),
             num_workers=min(num_cores(), max(1, num_devices // _DEVICES_OF_A_WORKER)),
         )
         module = copy_module(grouped)

@@ -56,6 +56,7 @@ class Options:
     remat: tuple[str, ...]
     check_inputs: bool
     finds: bool
+    profile: bool | str | Path
     given: Mapping[str, Any] = field(compare=False, repr=False)
 
     @classmethod
@@ -102,6 +103,7 @@ class Options:
             remat=remat if plan is None else plan.remat,
             check_inputs=given.get("check_inputs", True),
             finds=plan is None and bool(found or boundaries),
+            profile=_profile(given.get("profile", False)),
             given=told,
         )
 
@@ -209,6 +211,14 @@ def _axis_name(name: Any) -> str | None:
     if name is not None and not isinstance(name, str):
         raise ConfigError(f"axis_name is {name!r}", fix="give the name of one axis, as jax.pmap has it")
     return name
+
+
+def _profile(profile: Any) -> bool | str | Path:
+    if not isinstance(profile, (bool, str, Path)):
+        raise ConfigError(
+            f"profile is {profile!r}", fix="give True, or the folder in which measurements are kept, or leave it out"
+        )
+    return profile
 
 
 def remat_words(remat: Any) -> tuple[str, ...]:

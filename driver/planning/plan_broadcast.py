@@ -83,7 +83,14 @@ def outline(plan: Plan) -> Plan:
     if all(num_devices(stage.mesh) == 1 for stage in plan.stages):
         return plan
     stages = tuple(
-        replace(stage, sharding=_asked(stage.sharding), predicted_seconds=None, timing=None) for stage in plan.stages
+        replace(
+            stage,
+            sharding=_asked(stage.sharding),
+            predicted_seconds=None,
+            timing=None,
+            measured=None,
+        )
+        for stage in plan.stages
     )
     return replace(plan, stages=stages, predicted_step_seconds=None, peak_memory_bytes=None, remarks=(), transfers=())
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from bactrian.passes.frame.errors import ConfigError
@@ -159,3 +159,39 @@ def _call_seconds(program: StagedProgram, call: Call, timing: StageTiming, turns
             return timing.update_seconds
         case _:
             return 0.0
+
+
+def measured_timing(plan: Plan, program: StagedProgram, stage: int, seconds: Mapping[str, float]) -> StageTiming:
+    """The seconds of a stage from measured ones of its functions, which have all that calls take.
+
+    What one function does together, forward, backward and perhaps the update, is divided as it was predicted.
+
+    Args:
+        plan, program: of the stage.
+        stage: its number.
+        seconds: of each of its functions, by symbol.
+    """
+    predicted = plan.stages[stage].timing or StageTiming()
+    turns = plan.num_microbatches // program.num_microbatches
+    forward = backward = update = prepare = 0.0
+    for call in program.calls:
+        if call.stage != stage:
+            continue
+        taken = seconds[call.function]
+        match call.phase:
+            case "forward":
+                forward += taken
+            case "backward":
+                backward += taken
+            case "prepare":
+                prepare += taken
+            case "forward_backward":
+                both = predicted.forward_seconds + predicted.backward_seconds
+                expected = _call_seconds(program, call, predicted, turns)
+                factor = taken / expected if expected else 0.0
+                forward += factor * predicted.forward_seconds
+                backward += factor * predicted.backward_seconds
+                update += factor * (expected - turns * both)
+            case _:
+                update += taken
+    return StageTiming(forward, backward, update, prepare)

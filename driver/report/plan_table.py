@@ -82,6 +82,10 @@ def plan_lines(plan: Plan) -> list[str]:
         tried = ", ".join(str(each.num_microbatches) for each in record.tried)
         lines.append(f"found among {tried} microbatches · within {record.gap:.1%} of the search's bound{fixed}")
         lines += _next_best(plan, record)
+    if num_measured := sum(stage.measured is not None for stage in plan.stages):
+        rounds = plan.pipeline.profile_rounds if plan.pipeline is not None else 0
+        several = f" · {_counted(rounds, 'round')} of search" if rounds else ""
+        lines.append(f"measured: {num_measured} of {_counted(plan.num_stages, 'stage')}{several}")
     return lines + (["predicted: " + " · ".join(predicted)] if predicted else [])
 
 
@@ -98,7 +102,7 @@ def _next_best(plan: Plan, record: PipelineRecord) -> list[str]:
 
 
 def _has_peak(stage: StagePlan) -> bool:
-    return stage.sharding is not None and stage.sharding.peak_bytes is not None
+    return stage.measured is not None or (stage.sharding is not None and stage.sharding.peak_bytes is not None)
 
 
 def _equal_meshes(plan: Plan) -> bool:
@@ -339,6 +343,9 @@ def stage_reasons(plan: Plan, stage: StagePlan) -> list[str]:
         )
     if stage.timing is not None and stage.timing.bubble_seconds is not None:
         lines.append(f"time     {_time_text(plan, stage.timing)}")
+    if stage.measured is not None and stage.predicted_seconds is not None:
+        model, peak = human_seconds(stage.measured.model_seconds), human_bytes(stage.measured.peak_bytes)
+        lines.append(f"measured {human_seconds(stage.predicted_seconds)} per step, the model has {model}; peak {peak}")
     sent = [
         f"{human_bytes(value)} {towards}"
         for value, towards in (

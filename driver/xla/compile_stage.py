@@ -5,6 +5,7 @@ Seen to work unchanged on jax 0.10.2 and 0.11.2. Compiled functions go to JAX's 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -22,15 +23,18 @@ from jaxlib.mlir.dialects import sdy
 
 from bactrian.driver.planning.extract import numpy_dtype
 from bactrian.driver.xla.local_program import prepare_for_xla
-from bactrian.passes.ir.attributes import argument_attributes
+from bactrian.passes.ir.attributes import ALIAS, argument_attributes
 from bactrian.passes.ir.meshes import SHARDING, mesh_attribute, mesh_axes, spec_of
 from bactrian.passes.ir.regions import main_function
 from bactrian.passes.machine.spec import MeshAxes, Spec, num_devices
+from bactrian.passes.peak.estimate import FunctionMemory
 from bactrian.runtime.transports.interface import device_array as plain_device_array
 
 _DROPS_BARRIERS = "cse_barrier_expander"
 """XLA's pass that takes optimization barriers out. For CPUs it runs before equal ops are merged, and before the order of
 work is chosen: what a barrier keeps from being computed early, or once, would be."""
+
+_STAGE_MESH = re.compile(r"@stage\d+\b")
 
 JaxDevice = Any  # jax.Device, which its own stubs declare as a variable
 CompiledFunction = Callable[[Sequence[jax.Array]], list[jax.Array]]
@@ -59,7 +63,7 @@ def _standalone(op: ir.Operation, symbol: str, mesh: str, axes: MeshAxes) -> str
     clone.attributes["sym_visibility"] = ir.StringAttr.get("public")
     del clone.attributes["mesh_shape"]
     kept = [
-        ir.DictAttr.get({name: entry[name] for name in ("tf.aliasing_output", SHARDING) if name in entry})
+        ir.DictAttr.get({name: entry[name] for name in (ALIAS, SHARDING) if name in entry})
         for entry in argument_attributes(op)
     ]
     clone.attributes["arg_attrs"] = ir.ArrayAttr.get(kept)
@@ -135,6 +139,41 @@ def _program_text(module: ir.Module) -> str:
     return "\n".join(str(op) for op in module.body.operations)
 
 
+def structure_text(text: str) -> str:
+    """What a function's module computes, whatever its stage is called."""
+    with jax_mlir.make_ir_context():
+        return _STAGE_MESH.sub("@mesh", _program_text(ir.Module.parse(text)))
+
+
+def compile_measured(text: str, devices: Sequence[JaxDevice]) -> tuple[CompiledFunction, FunctionMemory]:
+    """Compile one stage function; what calls it, and the memory of a device that XLA has planned for it."""
+    with jax_mlir.make_ir_context():
+        module = ir.Module.parse(text)
+        handlers = _result_handlers(module, devices)  # first: what XLA is given says less
+        executable = _compile(module, devices)
+    found = executable.get_compiled_memory_stats()
+    memory = FunctionMemory(
+        found.argument_size_in_bytes,
+        found.output_size_in_bytes,
+        found.alias_size_in_bytes,
+        found.temp_size_in_bytes,
+    )
+    return _caller(executable, handlers), memory
+
+
+def signature_avals(text: str) -> tuple[list[ShapedArray], dict[int, int]]:
+    """Shapes and dtypes of the arguments of ``@main``, and of those whose buffer a result gets, the result's number."""
+    with jax_mlir.make_ir_context():
+        main = main_function(ir.Module.parse(text))
+        inputs = ir.FunctionType(ir.TypeAttr(main.attributes["function_type"]).value).inputs
+        aliases = {
+            number: ir.IntegerAttr(entry[ALIAS]).value
+            for number, entry in enumerate(argument_attributes(main))
+            if ALIAS in entry
+        }
+        return _avals(inputs), aliases
+
+
 def device_array(view: Any, place: Sharding, copy: bool) -> jax.Array:
     """As `bactrian.runtime.transports.interface.device_array`; for one device at a tenth of the time of `jax.device_put`, which
     counts between two stage functions: with cold caches it takes 0.3 ms there."""
@@ -191,7 +230,11 @@ def _signature_shardings(module: ir.Module, devices: Sequence[JaxDevice]) -> tup
 def _callable(module: ir.Module, devices: Sequence[JaxDevice]) -> CompiledFunction:
     """Call a compiled module with JAX arrays; results come back before they are computed."""
     handlers = _result_handlers(module, devices)  # first: what XLA is given says less
-    execute = _compile(module, devices).execute_sharded
+    return _caller(_compile(module, devices), handlers)
+
+
+def _caller(executable: Any, handlers: list[Any]) -> CompiledFunction:
+    execute = executable.execute_sharded
 
     def call(arguments: Sequence[jax.Array]) -> list[jax.Array]:
         return execute(arguments).consume_with_handlers(handlers)
@@ -203,9 +246,12 @@ def _result_handlers(module: ir.Module, devices: Sequence[JaxDevice]) -> list[An
     """What makes JAX arrays of an executable's results, without a sharding object made for each."""
     shardings = _signature_shardings(module, devices)[1]
     signature = ir.FunctionType(ir.TypeAttr(main_function(module).attributes["function_type"]).value)
-    types = [ir.RankedTensorType(type_) for type_ in signature.results]
-    avals = [ShapedArray(tuple(t.shape), jnp.dtype(numpy_dtype(t.element_type))) for t in types]
     return [
         pxla.global_aval_to_result_handler(aval, sharding, True)  # pyright: ignore
-        for aval, sharding in zip(avals, shardings, strict=True)
+        for aval, sharding in zip(_avals(signature.results), shardings, strict=True)
     ]
+
+
+def _avals(types: Sequence[ir.Type]) -> list[ShapedArray]:
+    tensors = [ir.RankedTensorType(type_) for type_ in types]
+    return [ShapedArray(tuple(t.shape), jnp.dtype(numpy_dtype(t.element_type))) for t in tensors]

@@ -88,9 +88,10 @@ def _parse(words: str) -> MeasuredStage:
 class Corrections:
     """By how much stages on any mesh take longer than their options say.
 
-    A stage with as many layers of each kind as one that was measured at this number of microbatches takes as much longer as
-    that did. Others take as much longer as the mean of those on their mesh, or else of all. What can't run says nothing of
-    others.
+    A stage with as many layers of each kind as one that was measured on its mesh, at this number of microbatches, takes as
+    much longer as that did; others there take as much longer as the mean. Where nothing was measured, stages take what
+    their options say, or less by the least factor: what might be better is to be measured too. What can't run says nothing
+    of others.
 
     Attributes:
         stages: that were measured.
@@ -110,12 +111,12 @@ class Corrections:
 
     def _factors(self, mesh: MeshAxes, ranges: LayerRanges, factor: Callable[[MeasuredStage], float]) -> Floats:
         usable = [stage for stage in self.stages if stage.is_usable]
-        near = [factor(stage) for stage in usable if stage.mesh == mesh] or [factor(stage) for stage in usable] or [1.0]
-        found = np.full(len(ranges.steps), fmean(near))
-        own = dict[int, list[float]]()
-        for stage in self.stages:
-            if stage.mesh == mesh and stage.num_microbatches == self.num_microbatches:
-                own.setdefault(int(ranges.classes[stage.first_layer, stage.end_layer]), []).append(factor(stage))
-        for number, factors in own.items():
-            found[number] = fmean(factors)
+        near = [stage for stage in self.stages if (stage.mesh, stage.num_microbatches) == (mesh, self.num_microbatches)]
+        factors = [factor(stage) for stage in near if stage.is_usable]
+        others = fmean(factors) if factors else min([1.0, *map(factor, usable)])
+        found, own = np.full(len(ranges.steps), others), dict[int, list[float]]()
+        for stage in near:
+            own.setdefault(int(ranges.classes[stage.first_layer, stage.end_layer]), []).append(factor(stage))
+        for number, equal in own.items():
+            found[number] = fmean(equal)
         return found

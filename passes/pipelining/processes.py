@@ -6,16 +6,31 @@ main script again.
 
 from __future__ import annotations
 
+import os
 import pickle
+import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
 _Task = TypeVar("_Task")
 _Result = TypeVar("_Result")
+
+
+class ProcessLost(RuntimeError):
+    """The process of a task is gone: it crashed, or was ended because it took too long.
+
+    Attributes:
+        is_late: whether it took too long.
+    """
+
+    def __init__(self, message: str, is_late: bool = False) -> None:
+        super().__init__(message)
+        self.is_late = is_late
 
 
 class Workers:
@@ -31,10 +46,8 @@ class Workers:
         self._free = SimpleQueue[subprocess.Popen[bytes]]()
 
     def __enter__(self) -> Workers:
-        # -P: the working directory is no place to import from.
-        command = [sys.executable, "-P", "-m", __name__]
         for _ in range(self._count):
-            self._processes.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE))
+            self._processes.append(_start())
             self._free.put(self._processes[-1])
         return self
 
@@ -67,17 +80,80 @@ class Workers:
             return list(pool.map(run, tasks))
 
 
+class GuardedProcess:
+    """A process for tasks that may crash it, or take too long; then the next task gets a new one.
+
+    Args:
+        environment: variables that it has beside those of this process.
+    """
+
+    def __init__(self, environment: Mapping[str, str]) -> None:
+        self._environment = environment
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> GuardedProcess:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end()
+
+    def run(self, function: Callable[[_Task], _Result], task: _Task, seconds: float) -> _Result:
+        """The result of one task.
+
+        Args:
+            function: of a module that can be imported.
+            task: is pickled, as the result is.
+            seconds: that it may take.
+
+        Raises:
+            ProcessLost: it took longer, or the process crashed.
+            Exception: what the function raised.
+        """
+        process = self._process = self._process or _start(self._environment)
+        timer = threading.Timer(seconds, process.kill)
+        timer.start()
+        try:
+            return _ask(process, function, task)
+        except ProcessLost:
+            is_late = not timer.is_alive()
+            self._end()
+            if is_late:
+                raise ProcessLost(f"it took more than {seconds:g} s", is_late=True) from None
+            raise
+        finally:
+            timer.cancel()
+
+    def _end(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.communicate()
+            self._process = None
+
+
+def _start(environment: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
+    # -P: the working directory is no place to import from.
+    command = [sys.executable, "-P", "-m", __name__]
+    return subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=os.environ | dict(environment or {})
+    )
+
+
 def _ask(worker: subprocess.Popen[bytes], function: Callable[[_Task], _Result], task: _Task) -> _Result:
     assert worker.stdin is not None and worker.stdout is not None
     try:
         pickle.dump((function, task), worker.stdin)
         worker.stdin.flush()
         result, error = pickle.load(worker.stdout)
-    except (EOFError, BrokenPipeError) as broken:
-        raise RuntimeError(f"a worker process ended with exit status {worker.wait()}") from broken
+    except (EOFError, BrokenPipeError, pickle.UnpicklingError) as broken:
+        raise ProcessLost(f"its process ended with {_status_text(worker.wait())}") from broken
     if error is not None:
         raise error
     return result
+
+
+def _status_text(status: int) -> str:
+    """``SIGSEGV``, or ``exit status 1``."""
+    return f"exit status {status}" if status >= 0 else signal.Signals(-status).name
 
 
 def _serve() -> None:

@@ -35,8 +35,8 @@ def _stage_seconds(problem: PipelineProblem, choice: PipelineChoice) -> list[Sta
         forward, backward = _call_seconds(problem, stage, len(places) - number)
         found.append(
             StageSeconds(
-                forward + sum(option.forward_seconds for option in stage.options),
-                backward + sum(option.backward_seconds for option in stage.options),
+                stage.seconds_factor * (forward + sum(option.forward_seconds for option in stage.options)),
+                stage.seconds_factor * (backward + sum(option.backward_seconds for option in stage.options)),
                 stage.update_seconds,
                 trip / 2,
                 forth,

@@ -37,7 +37,7 @@ class PipelineRecord:
     the same number of microbatches, ``simulated_seconds`` what its events take. All are of the options that the layers
     had, whose working memory is rounded up where there are more than a few. ``fixed`` names what the user decided,
     ``most_layers`` is what the program was grouped with, ``num_devices`` what the cluster has. ``next_best`` is the fastest
-    pipeline of another number of stages, if any came close.
+    pipeline of another number of stages, if any came close. ``profile_rounds`` is how often it was searched and measured.
     """
 
     step_seconds: float
@@ -48,6 +48,7 @@ class PipelineRecord:
     fixed: tuple[str, ...] = ()
     tried: tuple[TriedMicrobatches, ...] = ()
     next_best: OtherPipeline | None = None
+    profile_rounds: int = 0
 
     @property
     def gap(self) -> float:

@@ -19,7 +19,7 @@ from bactrian.passes.plan.json_fields import Option, add_record, as_mapping, che
 from bactrian.passes.plan.pipeline_record import PipelineRecord
 from bactrian.passes.plan.remat_words import check_words
 from bactrian.passes.plan.stage_sharding import ShardingPlan
-from bactrian.passes.plan.step_timing import StageTiming, TransferTiming
+from bactrian.passes.plan.step_timing import StageMeasurement, StageTiming, TransferTiming
 
 VERSION = 2
 PLAN_FILE = "plan.json"
@@ -65,6 +65,7 @@ class StagePlan:
     predicted_seconds: float | None = None
     sharding: ShardingPlan | None = None
     timing: StageTiming | None = None
+    measured: StageMeasurement | None = None  # then the timing is measured too
 
     @property
     def num_layers(self) -> int:
@@ -91,7 +92,9 @@ class StagePlan:
 
     @property
     def device_memory_bytes(self) -> int | None:
-        """Bytes of each device: what its shardings leave there, on a mesh of several."""
+        """Bytes of each device: what was measured, or else what its shardings leave there, on a mesh of several."""
+        if self.measured is not None:
+            return self.measured.peak_bytes
         if self.sharding is None:
             return self.memory_bytes
         if self.sharding.peak_bytes is not None:

@@ -61,5 +61,19 @@ class TransferTiming:
     links: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class StageMeasurement:
+    """What is known of a stage whose functions were measured, beside their seconds.
+
+    Attributes:
+        peak_bytes: of each device, as XLA has compiled the functions.
+        model_seconds: that the cost model has for it in a step.
+    """
+
+    peak_bytes: int
+    model_seconds: float
+
+
+add_record(StageMeasurement, "a list of measurements")
 add_record(StageTiming, "a list of times of stages")
 add_record(TransferTiming, "a list of transfers")
