@@ -1,5 +1,7 @@
 // RUN: bactrian-opt %s --solve-shardings=memory-bytes=1000 --split-input-file --verify-diagnostics
 // RUN: not bactrian-opt %s --solve-shardings=strategy=zero4 2>&1 | FileCheck %s --check-prefix=STRATEGY
+// RUN: not bactrian-opt %s --pass-pipeline='builtin.module(solve-shardings{memory-bytes=1000,0})' 2>&1 | FileCheck %s --check-prefix=BYTES
+// BYTES: option memory-bytes of solve-shardings is '1000,0', must be positive numbers of bytes
 // STRATEGY: unknown strategy 'zero4'
 // STRATEGY: use auto, or one of data, zero1, zero2, zero3, megatron
 

@@ -124,7 +124,7 @@ def prepare_shardings() -> Passes:
 
 def shard_stages(
     cluster: str = "",
-    memory_bytes: int = 0,
+    memory_bytes: str = "",
     time_limit: float = 60.0,
     strategy: str = "auto",
     compare: bool = False,
@@ -183,7 +183,7 @@ def up_to_schedule(
     cluster: str,
     strategy: str,
     donate: bool,
-    memory_bytes: int = 0,
+    memory_bytes: str = "",
     time_limit: float = 60.0,
     compare: bool = False,
 ) -> Passes:

@@ -85,7 +85,7 @@ class SolveShardings(Pass):
     Output:
 
     ```mlir
-    module attributes {bactrian.num_microbatches = 1 : i64, bactrian.num_stages = 1 : i64, bactrian.sharding = [{bound_seconds = 1.9398655999999998E-4 : f64, communication_seconds = 0.000000e+00 : f64, given = 0 : i64, limit_bytes = 4294967296 : i64, memory_bytes = [{bytes = 262144 : i64, name = "batch"}, {bytes = 262144 : i64, name = "activations"}, {bytes = 16384 : i64, name = "parameters"}], phase_seconds = {backward = 0.000000e+00 : f64, forward = 1.9398655999999998E-4 : f64, prepare = 0.000000e+00 : f64, update = 0.000000e+00 : f64}, seconds = 1.9398655999999998E-4 : f64, sent_bytes = {}, strategy = "auto"}]} {
+    module attributes {bactrian.num_microbatches = 1 : i64, bactrian.num_stages = 1 : i64, bactrian.sharding = [{bound_seconds = 1.9398655999999998E-4 : f64, communication_seconds = 0.000000e+00 : f64, given = 0 : i64, least_bytes = 528384 : i64, limit_bytes = 4294967296 : i64, memory_bytes = [{bytes = 262144 : i64, name = "batch"}, {bytes = 262144 : i64, name = "activations"}, {bytes = 16384 : i64, name = "parameters"}], phase_seconds = {backward = 0.000000e+00 : f64, forward = 1.9398655999999998E-4 : f64, prepare = 0.000000e+00 : f64, update = 0.000000e+00 : f64}, seconds = 1.9398655999999998E-4 : f64, sent_bytes = {}, strategy = "auto"}]} {
       sdy.mesh @stage0 = <["data"=4]>
       func.func public @main(%x: tensor<4096x64xf32> {bactrian.role = "batch", sdy.sharding = #sdy.sharding<@stage0, [{"data"}, {}]>}, %w: tensor<64x64xf32> {bactrian.role = "state", sdy.sharding = #sdy.sharding<@stage0, [{}, {}]>}) -> (tensor<4096x64xf32> {sdy.sharding = #sdy.sharding<@stage0, [{"data"}, {}]>}) {
         %y = stablehlo.dot_general %x, %w, contracting_dims = [1] x [0] {bactrian.phase = "forward", bactrian.stage = 0 : i64, sdy.sharding = #sdy.sharding_per_value<[<@stage0, [{"data"}, {}]>]>} : (tensor<4096x64xf32>, tensor<64x64xf32>) -> tensor<4096x64xf32>
@@ -107,7 +107,11 @@ class SolveShardings(Pass):
     )
 
     cluster: str = option("", help="TOML file of the cluster; the host's cores by default")
-    memory_bytes: int = option(0, help="of each device at most; 0 for what the cluster says")
+    memory_bytes: str = option(
+        "",
+        help='of each device at most, of all stages or of each, as in "1000" or "2000,1000"; what the cluster says if '
+        "empty",
+    )
     time_limit: float = option(
         60.0,
         help="seconds for the solver, by the clock: where it ends the search, another machine may choose otherwise",
@@ -117,8 +121,7 @@ class SolveShardings(Pass):
 
     def check_options(self) -> None:
         """Refuse what has no meaning."""
-        if self.memory_bytes < 0:
-            raise ConfigError(f"option memory-bytes of {self.name} is {self.memory_bytes}, must not be negative")
+        self._limits()
         if not self.time_limit > 0:
             raise ConfigError(f"option time-limit of {self.name} is {self.time_limit}, must be positive")
         check_strategy(self.strategy)
@@ -130,12 +133,18 @@ class SolveShardings(Pass):
         if not meshes:
             drop_rules(main)
             return
+        if len(self._limits()) not in (0, 1, len(meshes)):
+            raise ConfigError(
+                f"option memory-bytes of {self.name} is {self.memory_bytes!r}, the module has {len(meshes)} stages",
+                fix="give one number for all, or one for each",
+            )
         cluster = cluster_or_cores(self.cluster)
         roles = argument_roles(main)
         capture_unchanged(main)
         with ctx.clock.phase("read"):
             programs = read_stages(module, meshes, cluster, ctx.remark)
-        solved = self._solve_stages(programs, roles, ctx.clock)
+        known = ctx.kept(Solved) or Solved()
+        solved = self._solve_stages(programs, roles, known, ctx.clock)
         ctx.count("strategies", sum(stage.model.network.num_strategies for stage in solved))
         writers = [stage.writer(main) for stage in solved]
         with ctx.clock.phase("write"):
@@ -149,14 +158,13 @@ class SolveShardings(Pass):
         module.operation.attributes[SHARDING_ESTIMATES] = ir.ArrayAttr.get(estimates)
 
     def _solve_stages(
-        self, programs: Sequence[StageProgram], roles: Sequence[str], clock: PhaseClock
+        self, programs: Sequence[StageProgram], roles: Sequence[str], known: Solved, clock: PhaseClock
     ) -> list[_SolvedStage]:
-        """Choose the shardings of all stages.
+        """Choose the shardings of all stages, of which some may be known.
 
         The last ones go first: they have the fewest microbatches in flight, so that what is best for them is best for equal
         stages before them, if it fits there.
         """
-        known = Solved()
         try:
             return [self._solve_stage(program, roles, known, clock) for program in reversed(programs)][::-1]
         except InfeasiblePlanError:
@@ -216,7 +224,18 @@ class SolveShardings(Pass):
 
     def _limit(self, program: StageProgram) -> int:
         """Bytes of a device that a stage may fill."""
-        return min(self.memory_bytes or program.memory_bytes, program.memory_bytes)
+        limits = self._limits() or (program.memory_bytes,)
+        return min(limits[program.stage % len(limits)], program.memory_bytes)
+
+    def _limits(self) -> tuple[int, ...]:
+        """What `memory_bytes` says."""
+        words = [word.strip() for word in self.memory_bytes.split(",")] if self.memory_bytes.strip() else []
+        if not all(word.isdecimal() and int(word) > 0 for word in words):
+            raise ConfigError(
+                f"option memory-bytes of {self.name} is {self.memory_bytes!r}, must be positive numbers of bytes",
+                fix='as in "17179869184", or "17179869184,8589934592" for two stages',
+            )
+        return tuple(map(int, words))
 
     def _baseline_share(self) -> float:
         """Seconds at most for a baseline that nobody asked for: each once, and one more to tell what would pay."""
@@ -265,6 +284,7 @@ class SolveShardings(Pass):
             "bound_seconds": _number(solution.lower_bound),
             "communication_seconds": _number(taken.communication_seconds),
             "limit_bytes": integer(self._limit(program)),
+            "least_bytes": integer(round(stage.model.network.least_peak())),
             "phase_seconds": ir.DictAttr.get({phase: _number(seconds) for phase, seconds in by_phase.items()}),
             "sent_bytes": ir.DictAttr.get({kind: integer(nbytes) for kind, nbytes in sent.items()}),
             "memory_bytes": ir.ArrayAttr.get(

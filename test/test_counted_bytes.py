@@ -51,7 +51,13 @@ def constrained(x: Any) -> Any:
     return jax.lax.with_sharding_constraint(x, NamedSharding(MESH, P("data", "model")))
 
 
+def shortened(state: Any, batch: Any) -> Any:
+    """Weights are rounded to 16 bits, once for each step."""
+    return linear("abcd")({name: w.astype(jnp.float16).astype(jnp.float32) for name, w in state.items()}, batch)
+
+
 STEPS = {
+    "shortened": shortened,
     "linear": linear("abcd"),
     "constrained": linear("abcd", constrained),
     "chain": chain_loss("abcd"),
@@ -76,7 +82,8 @@ def counted(staged: StagedPlan) -> list[dict[str, int]]:
 
 @pytest.mark.parametrize("tables", ["", ALIKE], ids=["formula", "measured"])
 @pytest.mark.parametrize(
-    ("name", "strategy"), [("linear", "auto"), ("linear", "zero3"), ("constrained", "auto"), ("chain", "megatron")]
+    ("name", "strategy"),
+    [("linear", "auto"), ("linear", "zero3"), ("constrained", "auto"), ("chain", "megatron"), ("shortened", "zero3")],
 )
 def test_bytes_of_stages_are_those_of_their_collectives(name: str, strategy: str, tables: str, tmp_path: Path) -> None:
     (tmp_path / "cluster.toml").write_text(SLOW + tables)
@@ -111,3 +118,29 @@ def test_numbers_of_maxima_and_pairs_that_are_scattered(tmp_path: Path) -> None:
         cluster=tmp_path / "cluster.toml",
     )
     numerics.assert_equal_step(bactrian.gather(step(state, batch)), step.reference(state, batch), ())
+
+
+def test_what_is_cast_to_fewer_bytes_is_resharded_after_it(tmp_path: Path) -> None:
+    """Once per step, in the phase that prepares; what is sent are the 16 bits, and numbers stay the same."""
+    (tmp_path / "cluster.toml").write_text(SLOW)
+    random = np.random.default_rng(2)
+    state = {name: (random.standard_normal((64, 64)) / 9).astype(np.float32) for name in "abcd"}
+    batch = {name: random.standard_normal((64, 64)).astype(np.float32) for name in "xy"}
+    step = bactrian.parallelize(
+        sgd_step(shortened),
+        mesh="data=4",
+        num_stages=2,
+        num_microbatches=4,
+        cluster=tmp_path / "cluster.toml",
+        strategy="zero3",
+    )
+    texts = function_texts(step.trace(state, batch).plan().staged.module)
+    with make_context():
+        sent = count_collectives(ir.Module.parse(texts["stage0.prepare"]).operation)
+    assert sum(sent_bytes(sent).values()) == 64 * 64 * 2 // 4 * 3 // 4, "a weight is in other shards than its state"
+    (found, loss), (wanted, exact) = bactrian.gather(step(state, batch)), step.reference(state, batch)
+    np.testing.assert_allclose(loss, exact, rtol=1e-5)
+    for name in "abcd":  # gradients are rounded to 16 bits
+        np.testing.assert_allclose(
+            found[name], wanted[name], atol=1e-3 * float(np.abs(wanted[name] - state[name]).max())
+        )

@@ -84,7 +84,7 @@ def plainly(problem: CostNetwork, monkeypatch: pytest.MonkeyPatch) -> Solution |
     "seeds", [range(60), *(pytest.param(range(n, n + 100), marks=pytest.mark.long) for n in range(60, 2060, 100))]
 )
 def test_bounds_and_proofs(seeds: range, monkeypatch: pytest.MonkeyPatch) -> None:
-    proved = tried = 0
+    proved = tried = quick = 0
     for seed in seeds:
         problem = layers(seed)
         best = plainly(problem, monkeypatch)
@@ -112,8 +112,13 @@ def test_bounds_and_proofs(seeds: range, monkeypatch: pytest.MonkeyPatch) -> Non
         whole = solve(problem)
         assert whole.optimal
         assert abs(whole.cost - best.cost) <= tolerance
+        near = solve(problem, tolerance=0.05)
+        assert near.is_near(0.05) and problem.is_feasible(near.choice)
+        assert near.lower_bound <= best.cost + tolerance and near.cost * 0.95 <= best.cost + tolerance
+        quick += not near.optimal
     assert tried > 0.4 * len(seeds)
     assert proved > 0.5 * tried
+    assert quick > 0
 
 
 def test_equal_arrays_are_one() -> None:

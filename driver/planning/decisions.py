@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from bactrian.passes import pipelines
@@ -92,15 +93,18 @@ class Decisions:
         """The passes from there to what ``solve-shardings`` reads."""
         return pipelines.up_to_shardings(self.mesh_text, self.cluster)
 
-    def emitting(self, memory_bytes: int = 0) -> Passes:
-        """The passes from there to the scheduled module, with shardings that hold less than some bytes of a device; 0
-        for what the cluster says."""
+    def emitting(self, memory_bytes: Sequence[int] = ()) -> Passes:
+        """The passes from there to the scheduled module.
+
+        Args:
+            memory_bytes: of a device of each stage that shardings may fill; what the cluster says if not given.
+        """
         return pipelines.up_to_schedule(
             self.mesh_text,
             self.cluster,
             self.strategy,
             self.donate,
-            memory_bytes,
+            ",".join(map(str, memory_bytes)),
             self.time_limit,
             self.compare,
         )

@@ -1,4 +1,4 @@
-"""Shardings whose functions fit into a device: solved again, with less memory to fill, until what XLA needs fits."""
+"""Shardings whose functions fit into a device: stages that do not are solved again, with less memory to fill."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from jaxlib.mlir import ir
 
 from bactrian.driver.planning.extract import extract
-from bactrian.driver.planning.plan_shardings import read_shardings
+from bactrian.driver.planning.plan_shardings import read_least_bytes, read_shardings
 from bactrian.driver.planning.stage_memory import StagePeak, fewer_microbatches, stage_peak
 from bactrian.passes.frame.errors import InfeasiblePlanError
 from bactrian.passes.frame.phase_times import PhaseClock
@@ -22,8 +22,8 @@ from bactrian.runtime.unrolled_step import UnrolledStep
 
 _TRIES = 6
 
-StageCutter = Callable[[ir.Module, int | None], PipelineReport]
-"""Cuts a module into stages, in place, with so many bytes for the solver to fill."""
+StageCutter = Callable[[ir.Module, Sequence[int]], PipelineReport]
+"""Cuts a module into stages, in place, with so many bytes of each stage's devices for the solver to fill, or all of them."""
 ModuleFactory = Callable[[], ir.Module]
 """Makes a module from before shardings were chosen, each time a new one."""
 
@@ -31,20 +31,21 @@ ModuleFactory = Callable[[], ir.Module]
 class MemoryRefinement:
     """Tries to fit a program into the devices' memory.
 
-    The solver's memory is that of values; what XLA needs beside them is known when the stage functions are there. If it
-    is too much, the solver gets as much less as was missing.
+    The solver's memory is that of values; what XLA needs beside them is known when the stage functions are there. Where it
+    is too much, the solver gets as much less for that stage as was missing, but not less than the smallest shards need.
 
     Attributes:
         shardings: of the last try, with their peaks.
-        limit: bytes that the solver may fill in the next try; None if the last one fits.
+        limits: bytes that the solver may fill on a device of each stage in the next try; nothing if the last one fits.
     """
 
     def __init__(self, module: ir.Module, program: StagedProgram, shardings: tuple[ShardingPlan, ...]) -> None:
         self._devices = [each.limit_bytes or 0 for each in shardings]
         self._bounds = [each.bound_seconds for each in shardings]
+        self._least = read_least_bytes(module)
+        self._known = list(self._devices)  # what the solver may have filled
         self._tries = 0
-        self._is_least = False
-        self.limit: int | None = None
+        self.limits: tuple[int, ...] = ()
         self.add(module, program, shardings)
 
     def add(self, module: ir.Module, program: StagedProgram, shardings: tuple[ShardingPlan, ...]) -> None:
@@ -60,26 +61,15 @@ class MemoryRefinement:
             replace(each, peak_bytes=peak.nbytes, temporary_bytes=peak.temporaries, bound_seconds=bound)
             for each, peak, bound in zip(shardings, self._peaks, self._bounds, strict=True)
         )
-        limits = [
-            sum(nbytes for _, nbytes in each.memory_bytes) - (peak.nbytes - device)
-            for each, peak, device in zip(self.shardings, self._peaks, self._devices, strict=True)
-            if peak.nbytes > device
-        ]
-        self._known = max(self._devices) if self.limit is None else self.limit
         self._tries += 1
-        self.limit = max(1, min(*limits, self._known - 1)) if limits else None
-        if self.limit is not None and self._tries == _TRIES:
+        over = [n for n, (peak, has) in enumerate(zip(self._peaks, self._devices, strict=True)) if peak.nbytes > has]
+        if over and (self._tries == _TRIES or any(self._known[stage] <= self._least[stage] for stage in over)):
             raise self.error()
-
-    def with_least_memory(self, error: InfeasiblePlanError) -> None:
-        """The solver has no shardings for so little: once, those with the smallest shards are tried.
-
-        Raises:
-            InfeasiblePlanError: it was tried already, or would fill as much as shardings that did not fit.
-        """
-        if self._is_least or error.least_bytes is None or error.least_bytes >= self._known:
-            raise self.error() from error
-        self._is_least, self.limit = True, error.least_bytes
+        for stage in over:
+            held = sum(nbytes for _, nbytes in self.shardings[stage].memory_bytes)
+            wanted = held - (self._peaks[stage].nbytes - self._devices[stage])
+            self._known[stage] = max(self._least[stage], min(wanted, self._known[stage] - 1))
+        self.limits = tuple(self._known) if over else ()
 
     def error(self) -> InfeasiblePlanError:
         """What did not fit in the last try."""
@@ -125,14 +115,14 @@ def refine_memory(
     Args:
         module: which is consumed.
         make_unsolved: makes the module that the next try consumes; None where nothing has shardings.
-        cut: does it, in place; with bytes that the solver may fill, or None for all that a device has.
+        cut: does it, in place.
         clock: of what is done between the passes.
         paths: of the arguments, for people.
 
     Raises:
         InfeasiblePlanError: nothing fits, or was found to.
     """
-    report = cut(module, None)
+    report = cut(module, ())
     with clock.phase("extract"):
         program = extract(module)
         shardings = read_shardings(module, program, paths)
@@ -140,14 +130,10 @@ def refine_memory(
         return MemoryRefinementResult(module, program, shardings, report)
     with clock.phase("estimate memory"):
         refinement = MemoryRefinement(module, program, shardings)
-    while refinement.limit is not None:
+    while refinement.limits:
         with module.context:
             module = make_unsolved()
-        try:
-            report = cut(module, refinement.limit)
-        except InfeasiblePlanError as error:
-            refinement.with_least_memory(error)
-            continue
+        report = cut(module, refinement.limits)
         with clock.phase("extract"):
             program = extract(module)
             shardings = read_shardings(module, program, paths)

@@ -40,6 +40,7 @@ from bactrian.passes.ir.attributes import read_first_devices, read_remat
 from bactrian.passes.ir.main_dataflow import MainDataflow
 from bactrian.passes.ir.regions import body, main_function
 from bactrian.passes.machine.cluster_file import cluster_or_cores
+from bactrian.passes.network.solver import Solved
 from bactrian.passes.plan.schema import LayerPlan, Plan, StagePlan
 from bactrian.passes.plan.step_timing import StageTiming, TransferTiming
 from bactrian.passes.sharding.solve_snapshot import before_solving
@@ -186,9 +187,11 @@ def _refine_memory(
 ) -> MemoryRefinementResult:
     """The program in stages that fit. Where nothing fits, the error names the given shardings that are to blame."""
 
-    def cut(whole: ir.Module, limit: int | None = None) -> PipelineReport:
-        kept = localized.kept if whole is module else None
-        report = run_pipeline(whole, decisions.emitting(limit or 0), reproducer_dir=reproducer_dir, kept=kept)
+    solved = Solved()
+
+    def cut(whole: ir.Module, limits: Sequence[int] = ()) -> PipelineReport:
+        kept = {**(localized.kept if whole is module else {}), Solved: solved}
+        report = run_pipeline(whole, decisions.emitting(limits), reproducer_dir=reproducer_dir, kept=kept)
         clock.add(report.phases)
         return report
 

@@ -150,6 +150,13 @@ def _timing(seconds: ir.DictAttr, num_microbatches: int) -> StageTiming:
     return StageTiming(forward / num_microbatches, backward / num_microbatches, update, prepare)
 
 
+def read_least_bytes(module: ir.Module) -> tuple[int, ...]:
+    """The bytes of a device that each stage's values hold at least, as ``solve-shardings`` has written them."""
+    with module.context:
+        entries = ir.ArrayAttr(module.operation.attributes[SHARDING_ESTIMATES])
+        return tuple(_integer(ir.DictAttr(entry)["least_bytes"]) for entry in entries)
+
+
 def as_before(new: ShardingPlan, old: ShardingPlan | None) -> ShardingPlan:
     """What is predicted of a plan that is applied: if it takes as long as it says, its proof and comparison stand."""
     if old is None or abs(new.seconds - old.seconds) > 1e-9 * old.seconds or new.shardings != old.shardings:

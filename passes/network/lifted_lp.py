@@ -33,7 +33,6 @@ _ROUNDING = 1e-15  # of all that is added
 _MOST_HOPS = 3
 _SMALL_PAIRS = 20_000  # of a network that is solved without classes
 _SEARCH_SHARE = 0.2  # of the time that is left, at most, for one search for a choice
-_ROWS_AT_ONCE = 12
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,9 @@ class LiftedResult:
     num_classes: int = 0
 
 
-def solve_lifted(network: ReducedNetwork, deadline: float) -> LiftedResult | None:
+def solve_lifted(
+    network: ReducedNetwork, deadline: float, times: Sequence[int] = (), tolerance: float = 0.0
+) -> LiftedResult | None:
     """A choice and a lower bound from classes of nodes that look alike; None where few do.
 
     A relaxation over classes gives the lower bound, and the reduced cost of every strategy and pair. A choice is searched
@@ -66,8 +67,10 @@ def solve_lifted(network: ReducedNetwork, deadline: float) -> LiftedResult | Non
     Args:
         network: reduced. Loses strategies that no better choice than the incumbent contains.
         deadline: of `time.monotonic`.
+        times: program points at which memory is likely to bind.
+        tolerance: the part of its cost by which the incumbent may be above the lower bound.
     """
-    points: list[int] = []
+    points = [network.memory.point_at(time) for time in times] if network.memory.times else []
     best, best_cost, bound, classes = None, np.inf, network.constant, 0
     for number, radius in enumerate(_RADII):
         while True:
@@ -86,31 +89,42 @@ def solve_lifted(network: ReducedNetwork, deadline: float) -> LiftedResult | Non
         bound = max(bound, reduced.lower_bound)
         for hops in range(_MOST_HOPS):
             keep = program.candidates(result.values, reduced, hops)
-            choice = _solve_restricted(network, keep, time.monotonic() + _SEARCH_SHARE * (deadline - time.monotonic()))
+            until = time.monotonic() + _SEARCH_SHARE * (deadline - time.monotonic())
+            choice = _solve_restricted(network, keep, until, bound / (1 - tolerance) if tolerance else -np.inf)
             if choice is not None and not network.fits(choice):
                 choice = None
             if choice is not None and (cost := network.cost(choice)) < best_cost:
                 best, best_cost = network.expand(choice), cost
             if is_gap_closed(network, best_cost, bound):
                 return LiftedResult(best, best_cost, bound, True, classes)
+            if best_cost * (1 - tolerance) <= bound:
+                return LiftedResult(best, best_cost, bound, False, classes)
         if best is not None:
-            program.fix(reduced, best_cost - reduced.lower_bound)
+            program.fix(reduced, best_cost * (1 - tolerance) - reduced.lower_bound)
             times = [network.memory.times[point] for point in points]
             try:
                 reduce_network(network, deadline)
                 points = sorted({network.memory.point_at(time) for time in times})
             except InfeasiblePlanError:  # nothing is better
-                return LiftedResult(best, best_cost, best_cost, True, classes)
+                return _exhausted(best, best_cost, tolerance, classes)
             if not network.costs:
                 last = network.expand({})
                 if network.constant < best_cost:
                     best, best_cost = last, network.constant
-                return LiftedResult(best, best_cost, best_cost, True, classes)
+                return _exhausted(best, best_cost, tolerance, classes)
     return LiftedResult(best, best_cost, bound, False, classes)
 
 
-def _solve_restricted(network: ReducedNetwork, keep: dict[int, Array], deadline: float) -> dict[int, int] | None:
-    """A feasible choice, mostly the best one, among some strategies of each node, if one is found."""
+def _exhausted(best: dict[int, int], cost: float, tolerance: float, num_classes: int) -> LiftedResult:
+    """Nothing is left that is cheaper by more than the tolerance."""
+    return LiftedResult(best, cost, cost * (1 - tolerance), not tolerance, num_classes)
+
+
+def _solve_restricted(
+    network: ReducedNetwork, keep: dict[int, Array], deadline: float, target: float
+) -> dict[int, int] | None:
+    """A feasible choice, mostly the best one, among some strategies of each node, if one is found; what costs no more than a
+    target is good enough."""
     try:
         small = network.restricted(keep)
         reduce_network(small, deadline)
@@ -120,14 +134,17 @@ def _solve_restricted(network: ReducedNetwork, keep: dict[int, Array], deadline:
             found = solve_lifted(small, deadline)
             if found is not None and found.choice is not None:
                 return found.choice
-        result = IntegerProgram(small).solve(deadline)
+        result = IntegerProgram(small).solve(deadline, target)
     except InfeasiblePlanError:
         return None
     return None if result.choice is None else small.expand(result.choice)
 
 
 def _most_violated(network: ReducedNetwork, profile: Array, known: Sequence[int]) -> list[int]:
-    """The program points that are most over the limit, some way apart."""
+    """The program points that are most over the limit, some way apart: as many as there are already, or one.
+
+    Each point takes classes apart, and mostly one decides.
+    """
     if network.limit is None:
         return []
     over = np.flatnonzero(profile > network.limit * (1 + 1e-9))
@@ -135,7 +152,7 @@ def _most_violated(network: ReducedNetwork, profile: Array, known: Sequence[int]
     for point in over[np.argsort(-profile[over], kind="stable")].tolist():
         if point not in known and all(abs(point - other) > len(profile) // 50 for other in chosen):
             chosen.append(point)
-        if len(chosen) == _ROWS_AT_ONCE:
+        if len(chosen) == max(1, len(known)):
             break
     return chosen
 

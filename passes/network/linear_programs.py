@@ -91,6 +91,7 @@ class LinearProgram:
         integer: bool,
         relative_gap: float = 0.0,
         absolute_gap: float | None = None,
+        target: float = -np.inf,
         duals: bool = False,
     ) -> ProgramResult:
         """Solve it, as far as it gets until the deadline (`time.monotonic`).
@@ -100,6 +101,7 @@ class LinearProgram:
             integer: whether the first columns must be 0 or 1; else the linear relaxation.
             relative_gap: between the objective and its lower bound, at which a solution is called optimal.
             absolute_gap: the same, in the unit of the objective; None for the solver's default.
+            target: an integral solution that costs no more ends the search.
             duals: whether to return those of the rows; of linear programs only.
         """
         left = deadline - time.monotonic()
@@ -113,7 +115,10 @@ class LinearProgram:
                 relative_gap_tolerance=relative_gap,
                 absolute_gap_tolerance=None if absolute_gap is None else absolute_gap * self.factor,
                 random_seed=0,
-                highs=highs_pb2.HighsOptionsProto(int_options={"presolve_rule_off": _TIMED_PRESOLVE_RULES}),
+                highs=highs_pb2.HighsOptionsProto(
+                    int_options={"presolve_rule_off": _TIMED_PRESOLVE_RULES},
+                    double_options={"objective_target": target * self.factor},
+                ),
             ),
         )
         found = result.has_primal_feasible_solution()

@@ -86,8 +86,9 @@ class IntegerProgram:
             memory = network.memory
             self._append(_spread_out([memory.point_at(time) for time in times], len(memory.times)))
 
-    def solve(self, deadline: float) -> IntegerResult:
-        """Relax, then solve with integers, until proved optimal or the deadline (`time.monotonic`).
+    def solve(self, deadline: float, target: float = -np.inf) -> IntegerResult:
+        """Relax, then solve with integers, until proved optimal, a choice costs no more than a target, or the deadline
+        (`time.monotonic`).
 
         Raises:
             InfeasiblePlanError: there is no choice within the memory limit.
@@ -97,7 +98,7 @@ class IntegerProgram:
             return IntegerResult(
                 relaxed.choice, relaxed.lower_bound, relaxed.choice is not None and self.is_exact, len(self._rows)
             )
-        return self.solve_integer(deadline, relaxed.lower_bound)
+        return self.solve_integer(deadline, relaxed.lower_bound, target)
 
     def relax(self, deadline: float) -> RelaxationResult:
         """The linear relaxation, with all memory rows that it needs.
@@ -121,14 +122,18 @@ class IntegerProgram:
                     return RelaxationResult(choice, bound, duals, is_solved=True)
             return RelaxationResult(None, bound, duals, is_solved=True)
 
-    def solve_integer(self, deadline: float, bound: float) -> IntegerResult:
-        """With the integers, and the memory rows of before; ``bound`` is a lower bound that is known.
+    def solve_integer(self, deadline: float, bound: float, target: float = -np.inf) -> IntegerResult:
+        """With the integers, and the memory rows of before, until proved optimal or as `solve`.
+
+        Args:
+            deadline, target: as of `solve`.
+            bound: a lower bound that is known.
 
         Raises:
             InfeasiblePlanError: there is no choice within the memory limit.
         """
         while True:
-            result = self._run(deadline, integer=True)
+            result = self._run(deadline, integer=True, target=target)
             values, bound = self._checked(result), max(bound, result.lower_bound + self._network.constant)
             if values is None:
                 return IntegerResult(None, bound, optimal=False, memory_rows=len(self._rows))
@@ -212,13 +217,14 @@ class IntegerProgram:
         bounds = np.array(low)
         self._program = LinearProgram(concatenated(costs, float), triples, bounds, bounds, self._num_binary)
 
-    def _run(self, deadline: float, *, integer: bool) -> ProgramResult:
+    def _run(self, deadline: float, *, integer: bool, target: float = -np.inf) -> ProgramResult:
         whole = self._network.whole
         return self._program.solve(
             deadline,
             integer=integer,
             relative_gap=0.0 if whole else _GAP,
             absolute_gap=UNIT_GAP if whole else None,
+            target=target - self._network.constant,
             duals=not integer,
         )
 

@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -106,21 +106,32 @@ class CostNetwork:
 
     def peak(self, choice: Sequence[int]) -> int | float:
         """The most memory at any program point."""
+        return max((held for _, held in self._profile(choice)), default=0)
+
+    def fullest(self, choice: Sequence[int]) -> tuple[int, ...]:
+        """The first program point with the most memory; nothing where no node holds any."""
+        return max(self._profile(choice), key=lambda each: each[1], default=())[:1]
+
+    def _profile(self, choice: Sequence[int]) -> Iterator[tuple[int, int | float]]:
+        """Program points at which memory changes, in order, and what is held from there on."""
         change: dict[int, int | float] = {}
         for (first, end), usages, k in zip(self.intervals, self.usages, choice, strict=True):
             if first < end:
                 usage = usages[k].item()
                 change[first] = change.get(first, 0) + usage
                 change[end] = change.get(end, 0) - usage
-        held = most = 0
+        held = 0
         for time in sorted(change):
             held += change[time]
-            most = max(most, held)
-        return most
+            yield time, held
 
     def least_peak(self) -> int | float:
         """The most memory at any program point if each node takes the strategy with the least: no choice has a lower peak."""
-        return self.peak([int(usages.argmin()) for usages in self.usages])
+        return self.peak(self.leanest())
+
+    def leanest(self) -> list[int]:
+        """The strategy of each node with the least memory."""
+        return [int(usages.argmin()) for usages in self.usages]
 
     def restricted(self, node: int, strategies: Sequence[int]) -> CostNetwork:
         """The same problem with only some strategies of a node, numbered as they are listed."""

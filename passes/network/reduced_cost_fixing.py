@@ -9,6 +9,7 @@ standard in branch and bound; here it is iterated together with problem reductio
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -37,7 +38,8 @@ class FixingResult:
         choice: the incumbent by node of the problem, if there is one.
         cost: of it; infinite without one.
         lower_bound: no feasible choice costs less than the lesser of this and ``cost``.
-        optimal: whether the incumbent is proved optimal.
+        optimal: whether it is proved that nothing costs less than the incumbent by more than the tolerance.
+        tolerance: as a part of the incumbent's cost.
         times: the program points at which there are memory rows.
     """
 
@@ -45,6 +47,7 @@ class FixingResult:
     cost: float
     lower_bound: float
     optimal: bool = False
+    tolerance: float = 0.0
     times: Sequence[int] = ()
 
 
@@ -53,19 +56,21 @@ def solve_by_fixing(
     deadline: float,
     choice: dict[int, int] | None = None,
     cost: float = np.inf,
+    tolerance: float = 0.0,
 ) -> FixingResult:
-    """The best choice, or what was found until the deadline (`time.monotonic`).
+    """The best choice up to a tolerance, or what was found until the deadline (`time.monotonic`).
 
     Args:
         network: reduced, with something to choose. Loses what no better choice than the incumbent contains.
         deadline: not passed by much.
         choice: a feasible one that is known, by node of the problem.
         cost: of it.
+        tolerance: the part of its cost by which the choice may be above the best one.
 
     Raises:
         InfeasiblePlanError: no choice is feasible.
     """
-    found = FixingResult(choice, cost, network.constant)
+    found = FixingResult(choice, cost, network.constant, tolerance=tolerance)
     before = np.inf
     try:
         for number in range(_MOST_ROUNDS):
@@ -145,8 +150,9 @@ def _search(
 
 
 def _gap(network: ReducedNetwork, bounds: MinMarginals, found: FixingResult) -> float:
-    """What a better choice than the incumbent costs above the lower bound at most."""
-    return found.cost - bounds.lower_bound - (UNIT_GAP if network.whole else 0.0)
+    """What a choice that is better by more than the tolerance costs above the lower bound at most."""
+    allowed = found.tolerance * found.cost if math.isfinite(found.cost) else 0.0
+    return found.cost - bounds.lower_bound - max(allowed, UNIT_GAP if network.whole else 0.0)
 
 
 def _update(network: ReducedNetwork, found: FixingResult, choice: dict[int, int]) -> bool:

@@ -20,7 +20,7 @@ return another choice, with a lower bound of its own.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -35,9 +35,11 @@ from bactrian.passes.network.reductions import reduce_network
 _REDUCTION_SHARE = 0.5  # of the time, at most
 _UNLIMITED_SHARE = 0.25  # of the time, at most, for a first try without the memory limit
 _UNLIMITED_PAIRS = 0.8  # it is made if that leaves at most this part of the pairs
+_UNLIMITED_MEMORY = 0.7  # and if the leanest strategies fill at most this part of the limit
 _LIFTED_SHARE = 0.5  # of the time, at most, for classes of nodes that look alike
 _TIED_SHARE = 0.5  # of the time that is left, at most, for a choice that is the same for nodes that look alike
 _MOST_PROGRAM_PAIRS = 400_000  # more don't go into one program: its relaxation alone would take minutes
+_ROUNDING = 1e-9  # of a cost
 _SEARCH_SHARE = 0.15  # of the time, kept for a local search where the programs have given no choice
 
 
@@ -64,13 +66,19 @@ class Solution:
     seconds: float
     figures: dict[str, int]
 
+    def is_near(self, tolerance: float) -> bool:
+        """Whether it is proved to be within a tolerance, a part of its cost, of the cheapest choice."""
+        return self.optimal or self.cost * (1 - tolerance) <= self.lower_bound + _ROUNDING * abs(self.cost)
 
-def solve(problem: CostNetwork, time_limit: float = 60.0) -> Solution:
+
+def solve(problem: CostNetwork, time_limit: float = 60.0, tolerance: float = 0.0) -> Solution:
     """The cheapest choice within the memory limit, or the best one found in time.
 
     Args:
         problem: is not changed.
         time_limit: seconds; see the module's documentation for what depends on it.
+        tolerance: the part of its cost by which a choice may be above the cheapest: a lower bound that is as near ends the
+            search.
 
     Raises:
         InfeasiblePlanError: there is no feasible choice.
@@ -79,32 +87,35 @@ def solve(problem: CostNetwork, time_limit: float = 60.0) -> Solution:
     begin = time.monotonic()
     network = ReducedNetwork(problem)
     reduce_network(network, begin + _REDUCTION_SHARE * time_limit)
-    attempt = _Attempt(problem, network, begin, time_limit)
+    attempt = _Attempt(problem, network, begin, time_limit, tolerance)
     unlimited = _solve_unlimited(problem, network, begin + _UNLIMITED_SHARE * time_limit)
     if unlimited is not None and unlimited.proved and problem.is_feasible(unlimited.choice or ()):
         attempt = unlimited
     else:
-        attempt.run()
+        choice = None if unlimited is None else unlimited.choice
+        attempt.run(problem.fullest(choice or problem.leanest()))
     return replace(attempt.solution(), seconds=time.monotonic() - begin)
 
 
 class Solved:
-    """Networks that are solved, for those that differ from them in memory alone."""
+    """Networks that are solved, for equal ones, and for those that differ from them in memory alone."""
 
     def __init__(self) -> None:
         self._by_costs: dict[bytes, list[tuple[CostNetwork, Solution]]] = {}
 
     def find(self, problem: CostNetwork) -> Solution | None:
-        """The optimum of a network that allows whatever this one allows, if it fits here too: nothing is cheaper here."""
+        """The optimum of a network that allows whatever this one allows, if it fits here too: nothing is cheaper here. Of
+        an equal network whatever was found."""
         for known, solution in self._by_costs.get(problem.costs_digest(), ()):
-            if problem.is_tighter_than(known) and problem.is_feasible(solution.choice):
+            if not problem.is_tighter_than(known) or not problem.is_feasible(solution.choice):
+                continue
+            if solution.optimal or known.is_tighter_than(problem):
                 return replace(solution, memory=problem.peak(solution.choice), seconds=0.0)
         return None
 
     def add(self, problem: CostNetwork, solution: Solution) -> None:
-        """Keep a solution, if it is proved to be the optimum."""
-        if solution.optimal:
-            self._by_costs.setdefault(problem.costs_digest(), []).append((problem, solution))
+        """Keep a solution."""
+        self._by_costs.setdefault(problem.costs_digest(), []).append((problem, solution))
 
 
 class _Attempt:
@@ -116,9 +127,11 @@ class _Attempt:
         proved: the incumbent is optimal, as far as numbers are exact.
     """
 
-    def __init__(self, problem: CostNetwork, network: ReducedNetwork, begin: float, time_limit: float) -> None:
+    def __init__(
+        self, problem: CostNetwork, network: ReducedNetwork, begin: float, time_limit: float, tolerance: float = 0.0
+    ) -> None:
         self.problem, self.network = problem, network
-        self.begin, self.time_limit = begin, time_limit
+        self.begin, self.time_limit, self.tolerance = begin, time_limit, tolerance
         self.choice: list[int] | None = None
         self.lower_bound, self.proved = network.constant, False
         self.figures = {
@@ -130,8 +143,13 @@ class _Attempt:
             "memory rows": 0,
         }
 
-    def run(self, *, only_proved: bool = False) -> None:
-        """Find an answer; with ``only_proved`` not by heuristics that prove nothing."""
+    def run(self, times: Sequence[int] = (), *, only_proved: bool = False) -> None:
+        """Find an answer.
+
+        Args:
+            times: program points at which memory is likely to bind.
+            only_proved: not by heuristics that prove nothing.
+        """
         network = self.network
         if not network.costs:
             self.proved = self._update(network.expand({}))
@@ -143,8 +161,8 @@ class _Attempt:
                 raise nothing_combines()
             self.proved = self._update(network.expand(found))
             return
-        self._solve_lifted()
-        if self.proved:
+        self._solve_lifted(times)
+        if self.proved or self._is_near:
             return
         if self.choice is None and not only_proved:
             self._solve_tied()
@@ -178,6 +196,13 @@ class _Attempt:
         )
 
     @property
+    def _is_near(self) -> bool:
+        """Whether the incumbent is as near to the lower bound as it must be."""
+        if self.choice is None or not self.tolerance:
+            return False
+        return self.problem.cost(self.choice) * (1 - self.tolerance) <= self.lower_bound
+
+    @property
     def _deadline(self) -> float:
         return self.begin + self.time_limit
 
@@ -190,10 +215,10 @@ class _Attempt:
             self.choice = choice
         return True
 
-    def _solve_lifted(self) -> None:
+    def _solve_lifted(self, times: Sequence[int]) -> None:
         from bactrian.passes.network.lifted_lp import solve_lifted  # imports a solver
 
-        lifted = solve_lifted(self.network, self.begin + _LIFTED_SHARE * self.time_limit)
+        lifted = solve_lifted(self.network, self.begin + _LIFTED_SHARE * self.time_limit, times, self.tolerance)
         if lifted is None:
             return
         self.lower_bound = lifted.lower_bound
@@ -214,11 +239,13 @@ class _Attempt:
         until = self._deadline - _SEARCH_SHARE * self.time_limit
         best = None if self.choice is None else dict(enumerate(self.choice))
         cost = np.inf if self.choice is None else float(self.problem.cost(self.choice))
-        found = solve_by_fixing(self.network, until, best, cost)
+        found = solve_by_fixing(self.network, until, best, cost, self.tolerance)
         self.lower_bound = max(self.lower_bound, found.lower_bound)
         self.figures["memory rows"] = len(found.times)
         if found.choice is not None:
-            self.proved = self._update(found.choice) and found.optimal
+            self.proved = self._update(found.choice) and found.optimal and not self.tolerance
+            if found.optimal:
+                self.lower_bound = max(self.lower_bound, found.cost * (1 - self.tolerance))
         if self.choice is None and (choice := LocalSearch(self.network).search(self._deadline)) is not None:
             self._update(self.network.expand(choice))
 
@@ -235,9 +262,12 @@ class _Attempt:
 def _solve_unlimited(problem: CostNetwork, network: ReducedNetwork, deadline: float) -> _Attempt | None:
     """The optimum without the memory limit: if it keeps the limit, it is the optimum with it.
 
-    Without memory, nodes with few edges can be eliminated that otherwise have to stay; None where that gains little.
+    Without memory, nodes with few edges can be eliminated that otherwise have to stay; None where that gains little, or where
+    the leanest strategies fill so much that what is cheapest will hardly fit.
     """
     if network.limit is None or not network.costs:
+        return None
+    if problem.least_peak() > _UNLIMITED_MEMORY * network.limit:
         return None
     now = time.monotonic()
     smaller = network.unlimited()

@@ -217,7 +217,7 @@ class LayerNetwork:
             cost = op.runs_per_step * (model.computing(op, strategy) + strategy.sending_seconds)
             for position, (value, needed) in enumerate(zip(op.operands, strategy.operands, strict=True)):
                 if value in specs:
-                    table = model.tables[value]
+                    table = model.tables[op.resharded(position)]
                     move = float(table.seconds[table.number[specs[value]], table.number[needed]])
                     cost += op.reshards_of(position) * move
             specs.update(zip(op.results, strategy.results, strict=True))

@@ -107,14 +107,14 @@ def bytes_sent(
         if nbytes:
             total[kind] = total.get(kind, 0.0) + weight * nbytes
 
-    def read(number: int, spec: Spec, phase: str | None) -> None:
+    def read(number: int, spec: Spec, phase: str | None, narrowed: int | None = None) -> None:
         value = reading.value_of[number]
         source = home.get(value)
         if source is None:
             return
         weight = flow.value_iterations[number] * (1.0 if phase in (*ONCE_PER_STEP, None) else num_microbatches)
-        for step in model.tables[value].path(source, spec):
-            key = number, reading.function_of(phase), step.target
+        for step in model.tables[value if narrowed is None else narrowed].path(source, spec):
+            key = number, narrowed, reading.function_of(phase), step.target
             if key not in copied:
                 copied.add(key)
                 count(step.kind, step.nbytes, weight)
@@ -123,7 +123,7 @@ def bytes_sent(
         if strategy is None:
             continue
         for number, spec in zip(entry.reads, strategy.operands, strict=True):
-            read(number, spec, flow.phases[entry.index])
+            read(number, spec, flow.phases[entry.index], entry.op.results[0] if entry.op.narrows else None)
         for exchange in reading.new_exchanges(entry, strategy, copied):
             count(exchange.kind, exchange.send.nbytes, entry.op.runs_per_step)
         for reduction in strategy.reductions:

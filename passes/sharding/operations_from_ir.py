@@ -165,6 +165,18 @@ class OperationReader:
     def _reshards_per_step(self, index: int, reads: tuple[int, ...]) -> tuple[float, ...]:
         return tuple(self.runs_per_step(index) * self._flow.value_iterations[value] for value in reads)
 
+    def _narrows(self, index: int, operands: tuple[int, ...], results: tuple[int, ...]) -> bool:
+        """Whether an op casts to a shorter type, in the loop in which its operand is made."""
+        if self._flow.ops[index].name != "stablehlo.convert":
+            return False
+        (read,), (made,) = ([self._facts.tensors[value] for value in each] for each in (operands, results))
+        iterations = self._flow.value_iterations[operands[0]]
+        return (
+            made.nbytes < read.nbytes
+            and not (made.partial or read.partial)
+            and iterations == self._flow.iterations[index]
+        )
+
     def _of_loop(self, index: int) -> FlowOp:
         """What a loop does with one value that it carries, or its condition with all."""
         flow, reads = self._flow, tuple(dict.fromkeys(self._flow.operands[index]))
@@ -215,6 +227,7 @@ class OperationReader:
             if is_there
             else op_seconds(op, self._model, self._device, keeps, separate, self._facts.from_memory, operands),
             repack_seconds=repack_seconds(op, self._device),
+            narrows=self._narrows(index, operands, results),
             runs_per_step=self.runs_per_step(index) * self._flow.iterations[index],
             materialized=keeps,
             constraint_specs=given,

@@ -47,6 +47,8 @@ class ShardedOp:
         live_instances: how many of its results are there at once: one for each microbatch in flight.
         defers: whether it can leave its result unreduced, or forwards what is unreduced.
         repack_seconds: for each byte of the operands' shards, on top of ``seconds``, of which each device has its part.
+        narrows: whether it has one operand, of which its result is a copy with fewer bytes, as a cast to a shorter type
+            makes: its result is resharded in the place of the operand.
         reshards_per_step: for each operand, how often in a step it is resharded to what the op needs; as often as the
             op runs by default. What a loop reads from outside is brought there once.
     """
@@ -62,11 +64,16 @@ class ShardedOp:
     live_instances: int = 1
     defers: Defers = Defers.NOT
     repack_seconds: float = 0.0
+    narrows: bool = False
     reshards_per_step: tuple[float, ...] | None = None
 
     def reshards_of(self, position: int) -> float:
         """How often in a step the operand at a position is resharded."""
         return self.runs_per_step if self.reshards_per_step is None else self.reshards_per_step[position]
+
+    def resharded(self, position: int) -> int:
+        """The value that is resharded where the operand at a position has not the spec that the op needs."""
+        return self.results[0] if self.narrows else self.operands[position]
 
 
 @dataclass(frozen=True)
@@ -235,11 +242,11 @@ class ShardingModel:
             intervals.append((0, end))
         edges, matrices = list[tuple[int, int]](), list[_Matrix]()
 
-        def connect(value: int, node: int, needed: _Matrix, per_step: float) -> None:
+        def connect(value: int, node: int, needed: _Matrix, per_step: float, resharded: int) -> None:
             if value not in specs_of or not (problem.values[value].shape or problem.values[value].partial):
                 return
             source, index = specs_of[value]
-            block = self._block(value, index, needed)
+            block = self._block(resharded, index, needed)
             if source == node:
                 costs[node] = costs[node] + per_step * np.diagonal(block)
             elif block.any():
@@ -262,13 +269,13 @@ class ShardingModel:
                 if value not in specs_of:
                     continue  # constants are available in every sharding
                 needed = self._spec_numbers(value, choices, position, is_result=False)
-                connect(value, node, needed, op.reshards_of(position))
+                connect(value, node, needed, op.reshards_of(position), op.resharded(position))
         for value, number, per_step in (
             *((value, number, 1.0) for value, number in problem.updates),
             *problem.loop_carried,
         ):
             node, index = specs_of[number]
-            connect(value, node, index, per_step)
+            connect(value, node, index, per_step, value)
         return CostNetwork(tuple(costs), tuple(usages), tuple(intervals), tuple(edges), tuple(matrices), self.memory)
 
     def _replications(self, value: int, specs: Sequence[Spec]) -> _Matrix:
@@ -371,9 +378,9 @@ def step_seconds(model: ShardingModel, shardings: Shardings) -> StepSeconds:
     problem, arguments = model.problem, shardings.arguments
     specs: dict[int, Spec] = dict(arguments)
 
-    def reshard(value: int, needed: Spec) -> float:
-        path = model.tables[value].path(specs[value], needed) if value in specs else ()
-        return sum(step.seconds for step in path)
+    def reshard(value: int, needed: Spec, resharded: int | None = None) -> float:
+        table = model.tables[value if resharded is None else resharded]
+        return sum(step.seconds for step in table.path(specs[value], needed)) if value in specs else 0.0
 
     ops = list[float]()
     for op, strategy in zip(problem.ops, shardings.chosen, strict=True):
@@ -382,7 +389,7 @@ def step_seconds(model: ShardingModel, shardings: Shardings) -> StepSeconds:
             continue
         seconds = op.runs_per_step * (model.computing(op, strategy) + strategy.sending_seconds)
         for position, (value, needed) in enumerate(zip(op.operands, strategy.operands, strict=True)):
-            seconds += op.reshards_of(position) * reshard(value, needed)
+            seconds += op.reshards_of(position) * reshard(value, needed, op.resharded(position))
         ops.append(seconds)
         specs.update(zip(op.results, strategy.results, strict=True))
     return StepSeconds(

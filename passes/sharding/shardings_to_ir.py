@@ -85,6 +85,7 @@ class Writer:
         self._scattered: Mapping[int, ir.Value] = {}
         # What other stages have made, as this one has it: by value, and whether it is received below the boundary.
         self._received: dict[tuple[int, bool], ir.Value] = {}
+        self._narrowed: dict[int, ir.Value] = {}  # what casts make, resharded, by value of the flow
         self._exchanged = set[tuple[Hashable, ...]]()  # halos that are counted already
         self._copies: dict[
             tuple[int, str, Spec], ir.Value
@@ -128,6 +129,8 @@ class Writer:
             if flow.kinds[index] == CONDITION:
                 self._condition(entry, strategy)
                 continue
+            if entry.op.narrows and self._narrow(entry, strategy):
+                continue
             for position, (number, spec) in enumerate(zip(entry.reads, strategy.operands, strict=True)):
                 present = flow.values[number]
                 value = self._unreduced_constant(number, spec) or self._read(number, spec, op)
@@ -148,6 +151,25 @@ class Writer:
             self._home.update(zip(flow.results[index], strategy.results, strict=True))
         self._results(first)
         drop_rules(self.main)
+
+    def _narrow(self, entry: FlowOp, strategy: Strategy) -> bool:
+        """Let a cast to a shorter type come before its operand's reshards; whether that sends less."""
+        (number,), (result,), (spec,) = entry.reads, entry.op.results, strategy.results
+        value, table = self.reading.value_of[number], self.model.tables[result]
+        home = self._home.get(value, spec)
+        steps = table.path(home, spec)
+        if not any(step.nbytes for step in steps):
+            return False
+        op, runs = self.reading.flow.ops[entry.index], entry.op.runs_per_step
+        set_operand(op, 0, self._at_home(number))
+        self._annotate(op, (home,))
+        current = op.results[0]
+        for step in steps:
+            self._count(step.kind, step.nbytes, self.reading.flow.iterations[entry.index], runs)
+            with ir.InsertionPoint.after(op if current.owner == op else ir.OpResult(current).owner.operation):
+                current = self._reshard(current, step.target, op)
+        self._narrowed[result], self._home[result] = current, spec
+        return True
 
     def _receive(self, first: Set[int]) -> None:
         """Make what this stage reads of others its own: a reshard from one mesh to another is a transfer.
@@ -281,7 +303,7 @@ class Writer:
         received = self._received.get((value, self._passes_boundary(number)))
         if received is not None and (number == value or flow.stages[flow.producer[number]] != self.stage):
             return received
-        return self._scattered.get(number, flow.values[number])
+        return self._narrowed.get(number) or self._scattered.get(number, flow.values[number])
 
     def _read(self, number: int, spec: Spec, reader: ir.Operation) -> ir.Value:
         """A value of the flow with the spec that an op needs."""
