@@ -37,6 +37,7 @@ from bactrian.passes.pipelining.layers import ProgramLayers
 from bactrian.passes.pipelining.measured_stages import parse_stages
 from bactrian.passes.pipelining.pipeline_candidates import ChosenPipeline, PipelineRequest, check_fixed, choose_pipeline
 from bactrian.passes.pipelining.pipeline_problem import FixedStages
+from bactrian.passes.pipelining.pipeline_shortage import OpenWays
 from bactrian.passes.plan.remat_words import parse_remat
 from bactrian.passes.schedules.by_name import SCHEDULES, schedule_named
 from bactrian.passes.stages.op_times import OpTimes
@@ -226,8 +227,26 @@ class ChoosePipeline(Pass):
         if (last := max((stage.end_layer for stage in measured), default=0)) > layers.num_layers:
             raise ConfigError(f"a measured stage ends at layer {last - 1}, the program has {layers.num_layers} layers")
         return PipelineRequest(
-            layers.kind_of, borders, found, cluster, num_microbatches, schedules, self._fixed(), measured
+            layers.kind_of,
+            borders,
+            found,
+            cluster,
+            num_microbatches,
+            schedules,
+            self._fixed(),
+            self._ways(layers.rows),
+            measured,
         )
+
+    def _ways(self, rows: int) -> OpenWays:
+        given = {
+            "num_stages": self.num_stages,
+            "boundaries": self.boundaries,
+            "mesh": self.mesh,
+            "schedule": self.schedule,
+            "remat": self.remat,
+        }
+        return OpenWays(tuple(name for name, value in given.items() if value), rows > 1)
 
     def _menus(self, layers: ProgramLayers, group: HostGroup, num_microbatches: int) -> tuple[Menu, ...]:
         """What layers may choose on the meshes that stages may have on hosts of a group."""

@@ -205,6 +205,7 @@ def test_a_plan_decides_all(tmp_path: Path) -> None:
     ("options", "memory", "kind", "message"),
     [
         ({}, 1e-5, InfeasiblePlanError, "cannot place the program on 2x1: devices need"),
+        ({"remat": "none", "num_stages": 1}, 1e-5, InfeasiblePlanError, "fix: leave num_stages, remat open; or take"),
         ({"num_stages": 9}, 1.0, InfeasiblePlanError, "cannot make 9 stages of 4 layers"),
         ({"num_stages": 3}, 1.0, ConfigError, "3 stages on data=1 need 3 devices, 2x1 has 2"),
         ({"num_microbatches": 5}, 1.0, ProgramError, "has 8 rows, which 5 microbatches do not divide"),
@@ -264,14 +265,19 @@ def test_the_missing_memory_is_enough(tmp_path: Path) -> None:
     step = bactrian.parallelize(train, num_microbatches=4, cluster=cluster(tmp_path, memory=1e-5))
     with pytest.raises(InfeasiblePlanError) as caught:
         step.trace(*shapes).plan()
+    assert caught.value.fix.startswith("take more or larger devices; or more microbatches; or a smaller dtype")
     needed = float(caught.value.message.partition("need about ")[2].split()[0]) * 2**10 / 2**30
     for factor, fits in ((1.25, True), (0.75, False)):
         larger = step.with_options(cluster=cluster(tmp_path, memory=needed * factor)).trace(*shapes)
         if fits:
             assert larger.plan().plan.num_microbatches == 4
         else:
-            with pytest.raises(InfeasiblePlanError, match="cannot place the program"):
+            with pytest.raises(InfeasiblePlanError, match="cannot place the program") as caught:
                 larger.plan()
+            hosts = int(caught.value.fix.partition("or ")[2].split()[0])
+            assert hosts > 2
+            more = step.with_options(cluster=cluster(tmp_path, hosts, memory=needed * factor)).trace(*shapes)
+            assert more.plan().plan.num_stages > 2
 
 
 @pytest.mark.long

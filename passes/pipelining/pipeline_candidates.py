@@ -8,14 +8,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from bactrian.passes.frame.errors import ConfigError, InfeasiblePlanError
-from bactrian.passes.frame.units import human_bytes
 from bactrian.passes.machine.cluster import Cluster
 from bactrian.passes.machine.spec import axes_text, num_devices
 from bactrian.passes.pipelining.host_line import HostLine
 from bactrian.passes.pipelining.layer_options import Menu
 from bactrian.passes.pipelining.measured_stages import MeasuredStage
 from bactrian.passes.pipelining.pipeline_problem import FixedStages, PipelineChoice, PipelineProblem
-from bactrian.passes.pipelining.pipeline_search import least_memory, search_pipeline
+from bactrian.passes.pipelining.pipeline_search import search_pipeline
+from bactrian.passes.pipelining.pipeline_shortage import OpenWays, shortage
 from bactrian.passes.pipelining.simulated_choice import simulated_seconds
 from bactrian.passes.plan.pipeline_record import OtherPipeline
 from bactrian.passes.plan.remat_words import words_of_layers
@@ -36,6 +36,7 @@ class PipelineRequest:
         num_microbatches: of a step.
         schedules: of which one is chosen.
         fixed: what is decided already.
+        ways: what else the user could change.
         measured: stages that correct what options say.
     """
 
@@ -46,6 +47,7 @@ class PipelineRequest:
     num_microbatches: int
     schedules: tuple[Schedule, ...]
     fixed: FixedStages = field(default_factory=FixedStages)
+    ways: OpenWays = field(default_factory=OpenWays)
     measured: tuple[MeasuredStage, ...] = ()
 
 
@@ -86,11 +88,10 @@ def choose_pipeline(request: PipelineRequest) -> ChosenPipeline:
         InfeasiblePlanError: no pipeline fits into memory.
     """
     least = bound = math.inf
-    problems, candidates = list[PipelineProblem](), list[_Candidate]()
+    candidates = list[_Candidate]()
     for order in itertools.permutations(range(len(request.cluster.groups))):
         for schedule in request.schedules:
             problem = _problem(request, order, schedule)
-            problems.append(problem)
             found = search_pipeline(problem, incumbent=least)
             bound = min(bound, found.bound_seconds)
             for choice in found.best(_MOST_SIMULATED):
@@ -98,7 +99,12 @@ def choose_pipeline(request: PipelineRequest) -> ChosenPipeline:
                 candidates.append(_Candidate(schedule, order, choice, seconds))
                 least = min(least, max(seconds, choice.step_seconds))
     if not candidates:
-        raise _shortage(request, problems)
+        schedule = min(
+            request.schedules, key=lambda each: each.in_flight(0, len(request.kinds), request.num_microbatches)
+        )
+        orders = itertools.permutations(range(len(request.cluster.groups)))
+        leanest = [_problem(request, order, schedule) for order in orders]
+        raise shortage(request.cluster, leanest, request.ways)
     fastest = min(each.seconds for each in candidates)
     chosen = next(each for each in candidates if each.seconds <= fastest * (1 + _EQUAL))
     first_devices = _first_devices(request, chosen.order, chosen.choice)
@@ -194,36 +200,3 @@ def _check_places(cluster: Cluster, sizes: Sequence[int]) -> None:
         else:
             return
     raise errors[0]
-
-
-def _shortage(request: PipelineRequest, problems: Sequence[PipelineProblem]) -> InfeasiblePlanError:
-    """How much memory is missing, where, and what would fit."""
-    cluster = request.cluster
-    found = [(least, problem) for problem in problems if (least := least_memory(problem)) is not None]
-    if not found:
-        return InfeasiblePlanError(
-            f"cannot place the program on {cluster.name}: no mesh of its devices can run all layers",
-            why=cluster.description,
-            fix="leave the meshes open, or describe other hosts",
-        )
-    (factor, stages), problem = min(found, key=lambda each: each[0][0])
-    number = max(
-        range(len(stages)), key=lambda s: stages[s].memory_bytes / _capacity(problem, stages[s].place.submesh.kind)
-    )
-    stage = stages[number]
-    has = _capacity(problem, stage.place.submesh.kind)
-    state = sum(option.state_bytes for option in stage.options)
-    kept = stage.in_flight * sum(option.kept_bytes for option in stage.options)
-    layers = f"{stage.place.first_layer} to {stage.place.end_layer - 1}"
-    return InfeasiblePlanError(
-        f"cannot place the program on {cluster.name}: devices need about {human_bytes(round(has * factor))}, "
-        f"they have {human_bytes(round(has))}",
-        why=f"in the leanest plan of {len(stages)} stages and {request.num_microbatches} microbatches, stage {number} "
-        f"(layers {layers}, on {axes_text(stage.mesh)}) has {human_bytes(round(state))} of state and "
-        f"{human_bytes(round(kept))} for {stage.in_flight} microbatch{'es' * (stage.in_flight > 1)} in flight on each device",
-        fix="take more or larger devices, more microbatches, or a smaller dtype; or leave remat, stages and schedule open",
-    )
-
-
-def _capacity(problem: PipelineProblem, kind: int) -> float:
-    return problem.line.kinds[kind].memory_bytes

@@ -32,7 +32,6 @@ MOST_RUNS = 200
 _STRICT = (
     1e-2  # where it differs by no more than this, a pipeline within the limits is looked for, round trips included
 )
-_MOST_MEMORY = 2.0**30  # times that of a device
 _TRIES = 20  # of periods for the first pipeline, before any is allowed
 
 
@@ -76,31 +75,7 @@ def search_pipeline(
     return _Search(problem, tolerance, most_runs, incumbent).run()
 
 
-def least_memory(problem: PipelineProblem) -> tuple[float, tuple[StageChoice, ...]] | None:
-    """The least memory that a pipeline fits into, as a multiple of what devices have, to one part in a hundred.
-
-    Returns:
-        It, with the stages that fit into it; None where no pipeline fits into any memory.
-    """
-    found, low, high = None, 0.0, 1.0
-    while found is None or high > low * 1.01:
-        factor = high if found is None else (low + high) / 2
-        stages = _any_stages(_with_memory(problem, factor))
-        if stages is not None:
-            found, high = (factor, stages), factor
-        elif found is None and factor > _MOST_MEMORY:
-            return None
-        else:
-            low, high = factor, factor * 2 if found is None else high
-    return found
-
-
-def _with_memory(problem: PipelineProblem, factor: float) -> PipelineProblem:
-    kinds = tuple(replace(kind, memory_bytes=kind.memory_bytes * factor) for kind in problem.line.kinds)
-    return replace(problem, line=replace(problem.line, kinds=kinds))
-
-
-def _any_stages(problem: PipelineProblem) -> tuple[StageChoice, ...] | None:
+def any_stages(problem: PipelineProblem) -> tuple[StageChoice, ...] | None:
     """The stages of the least sum, whatever the period; None where nothing fits."""
     tables = StageTables(problem)
     found = Recurrence(tables, Limits()) if tables.submeshes else None
