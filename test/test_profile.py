@@ -23,6 +23,8 @@ from bactrian.driver.profile.function_profile import FunctionFailure, FunctionPr
 from bactrian.driver.profile.profile_cache import Environment, ProfileCache
 from bactrian.driver.profile.time_function import TimedFunction, time_function
 from bactrian.driver.ranks import World
+from bactrian.driver.report.html_report import render_report
+from bactrian.driver.report.plan_table import stage_reasons
 from bactrian.driver.xla.compile_stage import compile_function, function_texts, structure_text
 from bactrian.passes.frame.errors import BactrianError, ConfigError, InfeasiblePlanError
 from bactrian.passes.peak.estimate import FunctionMemory
@@ -233,6 +235,9 @@ def test_a_given_plan_is_measured(tmp_path: Path, fake: type[Fake]) -> None:
     assert plan.pipeline is None and all(stage.measured is not None for stage in plan.stages)
     first = plan.stages[0].timing
     assert first is not None and (first.forward_seconds, first.backward_seconds) == (1e-3, 1e-3)
+    report = render_report(plan)
+    assert "2 of 2 stages were measured; the cost model has them busy for" in report
+    assert "measured 6.00 ms per step, the model has" in "\n".join(stage_reasons(plan, plan.stages[0]))
     fake.seconds = lost
     plan = profiled(tmp_path, num_stages=1, mesh="data=2", num_microbatches=2)
     assert plan.stages[0].measured is None
@@ -295,28 +300,31 @@ def test_neither_ranks_nor_two_kinds_of_hosts(tmp_path: Path, monkeypatch: pytes
         profiled(tmp_path)
 
 
+@pytest.mark.parametrize("num_stages", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_processes_measure_a_plan_that_runs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    num_stages: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """One process crashes, the next one measures; the plan equals the reference, and says what was left out."""
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
     monkeypatch.setattr(stage_profiler, "time_function", on_two_devices_it_aborts)
     monkeypatch.setattr(stage_profiler, "num_cores", lambda: 2)
     monkeypatch.setattr(stage_profiler, "SECONDS", 0.0)
-    params, batch = arguments()
-    options: dict[str, Any] = {"num_microbatches": 2, "schedule": "1f1b", "donate": False}
-    step = bactrian.parallelize(train, cluster=cluster(tmp_path, 1, 2), profile=tmp_path / "cache", **options)
+    params, batch = arguments(2)
+    options: dict[str, Any] = {"num_stages": num_stages, "num_microbatches": 2, "schedule": "1f1b", "donate": False}
+    step = bactrian.parallelize(train, cluster=cluster(tmp_path, num_stages, 2), profile=tmp_path / "cache", **options)
     result, expected = step(params, batch), step.reference(params, batch)
     for got, want in zip(jax.tree.leaves(bactrian.gather(result)), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
     plan = step.compiled.plan
+    assert plan.num_stages == num_stages
     assert all(stage.measured is not None and stage.num_devices == 1 for stage in plan.stages)
-    assert any("its process ended with SIGABRT" in remark.message for remark in plan.remarks)
+    is_left_out = any("its process ended with SIGABRT" in remark.message for remark in plan.remarks)
+    assert is_left_out == (num_stages == 1)  # two stages would have one device each anyway
 
     (script := tmp_path / "train.py").write_text(
         "import bactrian, test_find_pipeline as here\n"
-        f"step = bactrian.parallelize(here.train, **{options})\nexample_args = here.arguments()\n"
+        f"step = bactrian.parallelize(here.train, **{options})\nexample_args = here.arguments(2)\n"
     )
-    profile = ["--cluster", cluster(tmp_path, 1, 2), "--profile-dir", str(tmp_path / "cache")]
+    profile = ["--cluster", cluster(tmp_path, num_stages, 2), "--profile-dir", str(tmp_path / "cache")]
     assert cli.main(["plan", f"{script}:step", *profile]) == 0
-    assert f"measured: {plan.num_stages} of {plan.num_stages} stage" in capsys.readouterr().out
+    assert f"measured: {num_stages} of {num_stages} stage" in capsys.readouterr().out

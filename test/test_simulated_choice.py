@@ -10,8 +10,10 @@ from test_pipeline_search import instance
 from bactrian.passes.machine.cluster import CPU_HOST, Cluster
 from bactrian.passes.pipelining import simulated_choice
 from bactrian.passes.pipelining.layer_options import LayerOption, Menu
+from bactrian.passes.pipelining.measured_stages import MeasuredStage
 from bactrian.passes.pipelining.pipeline_candidates import PipelineRequest, choose_pipeline
 from bactrian.passes.pipelining.pipeline_events import simulate
+from bactrian.passes.pipelining.pipeline_problem import FixedStages
 from bactrian.passes.pipelining.pipeline_search import search_pipeline
 from bactrian.passes.pipelining.simulated_choice import simulated_seconds
 from bactrian.passes.pipelining.stage_chain import StageSeconds, stage_chain
@@ -52,6 +54,18 @@ def test_what_is_simulated_are_the_stages_and_their_calls() -> None:
         events = simulate(stage_chain(schedule, [StageSeconds(2.5, 3.5, 1.0, 1.0), last], 8))
         assert len(chosen.choice.stages) == 2
         assert chosen.simulated_seconds == pytest.approx(events.seconds)
+
+
+def test_measured_stages_are_simulated_as_they_were_measured() -> None:
+    group = dataclasses.replace(CPU_HOST, hosts=1, devices_per_host=2, call_seconds=0.5)
+    menu = Menu(ONE_DEVICE, ((option(2.0, 3.0),), (option(3.0, 2.0),)))
+    measured = (MeasuredStage(0, 1, ONE_DEVICE, 8, 2.0, 3.0), MeasuredStage(1, 2, ONE_DEVICE, 8, 1.5, 5.0))
+    request = PipelineRequest(
+        (0, 1), (0.0, 0.0), ((menu,),), Cluster("c", (group,)), 8, (SCHEDULES["1f1b"],), FixedStages(2), measured
+    )
+    stages = [StageSeconds(5.0, 7.0, 3.0), StageSeconds(4.5, 3.75, 5.0)]
+    expected = simulate(stage_chain(SCHEDULES["1f1b"], stages, 8)).seconds
+    assert choose_pipeline(request).simulated_seconds == pytest.approx(expected)
 
 
 def test_events_decide_between_schedules() -> None:

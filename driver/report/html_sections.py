@@ -8,7 +8,7 @@ from typing import Any
 
 from bactrian.driver.planning.held_memory import HeldMemory
 from bactrian.driver.report.cut_reasons import plan_reasons
-from bactrian.driver.report.plan_table import kept_text, layer_range, mesh_text, place_text, sent_text
+from bactrian.driver.report.plan_table import has_peak, kept_text, layer_range, mesh_text, place_text, sent_text
 from bactrian.driver.report.step_timeline import TRANSFERRING, StepTimeline, TimelineRow
 from bactrian.passes.frame.units import human_bytes, human_count, human_seconds
 from bactrian.passes.machine.spec import Spec
@@ -80,6 +80,9 @@ def stages_section(plan: Plan) -> dict[str, Any]:
     note = "Kept and sent are of one microbatch and of the whole stage."
     if sum(stage.update_sent_bytes or 0 for stage in plan.stages):
         note += f" The update sends {human_bytes(sum(stage.update_sent_bytes or 0 for stage in plan.stages))} between stages, once per step."
+    if measured := [stage.measured for stage in plan.stages if stage.measured is not None]:
+        model = ", ".join(human_seconds(each.model_seconds) for each in measured)
+        note += f" {len(measured)} of {len(stages)} stages were measured; the cost model has them busy for {model}."
     return {
         "stages": stages,
         "strip_label": "; ".join(f"stage {s.stage}: layers {layer_range(s)} on {mesh_text(s)}" for s in plan.stages),
@@ -236,7 +239,7 @@ def _curve(held: HeldMemory, stage: StagePlan, seconds: float, most: int) -> dic
         if nbytes != before:
             path.append(f"H{column}V{100 * (1 - nbytes / most):.4g}")
             before = nbytes
-    peak = None if stage.sharding is None else stage.sharding.peak_bytes
+    peak = stage.device_memory_bytes if has_peak(stage) else None
     return {
         "path": f"{''.join(path)}H{_CURVE_WIDTH}V100Z",
         "width": _CURVE_WIDTH,

@@ -74,7 +74,7 @@ def plan_lines(plan: Plan) -> list[str]:
     if plan.predicted_step_seconds is not None:
         predicted.append(f"{human_seconds(plan.predicted_step_seconds)} per step")
     if plan.peak_memory_bytes is not None:
-        measure = "predicted peak" if any(map(_has_peak, plan.stages)) else "of state and residuals"
+        measure = "predicted peak" if any(map(has_peak, plan.stages)) else "of state and residuals"
         predicted.append(f"{human_bytes(plan.peak_memory_bytes)} {measure} per device")
     lines = [" · ".join(decided)]
     if (record := plan.pipeline) is not None:
@@ -101,7 +101,8 @@ def _next_best(plan: Plan, record: PipelineRecord) -> list[str]:
     return [" · ".join(lines)] if lines else []
 
 
-def _has_peak(stage: StagePlan) -> bool:
+def has_peak(stage: StagePlan) -> bool:
+    """Whether a stage's peak memory is known: measured, or predicted of XLA."""
     return stage.measured is not None or (stage.sharding is not None and stage.sharding.peak_bytes is not None)
 
 
