@@ -12,7 +12,7 @@ from bactrian.driver.capture.captured_step import Captured
 from bactrian.driver.gc_pause import paused_collection
 from bactrian.driver.planned_step import Planned
 from bactrian.driver.planning.decisions import Decisions
-from bactrian.driver.planning.find_pipeline import FixedDecisions, FoundPipeline, find_pipeline
+from bactrian.driver.planning.find_pipeline import FixedDecisions, FoundPipeline, PipelineFinder
 from bactrian.driver.planning.options import Options, check_stages, cluster_file
 from bactrian.driver.planning.plan_broadcast import staged_together
 from bactrian.driver.planning.plan_program import plan_program
@@ -22,7 +22,7 @@ from bactrian.driver.profile.stage_profiler import StageProfiler, default_folder
 from bactrian.driver.ranks import World
 from bactrian.driver.run.session import num_groups
 from bactrian.driver.source import line_here
-from bactrian.passes.frame.errors import ConfigError
+from bactrian.passes.frame.errors import ConfigError, InfeasiblePlanError
 from bactrian.passes.frame.phase_times import PhaseClock
 from bactrian.passes.machine.spec import MeshAxes, meshes_of_stages, meshes_text, num_devices
 from bactrian.passes.pipelining.measured_stages import MeasuredStage
@@ -155,15 +155,14 @@ class Traced:
     ) -> StagedPlan:
         """The pipeline of the least step time, cut into stages; with a profiler, the fastest of those that it measures."""
 
-        def find(measured: Sequence[MeasuredStage] = ()) -> FoundPipeline:
-            return self._find(num_stages, cluster, clock, measured)
+        finder = self._finder(num_stages, cluster, clock)
 
-        def stage(found: FoundPipeline) -> StagedPlan:
-            return self._stage(replace(found.decisions(self.options.donate, cluster), compare=compare))
+        def plan(measured: Sequence[MeasuredStage] = ()) -> tuple[FoundPipeline, StagedPlan]:
+            return self._fitting(finder, measured, compare, clock)
 
         if profiler is None:
-            return stage(find())
-        staged = find_profiled(find, stage, profiler, clock)
+            return plan()[1]
+        staged = find_profiled(plan, profiler, clock)
         self.captured = self._retrace(staged.plan.num_microbatches, staged.plan.schedule)
         return staged
 
@@ -197,10 +196,25 @@ class Traced:
                 fix=f"leave {FOUND} and boundaries out, or pass bactrian.gather(...) of the state",
             )
 
-    def _find(
-        self, num_stages: int | None, cluster: str, clock: PhaseClock, measured: Sequence[MeasuredStage]
-    ) -> FoundPipeline:
-        """The pipeline of the least step time, as far as stages were measured; the step is then traced as that has it."""
+    def _fitting(
+        self, finder: PipelineFinder, measured: Sequence[MeasuredStage], compare: bool, clock: PhaseClock
+    ) -> tuple[FoundPipeline, StagedPlan]:
+        """The pipeline of the least step time whose stages fit, and its plan: where one needs more memory than the search
+        knew of, the search is made again. The step is then traced as the pipeline has it."""
+        with paused_collection(), clock.phase("find pipeline"):
+            found = finder.find(measured)
+        while True:
+            clock.add(self.captured.phases)
+            self.captured = self._retrace(found.num_microbatches, found.chosen.schedule.name)
+            decisions = found.decisions(self.options.donate, finder.cluster)
+            try:
+                return found, self._stage(replace(decisions, compare=compare))
+            except InfeasiblePlanError as error:
+                with paused_collection(), clock.phase("find pipeline"):
+                    found = finder.find_leaner(found, error)
+
+    def _finder(self, num_stages: int | None, cluster: str, clock: PhaseClock) -> PipelineFinder:
+        """What looks for a pipeline, with what was given."""
         remat = self.options.remat
         if self.options.strategy != "auto" or len(remat) > 1:
             name = "strategy" if self.options.strategy != "auto" else "remat"
@@ -218,18 +232,9 @@ class Traced:
             remat[0] if remat else "",
         )
         batch = [argument.shape[0] for argument in self.captured.arguments if argument.role == "batch"]
-        with paused_collection(), clock.phase("find pipeline"):
-            found = find_pipeline(
-                lambda count: self._retrace(count, self.options.schedule).module(),
-                math.gcd(*batch),
-                fixed,
-                cluster,
-                clock,
-                measured,
-            )
-        clock.add(self.captured.phases)
-        self.captured = self._retrace(found.num_microbatches, found.chosen.schedule.name)
-        return found
+        return PipelineFinder(
+            lambda count: self._retrace(count, self.options.schedule).module(), math.gcd(*batch), fixed, cluster, clock
+        )
 
     def _decisions_of(self, plan: Plan, cluster: str) -> Decisions:
         """The decisions of a plan, once it is seen that it fits this program and its options."""

@@ -46,6 +46,10 @@ _SCHEDULES = tuple(sorted(SCHEDULES.values(), key=lambda schedule: schedule.in_f
 """Those that hold the fewest microbatches first: of two that take equally long, the first is chosen."""
 
 
+class KnownMenus(dict[int, tuple[ProgramLayers, tuple[tuple[Menu, ...], ...]]]):
+    """The layers of a program and what they may choose, by number of microbatches: for searches that are made again."""
+
+
 @dataclass(frozen=True)
 class ChoosePipeline(Pass):
     """Find the stages that take a step the least time, their meshes and places, the schedule, and what to compute again.
@@ -139,6 +143,9 @@ class ChoosePipeline(Pass):
     measured: str = option(
         "", help="measured stages, as in '0-4 on data=2 of 8 takes 1.5 1.0; ...': factors of their predicted seconds"
     )
+    memory_share: str = option(
+        "", help='of a device\'s memory what stages may fill, by group of hosts, as in "0.9,1"; all of it if not given'
+    )
     num_workers: int = option(1, help="processes that solve layers on meshes; the result is the same for any number")
 
     def check_options(self) -> None:
@@ -151,6 +158,7 @@ class ChoosePipeline(Pass):
         parse_stages(self.measured)
         if len(parse_remat(self.remat)) > 1:
             raise ConfigError(f"option remat of {self.name} is {self.remat!r}, must be one word for all layers")
+        self._memory_shares()
         fixed = self._fixed()
         counts = {
             f"num-stages {self.num_stages}": fixed.num_stages,
@@ -161,6 +169,18 @@ class ChoosePipeline(Pass):
         if len(set(given.values())) > 1:
             said = ", ".join(f"{name} means {count}" for name, count in given.items())
             raise ConfigError(f"options of {self.name} disagree about the number of stages: {said}")
+
+    def _memory_shares(self) -> tuple[float, ...]:
+        try:
+            shares = tuple(float(word) for word in self.memory_share.split(",")) if self.memory_share.strip() else ()
+        except ValueError:
+            shares = (0.0,)
+        if not all(0 < share <= 1 for share in shares):
+            raise ConfigError(
+                f"option memory-share of {self.name} is {self.memory_share!r}, must be numbers above 0 and up to 1",
+                fix='as in "0.9", or "0.9,1" for two groups of hosts',
+            )
+        return shares
 
     def _fixed(self) -> FixedStages:
         meshes = parse_meshes(self.mesh) if self.mesh.strip() else None
@@ -188,26 +208,40 @@ class ChoosePipeline(Pass):
                 fix="give num_stages and mesh of that step, or pass bactrian.gather(...) of the state",
             )
         cluster = cluster_or_cores(self.cluster)
+        if len(self._memory_shares()) not in (0, len(cluster.groups)):
+            raise ConfigError(
+                f"option memory-share of {self.name} is {self.memory_share!r}, {cluster.name} has {len(cluster.groups)} "
+                "groups of hosts",
+                fix="give one number for each",
+            )
         with _errors_at(main):
             check_fixed(
                 self._fixed(), cluster, required_integer(module.operation, NUM_LAYERS, "run group-layers first")
             )
-        with ctx.clock.phase("read layers"):
-            rows = self._rows(module, num_microbatches)
-            layers = [read_layers_of_sizes(module, group, (rows,), self.cluster)[0] for group in cluster.groups]
-        with ctx.clock.phase("solve layers"):
-            found = tuple(
-                self._menus(each, group, num_microbatches) for each, group in zip(layers, cluster.groups, strict=True)
-            )
+        known = ctx.kept(KnownMenus) or KnownMenus()
+        if num_microbatches not in known:
+            known[num_microbatches] = self._solve_layers(module, cluster, num_microbatches, ctx)
+        layers, found = known[num_microbatches]
         with ctx.clock.phase("search"), _errors_at(main):
-            chosen = choose_pipeline(self._request(layers[0], found, cluster, num_microbatches))
+            chosen = choose_pipeline(self._request(layers, found, cluster, num_microbatches))
         _write(module, chosen)
         for analysis in (ctx.kept(MainDataflow), ctx.kept(OpTimes), chosen):
             if analysis is not None:
                 ctx.keep(analysis)
-        ctx.count("kinds", len(layers[0].kinds))
+        ctx.count("kinds", len(layers.kinds))
         ctx.count("meshes", sum(map(len, found)))
         ctx.count("stages", len(chosen.choice.stages))
+
+    def _solve_layers(
+        self, module: ir.Module, cluster: Cluster, num_microbatches: int, ctx: PassContext
+    ) -> tuple[ProgramLayers, tuple[tuple[Menu, ...], ...]]:
+        """The layers, and what they may choose on the meshes of each group of hosts."""
+        with ctx.clock.phase("read layers"):
+            rows = self._rows(module, num_microbatches)
+            layers = [read_layers_of_sizes(module, group, (rows,), self.cluster)[0] for group in cluster.groups]
+        with ctx.clock.phase("solve layers"):
+            each = zip(layers, cluster.groups, strict=True)
+            return layers[0], tuple(self._menus(own, group, num_microbatches) for own, group in each)
 
     def _rows(self, module: ir.Module, num_microbatches: int) -> int:
         """Of the batch in one of so many microbatches."""
@@ -223,7 +257,7 @@ class ChoosePipeline(Pass):
     ) -> PipelineRequest:
         schedules = (schedule_named(self.schedule),) if self.schedule else _SCHEDULES
         borders = tuple(map(float, layers.border_bytes))
-        measured = parse_stages(self.measured)
+        measured, shares = parse_stages(self.measured), self._memory_shares()
         if (last := max((stage.end_layer for stage in measured), default=0)) > layers.num_layers:
             raise ConfigError(f"a measured stage ends at layer {last - 1}, the program has {layers.num_layers} layers")
         return PipelineRequest(
@@ -236,6 +270,7 @@ class ChoosePipeline(Pass):
             self._fixed(),
             self._ways(layers.rows),
             measured,
+            shares,
         )
 
     def _ways(self, rows: int) -> OpenWays:

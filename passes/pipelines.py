@@ -70,6 +70,7 @@ def find_stages(
     cluster: str = "",
     measured: str = "",
     num_workers: int = 1,
+    memory_share: str = "",
 ) -> Passes:
     """Find the pipeline of grouped layers that takes a step the least time."""
     from bactrian.passes.choose_pipeline import ChoosePipeline
@@ -85,6 +86,7 @@ def find_stages(
             num_microbatches=num_microbatches,
             measured=measured,
             num_workers=num_workers,
+            memory_share=memory_share,
         ),
     )
 

@@ -13,9 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jaxlib.mlir import ir
 
 import bactrian
-from bactrian.driver import cli
+from bactrian.driver import cli, traced_step
+from bactrian.driver.planning.decisions import Decisions
+from bactrian.driver.planning.plan_program import plan_program
+from bactrian.driver.planning.staged_plan import StagedPlan
 from bactrian.driver.report.cut_reasons import plan_reasons
 from bactrian.driver.report.plan_table import plan_lines
 from bactrian.passes.frame.errors import BactrianError, ConfigError, InfeasiblePlanError, ProgramError
@@ -281,6 +285,31 @@ def test_the_missing_memory_is_enough(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("misfits", [1, 9])
+def test_what_does_not_fit_after_all_is_searched_for_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, misfits: int
+) -> None:
+    """A stage that needs a tenth more than a device has, whatever its layers say: the next plan holds less."""
+    tried = list[Decisions]()
+
+    def plan_but_misfits(module: ir.Module, decisions: Decisions, **options: Any) -> StagedPlan:
+        tried.append(decisions)
+        if len(tried) <= misfits:
+            raise InfeasiblePlanError("it needs more", stage=0, needed_bytes=round(1.1 * 2**30))
+        return plan_program(module, decisions, **options)
+
+    monkeypatch.setattr(traced_step, "plan_program", plan_but_misfits)
+    traced = bactrian.parallelize(train, num_microbatches=4, cluster=cluster(tmp_path, 1, 2)).trace(*arguments())
+    if misfits > 1:
+        with pytest.raises(InfeasiblePlanError, match="it needs more"):
+            traced.plan()
+        assert 1 < len(tried) <= 4
+    else:
+        plan = traced.plan().plan
+        assert tried[0].meshes != tried[1].meshes or tried[0].remat != tried[1].remat
+        assert plan.pipeline is not None and tuple(stage.mesh for stage in plan.stages) == tried[1].meshes
+
+
 def test_plans_are_the_same_for_any_hash_seed(tmp_path: Path) -> None:
     (script := tmp_path / "train.py").write_text(
         f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"

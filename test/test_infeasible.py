@@ -65,7 +65,7 @@ def test_not_even_the_leanest_shardings(tmp_path: Path) -> None:
     with pytest.raises(InfeasiblePlanError) as raised:
         plan(WHOLE / 4, tmp_path, {"a": weight(), "b": weight()}, product)
     error = raised.value
-    needed = error.least_bytes
+    needed = error.needed_bytes
     assert needed is not None and needed >= 2 * WHOLE // 4  # both weights, in four pieces each
     assert "cannot fit stage 0 into a device: it needs at least" in error.message and "are missing" in error.message
     assert "test_infeasible.py:" in error.where
@@ -93,7 +93,7 @@ def test_what_is_needed_is_enough_to_the_byte() -> None:
         module = ir.Module.parse(SINE)
         with pytest.raises(InfeasiblePlanError) as raised:
             run_pipeline(module, "builtin.module(solve-shardings{memory-bytes=4095})", verify_contracts=False)
-        assert raised.value.least_bytes == 4096 and ", 1 B are missing" in raised.value.message
+        assert raised.value.needed_bytes == 4096 and ", 1 B are missing" in raised.value.message
         run_pipeline(module, "builtin.module(solve-shardings{memory-bytes=4096})", verify_contracts=False)
         (stage,) = ir.ArrayAttr(module.operation.attributes["bactrian.sharding"])
         held = [ir.DictAttr(entry)["bytes"] for entry in ir.ArrayAttr(ir.DictAttr(stage)["memory_bytes"])]

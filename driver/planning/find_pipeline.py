@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -10,6 +11,7 @@ from jaxlib.mlir import ir
 
 from bactrian.driver.planning.decisions import Decisions
 from bactrian.passes import pipelines
+from bactrian.passes.choose_pipeline import KnownMenus
 from bactrian.passes.frame.errors import InfeasiblePlanError, OtherSizeError, ProgramError
 from bactrian.passes.frame.module_text import copy_module
 from bactrian.passes.frame.phase_times import PhaseClock
@@ -23,6 +25,8 @@ from bactrian.passes.pipelining.pipeline_candidates import ChosenPipeline
 from bactrian.passes.plan.pipeline_record import PipelineRecord, TriedMicrobatches
 
 MOST_LAYERS = 96
+_MOST_ROUNDS = 4  # of searches, each with less memory
+_LEAST_CHANGE = 0.98  # of the memory that stages may fill, from one to the next
 _DEVICES_OF_A_WORKER = 8  # with fewer devices there is too little to solve for more processes to pay
 
 
@@ -89,15 +93,8 @@ class FoundPipeline:
         )
 
 
-def find_pipeline(
-    make_module: Callable[[int], ir.Module],
-    rows: int,
-    fixed: FixedDecisions,
-    cluster: str,
-    clock: PhaseClock,
-    measured: Sequence[MeasuredStage] = (),
-) -> FoundPipeline:
-    """The pipeline of the least step time.
+class PipelineFinder:
+    """Looks for the pipeline of the least step time.
 
     The step is traced for several numbers of microbatches: from one near four for each device, to fewer and to more as long
     as that makes it faster.
@@ -108,56 +105,86 @@ def find_pipeline(
         fixed: what is not searched for.
         cluster: the file of the machines.
         clock: measures tracing and passes.
-        measured: stages that correct what layers are said to take.
 
-    Raises:
-        ConfigError: decisions contradict each other, or the cluster does not have what they ask for.
-        ProgramError: the program can't be run as a pipeline.
-        InfeasiblePlanError: no pipeline fits into memory.
+    Attributes:
+        cluster: the file of the machines.
     """
-    search = _MicrobatchSearch(make_module, fixed, cluster, clock, measured)
-    if fixed.num_microbatches is not None:
-        search.step_seconds(fixed.num_microbatches)
-    else:
-        counts = [count for count in range(1, rows + 1) if rows % count == 0]
-        wanted = 4 * read_cluster(cluster).num_devices
-        search.descend(counts, next((n for n, count in enumerate(counts) if count >= wanted), len(counts) - 1))
-    return search.best()
-
-
-class _MicrobatchSearch:
-    """Pipelines for numbers of microbatches, each searched once."""
 
     def __init__(
-        self,
-        make_module: Callable[[int], ir.Module],
-        fixed: FixedDecisions,
-        cluster: str,
-        clock: PhaseClock,
-        measured: Sequence[MeasuredStage],
+        self, make_module: Callable[[int], ir.Module], rows: int, fixed: FixedDecisions, cluster: str, clock: PhaseClock
     ) -> None:
-        self._make_module, self._fixed, self._cluster = make_module, fixed, cluster
-        self._clock, self._measured = clock, measured
+        self._make_module, self._rows, self._fixed = make_module, rows, fixed
+        self.cluster, self._hosts, self._clock = cluster, read_cluster(cluster), clock
         self._found: dict[int, FoundPipeline | InfeasiblePlanError | ProgramError] = {}
         self._grouped: ir.Module | None = None  # of the first number
         self._is_scalable = True  # to other numbers, as far as is known
+        self._measured: Sequence[MeasuredStage] = ()
+        self._menus = KnownMenus()
+        self._shares = [1.0] * len(self._hosts.groups)  # of the memory of a device, by group, that stages may fill
+        self._rounds = 1
 
-    def descend(self, counts: Sequence[int], start: int) -> None:
+    def find(self, measured: Sequence[MeasuredStage] = ()) -> FoundPipeline:
+        """The best pipeline.
+
+        Args:
+            measured: stages that correct what layers are said to take.
+
+        Raises:
+            ConfigError: decisions contradict each other, or the cluster does not have what they ask for.
+            ProgramError: the program can't be run as a pipeline.
+            InfeasiblePlanError: no pipeline fits into memory.
+        """
+        self._measured, self._found = measured, {}
+        if self._fixed.num_microbatches is not None:
+            self._step_seconds(self._fixed.num_microbatches)
+        else:
+            counts = [count for count in range(1, self._rows + 1) if self._rows % count == 0]
+            wanted = 4 * self._hosts.num_devices
+            self._descend(counts, next((n for n, count in enumerate(counts) if count >= wanted), len(counts) - 1))
+        return self._best()
+
+    def find_leaner(self, found: FoundPipeline, error: InfeasiblePlanError) -> FoundPipeline:
+        """The best pipeline whose stages leave as much more memory free as the search knew too little of.
+
+        The search adds up what layers hold. The plan knows what each stage's functions need, which may be more.
+
+        Args:
+            found: a pipeline that does not fit.
+            error: which says what the stage that fits least needs.
+
+        Raises:
+            InfeasiblePlanError: this error: there is no other pipeline, or too many were tried.
+        """
+        if error.stage is None or error.needed_bytes is None or self._rounds == _MOST_ROUNDS:
+            raise error
+        stage, device = found.chosen.choice.stages[error.stage], found.chosen.first_devices[error.stage]
+        group = bisect_right(self._hosts.first_devices, device) - 1
+        self._shares[group] *= min(_LEAST_CHANGE, stage.memory_bytes / error.needed_bytes)
+        self._rounds += 1
+        counts, self._found = list(self._found), {}
+        for count in counts:
+            self._step_seconds(count)
+        try:
+            return self._best()
+        except (InfeasiblePlanError, ProgramError):
+            raise error from None
+
+    def _descend(self, counts: Sequence[int], start: int) -> None:
         """Go from one number to its neighbours as long as steps get faster, or nothing has fitted yet."""
         best = start
         for step in (1, -1):
             number = start
             while 0 <= number + step < len(counts):
                 number += step
-                known = self.step_seconds(counts[best])
-                if self.step_seconds(counts[number]) < known:
+                known = self._step_seconds(counts[best])
+                if self._step_seconds(counts[number]) < known:
                     best = number
                 elif math.isfinite(known):
                     break
             if best != start:
                 return
 
-    def step_seconds(self, num_microbatches: int) -> float:
+    def _step_seconds(self, num_microbatches: int) -> float:
         """Of the best pipeline; infinite where there is none."""
         if num_microbatches not in self._found:
             try:
@@ -182,12 +209,12 @@ class _MicrobatchSearch:
     def _group(self, num_microbatches: int) -> ir.Module:
         with self._clock.phase("trace"):
             module = self._make_module(num_microbatches)
-        passes = pipelines.group_blocks(MOST_LAYERS, self._fixed.num_stages or 0, self._cluster)
+        passes = pipelines.group_blocks(MOST_LAYERS, self._fixed.num_stages or 0, self.cluster)
         self._clock.add(run_pipeline(module, passes).phases)
         return module
 
     def _choose(self, grouped: ir.Module, num_microbatches: int) -> FoundPipeline:
-        fixed, num_devices = self._fixed, read_cluster(self._cluster).num_devices
+        fixed, num_devices = self._fixed, self._hosts.num_devices
         passes = pipelines.find_stages(
             num_stages=fixed.num_stages or 0,
             num_microbatches=num_microbatches,
@@ -195,12 +222,13 @@ class _MicrobatchSearch:
             mesh=meshes_text(fixed.meshes),
             schedule=fixed.schedule or "",
             remat=fixed.remat,
-            cluster=self._cluster,
+            cluster=self.cluster,
             measured=stages_text(self._measured),
             num_workers=min(num_cores(), max(1, num_devices // _DEVICES_OF_A_WORKER)),
+            memory_share=",".join(map(str, self._shares)),
         )
         module = copy_module(grouped)
-        report = run_pipeline(module, passes)
+        report = run_pipeline(module, passes, kept={KnownMenus: self._menus})
         self._clock.add(report.phases)
         chosen = report.kept[ChosenPipeline]
         with module.context:
@@ -217,7 +245,7 @@ class _MicrobatchSearch:
         )
         return FoundPipeline(num_microbatches, num_layers, chosen, record)
 
-    def best(self) -> FoundPipeline:
+    def _best(self) -> FoundPipeline:
         """The fastest of all.
 
         Raises:

@@ -63,7 +63,14 @@ def with_conflict(
 
 
 def _more(error: InfeasiblePlanError, why: str, fix: str) -> InfeasiblePlanError:
-    return InfeasiblePlanError(error.message, where=error.where, why=f"{error.why}; {why}", fix=fix + error.fix)
+    return InfeasiblePlanError(
+        error.message,
+        where=error.where,
+        why=f"{error.why}; {why}",
+        fix=fix + error.fix,
+        stage=error.stage,
+        needed_bytes=error.needed_bytes,
+    )
 
 
 def _found(module: ir.Module) -> dict[str, list[int | ir.Operation]]:

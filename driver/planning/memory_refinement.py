@@ -83,6 +83,8 @@ class MemoryRefinement:
             why=f"{human_bytes(peak.temporaries)} of it are copies and temporaries, as predicted of XLA for CPUs; no "
             f"shardings that need less were found in {self._tries} {'try' if self._tries == 1 else 'tries'}",
             fix="use more microbatches, stages or devices, or a cluster whose devices have more memory",
+            stage=stage,
+            needed_bytes=peak.nbytes,
         )
 
 

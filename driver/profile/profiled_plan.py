@@ -23,8 +23,7 @@ _Key = tuple[object, ...]  # what the functions of a stage depend on
 
 
 def find_profiled(
-    find: Callable[[tuple[MeasuredStage, ...]], FoundPipeline],
-    stage: Callable[[FoundPipeline], StagedPlan],
+    plan: Callable[[tuple[MeasuredStage, ...]], tuple[FoundPipeline, StagedPlan]],
     profiler: StageProfiler,
     clock: PhaseClock,
 ) -> StagedPlan:
@@ -35,8 +34,7 @@ def find_profiled(
     search from then on.
 
     Args:
-        find: a pipeline, with measured stages in the place of those that the model knows.
-        stage: makes a plan of it.
+        plan: finds a pipeline, with measured stages in the place of those that the model knows, and makes a plan of it.
         profiler: measures the stages of a plan.
         clock: measures how long that takes.
 
@@ -48,12 +46,11 @@ def find_profiled(
     while rounds < MOST_ROUNDS:
         rounds += 1
         try:
-            found = find(tuple(measured.values()))
+            found, staged = plan(tuple(measured.values()))
         except InfeasiblePlanError:
             if best is not None or left_out:
                 break
             raise
-        staged = stage(found)
         with clock.phase("measure stages"):
             profiles = profiler.profile(staged)
         left_out |= dict.fromkeys(failure_texts(staged.plan, profiles))

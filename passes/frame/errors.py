@@ -63,7 +63,8 @@ class InfeasiblePlanError(BactrianError):
     """No plan satisfies the constraints.
 
     Args:
-        least_bytes: of a device, with which there would be shardings for its values; None where that is not known.
+        stage: that does not fit; None where it is none, or not known.
+        needed_bytes: that it needs of a device, at the least; None where that is not known.
     """
 
     exit_code = 4
@@ -76,9 +77,10 @@ class InfeasiblePlanError(BactrianError):
         why: str = "",
         fix: str = "",
         place: SourcePlace | None = None,
-        least_bytes: int | None = None,
+        stage: int | None = None,
+        needed_bytes: int | None = None,
     ) -> None:
-        self.least_bytes = least_bytes
+        self.stage, self.needed_bytes = stage, needed_bytes
         super().__init__(message, where=where, why=why, fix=fix, place=place)
 
 

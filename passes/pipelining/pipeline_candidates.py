@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from bactrian.passes.frame.errors import ConfigError, InfeasiblePlanError
 from bactrian.passes.machine.cluster import Cluster
@@ -38,6 +38,7 @@ class PipelineRequest:
         fixed: what is decided already.
         ways: what else the user could change.
         measured: stages that correct what options say.
+        memory_shares: of a device's memory what stages may fill, by group; all of it if not given.
     """
 
     kinds: tuple[int, ...]
@@ -49,6 +50,7 @@ class PipelineRequest:
     fixed: FixedStages = field(default_factory=FixedStages)
     ways: OpenWays = field(default_factory=OpenWays)
     measured: tuple[MeasuredStage, ...] = ()
+    memory_shares: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,10 @@ class _Candidate:
 
 
 def _problem(request: PipelineRequest, order: Sequence[int], schedule: Schedule) -> PipelineProblem:
-    cluster = Cluster(request.cluster.name, tuple(request.cluster.groups[group] for group in order))
+    groups = list(request.cluster.groups)
+    for group, share in enumerate(request.memory_shares):
+        groups[group] = replace(groups[group], memory_bytes=int(share * groups[group].memory_bytes))
+    cluster = Cluster(request.cluster.name, tuple(groups[group] for group in order))
     return PipelineProblem(
         request.kinds,
         request.border_bytes,

@@ -66,7 +66,8 @@ def out_of_memory(
         why=f"with all values sharded as far as possible there are {parts}; the largest shard, "
         f"{human_bytes(largest)}, is of {_name(model, reading, node)}",
         fix=_help(missing, needed, sums),
-        least_bytes=needed,
+        stage=stage,
+        needed_bytes=needed,
     )
 
 
