@@ -2,11 +2,11 @@
 
     bactrian profile-cluster --devices 2
     python benchmarks/predicted.py cluster.toml --json predicted.json
+    python benchmarks/predicted.py cluster.toml --plans schedules --steps 4
 
 For each plan: the predicted step; the measured one, a median over steps; and the one that the simulation gives where
-calls take what was measured of them, which leaves only what lies between calls. Plans are made and measured one after the
-other, in rounds, so that a machine that drifts does so for all of them. For each model: by how much the plan that was
-found, and the one that is predicted to be the fastest, are slower than the fastest measured.
+calls take what was measured of them, which leaves only what lies between calls. For each model: by how much the plan
+that was found, and the one that is predicted to be the fastest, are slower than the fastest measured.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ from planned_runs import make_plan, measure, name_of
 from rich.console import Console
 from rich.table import Table
 
-PLANS: tuple[tuple[str, dict[str, Any]], ...] = (  # model, what is decided; the rest is found
+Decided = tuple[str, dict[str, Any]]  # a model, and what is decided; the rest is found
+
+TEN: tuple[Decided, ...] = (
     ("mlp", {}),
     ("mlp", {"num_stages": 1, "mesh": "data=1", "num_microbatches": 8, "schedule": "1f1b"}),
     ("mlp", {"num_stages": 2, "mesh": "data=1", "num_microbatches": 8, "schedule": "1f1b"}),
@@ -36,6 +38,17 @@ PLANS: tuple[tuple[str, dict[str, Any]], ...] = (  # model, what is decided; the
     ("words", {"num_stages": 1, "mesh": "data=1", "num_microbatches": 4, "schedule": "1f1b"}),
     ("words", {"num_stages": 2, "mesh": "data=1", "num_microbatches": 16, "schedule": "eager-1f1b"}),
 )
+
+SCHEDULES: tuple[Decided, ...] = tuple(
+    (model, {"num_microbatches": 8, **decisions})
+    for model in ("mlp", "transformer")
+    for decisions in (
+        {},
+        *({"num_stages": 2, "mesh": "data=1", "schedule": name} for name in ("1f1b", "eager-1f1b", "gpipe")),
+        {"num_stages": 1, "mesh": "data=2", "schedule": "1f1b"},
+    )
+)
+PLANS = {"ten": TEN, "schedules": SCHEDULES}
 
 
 def rank_correlation(one: Sequence[float], other: Sequence[float]) -> float:
@@ -91,18 +104,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cluster", type=Path, help="as `bactrian profile-cluster --devices 2` writes it")
     parser.add_argument("--steps", type=int, default=12, help="timed steps of a plan")
-    parser.add_argument("--models", nargs="+", default=sorted({model for model, _ in PLANS}), help="only these")
+    parser.add_argument("--plans", choices=PLANS, default="ten", help="ten plans of three models, or schedules of two")
+    parser.add_argument("--models", nargs="+", help="only these")
     parser.add_argument("--json", type=Path, help="file for all figures")
     args = parser.parse_args()
     before, rows = machine(), list[Row]()
     with tempfile.TemporaryDirectory() as folder:
-        for number, (model, decisions) in enumerate(PLANS):
-            if model not in args.models:
+        for number, (model, decisions) in enumerate(PLANS[args.plans]):
+            if args.models and model not in args.models:
                 continue
             saved = Path(folder, str(number))
             plan = make_plan(model, args.cluster.resolve(), saved, **decisions)
             got = measure(model, args.cluster.resolve(), saved, args.steps)
-            rows.append(got | {"model": model, "name": name_of(plan), "found": not decisions})
+            rows.append(got | {"model": model, "name": name_of(plan), "found": "schedule" not in decisions})
             print(f"{model}, {rows[-1]['name']}: {1e3 * rows[-1]['measured_seconds']:.1f} ms", flush=True)
             if args.json:
                 args.json.write_text(json.dumps({"machine": before, "rows": rows}, indent=1) + "\n")

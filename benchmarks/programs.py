@@ -77,6 +77,52 @@ def words(vocabulary: int = 4096, width: int = 128, layers: int = 6, batch: int 
     return _with_sgd(loss), state, data
 
 
+def transformer(layers: int = 8, width: int = 512, heads: int = 8, batch: int = 8, length: int = 128) -> Program:
+    """Blocks of causal attention and of two layers with GELU, each behind a layer norm; mean squared error, SGD: the torch
+    peer's model, with a quarter of its batch."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    random = np.random.default_rng(7)
+
+    def linear(inputs: int, outputs: int) -> Any:
+        bound = inputs**-0.5
+        weights = random.uniform(-bound, bound, (inputs, outputs)).astype(np.float32)
+        return {"w": weights, "b": random.uniform(-bound, bound, outputs).astype(np.float32)}
+
+    def block() -> Any:
+        shapes = {"qkv": (width, 3 * width), "o": (width, width), "up": (width, 4 * width), "down": (4 * width, width)}
+        norms = {name: {"w": np.ones(width, np.float32), "b": np.zeros(width, np.float32)} for name in ("n1", "n2")}
+        return {name: linear(*shape) for name, shape in shapes.items()} | norms
+
+    state = [block() for _ in range(layers)]
+    data = tuple(random.standard_normal((2, batch, length, width), dtype=np.float32))
+
+    def apply(p: Any, x: jax.Array) -> jax.Array:
+        return x @ p["w"] + p["b"]
+
+    def norm(p: Any, x: jax.Array) -> jax.Array:
+        return jax.nn.standardize(x, epsilon=1e-5) * p["w"] + p["b"]
+
+    def attention(p: Any, x: jax.Array) -> jax.Array:
+        split = apply(p["qkv"], x).reshape(*x.shape[:2], 3, heads, width // heads)
+        q, k, v = jnp.moveaxis(split, 2, 0)
+        scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) * (width // heads) ** -0.5
+        scores = jnp.where(np.tri(length, dtype=bool), scores, -jnp.inf)
+        mixed = jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(scores), v)
+        return apply(p["o"], mixed.reshape(x.shape))
+
+    def loss(state: Any, batch: Any) -> jax.Array:
+        x, y = batch
+        for p in state:
+            x = x + attention(p, norm(p["n1"], x))
+            x = x + apply(p["down"], jax.nn.gelu(apply(p["up"], norm(p["n2"], x))))
+        return jnp.square(x - y).mean()
+
+    return _with_sgd(loss), state, data
+
+
 def mixture(
     width: int = 128, experts: int = 8, dense: int = 6, mixed: int = 2, batch: int = 32, length: int = 64
 ) -> Program:
@@ -175,6 +221,7 @@ PROGRAMS: dict[str, Callable[..., Program]] = {
     "mlp": mlp,
     "gpt": gpt,
     "words": words,
+    "transformer": transformer,
     "mixture": mixture,
     "unet": unet,
 }
