@@ -77,6 +77,34 @@ def words(vocabulary: int = 4096, width: int = 128, layers: int = 6, batch: int 
     return _with_sgd(loss), state, data
 
 
+def tables(count: int = 4, rows: int = 16384, width: int = 128, layers: int = 8, batch: int = 512) -> Program:
+    """The sum of what several large tables have, residual networks of two layers, and one number; squared error, SGD."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    random = np.random.default_rng(7)
+
+    def weights(*shape: int) -> Any:
+        return random.standard_normal(shape, dtype=np.float32) * shape[-2] ** -0.5
+
+    state = {
+        "tables": [weights(rows, width) for _ in range(count)],
+        "layers": [(weights(width, 4 * width), weights(4 * width, width)) for _ in range(layers)],
+        "head": weights(width, 1),
+    }
+    data = random.integers(0, rows, (batch, count), np.int32), random.standard_normal((batch, 1), dtype=np.float32)
+
+    def loss(state: Any, batch: Any) -> jax.Array:
+        keys, y = batch
+        x = sum(table[keys[:, number]] for number, table in enumerate(state["tables"]))
+        for up, down in state["layers"]:
+            x = x + jax.nn.relu(x @ up) @ down
+        return jnp.square(x @ state["head"] - y).mean()
+
+    return _with_sgd(loss), state, data
+
+
 def transformer(layers: int = 8, width: int = 512, heads: int = 8, batch: int = 8, length: int = 128) -> Program:
     """Blocks of causal attention and of two layers with GELU, each behind a layer norm; mean squared error, SGD: the torch
     peer's model, with a quarter of its batch."""
@@ -221,6 +249,7 @@ PROGRAMS: dict[str, Callable[..., Program]] = {
     "mlp": mlp,
     "gpt": gpt,
     "words": words,
+    "tables": tables,
     "transformer": transformer,
     "mixture": mixture,
     "unet": unet,

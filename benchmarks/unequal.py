@@ -3,7 +3,8 @@
     bactrian profile-cluster --devices 2
     python benchmarks/unequal.py cluster.toml --json unequal.json
 
-The models: words (a large embedding and head), mixture (experts in the last blocks), unet (images get smaller, then larger).
+The models: words (a large head), tables (large embeddings), mixture (experts in the last blocks), unet (images get
+smaller, then larger).
 For each cut: the predicted step, and the measured one, a median over the steps of all rounds. Only the cut differs.
 """
 
@@ -24,7 +25,7 @@ from planned_runs import make_plan, measure
 from rich.console import Console
 from rich.table import Table
 
-MODELS = ("words", "mixture", "unet")
+MODELS = ("words", "tables", "mixture", "unet")
 ALIKE: dict[str, Any] = {"num_microbatches": 8, "schedule": "1f1b", "remat": "none"}
 
 

@@ -57,7 +57,8 @@ def test_predicted_steps_are_compared_by_their_order_and_by_their_calls() -> Non
     assert predicted.rank_correlation([1.0, 2.0, 3.0, 4.0], [9.0, 8.0, 7.0, 6.0]) == -1.0
     assert predicted.rank_correlation([1.0, 2.0, 3.0], [1.0, 3.0, 2.0]) == 0.5
     assert len(predicted.TEN) == 10
-    assert [model for model, decided in predicted.TEN if not decided] == ["mlp", "gpt", "words"]
+    for ten, models in ((predicted.TEN, ["mlp", "gpt", "words"]), (predicted.SCHEDULES, ["mlp", "transformer"])):
+        assert [model for model, decided in ten if predicted.is_found(decided)] == models
     step, state, batch = programs.mlp(width=8, batch=4, length=2, layers=2)
     compiled = step.with_options(num_stages=2, num_microbatches=2).trace(state, batch).plan().compile()
     calls = {call.function: 1.0 for call in compiled.session.staged.program.calls}
@@ -80,10 +81,11 @@ def test_cuts_of_equal_weight_are_the_nearest() -> None:
     assert unequal.halves([0.0, 3.0, 1.0, 1.0, 1.0]) == 2
 
 
-@pytest.mark.parametrize("name", ["mixture", "transformer", "unet", "words"])
+@pytest.mark.parametrize("name", ["mixture", "tables", "transformer", "unet", "words"])
 def test_programs_have_a_gradient_for_all_of_their_state(name: str) -> None:
     small: dict[str, dict[str, int]] = {
         "mixture": {"width": 4, "experts": 2, "dense": 1, "mixed": 1, "batch": 2, "length": 4},
+        "tables": {"count": 2, "rows": 4, "width": 4, "layers": 1, "batch": 8},
         "transformer": {"layers": 1, "width": 4, "heads": 2, "batch": 2, "length": 4},
         "unet": {"channels": 2, "size": 8, "batch": 2},
         "words": {"vocabulary": 8, "width": 4, "layers": 1, "batch": 2, "length": 4},

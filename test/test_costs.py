@@ -181,6 +181,47 @@ func.func public @main(%x: tensor<64x64xf32>, %w: tensor<64x64xf32>) -> (tensor<
 """
 
 
+SCATTERED = """
+func.func public @main(%acc: tensor<1024x64xf32>, %at: tensor<8x1xi32>, %rows: tensor<8x64xf32>) -> (RESULTS) {
+  %zero = stablehlo.constant dense<INITIAL> : tensor<f32>
+  %zeros = stablehlo.broadcast_in_dim %zero, dims = [] : (tensor<f32>) -> tensor<1024x64xf32>
+  %made = "stablehlo.scatter"(%zeros, %at, %rows) <{indices_are_sorted = false, scatter_dimension_numbers =
+    #stablehlo.scatter<update_window_dims = [1], inserted_window_dims = [0], scatter_dims_to_operand_dims = [0],
+    index_vector_dim = 1>, unique_indices = false}> ({
+    ^bb0(%a: tensor<f32>, %b: tensor<f32>):
+      %c = stablehlo.add %a, %b : tensor<f32>
+      stablehlo.return %c : tensor<f32>
+  }) {bactrian.phase = "backward"} : (tensor<1024x64xf32>, tensor<8x1xi32>, tensor<8x64xf32>) -> tensor<1024x64xf32>
+  %sum = stablehlo.add %acc, %made {bactrian.phase = "backward", MARK} : tensor<1024x64xf32>
+  return VALUES
+}
+"""
+WHOLE = 1024 * 64 * 4
+
+
+@pytest.mark.parametrize(
+    ("initial", "mark", "others", "in_place"),
+    [
+        ("0.0", "bactrian.accumulate", False, True),
+        ("1.0", "bactrian.accumulate", False, False),
+        ("0.0", "other", False, False),
+        ("0.0", "bactrian.accumulate", True, False),
+    ],
+)
+def test_scatters_into_an_accumulator_are_in_place(initial: str, mark: str, others: bool, in_place: bool) -> None:
+    """XLA adds the rows to the accumulator: what is read and written are these, not all of it."""
+    tensor = "tensor<1024x64xf32>"
+    results, values = (f"{tensor}, {tensor}", "%sum, %made") if others else (tensor, "%sum")
+    text = SCATTERED.replace("INITIAL", initial).replace("MARK", mark).replace("RESULTS", results)
+    text = text.replace("VALUES", f"{values} : {results}")
+    with make_context(), ir.Location.unknown():
+        *_, scatter, add, _ = OpTimes.of(ir.Module.parse(text), "", silent).seconds
+    if in_place:
+        assert (scatter, add) == (pytest.approx((3 * 8 * 64 * 4 + 8 * 4) / 1e10), 0.0)
+    else:
+        assert min(scatter, add) >= 2 * WHOLE / 1e10
+
+
 def silent(op: ir.Operation, text: str) -> None:
     """Nothing is told."""
     raise AssertionError(text)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 from jaxlib.mlir import ir
 
+from bactrian.passes.ir.attributes import ACCUMULATE
+from bactrian.passes.ir.constants import splat_of
 from bactrian.passes.ir.op_costs import CostModel, repacks
 from bactrian.passes.ir.op_traits import COSTED_ALONE
 from bactrian.passes.machine.device import Device
@@ -34,6 +37,29 @@ def is_separate(flow: LoopFlow, index: int) -> bool:
     """Whether an op is not fused with others; what a loop stacks is written where it is computed."""
     name = flow.ops[index].name
     return name in COSTED_ALONE and not (name == DYNAMIC_UPDATE_SLICE and flow.tops[index] is not flow.ops[index])
+
+
+def accumulating_scatters(flow: LoopFlow) -> frozenset[int]:
+    """Sums of an accumulator and a scatter into zeros that nothing else reads, and these scatters.
+
+    XLA makes one op of the two, which scatters into the accumulator in its place.
+    """
+    found = set[int]()
+    for index, op in enumerate(flow.ops):
+        if ACCUMULATE in op.attributes and op.name == "stablehlo.add":
+            producer = flow.producer[flow.operands[index][1]]
+            if producer >= 0 and _adds_to_zeros(flow.ops[producer]) and flow.phases[producer] == flow.phases[index]:
+                found |= {index, producer}
+    return frozenset(found)
+
+
+def _adds_to_zeros(op: ir.Operation) -> bool:
+    if op.name != "stablehlo.scatter" or len(op.results) > 1 or len(list(op.results[0].uses)) > 1:
+        return False
+    combines = [view.operation.name for view in op.regions[0].blocks[0].operations]
+    initial = splat_of(op.operands[0])
+    is_zero = isinstance(initial, ir.FloatAttr) and initial.value == 0.0
+    return is_zero and combines == ["stablehlo.add", "stablehlo.return"]
 
 
 def _never_fused(flow: LoopFlow, producer: int, reader: int) -> bool:
@@ -79,9 +105,23 @@ def op_seconds(
     separate: bool,
     from_memory: list[bool],
     operands: tuple[int, ...],
+    in_place: bool,
 ) -> float:
-    """Roofline time on one device; of a fused op only what it brings to and from memory."""
+    """Roofline time on one device; of a fused op only what it brings to and from memory.
+
+    Args:
+        keeps: whether its results must exist.
+        separate: whether it is not fused with others.
+        from_memory: by value.
+        operands: the values that it reads.
+        in_place: whether it is one of `accumulating_scatters`: of these, the scatter reads and writes what it changes.
+    """
     cost = model.cost(op)
+    if in_place and not separate:
+        return 0.0
+    if in_place:
+        indices, updates = (model.size_of(value).bytes for value in list(op.operands)[1:])
+        return device.seconds(replace(cost, bytes=float(indices + 3 * updates)))
     if separate:
         return device.seconds(cost)
     flops = cost.flops / device.rate(cost.dtype)

@@ -28,6 +28,7 @@ from bactrian.passes.machine.device import Device
 from bactrian.passes.machine.mesh import Mesh
 from bactrian.passes.sharding.deferred_reductions import deferred_sums
 from bactrian.passes.sharding.fusion_costs import (
+    accumulating_scatters,
     is_separate,
     op_seconds,
     read_from_memory,
@@ -69,6 +70,7 @@ class FlowFacts:
         flow: the data flow.
         value_of: of each value the one that it is (`forwarded_values`).
         from_memory: whether each value must exist (`read_from_memory`).
+        in_place: ops that scatter into an accumulator (`accumulating_scatters`).
         defers: ops whose sums can wait (`deferred_sums`).
         in_backward: values that the backward phase reads.
         by_microbatches: values that the forward or the backward phase reads.
@@ -81,6 +83,7 @@ class FlowFacts:
     flow: LoopFlow
     value_of: list[int]
     from_memory: list[bool]
+    in_place: frozenset[int]
     defers: dict[int, Defers]
     in_backward: frozenset[int]
     by_microbatches: frozenset[int]
@@ -104,6 +107,7 @@ class FlowFacts:
             flow=flow,
             value_of=value_of,
             from_memory=read_from_memory(flow, value_of),
+            in_place=accumulating_scatters(flow),
             defers=defers,
             in_backward=_read_in(flow, value_of, (BACKWARD,)),
             by_microbatches=_read_in(flow, value_of, (FORWARD, BACKWARD)),
@@ -225,7 +229,16 @@ class OperationReader:
             rule=None if is_free else rule,
             seconds=0.0
             if is_there
-            else op_seconds(op, self._model, self._device, keeps, separate, self._facts.from_memory, operands),
+            else op_seconds(
+                op,
+                self._model,
+                self._device,
+                keeps,
+                separate,
+                self._facts.from_memory,
+                operands,
+                in_place=index in self._facts.in_place,
+            ),
             repack_seconds=repack_seconds(op, self._device),
             narrows=self._narrows(index, operands, results),
             runs_per_step=self.runs_per_step(index) * self._flow.iterations[index],

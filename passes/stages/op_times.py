@@ -12,6 +12,7 @@ from bactrian.passes.ir.op_costs import CostModel
 from bactrian.passes.ir.regions import main_function
 from bactrian.passes.machine.cluster_file import cluster_or_cores
 from bactrian.passes.sharding.fusion_costs import (
+    accumulating_scatters,
     is_separate,
     op_seconds,
     read_from_memory,
@@ -48,7 +49,7 @@ class OpTimes:
         flow = LoopFlow.of(main)
         remark_missing_rates(flow.ops, device, remark)
         value_of = forwarded_values(flow)
-        from_memory = read_from_memory(flow, value_of)
+        from_memory, in_place = read_from_memory(flow, value_of), accumulating_scatters(flow)
         seconds: dict[ir.Operation, float] = {}
         for index, (op, top) in enumerate(zip(flow.ops, flow.tops, strict=True)):
             taken = seconds.setdefault(top, 0.0)
@@ -57,7 +58,7 @@ class OpTimes:
             separate = is_separate(flow, index)
             keeps = separate or any(from_memory[value] for value in flow.results[index])
             operands = tuple(value_of[value] for value in flow.operands[index][: len(op.operands)])
-            once = op_seconds(op, model, device, keeps, separate, from_memory, operands)
+            once = op_seconds(op, model, device, keeps, separate, from_memory, operands, in_place=index in in_place)
             if per_byte := repack_seconds(op, device):
                 once += per_byte * sum(model.size(value.type).bytes for value in op.operands)
             seconds[top] = taken + once * flow.iterations[index]
