@@ -17,7 +17,7 @@ from bactrian.driver.planning.options import Options, check_stages, cluster_file
 from bactrian.driver.planning.plan_broadcast import staged_together
 from bactrian.driver.planning.plan_program import plan_program
 from bactrian.driver.planning.staged_plan import StagedPlan
-from bactrian.driver.profile.profiled_plan import find_profiled, profiled
+from bactrian.driver.profile.profiled_plan import find_profiled, profiled, with_measurements
 from bactrian.driver.profile.stage_profiler import StageProfiler, default_folder
 from bactrian.driver.ranks import World
 from bactrian.driver.run.session import num_groups
@@ -101,6 +101,8 @@ class Traced:
         staged = self._stage(replace(decisions, compare=compare), plan)
         if profiler is not None:
             staged = profiled(staged, profiler, clock)
+        elif plan is not None:
+            staged = with_measurements(staged, plan)
         staged.phases = (*clock.phases, *staged.phases)
         return Planned(self.captured, staged, check_inputs=self.options.check_inputs)
 

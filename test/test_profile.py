@@ -172,6 +172,18 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> type[Fake]:
     return Fake
 
 
+def test_what_found_no_memory_is_tried_again(tmp_path: Path, fake: type[Fake], monkeypatch: pytest.MonkeyPatch) -> None:
+    def exhausted(*_: object) -> object:
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory\nat")
+
+    monkeypatch.setattr("bactrian.driver.profile.time_function.compile_measured", exhausted)
+    failure = time_function(TimedFunction("", 1, 0, 0.0))
+    assert failure == FunctionFailure("RESOURCE_EXHAUSTED: Out of memory", may_pass=True)
+    monkeypatch.setattr(Fake, "run", lambda *_: failure)
+    profiled(tmp_path, num_stages=1, mesh="data=1")
+    assert [path.name for path in (tmp_path / "cache").glob("*/*")] == ["environment.json"]
+
+
 def profiled(tmp_path: Path, hosts: int = 1, **options: Any) -> Plan:
     options = {"num_microbatches": 2} | options
     step = bactrian.parallelize(train, cluster=cluster(tmp_path, hosts, 2), profile=tmp_path / "cache", **options)
@@ -238,6 +250,9 @@ def test_a_given_plan_is_measured(tmp_path: Path, fake: type[Fake]) -> None:
     report = render_report(plan)
     assert "2 of 2 stages were measured; the cost model has them busy for" in report
     assert "measured 6.00 ms per step, the model has" in "\n".join(stage_reasons(plan, plan.stages[0]))
+    # A plan that is applied keeps what was measured.
+    again = bactrian.parallelize(train, cluster=cluster(tmp_path, 1, 2), plan=plan).trace(*arguments()).plan()
+    assert again.plan == plan
     fake.seconds = lost
     plan = profiled(tmp_path, num_stages=1, mesh="data=2", num_microbatches=2)
     assert plan.stages[0].measured is None

@@ -17,9 +17,15 @@ class FunctionProfile:
 
 @dataclass(frozen=True)
 class FunctionFailure:
-    """A function that can't run, and why."""
+    """A function that can't run.
+
+    Attributes:
+        reason: why.
+        may_pass: another time it may run: this host was busy, or had no memory left.
+    """
 
     reason: str
+    may_pass: bool = False
 
 
 Measured = FunctionProfile | FunctionFailure

@@ -87,7 +87,7 @@ class ProfileCache:
                 return None
 
     def put(self, key: str, measured: Measured) -> None:
-        """Keep what was measured of a function.
+        """Keep what was measured of a function, or that it can't run.
 
         Raises:
             ConfigError: it can't be written.

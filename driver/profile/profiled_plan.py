@@ -81,6 +81,15 @@ def profiled(staged: StagedPlan, profiler: StageProfiler, clock: PhaseClock) -> 
     return with_remarks(with_profiles(staged, profiles), [*failed, *profiler.cache.remarks])
 
 
+def with_measurements(staged: StagedPlan, plan: Plan) -> StagedPlan:
+    """The plan with what was measured of the stages of a plan that it applies."""
+    profiles = [
+        None if stage.measured is None or stage.timing is None else StageProfile(stage.timing, stage.measured)
+        for stage in plan.stages
+    ]
+    return with_profiles(staged, profiles) if any(profiles) else staged
+
+
 def with_profiles(staged: StagedPlan, profiles: _Profiles) -> StagedPlan:
     """The plan with what was measured of its stages in the place of what was predicted."""
     plan = staged.plan

@@ -118,11 +118,10 @@ class StageProfiler:
             task = TimedFunction(text, num_devices, cores, SECONDS)
             try:
                 known = process.run(time_function, task, self._time_limit)
-                self.cache.put(key, known)
             except ProcessLost as lost:
-                known = FunctionFailure(str(lost))
-                if not lost.is_late:  # a host may be busy: what took too long is tried again by the next plan
-                    self.cache.put(key, known)
+                known = FunctionFailure(str(lost), may_pass=lost.is_late)
+            if not isinstance(known, FunctionFailure) or not known.may_pass:
+                self.cache.put(key, known)
         self._known[key] = known
         return known
 
