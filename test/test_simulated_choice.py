@@ -61,7 +61,14 @@ def test_measured_stages_are_simulated_as_they_were_measured() -> None:
     menu = Menu(ONE_DEVICE, ((option(2.0, 3.0),), (option(3.0, 2.0),)))
     measured = (MeasuredStage(0, 1, ONE_DEVICE, 8, 2.0, 3.0), MeasuredStage(1, 2, ONE_DEVICE, 8, 1.5, 5.0))
     request = PipelineRequest(
-        (0, 1), (0.0, 0.0), ((menu,),), Cluster("c", (group,)), 8, (SCHEDULES["1f1b"],), FixedStages(2), measured
+        (0, 1),
+        (0.0, 0.0),
+        ((menu,),),
+        Cluster("c", (group,)),
+        8,
+        (SCHEDULES["1f1b"],),
+        FixedStages(2),
+        measured=measured,
     )
     stages = [StageSeconds(5.0, 7.0, 3.0), StageSeconds(4.5, 3.75, 5.0)]
     expected = simulate(stage_chain(SCHEDULES["1f1b"], stages, 8)).seconds
