@@ -156,7 +156,6 @@ class Traced:
         self, num_stages: int | None, cluster: str, compare: bool, profiler: StageProfiler | None, clock: PhaseClock
     ) -> StagedPlan:
         """The pipeline of the least step time, cut into stages; with a profiler, the fastest of those that it measures."""
-
         finder = self._finder(num_stages, cluster, clock)
 
         def plan(measured: Sequence[MeasuredStage] = ()) -> tuple[FoundPipeline, StagedPlan]:

@@ -18,7 +18,7 @@ from test_find_pipeline import arguments, cluster, train
 
 import bactrian
 from bactrian.driver import cli
-from bactrian.driver.profile import profile_cache, stage_profiler
+from bactrian.driver.profile import profile_cache, profiled_plan, stage_profiler
 from bactrian.driver.profile.function_profile import FunctionFailure, FunctionProfile, Measured
 from bactrian.driver.profile.profile_cache import Environment, ProfileCache
 from bactrian.driver.profile.time_function import TimedFunction, time_function
@@ -219,6 +219,16 @@ def test_measured_times_take_the_place_of_predicted_ones(tmp_path: Path, fake: t
     asked = len(fake.asked)
     assert profiled(tmp_path) == plan
     assert len(fake.asked) == asked == len({structure_text(task.text) for task in fake.asked})
+
+
+def test_measuring_ends(tmp_path: Path, fake: type[Fake], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(profiled_plan, "MOST_ROUNDS", 1)
+    fake.seconds = lambda task: 1e-3
+    plan = profiled(tmp_path)
+    assert plan.pipeline is not None and plan.pipeline.profile_rounds == 1
+    assert "other pipelines may be faster: measuring ended at its limit of searches, 1" in [
+        r.message for r in plan.remarks
+    ]
 
 
 def test_stages_that_crash_are_left_out(tmp_path: Path, fake: type[Fake]) -> None:

@@ -42,7 +42,7 @@ def find_profiled(
         InfeasiblePlanError: no pipeline fits, or of those that were found none can run.
     """
     measured, left_out, rounds = dict[_Key, MeasuredStage](), dict[str, None](), 0
-    best: StagedPlan | None = None
+    best, remarks = None, list[Remark]()
     while rounds < MOST_ROUNDS:
         rounds += 1
         try:
@@ -62,6 +62,10 @@ def find_profiled(
         if new.keys() <= measured.keys():
             break
         measured |= new
+    else:
+        remarks.append(
+            Remark("remark", f"other pipelines may be faster: measuring ended at its limit of searches, {MOST_ROUNDS}")
+        )
     if best is None:
         raise InfeasiblePlanError(
             "cannot run any of the pipelines that were found",
@@ -70,7 +74,7 @@ def find_profiled(
         )
     assert best.plan.pipeline is not None, "it was found"
     best = replace(best, plan=replace(best.plan, pipeline=replace(best.plan.pipeline, profile_rounds=rounds)))
-    return with_remarks(best, [*map(_left_out, left_out), *profiler.cache.remarks])
+    return with_remarks(best, [*map(_left_out, left_out), *remarks, *profiler.cache.remarks])
 
 
 def profiled(staged: StagedPlan, profiler: StageProfiler, clock: PhaseClock) -> StagedPlan:

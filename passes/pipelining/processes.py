@@ -110,18 +110,25 @@ class GuardedProcess:
             Exception: what the function raised.
         """
         process = self._process = self._process or _start(self._environment)
-        timer = threading.Timer(seconds, process.kill)
+        is_late = threading.Event()
+
+        def end() -> None:
+            is_late.set()
+            process.kill()
+
+        timer = threading.Timer(seconds, end)
         timer.start()
         try:
             return _ask(process, function, task)
         except ProcessLost:
-            is_late = not timer.is_alive()
-            self._end()
-            if is_late:
+            if is_late.is_set():
                 raise ProcessLost(f"it took more than {seconds:g} s", is_late=True) from None
             raise
         finally:
             timer.cancel()
+            timer.join()
+            if process.poll() is not None or is_late.is_set():
+                self._end()
 
     def _end(self) -> None:
         if self._process is not None:
