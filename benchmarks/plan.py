@@ -22,7 +22,7 @@ import tomllib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 DATA = Path(__file__).with_name("alpa.toml")
 PLANS = ("found", "alpa", "megatron", "inter", "intra")
@@ -31,11 +31,11 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Manual:
-    """A plan by hand: equal meshes, and what is computed again in every layer. What is None is found."""
+    """A plan by hand: its meshes, and what is computed again in every layer. What is None or ``auto`` is found."""
 
     mesh: str | None
     num_stages: int | None
-    num_microbatches: int | None
+    num_microbatches: int | Literal["auto"] | None
     remat: str | None = "none"
     strategy: str = "auto"
 
@@ -125,7 +125,8 @@ def make(name: str, manual: Manual, cluster: str) -> Row:
         )
         traced = step.trace(*program.shapes())
         row["capture_s"] = time.perf_counter() - begin
-        plan = traced.plan(num_layers=max(blocks, manual.num_stages) if manual.num_stages else None).plan
+        is_whole = manual.num_stages is not None and isinstance(manual.num_microbatches, int)
+        plan = traced.plan(num_layers=max(blocks, manual.num_stages or 0) if is_whole else None).plan
         flops = sum((stage.forward_flops or 0) + (stage.backward_flops or 0) for stage in plan.stages)
         row |= {
             "step_s": plan.predicted_step_seconds,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +156,17 @@ def test_manual_plans_use_all_devices_and_the_whole_batch() -> None:
     assert [each.num_stages for each in plans.candidates("gpt-1.3B", "inter", 4, 8)] == [4]
     assert {each.mesh for each in plans.candidates("gpt-2.6B", "intra", 8, 8)} == {"data=1,model=8"}
     assert plans.candidates("gpt-125M", "alpa", 1, 8) == []
+
+
+def test_published_plans_use_all_devices() -> None:
+    from bactrian.driver.models.alpa_suite import SUITE
+    from bactrian.passes.machine.spec import meshes_of_stages, num_devices, parse_meshes
+
+    for name in tomllib.loads(plans.DATA.read_text())["plan"]:
+        (made,) = plans.candidates(name, "alpa", SUITE[name].devices, 8)
+        assert made.mesh is not None and made.num_stages is not None
+        meshes = meshes_of_stages(parse_meshes(made.mesh), made.num_stages)
+        assert sum(map(num_devices, meshes)) == SUITE[name].devices
 
 
 def test_a_cluster_of_the_first_devices(tmp_path: Path) -> None:
