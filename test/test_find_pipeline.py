@@ -23,6 +23,7 @@ from bactrian.driver.planning.staged_plan import StagedPlan
 from bactrian.driver.report.cut_reasons import plan_reasons
 from bactrian.driver.report.plan_table import plan_lines
 from bactrian.passes.frame.errors import BactrianError, ConfigError, InfeasiblePlanError, ProgramError
+from bactrian.passes.machine.cluster_file import read_cluster
 from bactrian.passes.machine.spec import axes_text
 from bactrian.passes.plan.pipeline_record import OtherPipeline
 from bactrian.passes.plan.schema import Plan
@@ -123,6 +124,38 @@ def test_meshes_are_found(tmp_path: Path) -> None:
     assert stage.num_devices == 2
     expected = step.reference(params, batch)
     for got, want in zip(jax.tree.leaves(bactrian.gather(step(params, batch))), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+
+
+def test_two_kinds_of_hosts(tmp_path: Path) -> None:
+    """Both are used, each stage on one of them, and that is faster than either alone; the run equals the reference.
+
+    The second kind is twice as fast: it gets more layers.
+    """
+    fast = CLUSTER.replace("inter_host_gb_per_s = 0.01", "inter_host_gb_per_s = 1")
+    kinds = [fast.format(hosts=1, devices=2, memory=memory) for memory in (1.0, 0.5)]
+    kinds[1] = kinds[1].replace("f32 = 0.001", "f32 = 0.002")
+    both = "".join(f"[[groups]]\nname = '{name}'\n{text}" for name, text in zip("ab", kinds, strict=True))
+    params, batch = arguments(6)
+    steps = list[Any]()
+    for number, text in enumerate((both, *kinds)):
+        (path := tmp_path / f"{number}.toml").write_text(text)
+        steps.append(bactrian.parallelize(train, num_microbatches=4, cluster=path, donate=False))
+    plan, *alone = (step.trace(params, batch).plan().plan for step in steps)
+    assert all(plan.predicted_step_seconds < each.predicted_step_seconds for each in alone)
+    groups = read_cluster(tmp_path / "0.toml").groups
+    layers = dict.fromkeys((0, 1), 0)
+    for stage in plan.stages:
+        first, last = stage.first_device, stage.first_device + stage.num_devices - 1
+        assert first // 2 == last // 2, "a mesh lies on one kind of hosts"
+        layers[first // 2] += stage.num_layers
+        assert stage.sharding is None or stage.sharding.limit_bytes <= groups[first // 2].memory_bytes
+    assert 0 < layers[0] < layers[1]
+
+    expected = steps[0].reference(params, batch)
+    for got, want in zip(
+        jax.tree.leaves(bactrian.gather(steps[0](params, batch))), jax.tree.leaves(expected), strict=True
+    ):
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
 
 
@@ -261,6 +294,23 @@ def test_only_another_size_is_traced_again(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="1 stage on data=8 needs 8 devices"):
         bactrian.parallelize(step, cluster=cluster(tmp_path), mesh="data=8", remat="auto").trace(*arguments(1)).plan()
     assert traces == [8, 1]  # as it was given, and for the first number of microbatches
+
+
+def test_a_step_that_takes_pairs_of_rows(tmp_path: Path) -> None:
+    """Numbers of microbatches with which its own code fails are said, and others are found."""
+
+    def step(params: list[jax.Array], batch: tuple[jax.Array, jax.Array]) -> Any:
+        def pairs(params: list[jax.Array]) -> jax.Array:
+            return loss(params, jax.tree.map(lambda x: x.reshape(-1, 2, WIDTH).mean(1), batch))
+
+        value, gradients = bactrian.value_and_grad(pairs)(params)
+        return jax.tree.map(lambda w, g: w - 0.1 * g, params, gradients), value
+
+    plan = bactrian.parallelize(step, cluster=cluster(tmp_path)).trace(*arguments(2)).plan().plan
+    assert plan.pipeline is not None and plan.num_microbatches < ROWS
+    failed = plan.pipeline.tried[-1]
+    assert failed.num_microbatches == ROWS
+    assert failed.reason.startswith("the step can't be traced with 8 microbatches: cannot reshape array")
 
 
 def test_the_missing_memory_is_enough(tmp_path: Path) -> None:

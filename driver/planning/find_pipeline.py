@@ -10,9 +10,10 @@ from dataclasses import dataclass, replace
 from jaxlib.mlir import ir
 
 from bactrian.driver.planning.decisions import Decisions
+from bactrian.driver.source import line_of_error
 from bactrian.passes import pipelines
 from bactrian.passes.choose_pipeline import KnownMenus
-from bactrian.passes.frame.errors import InfeasiblePlanError, OtherSizeError, ProgramError
+from bactrian.passes.frame.errors import BactrianError, InfeasiblePlanError, OtherSizeError, ProgramError
 from bactrian.passes.frame.module_text import copy_module
 from bactrian.passes.frame.phase_times import PhaseClock
 from bactrian.passes.frame.pipeline import run_pipeline
@@ -208,10 +209,25 @@ class PipelineFinder:
 
     def _group(self, num_microbatches: int) -> ir.Module:
         with self._clock.phase("trace"):
-            module = self._make_module(num_microbatches)
+            module = self._traced(num_microbatches)
         passes = pipelines.group_blocks(MOST_LAYERS, self._fixed.num_stages or 0, self.cluster)
         self._clock.add(run_pipeline(module, passes).phases)
         return module
+
+    def _traced(self, num_microbatches: int) -> ir.Module:
+        """The step, which need not take every number of rows."""
+        try:
+            return self._make_module(num_microbatches)
+        except ProgramError:
+            raise
+        except Exception as error:
+            said = error.message if isinstance(error, BactrianError) else (str(error).splitlines() or [""])[0]
+            raise ProgramError(
+                f"the step can't be traced with {num_microbatches} microbatches: {said}",
+                where=line_of_error(error),
+                why=f"{type(error).__name__}, in the step itself",
+                fix="give num_microbatches, if the step takes other numbers of rows",
+            ) from error
 
     def _choose(self, grouped: ir.Module, num_microbatches: int) -> FoundPipeline:
         fixed, num_devices = self._fixed, self._hosts.num_devices
