@@ -1,4 +1,6 @@
 // RUN: bactrian-opt %s --hoist-invariants --split-input-file --verify-diagnostics
+// RUN: not bactrian-opt %s --hoist-invariants=skip=last 2>&1 | FileCheck %s --check-prefix=SKIP
+// SKIP: option skip of hoist-invariants is 'last', must be numbers of stages
 
 // expected-error@+1 {{bactrian.num_microbatches is missing}}
 module @no_number_of_microbatches attributes {bactrian.num_stages = 1 : i64} {

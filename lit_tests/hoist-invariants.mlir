@@ -1,4 +1,11 @@
 // RUN: bactrian-opt %s --hoist-invariants --split-input-file | FileCheck %s
+// RUN: bactrian-opt %s --hoist-invariants=skip=0 --split-input-file 2>&1 | FileCheck %s --check-prefix=SKIP
+
+// A stage that is skipped stays as it is, and the user is told.
+// SKIP: remark: stage 0 computes for each microbatch what none of them changes
+// SKIP-LABEL: module @cast_of_a_weight
+// SKIP: stablehlo.convert %{{.*}} {bactrian.phase = "forward"
+// SKIP-NOT: "prepare"
 
 // Both phases read the cast: it is held once, not for each microbatch.
 // CHECK-LABEL: module @cast_of_a_weight

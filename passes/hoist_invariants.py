@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Set
 from dataclasses import dataclass
 from typing import ClassVar
 
 from jaxlib.mlir import ir
 
 from bactrian.passes.frame.base import Pass, PassContext, Statistic, option
+from bactrian.passes.frame.errors import ConfigError
 from bactrian.passes.ir.attributes import (
     BACKWARD,
     FORWARD,
@@ -99,6 +100,15 @@ class HoistInvariants(Pass):
         "", help="TOML file of the devices that time is predicted for; the cores of this host if empty"
     )
 
+    skip: str = option("", help='stages that are left as they are, as in "0,3": those that do not fit otherwise')
+
+    def check_options(self) -> None:
+        """Stages are numbers."""
+        if not all(word.strip().isdecimal() for word in self.skip.split(",") if self.skip.strip()):
+            raise ConfigError(
+                f"option skip of {self.name} is {self.skip!r}, must be numbers of stages", fix='as in "0,3"'
+            )
+
     def apply(self, module: ir.Module, ctx: PassContext) -> None:
         """One minimum cut per stage, then new phases."""
         count = read_num_microbatches(module)
@@ -106,7 +116,14 @@ class HoistInvariants(Pass):
             return
         main = main_function(module)
         flow = MainDataflow.of(main)
-        invariants = _Invariants(flow, argument_roles(main))
+        skipped = {int(word) for word in self.skip.split(",")} if self.skip.strip() else set[int]()
+        for stage in sorted(skipped):
+            ctx.remark(
+                main,
+                f"stage {stage} computes for each microbatch what none of them changes",
+                why="it does not fit into its devices with that held all step long",
+            )
+        invariants = _Invariants(flow, argument_roles(main), skipped)
         if not invariants.ops:
             return
         per_second = cluster_or_cores(self.cluster).groups[0].device.bytes_per_second
@@ -129,7 +146,7 @@ class _Invariants:
         constant: of each op of ``@main`` whether it is such a one.
     """
 
-    def __init__(self, flow: MainDataflow, roles: list[str]) -> None:
+    def __init__(self, flow: MainDataflow, roles: list[str], skipped: Set[int]) -> None:
         self._flow, self._users = flow, flow.users()
         self.ops: dict[int, None] = {}
         self.constant: list[bool] = []
@@ -146,7 +163,7 @@ class _Invariants:
                     self._root[value], self._same[value] = self._root[read], self._same[read]
                 continue
             same = simple or self._is_invariant(index)
-            if same and not simple:
+            if same and not simple and flow.stages[index] not in skipped:
                 self.ops[index] = None
             for value in results:
                 constant[value], self._same[value] = simple, same

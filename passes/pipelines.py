@@ -98,7 +98,7 @@ def group_blocks(most_layers: int, num_stages: int = 0, cluster: str = "") -> Pa
     return (*import_step(), GroupLayers(most_layers=most_layers, num_stages=num_stages, cluster=cluster))
 
 
-def localize_stages(cluster: str = "") -> Passes:
+def localize_stages(cluster: str = "", unhoisted: str = "") -> Passes:
     """Clone or recompute what each stage needs, and make accumulators explicit."""
     from bactrian.passes.accumulate_gradients import AccumulateGradients
     from bactrian.passes.clone_cheap_ops import CloneCheapOps
@@ -109,7 +109,7 @@ def localize_stages(cluster: str = "") -> Passes:
         # Constants, masks and random bits are computed where they are read: they would be sent otherwise.
         CloneCheapOps(),
         # Before residuals: what is there all step long need not be kept for a microbatch.
-        HoistInvariants(cluster=cluster),
+        HoistInvariants(cluster=cluster, skip=unhoisted),
         # Then, within a stage: what the backward phase is given, and what it computes again.
         SelectResiduals(),
         # Last, because accumulators and combined partial results belong to one stage each.
@@ -174,10 +174,10 @@ def up_to_stages(
     return (*import_step(mesh), *formed)
 
 
-def up_to_shardings(mesh: str, cluster: str = "") -> Passes:
+def up_to_shardings(mesh: str, cluster: str = "", unhoisted: str = "") -> Passes:
     """The part after `up_to_stages`: the planner keeps what it leaves, to solve again and to explain the choice."""
     # Stages of one device have nothing to shard.
-    return (*localize_stages(cluster), *(prepare_shardings() if mesh else ()))
+    return (*localize_stages(cluster, unhoisted), *(prepare_shardings() if mesh else ()))
 
 
 def up_to_schedule(

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from clusters import cluster_text
 from numerics import assert_equal_step
 
 import bactrian
+from bactrian.passes.frame.errors import InfeasiblePlanError
+from bactrian.passes.plan.schema import Plan
 from bactrian.runtime.staged_program import StagedProgram
 
 WIDTH, ROWS, LAYERS, MICROBATCHES = 128, 64, 3, 4
@@ -146,3 +150,31 @@ def test_checkpoint_casts_once() -> None:
     step(weights(), batch())
     (prepared,) = [call for call in program_of(step).calls if call.phase == "prepare"]
     assert len(prepared.outputs) == LAYERS  # forward and recomputation read the same ones
+
+
+@pytest.mark.parametrize(("mesh", "strategy"), [("data=1", "auto"), ("data=2", "data")])
+def test_a_stage_that_would_not_fit_so_computes_for_each_microbatch(tmp_path: Path, mesh: str, strategy: str) -> None:
+    """Of a layer at a time there is room for what is made of its weight, of all layers there is not."""
+
+    def step_within(gib: float) -> Any:
+        (tmp_path / "cluster.toml").write_text(cluster_text("f32 = 1e-3", 0.1, 1, memory_gib=gib))
+        cluster = str(tmp_path / "cluster.toml")
+        return made(LOSSES["checkpoint"], num_stages=2, mesh=mesh, cluster=cluster, strategy=strategy)
+
+    def plan_of(step: Any) -> Plan:
+        return step.trace(weights(), batch()).plan().plan
+
+    assert all(stage.prepared_bytes for stage in plan_of(step_within(1.0)).stages)
+    gib = 1e-5
+    for _ in range(4):  # each time as much as is needed at the least, as far as was seen
+        try:
+            plan = plan_of(step := step_within(gib))
+            break
+        except InfeasiblePlanError as error:
+            assert error.needed_bytes is not None
+            gib = error.needed_bytes / 2**30
+    else:
+        pytest.fail("what is needed is not enough")
+    assert not all(stage.prepared_bytes for stage in plan.stages)
+    assert any("for each microbatch what none of them changes" in remark.message for remark in plan.remarks)
+    assert_equal_step(bactrian.gather(step(weights(), batch())), step.reference(weights(), batch()))

@@ -231,6 +231,17 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
         planned(tmp_path, "small", mesh="data=4", gib=0.85 * free.peak_bytes / 2**30)
 
 
+def test_stages_of_one_device_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"mesh": "data=1", "num_stages": 2, "num_microbatches": 2}
+    with pytest.raises(InfeasiblePlanError, match="cannot fit stage") as caught:
+        planned(tmp_path, "small", gib=1e-6, **options)
+    needed = caught.value.needed_bytes
+    assert needed is not None
+    assert planned(tmp_path, "small", gib=needed / 2**30, **options).plan.num_stages == 2
+    with pytest.raises(InfeasiblePlanError, match=", 1 B are missing"):
+        planned(tmp_path, "small", gib=(needed - 1) / 2**30, **options)
+
+
 LOOP = """
 module {
   func.func @main(%a: tensor<1024xf32>, %b: tensor<1024xf32>) -> tensor<1024xf32> {

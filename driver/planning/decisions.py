@@ -89,9 +89,13 @@ class Decisions:
             first_devices=",".join(map(str, self.first_devices)),
         )
 
-    def localizing(self) -> Passes:
-        """The passes from there to what ``solve-shardings`` reads."""
-        return pipelines.up_to_shardings(self.mesh_text, self.cluster)
+    def localizing(self, unhoisted: Sequence[int] = ()) -> Passes:
+        """The passes from there to what ``solve-shardings`` reads.
+
+        Args:
+            unhoisted: stages that compute for each microbatch what none of them changes.
+        """
+        return pipelines.up_to_shardings(self.mesh_text, self.cluster, ",".join(map(str, unhoisted)))
 
     def emitting(self, memory_bytes: Sequence[int] = ()) -> Passes:
         """The passes from there to the scheduled module.

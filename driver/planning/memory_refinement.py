@@ -54,9 +54,7 @@ class MemoryRefinement:
         Raises:
             InfeasiblePlanError: it was the last one, and does not fit.
         """
-        functions = module_memory(module)
-        step = UnrolledStep(fewer_microbatches(program))
-        self._peaks = [stage_peak(step, stage, functions) for stage in range(program.num_stages)]
+        self._peaks = _stage_peaks(module, program)
         self.shardings = tuple(
             replace(each, peak_bytes=peak.nbytes, temporary_bytes=peak.temporaries, bound_seconds=bound)
             for each, peak, bound in zip(shardings, self._peaks, self._bounds, strict=True)
@@ -73,19 +71,44 @@ class MemoryRefinement:
 
     def error(self) -> InfeasiblePlanError:
         """What did not fit in the last try."""
-        missing = [peak.nbytes - device for peak, device in zip(self._peaks, self._devices, strict=True)]
-        stage = max(range(len(missing)), key=missing.__getitem__)
-        peak: StagePeak = self._peaks[stage]
-        return InfeasiblePlanError(
-            f"cannot fit stage {stage} into a device: it needs {human_bytes(peak.nbytes)}, "
-            f"a device has {human_bytes(self._devices[stage])}, {human_bytes(missing[stage])} are missing",
-            where=f"{peak.function}, at its peak",
-            why=f"{human_bytes(peak.temporaries)} of it are copies and temporaries, as predicted of XLA for CPUs; no "
-            f"shardings that need less were found in {self._tries} {'try' if self._tries == 1 else 'tries'}",
-            fix="use more microbatches, stages or devices, or a cluster whose devices have more memory",
-            stage=stage,
-            needed_bytes=peak.nbytes,
-        )
+        tries = f"{self._tries} {'try' if self._tries == 1 else 'tries'}"
+        return _shortage(self._peaks, self._devices, f"; no shardings that need less were found in {tries}")
+
+
+def check_memory(module: ir.Module, program: StagedProgram, devices: Sequence[int]) -> None:
+    """Refuse stages of one device that do not fit into it: there is nothing to solve again.
+
+    Args:
+        module, program: in stages.
+        devices: the memory of a device of each stage.
+
+    Raises:
+        InfeasiblePlanError: says how much is missing on the stage that fits least.
+    """
+    peaks = _stage_peaks(module, program)
+    if any(peak.nbytes > has for peak, has in zip(peaks, devices, strict=True)):
+        raise _shortage(peaks, devices)
+
+
+def _stage_peaks(module: ir.Module, program: StagedProgram) -> list[StagePeak]:
+    functions, step = module_memory(module), UnrolledStep(fewer_microbatches(program))
+    return [stage_peak(step, stage, functions) for stage in range(program.num_stages)]
+
+
+def _shortage(peaks: Sequence[StagePeak], devices: Sequence[int], why: str = "") -> InfeasiblePlanError:
+    """The error for the stage that most is missing on."""
+    missing = [peak.nbytes - device for peak, device in zip(peaks, devices, strict=True)]
+    stage = max(range(len(missing)), key=missing.__getitem__)
+    peak = peaks[stage]
+    return InfeasiblePlanError(
+        f"cannot fit stage {stage} into a device: it needs {human_bytes(peak.nbytes)}, "
+        f"a device has {human_bytes(devices[stage])}, {human_bytes(missing[stage])} are missing",
+        where=f"{peak.function}, at its peak",
+        why=f"{human_bytes(peak.temporaries)} of it are copies and temporaries, as predicted of XLA for CPUs{why}",
+        fix="use more microbatches, stages or devices, or a cluster whose devices have more memory",
+        stage=stage,
+        needed_bytes=peak.nbytes,
+    )
 
 
 @dataclass(frozen=True)

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import pairwise
 
 from jaxlib.mlir import ir
 
 from bactrian.driver.planning.decisions import Decisions
-from bactrian.driver.planning.infeasible_core import with_conflict
 from bactrian.driver.planning.layer_names import name_layers
-from bactrian.driver.planning.memory_refinement import MemoryRefinementResult, clone_unsolved, is_fitting, refine_memory
+from bactrian.driver.planning.memory_refinement import (
+    MemoryRefinementResult,
+)
 from bactrian.driver.planning.plan_remarks import remarks_of
 from bactrian.driver.planning.plan_shardings import (
     GivenSpecs,
@@ -31,19 +31,16 @@ from bactrian.driver.planning.predictions import (
     stage_plan,
     stage_work,
 )
-from bactrian.driver.planning.simulated_step import PlacedProgram, simulated
+from bactrian.driver.planning.simulated_step import simulated
+from bactrian.driver.planning.stage_fitter import StageFitter, placed_stages
 from bactrian.driver.planning.staged_plan import StagedPlan
-from bactrian.passes.frame.errors import InfeasiblePlanError
 from bactrian.passes.frame.phase_times import PhaseClock
 from bactrian.passes.frame.pipeline import PipelineReport, run_pipeline
-from bactrian.passes.ir.attributes import read_first_devices, read_remat
+from bactrian.passes.ir.attributes import read_remat
 from bactrian.passes.ir.main_dataflow import MainDataflow
 from bactrian.passes.ir.regions import body, main_function
-from bactrian.passes.machine.cluster_file import cluster_or_cores
-from bactrian.passes.network.solver import Solved
 from bactrian.passes.plan.schema import LayerPlan, Plan, StagePlan
 from bactrian.passes.plan.step_timing import StageTiming, TransferTiming
-from bactrian.passes.sharding.solve_snapshot import before_solving
 from bactrian.passes.stages.op_times import OpTimes
 
 
@@ -75,18 +72,11 @@ def plan_program(
     with clock.phase("name layers"):
         layered = _layered(module, decisions, formed, platform)
     sources = _give_shardings(module, decisions, plan, placed or {}, paths) if decisions.is_wide else {}
-    localized = run_pipeline(module, decisions.localizing(), reproducer_dir=reproducer_dir, kept=formed.kept)
-    clock.add(localized.phases)
+    fitter = StageFitter(decisions, platform, fingerprint, sources, paths, reproducer_dir, clock)
+    stages_that_fit = fitter.fit(module, formed.kept)
+    fitted = stages_that_fit.program
     with clock.phase("predict"):
-        timings = _one_device_timings(module, decisions, platform)
-    unsolved = None
-    if decisions.is_wide:
-        # The choice of shardings starts from here each time that it is made: with less memory, or for an explanation.
-        with module.context:
-            unsolved = before_solving(module, fingerprint, decisions.cluster, decisions.strategy, sources)
-    fitted = _refine_memory(module, unsolved, decisions, localized, paths, reproducer_dir, clock)
-    with clock.phase("predict"):
-        timings, transfers = _on_devices(fitted, timings, decisions.cluster, num_microbatches)
+        timings, transfers = _on_devices(fitted, stages_that_fit.timings, decisions.cluster, num_microbatches)
         stages = _stage_plans(fitted, layered, timings, decisions, plan, num_microbatches)
     made = Plan(
         num_stages=decisions.num_stages,
@@ -100,13 +90,13 @@ def plan_program(
         platform=platform,
         peak_memory_bytes=max((s.device_memory_bytes or 0 for s in stages), default=0),
         options=plan.options if plan is not None else (),
-        remarks=remarks_of((*formed.diagnostics, *localized.diagnostics, *fitted.report.diagnostics)),
+        remarks=remarks_of((*formed.diagnostics, *stages_that_fit.diagnostics)),
         transfers=transfers,
         pipeline=decisions.record,
     )
     with clock.phase("simulate"):
         made, _ = simulated(made, fitted.program)
-    return StagedPlan(made, fitted.module, decisions.donate, unsolved, clock.phases)
+    return StagedPlan(made, fitted.module, decisions.donate, stages_that_fit.unsolved, clock.phases)
 
 
 @dataclass(frozen=True)
@@ -129,19 +119,6 @@ def _layered(module: ir.Module, decisions: Decisions, formed: PipelineReport, pl
         return _Layered(names, layers, read_remat(module), stage_work(ops, decisions.num_stages))
 
 
-def _one_device_timings(module: ir.Module, decisions: Decisions, platform: str) -> tuple[StageTiming, ...]:
-    """The seconds of each stage on one device; nothing where a file says nothing of the devices, or stages have several.
-
-    The ops are those that run: residuals are chosen, and what no microbatch changes is apart.
-    """
-    if decisions.is_wide or not is_timed(platform, decisions.cluster):
-        return ()
-    with module.context:
-        times = OpTimes.of(module, decisions.cluster, lambda op, text: None)  # told of before, if at all
-        ops = placed_ops(MainDataflow.of(main_function(module)), times)
-        return tuple(work.timing for work in stage_work(ops, decisions.num_stages))
-
-
 def _on_devices(
     fitted: MemoryRefinementResult, timings: Sequence[StageTiming], cluster: str, num_microbatches: int
 ) -> tuple[tuple[StageTiming, ...], tuple[TransferTiming, ...]]:
@@ -156,9 +133,7 @@ def _on_devices(
     timings = read_timings(fitted.module, num_microbatches) or timings
     if not timings:
         return (), ()
-    with fitted.module.context:
-        firsts = read_first_devices(fitted.module)
-    placed = PlacedProgram.of(fitted.program, cluster_or_cores(cluster), firsts)
+    placed = placed_stages(fitted, cluster)
     return placed.with_calls(timings), placed.transfers()
 
 
@@ -174,35 +149,6 @@ def _give_shardings(
         refuse_overruled(module, both, decisions.meshes, paths)
         write_specs(module, both)
     return dict.fromkeys(given, "the plan that was applied") | dict.fromkeys(placed, "another step")
-
-
-def _refine_memory(
-    module: ir.Module,
-    unsolved: ir.Operation | None,
-    decisions: Decisions,
-    localized: PipelineReport,
-    paths: Sequence[str],
-    reproducer_dir: str | None,
-    clock: PhaseClock,
-) -> MemoryRefinementResult:
-    """The program in stages that fit. Where nothing fits, the error names the given shardings that are to blame."""
-
-    solved = Solved()
-
-    def cut(whole: ir.Module, limits: Sequence[int] = ()) -> PipelineReport:
-        kept = {**(localized.kept if whole is module else {}), Solved: solved}
-        report = run_pipeline(whole, decisions.emitting(limits), reproducer_dir=reproducer_dir, kept=kept)
-        clock.add(report.phases)
-        return report
-
-    try:
-        make_unsolved = None if unsolved is None else partial(clone_unsolved, unsolved)
-        return refine_memory(module, make_unsolved, cut, clock, paths)
-    except InfeasiblePlanError as error:
-        if unsolved is None:
-            raise
-        with module.context:
-            raise with_conflict(error, unsolved, partial(is_fitting, cut=cut)) from error
 
 
 def _stage_plans(

@@ -48,6 +48,11 @@ class PlacedProgram:
             for stage, timing in enumerate(timings)
         )
 
+    @property
+    def memory_bytes(self) -> tuple[int, ...]:
+        """Of a device of each stage."""
+        return tuple(self._hosts(stage).memory_bytes for stage in range(self.program.num_stages))
+
     def transfers(self) -> tuple[TransferTiming, ...]:
         """How long each of the program's transfers takes on the links."""
         program, origins = self.program, _origins(self.program)

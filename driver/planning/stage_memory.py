@@ -83,7 +83,7 @@ def memory_over_time(step: UnrolledStep, stage: int, functions: Mapping[str, Fun
         own = program.values[value]
         return own.nbytes // own.spec.num_shards(sizes)
 
-    spans = _spans(step, stage)
+    spans = buffer_spans(step, stage)
     changes = [0] * (len(tasks) + 1)
     for key, (first, last) in spans.items():
         if last - first > 1:  # there while others run
@@ -100,7 +100,7 @@ def _is_inside(at: int, span: tuple[int, int]) -> bool:
     return span[0] < at < span[1]
 
 
-def _spans(step: UnrolledStep, stage: int) -> dict[Key, tuple[int, int]]:
+def buffer_spans(step: UnrolledStep, stage: int) -> dict[Key, tuple[int, int]]:
     """From which task of a stage to which one each buffer is there."""
     program = step.program
     spans = dict[Key, tuple[int, int]]()
