@@ -218,7 +218,8 @@ class ChoosePipeline(Pass):
             check_fixed(
                 self._fixed(), cluster, required_integer(module.operation, NUM_LAYERS, "run group-layers first")
             )
-        known = ctx.kept(KnownMenus) or KnownMenus()
+        known = ctx.kept(KnownMenus)
+        known = KnownMenus() if known is None else known
         if num_microbatches not in known:
             known[num_microbatches] = self._solve_layers(module, cluster, num_microbatches, ctx)
         layers, found = known[num_microbatches]

@@ -26,8 +26,10 @@ from bactrian.driver.ranks import World
 from bactrian.driver.report.html_report import render_report
 from bactrian.driver.report.plan_table import stage_reasons
 from bactrian.driver.xla.compile_stage import compile_function, function_texts, structure_text
+from bactrian.passes import choose_pipeline
 from bactrian.passes.frame.errors import BactrianError, ConfigError, InfeasiblePlanError
 from bactrian.passes.peak.estimate import FunctionMemory
+from bactrian.passes.pipelining.layer_menus import menus
 from bactrian.passes.pipelining.processes import GuardedProcess, ProcessLost
 from bactrian.passes.plan.schema import Plan
 
@@ -200,10 +202,15 @@ def lost(task: TimedFunction) -> float:
     return 1e-3
 
 
-def test_measured_times_take_the_place_of_predicted_ones(tmp_path: Path, fake: type[Fake]) -> None:
-    """Where two devices together are slow, stages have one each; else they have two."""
+def test_measured_times_take_the_place_of_predicted_ones(
+    tmp_path: Path, fake: type[Fake], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where two devices together are slow, stages have one each; else they have two. Layers are solved once."""
+    solved = list[object]()
+    monkeypatch.setattr(choose_pipeline, "menus", lambda *given: (solved.append(given), menus(*given))[1])
     fake.seconds = lambda task: 1e-6 if task.num_devices == 2 else 1.0
     assert [stage.num_devices for stage in profiled(tmp_path).stages] == [2]
+    assert len(solved) == 1
     shutil.rmtree(tmp_path / "cache")
     fake.asked.clear()
     fake.seconds = lambda task: 1.0 if task.num_devices == 2 else 1e-6
