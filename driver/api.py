@@ -275,6 +275,8 @@ class Parallelized:
 
     def __repr__(self) -> str:
         o = self.options
+        if o.leaves_open(o.cluster):
+            return f"<bactrian step {self.__name__}: a pipeline is found for {o.cluster}>"
         stages = "one stage per rank" if o.num_stages is None else f"{o.num_stages} stages"
         return f"<bactrian step {self.__name__}: {stages}, {o.num_microbatches} microbatches, {o.schedule}>"
 

@@ -89,6 +89,12 @@ class Traced:
         faults.at("plan")
         cluster = self.options.cluster if cluster is None else cluster_file(cluster)
         plan, clock, profiler = plan or self.options.plan, PhaseClock(), self._profiler(cluster)
+        if num_layers is not None and plan is None and self.options.finds:
+            raise ConfigError(
+                f"num_layers is {num_layers}, but the pipeline is to be found",
+                why=f"an option is {FOUND}, or boundaries are given: they count the layers that the search makes",
+                fix="leave out one of the two",
+            )
         if plan is None and num_layers is None and self._finds(cluster):
             staged = self._found(num_stages, cluster, compare, profiler, clock)
             staged.phases = (*clock.phases, *staged.phases)
@@ -172,8 +178,7 @@ class Traced:
         placed the state."""
         if self.options.finds:
             self._check_can_find(cluster)
-            return True
-        return bool(cluster) and not self.options.mesh and self.placed is None and not self.captured.forward_only
+        return self.options.leaves_open(cluster) and self.placed is None
 
     def _check_can_find(self, cluster: str) -> None:
         asked = "stages with given boundaries" if self.options.boundaries else f"what is {FOUND}"
@@ -271,7 +276,7 @@ class Traced:
             BactrianError: as `plan` does, on every rank; or ranks have other programs or options.
         """
         world, meshes = World.current(), self._meshes()
-        finds = self.options.plan is None and self._finds(self.options.cluster)
+        finds = self._finds(self.options.cluster)
         if world.num_ranks == 1 or (not finds and all(num_devices(mesh) == 1 for mesh in meshes)):
             return self.plan()
         staged = staged_together(lambda: self.plan().staged, self.fingerprint, self.options, meshes, world)

@@ -78,6 +78,13 @@ def test_contradictions(tmp_path: Path, options: dict[str, Any], message: str) -
         made.trace(*arguments()).plan()
 
 
+def test_layers_are_those_of_the_search(tmp_path: Path) -> None:
+    made = bactrian.parallelize(train, cluster=cluster(tmp_path), boundaries=(0, 2))
+    assert repr(made) == f"<bactrian step train: a pipeline is found for {cluster(tmp_path)}>"
+    with pytest.raises(ConfigError, match="num_layers is 4, but the pipeline is to be found"):
+        made.trace(*arguments()).plan(num_layers=4)
+
+
 def test_a_plan_decides_all(tmp_path: Path) -> None:
     made = bactrian.parallelize(train, cluster=cluster(tmp_path), boundaries=(0, 1), num_microbatches=4)
     plan = made.trace(*arguments()).plan().plan

@@ -116,6 +116,11 @@ class Options:
         value = self.given.get(name)
         return None if isinstance(value, str) and value == FOUND else value
 
+    def leaves_open(self, cluster: str) -> bool:
+        """Whether stages and meshes are found, with such a cluster file: it is asked for, or there is a file and no mesh."""
+        is_given = self.plan is not None or self.mesh or self.forward_only
+        return self.finds or (bool(cluster) and not is_given)
+
     @property
     def meshes(self) -> tuple[MeshAxes, ...]:
         """The mesh of each of the plan's stages, or those that were given, of which one is that of all stages; none
