@@ -228,6 +228,17 @@ def test_measured_times_take_the_place_of_predicted_ones(
     assert len(fake.asked) == asked == len({structure_text(task.text) for task in fake.asked})
 
 
+@pytest.mark.parametrize(("factor", "is_said"), [(2.0, False), (20.0, True), (0.05, True)])
+def test_a_model_of_other_devices(tmp_path: Path, fake: type[Fake], factor: float, is_said: bool) -> None:
+    options: dict[str, Any] = {"num_stages": 1, "mesh": "data=1"}
+    model = bactrian.parallelize(train, cluster=cluster(tmp_path, 1, 2), num_microbatches=2, **options)
+    seconds = model.trace(*arguments()).plan().plan.stages[0].predicted_seconds
+    assert seconds is not None
+    fake.seconds = lambda task: factor * seconds
+    said = [remark.message for remark in profiled(tmp_path, **options).remarks]
+    assert (f"measured stages take {factor:.3g} times as long as the cluster file predicts" in said) == is_said
+
+
 def test_measuring_ends(tmp_path: Path, fake: type[Fake], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(profiled_plan, "MOST_ROUNDS", 1)
     fake.seconds = lambda task: 1e-3

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from bactrian.driver.planning.find_pipeline import FoundPipeline
@@ -17,6 +17,7 @@ from bactrian.passes.pipelining.pipeline_problem import StageChoice
 from bactrian.passes.plan.schema import Plan, Remark, StagePlan
 
 MOST_ROUNDS = 8
+_FAR_OFF = 10.0
 
 _Profiles = Sequence[StageProfile | StageFailure | None]
 _Key = tuple[object, ...]  # what the functions of a stage depend on
@@ -100,7 +101,20 @@ def with_profiles(staged: StagedPlan, profiles: _Profiles) -> StagedPlan:
     stages = tuple(_with_profile(plan, stage, profiles[stage.stage]) for stage in plan.stages)
     peak = max((stage.device_memory_bytes or 0 for stage in stages), default=0)
     made, _ = simulated(replace(plan, stages=stages, peak_memory_bytes=peak), staged.program)
-    return replace(staged, plan=made)
+    return with_remarks(replace(staged, plan=made), _far_off(made))
+
+
+def _far_off(plan: Plan) -> Iterator[Remark]:
+    """Where the model is wrong by so much that it must be of other devices."""
+    measured = [(stage.predicted_seconds or 0.0, stage.measured) for stage in plan.stages if stage.measured is not None]
+    taken, model = sum(seconds for seconds, _ in measured), sum(each.model_seconds for _, each in measured)
+    if model and not 1 / _FAR_OFF <= taken / model <= _FAR_OFF:
+        yield Remark(
+            "warning",
+            f"measured stages take {taken / model:.3g} times as long as the cluster file predicts",
+            why="it may describe other devices than those of this host",
+            fix="plan on a host of the cluster, or measure this one with `bactrian profile-cluster`",
+        )
 
 
 def with_remarks(staged: StagedPlan, remarks: Iterable[Remark]) -> StagedPlan:
