@@ -25,6 +25,7 @@ from bactrian.passes.ir.attributes import (
     integer,
     integer_attribute,
     layer_of,
+    read_first_devices,
     read_first_layers,
     required_integer,
 )
@@ -185,10 +186,11 @@ class AssignStages(Pass):
             if layer is not None:
                 op.attributes[STAGE] = attributes[layer]
         of_ops = [None if layer is None else stages[layer] for layer in layers]
-        warn_of_uneven_stages(flow, op_seconds, of_ops, devices, bool(argument_pinned_stages(main)), ctx)
         module.operation.attributes[NUM_STAGES] = integer(len(starts))
         if self.first_devices.strip():
             module.operation.attributes[FIRST_DEVICES] = ir.DenseI64ArrayAttr.get(self._first_devices(len(starts)))
+        if read_first_devices(module) is None:  # else a search has weighed the stages
+            warn_of_uneven_stages(flow, op_seconds, of_ops, devices, bool(argument_pinned_stages(main)), ctx)
         if words := words_of_layers(parse_remat(self.remat), num_layers):
             module.operation.attributes[REMAT] = ir.ArrayAttr.get([ir.StringAttr.get(word) for word in words])
         ctx.keep(flow)

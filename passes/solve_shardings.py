@@ -12,7 +12,7 @@ from jaxlib.mlir import ir
 from bactrian.passes.frame.base import Pass, PassContext, Statistic, option
 from bactrian.passes.frame.errors import ConfigError, InfeasiblePlanError
 from bactrian.passes.frame.phase_times import PhaseClock
-from bactrian.passes.ir.attributes import SHARDING_ESTIMATES, argument_roles, integer
+from bactrian.passes.ir.attributes import SHARDING_ESTIMATES, argument_roles, integer, read_first_devices
 from bactrian.passes.ir.regions import main_function
 from bactrian.passes.machine.cluster_file import cluster_or_cores
 from bactrian.passes.network.solver import Solution, Solved, solve
@@ -154,7 +154,8 @@ class SolveShardings(Pass):
         estimates = [
             self._estimate(main, stage, writer, roles, ctx) for stage, writer in zip(solved, writers, strict=True)
         ]
-        warn_of_uneven_meshes(main, [stage.solution.cost for stage in solved], ctx)
+        if read_first_devices(module) is None:  # else a search has weighed the stages
+            warn_of_uneven_meshes(main, [stage.solution.cost for stage in solved], ctx)
         module.operation.attributes[SHARDING_ESTIMATES] = ir.ArrayAttr.get(estimates)
 
     def _solve_stages(

@@ -43,6 +43,7 @@ def test_holes(tmp_path: Path, options: dict[str, Any], stages: list[tuple[int, 
     assert plan.pipeline is not None
     assert plan.pipeline.fixed == tuple(sorted(name for name, value in options.items() if value != "auto"))
     assert len(plan.pipeline.tried) > 1
+    assert not any("even share" in remark.message for remark in plan.remarks), "the search has weighed the stages"
     if options.keys() != {"mesh", "boundaries"}:
         return
     expected = step.reference(params, batch)
