@@ -227,7 +227,9 @@ class Traced:
             raise ConfigError(
                 f"cannot find stages and meshes with {name} {self.options.strategy if name == 'strategy' else ', '.join(remat)}",
                 why="it belongs to given meshes" if name == "strategy" else "layers are not known yet",
-                fix="give num_stages and mesh too" if name == "strategy" else "give one word for all layers",
+                fix=f"leave it out, or give num_stages and mesh and nothing as {FOUND}"
+                if name == "strategy"
+                else "give one word for all layers",
             )
         fixed = FixedDecisions(
             num_stages or self.options.num_stages,
