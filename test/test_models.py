@@ -55,6 +55,15 @@ def test_full_size_is_shapes_alone() -> None:
     assert {leaf.shape[0] for leaf in jax.tree.leaves(SUITE["gpt-76B"].training().with_batch(8).batch)} == {8}
 
 
+@pytest.mark.parametrize("name", TINY)
+def test_drawn_state_is_what_shapes_say(name: str) -> None:
+    """Weak types too: else the second step would be traced again, and a plan of shapes would fit the second alone."""
+    program = TINY[name].training(8)
+    drawn = jax.eval_shape(program.state, jax.random.key(0))
+    assert drawn == program.shapes()[0]
+    assert not any(leaf.weak_type for leaf in jax.tree.leaves(drawn))
+
+
 def test_a_name_that_there_is_not_gets_the_nearest() -> None:
     for name, fix in (("gpt-39b", "gpt-39B"), ("wide-resnet-13B", "wresnet-13B"), ("moe-2.4", "moe-2.4B")):
         with pytest.raises(bactrian.ConfigError, match=f"there is no model '{name}'") as raised:

@@ -47,9 +47,9 @@ def draw(tree: Tree, key: jax.Array) -> Tree:
     """Values of a tree of parameters."""
     leaves, structure = jax.tree.flatten(tree)
     drawn = [
-        leaf.mean + leaf.deviation * jax.random.normal(jax.random.fold_in(key, number), leaf.shape)
+        leaf.mean + leaf.deviation * jax.random.normal(jax.random.fold_in(key, number), leaf.shape, jnp.float32)
         if leaf.deviation
-        else jnp.full(leaf.shape, leaf.mean)
+        else jnp.full(leaf.shape, leaf.mean, jnp.float32)
         for number, leaf in enumerate(leaves)
     ]
     return jax.tree.unflatten(structure, drawn)
