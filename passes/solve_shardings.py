@@ -31,6 +31,8 @@ from bactrian.passes.sharding.work_from_ir import Reading
 from bactrian.passes.spmd.op_rules import drop_rules
 from bactrian.passes.stages.uneven_stages import warn_of_uneven_meshes
 
+_MOST_STRATEGIES = 100_000  # of a network whose optimum is proved to the last digit
+_TOLERANCE = 5e-3  # of the seconds, by which the choice of a larger one may be above its bound
 _BASELINES_SHARE = 0.2  # of the time, on top of it: what all baselines together take where nothing is proved
 
 
@@ -205,14 +207,15 @@ class SolveShardings(Pass):
     def _solved(
         self, stage: StageProgram, model: ShardingModel, roles: Sequence[str], baselines: dict[str, BaselinePlan | None]
     ) -> Solution:
-        """The solver's answer; where it is not proved, no worse than any baseline."""
+        """The solver's answer, of large networks to half a percent; where it is not proved, no worse than any baseline."""
+        tolerance = _TOLERANCE if model.network.num_strategies > _MOST_STRATEGIES else 0.0
         try:
-            solution, failure = solve(model.network, self.time_limit), None
+            solution, failure = solve(model.network, self.time_limit, tolerance), None
         except InfeasiblePlanError as error:
             raise out_of_memory(model, stage.reading, roles, stage.stage) or error from error
         except ConfigError as error:
             solution, failure = None, error
-        if self.strategy == AUTO and (solution is None or not solution.optimal):
+        if self.strategy == AUTO and (solution is None or not solution.is_near(tolerance)):
             plans = baselines or {
                 name: solve_baseline(stage.reading, stage.mesh, roles, name, model.memory, self._baseline_share())
                 for name in BASELINES

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,13 +46,13 @@ def sharding(tmp_path: Path, compare: bool, mebibytes: float = 64) -> Any:
     return step.trace(WEIGHTS, X).plan(compare=compare).plan.stages[0].sharding
 
 
-def everything_whole(problem: CostNetwork, time_limit: float = 60.0) -> Solution:
+def everything_whole(problem: CostNetwork, time_limit: float = 60.0, tolerance: float = 0.0) -> Solution:
     """The first strategy of each node: all devices do everything."""
     choice = (0,) * len(problem.costs)
     return Solution(choice, problem.cost(choice), 0.0, False, problem.peak(choice), 0.0, {})
 
 
-def nothing(problem: CostNetwork, time_limit: float = 60.0) -> Solution:
+def nothing(problem: CostNetwork, time_limit: float = 60.0, tolerance: float = 0.0) -> Solution:
     raise ConfigError("no feasible choice was found")
 
 
@@ -71,7 +72,7 @@ def test_a_better_answer_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     optimal = sharding(tmp_path, compare=False)
     assert optimal.bound_seconds == optimal.seconds
 
-    def unproved(problem: CostNetwork, time_limit: float = 60.0) -> Solution:
+    def unproved(problem: CostNetwork, time_limit: float = 60.0, tolerance: float = 0.0) -> Solution:
         found = solve(problem, time_limit)
         return Solution(found.choice, found.cost, 0.9 * float(found.cost), False, found.memory, 0.0, {})
 
@@ -95,7 +96,7 @@ def test_the_baselines_take_little_of_the_time(tmp_path: Path, monkeypatch: pyte
 
     given = list[float]()
 
-    def unproved(problem: CostNetwork, time_limit: float = 60.0) -> Solution:
+    def unproved(problem: CostNetwork, time_limit: float = 60.0, tolerance: float = 0.0) -> Solution:
         given.append(time_limit)
         return everything_whole(problem)
 
@@ -104,3 +105,21 @@ def test_the_baselines_take_little_of_the_time(tmp_path: Path, monkeypatch: pyte
     sharding(tmp_path, compare=False)
     assert len(given) == 1 and len(limits) == len(BASELINES) + 1  # one more, since the whole work is repeated
     assert sum(limits) <= 0.2 * given[0] * (1 + 1e-9)
+
+
+def test_large_networks_are_solved_to_half_a_percent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is so near to the bound is taken as it is: no baseline is solved beside it."""
+    exact, asked = sharding(tmp_path, compare=False), list[float]()
+
+    def nearly(problem: CostNetwork, time_limit: float = 60.0, tolerance: float = 0.0) -> Solution:
+        asked.append(tolerance)
+        found = solve(problem, time_limit)
+        return replace(found, optimal=False, lower_bound=found.cost * (1 - tolerance))
+
+    monkeypatch.setattr(solve_shardings, "solve", nearly)
+    monkeypatch.setattr(solve_shardings, "_MOST_STRATEGIES", 0)
+    monkeypatch.delattr(solve_shardings, "no_worse_than_baselines")
+    large = sharding(tmp_path, compare=False)
+    assert asked == [0.005]
+    assert large.seconds == exact.seconds and not large.is_optimal
+    assert large.bound_seconds == pytest.approx(0.995 * large.seconds)
