@@ -32,7 +32,7 @@ from bactrian.passes.machine.host_group import HostGroup
 from bactrian.passes.machine.spec import MeshAxes, num_devices, parse_meshes
 from bactrian.passes.pipelining.layer_menus import SizedLayers, menus, mesh_shapes
 from bactrian.passes.pipelining.layer_options import Menu
-from bactrian.passes.pipelining.layer_programs import batch_rows, read_layers_of_sizes
+from bactrian.passes.pipelining.layer_programs import LayeredProgram, batch_rows
 from bactrian.passes.pipelining.layers import ProgramLayers
 from bactrian.passes.pipelining.measured_stages import parse_stages
 from bactrian.passes.pipelining.pipeline_candidates import ChosenPipeline, PipelineRequest, check_fixed, choose_pipeline
@@ -220,29 +220,26 @@ class ChoosePipeline(Pass):
             )
         known = ctx.kept(KnownMenus)
         known = KnownMenus() if known is None else known
+        program = ctx.kept(LayeredProgram)
         if num_microbatches not in known:
-            known[num_microbatches] = self._solve_layers(module, cluster, num_microbatches, ctx)
+            with ctx.clock.phase("read layers"):
+                rows = self._rows(module, num_microbatches)
+                program = program or LayeredProgram(module, self.cluster)
+                read = [program.layers(group, rows) for group in cluster.groups]
+            with ctx.clock.phase("solve layers"):
+                each = zip(read, cluster.groups, strict=True)
+                made = tuple(self._menus(own, group, num_microbatches) for own, group in each)
+            known[num_microbatches] = read[0], made
         layers, found = known[num_microbatches]
         with ctx.clock.phase("search"), _errors_at(main):
             chosen = choose_pipeline(self._request(layers, found, cluster, num_microbatches))
         _write(module, chosen)
-        for analysis in (ctx.kept(MainDataflow), ctx.kept(OpTimes), chosen):
+        for analysis in (ctx.kept(MainDataflow), ctx.kept(OpTimes), program, chosen):
             if analysis is not None:
                 ctx.keep(analysis)
         ctx.count("kinds", len(layers.kinds))
         ctx.count("meshes", sum(map(len, found)))
         ctx.count("stages", len(chosen.choice.stages))
-
-    def _solve_layers(
-        self, module: ir.Module, cluster: Cluster, num_microbatches: int, ctx: PassContext
-    ) -> tuple[ProgramLayers, tuple[tuple[Menu, ...], ...]]:
-        """The layers, and what they may choose on the meshes of each group of hosts."""
-        with ctx.clock.phase("read layers"):
-            rows = self._rows(module, num_microbatches)
-            layers = [read_layers_of_sizes(module, group, (rows,), self.cluster)[0] for group in cluster.groups]
-        with ctx.clock.phase("solve layers"):
-            each = zip(layers, cluster.groups, strict=True)
-            return layers[0], tuple(self._menus(own, group, num_microbatches) for own, group in each)
 
     def _rows(self, module: ir.Module, num_microbatches: int) -> int:
         """Of the batch in one of so many microbatches."""

@@ -130,13 +130,21 @@ def shard_stages(
     time_limit: float = 60.0,
     strategy: str = "auto",
     compare: bool = False,
+    tolerance: float = 0.0,
+    num_workers: int = 1,
 ) -> Passes:
     """Choose a sharding for every value on the mesh of its stage."""
     from bactrian.passes.solve_shardings import SolveShardings
 
     return (
         SolveShardings(
-            cluster=cluster, memory_bytes=memory_bytes, time_limit=time_limit, strategy=strategy, compare=compare
+            cluster=cluster,
+            memory_bytes=memory_bytes,
+            time_limit=time_limit,
+            strategy=strategy,
+            tolerance=tolerance,
+            compare=compare,
+            num_workers=num_workers,
         ),
     )
 
@@ -188,9 +196,11 @@ def up_to_schedule(
     memory_bytes: str = "",
     time_limit: float = 60.0,
     compare: bool = False,
+    tolerance: float = 0.0,
+    num_workers: int = 1,
 ) -> Passes:
     """The part after `up_to_shardings`."""
-    sharded = shard_stages(cluster, memory_bytes, time_limit, strategy, compare) if mesh else ()
+    sharded = shard_stages(cluster, memory_bytes, time_limit, strategy, compare, tolerance, num_workers) if mesh else ()
     return (*sharded, *emit_stages(donate))
 
 

@@ -12,9 +12,11 @@ from jaxlib.mlir import ir
 from bactrian.passes.frame.base import Pass, PassContext, Statistic, option
 from bactrian.passes.frame.errors import ConfigError, InfeasiblePlanError
 from bactrian.passes.frame.phase_times import PhaseClock
+from bactrian.passes.frame.processes import Workers
 from bactrian.passes.ir.attributes import SHARDING_ESTIMATES, argument_roles, integer, read_first_devices
 from bactrian.passes.ir.regions import main_function
 from bactrian.passes.machine.cluster_file import cluster_or_cores
+from bactrian.passes.network.problem import CostNetwork
 from bactrian.passes.network.solver import Solution, Solved, solve
 from bactrian.passes.sharding.baseline_costs import BaselinePlan, no_worse_than_baselines, solve_baseline
 from bactrian.passes.sharding.baselines import AUTO, BASELINES, check_strategy, pin_baseline
@@ -33,6 +35,7 @@ from bactrian.passes.stages.uneven_stages import warn_of_uneven_meshes
 
 _MOST_STRATEGIES = 100_000  # of a network whose optimum is proved to the last digit
 _TOLERANCE = 5e-3  # of the seconds, by which the choice of a larger one may be above its bound
+_MANY_STRATEGIES = 20_000  # of all stages: fewer are solved before another process has begun
 _BASELINES_SHARE = 0.2  # of the time, on top of it: what all baselines together take where nothing is proved
 
 
@@ -119,13 +122,21 @@ class SolveShardings(Pass):
         help="seconds for the solver, by the clock: where it ends the search, another machine may choose otherwise",
     )
     strategy: str = option(AUTO, help=f"auto, or a baseline: {', '.join(BASELINES)}")
+    tolerance: float = option(
+        0.0, help="how much slower than the best choice a stage may be, as a part of its time; 0 for the best one"
+    )
     compare: bool = option(False, help="say what the baselines would take")
+    num_workers: int = option(1, help="processes that solve large stages; the result is the same for any number")
 
     def check_options(self) -> None:
         """Refuse what has no meaning."""
         self._limits()
         if not self.time_limit > 0:
             raise ConfigError(f"option time-limit of {self.name} is {self.time_limit}, must be positive")
+        if not 0 <= self.tolerance < 1:
+            raise ConfigError(f"option tolerance of {self.name} is {self.tolerance}, must be from 0 to below 1")
+        if self.num_workers < 1:
+            raise ConfigError(f"option num-workers of {self.name} is {self.num_workers}, must be positive")
         check_strategy(self.strategy)
 
     def apply(self, module: ir.Module, ctx: PassContext) -> None:
@@ -168,53 +179,71 @@ class SolveShardings(Pass):
         The last ones go first: they have the fewest microbatches in flight, so that what is best for them is best for equal
         stages before them, if it fits there.
         """
+        stages = [self._read_stage(program, roles) for program in programs]
         try:
-            return [self._solve_stage(program, roles, known, clock) for program in reversed(programs)][::-1]
+            with clock.phase("solve"):  # networks are built when they are first asked for
+                networks = [stage.model.network for stage in reversed(stages)]
+                is_large = sum(network.num_strategies for network in networks) > _MANY_STRATEGIES
+                with Workers(min(len(stages), self.num_workers) if is_large else 1) as workers:
+                    for tolerance in sorted({self._tolerance(network) for network in networks}):
+                        alike = [network for network in networks if self._tolerance(network) == tolerance]
+                        known.solve(alike, self.time_limit, tolerance, workers)
+            return [self._solve_stage(stage, roles, known, clock) for stage in reversed(stages)][::-1]
         except InfeasiblePlanError:
-            for program in programs:  # the first stage that does not fit is the one that holds most
-                self._solve_stage(program, roles, known, clock)
+            for stage in stages:  # the first stage that does not fit is the one that holds most
+                self._solve_stage(stage, roles, known, clock)
             raise
 
-    def _solve_stage(
-        self, program: StageProgram, roles: Sequence[str], known: Solved, clock: PhaseClock
-    ) -> _SolvedStage:
+    def _read_stage(self, program: StageProgram, roles: Sequence[str]) -> _StageModel:
+        mesh, reading = program.mesh, program.reading
+        if self.strategy != AUTO:
+            reading = pin_baseline(reading, mesh, roles, self.strategy)
+        return _StageModel(program, reading, ShardingModel(reading.problem, mesh, self._limit(program)))
+
+    def _solve_stage(self, stage: _StageModel, roles: Sequence[str], known: Solved, clock: PhaseClock) -> _SolvedStage:
         """Choose the shardings of one stage: those of an equal one, if they are best here too.
 
         Args:
-            program: of the stage.
+            stage: that is read.
             roles: of the arguments.
             known: the stages that are solved; this one is added.
             clock: of what takes time.
         """
-        mesh, reading, limit = program.mesh, program.reading, self._limit(program)
+        program, model = stage.program, stage.model
         names = BASELINES if self.compare else ()
         baselines: dict[str, BaselinePlan | None] = {}
         for name in names:
             with clock.phase(name):
-                baselines[name] = solve_baseline(reading, mesh, roles, name, limit, self.time_limit)
-        if self.strategy != AUTO:
-            reading = pin_baseline(reading, mesh, roles, self.strategy)
-        model = ShardingModel(reading.problem, mesh, limit)
-        with clock.phase("solve"):  # the network is built when it is first asked for
-            solution = known.find(model.network)
+                baselines[name] = solve_baseline(
+                    program.reading, program.mesh, roles, name, model.memory, self.time_limit
+                )
+        with clock.phase("solve"):
+            solution = known.find(model.network, self._tolerance(model.network))
             if solution is None:
-                solution = self._solved(program, model, roles, baselines)
+                solution = self._solved(program, model, roles, baselines, known.unproved(model.network))
                 known.add(model.network, solution)
             solution = prefer_reduce_scatters(model, solution)
         shardings = model.shardings(solution.choice)
-        return _SolvedStage(program, reading, model, solution, shardings, baselines)
+        return _SolvedStage(program, stage.reading, model, solution, shardings, baselines)
 
     def _solved(
-        self, stage: StageProgram, model: ShardingModel, roles: Sequence[str], baselines: dict[str, BaselinePlan | None]
+        self,
+        stage: StageProgram,
+        model: ShardingModel,
+        roles: Sequence[str],
+        baselines: dict[str, BaselinePlan | None],
+        unproved: Solution | None,
     ) -> Solution:
-        """The solver's answer, of large networks to half a percent; where it is not proved, no worse than any baseline."""
-        tolerance = _TOLERANCE if model.network.num_strategies > _MOST_STRATEGIES else 0.0
+        """The solver's answer, if it is not known yet (``unproved``); where it is not proved, no worse than any
+        baseline."""
+        tolerance = self._tolerance(model.network)
+        solution, failure = unproved, None
         try:
-            solution, failure = solve(model.network, self.time_limit, tolerance), None
+            solution = unproved or solve(model.network, self.time_limit, tolerance)
         except InfeasiblePlanError as error:
             raise out_of_memory(model, stage.reading, roles, stage.stage) or error from error
         except ConfigError as error:
-            solution, failure = None, error
+            failure = error
         if self.strategy == AUTO and (solution is None or not solution.is_near(tolerance)):
             plans = baselines or {
                 name: solve_baseline(stage.reading, stage.mesh, roles, name, model.memory, self._baseline_share())
@@ -225,6 +254,9 @@ class SolveShardings(Pass):
             assert failure is not None  # else there is a solution
             raise failure
         return solution
+
+    def _tolerance(self, network: CostNetwork) -> float:
+        return max(self.tolerance, _TOLERANCE) if network.num_strategies > _MOST_STRATEGIES else self.tolerance
 
     def _limit(self, program: StageProgram) -> int:
         """Bytes of a device that a stage may fill."""
@@ -299,6 +331,15 @@ class SolveShardings(Pass):
             rows = [_figures(name, plan) for name, plan in stage.baselines.items()]
             fields["compared"] = ir.ArrayAttr.get(rows)
         return ir.DictAttr.get(fields)
+
+
+@dataclass(frozen=True)
+class _StageModel:
+    """A stage, the reading of it with the arguments pinned as the baseline of ``strategy`` has them, and its model."""
+
+    program: StageProgram
+    reading: Reading
+    model: ShardingModel
 
 
 @dataclass(frozen=True)

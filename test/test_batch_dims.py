@@ -16,7 +16,7 @@ from bactrian.passes import pipelines
 from bactrian.passes.frame.errors import OtherSizeError
 from bactrian.passes.frame.pipeline import run_pipeline
 from bactrian.passes.group_layers import GroupLayers
-from bactrian.passes.pipelining.layer_programs import read_layers, read_layers_of_sizes
+from bactrian.passes.pipelining.layer_programs import LayeredProgram
 from bactrian.passes.pipelining.layers import ProgramLayers
 
 MICROBATCHES, LENGTH, WIDTH = 4, 6, 16
@@ -25,11 +25,8 @@ MICROBATCHES, LENGTH, WIDTH = 4, 6, 16
 def layers_of(module: ir.Module, num_layers: int, sizes: Sequence[int]) -> tuple[ProgramLayers, ...]:
     run_pipeline(module, [GroupLayers(num_layers=num_layers)])
     with module.context, ir.Location.unknown():
-        return (
-            read_layers_of_sizes(module, layered_steps.HOSTS, sizes)
-            if sizes
-            else (read_layers(module, layered_steps.HOSTS),)
-        )
+        program = LayeredProgram(module)
+        return tuple(program.layers(layered_steps.HOSTS, rows) for rows in sizes or [program.rows])
 
 
 def traced(step: Callable[..., Any], shapes: Sequence[Any], *sizes: int) -> tuple[ProgramLayers, ...]:

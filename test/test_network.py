@@ -130,7 +130,7 @@ def test_an_optimum_is_that_of_a_tighter_network_where_it_fits() -> None:
         assert solved.find(costs) is None
         assert solved.find(loose) == replace(found, seconds=0.0)
         solved = Solved()
-        solved.add(loose, replace(found, optimal=False))
+        solved.add(loose, replace(found, optimal=False, lower_bound=0.0))
         assert solved.find(loose) is not None, "equal networks have equal solutions"
         assert loose.limit is None or solved.find(other) is None, "it may not be the best one"
         solved.add(loose, found)

@@ -28,9 +28,9 @@ from bactrian.driver.report.plan_table import stage_reasons
 from bactrian.driver.xla.compile_stage import compile_function, function_texts, structure_text
 from bactrian.passes import choose_pipeline
 from bactrian.passes.frame.errors import BactrianError, ConfigError, InfeasiblePlanError
+from bactrian.passes.frame.processes import GuardedProcess, ProcessLost
 from bactrian.passes.peak.estimate import FunctionMemory
 from bactrian.passes.pipelining.layer_menus import menus
-from bactrian.passes.pipelining.processes import GuardedProcess, ProcessLost
 from bactrian.passes.plan.schema import Plan
 
 HERE = Environment("2 devices", "jax 1")

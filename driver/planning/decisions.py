@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from bactrian.passes import pipelines
+from bactrian.passes.machine.host_cores import num_cores
 from bactrian.passes.machine.spec import MeshAxes, meshes_text, num_devices
 from bactrian.passes.pipelines import Passes
 from bactrian.passes.plan.pipeline_record import PipelineRecord
@@ -25,6 +26,7 @@ class Decisions:
         strategy: how shardings are chosen, as ``solve-shardings`` knows it.
         compare: whether the baselines are solved too.
         time_limit: seconds for the choice of shardings.
+        tolerance: how much slower than the best choice a stage may be, as a part of its time.
         remat: what layers compute again: a word for each, or none.
         first_devices: of every stage, on the cluster's line; along the line if not given.
         record: how stages were found, where they were; then the program is grouped into layers as it was for that.
@@ -38,6 +40,7 @@ class Decisions:
     strategy: str = "auto"
     compare: bool = False
     time_limit: float = 60.0
+    tolerance: float = 0.0
     remat: tuple[str, ...] = ()
     first_devices: tuple[int, ...] = ()
     record: PipelineRecord | None = None
@@ -111,4 +114,6 @@ class Decisions:
             ",".join(map(str, memory_bytes)),
             self.time_limit,
             self.compare,
+            self.tolerance,
+            num_cores(),
         )

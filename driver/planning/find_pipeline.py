@@ -21,6 +21,7 @@ from bactrian.passes.ir.attributes import NUM_LAYERS, required_integer
 from bactrian.passes.machine.cluster_file import read_cluster
 from bactrian.passes.machine.host_cores import num_cores
 from bactrian.passes.machine.spec import MeshAxes, meshes_text
+from bactrian.passes.pipelining.layer_programs import LayeredProgram
 from bactrian.passes.pipelining.measured_stages import MeasuredStage, stages_text
 from bactrian.passes.pipelining.pipeline_candidates import ChosenPipeline
 from bactrian.passes.plan.pipeline_record import PipelineRecord, TriedMicrobatches
@@ -28,6 +29,7 @@ from bactrian.passes.plan.pipeline_record import PipelineRecord, TriedMicrobatch
 MOST_LAYERS = 96
 _MOST_ROUNDS = 4  # of searches, each with less memory
 _LEAST_CHANGE = 0.98  # of the memory that stages may fill, from one to the next
+_STAGE_TOLERANCE = 2e-3  # of the time of a stage: what layers take, of which stages were chosen, is no nearer
 _DEVICES_OF_A_WORKER = 8  # with fewer devices there is too little to solve for more processes to pay
 
 
@@ -88,6 +90,7 @@ class FoundPipeline:
             tuple(stage.place.first_layer for stage in stages),
             donate,
             cluster,
+            tolerance=_STAGE_TOLERANCE,
             remat=self.chosen.remat,
             first_devices=self.chosen.first_devices,
             record=self.record,
@@ -118,6 +121,7 @@ class PipelineFinder:
         self.cluster, self._hosts, self._clock = cluster, read_cluster(cluster), clock
         self._found: dict[int, FoundPipeline | InfeasiblePlanError | ProgramError] = {}
         self._grouped: ir.Module | None = None  # of the first number
+        self._layers: LayeredProgram | None = None  # of it
         self._is_scalable = True  # to other numbers, as far as is known
         self._measured: Sequence[MeasuredStage] = ()
         self._menus = KnownMenus()
@@ -244,8 +248,13 @@ class PipelineFinder:
             memory_share=",".join(map(str, self._shares)),
         )
         module = copy_module(grouped)
-        report = run_pipeline(module, passes, kept={KnownMenus: self._menus})
+        known: dict[type, object] = {KnownMenus: self._menus}
+        if grouped is self._grouped and self._layers is not None:
+            known[LayeredProgram] = self._layers
+        report = run_pipeline(module, passes, kept=known)
         self._clock.add(report.phases)
+        if grouped is self._grouped:
+            self._layers = report.kept.get(LayeredProgram, self._layers)
         chosen = report.kept[ChosenPipeline]
         with module.context:
             num_layers = required_integer(module.operation, NUM_LAYERS, "run group-layers first")

@@ -19,11 +19,11 @@ from bactrian.driver.profile.time_function import TimedFunction, time_function
 from bactrian.driver.progress import progress
 from bactrian.driver.xla.compile_stage import function_texts, structure_text
 from bactrian.passes.frame.errors import ConfigError
+from bactrian.passes.frame.processes import GuardedProcess, ProcessLost
 from bactrian.passes.frame.units import human_bytes
 from bactrian.passes.machine.cluster_file import read_cluster
 from bactrian.passes.machine.host_cores import num_cores
 from bactrian.passes.machine.host_group import HostGroup
-from bactrian.passes.pipelining.processes import GuardedProcess, ProcessLost
 from bactrian.passes.plan.schema import fingerprint_text
 from bactrian.passes.plan.step_timing import StageMeasurement, StageTiming
 from bactrian.runtime.unrolled_step import UnrolledStep

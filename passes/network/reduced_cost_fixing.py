@@ -134,7 +134,8 @@ def _search(
         try:
             reduce_network(small, deadline)
             until = deadline if complete else now + _FIRST_SHARE * (deadline - now)
-            result = IntegerProgram(small, found.times).solve(until) if small.costs else None
+            target = bounds.lower_bound / (1 - found.tolerance) if found.tolerance else -np.inf
+            result = IntegerProgram(small, found.times).solve(until, target) if small.costs else None
         except InfeasiblePlanError:
             if complete:
                 raise

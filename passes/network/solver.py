@@ -22,10 +22,12 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
 from bactrian.passes.frame.errors import ConfigError
+from bactrian.passes.frame.processes import Workers
 from bactrian.passes.network.bucket_elimination import elimination_order, solve_by_elimination
 from bactrian.passes.network.local_search import LocalSearch
 from bactrian.passes.network.problem import CostNetwork
@@ -102,20 +104,63 @@ class Solved:
 
     def __init__(self) -> None:
         self._by_costs: dict[bytes, list[tuple[CostNetwork, Solution]]] = {}
+        self._unproved = list[tuple[CostNetwork, Solution]]()
 
-    def find(self, problem: CostNetwork) -> Solution | None:
-        """The optimum of a network that allows whatever this one allows, if it fits here too: nothing is cheaper here. Of
-        an equal network whatever was found."""
+    def solve(self, problems: Sequence[CostNetwork], time_limit: float, tolerance: float, workers: Workers) -> None:
+        """Solve problems, those of equal costs in their order, as far as what is found for one is not good for the next.
+
+        Args:
+            problems, time_limit, tolerance: as of `solve`. A problem for which no choice is found in time is left out.
+            workers: solve problems of different costs at once.
+
+        Raises:
+            InfeasiblePlanError: one of them has no feasible choice.
+        """
+        waiting: dict[bytes, list[CostNetwork]] = {}
+        for problem in problems:
+            waiting.setdefault(problem.costs_digest(), []).append(problem)
+        attempt = partial(_solve_in_time, time_limit=time_limit, tolerance=tolerance)
+        while any(waiting.values()):
+            asked = list[CostNetwork]()
+            for alike in waiting.values():
+                while alike and (self.find(alike[0], tolerance) or self.unproved(alike[0])):
+                    alike.pop(0)
+                if alike:
+                    asked.append(alike.pop(0))
+            for problem, solution in zip(asked, workers.map(attempt, asked), strict=True):
+                if solution is not None and solution.is_near(tolerance):
+                    self.add(problem, solution)
+                elif solution is not None:
+                    self._unproved.append((problem, solution))
+
+    def find(self, problem: CostNetwork, tolerance: float = 0.0) -> Solution | None:
+        """The optimum, up to a tolerance, of a network that allows whatever this one allows, if it fits here too: nothing is
+        cheaper here. Of an equal network whatever was added."""
         for known, solution in self._by_costs.get(problem.costs_digest(), ()):
             if not problem.is_tighter_than(known) or not problem.is_feasible(solution.choice):
                 continue
-            if solution.optimal or known.is_tighter_than(problem):
+            if solution.is_near(tolerance) or known.is_tighter_than(problem):
                 return replace(solution, memory=problem.peak(solution.choice), seconds=0.0)
         return None
 
+    def unproved(self, problem: CostNetwork) -> Solution | None:
+        """What `solve` has found for an equal network, if it is not near enough to its bound."""
+        digest = problem.costs_digest() if self._unproved else b""
+        for known, solution in self._unproved:
+            if known.costs_digest() == digest and problem.is_tighter_than(known) and known.is_tighter_than(problem):
+                return solution
+        return None
+
     def add(self, problem: CostNetwork, solution: Solution) -> None:
-        """Keep a solution."""
+        """Keep a solution: nothing better is looked for."""
         self._by_costs.setdefault(problem.costs_digest(), []).append((problem, solution))
+
+
+def _solve_in_time(problem: CostNetwork, time_limit: float, tolerance: float) -> Solution | None:
+    try:
+        return solve(problem, time_limit, tolerance)
+    except ConfigError:
+        return None
 
 
 class _Attempt:

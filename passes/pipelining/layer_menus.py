@@ -12,13 +12,13 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from bactrian.passes.frame.processes import Workers
 from bactrian.passes.machine.host_group import HostGroup
 from bactrian.passes.machine.spec import MeshAxes, Spec, num_devices
 from bactrian.passes.network.solver import solve
 from bactrian.passes.pipelining.layer_networks import BorderClass, LayerNetwork, LayerUsage
 from bactrian.passes.pipelining.layer_options import LayerOption, Menu
 from bactrian.passes.pipelining.layers import ProgramLayers
-from bactrian.passes.pipelining.processes import Workers
 
 _IN_FLIGHT = 4  # microbatches, as far as prices go: what is kept counts so many times what is there once
 _LEAST_PRICE = 1e-3  # of a byte, as a part of the price at which all memory costs as much as the work
@@ -26,6 +26,7 @@ _MOST_PRICE = 4.0
 _MOST_CHOICES = 5  # of one mesh
 _LEAST_LOSS = 2e-3  # of the seconds of a step: choices that differ by less have none between them
 _SLACK = 1.25  # devices times seconds of a mesh, as a multiple of those of a better one, from which it is left out
+_TOLERANCE = 1e-3  # of a choice's cost: the prices that memory has otherwise are farther apart
 _TIME_LIMIT = 60.0  # seconds of one network, which takes half a second: it ends what never would
 
 
@@ -189,7 +190,7 @@ def _order(layers: ProgramLayers) -> list[int]:
 
 
 def _solved(network: LayerNetwork, price: float, given: dict[BorderClass, Spec]) -> _Solved:
-    choice = solve(network.priced(price, _IN_FLIGHT, given), _TIME_LIMIT).choice
+    choice = solve(network.priced(price, _IN_FLIGHT, given), _TIME_LIMIT, _TOLERANCE).choice
     return _Solved(network.usage(choice), network.border_specs(choice), choice, network.microbatches)
 
 

@@ -54,51 +54,64 @@ def read_layers(module: ir.Module, hosts: HostGroup, cluster: str = "") -> Progr
         ConfigError: the user has given shardings.
         PassError, ProgramError: as `read_program`.
     """
-    (layers,) = read_layers_of_sizes(module, hosts, (batch_rows(main_function(module)),), cluster)
-    return layers
+    layers = LayeredProgram(module, cluster)
+    return layers.layers(hosts, layers.rows)
 
 
-def read_layers_of_sizes(
-    module: ir.Module, hosts: HostGroup, sizes: Sequence[int], cluster: str = ""
-) -> tuple[ProgramLayers, ...]:
-    """The layers of a module for some sizes of microbatch, whatever size it was traced with.
+class LayeredProgram:
+    """A module whose layers are read: for devices of any kind, and for any size of microbatch.
 
-    Args:
-        module, hosts, cluster: as of `read_layers`.
-        sizes: rows of the batch in a microbatch.
-
-    Raises:
-        ConfigError: as `read_layers`.
-        OtherSizeError: another size can't be told from that of the module.
-        PassError, ProgramError: as `read_program`.
+    Attributes:
+        rows: of the batch in a microbatch, as the module was traced.
     """
-    if USER_MESH in mesh_axes(module):
-        raise ConfigError(
-            "cannot choose meshes for a program with shardings of its own",
-            why="its shardings name the axes of a mesh that is not known before the stages are",
-            fix="give num_stages and mesh, or leave the shardings out",
+
+    def __init__(self, module: ir.Module, cluster: str = "") -> None:
+        """Localize a copy of a module; ``module`` and ``cluster`` as of `read_layers`.
+
+        Raises:
+            ConfigError: as `read_layers`.
+        """
+        if USER_MESH in mesh_axes(module):
+            raise ConfigError(
+                "cannot choose meshes for a program with shardings of its own",
+                why="its shardings name the axes of a mesh that is not known before the stages are",
+                fix="give num_stages and mesh, or leave the shardings out",
+            )
+        num_layers = required_integer(module.operation, NUM_LAYERS, "run group-layers first")
+        self._module = _localized(module, num_layers, cluster)
+        self._main = main_function(self._module)
+        capture_unchanged(self._main)
+        self._facts = FlowFacts.of(self._main)
+        self._exchange = _Exchange.of(self._facts)
+        self._border_bytes = self._exchange.border_bytes(self._facts.flow, num_layers)
+        keys = _LayerKeys(self._main, self._facts, self._exchange).of_layers(num_layers)
+        numbers: dict[Hashable, int] = {}
+        self._kind_of = tuple(numbers.setdefault(key, len(numbers)) for key in keys)
+        self._read = list[tuple[_LayerReader, list[_ReadLayer]]]()
+        self.rows = batch_rows(self._main)
+
+    def layers(self, hosts: HostGroup, rows: int) -> ProgramLayers:
+        """The layers on hosts of a kind, for microbatches of so many rows.
+
+        Raises:
+            OtherSizeError: another size can't be told from that of the module.
+            PassError, ProgramError: as `read_program`.
+        """
+        reader, kinds = self._read_on(hosts)
+        return ProgramLayers(
+            kinds=tuple(kind.program for kind in kinds) if rows == self.rows else reader.scaled(kinds, self.rows, rows),
+            kind_of=self._kind_of,
+            border_bytes=tuple(nbytes * rows // self.rows for nbytes in self._border_bytes),
+            rows=rows,
         )
-    num_layers = required_integer(module.operation, NUM_LAYERS, "run group-layers first")
-    copy = _localized(module, num_layers, cluster)
-    main = main_function(copy)
-    capture_unchanged(main)
-    facts = FlowFacts.of(main)
-    exchange = _Exchange.of(facts)
-    keys = _LayerKeys(main, facts, exchange).of_layers(num_layers)
-    numbers: dict[Hashable, int] = {}
-    kind_of = tuple(numbers.setdefault(key, len(numbers)) for key in keys)
-    reader = _LayerReader(main, hosts, facts, exchange)
-    kinds = [reader.read(kind_of.index(kind)) for kind in range(len(numbers))]
-    rows, border_bytes = batch_rows(main), exchange.border_bytes(facts.flow, num_layers)
-    return tuple(
-        ProgramLayers(
-            kinds=tuple(kind.program for kind in kinds) if size == rows else reader.scaled(kinds, rows, size),
-            kind_of=kind_of,
-            border_bytes=tuple(nbytes * size // rows for nbytes in border_bytes),
-            rows=size,
-        )
-        for size in sizes
-    )
+
+    def _read_on(self, hosts: HostGroup) -> tuple[_LayerReader, list[_ReadLayer]]:
+        for reader, kinds in self._read:
+            if reader.hosts == hosts:
+                return reader, kinds
+        reader = _LayerReader(self._main, hosts, self._facts, self._exchange)
+        self._read.append((reader, [reader.read(self._kind_of.index(kind)) for kind in dict.fromkeys(self._kind_of)]))
+        return self._read[-1]
 
 
 def _nothing(op: ir.Operation, text: str) -> None:

@@ -115,27 +115,26 @@ def _by_columns_and_rows(reading: Reading, who: Roles, axis: str, mesh: Mesh) ->
     groups = _Groups(reading)
     state = [number for number in (*who.parameters, *who.rest) if values[number].shape]
     taken_by_batch = {groups.of(number, dim) for number in who.batch for dim in range(len(values[number].shape))}
+    dims_of = {number: [groups.of(number, dim) for dim in range(len(values[number].shape))] for number in state}
+    members = dict[_Dim, list[tuple[int, int]]]()
+    for number, dims in dims_of.items():
+        for dim, group in enumerate(dims):
+            members.setdefault(group, []).append((number, dim))
     uses: Counter[_Dim] = Counter()
     for number in who.parameters:
-        uses.update({groups.of(number, dim) for dim in range(len(values[number].shape))})
-    chosen = set[_Dim]()
+        uses.update(set(dims_of.get(number, ())))
+    chosen, used = set[_Dim](), set[int]()
     for group in sorted(uses, key=lambda group: (uses[group], group)):
-        members = [(number, dim) for number in state for dim in _dims(values[number].shape, groups, number, {group})]
-        divides = all(values[number].shape[dim] % mesh.sizes[axis] == 0 for number, dim in members)
-        matrices = any(len(values[number].shape) > 1 for number, _ in members)
-        twice = any(len(_dims(values[number].shape, groups, number, chosen | {group})) > 1 for number, _ in members)
+        numbers = [number for number, _ in members[group]]
+        divides = all(values[number].shape[dim] % mesh.sizes[axis] == 0 for number, dim in members[group])
+        matrices = any(len(values[number].shape) > 1 for number in numbers)
+        twice = len(set(numbers)) < len(numbers) or not used.isdisjoint(numbers)
         if divides and matrices and not twice and group not in taken_by_batch:
             chosen.add(group)
-    specs = dict[int, Spec]()
-    for number in state:
-        shape = values[number].shape
-        cut = _dims(shape, groups, number, chosen)
-        specs[number] = Spec(tuple((axis,) if dim in cut else () for dim in range(len(shape))))
-    return specs
-
-
-def _dims(shape: tuple[int, ...], groups: _Groups, number: int, chosen: set[_Dim]) -> list[int]:
-    return [dim for dim in range(len(shape)) if groups.of(number, dim) in chosen]
+            used.update(numbers)
+    return {
+        number: Spec(tuple((axis,) if group in chosen else () for group in dims)) for number, dims in dims_of.items()
+    }
 
 
 class _Groups:
