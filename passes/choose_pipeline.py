@@ -32,7 +32,7 @@ from bactrian.passes.machine.host_group import HostGroup
 from bactrian.passes.machine.spec import MeshAxes, num_devices, parse_meshes
 from bactrian.passes.pipelining.layer_menus import SizedLayers, menus, mesh_shapes
 from bactrian.passes.pipelining.layer_options import Menu
-from bactrian.passes.pipelining.layer_programs import LayeredProgram, batch_rows
+from bactrian.passes.pipelining.layer_programs import LayerReading, batch_rows
 from bactrian.passes.pipelining.layers import ProgramLayers
 from bactrian.passes.pipelining.measured_stages import parse_stages
 from bactrian.passes.pipelining.pipeline_candidates import ChosenPipeline, PipelineRequest, check_fixed, choose_pipeline
@@ -220,11 +220,11 @@ class ChoosePipeline(Pass):
             )
         known = ctx.kept(KnownMenus)
         known = KnownMenus() if known is None else known
-        program = ctx.kept(LayeredProgram)
+        program = ctx.kept(LayerReading)
         if num_microbatches not in known:
             with ctx.clock.phase("read layers"):
                 rows = self._rows(module, num_microbatches)
-                program = program or LayeredProgram(module, self.cluster)
+                program = program or LayerReading(module, self.cluster)
                 read = [program.layers(group, rows) for group in cluster.groups]
             with ctx.clock.phase("solve layers"):
                 each = zip(read, cluster.groups, strict=True)

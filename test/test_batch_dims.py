@@ -16,7 +16,7 @@ from bactrian.passes import pipelines
 from bactrian.passes.frame.errors import OtherSizeError
 from bactrian.passes.frame.pipeline import run_pipeline
 from bactrian.passes.group_layers import GroupLayers
-from bactrian.passes.pipelining.layer_programs import LayeredProgram
+from bactrian.passes.pipelining.layer_programs import LayerReading
 from bactrian.passes.pipelining.layers import ProgramLayers
 
 MICROBATCHES, LENGTH, WIDTH = 4, 6, 16
@@ -25,7 +25,7 @@ MICROBATCHES, LENGTH, WIDTH = 4, 6, 16
 def layers_of(module: ir.Module, num_layers: int, sizes: Sequence[int]) -> tuple[ProgramLayers, ...]:
     run_pipeline(module, [GroupLayers(num_layers=num_layers)])
     with module.context, ir.Location.unknown():
-        program = LayeredProgram(module)
+        program = LayerReading(module)
         return tuple(program.layers(layered_steps.HOSTS, rows) for rows in sizes or [program.rows])
 
 

@@ -21,7 +21,7 @@ from bactrian.passes.ir.attributes import NUM_LAYERS, required_integer
 from bactrian.passes.machine.cluster_file import read_cluster
 from bactrian.passes.machine.host_cores import num_cores
 from bactrian.passes.machine.spec import MeshAxes, meshes_text
-from bactrian.passes.pipelining.layer_programs import LayeredProgram
+from bactrian.passes.pipelining.layer_programs import LayerReading
 from bactrian.passes.pipelining.measured_stages import MeasuredStage, stages_text
 from bactrian.passes.pipelining.pipeline_candidates import ChosenPipeline
 from bactrian.passes.plan.pipeline_record import PipelineRecord, TriedMicrobatches
@@ -121,7 +121,7 @@ class PipelineFinder:
         self.cluster, self._hosts, self._clock = cluster, read_cluster(cluster), clock
         self._found: dict[int, FoundPipeline | InfeasiblePlanError | ProgramError] = {}
         self._grouped: ir.Module | None = None  # of the first number
-        self._layers: LayeredProgram | None = None  # of it
+        self._layers: LayerReading | None = None  # of it
         self._is_scalable = True  # to other numbers, as far as is known
         self._measured: Sequence[MeasuredStage] = ()
         self._menus = KnownMenus()
@@ -250,11 +250,11 @@ class PipelineFinder:
         module = copy_module(grouped)
         known: dict[type, object] = {KnownMenus: self._menus}
         if grouped is self._grouped and self._layers is not None:
-            known[LayeredProgram] = self._layers
+            known[LayerReading] = self._layers
         report = run_pipeline(module, passes, kept=known)
         self._clock.add(report.phases)
         if grouped is self._grouped:
-            self._layers = report.kept.get(LayeredProgram, self._layers)
+            self._layers = report.kept.get(LayerReading, self._layers)
         chosen = report.kept[ChosenPipeline]
         with module.context:
             num_layers = required_integer(module.operation, NUM_LAYERS, "run group-layers first")

@@ -143,8 +143,7 @@ def mesh_name(sharding: ir.Attribute) -> str:
 
 def value_shardings(main: ir.Operation, values: Iterable[ir.Value]) -> list[ir.Attribute | None]:
     """The chosen sharding of each value of ``@main``, or of the body of a loop; None where nothing was chosen."""
-    present = "arg_attrs" in main.attributes
-    arguments = [ir.DictAttr(entry) for entry in ir.ArrayAttr(main.attributes["arg_attrs"])] if present else []
+    arguments: list[ir.DictAttr] | None = None  # of which most calls need none
     found = list[ir.Attribute | None]()
     for value in values:
         if isinstance(value.owner, ir.Block):
@@ -153,6 +152,9 @@ def value_shardings(main: ir.Operation, values: Iterable[ir.Value]) -> list[ir.A
             if around != main:  # what a loop carries has one sharding
                 found.append(_of_result(around, number))
                 continue
+            if arguments is None:
+                present = "arg_attrs" in main.attributes
+                arguments = [ir.DictAttr(entry) for entry in ir.ArrayAttr(main.attributes["arg_attrs"])] if present else []
             own = number < len(arguments) and SHARDING in arguments[number]
             found.append(arguments[number][SHARDING] if own else None)
             continue

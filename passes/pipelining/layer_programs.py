@@ -54,11 +54,11 @@ def read_layers(module: ir.Module, hosts: HostGroup, cluster: str = "") -> Progr
         ConfigError: the user has given shardings.
         PassError, ProgramError: as `read_program`.
     """
-    layers = LayeredProgram(module, cluster)
+    layers = LayerReading(module, cluster)
     return layers.layers(hosts, layers.rows)
 
 
-class LayeredProgram:
+class LayerReading:
     """A module whose layers are read: for devices of any kind, and for any size of microbatch.
 
     Attributes:

@@ -17,6 +17,7 @@ from bactrian.passes.spmd.sharding_rules import Dims, Rule, elementwise
 
 RULE = "sdy.sharding_rule"
 
+_MOST_RULES = 4096
 _SOURCES = ("stablehlo.constant", "stablehlo.iota")
 _POPULATE = "builtin.module(func.func(sdy-populate-op-sharding-rules))"
 
@@ -47,26 +48,36 @@ def rule_of(op: ir.Operation) -> Rule | None:
         return _without_empty(elementwise(value_shape(op.results[0]), len(op.operands)))
     if RULE not in op.attributes:
         return None
-    rule = sdy.OpShardingRuleAttr(op.attributes[RULE])
-    sizes = tuple(rule.factor_sizes)
-    operands = tuple(_dims(mapping) for mapping in rule.operand_mappings)
-    results = tuple(_dims(mapping) for mapping in rule.result_mappings)
-    shapes = [value_shape(value) for value in (*list(op.operands)[: len(operands)], *op.results)]
-    made = Rule(
-        sizes=sizes,
-        operands=operands,
-        results=results,
-        reduction=frozenset(rule.reduction_factors),
-        replicated=frozenset(rule.need_replication_factors) | _uneven((*operands, *results), shapes, sizes),
-        permuted=frozenset(rule.permutation_factors),
-    )
-    return _without_empty(form.narrow(op, made))
+    made = _read(op.attributes[RULE])
+    shapes = [value_shape(value) for value in (*list(op.operands)[: len(made.operands)], *op.results)]
+    uneven = _uneven((*made.operands, *made.results), shapes, made.sizes)
+    return _without_empty(form.narrow(op, replace(made, replicated=made.replicated | uneven) if uneven else made))
+
+
+_read_rules: dict[str, Rule] = {}  # by their texts: a program has few, and attributes take long to read
+
+
+def _read(attribute: ir.Attribute) -> Rule:
+    text = str(attribute)
+    if text not in _read_rules:
+        if len(_read_rules) == _MOST_RULES:
+            _read_rules.clear()
+        rule = sdy.OpShardingRuleAttr(attribute)
+        _read_rules[text] = Rule(
+            sizes=tuple(rule.factor_sizes),
+            operands=tuple(_dims(mapping) for mapping in rule.operand_mappings),
+            results=tuple(_dims(mapping) for mapping in rule.result_mappings),
+            reduction=frozenset(rule.reduction_factors),
+            replicated=frozenset(rule.need_replication_factors),
+            permuted=frozenset(rule.permutation_factors),
+        )
+    return _read_rules[text]
 
 
 def _without_empty(rule: Rule) -> Rule:
     """Factors of size 0 replicated: there is nothing to shard."""
     empty = frozenset(factor for factor, size in enumerate(rule.sizes) if size == 0)
-    return replace(rule, replicated=rule.replicated | empty)
+    return replace(rule, replicated=rule.replicated | empty) if empty else rule
 
 
 def _dims(mapping: ir.Attribute) -> Dims:
