@@ -90,7 +90,7 @@ class SolveShardings(Pass):
     Output:
 
     ```mlir
-    module attributes {bactrian.num_microbatches = 1 : i64, bactrian.num_stages = 1 : i64, bactrian.sharding = [{bound_seconds = 1.9398655999999998E-4 : f64, communication_seconds = 0.000000e+00 : f64, given = 0 : i64, least_bytes = 528384 : i64, limit_bytes = 4294967296 : i64, memory_bytes = [{bytes = 262144 : i64, name = "batch"}, {bytes = 262144 : i64, name = "activations"}, {bytes = 16384 : i64, name = "parameters"}], phase_seconds = {backward = 0.000000e+00 : f64, forward = 1.9398655999999998E-4 : f64, prepare = 0.000000e+00 : f64, update = 0.000000e+00 : f64}, seconds = 1.9398655999999998E-4 : f64, sent_bytes = {}, strategy = "auto"}]} {
+    module attributes {bactrian.num_microbatches = 1 : i64, bactrian.num_stages = 1 : i64, bactrian.sharding = [{bound_seconds = 1.9398655999999998E-4 : f64, communication_seconds = 0.000000e+00 : f64, device_bytes = 4294967296 : i64, given = 0 : i64, least_bytes = 528384 : i64, limit_bytes = 4294967296 : i64, memory_bytes = [{bytes = 262144 : i64, name = "batch"}, {bytes = 262144 : i64, name = "activations"}, {bytes = 16384 : i64, name = "parameters"}], phase_seconds = {backward = 0.000000e+00 : f64, forward = 1.9398655999999998E-4 : f64, prepare = 0.000000e+00 : f64, update = 0.000000e+00 : f64}, seconds = 1.9398655999999998E-4 : f64, sent_bytes = {}, strategy = "auto"}]} {
       sdy.mesh @stage0 = <["data"=4]>
       func.func public @main(%x: tensor<4096x64xf32> {bactrian.role = "batch", sdy.sharding = #sdy.sharding<@stage0, [{"data"}, {}]>}, %w: tensor<64x64xf32> {bactrian.role = "state", sdy.sharding = #sdy.sharding<@stage0, [{}, {}]>}) -> (tensor<4096x64xf32> {sdy.sharding = #sdy.sharding<@stage0, [{"data"}, {}]>}) {
         %y = stablehlo.dot_general %x, %w, contracting_dims = [1] x [0] {bactrian.phase = "forward", bactrian.stage = 0 : i64, sdy.sharding = #sdy.sharding_per_value<[<@stage0, [{"data"}, {}]>]>} : (tensor<4096x64xf32>, tensor<64x64xf32>) -> tensor<4096x64xf32>
@@ -320,6 +320,7 @@ class SolveShardings(Pass):
             "bound_seconds": _number(solution.lower_bound),
             "communication_seconds": _number(taken.communication_seconds),
             "limit_bytes": integer(self._limit(program)),
+            "device_bytes": integer(program.memory_bytes),
             "least_bytes": integer(round(stage.model.network.least_peak())),
             "phase_seconds": ir.DictAttr.get({phase: _number(seconds) for phase, seconds in by_phase.items()}),
             "sent_bytes": ir.DictAttr.get({kind: integer(nbytes) for kind, nbytes in sent.items()}),

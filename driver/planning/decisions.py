@@ -26,6 +26,8 @@ class Decisions:
         strategy: how shardings are chosen, as ``solve-shardings`` knows it.
         compare: whether the baselines are solved too.
         time_limit: seconds for the choice of shardings.
+        memory_bytes: of a device of each stage, that shardings may fill as long as it is not known what XLA needs beside;
+            all of it if not given.
         tolerance: how much slower than the best choice a stage may be, as a part of its time.
         remat: what layers compute again: a word for each, or none.
         first_devices: of every stage, on the cluster's line; along the line if not given.
@@ -41,6 +43,7 @@ class Decisions:
     compare: bool = False
     time_limit: float = 60.0
     tolerance: float = 0.0
+    memory_bytes: tuple[int, ...] = ()
     remat: tuple[str, ...] = ()
     first_devices: tuple[int, ...] = ()
     record: PipelineRecord | None = None

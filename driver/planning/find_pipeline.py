@@ -29,6 +29,7 @@ from bactrian.passes.plan.pipeline_record import PipelineRecord, TriedMicrobatch
 MOST_LAYERS = 96
 _MOST_ROUNDS = 4  # of searches, each with less memory
 _LEAST_CHANGE = 0.98  # of the memory that stages may fill, from one to the next
+_FIRST_SHARE = 0.9  # of a device's memory: what XLA needs beside values is known when the stages are there
 _STAGE_TOLERANCE = 2e-3  # of the time of a stage: what layers take, of which stages were chosen, is no nearer
 _DEVICES_OF_A_WORKER = 8  # with fewer devices there is too little to solve for more processes to pay
 
@@ -74,12 +75,14 @@ class FoundPipeline:
         num_layers: that the program was grouped into.
         chosen: stages and schedule.
         record: of the search.
+        memory_bytes: of a device of each stage, that the search let it fill.
     """
 
     num_microbatches: int
     num_layers: int
     chosen: ChosenPipeline
     record: PipelineRecord
+    memory_bytes: tuple[int, ...]
 
     def decisions(self, donate: bool, cluster: str) -> Decisions:
         """What later passes carry out."""
@@ -91,6 +94,7 @@ class FoundPipeline:
             donate,
             cluster,
             tolerance=_STAGE_TOLERANCE,
+            memory_bytes=self.memory_bytes,
             remat=self.chosen.remat,
             first_devices=self.chosen.first_devices,
             record=self.record,
@@ -268,7 +272,9 @@ class PipelineFinder:
             fixed.names,
             next_best=chosen.next_best,
         )
-        return FoundPipeline(num_microbatches, num_layers, chosen, record)
+        groups = [bisect_right(self._hosts.first_devices, device) - 1 for device in chosen.first_devices]
+        memory_bytes = tuple(int(self._shares[group] * self._hosts.groups[group].memory_bytes) for group in groups)
+        return FoundPipeline(num_microbatches, num_layers, chosen, record, memory_bytes)
 
     def _best(self) -> FoundPipeline:
         """The fastest of all.

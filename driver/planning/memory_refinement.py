@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from jaxlib.mlir import ir
 
 from bactrian.driver.planning.extract import extract
-from bactrian.driver.planning.plan_shardings import read_least_bytes, read_shardings
+from bactrian.driver.planning.plan_shardings import read_device_bytes, read_least_bytes, read_shardings
 from bactrian.driver.planning.stage_memory import StagePeak, fewer_microbatches, stage_peak
 from bactrian.passes.frame.errors import InfeasiblePlanError
 from bactrian.passes.frame.phase_times import PhaseClock
@@ -40,10 +40,10 @@ class MemoryRefinement:
     """
 
     def __init__(self, module: ir.Module, program: StagedProgram, shardings: tuple[ShardingPlan, ...]) -> None:
-        self._devices = [each.limit_bytes or 0 for each in shardings]
+        self._devices = read_device_bytes(module)
         self._bounds = [each.bound_seconds for each in shardings]
         self._least = read_least_bytes(module)
-        self._known = list(self._devices)  # what the solver may have filled
+        self._known = [each.limit_bytes or 0 for each in shardings]  # what the solver may have filled
         self._tries = 0
         self.limits: tuple[int, ...] = ()
         self.add(module, program, shardings)
@@ -134,6 +134,7 @@ def refine_memory(
     cut: StageCutter,
     clock: PhaseClock,
     paths: Sequence[str] = (),
+    first: Sequence[int] = (),
 ) -> MemoryRefinementResult:
     """Cut a program into stages, again with less memory to fill until it fits.
 
@@ -143,11 +144,19 @@ def refine_memory(
         cut: does it, in place.
         clock: of what is done between the passes.
         paths: of the arguments, for people.
+        first: bytes of a device of each stage that the solver may fill at first, if that is enough; all of them if not given.
 
     Raises:
         InfeasiblePlanError: nothing fits, or was found to.
     """
-    report = cut(module, ())
+    try:
+        report = cut(module, first)
+    except InfeasiblePlanError:
+        if make_unsolved is None or not first:
+            raise
+        with module.context:
+            module = make_unsolved()
+        report = cut(module, ())
     with clock.phase("extract"):
         program = extract(module)
         shardings = read_shardings(module, program, paths)

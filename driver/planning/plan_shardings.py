@@ -152,9 +152,18 @@ def _timing(seconds: ir.DictAttr, num_microbatches: int) -> StageTiming:
 
 def read_least_bytes(module: ir.Module) -> tuple[int, ...]:
     """The bytes of a device that each stage's values hold at least, as ``solve-shardings`` has written them."""
+    return _read_each(module, "least_bytes")
+
+
+def read_device_bytes(module: ir.Module) -> tuple[int, ...]:
+    """The memory of a device of each stage, as ``solve-shardings`` has written it."""
+    return _read_each(module, "device_bytes")
+
+
+def _read_each(module: ir.Module, name: str) -> tuple[int, ...]:
     with module.context:
         entries = ir.ArrayAttr(module.operation.attributes[SHARDING_ESTIMATES])
-        return tuple(_integer(ir.DictAttr(entry)["least_bytes"]) for entry in entries)
+        return tuple(_integer(ir.DictAttr(entry)[name]) for entry in entries)
 
 
 def as_before(new: ShardingPlan, old: ShardingPlan | None) -> ShardingPlan:

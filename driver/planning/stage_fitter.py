@@ -150,7 +150,7 @@ class StageFitter:
 
         try:
             make_unsolved = None if unsolved is None else partial(clone_unsolved, unsolved)
-            return refine_memory(module, make_unsolved, cut, self.clock, self.paths)
+            return refine_memory(module, make_unsolved, cut, self.clock, self.paths, self.decisions.memory_bytes)
         except InfeasiblePlanError as error:
             if unsolved is None:
                 raise

@@ -154,7 +154,9 @@ def value_shardings(main: ir.Operation, values: Iterable[ir.Value]) -> list[ir.A
                 continue
             if arguments is None:
                 present = "arg_attrs" in main.attributes
-                arguments = [ir.DictAttr(entry) for entry in ir.ArrayAttr(main.attributes["arg_attrs"])] if present else []
+                arguments = (
+                    [ir.DictAttr(entry) for entry in ir.ArrayAttr(main.attributes["arg_attrs"])] if present else []
+                )
             own = number < len(arguments) and SHARDING in arguments[number]
             found.append(arguments[number][SHARDING] if own else None)
             continue
