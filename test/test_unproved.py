@@ -13,6 +13,7 @@ import pytest
 import bactrian
 from bactrian.passes import solve_shardings
 from bactrian.passes.frame.errors import ConfigError
+from bactrian.passes.network import solver
 from bactrian.passes.network.problem import CostNetwork
 from bactrian.passes.network.solver import Solution, solve
 from bactrian.passes.sharding.baselines import BASELINES
@@ -56,13 +57,19 @@ def nothing(problem: CostNetwork, time_limit: float = 60.0, tolerance: float = 0
     raise ConfigError("no feasible choice was found")
 
 
+def answer_with(answer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the place of the solver."""
+    for module in (solver, solve_shardings):
+        monkeypatch.setattr(module, "solve", answer)
+
+
 @pytest.mark.parametrize("answer", [everything_whole, nothing])
 @pytest.mark.parametrize("compare", [False, True], ids=["alone", "compared"])
 def test_the_best_baseline_is_taken(
     answer: Any, compare: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     best = min(row.seconds for row in sharding(tmp_path, compare=True).compared)
-    monkeypatch.setattr(solve_shardings, "solve", answer)
+    answer_with(answer, monkeypatch)
     found = sharding(tmp_path, compare)
     assert found.seconds == pytest.approx(best, rel=1e-9)
     assert found.bound_seconds == 0.0  # nothing is proved by that
@@ -76,13 +83,13 @@ def test_a_better_answer_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         found = solve(problem, time_limit)
         return Solution(found.choice, found.cost, 0.9 * float(found.cost), False, found.memory, 0.0, {})
 
-    monkeypatch.setattr(solve_shardings, "solve", unproved)
+    answer_with(unproved, monkeypatch)
     found = sharding(tmp_path, compare=False)
     assert found.seconds == optimal.seconds and found.bound_seconds == pytest.approx(0.9 * optimal.seconds)
 
 
 def test_nothing_found_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(solve_shardings, "solve", nothing)
+    answer_with(nothing, monkeypatch)
     monkeypatch.setattr(solve_shardings, "solve_baseline", lambda *arguments: None)
     with pytest.raises(ConfigError, match="no feasible choice was found"):
         sharding(tmp_path, compare=False)
@@ -100,7 +107,7 @@ def test_the_baselines_take_little_of_the_time(tmp_path: Path, monkeypatch: pyte
         given.append(time_limit)
         return everything_whole(problem)
 
-    monkeypatch.setattr(solve_shardings, "solve", unproved)
+    answer_with(unproved, monkeypatch)
     monkeypatch.setattr(solve_shardings, "solve_baseline", solve_baseline)
     sharding(tmp_path, compare=False)
     assert len(given) == 1 and len(limits) == len(BASELINES) + 1  # one more, since the whole work is repeated
@@ -116,7 +123,7 @@ def test_large_networks_are_solved_to_half_a_percent(tmp_path: Path, monkeypatch
         found = solve(problem, time_limit)
         return replace(found, optimal=False, lower_bound=found.cost * (1 - tolerance))
 
-    monkeypatch.setattr(solve_shardings, "solve", nearly)
+    answer_with(nearly, monkeypatch)
     monkeypatch.setattr(solve_shardings, "_MOST_STRATEGIES", 0)
     monkeypatch.delattr(solve_shardings, "no_worse_than_baselines")
     large = sharding(tmp_path, compare=False)

@@ -29,7 +29,10 @@ from bactrian.passes.plan.pipeline_record import PipelineRecord, TriedMicrobatch
 MOST_LAYERS = 96
 _MOST_ROUNDS = 4  # of searches, each with less memory
 _LEAST_CHANGE = 0.98  # of the memory that stages may fill, from one to the next
-_FIRST_SHARE = 0.9  # of a device's memory: what XLA needs beside values is known when the stages are there
+_FIRST_SHARE = (
+    0.95  # of a device's memory, for the search: what XLA needs beside values is known when the stages are there
+)
+_SOLVER_SHARE = 0.95  # of that, for shardings at first
 _STAGE_TOLERANCE = 2e-3  # of the time of a stage: what layers take, of which stages were chosen, is no nearer
 _DEVICES_OF_A_WORKER = 8  # with fewer devices there is too little to solve for more processes to pay
 
@@ -75,7 +78,7 @@ class FoundPipeline:
         num_layers: that the program was grouped into.
         chosen: stages and schedule.
         record: of the search.
-        memory_bytes: of a device of each stage, that the search let it fill.
+        memory_bytes: of a device of each stage, that shardings may fill at first.
     """
 
     num_microbatches: int
@@ -129,7 +132,8 @@ class PipelineFinder:
         self._is_scalable = True  # to other numbers, as far as is known
         self._measured: Sequence[MeasuredStage] = ()
         self._menus = KnownMenus()
-        self._shares = [1.0] * len(self._hosts.groups)  # of the memory of a device, by group, that stages may fill
+        # Of the memory of a device, by group, that stages may fill.
+        self._shares = [_FIRST_SHARE] * len(self._hosts.groups)
         self._rounds = 1
 
     def find(self, measured: Sequence[MeasuredStage] = ()) -> FoundPipeline:
@@ -143,7 +147,17 @@ class PipelineFinder:
             ProgramError: the program can't be run as a pipeline.
             InfeasiblePlanError: no pipeline fits into memory.
         """
-        self._measured, self._found = measured, {}
+        self._measured = measured
+        try:
+            return self._find()
+        except InfeasiblePlanError:
+            if min(self._shares) == 1:
+                raise
+        self._shares = [1.0] * len(self._shares)
+        return self._find()
+
+    def _find(self) -> FoundPipeline:
+        self._found = {}
         if self._fixed.num_microbatches is not None:
             self._step_seconds(self._fixed.num_microbatches)
         else:
@@ -273,7 +287,9 @@ class PipelineFinder:
             next_best=chosen.next_best,
         )
         groups = [bisect_right(self._hosts.first_devices, device) - 1 for device in chosen.first_devices]
-        memory_bytes = tuple(int(self._shares[group] * self._hosts.groups[group].memory_bytes) for group in groups)
+        memory_bytes = tuple(
+            int(_SOLVER_SHARE * self._shares[group] * self._hosts.groups[group].memory_bytes) for group in groups
+        )
         return FoundPipeline(num_microbatches, num_layers, chosen, record, memory_bytes)
 
     def _best(self) -> FoundPipeline:

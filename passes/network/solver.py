@@ -127,6 +127,7 @@ class Solved:
                     alike.pop(0)
                 if alike:
                     asked.append(alike.pop(0))
+            asked.sort(key=lambda problem: -problem.num_strategies)  # what takes longest first
             for problem, solution in zip(asked, workers.map(attempt, asked), strict=True):
                 if solution is not None and solution.is_near(tolerance):
                     self.add(problem, solution)
