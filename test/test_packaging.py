@@ -183,6 +183,6 @@ def test_a_type_checker_knows_the_public_types(installed: Path) -> None:
     (program.parent / "pyrightconfig.json").write_text(json.dumps({"extraPaths": [str(installed)]}))
     told = run_there(installed, "pyright", "--pythonpath", sys.executable, "--project", str(program.parent))
     (parallelize,) = re.findall(r'Type of "bactrian.parallelize" is "(.*)"', told)
-    assert parallelize.startswith("Overload[(fun: (...) -> Any, *, num_stages: int | None = None")
+    assert parallelize.startswith("Overload[(fun: (...) -> Any, *, num_stages: int | Literal['auto'] | None = None")
     assert parallelize.endswith("-> Parallelized)]") and "Unknown" not in told
     assert 'Type of "bactrian.Plan.load" is "(directory: str | Path) -> Plan"' in told

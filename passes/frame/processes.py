@@ -38,21 +38,24 @@ class Workers:
 
     Args:
         count: how many.
+
+    Attributes:
+        processes: they, or none.
     """
 
     def __init__(self, count: int) -> None:
         self._count = count if count > 1 else 0
-        self._processes = list[subprocess.Popen[bytes]]()
+        self.processes = list[subprocess.Popen[bytes]]()
         self._free = SimpleQueue[subprocess.Popen[bytes]]()
 
     def __enter__(self) -> Workers:
         for _ in range(self._count):
-            self._processes.append(_start())
-            self._free.put(self._processes[-1])
+            self.processes.append(_start())
+            self._free.put(self.processes[-1])
         return self
 
     def __exit__(self, *_: object) -> None:
-        for process in self._processes:
+        for process in self.processes:
             process.kill()
             process.communicate()
 
@@ -66,7 +69,7 @@ class Workers:
         Raises:
             Exception: what the function raised for the first task that failed.
         """
-        if not self._processes:
+        if not self.processes:
             return [function(task) for task in tasks]
 
         def run(task: _Task) -> _Result:
@@ -165,15 +168,22 @@ def _status_text(status: int) -> str:
 
 def _serve() -> None:
     """Answer the tasks of standard input on standard output; what the function prints goes to standard error."""
-    answers = sys.stdout.buffer
+    answers, tasks = sys.stdout.buffer, SimpleQueue[tuple[Callable[[Any], Any], Any]]()
     sys.stdout = sys.stderr
+    threading.Thread(target=_read_tasks, args=(tasks,), daemon=True).start()
     while True:
-        try:
-            function, task = pickle.load(sys.stdin.buffer)
-        except EOFError:
-            return
+        function, task = tasks.get()
         pickle.dump(_answer(function, task), answers)
         answers.flush()
+
+
+def _read_tasks(tasks: SimpleQueue[tuple[Callable[[Any], Any], Any]]) -> None:
+    """Read standard input to its end, where nobody waits for an answer any more: then the process ends, task or no task."""
+    try:
+        while True:
+            tasks.put(pickle.load(sys.stdin.buffer))
+    except EOFError:
+        os._exit(1)
 
 
 def _answer(function: Callable[[Any], Any], task: Any) -> tuple[Any, Exception | None]:
