@@ -106,7 +106,8 @@ def choose_pipeline(request: PipelineRequest) -> ChosenPipeline:
         )
         orders = itertools.permutations(range(len(request.cluster.groups)))
         leanest = [_problem(request, order, schedule) for order in orders]
-        raise shortage(request.cluster, leanest, request.ways)
+        is_whole = min(request.memory_shares, default=1.0) == 1
+        raise shortage(request.cluster, leanest, request.ways, is_whole=is_whole)
     fastest = min(each.seconds for each in candidates)
     chosen = next(each for each in candidates if each.seconds <= fastest * (1 + _EQUAL))
     first_devices = _first_devices(request, chosen.order, chosen.choice)

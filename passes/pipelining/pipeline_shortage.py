@@ -29,13 +29,16 @@ class OpenWays:
     more_microbatches: bool = True
 
 
-def shortage(cluster: Cluster, problems: Sequence[PipelineProblem], ways: OpenWays) -> InfeasiblePlanError:
+def shortage(
+    cluster: Cluster, problems: Sequence[PipelineProblem], ways: OpenWays, *, is_whole: bool = True
+) -> InfeasiblePlanError:
     """The error for problems of which none has a pipeline: of equal ones but for the order of the cluster's hosts.
 
     Args:
         cluster: for people.
         problems: with the schedule that holds the fewest microbatches.
         ways: what could be changed.
+        is_whole: whether stages may fill all of a device; else what the problems have is a part of it.
     """
     found = [(least, problem) for problem in problems if (least := least_memory(problem)) is not None]
     if not found:
@@ -52,7 +55,9 @@ def shortage(cluster: Cluster, problems: Sequence[PipelineProblem], ways: OpenWa
     layers = f"{stage.place.first_layer} to {stage.place.end_layer - 1}"
     return InfeasiblePlanError(
         f"cannot place the program on {cluster.name}: devices need about {human_bytes(round(has * factor))}, "
-        f"they have {human_bytes(round(has))}",
+        + (
+            f"they have {human_bytes(round(has))}" if is_whole else f"stages may fill {human_bytes(round(has))} of each"
+        ),
         why=f"in the leanest plan of {len(stages)} stages and {problem.num_microbatches} microbatches, stage {number} "
         f"(layers {layers}, on {axes_text(stage.mesh)}) has {human_bytes(round(state))} of state and "
         f"{human_bytes(round(kept))} for {stage.in_flight} microbatch{'es' * (stage.in_flight > 1)} in flight on each "
