@@ -161,7 +161,7 @@ def measure_pipeline(args: argparse.Namespace) -> dict[str, Any]:
     """Blocks of steps, in turn plain and with each call of a stage function timed, so that both see the same machine."""
     step, state, batch = PROGRAMS[args.model]()
     if args.plan:
-        step = step.with_options(plan=args.plan, cluster=args.cluster)
+        step = step.with_options(plan=args.plan, cluster=args.cluster, num_microbatches=None, schedule=None)
     else:
         step = step.with_options(num_stages=args.stages, num_microbatches=args.microbatches, schedule=args.schedule)
     _, state, losses = time_steps(step, state, batch, args.warmup)
