@@ -38,24 +38,21 @@ class Workers:
 
     Args:
         count: how many.
-
-    Attributes:
-        processes: they, or none.
     """
 
     def __init__(self, count: int) -> None:
         self._count = count if count > 1 else 0
-        self.processes = list[subprocess.Popen[bytes]]()
+        self._processes = list[subprocess.Popen[bytes]]()
         self._free = SimpleQueue[subprocess.Popen[bytes]]()
 
     def __enter__(self) -> Workers:
         for _ in range(self._count):
-            self.processes.append(_start())
-            self._free.put(self.processes[-1])
+            self._processes.append(_start())
+            self._free.put(self._processes[-1])
         return self
 
     def __exit__(self, *_: object) -> None:
-        for process in self.processes:
+        for process in self._processes:
             process.kill()
             process.communicate()
 
@@ -69,7 +66,7 @@ class Workers:
         Raises:
             Exception: what the function raised for the first task that failed.
         """
-        if not self.processes:
+        if not self._processes:
             return [function(task) for task in tasks]
 
         def run(task: _Task) -> _Result:
