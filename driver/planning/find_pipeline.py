@@ -29,10 +29,9 @@ from bactrian.passes.plan.pipeline_record import PipelineRecord, TriedMicrobatch
 MOST_LAYERS = 96
 _MOST_ROUNDS = 4  # of searches, each with less memory
 _LEAST_CHANGE = 0.98  # of the memory that stages may fill, from one to the next
-_FIRST_SHARE = (
-    0.95  # of a device's memory, for the search: what XLA needs beside values is known when the stages are there
-)
-_SOLVER_SHARE = 0.95  # of that, for shardings at first
+# What XLA needs beside values is known when the stages are there. Until then some memory is left to it, which saves tries.
+_FIRST_SHARE = 0.95  # of a device's memory, that the search lets stages fill
+_SOLVER_SHARE = 0.95  # of that, that shardings may fill at first
 _STAGE_TOLERANCE = 2e-3  # of the time of a stage: what layers take, of which stages were chosen, is no nearer
 _DEVICES_OF_A_WORKER = 8  # with fewer devices there is too little to solve for more processes to pay
 
@@ -151,9 +150,9 @@ class PipelineFinder:
         try:
             return self._find()
         except InfeasiblePlanError:
-            if min(self._shares) == 1:
+            if self._rounds > 1 or min(self._shares) == 1:
                 raise
-        self._shares = [1.0] * len(self._shares)
+        self._shares = [1.0] * len(self._shares)  # a plan that may not fit, before none
         return self._find()
 
     def _find(self) -> FoundPipeline:

@@ -12,6 +12,7 @@ import math
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -81,6 +82,7 @@ class CostNetwork:
         """Strategies of all nodes together."""
         return sum(map(len, self.costs))
 
+    @cached_property
     def costs_digest(self) -> bytes:
         """Equal for networks that differ in memory alone: in usages, live ranges and the limit."""
         made = hashlib.sha256()

@@ -118,7 +118,7 @@ class Solved:
         """
         waiting: dict[bytes, list[CostNetwork]] = {}
         for problem in problems:
-            waiting.setdefault(problem.costs_digest(), []).append(problem)
+            waiting.setdefault(problem.costs_digest, []).append(problem)
         attempt = partial(_solve_in_time, time_limit=time_limit, tolerance=tolerance)
         while any(waiting.values()):
             asked = list[CostNetwork]()
@@ -137,7 +137,7 @@ class Solved:
     def find(self, problem: CostNetwork, tolerance: float = 0.0) -> Solution | None:
         """The optimum, up to a tolerance, of a network that allows whatever this one allows, if it fits here too: nothing is
         cheaper here. Of an equal network whatever was added."""
-        for known, solution in self._by_costs.get(problem.costs_digest(), ()):
+        for known, solution in self._by_costs.get(problem.costs_digest, ()):
             if not problem.is_tighter_than(known) or not problem.is_feasible(solution.choice):
                 continue
             if solution.is_near(tolerance) or known.is_tighter_than(problem):
@@ -146,15 +146,15 @@ class Solved:
 
     def unproved(self, problem: CostNetwork) -> Solution | None:
         """What `solve` has found for an equal network, if it is not near enough to its bound."""
-        digest = problem.costs_digest() if self._unproved else b""
+        digest = problem.costs_digest if self._unproved else b""
         for known, solution in self._unproved:
-            if known.costs_digest() == digest and problem.is_tighter_than(known) and known.is_tighter_than(problem):
+            if known.costs_digest == digest and problem.is_tighter_than(known) and known.is_tighter_than(problem):
                 return solution
         return None
 
     def add(self, problem: CostNetwork, solution: Solution) -> None:
         """Keep a solution: nothing better is looked for."""
-        self._by_costs.setdefault(problem.costs_digest(), []).append((problem, solution))
+        self._by_costs.setdefault(problem.costs_digest, []).append((problem, solution))
 
 
 def _solve_in_time(problem: CostNetwork, time_limit: float, tolerance: float) -> Solution | None:

@@ -152,7 +152,7 @@ def _smaller(axes: MeshAxes, meshes: Sequence[MeshAxes]) -> list[MeshAxes]:
 
 
 def _fits(task: _Task) -> bool:
-    """Whether the first layer fits into memory, if all of it is computed again in the backward phase."""
+    """Whether the first layer fits into memory, with one microbatch in flight."""
     assert task.fastest is not None
     usage = task.fastest.usage
     return usage.static + usage.kept + usage.working <= task.hosts.memory_bytes
