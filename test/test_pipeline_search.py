@@ -23,6 +23,7 @@ from bactrian.passes.pipelining.pipeline_problem import (
     in_flight_by_stages_left,
 )
 from bactrian.passes.pipelining.pipeline_search import search_pipeline
+from bactrian.passes.pipelining.stage_costs import choose_options
 from bactrian.passes.pipelining.step_time import step_seconds
 from bactrian.passes.schedules.by_name import SCHEDULES
 from bactrian.passes.schedules.schedule import Schedule
@@ -364,3 +365,17 @@ def test_idle_slow_hosts() -> None:
         assert found is not None
         assert [hosts[stage.place.first_device] for stage in found.stages] == [0, 0]
         assert found.step_seconds == pytest.approx(6.0 * (8 + 1))
+
+
+def test_layers_that_compute_the_same_again_are_neighbours() -> None:
+    """Which of the equal layers keep more makes no difference to time and memory."""
+    keeps = LayerOption(1.0, 2.0, 0.0, 4.0, 3.0, 0.0)
+    again = LayerOption(1.0, 3.0, 0.0, 4.0, 1.0, 0.0, "all")
+    options, kinds = ((keeps, again), (again, keeps)), (0, 1, 0, 0, 1, 0)
+    numbers = choose_options(options, kinds, in_flight=2, memory_bytes=6 * 4 + 2 * 12, update_weight=0.0)
+    assert numbers is not None
+    words = [options[kind][number].remat for kind, number in zip(kinds, numbers, strict=True)]
+    assert words.count("none") == 3
+    for kind in set(kinds):
+        own = [word for word, other in zip(words, kinds, strict=True) if other == kind]
+        assert own == sorted(own)

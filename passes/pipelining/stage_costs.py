@@ -185,15 +185,11 @@ def choose_options(
 def _sorted_by_kind(chosen: Sequence[int], options: OptionsByKind, kinds: Sequence[int]) -> tuple[int, ...]:
     """The same options, layers of a kind that compute the same again being neighbours: a stage then has fewer different
     surroundings of a layer, and its shardings are found sooner."""
-
-    def key(entry: tuple[int, int]) -> tuple[int, str, int]:
-        kind, number = entry
-        return kind, options[kind][number].remat, number
-
-    ordered = iter(sorted(zip(kinds, chosen, strict=True), key=key))
-    found = dict[int, int]()
-    for layer, _ in sorted(enumerate(kinds), key=lambda entry: (entry[1], entry[0])):
-        found[layer] = next(ordered)[1]
+    layers = sorted(range(len(kinds)), key=lambda layer: kinds[layer])
+    numbers = sorted(
+        zip(kinds, chosen, strict=True), key=lambda each: (each[0], options[each[0]][each[1]].remat, each[1])
+    )
+    found = dict(zip(layers, (number for _, number in numbers), strict=True))
     return tuple(found[layer] for layer in range(len(kinds)))
 
 
